@@ -1,0 +1,27 @@
+"""Rank-1 EWC for models that must learn something new without forgetting: fused penalties and Fisher estimators.
+
+    history = LowRankHistory(model)
+    history.append(estimate_fisher(model, per_sample_loss, loader))   # after each task
+    loss = task_loss + rank1_ewc_penalty(history, lam=15_000.0)       # in any trainer
+
+``python -m crl_kernels`` says what was built and what runs. ``__all__`` is the public API; the rest may change.
+"""
+
+from .estimate import estimate_fisher
+from .fisher import DiagonalFisher, FisherStatistics, LowRankFisher, load_fisher
+from .history import DiagonalHistory, LowRankHistory
+from .penalty import diagonal_ewc_penalty, rank1_ewc_penalty
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DiagonalFisher",
+    "DiagonalHistory",
+    "FisherStatistics",
+    "LowRankFisher",
+    "LowRankHistory",
+    "diagonal_ewc_penalty",
+    "estimate_fisher",
+    "load_fisher",
+    "rank1_ewc_penalty",
+]

@@ -1,0 +1,365 @@
+"""THE list of operators: every schema, fake kernel and autograd rule.
+
+What an operator computes is written in ``backends/reference.py``; the compiled libraries register faster
+implementations of the same schemas. A list of tensors stands for one flat vector.
+
+The rank-1 penalty needs two operators that are each other's adjoint, so derivatives of any order stay in the family:
+
+    projections(theta, U) = U theta        d/dtheta: combine(U, c) = U^T c        d/dc: projections
+
+The diagonal penalty's value is ``diagonal_quadratic``, q = sum S (theta - m)^2; its gradient, 2 S (theta - m), is
+``diagonal_gradient`` with c = 2; derivatives beyond that are plain PyTorch. Directions, Fisher and anchors are constants.
+
+The functions at the end are what the rest of the library calls. In eager mode they go through ``autograd.Function``,
+which knows reverse mode, forward mode and vmap; a rule that is registered with ``torch.library`` alone makes
+``func.jvp`` silently zero. While compiling they call the operator itself, because Dynamo refuses a Function with a jvp.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import (
+    reference,
+    registry,  # noqa: F401  (importing it loads the compiled libraries)
+)
+
+SCHEMAS = (
+    "low_rank_projections(Tensor[] params, Tensor[] directions, int num_terms) -> Tensor",
+    "low_rank_combine(Tensor[] directions, Tensor coefficients, Tensor[] like) -> Tensor[]",
+    "low_rank_accumulate_(Tensor(a!)[] targets, Tensor[] directions, Tensor coefficients) -> ()",
+    "diagonal_quadratic(Tensor[] params, Tensor[] fisher, Tensor[] anchor) -> Tensor",
+    "diagonal_gradient(Tensor[] params, Tensor[] fisher, Tensor[] anchor, Tensor coefficient) -> Tensor[]",
+    "diagonal_accumulate_(Tensor(a!)[] targets, Tensor[] params, Tensor[] fisher, Tensor[] anchor, Tensor coefficient)"
+    " -> Tensor",
+    "diagonal_shrink_(Tensor(a!)[] params, Tensor[] fisher, Tensor[] anchor, Tensor strength) -> ()",
+)
+NAMES = tuple(schema.partition("(")[0] for schema in SCHEMAS)
+
+_library = torch.library.Library("crl_kernels", "DEF")  # noqa: TOR901  (lives as long as the process)
+for _schema, _name in zip(SCHEMAS, NAMES, strict=True):
+    _library.define(_schema)
+    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+
+_ops = torch.ops.crl_kernels
+
+
+# Fake kernels: shapes and dtypes of results, for torch.compile and torch.export.
+
+
+@torch.library.register_fake("crl_kernels::low_rank_projections")
+def _(params: Sequence[Tensor], directions: Sequence[Tensor], num_terms: int) -> Tensor:
+    return params[0].new_empty((num_terms,), dtype=torch.float64)
+
+
+@torch.library.register_fake("crl_kernels::low_rank_combine")
+def _(directions: Sequence[Tensor], coefficients: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.new_empty(tensor.shape) for tensor in like]
+
+
+@torch.library.register_fake("crl_kernels::diagonal_quadratic")
+def _(params: Sequence[Tensor], fisher: Sequence[Tensor], anchor: Sequence[Tensor]) -> Tensor:
+    return params[0].new_empty((), dtype=torch.float64)
+
+
+@torch.library.register_fake("crl_kernels::diagonal_gradient")
+def _(
+    params: Sequence[Tensor], fisher: Sequence[Tensor], anchor: Sequence[Tensor], coefficient: Tensor
+) -> list[Tensor]:
+    return [tensor.new_empty(tensor.shape) for tensor in params]
+
+
+@torch.library.register_fake("crl_kernels::diagonal_accumulate_")
+def _(
+    targets: Sequence[Tensor],
+    params: Sequence[Tensor],
+    fisher: Sequence[Tensor],
+    anchor: Sequence[Tensor],
+    coefficient: Tensor,
+) -> Tensor:
+    return params[0].new_empty((), dtype=torch.float64)
+
+
+@torch.library.register_fake("crl_kernels::low_rank_accumulate_")
+def _(targets: Sequence[Tensor], directions: Sequence[Tensor], coefficients: Tensor) -> None:
+    return None
+
+
+@torch.library.register_fake("crl_kernels::diagonal_shrink_")
+def _(params: Sequence[Tensor], fisher: Sequence[Tensor], anchor: Sequence[Tensor], strength: Tensor) -> None:
+    return None
+
+
+# Reverse mode of the operators themselves: what compiled graphs use.
+
+
+def _setup_projections(ctx: Any, inputs: Any, output: Any) -> None:
+    params, directions, _ = inputs
+    ctx.num_params = len(params)
+    ctx.save_for_backward(*params, *directions)
+
+
+def _backward_projections(ctx: Any, grad: Tensor) -> Any:
+    params, directions = ctx.saved_tensors[: ctx.num_params], ctx.saved_tensors[ctx.num_params :]
+    return _ops.low_rank_combine(directions, grad, params), [None] * len(directions), None
+
+
+def _setup_combine(ctx: Any, inputs: Any, output: Any) -> None:
+    directions, coefficients, like = inputs
+    ctx.num_terms, ctx.num_like = coefficients.numel(), len(like)
+    ctx.save_for_backward(*directions)
+
+
+def _backward_combine(ctx: Any, grads: Sequence[Tensor]) -> Any:
+    directions = ctx.saved_tensors
+    projections = _ops.low_rank_projections(grads, directions, ctx.num_terms)
+    return [None] * len(directions), projections, [None] * ctx.num_like
+
+
+def _setup_quadratic(ctx: Any, inputs: Any, output: Any) -> None:
+    params, fisher, anchor = inputs
+    ctx.sizes = [len(params), len(fisher), len(anchor)]
+    ctx.save_for_backward(*params, *fisher, *anchor)
+
+
+def _backward_quadratic(ctx: Any, grad: Tensor) -> Any:
+    params, fisher, anchor = _split(ctx.saved_tensors, ctx.sizes)
+    return _ops.diagonal_gradient(params, fisher, anchor, 2 * grad), [None] * len(fisher), [None] * len(anchor)
+
+
+def _setup_gradient(ctx: Any, inputs: Any, output: Any) -> None:
+    params, fisher, anchor, coefficient = inputs
+    ctx.sizes = [len(params), len(fisher), len(anchor), 1]
+    ctx.save_for_backward(*params, *fisher, *anchor, coefficient)
+
+
+def _backward_gradient(ctx: Any, grads: Sequence[Tensor]) -> Any:
+    params, fisher, anchor, (coefficient,) = _split(ctx.saved_tensors, ctx.sizes)
+    by_params, by_coefficient = _diagonal_gradient_vjp(params, fisher, anchor, coefficient, grads)
+    return by_params, [None] * len(fisher), [None] * len(anchor), by_coefficient
+
+
+def _split(tensors: Sequence[Tensor], sizes: Sequence[int]) -> list[Sequence[Tensor]]:
+    parts, begin = [], 0
+    for size in sizes:
+        parts.append(tensors[begin : begin + size])
+        begin += size
+    return parts
+
+
+def _diagonal_gradient_vjp(
+    params: Sequence[Tensor],
+    fisher: Sequence[Tensor],
+    anchor: Sequence[Tensor],
+    coefficient: Tensor,
+    grads: Sequence[Tensor],
+) -> tuple[list[Tensor], Tensor]:
+    """Derivatives of sum grads . c S (theta - m) by theta and by c, differentiable again."""
+    state = zip(params, reference._pieces(fisher, params), reference._pieces(anchor, params), grads, strict=True)
+    weighted = [(theta.double() - m, s * grad.double()) for theta, s, m, grad in state]
+    by_params = [(coefficient * sg).to(theta.dtype) for theta, (_, sg) in zip(params, weighted, strict=True)]
+    return by_params, torch.stack([(distance * sg).sum() for distance, sg in weighted]).sum()
+
+
+for _name, _backward, _setup in (
+    ("low_rank_projections", _backward_projections, _setup_projections),
+    ("low_rank_combine", _backward_combine, _setup_combine),
+    ("diagonal_quadratic", _backward_quadratic, _setup_quadratic),
+    ("diagonal_gradient", _backward_gradient, _setup_gradient),
+):
+    torch.library.register_autograd(f"crl_kernels::{_name}", _backward, setup_context=_setup)
+
+
+# Reverse mode, forward mode and vmap of eager mode. Lists are passed flat, because a Function sees only tensors that
+# are arguments themselves; ``sizes`` says where they are cut.
+
+
+def _vmap_by_loop(function: type[torch.autograd.Function], info: Any, in_dims: Any, args: Any) -> Any:
+    """One call per element of the batch: correct for every choice of batched arguments."""
+    results = [
+        function.apply(  # type: ignore[no-untyped-call]
+            *(arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims, strict=True))
+        )
+        for i in range(info.batch_size)
+    ]
+    if isinstance(results[0], Tensor):
+        return torch.stack(results), 0
+    stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+    return stacked, (0,) * len(stacked)
+
+
+def _zeros_for_none(tangents: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.zeros_like(x) if t is None else t for t, x in zip(tangents, like, strict=True)]
+
+
+class _Projections(torch.autograd.Function):
+    @staticmethod
+    def forward(num_terms: int, num_params: int, *tensors: Tensor) -> Tensor:
+        result: Tensor = _ops.low_rank_projections(tensors[:num_params], tensors[num_params:], num_terms)
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.num_terms, ctx.num_params, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        params, directions = ctx.saved_tensors[: ctx.num_params], ctx.saved_tensors[ctx.num_params :]
+        by_params = _Combine.apply(len(directions), grads[0], *directions, *params)  # type: ignore[no-untyped-call]
+        return (None, None, *by_params, *(None for _ in directions))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        params, directions = ctx.saved_tensors[: ctx.num_params], ctx.saved_tensors[ctx.num_params :]
+        moved = _zeros_for_none(tangents[2 : 2 + ctx.num_params], params)
+        return _Projections.apply(ctx.num_terms, ctx.num_params, *moved, *directions)  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        return _vmap_by_loop(_Projections, info, in_dims, args)
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(num_directions: int, coefficients: Tensor, *tensors: Tensor) -> Any:
+        return tuple(_ops.low_rank_combine(tensors[:num_directions], coefficients, tensors[num_directions:]))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.num_directions, coefficients, *tensors = inputs
+        ctx.num_terms = coefficients.numel()
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        directions = ctx.saved_tensors[: ctx.num_directions]
+        by_coefficients = _Projections.apply(ctx.num_terms, len(grads), *grads, *directions)  # type: ignore[no-untyped-call]
+        return (None, by_coefficients, *(None for _ in ctx.saved_tensors))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        directions, like = ctx.saved_tensors[: ctx.num_directions], ctx.saved_tensors[ctx.num_directions :]
+        moved = tangents[1] if tangents[1] is not None else directions[0].new_zeros(ctx.num_terms, dtype=torch.float64)
+        return _Combine.apply(ctx.num_directions, moved, *directions, *like)  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        return _vmap_by_loop(_Combine, info, in_dims, args)
+
+
+class _Quadratic(torch.autograd.Function):
+    @staticmethod
+    def forward(sizes: list[int], *tensors: Tensor) -> Tensor:
+        result: Tensor = _ops.diagonal_quadratic(*_split(tensors, sizes))
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.sizes, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        by_params = _QuadraticGradient.apply(ctx.sizes, 2 * grads[0], *ctx.saved_tensors)  # type: ignore[no-untyped-call]
+        return (None, *by_params, *(None for _ in range(ctx.sizes[1] + ctx.sizes[2])))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        params, fisher, anchor = _split(ctx.saved_tensors, ctx.sizes)
+        moved = _zeros_for_none(tangents[1 : 1 + len(params)], params)
+        two = params[0].new_full((), 2.0, dtype=torch.float64)
+        return _diagonal_gradient_vjp(params, fisher, anchor, two, moved)[1] * two
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        return _vmap_by_loop(_Quadratic, info, in_dims, args)
+
+
+class _QuadraticGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(sizes: list[int], coefficient: Tensor, *tensors: Tensor) -> Any:
+        return tuple(_ops.diagonal_gradient(*_split(tensors, sizes), coefficient))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.sizes, coefficient, *tensors = inputs
+        ctx.save_for_backward(coefficient, *tensors)
+        ctx.save_for_forward(coefficient, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        coefficient, *tensors = ctx.saved_tensors
+        params, fisher, anchor = _split(tensors, ctx.sizes)
+        by_params, by_coefficient = _diagonal_gradient_vjp(params, fisher, anchor, coefficient, grads)
+        return (None, by_coefficient, *by_params, *(None for _ in range(len(fisher) + len(anchor))))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        coefficient, *tensors = ctx.saved_tensors
+        params, fisher, anchor = _split(tensors, ctx.sizes)
+        moved = _zeros_for_none(tangents[2 : 2 + len(params)], params)
+        by_coefficient = torch.zeros_like(coefficient) if tangents[1] is None else tangents[1]
+        state = zip(params, moved, reference._pieces(fisher, params), reference._pieces(anchor, params), strict=True)
+        return tuple(
+            (s * (coefficient * t.double() + by_coefficient * (theta.double() - m))).to(theta.dtype)
+            for theta, t, s, m in state
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        return _vmap_by_loop(_QuadraticGradient, info, in_dims, args)
+
+
+# What the library calls.
+
+
+def low_rank_projections(params: Sequence[Tensor], directions: Sequence[Tensor], num_terms: int) -> Tensor:
+    """u_k . theta, (K,) float64; differentiable by the parameters."""
+    if torch.compiler.is_compiling():
+        result: Tensor = _ops.low_rank_projections(params, directions, num_terms)
+        return result
+    result = _Projections.apply(num_terms, len(params), *params, *directions)  # type: ignore[no-untyped-call]
+    return result
+
+
+def low_rank_accumulate_(targets: Sequence[Tensor], directions: Sequence[Tensor], coefficients: Tensor) -> None:
+    """targets <- targets + sum_k c_k u_k, under ``torch.no_grad``."""
+    _ops.low_rank_accumulate_(targets, directions, coefficients)
+    torch.autograd.graph.increment_version(targets)
+
+
+def diagonal_quadratic(params: Sequence[Tensor], fisher: Sequence[Tensor], anchor: Sequence[Tensor]) -> Tensor:
+    """sum S (theta - m)^2, 0-dim float64; differentiable by the parameters."""
+    if torch.compiler.is_compiling():
+        result: Tensor = _ops.diagonal_quadratic(params, fisher, anchor)
+        return result
+    sizes = [len(params), len(fisher), len(anchor)]
+    result = _Quadratic.apply(sizes, *params, *fisher, *anchor)  # type: ignore[no-untyped-call]
+    return result
+
+
+def diagonal_accumulate_(
+    targets: Sequence[Tensor],
+    params: Sequence[Tensor],
+    fisher: Sequence[Tensor],
+    anchor: Sequence[Tensor],
+    coefficient: Tensor,
+) -> Tensor:
+    """targets <- targets + c S (theta - m), under ``torch.no_grad``; returns sum S (theta - m)^2, 0-dim float64."""
+    value: Tensor = _ops.diagonal_accumulate_(targets, params, fisher, anchor, coefficient)
+    torch.autograd.graph.increment_version(targets)
+    return value
+
+
+def diagonal_shrink_(
+    params: Sequence[Tensor], fisher: Sequence[Tensor], anchor: Sequence[Tensor], strength: Tensor
+) -> None:
+    """theta <- theta - w (theta - m), w = strength S / (1 + strength S), under ``torch.no_grad``."""
+    _ops.diagonal_shrink_(params, fisher, anchor, strength)
+    torch.autograd.graph.increment_version(params)

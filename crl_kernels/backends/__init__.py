@@ -1,0 +1,1 @@
+"""Implementations of the operators: plain PyTorch here, C++ and CUDA in the compiled libraries."""

@@ -1,0 +1,90 @@
+"""The operators in plain PyTorch: their definition, and what runs where no compiled kernel does.
+
+Lists of tensors are read as one flat vector of P elements in list order, each tensor in row-major order. Every sum and
+product is taken in float64; a result that is written to a tensor is rounded once, to that tensor's dtype.
+
+``directions`` holds K vectors of P elements: K flat tensors, or, term by term, K lists of one tensor per parameter.
+``fisher`` and ``anchor`` hold one such vector each: one flat tensor, or one tensor per parameter.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def _pieces(vector: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
+    """One vector as float64 tensors with the shapes of ``like``."""
+    if len(vector) == 1 and vector[0].numel() == sum(tensor.numel() for tensor in like):
+        vector = vector[0].flatten().split([tensor.numel() for tensor in like])
+    return [piece.double().reshape(tensor.shape) for piece, tensor in zip(vector, like, strict=True)]
+
+
+def _terms(directions: Sequence[Tensor], num_terms: int, like: Sequence[Tensor]) -> list[list[Tensor]]:
+    size = len(directions) // num_terms
+    return [_pieces(directions[k * size : (k + 1) * size], like) for k in range(num_terms)]
+
+
+def low_rank_projections(params: Sequence[Tensor], directions: Sequence[Tensor], num_terms: int) -> Tensor:
+    """p_k = u_k . theta: (K,) float64."""
+    values = [tensor.double() for tensor in params]
+    return torch.stack(
+        [
+            torch.stack([(u * x).sum() for u, x in zip(term, values, strict=True)]).sum()
+            for term in _terms(directions, num_terms, params)
+        ]
+    )
+
+
+def low_rank_combine(directions: Sequence[Tensor], coefficients: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """sum_k c_k u_k, as one tensor for each of ``like``, of its shape and dtype."""
+    terms = _terms(directions, coefficients.numel(), like)
+    sums = [sum(c * u for c, u in zip(coefficients, pieces, strict=True)) for pieces in zip(*terms, strict=True)]
+    return [total.to(tensor.dtype) for total, tensor in zip(sums, like, strict=True)]
+
+
+def low_rank_accumulate_(targets: Sequence[Tensor], directions: Sequence[Tensor], coefficients: Tensor) -> None:
+    """targets <- targets + sum_k c_k u_k."""
+    terms = _terms(directions, coefficients.numel(), targets)
+    for target, *pieces in zip(targets, *terms, strict=True):
+        target.copy_(target.double() + sum(c * u for c, u in zip(coefficients, pieces, strict=True)))
+
+
+def diagonal_quadratic(params: Sequence[Tensor], fisher: Sequence[Tensor], anchor: Sequence[Tensor]) -> Tensor:
+    """sum S (theta - m)^2: 0-dim float64."""
+    state = zip(params, _pieces(fisher, params), _pieces(anchor, params), strict=True)
+    return torch.stack([(s * (theta.double() - m).square()).sum() for theta, s, m in state]).sum()
+
+
+def diagonal_gradient(
+    params: Sequence[Tensor], fisher: Sequence[Tensor], anchor: Sequence[Tensor], coefficient: Tensor
+) -> list[Tensor]:
+    """c S (theta - m), as one tensor for each parameter, of its dtype."""
+    state = zip(params, _pieces(fisher, params), _pieces(anchor, params), strict=True)
+    return [(coefficient * s * (theta.double() - m)).to(theta.dtype).contiguous() for theta, s, m in state]
+
+
+def diagonal_accumulate_(
+    targets: Sequence[Tensor],
+    params: Sequence[Tensor],
+    fisher: Sequence[Tensor],
+    anchor: Sequence[Tensor],
+    coefficient: Tensor,
+) -> Tensor:
+    """targets <- targets + c S (theta - m); returns sum S (theta - m)^2, 0-dim float64."""
+    value = diagonal_quadratic(params, fisher, anchor)
+    state = zip(targets, params, _pieces(fisher, params), _pieces(anchor, params), strict=True)
+    for target, theta, s, m in state:
+        target.copy_(target.double() + coefficient * s * (theta.double() - m))
+    return value
+
+
+def diagonal_shrink_(
+    params: Sequence[Tensor], fisher: Sequence[Tensor], anchor: Sequence[Tensor], strength: Tensor
+) -> None:
+    """theta <- theta - w (theta - m), w = strength S / (1 + strength S); w = 0 where S = 0, 1 where it is infinite."""
+    largest = torch.finfo(torch.float64).max
+    for theta, s, m in zip(params, _pieces(fisher, params), _pieces(anchor, params), strict=True):
+        x = torch.where(s == 0, 0.0, s * strength).clamp(max=largest)
+        value = theta.double()
+        theta.copy_(value - x / (1 + x) * (value - m))

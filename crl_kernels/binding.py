@@ -1,0 +1,181 @@
+"""Which parameters a Fisher or a history speaks about: by identity in the process, by name on disk, never by position.
+
+Files, optimizers and calls order parameters differently, and many tensors of a model share a shape, so a match by
+position gives numbers that are silently wrong. Everything here maps by name or refuses, naming what does not fit.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+# Wrappers that put themselves into parameter names: torch.compile, activation checkpointing, FSDP; at the front, DDP.
+_ANYWHERE = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+_FRONT = "module."
+
+
+def canonical_name(name: str) -> str:
+    """A parameter's name without what wrappers add: ``module._orig_mod.net.0.weight`` -> ``net.0.weight``."""
+    for wrapper in _ANYWHERE:
+        name = name.replace(wrapper, "")
+    while name.startswith(_FRONT):
+        name = name.removeprefix(_FRONT)
+    return name
+
+
+def join_names(names: Iterable[str], limit: int = 5) -> str:
+    """Names for an error message: the first few, and how many more."""
+    listed = list(names)
+    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
+    return ", ".join(repr(name) for name in listed[:limit]) + more
+
+
+class Layout:
+    """Names and shapes of P parameters' worth of tensors, in the order in which a flat vector holds them."""
+
+    def __init__(self, names: Sequence[str], shapes: Sequence[Sequence[int]]) -> None:
+        self.names = tuple(names)
+        self.shapes = tuple(torch.Size(shape) for shape in shapes)
+        self.lengths = [shape.numel() for shape in self.shapes]
+        self.numel = sum(self.lengths)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Layout) and (self.names, self.shapes) == (other.names, other.shapes)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def split(self, flat: Tensor) -> dict[str, Tensor]:
+        """Views of a flat (..., P) tensor by name, each (..., *shape)."""
+        leading = flat.shape[:-1]
+        pieces = flat.split(self.lengths, dim=-1)
+        return {n: piece.reshape(leading + s) for n, s, piece in zip(self.names, self.shapes, pieces, strict=True)}
+
+    def flatten(self, tensors: Mapping[str, Tensor], leading: Sequence[int] = ()) -> Tensor:
+        """The flat (*leading, P) tensor of a mapping that has been checked against this layout."""
+        return torch.cat([tensors[name].reshape(*leading, -1) for name in self.names], dim=-1)
+
+    def require_same_parameters(self, other: "Layout", this: str, that: str) -> None:
+        """Raises ValueError, naming the parameters, unless ``other`` has the same names and shapes in some order."""
+        mine, theirs = dict(zip(self.names, self.shapes, strict=True)), dict(zip(other.names, other.shapes, strict=True))
+        if missing := [name for name in mine if name not in theirs]:
+            raise ValueError(f"{that} lacks {join_names(missing)}, which {this} has. {_SAME_MODEL}")
+        if unknown := [name for name in theirs if name not in mine]:
+            raise ValueError(f"{that} has {join_names(unknown)}, which {this} lacks. {_SAME_MODEL}")
+        for name, shape in mine.items():
+            if shape != theirs[name]:
+                raise ValueError(
+                    f"{name!r} has shape {tuple(theirs[name])} in {that} and {tuple(shape)} in {this}. {_SAME_MODEL}"
+                )
+
+    def reorder(self, flat: Tensor, source: "Layout") -> Tensor:
+        """``flat``, laid out like ``source``, in this layout's order."""
+        return flat if source == self else self.flatten(source.split(flat), flat.shape[:-1])
+
+
+_SAME_MODEL = "Use the same model, and the same include= and exclude=, everywhere."
+
+
+class Binding:
+    """The parameters of one model that a history speaks about.
+
+    ``include`` and ``exclude`` are patterns: a parameter's name, the name of a module that holds it, or a shell-style
+    glob (``"*.bias"``). Only parameters that require a gradient at the time of binding are bound; a parameter that
+    modules share is bound once.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        include: Iterable[str] | None = None,
+        exclude: Iterable[str] | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model is a {type(model).__name__}; expected a torch.nn.Module.")
+        self.include, self.exclude = _patterns("include", include), _patterns("exclude", exclude)
+        params = dict(_select(_named_parameters(model), self.include, self.exclude))
+        trainable = {name: parameter for name, parameter in params.items() if parameter.requires_grad}
+        if not trainable:
+            raise ValueError("model has no parameter that requires a gradient and passes include= and exclude=.")
+        for name, parameter in trainable.items():
+            if not parameter.is_floating_point():
+                raise TypeError(f"parameter {name!r} is {parameter.dtype}; expected a real floating-point dtype.")
+        devices = {parameter.device for parameter in trainable.values()}
+        if len(devices) > 1:
+            raise ValueError(
+                f"model has parameters on {', '.join(sorted(map(str, devices)))}; expected one device. "
+                "Bind one history per device, with include=."
+            )
+        self.params = list(trainable.values())
+        self.layout = Layout(list(trainable), [parameter.shape for parameter in self.params])
+        # A shared parameter may be stored under any of its names.
+        self._name_of = {id(p): name for name, p in trainable.items()}
+        self._aliases = {
+            canonical_name(alias): self._name_of[id(parameter)]
+            for alias, parameter in model.named_parameters(remove_duplicate=False)
+            if id(parameter) in self._name_of
+        }
+
+    @property
+    def device(self) -> torch.device:
+        return self.params[0].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of values and of default state: float64 if any parameter is, else float32."""
+        return torch.float64 if any(p.dtype == torch.float64 for p in self.params) else torch.float32
+
+    def rename(self, layout: Layout) -> Layout:
+        """``layout`` with the names that this model gives to shared parameters."""
+        return Layout([self._aliases.get(name, name) for name in layout.names], layout.shapes)
+
+    def check(self, state_device: torch.device) -> None:
+        """Raises ValueError if a bound parameter has been resized, or moved away from the state, since binding."""
+        for name, shape, parameter in zip(self.layout.names, self.layout.shapes, self.params, strict=True):
+            if parameter.shape != shape:
+                raise ValueError(
+                    f"parameter {name!r} has shape {tuple(parameter.shape)} now and had {tuple(shape)} when the "
+                    "history was bound. Make a new history for the resized model."
+                )
+            if parameter.device != state_device:
+                raise ValueError(
+                    f"parameter {name!r} is on {parameter.device} and the history's state on {state_device}. "
+                    "Call history.to(device)."
+                )
+
+
+def _named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    seen: dict[str, str] = {}
+    for raw, parameter in model.named_parameters():
+        name = canonical_name(raw)
+        if name in seen:
+            raise ValueError(f"parameters {seen[name]!r} and {raw!r} are both called {name!r} without wrapper prefixes.")
+        seen[name] = raw
+        yield name, parameter
+
+
+def _patterns(argument: str, patterns: Iterable[str] | None) -> tuple[str, ...] | None:
+    if isinstance(patterns, str):
+        raise TypeError(f"{argument} is the string {patterns!r}; expected a list of patterns, such as [{patterns!r}].")
+    return None if patterns is None else tuple(patterns)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return name == pattern or name.startswith(f"{pattern}.") or fnmatchcase(name, pattern)
+
+
+def _select(
+    named: Iterable[tuple[str, nn.Parameter]], include: tuple[str, ...] | None, exclude: tuple[str, ...] | None
+) -> Iterator[tuple[str, nn.Parameter]]:
+    parameters = list(named)
+    for argument, patterns in (("include", include), ("exclude", exclude)):
+        for pattern in patterns or ():
+            if not any(_matches(name, pattern) for name, _ in parameters):
+                raise ValueError(
+                    f"{argument} pattern {pattern!r} matches none of the model's parameters: "
+                    f"{join_names(name for name, _ in parameters)}."
+                )
+    for name, parameter in parameters:
+        included = include is None or any(_matches(name, pattern) for pattern in include)
+        if included and not any(_matches(name, pattern) for pattern in exclude or ()):
+            yield name, parameter

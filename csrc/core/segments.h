@@ -1,0 +1,101 @@
+// The flat view of a list of tensors.
+//
+// A model's parameters are a list of tensors; the penalty sees one vector of P elements, cut into fixed chunks. A
+// SegmentTable knows where each tensor begins in that vector. A Stream is something that runs along it: the
+// parameters, their gradients, a direction u_k, a diagonal Fisher. A stream is stored either as one tensor per
+// parameter or as one flat tensor; both give an address for every flat index, so kernels need not care which.
+//
+// Chunks are cut at fixed flat indices and never at tensor boundaries, and partial sums belong to chunks. That is what
+// makes every reduction bitwise the same for a list and for a flat tensor, and for any number of threads.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+namespace crl {
+
+constexpr int64_t kChunk = 4096;  // elements per partial sum: 16 KiB of float32, so a chunk stays in L1 for K terms
+constexpr int64_t kLanes = 16;    // partial sums per chunk; flat element j is added to lane j % kLanes
+
+enum class DType : int8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+inline int64_t size_of(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return 8;
+    case DType::kFloat32:
+      return 4;
+    default:
+      return 2;
+  }
+}
+
+// Where some elements start and what they are.
+struct Pointer {
+  void* data;
+  DType dtype;
+};
+
+class SegmentTable {
+ public:
+  explicit SegmentTable(const std::vector<int64_t>& lengths) {
+    begins_.reserve(lengths.size() + 1);
+    begins_.push_back(0);
+    for (int64_t length : lengths) begins_.push_back(begins_.back() + length);
+  }
+
+  int64_t segments() const { return static_cast<int64_t>(begins_.size()) - 1; }
+  int64_t numel() const { return begins_.back(); }
+  int64_t begin(int64_t segment) const { return begins_[segment]; }
+  int64_t end(int64_t segment) const { return begins_[segment + 1]; }
+  int64_t chunks() const { return (numel() + kChunk - 1) / kChunk; }
+
+  // The segment that holds flat element `index`; empty segments hold none.
+  int64_t find(int64_t index) const {
+    return std::upper_bound(begins_.begin(), begins_.end(), index) - begins_.begin() - 1;
+  }
+
+  // Calls piece(segment, begin, end) for each run of flat elements of `chunk` that lies within one segment, in order.
+  template <class Piece>
+  void for_each_piece(int64_t chunk, const Piece& piece) const {
+    const int64_t last = std::min((chunk + 1) * kChunk, numel());
+    int64_t index = chunk * kChunk;
+    for (int64_t segment = find(index); index < last; ++segment) {
+      const int64_t stop = std::min(last, end(segment));
+      if (stop > index) piece(segment, index, stop);
+      index = stop;
+    }
+  }
+
+ private:
+  std::vector<int64_t> begins_;
+};
+
+class Stream {
+ public:
+  // One pointer per segment of `table`, or a single one for a flat tensor.
+  Stream(const SegmentTable& table, const std::vector<Pointer>& pointers) : flat_(pointers.size() == 1) {
+    entries_.reserve(pointers.size());
+    for (size_t i = 0; i < pointers.size(); ++i) {
+      const int64_t begin = flat_ ? 0 : table.begin(static_cast<int64_t>(i));
+      const auto address = reinterpret_cast<uintptr_t>(pointers[i].data);
+      entries_.push_back({address - static_cast<uintptr_t>(begin * size_of(pointers[i].dtype)), pointers[i].dtype});
+    }
+  }
+
+  Pointer at(int64_t segment, int64_t index) const {
+    const Entry& entry = entries_[flat_ ? 0 : segment];
+    return {reinterpret_cast<void*>(entry.origin + static_cast<uintptr_t>(index * size_of(entry.dtype))), entry.dtype};
+  }
+
+ private:
+  struct Entry {
+    uintptr_t origin;  // where flat element 0 would be, were the whole vector laid out like this segment
+    DType dtype;
+  };
+  bool flat_;
+  std::vector<Entry> entries_;
+};
+
+}  // namespace crl

@@ -1,0 +1,43 @@
+// The loops over one piece of a chunk: n consecutive elements of each stream, within one tensor.
+//
+// Reductions add flat element j to lanes[j % kLanes], by a fused multiply-add, in index order. `index` is the flat
+// index of the first element, so the sum does not depend on where tensors begin and end.
+#pragma once
+
+#include <cstdint>
+
+#include "core/segments.h"
+
+namespace crl {
+
+struct Kernels {
+  // lanes += x * u
+  void (*dot)(Pointer x, Pointer u, int64_t index, int64_t n, double* lanes);
+  // target = target + c * u, or c * u if overwrite
+  void (*axpy)(Pointer target, Pointer u, int64_t n, double c, bool overwrite);
+  // sum = sum + c * u, or c * u if overwrite; sum is a float64 scratch buffer
+  void (*accumulate)(double* sum, Pointer u, int64_t n, double c, bool overwrite);
+  // target = target + sum, or sum if overwrite
+  void (*add)(Pointer target, const double* sum, int64_t n, bool overwrite);
+  // lanes += S (theta - m)^2
+  void (*quadratic)(Pointer theta, Pointer fisher, Pointer anchor, int64_t index, int64_t n, double* lanes);
+  // The same, and target = target + c S (theta - m), or c S (theta - m) if overwrite, in one pass
+  void (*quadratic_gradient)(Pointer target, Pointer theta, Pointer fisher, Pointer anchor, int64_t index, int64_t n,
+                             double c, bool overwrite, double* lanes);
+  // theta = theta - w (theta - m), w = proximal_weight(S, strength)
+  void (*shrink)(Pointer theta, Pointer fisher, Pointer anchor, int64_t n, double strength);
+};
+
+namespace baseline {
+extern const Kernels kernels;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const Kernels kernels;
+}
+#endif
+
+// The fastest set that this processor runs.
+const Kernels& kernels();
+
+}  // namespace crl

@@ -1,0 +1,16 @@
+// The loops for the compiler's default instruction set (SSE2 on x86-64, NEON on Arm).
+#define CRL_ISA baseline
+#include "cpu/kernels.inc"
+
+namespace crl {
+
+const Kernels& kernels() {
+#if defined(__x86_64__)
+  static const bool has_avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (has_avx2) return avx2::kernels;
+#endif
+  return baseline::kernels;
+}
+
+}  // namespace crl

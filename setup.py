@@ -1,0 +1,95 @@
+"""Builds the native kernels in csrc/ where a compiler is found, and says what it left out where none is.
+
+    pip install torch && pip install --no-build-isolation .
+
+Environment:
+    CRL_KERNELS_CUDA      auto (default): build the CUDA kernels if nvcc is found; 1: build them or fail; 0: leave them out
+    TORCH_CUDA_ARCH_LIST  GPU architectures, as in PyTorch (default "8.0;9.0;10.0+PTX"); no GPU is needed or probed
+    CXX                   the C++ compiler (default: g++ or c++)
+
+Both libraries use PyTorch's stable ABI for torch >= 2.10, so a wheel built beside one torch runs beside another.
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+TORCH_TARGET_VERSION = "0x020a000000000000"  # torch 2.10: without it, a build on a newer torch may fail on an older one
+ABI3 = {"bdist_wheel": {"py_limited_api": "cp310"}}
+
+
+def say(message):
+    print(f"crl-kernels: {message}", file=sys.stderr, flush=True)
+
+
+def find_nvcc():
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return shutil.which("nvcc", path=str(Path(home, "bin"))) if home else shutil.which("nvcc")
+
+
+def extensions():
+    """(ext_modules, cmdclass) for this machine; empty lists mean a pure-Python installation."""
+    cuda = os.environ.get("CRL_KERNELS_CUDA", "auto")
+    if cuda not in ("auto", "1", "0"):
+        sys.exit(f"CRL_KERNELS_CUDA={cuda!r}: expected auto, 1 or 0.")
+    nvcc = find_nvcc()
+    if cuda == "1" and nvcc is None:
+        sys.exit(
+            "CRL_KERNELS_CUDA=1 asks for the CUDA kernels, but nvcc was not found on PATH or in $CUDA_HOME/bin. "
+            "Install the CUDA toolkit of your torch's CUDA version (see torch.version.cuda), or set CRL_KERNELS_CUDA=0."
+        )
+
+    compiler = shutil.which(os.environ.get("CXX", "g++").split()[0]) or shutil.which("c++")
+    try:
+        import torch
+        from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+    except ImportError:
+        missing = "torch is not importable at build time: install torch first, then use --no-build-isolation"
+    else:
+        missing = None if compiler else "no C++ compiler was found (CXX, g++ or c++)"
+    if missing:
+        if cuda == "1":
+            sys.exit(f"CRL_KERNELS_CUDA=1 asks for the CUDA kernels, but {missing}.")
+        say(f"{missing}. Installing in pure Python: everything works, slowly.")
+        return [], {}
+
+    # Python.h is not needed: torch loads the libraries, and their operators, by itself.
+    defines = [("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)]
+    optimise = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
+    modules = [
+        CppExtension(
+            "crl_kernels._C",
+            sorted(str(path.relative_to(HERE)) for path in (HERE / "csrc/cpu").glob("*.cpp")),
+            include_dirs=[str(HERE / "csrc")],
+            define_macros=defines,
+            extra_compile_args=optimise,
+            py_limited_api=True,
+        )
+    ]
+    if cuda == "0" or nvcc is None:
+        say("leaving out the CUDA kernels: " + ("CRL_KERNELS_CUDA=0." if cuda == "0" else "nvcc was not found."))
+    elif torch.version.cuda is None and cuda == "1":
+        sys.exit("CRL_KERNELS_CUDA=1 asks for the CUDA kernels, but this torch is a CPU build: install a CUDA build of it.")
+    elif torch.version.cuda is None:
+        say("leaving out the CUDA kernels: this torch is a CPU build.")
+    else:
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX")
+        modules.append(
+            CUDAExtension(
+                "crl_kernels._C_cuda",
+                sorted(str(path.relative_to(HERE)) for path in (HERE / "csrc/cuda").glob("*.cu")),
+                include_dirs=[str(HERE / "csrc")],
+                define_macros=[*defines, ("USE_CUDA", None)],
+                extra_compile_args={"cxx": optimise, "nvcc": ["-O3", "-std=c++17", "-Xptxas=-warn-spills"]},
+                py_limited_api=True,
+            )
+        )
+    return modules, {"build_ext": BuildExtension}
+
+
+ext_modules, cmdclass = extensions()
+setup(ext_modules=ext_modules, cmdclass=cmdclass, options=ABI3 if ext_modules else {})
