@@ -1,0 +1,210 @@
+"""The command line: `crl-diffusion train | compare | report`.
+
+An option that cannot be honoured gives one line on stderr and exit code 2; training that cannot go on, exit code 1.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from crl_diffusion.method import METHODS, MethodName, OptionError, RunConfig, Settings, check
+
+DESCRIPTION = "Class-incremental diffusion models: train one method, compare several, report on what is there."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(RunConfig):
+    """Train one method with one seed. To resume, give the same command again; a finished run is left alone."""
+
+    out: Path
+    """Folder of the run."""
+    data_root: Path = Path("data")
+    """Where data sets are kept that do not come with a package, in torchvision's layout (MNIST/raw/...)."""
+    extractor: Path | None = None
+    """File of the classifier that FIDs and accuracies are measured with; trained and kept there if it is missing. By
+    default <out>/extractor.safetensors."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare(Settings):
+    """Train several methods with several seeds, one process a core, and put them into one table and pictures."""
+
+    out: Path
+    """Folder of the comparison; each run has a folder in it."""
+    methods: tuple[MethodName, ...] = ("fine-tune", "gd", "gd+rank1")
+    """What to compare."""
+    seeds: tuple[int, ...] = (0,)
+    """One run of each method for each."""
+    jobs: int = 0
+    """Runs at a time; 0 means one a CPU core or, on a CUDA device, one."""
+    baseline: MethodName = "gd"
+    """With two seeds or more, differences are taken to this method, paired by seed."""
+    data_root: Path = Path("data")
+    """Where data sets are kept that do not come with a package, in torchvision's layout (MNIST/raw/...)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Table and pictures from run folders, or from folders that hold run folders; trains nothing."""
+
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """What `train` or `compare` has written."""
+    out: Path | None = None
+    """Where to write; by default the first folder."""
+    baseline: MethodName = "gd"
+    """With two seeds or more, differences are taken to this method, paired by seed."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code."""
+    try:
+        command = parse(sys.argv[1:] if argv is None else argv)
+        if isinstance(command, Train):
+            return train(command)
+        if isinstance(command, Compare):
+            return compare(command)
+        return report(command)
+    except OptionError as error:
+        print(f"crl-diffusion: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("crl-diffusion: interrupted; give the same command again to resume", file=sys.stderr)
+        return 130
+
+
+def parse(argv: Sequence[str]) -> Train | Compare | Report:
+    """tyro's parser, with its boxed complaints made into one line."""
+    complaint = io.StringIO()
+    commands: dict[str, Callable[..., Any]] = {"train": Train, "compare": Compare, "report": Report}
+    try:
+        with redirect_stderr(complaint):
+            parsed: Train | Compare | Report = tyro.extras.subcommand_cli_from_dict(
+                commands, prog="crl-diffusion", description=DESCRIPTION, args=list(argv)
+            )
+    except SystemExit as end:
+        if not end.code:
+            raise
+        raise OptionError(one_line(complaint.getvalue())) from None
+    sys.stderr.write(complaint.getvalue())
+    return parsed
+
+
+def one_line(box: str) -> str:
+    """What a box of tyro's says, without its frame, colours and help texts."""
+    words: list[str] = []
+    for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines():
+        text = line.strip("│╭╮╰╯ ")
+        if re.fullmatch("─+", text):  # the rule above help texts, or the bottom of the frame
+            if words:
+                break
+            continue
+        words.append(re.sub("[─ ]+", " ", text) if "─" not in text else re.sub("[─ ]+", " ", text).strip() + ":")
+    return " ".join(words) + "; see --help"
+
+
+def quiet_output(console: Console) -> bool:
+    """Plain lines instead of bars: no terminal, or CI says so."""
+    return not console.is_terminal or os.environ.get("CI", "").lower() in ("1", "true")
+
+
+def train(command: Train) -> int:
+    check(command)
+    config = RunConfig(**{field.name: getattr(command, field.name) for field in fields(RunConfig)})
+    console = Console(soft_wrap=True)
+
+    # torch and diffusers take seconds to import: not before the options are known to be good.
+    from crl_diffusion import loop
+    from crl_diffusion.method import stages
+
+    if (command.out / "summary.json").exists():
+        loop.check_folder(config, command.out)
+        console.print(f"{command.out} is finished already", highlight=False)
+        return 0
+
+    total = config.steps * sum(stage.share for stage in stages(config))
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"))
+    clock = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    with Progress(*columns, *clock, console=console, disable=quiet_output(console)) as progress:
+        bar = progress.add_task(f"{config.method}, seed {config.seed}", total=total)
+
+        def say(line: str) -> None:
+            console.print(line, highlight=False, markup=False)
+
+        def advance(done: int) -> None:
+            progress.update(bar, completed=done)
+
+        try:
+            summary = loop.train(config, command.out, command.data_root, command.extractor, say, advance)
+        except loop.TrainingError as error:
+            print(f"crl-diffusion: {error}", file=sys.stderr)
+            return 1
+    forgotten = "-" if summary["forgetting"] is None else f"{summary['forgetting']:.1f}"
+    quality = f"conditional accuracy {summary['accuracy']:.3f}"
+    say(f"average FID {summary['average_fid']:.1f}, forgetting {forgotten}, {quality}")
+    say(f"pictures and records: {command.out}")
+    return 0
+
+
+def compare(command: Compare) -> int:
+    from crl_diffusion import compare as comparison
+
+    for name, values in (("methods", command.methods), ("seeds", command.seeds)):
+        if not values or len(set(values)) != len(values):
+            raise OptionError(f"--{name} is {' '.join(map(str, values))!r}; give at least one, and none twice")
+    if command.jobs < 0:
+        raise OptionError(f"--jobs is {command.jobs}; it must be 0 or more")
+    work = comparison.cells(command, command.methods, command.seeds, command.out)
+    for cell in work:
+        check(cell.config)
+    console = Console(soft_wrap=True)
+
+    from crl_diffusion import data, loop, metrics
+    from crl_diffusion import report as reporting
+
+    on_cpu = loop.resolve_device(command.device) == "cpu"
+    for cell in work:
+        loop.check_folder(cell.config, cell.folder)
+    images = data.load(command.data, command.data_root, command.image_size, command.tasks)
+    extractor = command.out / "extractor.safetensors"
+    features = metrics.extractor(images, extractor)
+    console.print(f"feature extractor {features.name}: test accuracy {features.test_accuracy:.3f}", highlight=False)
+
+    jobs = command.jobs or ((os.cpu_count() or 1) if on_cpu else 1)
+    failed = comparison.run(work, jobs, command.data_root, extractor, console, quiet_output(console))
+    for cell in failed:
+        print(f"crl-diffusion: {cell.name} failed; its last lines:\n{comparison.tail(cell)}", file=sys.stderr)
+    if failed:
+        print("crl-diffusion: finished runs are kept; give the same command again to go on", file=sys.stderr)
+        return 1
+    show(console, *reporting.write([cell.folder for cell in work], command.out, command.baseline, command.methods))
+    return 0
+
+
+def report(command: Report) -> int:
+    from crl_diffusion import report as reporting
+
+    if not command.folders:
+        raise OptionError("no folder was given; name those that `train` or `compare` has written")
+    console = Console(soft_wrap=True)
+    for run in reporting.find(command.folders)[1]:
+        console.print(f"{run} is not finished and is left out", highlight=False)
+    out = command.out or command.folders[0]
+    show(console, *reporting.write(command.folders, out, command.baseline, tuple(METHODS)))
+    return 0
+
+
+def show(console: Console, table: object, paths: Sequence[Path]) -> None:
+    console.print(table, soft_wrap=False)
+    console.print("\n".join(["Pictures and tables:", *(f"  {path}" for path in paths)]), highlight=False, markup=False)

@@ -1,0 +1,80 @@
+"""Diffusion: the noising process, the per-sample loss, DDIM sampling, and named random streams.
+
+Forward process (DDPM, T = 1000, beta linear from 1e-4 to 0.02), with abar_t the product of (1 - beta) up to t:
+    x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise
+Loss of one sample: the MEAN over C*H*W of (prediction - target)^2. Penalties' lam belongs to this convention.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+TIMESTEPS = 1000
+_BETA = torch.linspace(1e-4, 0.02, TIMESTEPS, dtype=torch.float64)
+ALPHA_BAR = torch.cumprod(1 - _BETA, 0)  # (T,), float64
+_SIGNAL, _SIGMA = ALPHA_BAR.sqrt(), (1 - ALPHA_BAR).sqrt()  # in float32, 1 - abar would lose four digits at t = 0
+
+Predictor = Callable[[Tensor, Tensor, Tensor], Tensor]  # noised (B, C, H, W), t (B,), label (B,) -> noise (B, C, H, W)
+
+
+def stream(seed: int, purpose: str, task: int = 0, step: int = 0) -> torch.Generator:
+    """The random stream of that name: a CPU generator whose state depends on nothing but its arguments.
+
+    So no generator state needs saving, a run resumes exactly from any step, and all methods of one seed, on any
+    device, see the same numbers.
+    """
+    name = f"{seed}/{purpose}/{task}/{step}".encode()
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name).digest()[:8], "little") >> 1)
+
+
+def add_noise(images: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """x_t, (B, C, H, W), from images in [-1, 1] and timesteps t, (B,)."""
+    signal, sigma = (table.to(images)[t].view(-1, 1, 1, 1) for table in (_SIGNAL, _SIGMA))
+    return signal * images + sigma * noise
+
+
+def draw_noise(generator: torch.Generator, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Timesteps (B,), uniform over all of them, and float32 noise of `shape` = (B, C, H, W); both on the CPU."""
+    return torch.randint(TIMESTEPS, (shape[0],), generator=generator), torch.randn(shape, generator=generator)
+
+
+def per_sample_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """(B, C, H, W) twice -> (B,): the mean over C*H*W of the squared error."""
+    return (prediction - target).square().flatten(1).mean(1)
+
+
+def draw_latents(seed: int, purpose: str, label: Tensor, shape: tuple[int, int, int], task: int = 0) -> Tensor:
+    """Starting noise, (N, C, H, W), one stream per image: the n-th image of class c starts from the same noise however
+    many images are drawn, and in whatever batches."""
+    seen: dict[int, int] = {}
+    latents = torch.empty(len(label), *shape)
+    for i, c in enumerate(label.tolist()):
+        n = seen[c] = seen.get(c, -1) + 1
+        latents[i] = torch.randn(shape, generator=stream(seed, f"{purpose}, class {c}", task, n))
+    return latents
+
+
+@torch.no_grad()
+def ddim(predict: Predictor, latents: Tensor, label: Tensor, steps: int, batch: int = 256) -> Tensor:
+    """Deterministic DDIM (eta = 0): latents (N, C, H, W) and labels (N,) -> images (N, C, H, W) in [-1, 1].
+
+    Timesteps are 0, s, 2s, ... with s = T // steps, walked downwards. At each of them
+        x_0 = clip((x_t - sqrt(1 - abar_t) e) / sqrt(abar_t), -1, 1),   e = predict(x_t, t, label)
+        x_{t-s} = sqrt(abar_{t-s}) x_0 + sqrt(1 - abar_{t-s}) e,        abar = 1 below t = 0.
+    """
+    stride = TIMESTEPS // steps
+    walk = [stride * i for i in reversed(range(steps))]
+    images = []
+    for x, y in zip(latents.split(batch), label.split(batch), strict=True):
+        for t in walk:
+            abar = ALPHA_BAR[t].item()
+            abar_next = ALPHA_BAR[t - stride].item() if t >= stride else 1.0
+            noise = predict(x, torch.full_like(y, t), y)
+            clean = ((x - (1 - abar) ** 0.5 * noise) / abar**0.5).clamp(-1, 1)
+            x = abar_next**0.5 * clean + (1 - abar_next) ** 0.5 * noise
+        images.append(x.clamp(-1, 1))
+    return torch.cat(images)

@@ -1,0 +1,389 @@
+"""One run, top to bottom: stages, steps, evaluations, checkpoints. To resume a run, give the same command again.
+
+A run folder holds config.json, metrics.jsonl (the same bits whether or not the run was interrupted), timings.jsonl
+(wall-clock times, which are not), checkpoints/, samples/ (the images of each evaluation), tensorboard/, pictures, and,
+once the run has finished, summary.json.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from crl_diffusion import checkpoint, diffusion, metrics, pictures, replay, report
+from crl_diffusion.checkpoint import Checkpoint
+from crl_diffusion.data import Data, Images, Task, load, to_pixels
+from crl_diffusion.method import Method, OptionError, RunConfig, Stage, stages
+from crl_diffusion.model import build, frozen_copy, predict
+from crl_diffusion.penalties import PenaltyState
+from crl_diffusion.records import Log, Row, TensorBoard, read_json, write_json
+from crl_diffusion.replay import Moment, NoisedBatch
+
+Say = Callable[[str], None]
+Advance = Callable[[int], None]  # told how many steps of the run are done
+FISHER_BATCH = 32
+KEPT_SAMPLES = 12  # images of each class and evaluation that stay in the run folder
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; says at which step and why that is likely."""
+
+
+def one_cycle(step: int, steps: int, peak: float) -> float:
+    """Learning rate: a cosine up to `peak` over the first tenth, then a cosine down to (nearly) zero."""
+    rise = max(1, steps // 10)
+    if step < rise:
+        return peak * 0.5 * (1 - math.cos(math.pi * (step + 1) / rise))
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+def training_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: NoisedBatch,
+    penalty: PenaltyState | None,
+    lr: float,
+    clip: float,
+) -> Tensor:
+    """Forward, weighted squared errors, backward, clip, step; returns the weighted losses of the samples, (B,)."""
+    optimizer.param_groups[0]["lr"] = lr
+    optimizer.zero_grad()
+    prediction = predict(model, batch.noised, batch.t, batch.label)
+    losses = batch.weight * diffusion.per_sample_loss(prediction, batch.target)
+    losses.sum().backward()
+    if penalty is not None:
+        penalty.after_backward()
+    nn.utils.clip_grad_norm_(model.parameters(), clip)
+    optimizer.step()
+    if penalty is not None:
+        penalty.after_step(lr)
+    return losses.detach()
+
+
+def new_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    """Adam; the learning rate is set in every step."""
+    return torch.optim.Adam(model.parameters(), lr=0.0, fused=True)
+
+
+class Run:
+    """The state of a run: everything that a checkpoint holds, and the folder that it is written to."""
+
+    def __init__(self, config: RunConfig, out: Path, data: Data, features: metrics.Extractor, say: Say) -> None:
+        self.config, self.out, self.data, self.features, self.say = config, out, data, features, say
+        self.method: Method = config.recipe
+        self.stages: list[Stage] = stages(config)
+        self.device = torch.device(resolve_device(config.device))
+        self.model = build(config.model, data.shape, int(data.train.labels.max()) + 1, config.seed).to(self.device)
+        self.like = next(self.model.parameters())
+        self.teacher: nn.Module | None = None
+        self.optimizer = new_optimizer(self.model)
+        self.sources = {
+            name: replay.SOURCES[name](config.seed, data.shape, config.pool, config.pool_steps)
+            for name in dict.fromkeys(r.source for r in self.method.replays)
+        }
+        self.penalty = PenaltyState(self.method.penalty, self.model) if self.method.penalty else None
+        self.stage, self.step = 0, 0
+        self.logs = {"metrics": Log(out / "metrics.jsonl"), "timings": Log(out / "timings.jsonl")}
+
+    # One step
+
+    def batch(self, images: Images, stage: Stage) -> NoisedBatch:
+        """The step's real images and, once there are old classes, its replayed ones."""
+        moment = Moment(self.config.seed, stage.number, self.step)
+        batches = [replay.real_batch(images, self.config.batch, moment, self.like)]
+        if self.teacher is not None:
+            for position, part in enumerate(self.method.replays):
+                source, n = self.sources[part.source], self.config.replay_batch
+                batches.append(replay.replay_batch(part, position, source, self.teacher, n, moment, self.like))
+        return replay.concatenate(batches)
+
+    def take_step(self, images: Images, stage: Stage) -> Tensor:
+        """Returns the mean loss of the real batch and the sum over replays of their weighted mean losses, (2,)."""
+        lr = one_cycle(self.step, stage.share * self.config.steps, self.config.lr)
+        batch = self.batch(images, stage)
+        losses = training_step(self.model, self.optimizer, batch, self.penalty, lr, self.config.clip)
+        self.step += 1
+        real = losses[: self.config.batch].sum()
+        return torch.stack([real, losses.sum() - real])
+
+    # The end of a stage
+
+    def evaluate(self, stage: Stage) -> list[Row]:
+        """One row of R: for each task learnt, images of its classes against its held-out ones."""
+        rows, kept = [], []
+        for task in self.data.tasks[: stage.learnt]:
+            label = torch.tensor(task.classes).repeat_interleave(self.config.eval_samples)
+            latents = diffusion.draw_latents(self.config.seed, "evaluation", label, self.data.shape)
+            pixels = to_pixels(replay.draw_images(self.model, latents, label, self.config.eval_steps, self.device))
+            rows.append(evaluation_row(self, stage, task, pixels, label))
+            first = torch.cat([torch.nonzero(label == c).flatten()[:KEPT_SAMPLES] for c in task.classes])
+            kept.append(Images(pixels[first], label[first]))
+        folder = self.out / "samples"
+        folder.mkdir(exist_ok=True)
+        pixels, labels = (torch.cat(parts) for parts in zip(*kept, strict=True))
+        save_file({"pixels": pixels, "labels": labels}, folder / f"after-task-{stage.learnt}.safetensors")
+        return rows
+
+    def remember(self, stage: Stage) -> None:
+        """Freeze the teacher, refill the pools and measure the Fisher matrix: all that later tasks are held to."""
+        learnt = [c for task in self.data.tasks[: stage.learnt] for c in task.classes]
+        if self.method.replays:
+            self.teacher = frozen_copy(self.model)
+            for source in self.sources.values():
+                source.refill(self.teacher, learnt, stage.number, self.device)
+        if self.penalty is not None:
+            batches = fisher_batches(self.data.train.of(stage.classes), stage, self.config, self.like)
+            generator = diffusion.stream(self.config.seed, "fisher", stage.number)
+            statistics = self.penalty.learn(per_sample_loss, batches, generator)
+            self.log({"kind": "fisher", "task": stage.learnt, **statistics, "state_bytes": self.penalty.nbytes})
+
+    # Records
+
+    def log(self, row: Row) -> None:
+        self.logs["metrics"].append(row)
+
+    def save(self) -> None:
+        """A checkpoint of this moment."""
+        for log in self.logs.values():
+            log.sync()
+        tensors = {f"model/{name}": value for name, value in self.model.state_dict().items()}
+        if self.step:
+            for name, parameter in self.model.named_parameters():
+                for key, value in self.optimizer.state[parameter].items():
+                    tensors[f"optimizer/{key}/{name}"] = value
+        if self.teacher is not None:
+            tensors.update({f"teacher/{name}": value for name, value in self.teacher.state_dict().items()})
+        for source_name, source in self.sources.items():
+            tensors.update({f"source/{source_name}/{name}": value for name, value in source.state().items()})
+        if self.penalty is not None:
+            tensors.update({f"penalty/{name}": value for name, value in self.penalty.state().items()})
+        rows = {name: log.count for name, log in self.logs.items()}
+        checkpoint.save(self.out / "checkpoints", Checkpoint(self.stage, self.step, rows, tensors))
+
+    def resume(self) -> None:
+        """Go back to the newest good checkpoint, or to the start if there is none."""
+        saved, complaints = checkpoint.latest(self.out / "checkpoints")
+        for line in complaints:
+            self.say(line)
+        if saved is None:
+            for log in self.logs.values():
+                log.keep(0)
+            return
+        self.stage, self.step = saved.stage, saved.step
+        self.model.load_state_dict(saved.part("model"))
+        moments = saved.part("optimizer")
+        for name, parameter in self.model.named_parameters():
+            if self.step:
+                self.optimizer.state[parameter] = {
+                    key: moments[f"{key}/{name}"].to(self.device) for key in ("step", "exp_avg", "exp_avg_sq")
+                }
+        if teacher := saved.part("teacher"):
+            self.teacher = frozen_copy(self.model)
+            self.teacher.load_state_dict(teacher)
+        for name, source in self.sources.items():
+            source.load_state(saved.part(f"source/{name}"))
+        if self.penalty is not None:
+            self.penalty.load_state(saved.part("penalty"))
+        for name, log in self.logs.items():
+            log.keep(saved.rows[name])
+        self.say(f"resuming after {self.stage} finished stage(s) and {self.step} steps of the next")
+
+
+def train(
+    config: RunConfig,
+    out: Path,
+    data_root: Path = Path("data"),
+    extractor_path: Path | None = None,
+    say: Say = print,
+    advance: Advance = lambda done: None,
+) -> Row:
+    """Run `config` in the folder `out` from wherever it stands, and return its summary."""
+    if (out / "summary.json").exists():
+        check_folder(config, out)
+        return dict(read_json(out / "summary.json"))
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    data = load(config.data, data_root, config.image_size, config.tasks)
+    resolve_device(config.device)
+
+    # The folder belongs to this configuration.
+    check_folder(config, out)
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out):
+        if not (out / "config.json").exists():
+            write_json(out / "config.json", {"run": config.as_json(), "environment": environment()})
+        features = metrics.extractor(data, extractor_path or out / "extractor.safetensors")
+        say(f"feature extractor {features.name}: test accuracy {features.test_accuracy:.3f}")
+        run = Run(config, out, data, features, say)
+
+        # To resume: the newest good checkpoint.
+        run.resume()
+        with TensorBoard(out / "tensorboard", steps_done(run)) as board:
+            while run.stage < len(run.stages):
+                run_stage(run, run.stages[run.stage], board, advance)
+        return finish(run)
+
+
+def run_stage(run: Run, stage: Stage, board: TensorBoard, advance: Advance) -> None:
+    """Steps, evaluation, memory, checkpoint."""
+    config, steps = run.config, stage.share * run.config.steps
+    images = run.data.train.of(stage.classes)
+    run.model.train()
+    losses: list[Tensor] = []
+    since = time.perf_counter()
+    while run.step < steps:
+        losses.append(run.take_step(images, stage))
+
+        # Losses, at fixed steps, so that an interrupted run writes the same rows.
+        at_checkpoint = run.step % config.checkpoint_every == 0 or run.step == steps
+        if run.step % config.log_every == 0 or at_checkpoint:
+            log_losses(run, stage, losses, (time.perf_counter() - since) / len(losses), board)
+            advance(steps_done(run))
+            losses, since = [], time.perf_counter()
+        if at_checkpoint:
+            run.save()
+            since = time.perf_counter()
+
+    run.model.eval()
+    for row in run.evaluate(stage):
+        run.log(row)
+        board.scalars(row["after_task"], {f"fid/task {row['task']}": row["fid"]})
+        run.say(
+            f"after task {row['after_task']}: task {row['task']} has FID {row['fid']:.1f}, "
+            f"conditional accuracy {row['accuracy']:.3f}"
+        )
+    if stage.number + 1 < len(run.stages):
+        run.remember(stage)
+    run.stage, run.step = run.stage + 1, 0
+    run.optimizer = new_optimizer(run.model)
+    run.save()
+
+
+def log_losses(run: Run, stage: Stage, losses: list[Tensor], seconds: float, board: TensorBoard) -> None:
+    """Mean losses since the last row; stops at the first that is not finite."""
+    table = torch.stack(losses).double().cpu()
+    bad = torch.nonzero(~table.isfinite().all(1)).flatten()
+    if len(bad):
+        raise TrainingError(explain(run, stage, run.step - len(losses) + int(bad[0]) + 1))
+    real, replayed = table.mean(0).tolist()
+    run.log({"kind": "step", "stage": stage.number + 1, "step": run.step, "loss": real, "replay_loss": replayed})
+    penalty = run.penalty.seconds if run.penalty is not None else []
+    timing: Row = {"stage": stage.number + 1, "step": run.step, "step_ms": 1e3 * seconds}
+    if penalty:
+        timing["penalty_ms"] = 1e3 * sorted(penalty)[len(penalty) // 2]
+        penalty.clear()
+    run.logs["timings"].append(timing)
+    board.scalars(steps_done(run), {"loss/real": real, "loss/replay": replayed})
+
+
+def explain(run: Run, stage: Stage, step: int) -> str:
+    config, penalty = run.config, run.method.penalty
+    cause = f"the learning rate is likely too high: try --lr {config.lr / 3:.2g}"
+    if penalty is not None and stage.number > 0 and penalty.mode == "gradient":
+        cause = f"a stiff penalty in gradient mode is unstable: try --lam {penalty.lam / 10:g} or --mode decoupled"
+    return f"the loss is not finite at step {step} of stage {stage.number + 1}; {cause}, in a new folder"
+
+
+def evaluation_row(run: Run, stage: Stage, task: Task, pixels: Tensor, label: Tensor) -> Row:
+    """FID and conditional accuracy of one task's images, with what is needed to know what they mean."""
+    return {
+        "kind": "evaluation",
+        "after_task": stage.learnt,
+        "task": task.index + 1,
+        "fid": metrics.fid(run.features, task.test.pixels, pixels),
+        "accuracy": run.features.accuracy(pixels, label),
+        "extractor": run.features.name,
+        "samples": len(label),
+        "test_images": len(task.test.labels),
+        "sampler": "DDIM",
+        "sampler_steps": run.config.eval_steps,
+    }
+
+
+def per_sample_loss(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
+    """The loss whose gradients make the Fisher matrix: (noised, t, label, noise) -> (N,)."""
+    noised, t, label, noise = batch
+    return diffusion.per_sample_loss(predict(model, noised, t, label), noise)
+
+
+def fisher_batches(images: Images, stage: Stage, config: RunConfig, like: Tensor) -> list[tuple[Tensor, ...]]:
+    """`fisher_samples` images of the task in shuffled epochs, each with its own timestep and noise."""
+    batches: list[tuple[Tensor, ...]] = []
+    for number, start in enumerate(range(0, config.fisher_samples, FISHER_BATCH)):
+        moment = Moment(config.seed, stage.number, number)
+        chosen = replay.epoch_batch(images, FISHER_BATCH, moment, "fisher epoch")
+        n = min(FISHER_BATCH, config.fisher_samples - start)
+        part = Images(chosen.pixels[:n], chosen.labels[:n])
+        batches.append(replay.noise_up(part, moment.stream("fisher noise"), like))
+    return batches
+
+
+def finish(run: Run) -> Row:
+    """Pictures and the summary, which marks the run as finished."""
+    pictures.of_run(run.out)
+    summary = report.summarise(run.out)
+    write_json(run.out / "summary.json", summary)
+    return summary
+
+
+def steps_done(run: Run) -> int:
+    return run.config.steps * sum(s.share for s in run.stages[: run.stage]) + run.step
+
+
+def resolve_device(device: str) -> str:
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise OptionError("--device is cuda, but torch finds no CUDA device; use --device cpu")
+    return device
+
+
+def check_folder(config: RunConfig, out: Path) -> None:
+    """Refuse a folder whose run is another one, naming the options that differ."""
+    path = out / "config.json"
+    if not path.exists():
+        return
+    saved, wanted = read_json(path)["run"], config.as_json()
+    differ = sorted(key for key in saved.keys() | wanted.keys() if saved.get(key) != wanted.get(key))
+    if differ:
+        what = ", ".join(f"{key} {saved.get(key)!r} there, {wanted.get(key)!r} asked for" for key in differ)
+        raise OptionError(f"--out {str(out)!r} holds another run ({what}); use another folder, or delete this one")
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """One process at a time may write to a run folder; the lock goes with the process, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system
+        yield
+        return
+    with open(out / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OptionError(
+                f"--out {str(out)!r} is being written by another process; wait for it, or use another"
+            ) from None
+        yield
+
+
+def environment() -> dict[str, Any]:
+    packages = ("torch", "crl-kernels", "diffusers", "torchmetrics", "torchvision", "scikit-learn", "numpy")
+    versions: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in packages:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    versions["threads"] = torch.get_num_threads()
+    return versions

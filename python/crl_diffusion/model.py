@@ -1,0 +1,66 @@
+"""Label-conditioned UNets: presets of diffusers' UNet2DModel, and the one way in which they are called."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from diffusers import UNet2DModel
+from torch import Tensor, nn
+
+from crl_diffusion.diffusion import stream
+
+
+@dataclass(frozen=True)
+class UNetPreset:
+    """Widths of the resolutions, residual blocks at each, channels a group of the norms, attention in the middle."""
+
+    channels: tuple[int, ...]
+    layers: int
+    groups: int
+    attention: bool
+
+
+# "tiny" has no attention: on one CPU thread and 8 to 16 pixels it costs more time than it gives quality.
+MODELS: dict[str, UNetPreset] = {
+    "tiny": UNetPreset((24, 48), 1, 8, False),
+    "small": UNetPreset((64, 128), 1, 16, False),
+    "paper": UNetPreset((128, 256, 256, 256), 2, 32, True),
+}
+
+
+def build(name: str, shape: tuple[int, int, int], classes: int, seed: int) -> nn.Module:
+    """A new model for images of `shape` (C, S, S). Equal seeds give equal weights, whatever ran before."""
+    preset = MODELS[name]
+    c, size, _ = shape
+    depth = len(preset.channels)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream(seed, "weights").initial_seed())
+        return cast(
+            nn.Module,
+            UNet2DModel(
+                sample_size=size,
+                in_channels=c,
+                out_channels=c,
+                block_out_channels=preset.channels,
+                layers_per_block=preset.layers,
+                down_block_types=("DownBlock2D",) * depth,
+                up_block_types=("UpBlock2D",) * depth,
+                norm_num_groups=preset.groups,
+                add_attention=preset.attention,
+                num_class_embeds=classes,
+            ),
+        )
+
+
+def predict(model: nn.Module, noised: Tensor, t: Tensor, label: Tensor) -> Tensor:
+    """Predicted noise, (B, C, S, S), for noised images (B, C, S, S), timesteps (B,) and labels (B,)."""
+    prediction: Tensor = model(noised, t, class_labels=label, return_dict=False)[0]
+    return prediction
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """A teacher: the model as it is now, which nothing trains."""
+    return copy.deepcopy(model).eval().requires_grad_(False)

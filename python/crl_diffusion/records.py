@@ -1,0 +1,83 @@
+"""A run's records on disk: JSON written whole or not at all, and logs of JSON lines that a crash cannot confuse."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write beside the final name, sync, rename: readers see the old file or the new one."""
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_rows(path: Path) -> list[Row]:
+    """All whole rows of a log; a last line that a crash has cut off is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    return [json.loads(line) for line in lines[:-1] if line]  # what follows the last newline was cut off
+
+
+class Log:
+    """A file of JSON lines that grows; `keep` cuts it back to what a checkpoint knows of."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.count = len(read_rows(path))
+
+    def keep(self, count: int) -> None:
+        """Keep the first `count` rows: those written after the checkpoint will be written again."""
+        if not self.path.exists():
+            return
+        lines = self.path.read_bytes().split(b"\n")[:-1]
+        if len(lines) < count:
+            raise ValueError(f"{self.path} has {len(lines)} rows, but its checkpoint was taken after {count}")
+        with open(self.path, "r+b") as file:
+            file.truncate(sum(len(line) + 1 for line in lines[:count]))
+            os.fsync(file.fileno())
+        self.count = count
+
+    def append(self, row: Row) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        self.count += 1
+
+    def sync(self) -> None:
+        """Have the rows on the disk before a checkpoint counts them."""
+        if self.path.exists():
+            with open(self.path, "rb") as file:
+                os.fsync(file.fileno())
+
+
+class TensorBoard:
+    """Scalars for TensorBoard; `purge_step` hides what an interrupted run had written beyond its checkpoint."""
+
+    def __init__(self, folder: Path, purge_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder), purge_step=purge_step)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def __enter__(self) -> TensorBoard:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.writer.close()

@@ -1,0 +1,145 @@
+"""Replay: everything that is trained on, real or replayed, is one kind of regression data, a `NoisedBatch`.
+
+A source says where old images come from; a target says what the model is asked to predict on their noised versions.
+A new source or target is one entry in a table here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from crl_diffusion import diffusion
+from crl_diffusion.data import Images, to_float, to_pixels
+from crl_diffusion.method import Replay
+from crl_diffusion.model import predict
+
+
+class NoisedBatch(NamedTuple):
+    """Regression data: the training loss is sum_b weight_b * mean over C*H*W of (prediction_b - target_b)^2."""
+
+    noised: Tensor  # (B, C, H, W)
+    t: Tensor  # (B,)
+    label: Tensor  # (B,)
+    target: Tensor  # (B, C, H, W)
+    weight: Tensor  # (B,)
+
+
+def concatenate(batches: Sequence[NoisedBatch]) -> NoisedBatch:
+    return NoisedBatch(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
+
+
+Target = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor], Tensor]  # teacher, noised, t, label, noise -> target
+
+
+def _noise(teacher: nn.Module, noised: Tensor, t: Tensor, label: Tensor, noise: Tensor) -> Tensor:
+    """Ordinary denoising of an old image."""
+    return noise
+
+
+def _teacher(teacher: nn.Module, noised: Tensor, t: Tensor, label: Tensor, noise: Tensor) -> Tensor:
+    """Distillation: what the frozen model of the last task predicts at the same noised image and timestep."""
+    with torch.no_grad():
+        return predict(teacher, noised, t, label)
+
+
+TARGETS: dict[str, Target] = {"noise": _noise, "teacher": _teacher}
+
+
+class Pool:
+    """Images of the old classes, drawn once after every task from the model that has just learnt it.
+
+    All old classes are drawn anew each time: the model is the only memory, no earlier image is kept.
+    """
+
+    def __init__(self, seed: int, shape: tuple[int, int, int], per_class: int, steps: int) -> None:
+        self.seed, self.shape, self.per_class, self.steps = seed, shape, per_class, steps
+        self.images = Images(torch.empty(0, *shape, dtype=torch.uint8), torch.empty(0, dtype=torch.int64))
+
+    def refill(self, teacher: nn.Module, classes: Sequence[int], stage: int, device: torch.device) -> None:
+        """Draw `per_class` images of each class with DDIM."""
+        label = torch.tensor(classes).repeat_interleave(self.per_class)
+        latents = diffusion.draw_latents(self.seed, "pool", label, self.shape, stage)
+        pixels = to_pixels(draw_images(teacher, latents, label, self.steps, device))
+        self.images = Images(pixels, label)
+
+    def draw(self, n: int, generator: torch.Generator) -> Images:
+        """n images, uniformly and with replacement."""
+        index = torch.randint(len(self.images.labels), (n,), generator=generator)
+        return Images(self.images.pixels[index], self.images.labels[index])
+
+    def state(self) -> dict[str, Tensor]:
+        return {"pixels": self.images.pixels, "labels": self.images.labels}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        self.images = Images(state["pixels"], state["labels"])
+
+
+SOURCES: dict[str, type[Pool]] = {"pool": Pool}
+
+
+def draw_images(model: nn.Module, latents: Tensor, label: Tensor, steps: int, device: torch.device) -> Tensor:
+    """DDIM samples of a model, (N, C, H, W) in [-1, 1], on the CPU."""
+
+    def noise(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return predict(model, x, t, y)
+
+    return diffusion.ddim(noise, latents.to(device), label.to(device), steps).cpu()
+
+
+class Moment(NamedTuple):
+    """One step of one stage of one seed: it names the step's random streams."""
+
+    seed: int
+    stage: int
+    step: int
+
+    def stream(self, purpose: str) -> torch.Generator:
+        return diffusion.stream(self.seed, purpose, self.stage, self.step)
+
+
+def real_batch(images: Images, n: int, moment: Moment, like: Tensor) -> NoisedBatch:
+    """The step's real images, in epochs, weighing 1/n each; device and dtype are those of `like`."""
+    noised, t, label, noise = noise_up(epoch_batch(images, n, moment), moment.stream("noise"), like)
+    return NoisedBatch(noised, t, label, noise, _weights(1.0, label, like))
+
+
+def replay_batch(
+    replay: Replay, position: int, source: Pool, teacher: nn.Module, n: int, moment: Moment, like: Tensor
+) -> NoisedBatch:
+    """The step's images of one replay, weighing replay.weight / n each; `position` is its place in the method."""
+    chosen = source.draw(n, moment.stream(f"replay {position}"))
+    noised, t, label, noise = noise_up(chosen, moment.stream(f"replay noise {position}"), like)
+    target = TARGETS[replay.target](teacher, noised, t, label, noise)
+    return NoisedBatch(noised, t, label, target, _weights(replay.weight, label, like))
+
+
+def epoch_batch(images: Images, n: int, moment: Moment, purpose: str = "epoch") -> Images:
+    """The step's n images of a walk through shuffled epochs, found without having taken the steps before."""
+    total = len(images.labels)
+    first = moment.step * n // total
+    last = ((moment.step + 1) * n - 1) // total
+    order = torch.cat([_shuffled(total, moment.seed, purpose, moment.stage, epoch) for epoch in range(first, last + 1)])
+    index = order[moment.step * n - first * total :][:n]
+    return Images(images.pixels[index], images.labels[index])
+
+
+@lru_cache(maxsize=4)
+def _shuffled(total: int, seed: int, purpose: str, stage: int, epoch: int) -> Tensor:
+    return torch.randperm(total, generator=diffusion.stream(seed, purpose, stage, epoch))
+
+
+def noise_up(images: Images, generator: torch.Generator, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Noised images (B, C, H, W), timesteps (B,), labels (B,), noise (B, C, H, W); device and dtype those of `like`."""
+    t, noise = diffusion.draw_noise(generator, tuple(images.pixels.shape))
+    t, noise = t.to(like.device), noise.to(like)
+    clean = to_float(images.pixels, like.dtype).to(like.device)
+    return diffusion.add_noise(clean, noise, t), t, images.labels.to(like.device), noise
+
+
+def _weights(total: float, label: Tensor, like: Tensor) -> Tensor:
+    return torch.full((len(label),), total / len(label), dtype=like.dtype, device=like.device)
