@@ -11,7 +11,9 @@ Both libraries use PyTorch's stable ABI for torch >= 2.10, so a wheel built besi
 """
 
 import os
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -31,6 +33,13 @@ def find_nvcc():
     return shutil.which("nvcc", path=str(Path(home, "bin"))) if home else shutil.which("nvcc")
 
 
+def set_cuda_home(nvcc):
+    """Asks nvcc where its toolkit is: torch guesses from its path, and is wrong where that is a wrapper script."""
+    told = subprocess.run([nvcc, "--dryrun", "-c", "any.cu"], capture_output=True, text=True).stderr
+    if top := re.search(r"TOP=(\S+)", told):
+        os.environ.setdefault("CUDA_HOME", str(Path(top[1]).resolve()))
+
+
 def extensions():
     """(ext_modules, cmdclass) for this machine; empty lists mean a pure-Python installation."""
     cuda = os.environ.get("CRL_KERNELS_CUDA", "auto")
@@ -43,6 +52,8 @@ def extensions():
             "Install the CUDA toolkit of your torch's CUDA version (see torch.version.cuda), or set CRL_KERNELS_CUDA=0."
         )
 
+    if nvcc is not None and cuda != "0":
+        set_cuda_home(nvcc)
     compiler = shutil.which(os.environ.get("CXX", "g++").split()[0]) or shutil.which("c++")
     try:
         import torch
@@ -59,7 +70,7 @@ def extensions():
 
     # Python.h is not needed: torch loads the libraries, and their operators, by itself.
     defines = [("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)]
-    optimise = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
+    optimise = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
     modules = [
         CppExtension(
             "crl_kernels._C",
@@ -78,16 +89,18 @@ def extensions():
         say("leaving out the CUDA kernels: this torch is a CPU build.")
     else:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX")
-        modules.append(
-            CUDAExtension(
-                "crl_kernels._C_cuda",
-                sorted(str(path.relative_to(HERE)) for path in (HERE / "csrc/cuda").glob("*.cu")),
-                include_dirs=[str(HERE / "csrc")],
-                define_macros=[*defines, ("USE_CUDA", None)],
-                extra_compile_args={"cxx": optimise, "nvcc": ["-O3", "-std=c++17", "-Xptxas=-warn-spills"]},
-                py_limited_api=True,
-            )
+        cuda_module = CUDAExtension(
+            "crl_kernels._C_cuda",
+            sorted(str(path.relative_to(HERE)) for path in (HERE / "csrc/cuda").glob("*.cu")),
+            include_dirs=[str(HERE / "csrc")],
+            define_macros=[*defines, ("USE_CUDA", None)],
+            extra_compile_args={"cxx": optimise, "nvcc": ["-O3", "-std=c++17", "-Xptxas=-warn-spills"]},
+            py_limited_api=True,
         )
+        # The static runtime, so that the wheel does not ask for one version of libcudart.so.
+        cuda_module.libraries = [name for name in cuda_module.libraries if name != "cudart"]
+        cuda_module.libraries += ["cudart_static", "dl", "rt", "pthread"]
+        modules.append(cuda_module)
     return modules, {"build_ext": BuildExtension}
 
 

@@ -52,6 +52,7 @@ class Operand {
       : Operand(table, tensors.data(), static_cast<int64_t>(tensors.size()), same_device_as) {}
 
   Pointer at(int64_t segment, int64_t index) const { return stream_.at(segment, index); }
+  const Stream& stream() const { return stream_; }
 
  private:
   std::vector<Pointer> pointers(const SegmentTable& table, const Tensor* first, int64_t count,
@@ -90,6 +91,7 @@ class Target {
         operand_(table, contiguous_, tensors[0]) {}
 
   Pointer at(int64_t segment, int64_t index) const { return operand_.at(segment, index); }
+  const Stream& stream() const { return operand_.stream(); }
 
   void write_back() {
     for (size_t i = 0; i < tensors_.size(); ++i) {
@@ -123,6 +125,21 @@ inline std::vector<Operand> directions_of(const SegmentTable& table, const Tenso
   result.reserve(num_terms);
   for (int64_t k = 0; k < num_terms; ++k) result.emplace_back(table, directions.data() + k * pieces, pieces, same_device_as);
   return result;
+}
+
+inline Tensors empty_like_all(const Tensors& tensors) {
+  Tensors result;
+  result.reserve(tensors.size());
+  for (const Tensor& tensor : tensors) result.push_back(torch::stable::new_empty(tensor, tensor.sizes()));
+  return result;
+}
+
+inline void check_targets(const Tensors& targets, const Tensors& params) {
+  STD_TORCH_CHECK(targets.size() == params.size(), "crl_kernels: expected one target for each parameter");
+  for (size_t i = 0; i < params.size(); ++i) {
+    STD_TORCH_CHECK(targets[i].scalar_type() == params[i].scalar_type(),
+                    "crl_kernels: a target has another dtype than its parameter");
+  }
 }
 
 inline void check_state_dtypes(const Tensors& fisher, const Tensors& anchor) {

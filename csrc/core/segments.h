@@ -13,6 +13,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "core/host_device.h"
+
 namespace crl {
 
 constexpr int64_t kChunk = 4096;  // elements per partial sum: 16 KiB of float32, so a chunk stays in L1 for K terms
@@ -20,7 +22,7 @@ constexpr int64_t kLanes = 16;    // partial sums per chunk; flat element j is a
 
 enum class DType : int8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
-inline int64_t size_of(DType dtype) {
+CRL_HOST_DEVICE inline int64_t size_of(DType dtype) {
   switch (dtype) {
     case DType::kFloat64:
       return 8;
@@ -74,6 +76,11 @@ class SegmentTable {
 
 class Stream {
  public:
+  struct Entry {
+    uintptr_t origin;  // where flat element 0 would be, were the whole vector laid out like this segment
+    DType dtype;
+  };
+
   // One pointer per segment of `table`, or a single one for a flat tensor.
   Stream(const SegmentTable& table, const std::vector<Pointer>& pointers) : flat_(pointers.size() == 1) {
     entries_.reserve(pointers.size());
@@ -84,16 +91,15 @@ class Stream {
     }
   }
 
+  // One entry for all segments, if flat, or one for each.
+  const std::vector<Entry>& entries() const { return entries_; }
+
   Pointer at(int64_t segment, int64_t index) const {
     const Entry& entry = entries_[flat_ ? 0 : segment];
     return {reinterpret_cast<void*>(entry.origin + static_cast<uintptr_t>(index * size_of(entry.dtype))), entry.dtype};
   }
 
  private:
-  struct Entry {
-    uintptr_t origin;  // where flat element 0 would be, were the whole vector laid out like this segment
-    DType dtype;
-  };
   bool flat_;
   std::vector<Entry> entries_;
 };

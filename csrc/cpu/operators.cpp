@@ -91,13 +91,6 @@ void low_rank_accumulate_(const Tensors targets, const Tensors directions, const
                coefficients_of(coefficients), false);
 }
 
-Tensors empty_like_all(const Tensors& tensors) {
-  Tensors result;
-  result.reserve(tensors.size());
-  for (const Tensor& tensor : tensors) result.push_back(torch::stable::new_empty(tensor, tensor.sizes()));
-  return result;
-}
-
 Tensors low_rank_combine(const Tensors directions, const Tensor coefficients, const Tensors like) {
   const Tensors result = empty_like_all(like);
   const SegmentTable table = segment_table(result);
@@ -138,10 +131,7 @@ Tensor gradient_into(const Tensors& targets, const Tensors& params, const Tensor
                      const Tensor& coefficient, bool overwrite) {
   check_state_dtypes(fisher, anchor);
   const SegmentTable table = segment_table(params);
-  for (size_t i = 0; i < params.size(); ++i) {
-    STD_TORCH_CHECK(targets.size() == params.size() && targets[i].scalar_type() == params[i].scalar_type(),
-                    "crl_kernels: targets are one per parameter, of its dtype");
-  }
+  check_targets(targets, params);
   Target target(table, targets);
   const Operand theta(table, params, params[0]), s(table, fisher, params[0]), m(table, anchor, params[0]);
   const double c = *coefficients_of(coefficient);
