@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from crl_diffusion.method import METHODS, MethodName, OptionError, RunConfig, Settings, check
 
+FILE_WIDTH = 150  # columns of a table that goes to a file or a pipe
 DESCRIPTION = "Class-incremental diffusion models: train one method, compare several, report on what is there."
 
 
@@ -206,5 +207,5 @@ def report(command: Report) -> int:
 
 
 def show(console: Console, table: object, paths: Sequence[Path]) -> None:
-    console.print(table, soft_wrap=False)
+    console.print(table, soft_wrap=False, width=None if console.is_terminal else FILE_WIDTH)
     console.print("\n".join(["Pictures and tables:", *(f"  {path}" for path in paths)]), highlight=False, markup=False)

@@ -96,7 +96,7 @@ def run(work: Sequence[Cell], jobs: int, data_root: Path, extractor: Path, conso
     running: list[Cell] = []
     failed: list[Cell] = []
     # One thread a process: on models this small a second thread costs more than it gives.
-    threads = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     with _progress(work, console, quiet) as show:
         try:
             while waiting or running:

@@ -124,7 +124,7 @@ class Run:
         for task in self.data.tasks[: stage.learnt]:
             label = torch.tensor(task.classes).repeat_interleave(self.config.eval_samples)
             latents = diffusion.draw_latents(self.config.seed, "evaluation", label, self.data.shape)
-            pixels = to_pixels(replay.draw_images(self.model, latents, label, self.config.eval_steps, self.device))
+            pixels = to_pixels(replay.draw_images(self.model, latents, label, self.config.eval_steps))
             rows.append(evaluation_row(self, stage, task, pixels, label))
             first = torch.cat([torch.nonzero(label == c).flatten()[:KEPT_SAMPLES] for c in task.classes])
             kept.append(Images(pixels[first], label[first]))
@@ -140,7 +140,7 @@ class Run:
         if self.method.replays:
             self.teacher = frozen_copy(self.model)
             for source in self.sources.values():
-                source.refill(self.teacher, learnt, stage.number, self.device)
+                source.refill(self.teacher, learnt, stage.number)
         if self.penalty is not None:
             batches = fisher_batches(self.data.train.of(stage.classes), stage, self.config, self.like)
             generator = diffusion.stream(self.config.seed, "fisher", stage.number)
@@ -378,8 +378,9 @@ def locked(out: Path) -> Iterator[None]:
 
 
 def environment() -> dict[str, Any]:
-    packages = ("torch", "crl-kernels", "diffusers", "torchmetrics", "torchvision", "scikit-learn", "numpy")
+    packages = ("crl-kernels", "diffusers", "torchmetrics", "torchvision", "scikit-learn", "numpy")
     versions: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
+    versions["torch"] = torch.__version__
     for package in packages:
         try:
             versions[package] = version(package)

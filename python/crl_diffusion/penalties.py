@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -9,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from crl_diffusion.method import Penalty
@@ -18,6 +22,7 @@ FISHERS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "rank1": (LowRankHistory, {"kind": "low_rank", "rank": 1}),
     "diagonal": (DiagonalHistory, {"kind": "diagonal"}),
 }
+STATISTICS = ("num_samples", "kappa", "rho", "trace")
 
 
 class PenaltyState:
@@ -41,33 +46,38 @@ class PenaltyState:
 
     def learn(
         self, per_sample_loss: Callable[[nn.Module, Any], Tensor], batches: Sequence[Any], generator: torch.Generator
-    ) -> dict[str, float]:
-        """Append the Fisher matrix of the task that has just been learnt; returns its statistics."""
+    ) -> dict[str, float | None]:
+        """Append the Fisher matrix of the task that has just been learnt; returns its statistics, None for those that
+        this kind of matrix does not have."""
         fisher = estimate_fisher(self.model, per_sample_loss, batches, generator=generator, **self.estimate)
         self.history.append(fisher)
-        statistics = fisher.statistics
-        named = {name: float(getattr(statistics, name)) for name in ("kappa", "rho", "trace")}
-        return {"samples": int(statistics.num_samples), **named}
+        found = {name: getattr(fisher.statistics, name, math.nan) for name in STATISTICS}
+        return {name: value if math.isfinite(value) else None for name, value in found.items()}
 
     @property
     def nbytes(self) -> int:
         return int(self.history.nbytes)
 
     def state(self) -> dict[str, Tensor]:
-        """The history's own file, as bytes; nothing before the first task."""
+        """The contents of the file that the history saves, as tensors; nothing before the first task."""
         if not len(self.history):
             return {}
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "history.safetensors"
             self.history.save(path)
-            return {"file": torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)}
+            with safe_open(path, framework="pt") as file:
+                # The header's text has a different order in every file: sorted, equal histories give equal tensors.
+                facts = json.dumps(file.metadata(), sort_keys=True).encode()
+                tensors = {f"tensor/{name}": file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return {**tensors, "facts": torch.frombuffer(bytearray(facts), dtype=torch.uint8)}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        if "file" not in state:
+        if "facts" not in state:
             return
+        tensors = {name.removeprefix("tensor/"): value for name, value in state.items() if name != "facts"}
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "history.safetensors"
-            path.write_bytes(state["file"].numpy().tobytes())
+            save_file(tensors, path, json.loads(state["facts"].numpy().tobytes()))
             self.history = self.history_type.load(path, self.model)
 
     def _timed(self, call: Callable[[], Any]) -> None:

@@ -91,7 +91,7 @@ def _heatmap(axis: Axes, r: Sequence[Sequence[float]], title: str, largest: floa
         for j in range(tasks):
             if np.isfinite(values[i, j]):
                 colour = "white" if values[i, j] > 0.55 * largest else "black"
-                axis.text(j, i, f"{values[i, j]:.0f}", ha="center", va="center", color=colour, fontsize=9)
+                axis.text(j, i, f"{values[i, j]:.3g}", ha="center", va="center", color=colour, fontsize=9)
     axis.set_xticks(range(tasks), [str(j + 1) for j in range(tasks)])
     axis.set_yticks(range(tasks), [str(i + 1) for i in range(tasks)])
     axis.set_xlabel("FID of task")

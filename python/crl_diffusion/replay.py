@@ -60,11 +60,11 @@ class Pool:
         self.seed, self.shape, self.per_class, self.steps = seed, shape, per_class, steps
         self.images = Images(torch.empty(0, *shape, dtype=torch.uint8), torch.empty(0, dtype=torch.int64))
 
-    def refill(self, teacher: nn.Module, classes: Sequence[int], stage: int, device: torch.device) -> None:
+    def refill(self, teacher: nn.Module, classes: Sequence[int], stage: int) -> None:
         """Draw `per_class` images of each class with DDIM."""
         label = torch.tensor(classes).repeat_interleave(self.per_class)
         latents = diffusion.draw_latents(self.seed, "pool", label, self.shape, stage)
-        pixels = to_pixels(draw_images(teacher, latents, label, self.steps, device))
+        pixels = to_pixels(draw_images(teacher, latents, label, self.steps))
         self.images = Images(pixels, label)
 
     def draw(self, n: int, generator: torch.Generator) -> Images:
@@ -82,13 +82,14 @@ class Pool:
 SOURCES: dict[str, type[Pool]] = {"pool": Pool}
 
 
-def draw_images(model: nn.Module, latents: Tensor, label: Tensor, steps: int, device: torch.device) -> Tensor:
+def draw_images(model: nn.Module, latents: Tensor, label: Tensor, steps: int) -> Tensor:
     """DDIM samples of a model, (N, C, H, W) in [-1, 1], on the CPU."""
+    like = next(model.parameters())
 
     def noise(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return predict(model, x, t, y)
 
-    return diffusion.ddim(noise, latents.to(device), label.to(device), steps).cpu()
+    return diffusion.ddim(noise, latents.to(like), label.to(like.device), steps).cpu()
 
 
 class Moment(NamedTuple):

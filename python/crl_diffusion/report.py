@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from rich import box
 from rich.table import Table
 
 from crl_diffusion import metrics
@@ -152,10 +153,9 @@ COLUMNS = (
     Column("average FID", "average_fid", 1),
     Column("forgetting", "forgetting", 1),
     Column("conditional accuracy", "accuracy", 3),
-    Column("accuracy on task 1", "accuracy_task_1", 3),
-    Column("penalty, ms/step", "penalty_ms", 2),
-    Column("step, ms", "step_ms", 1),
-    Column("state, bytes", "state_bytes", 0),
+    Column("task 1 accuracy", "accuracy_task_1", 3),
+    Column("penalty ms/step", "penalty_ms", 2),
+    Column("state bytes", "state_bytes", 0),
 )
 
 
@@ -166,7 +166,7 @@ def _cell(runs: Sequence[Finished], column: Column) -> str:
     mean, spread = mean_and_spread(values)
     text = f"{mean:,.{column.digits}f}"
     # Time and size are properties of the method, not observations of it.
-    noisy = column.key not in ("penalty_ms", "step_ms", "state_bytes")
+    noisy = column.key not in ("penalty_ms", "state_bytes")
     return f"{text} ± {spread:.{column.digits}f}" if spread is not None and noisy else text
 
 
@@ -215,9 +215,10 @@ def _difference(group: Sequence[Finished], baseline: Sequence[Finished], key: st
 
 
 def rich_table(head: Sequence[str], body: Sequence[Sequence[str]], caption: str) -> Table:
-    result = Table(caption=caption, caption_justify="left")
+    result = Table(caption=caption, caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for i, title in enumerate(head):
-        result.add_column(title, justify="left" if i == 0 else "right", overflow="fold")
+        two_lines = "\n".join(title.rsplit(" ", 1))
+        result.add_column(two_lines, justify="left" if i == 0 else "right", no_wrap=len(head) <= 8)
     for row in body:
         result.add_row(*row)
     return result

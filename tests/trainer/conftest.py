@@ -1,0 +1,94 @@
+"""What the trainer's tests share: one feature extractor, one short configuration, one finished run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from crl_diffusion import data, loop, metrics
+from crl_diffusion.method import RunConfig
+
+SHORT: dict[str, Any] = {
+    "tasks": 2,
+    "steps": 6,
+    "batch": 8,
+    "replay_batch": 4,
+    "pool": 3,
+    "pool_steps": 2,
+    "eval_samples": 4,
+    "eval_steps": 2,
+    "fisher_samples": 8,
+    "log_every": 2,
+    "checkpoint_every": 4,
+    "device": "cpu",
+}
+
+
+@pytest.fixture(autouse=True)
+def _leave_torch_as_it_was() -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture
+def short() -> Callable[..., RunConfig]:
+    """A run of seconds; anything can be set."""
+
+    def make(method: str = "gd+rank1", **settings: Any) -> RunConfig:
+        return RunConfig(method=method, **{**SHORT, **settings})  # type: ignore[arg-type]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def digits() -> data.Data:
+    return data.load("digits", Path("unused"))
+
+
+@pytest.fixture(scope="session")
+def extractor_path(digits: data.Data, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("extractor") / "extractor.safetensors"
+    metrics.extractor(digits, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def extractor(digits: data.Data, extractor_path: Path) -> metrics.Extractor:
+    return metrics.extractor(digits, extractor_path)
+
+
+@pytest.fixture(scope="session")
+def finished(extractor_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an uninterrupted short run of gd+rank1; not to be written to."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    loop.train(RunConfig(method="gd+rank1", **SHORT), out, extractor_path=extractor_path, say=lambda line: None)
+    return out
+
+
+@pytest.fixture
+def make_run(extractor_path: Path, tmp_path: Path) -> Callable[[RunConfig], loop.Run]:
+    """A run that has not taken a step."""
+
+    def make(config: RunConfig) -> loop.Run:
+        images = data.load(config.data, Path("unused"), config.image_size, config.tasks)
+        return loop.Run(config, tmp_path, images, metrics.extractor(images, extractor_path), say=lambda line: None)
+
+    return make
+
+
+def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """`python -m crl_diffusion` with as many threads as this process has."""
+    return python("-m", "crl_diffusion", *arguments)
+
+
+def python(*arguments: object) -> subprocess.CompletedProcess[str]:
+    paths = os.pathsep.join(path for path in sys.path if path)
+    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": paths, "CI": "true"}
+    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, env=env, check=False)

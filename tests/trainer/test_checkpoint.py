@@ -1,0 +1,111 @@
+"""Checkpoints and logs on disk."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from crl_diffusion import checkpoint
+from crl_diffusion.checkpoint import Checkpoint
+from crl_diffusion.records import Log, read_json, read_rows, write_json
+
+
+def _make(stage: int, step: int) -> Checkpoint:
+    tensors = {
+        "model/w": torch.full((2, 3), 10.0 * stage + step),
+        "optimizer/step/w": torch.tensor(float(step)),
+        "source/pool/pixels": torch.zeros(0, 1, 8, 8, dtype=torch.uint8),
+    }
+    return Checkpoint(stage, step, {"metrics": 7}, tensors)
+
+
+def test_what_is_saved_comes_back(tmp_path: Path) -> None:
+    saved = _make(1, 30)
+    found = checkpoint.load(checkpoint.save(tmp_path, saved))
+    assert found[:3] == saved[:3]
+    assert found.tensors.keys() == saved.tensors.keys()
+    for name, tensor in saved.tensors.items():
+        assert torch.equal(found.tensors[name], tensor)
+        assert found.tensors[name].dtype == tensor.dtype
+    assert list(found.part("model")) == ["w"]
+    assert list(found.part("optimizer")) == ["step/w"]
+
+
+def test_ends_of_stages_are_kept_and_two_others(tmp_path: Path) -> None:
+    for stage, step in [(0, 100), (0, 200), (0, 300), (1, 0), (1, 100), (1, 200), (1, 1000000), (2, 0)]:
+        checkpoint.save(tmp_path, _make(stage, step))
+    names = sorted(path.stem for path in tmp_path.iterdir())
+    assert names == ["01-00000000", "01-00000200", "01-01000000", "02-00000000"]
+    newest, complaints = checkpoint.latest(tmp_path)
+    assert newest is not None
+    assert (newest.stage, newest.step, complaints) == (2, 0, [])
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "one bit", "no header"])
+def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path: Path, damage: str) -> None:
+    checkpoint.save(tmp_path, _make(0, 100))
+    path = checkpoint.save(tmp_path, _make(0, 200))
+    content = bytearray(path.read_bytes())
+    if damage == "one bit":
+        content[-1] ^= 1
+    elif damage == "no header":
+        content[:8] = b"\xff" * 8
+    else:
+        del content[0 if damage == "empty" else len(content) // 2 :]
+    path.write_bytes(content)
+    newest, complaints = checkpoint.latest(tmp_path)
+    assert newest is not None
+    assert (newest.stage, newest.step) == (0, 100)
+    assert len(complaints) == 1
+    assert "00-00000200.safetensors is damaged" in complaints[0]
+
+
+def test_a_crash_before_the_rename_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.save(tmp_path, _make(0, 100))
+
+    def crash(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", crash)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.save(tmp_path, _make(0, 200))
+    newest, complaints = checkpoint.latest(tmp_path)
+    assert newest is not None
+    assert (newest.step, complaints) == (100, [])
+    checkpoint.save(tmp_path, _make(0, 300))
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_no_checkpoint_is_no_complaint(tmp_path: Path) -> None:
+    assert checkpoint.latest(tmp_path / "missing") == (None, [])
+
+
+def test_a_log_is_cut_back_to_what_is_known_and_tolerates_a_torn_line(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    log = Log(path)
+    for i in range(5):
+        log.append({"i": i, "name": "ü"})
+    with open(path, "ab") as file:
+        file.write(b'{"i": 5, "na')
+    assert [row["i"] for row in read_rows(path)] == [0, 1, 2, 3, 4]
+    log = Log(path)
+    assert log.count == 5
+    log.keep(5)
+    log.append({"i": 5, "name": "ü"})
+    assert [row["i"] for row in read_rows(path)] == [0, 1, 2, 3, 4, 5]
+    log.keep(2)
+    log.append({"i": 9})
+    assert [row["i"] for row in read_rows(path)] == [0, 1, 9]
+    with pytest.raises(ValueError, match=r"has 3 rows, but its checkpoint was taken after 4"):
+        log.keep(4)
+
+
+def test_json_is_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    write_json(path, {"a": [1]})
+    write_json(path, {"a": [2]})
+    assert read_json(path) == {"a": [2]}
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,84 @@
+"""The command line: help, and one clear line with exit code 2 for what cannot be done."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from conftest import command
+from crl_diffusion import cli
+from crl_diffusion.method import METHODS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ([], ["Missing subcommand", "train, compare, report"]),
+        (["tran"], ["tran"]),
+        (["train", "--method", "gd+rank2", "--out", "x"], ["--method", "'gd+rank2'", "gd+rank1"]),
+        (["train", "--method", "gd"], ["Missing", "--out"]),
+        (["train", "--method", "gd", "--out", "x", "--step", "3"], ["Unrecognized", "--step"]),
+        (["train", "--method", "gd", "--out", "x", "--steps", "many"], ["--steps", "'many'"]),
+        (["train", "--method", "gd", "--out", "x", "--steps", "0"], ["--steps is 0", "at least 1"]),
+        (["train", "--method", "gd", "--out", "x", "--lam", "3"], ["--lam is 3.0", "gd has no penalty", "gd+rank1"]),
+        (["train", "--method", "gd", "--out", "x", "--image-size", "9"], ["--image-size is 9", "8 pixels"]),
+        (["train", "--method", "gd", "--out", "x", "--data", "mnist", "--data-root", "none"], ["none/MNIST/raw"]),
+        (["compare", "--out", "x", "--methods", "gd", "gd"], ["--methods is 'gd gd'", "none twice"]),
+        (["compare", "--out", "x", "--seeds", "0", "-1"], ["--seed is -1"]),
+        (["compare", "--out", "x", "--jobs", "-1"], ["--jobs is -1"]),
+        (["compare", "--out", "x", "--methods", "gd", "joint", "--lam", "1"], ["--lam is 1.0", "no penalty"]),
+        (["report", "nowhere"], ["'nowhere' is not a folder"]),
+        (["report"], ["no folder"]),
+    ],
+)
+def test_what_cannot_be_done_is_one_line_and_exit_code_2(
+    arguments: list[str],
+    parts: list[str],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("crl-diffusion: error: ")
+    assert said.err.count("\n") == 1
+    assert not any(sign in said.err for sign in "│╭╰\x1b")
+    for part in parts:
+        assert part in said.err
+    assert not list(tmp_path.iterdir())  # and nothing was begun
+
+
+def test_a_process_says_the_same(tmp_path: Path) -> None:
+    result = command("train", "--method", "gd", "--out", tmp_path / "x", "--clip", "0")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "crl-diffusion: error: --clip is 0.0; it must be a finite number above 0\n"
+
+
+@pytest.mark.parametrize("name", ["train", "compare", "report"])
+def test_help_explains_every_option(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main([name, "--help"])
+    assert end.value.code == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for field in dataclasses.fields({"train": cli.Train, "compare": cli.Compare, "report": cli.Report}[name]):
+        option = f"--{field.name.replace('_', '-')} " if field.name != "folders" else "PATH"
+        assert option in text
+        after = text.split(option, 1)[1]
+        assert len(after.split("(default", 1)[0].split("(required", 1)[0].split()) > 4, f"{option} is not explained"
+
+
+def test_every_method_can_be_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in METHODS:
+        parsed = cli.parse(["train", "--method", name, "--out", "x"])
+        assert isinstance(parsed, cli.Train)
+        assert parsed.method == name
+
+
+def test_a_folder_of_another_run(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--method", "gd", "--out", str(finished)]) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert "method 'gd+rank1' there, 'gd' asked for" in line

@@ -1,0 +1,143 @@
+"""Methods are values: they compose, and all methods of one seed see the same data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from crl_diffusion import loop, method, replay
+from crl_diffusion.data import Data
+from crl_diffusion.method import METHODS, Method, OptionError, Penalty, Replay, RunConfig, Stage, check, stages
+from torch import Tensor
+
+MakeRun = Callable[[RunConfig], loop.Run]
+Short = Callable[..., RunConfig]
+
+
+def _batches(run: loop.Run, stage: Stage) -> list[replay.NoisedBatch]:
+    images = run.data.train.of(stage.classes)
+    batches = []
+    for run.step in range(4):
+        batches.append(run.batch(images, stage))
+    return batches
+
+
+@pytest.mark.parametrize("name", [name for name, value in METHODS.items() if value.curriculum == "continual"])
+def test_methods_of_one_seed_see_the_same_real_data(name: str, short: Short, make_run: MakeRun) -> None:
+    plain, run = make_run(short("fine-tune")), make_run(short(name))
+    for a, b in zip(plain.model.parameters(), run.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    stage = plain.stages[1]
+    run.remember(run.stages[0]) if run.method.replays else None
+    n = plain.config.batch
+    for a, b in zip(_batches(plain, stage), _batches(run, stage), strict=True):
+        assert len(a.t) == n
+        assert len(b.t) == n + run.config.replay_batch * len(run.method.replays)
+        for x, y in zip(a, b, strict=True):
+            assert torch.equal(x, y[:n])
+
+
+def test_replayed_data_is_the_same_where_teachers_are(short: Short, make_run: MakeRun) -> None:
+    runs = [make_run(short(name)) for name in ("gd", "gd+rank1", "gd+diagonal")]
+    for run in runs:
+        teacher = Method(replays=run.method.replays)  # without the penalty, which has its own test
+        run.method, run.penalty = teacher, None
+        run.remember(run.stages[0])
+    first, *others = [_batches(run, run.stages[1]) for run in runs]
+    for batches in others:
+        for a, b in zip(first, batches, strict=True):
+            for x, y in zip(a, b, strict=True):
+                assert torch.equal(x, y)
+
+
+def test_seeds_steps_and_stages_see_different_data(short: Short, make_run: MakeRun) -> None:
+    run, other = make_run(short("fine-tune", seed=0)), make_run(short("fine-tune", seed=1))
+    seen = [batch.noised for r in (run, other) for stage in r.stages for batch in _batches(r, stage)]
+    assert len({tuple(x.flatten().tolist()) for x in seen}) == len(seen)
+
+
+def test_an_epoch_takes_every_image_once(digits: Data) -> None:
+    images = digits.tasks[0].train
+    total, n = len(images.labels), 7
+    numbered = images._replace(labels=torch.arange(total))
+    taken = torch.cat([replay.epoch_batch(numbered, n, replay.Moment(0, 0, step)).labels for step in range(2 * total)])
+    for epoch in range(2 * n):
+        assert torch.equal(taken[epoch * total : (epoch + 1) * total].sort().values, torch.arange(total))
+    assert not torch.equal(taken[:total], taken[total : 2 * total])
+
+
+def test_a_batch_larger_than_the_data_goes_round(digits: Data) -> None:
+    few = digits.tasks[0].train.of([0])
+    few = few._replace(pixels=few.pixels[:3], labels=torch.arange(3))
+    labels = replay.epoch_batch(few, 10, replay.Moment(0, 0, 1)).labels
+    assert len(labels) == 10
+    assert labels.bincount(minlength=3).min() >= 2
+
+
+def test_parts_compose_into_a_method_that_is_not_in_the_table(
+    short: Short, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = Method((Replay("pool", "noise", 0.5), Replay("pool", "teacher", 2.0)), Penalty("rank1", 5.0, "gradient"))
+    monkeypatch.setitem(METHODS, "mine", recipe)
+    run = make_run(short("mine"))
+    run.remember(run.stages[0])
+    assert len(run.sources) == 1  # two replays of one pool
+    batch = run.batch(run.data.train.of((2, 3)), run.stages[1])
+    real, n = run.config.batch, run.config.replay_batch
+    sums = [batch.weight[part].sum().item() for part in (slice(real), slice(real, real + n), slice(real + n, None))]
+    assert sums == pytest.approx([1.0, 0.5, 2.0])
+    assert set(batch.label[:real].tolist()) <= {2, 3}
+    assert set(batch.label[real:].tolist()) <= {0, 1}
+    before = [p.clone() for p in run.model.parameters()]
+    assert run.take_step(run.data.train.of((2, 3)), run.stages[1]).isfinite().all()
+    assert any(not torch.equal(a, b) for a, b in zip(before, run.model.parameters(), strict=True))
+
+
+def test_the_pool_is_drawn_from_the_teacher_for_every_old_class(short: Short, make_run: MakeRun) -> None:
+    run = make_run(short("gd", tasks=3))
+    run.remember(run.stages[1])
+    images = run.sources["pool"].images
+    assert images.labels.bincount().tolist() == [3, 3, 3, 3]
+
+    def draw() -> Tensor:
+        label = torch.tensor([2])
+        from crl_diffusion import data, diffusion
+
+        latents = diffusion.draw_latents(0, "pool", label, (1, 8, 8), task=1)
+        assert run.teacher is not None
+        return data.to_pixels(replay.draw_images(run.teacher, latents, label, 2))
+
+    assert torch.equal(images.pixels[6:7], draw())
+    with torch.no_grad():
+        for parameter in run.model.parameters():
+            parameter.add_(1.0)
+    assert torch.equal(images.pixels[6:7], draw())  # training the model leaves the teacher alone
+
+
+def test_joint_has_one_stage_of_all_classes_and_all_steps(short: Short) -> None:
+    assert stages(short("joint", tasks=3)) == [Stage(0, (0, 1, 2, 3, 4, 5), 3, 3)]
+    assert stages(short("gd", tasks=3)) == [Stage(i, (2 * i, 2 * i + 1), i + 1, 1) for i in range(3)]
+
+
+def test_lam_and_mode_change_the_penalty_and_nothing_else(short: Short) -> None:
+    recipe = short("gd+rank1", lam=3.0, mode="gradient").recipe
+    assert recipe == Method(METHODS["gd"].replays, Penalty("rank1", 3.0, "gradient"))
+    assert METHODS["gd+rank1"].penalty == Penalty("rank1", method.RANK1_LAM, "decoupled")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 0}, "--steps is 0; it must be at least 1"),
+        ({"tasks": 6}, "--tasks is 6; it must be between 1 and 5"),
+        ({"pool_steps": 1001}, "--pool-steps is 1001; it must be between 1 and 1000"),
+        ({"lr": float("nan")}, "--lr is nan; it must be a finite number above 0"),
+        ({"lam": -1.0}, "--lam is -1.0; it must be a finite number, 0 or more"),
+        ({"method": "gd", "lam": 1.0}, "--lam is 1.0, but gd has no penalty"),
+        ({"method": "joint", "mode": "gradient"}, "--mode is gradient, but joint has no penalty"),
+    ],
+)
+def test_what_cannot_run_is_refused(short: Short, settings: dict[str, object], message: str) -> None:
+    with pytest.raises(OptionError, match=message.replace("(", r"\(")):
+        check(short(**settings))

@@ -1,0 +1,164 @@
+"""Interrupted runs end with the same bits as uninterrupted ones."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import SHORT, command, python
+from crl_diffusion import checkpoint, loop
+from crl_diffusion.method import OptionError, RunConfig
+from crl_diffusion.records import read_rows
+
+Short = Callable[..., RunConfig]
+
+# Kills its own process, with a signal that cannot be caught, as the n-th call of a function of the trainer returns.
+KILLED = """
+import os, signal, sys
+import crl_diffusion.{module} as module
+from crl_diffusion.cli import main
+original, calls = module.{name}, 0
+def counted(*args, **kwargs):
+    global calls
+    calls += 1
+    result = original(*args, **kwargs)
+    if calls == {call}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return result
+module.{name} = counted
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def _options(settings: dict[str, Any]) -> list[str]:
+    return [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def _same_end(a: Path, b: Path) -> None:
+    """Equal metrics, byte by byte, and equal checkpoints of every finished stage, bit by bit."""
+    assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
+    for stage in range(1, SHORT["tasks"] + 1):
+        first, second = (checkpoint.load(run / "checkpoints" / f"{stage:02d}-00000000.safetensors") for run in (a, b))
+        assert first.tensors.keys() == second.tensors.keys()
+        for name, tensor in first.tensors.items():
+            assert torch.equal(tensor, second.tensors[name]), name
+    samples = f"samples/after-task-{SHORT['tasks']}.safetensors"
+    assert (a / samples).read_bytes() == (b / samples).read_bytes()
+
+
+def test_sigkill_in_mid_task_and_the_same_command_again(finished: Path, extractor_path: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    arguments = ["train", "--method", "gd+rank1", *_options(SHORT), "--out", out, "--extractor", extractor_path]
+
+    # In the 6th and last step of the second task, with a checkpoint after the 4th.
+    script = KILLED.format(module="loop", name="training_step", call=12)
+    assert python("-c", script, *arguments).returncode == -signal.SIGKILL
+    assert sorted(path.stem for path in (out / "checkpoints").iterdir())[-1] == "01-00000004"
+    assert not (out / "summary.json").exists()
+    with open(out / "metrics.jsonl", "ab") as file:
+        file.write(b'{"kind": "step", "los')  # what a crash in the middle of a write leaves behind
+
+    # And again, while the next checkpoint is written but not yet in place.
+    script = KILLED.format(module="checkpoint", name="save_file", call=1)
+    killed = python("-c", script, *arguments)
+    assert killed.returncode == -signal.SIGKILL
+    assert "resuming after 1 finished stage(s) and 4 steps of the next" in killed.stdout
+    assert list((out / "checkpoints").glob("*.tmp"))
+
+    again = command(*arguments)
+    assert again.returncode == 0, again.stderr
+    assert "resuming after 1 finished stage(s) and 4 steps" in again.stdout
+    _same_end(finished, out)
+
+    # A finished run is left alone.
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    from crl_diffusion.cli import main
+
+    assert main([str(argument) for argument in arguments]) == 0
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def _unfinish(finished: Path, out: Path, drop: list[str]) -> None:
+    """A copy of a finished run as it was before its last checkpoints."""
+    shutil.copytree(finished, out)
+    (out / "summary.json").unlink()
+    for name in drop:
+        (out / "checkpoints" / f"{name}.safetensors").unlink()
+
+
+@pytest.mark.filterwarnings("ignore:only .* of the trace of the Fisher")
+@pytest.mark.parametrize("damage", ["truncated", "one bit"])
+def test_a_damaged_checkpoint_falls_back_and_says_so(
+    finished: Path, extractor_path: Path, tmp_path: Path, short: Short, damage: str
+) -> None:
+    out = tmp_path / "run"
+    _unfinish(finished, out, [])
+    path = out / "checkpoints" / "02-00000000.safetensors"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 64
+    path.write_bytes(content[: -len(content) // 3] if damage == "truncated" else content)
+    said: list[str] = []
+    loop.train(short(), out, extractor_path=extractor_path, say=said.append)
+    assert any("02-00000000.safetensors is damaged" in line for line in said)
+    assert any("resuming after 1 finished stage(s) and 6 steps" in line for line in said)
+    _same_end(finished, out)
+
+
+@pytest.mark.filterwarnings("ignore:only .* of the trace of the Fisher")
+@pytest.mark.parametrize("left", ["nothing", "the first stage's steps", "the first stage"])
+def test_from_any_checkpoint_to_the_same_end(
+    finished: Path, extractor_path: Path, tmp_path: Path, short: Short, left: str
+) -> None:
+    out = tmp_path / "run"
+    all_of_them = sorted(path.stem for path in (finished / "checkpoints").iterdir())
+    assert all_of_them == ["01-00000000", "01-00000004", "01-00000006", "02-00000000"]
+    keep = {"nothing": [], "the first stage's steps": all_of_them[:1], "the first stage": all_of_them[:2]}[left]
+    _unfinish(finished, out, [name for name in all_of_them if name not in keep])
+    loop.train(short(), out, extractor_path=extractor_path, say=lambda line: None)
+    _same_end(finished, out)
+
+
+def test_a_folder_of_another_run_is_refused_with_what_differs(finished: Path, short: Short) -> None:
+    with pytest.raises(OptionError, match=r"holds another run \(lr 0.001 there, 0.01 asked for\)"):
+        loop.train(short(lr=0.01), finished)
+
+
+def test_rows_are_complete_and_in_order(finished: Path) -> None:
+    rows = read_rows(finished / "metrics.jsonl")
+    steps = [(row["stage"], row["step"]) for row in rows if row["kind"] == "step"]
+    assert steps == [(1, 2), (1, 4), (1, 6), (2, 2), (2, 4), (2, 6)]
+    evaluations = [(row["after_task"], row["task"]) for row in rows if row["kind"] == "evaluation"]
+    assert evaluations == [(1, 1), (2, 1), (2, 2)]
+    for row in rows:
+        if row["kind"] == "evaluation":
+            assert row["extractor"].startswith("cnn32-digits-8px-")
+            assert (row["samples"], row["sampler"], row["sampler_steps"]) == (8, "DDIM", 2)
+    (fisher,) = [row for row in rows if row["kind"] == "fisher"]
+    assert fisher["num_samples"] == SHORT["fisher_samples"]
+    assert fisher["state_bytes"] > 4 * 350_000
+    assert all(row["replay_loss"] == 0 for row in rows if row["kind"] == "step" and row["stage"] == 1)
+    assert all(row["replay_loss"] > 0 for row in rows if row["kind"] == "step" and row["stage"] == 2)
+
+
+def test_times_are_kept_apart(finished: Path) -> None:
+    assert "ms" not in (finished / "metrics.jsonl").read_text()
+    timings = read_rows(finished / "timings.jsonl")
+    assert all(row["step_ms"] > 0 for row in timings)
+    assert ["penalty_ms" in row for row in timings] == [False] * 3 + [True] * 3
+    config = json.loads((finished / "config.json").read_text())
+    assert config["environment"]["torch"] == torch.__version__
+    assert config["run"]["recipe"]["penalty"] == {"fisher": "rank1", "lam": 20.0, "mode": "decoupled"}
+
+
+def test_two_processes_do_not_write_to_one_folder(short: Short, tmp_path: Path, extractor_path: Path) -> None:
+    pytest.importorskip("fcntl", reason="file locks are a POSIX thing")
+    out = tmp_path / "run"
+    out.mkdir()
+    with loop.locked(out), pytest.raises(OptionError, match="is being written by another process"):
+        loop.train(short(), out, extractor_path=extractor_path)
