@@ -3,7 +3,7 @@
     pip install torch && pip install --no-build-isolation .
 
 Environment:
-    CRL_KERNELS_CUDA      auto (default): build the CUDA kernels if nvcc is found; 1: build them or fail; 0: leave them out
+    CRL_KERNELS_CUDA      auto (default): build the CUDA kernels if nvcc is found; 1: build them or fail; 0: do not
     TORCH_CUDA_ARCH_LIST  GPU architectures, as in PyTorch (default "8.0;9.0;10.0+PTX"); no GPU is needed or probed
     CXX                   the C++ compiler (default: g++ or c++)
 
@@ -84,7 +84,7 @@ def extensions():
     if cuda == "0" or nvcc is None:
         say("leaving out the CUDA kernels: " + ("CRL_KERNELS_CUDA=0." if cuda == "0" else "nvcc was not found."))
     elif torch.version.cuda is None and cuda == "1":
-        sys.exit("CRL_KERNELS_CUDA=1 asks for the CUDA kernels, but this torch is a CPU build: install a CUDA build of it.")
+        sys.exit("CRL_KERNELS_CUDA=1 asks for the CUDA kernels, but this torch is a CPU build; install a CUDA build.")
     elif torch.version.cuda is None:
         say("leaving out the CUDA kernels: this torch is a CPU build.")
     else:

@@ -10,7 +10,8 @@ from .backends import registry
 
 
 def main() -> None:
-    print(f"crl_kernels {__version__}, torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}")
+    print(f"crl_kernels {__version__}, torch {torch.__version__}")
+    print(f"Python {platform.python_version()}, {platform.system()} {platform.machine()}")
     print(f"CRL_KERNELS_BACKEND={registry.CHOICE}")
     for library in (registry.CPU, registry.CUDA):
         print(f"  {library.device + ':':6}{library.reason}")

@@ -8,14 +8,15 @@ The rank-1 penalty needs two operators that are each other's adjoint, so derivat
     projections(theta, U) = U theta        d/dtheta: combine(U, c) = U^T c        d/dc: projections
 
 The diagonal penalty's value is ``diagonal_quadratic``, q = sum S (theta - m)^2; its gradient, 2 S (theta - m), is
-``diagonal_gradient`` with c = 2; derivatives beyond that are plain PyTorch. Directions, Fisher and anchors are constants.
+``diagonal_gradient`` with c = 2; derivatives beyond that are plain PyTorch. Directions, Fisher and anchors are
+constants.
 
 The functions at the end are what the rest of the library calls. In eager mode they go through ``autograd.Function``,
 which knows reverse mode, forward mode and vmap; a rule that is registered with ``torch.library`` alone makes
 ``func.jvp`` silently zero. While compiling they call the operator itself, because Dynamo refuses a Function with a jvp.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ SCHEMAS = (
 )
 NAMES = tuple(schema.partition("(")[0] for schema in SCHEMAS)
 
-_library = torch.library.Library("crl_kernels", "DEF")  # noqa: TOR901  (lives as long as the process)
+_library = torch.library.Library("crl_kernels", "DEF")
 for _schema, _name in zip(SCHEMAS, NAMES, strict=True):
     _library.define(_schema)
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
@@ -48,48 +49,23 @@ _ops = torch.ops.crl_kernels
 
 # Fake kernels: shapes and dtypes of results, for torch.compile and torch.export.
 
-
-@torch.library.register_fake("crl_kernels::low_rank_projections")
-def _(params: Sequence[Tensor], directions: Sequence[Tensor], num_terms: int) -> Tensor:
-    return params[0].new_empty((num_terms,), dtype=torch.float64)
-
-
-@torch.library.register_fake("crl_kernels::low_rank_combine")
-def _(directions: Sequence[Tensor], coefficients: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    return [tensor.new_empty(tensor.shape) for tensor in like]
-
-
-@torch.library.register_fake("crl_kernels::diagonal_quadratic")
-def _(params: Sequence[Tensor], fisher: Sequence[Tensor], anchor: Sequence[Tensor]) -> Tensor:
-    return params[0].new_empty((), dtype=torch.float64)
+_FAKES: dict[str, Callable[..., Any]] = {
+    "low_rank_projections": lambda params, directions, num_terms: _float64(params, (num_terms,)),
+    "low_rank_combine": lambda directions, coefficients, like: [tensor.new_empty(tensor.shape) for tensor in like],
+    "low_rank_accumulate_": lambda targets, directions, coefficients: None,
+    "diagonal_quadratic": lambda params, fisher, anchor: _float64(params, ()),
+    "diagonal_gradient": lambda params, fisher, anchor, coefficient: [p.new_empty(p.shape) for p in params],
+    "diagonal_accumulate_": lambda targets, params, fisher, anchor, coefficient: _float64(params, ()),
+    "diagonal_shrink_": lambda params, fisher, anchor, strength: None,
+}
 
 
-@torch.library.register_fake("crl_kernels::diagonal_gradient")
-def _(
-    params: Sequence[Tensor], fisher: Sequence[Tensor], anchor: Sequence[Tensor], coefficient: Tensor
-) -> list[Tensor]:
-    return [tensor.new_empty(tensor.shape) for tensor in params]
+def _float64(params: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
+    return params[0].new_empty(shape, dtype=torch.float64)
 
 
-@torch.library.register_fake("crl_kernels::diagonal_accumulate_")
-def _(
-    targets: Sequence[Tensor],
-    params: Sequence[Tensor],
-    fisher: Sequence[Tensor],
-    anchor: Sequence[Tensor],
-    coefficient: Tensor,
-) -> Tensor:
-    return params[0].new_empty((), dtype=torch.float64)
-
-
-@torch.library.register_fake("crl_kernels::low_rank_accumulate_")
-def _(targets: Sequence[Tensor], directions: Sequence[Tensor], coefficients: Tensor) -> None:
-    return None
-
-
-@torch.library.register_fake("crl_kernels::diagonal_shrink_")
-def _(params: Sequence[Tensor], fisher: Sequence[Tensor], anchor: Sequence[Tensor], strength: Tensor) -> None:
-    return None
+for _name, _fake in _FAKES.items():
+    torch.library.register_fake(f"crl_kernels::{_name}", _fake)
 
 
 # Reverse mode of the operators themselves: what compiled graphs use.
@@ -120,33 +96,32 @@ def _backward_combine(ctx: Any, grads: Sequence[Tensor]) -> Any:
 
 def _setup_quadratic(ctx: Any, inputs: Any, output: Any) -> None:
     params, fisher, anchor = inputs
-    ctx.sizes = [len(params), len(fisher), len(anchor)]
+    ctx.num_params = len(params)
     ctx.save_for_backward(*params, *fisher, *anchor)
 
 
 def _backward_quadratic(ctx: Any, grad: Tensor) -> Any:
-    params, fisher, anchor = _split(ctx.saved_tensors, ctx.sizes)
+    params, fisher, anchor = _split(ctx.saved_tensors, ctx.num_params)
     return _ops.diagonal_gradient(params, fisher, anchor, 2 * grad), [None] * len(fisher), [None] * len(anchor)
 
 
 def _setup_gradient(ctx: Any, inputs: Any, output: Any) -> None:
     params, fisher, anchor, coefficient = inputs
-    ctx.sizes = [len(params), len(fisher), len(anchor), 1]
-    ctx.save_for_backward(*params, *fisher, *anchor, coefficient)
+    ctx.num_params = len(params)
+    ctx.save_for_backward(coefficient, *params, *fisher, *anchor)
 
 
 def _backward_gradient(ctx: Any, grads: Sequence[Tensor]) -> Any:
-    params, fisher, anchor, (coefficient,) = _split(ctx.saved_tensors, ctx.sizes)
+    coefficient, *tensors = ctx.saved_tensors
+    params, fisher, anchor = _split(tensors, ctx.num_params)
     by_params, by_coefficient = _diagonal_gradient_vjp(params, fisher, anchor, coefficient, grads)
     return by_params, [None] * len(fisher), [None] * len(anchor), by_coefficient
 
 
-def _split(tensors: Sequence[Tensor], sizes: Sequence[int]) -> list[Sequence[Tensor]]:
-    parts, begin = [], 0
-    for size in sizes:
-        parts.append(tensors[begin : begin + size])
-        begin += size
-    return parts
+def _split(tensors: Sequence[Tensor], num_params: int) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
+    """(params, fisher, anchor), the last two of equal length."""
+    middle = (num_params + len(tensors)) // 2
+    return tensors[:num_params], tensors[num_params:middle], tensors[middle:]
 
 
 def _diagonal_gradient_vjp(
@@ -173,15 +148,13 @@ for _name, _backward, _setup in (
 
 
 # Reverse mode, forward mode and vmap of eager mode. Lists are passed flat, because a Function sees only tensors that
-# are arguments themselves; ``sizes`` says where they are cut.
+# are arguments themselves; a leading number says where they are cut.
 
 
 def _vmap_by_loop(function: type[torch.autograd.Function], info: Any, in_dims: Any, args: Any) -> Any:
     """One call per element of the batch: correct for every choice of batched arguments."""
     results = [
-        function.apply(  # type: ignore[no-untyped-call]
-            *(arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims, strict=True))
-        )
+        function.apply(*(arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims, strict=True)))
         for i in range(info.batch_size)
     ]
     if isinstance(results[0], Tensor):
@@ -209,14 +182,14 @@ class _Projections(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         params, directions = ctx.saved_tensors[: ctx.num_params], ctx.saved_tensors[ctx.num_params :]
-        by_params = _Combine.apply(len(directions), grads[0], *directions, *params)  # type: ignore[no-untyped-call]
+        by_params = _Combine.apply(len(directions), grads[0], *directions, *params)
         return (None, None, *by_params, *(None for _ in directions))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         params, directions = ctx.saved_tensors[: ctx.num_params], ctx.saved_tensors[ctx.num_params :]
         moved = _zeros_for_none(tangents[2 : 2 + ctx.num_params], params)
-        return _Projections.apply(ctx.num_terms, ctx.num_params, *moved, *directions)  # type: ignore[no-untyped-call]
+        return _Projections.apply(ctx.num_terms, ctx.num_params, *moved, *directions)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
@@ -238,14 +211,14 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         directions = ctx.saved_tensors[: ctx.num_directions]
-        by_coefficients = _Projections.apply(ctx.num_terms, len(grads), *grads, *directions)  # type: ignore[no-untyped-call]
+        by_coefficients = _Projections.apply(ctx.num_terms, len(grads), *grads, *directions)
         return (None, by_coefficients, *(None for _ in ctx.saved_tensors))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         directions, like = ctx.saved_tensors[: ctx.num_directions], ctx.saved_tensors[ctx.num_directions :]
         moved = tangents[1] if tangents[1] is not None else directions[0].new_zeros(ctx.num_terms, dtype=torch.float64)
-        return _Combine.apply(ctx.num_directions, moved, *directions, *like)  # type: ignore[no-untyped-call]
+        return _Combine.apply(ctx.num_directions, moved, *directions, *like)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
@@ -254,24 +227,24 @@ class _Combine(torch.autograd.Function):
 
 class _Quadratic(torch.autograd.Function):
     @staticmethod
-    def forward(sizes: list[int], *tensors: Tensor) -> Tensor:
-        result: Tensor = _ops.diagonal_quadratic(*_split(tensors, sizes))
+    def forward(num_params: int, *tensors: Tensor) -> Tensor:
+        result: Tensor = _ops.diagonal_quadratic(*_split(tensors, num_params))
         return result
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.sizes, *tensors = inputs
+        ctx.num_params, *tensors = inputs
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        by_params = _QuadraticGradient.apply(ctx.sizes, 2 * grads[0], *ctx.saved_tensors)  # type: ignore[no-untyped-call]
-        return (None, *by_params, *(None for _ in range(ctx.sizes[1] + ctx.sizes[2])))
+        by_params = _QuadraticGradient.apply(ctx.num_params, 2 * grads[0], *ctx.saved_tensors)
+        return (None, *by_params, *(None for _ in ctx.saved_tensors[ctx.num_params :]))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        params, fisher, anchor = _split(ctx.saved_tensors, ctx.sizes)
+        params, fisher, anchor = _split(ctx.saved_tensors, ctx.num_params)
         moved = _zeros_for_none(tangents[1 : 1 + len(params)], params)
         two = params[0].new_full((), 2.0, dtype=torch.float64)
         return _diagonal_gradient_vjp(params, fisher, anchor, two, moved)[1] * two
@@ -283,26 +256,26 @@ class _Quadratic(torch.autograd.Function):
 
 class _QuadraticGradient(torch.autograd.Function):
     @staticmethod
-    def forward(sizes: list[int], coefficient: Tensor, *tensors: Tensor) -> Any:
-        return tuple(_ops.diagonal_gradient(*_split(tensors, sizes), coefficient))
+    def forward(num_params: int, coefficient: Tensor, *tensors: Tensor) -> Any:
+        return tuple(_ops.diagonal_gradient(*_split(tensors, num_params), coefficient))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.sizes, coefficient, *tensors = inputs
+        ctx.num_params, coefficient, *tensors = inputs
         ctx.save_for_backward(coefficient, *tensors)
         ctx.save_for_forward(coefficient, *tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         coefficient, *tensors = ctx.saved_tensors
-        params, fisher, anchor = _split(tensors, ctx.sizes)
+        params, fisher, anchor = _split(tensors, ctx.num_params)
         by_params, by_coefficient = _diagonal_gradient_vjp(params, fisher, anchor, coefficient, grads)
         return (None, by_coefficient, *by_params, *(None for _ in range(len(fisher) + len(anchor))))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         coefficient, *tensors = ctx.saved_tensors
-        params, fisher, anchor = _split(tensors, ctx.sizes)
+        params, fisher, anchor = _split(tensors, ctx.num_params)
         moved = _zeros_for_none(tangents[2 : 2 + len(params)], params)
         by_coefficient = torch.zeros_like(coefficient) if tangents[1] is None else tangents[1]
         state = zip(params, moved, reference._pieces(fisher, params), reference._pieces(anchor, params), strict=True)
@@ -324,7 +297,7 @@ def low_rank_projections(params: Sequence[Tensor], directions: Sequence[Tensor],
     if torch.compiler.is_compiling():
         result: Tensor = _ops.low_rank_projections(params, directions, num_terms)
         return result
-    result = _Projections.apply(num_terms, len(params), *params, *directions)  # type: ignore[no-untyped-call]
+    result = _Projections.apply(num_terms, len(params), *params, *directions)
     return result
 
 
@@ -339,8 +312,7 @@ def diagonal_quadratic(params: Sequence[Tensor], fisher: Sequence[Tensor], ancho
     if torch.compiler.is_compiling():
         result: Tensor = _ops.diagonal_quadratic(params, fisher, anchor)
         return result
-    sizes = [len(params), len(fisher), len(anchor)]
-    result = _Quadratic.apply(sizes, *params, *fisher, *anchor)  # type: ignore[no-untyped-call]
+    result = _Quadratic.apply(len(params), *params, *fisher, *anchor)
     return result
 
 

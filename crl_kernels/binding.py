@@ -57,7 +57,7 @@ class Layout:
 
     def require_same_parameters(self, other: "Layout", this: str, that: str) -> None:
         """Raises ValueError, naming the parameters, unless ``other`` has the same names and shapes in some order."""
-        mine, theirs = dict(zip(self.names, self.shapes, strict=True)), dict(zip(other.names, other.shapes, strict=True))
+        mine, theirs = (dict(zip(layout.names, layout.shapes, strict=True)) for layout in (self, other))
         if missing := [name for name in mine if name not in theirs]:
             raise ValueError(f"{that} lacks {join_names(missing)}, which {this} has. {_SAME_MODEL}")
         if unknown := [name for name in theirs if name not in mine]:
@@ -108,6 +108,13 @@ class Binding:
             )
         self.params = list(trainable.values())
         self.layout = Layout(list(trainable), [parameter.shape for parameter in self.params])
+        # Where each parameter hangs in the model, to notice when another takes its place.
+        places = {
+            id(parameter): (module._parameters, attribute)
+            for module in model.modules()
+            for attribute, parameter in module._parameters.items()
+        }
+        self._places = [places[id(parameter)] for parameter in self.params]
         # A shared parameter may be stored under any of its names.
         self._name_of = {id(p): name for name, p in trainable.items()}
         self._aliases = {
@@ -130,7 +137,17 @@ class Binding:
         return Layout([self._aliases.get(name, name) for name in layout.names], layout.shapes)
 
     def check(self, state_device: torch.device) -> None:
-        """Raises ValueError if a bound parameter has been resized, or moved away from the state, since binding."""
+        """Raises ValueError if a bound parameter was replaced, resized, or moved away from the state, since binding."""
+        if not torch.compiler.is_compiling():
+            for (parameters, attribute), name, parameter in zip(
+                self._places, self.layout.names, self.params, strict=True
+            ):
+                if parameters.get(attribute) is not parameter:
+                    raise ValueError(
+                        f"parameter {name!r} is no longer the object that the history was bound to: something replaced "
+                        "it (sharding, pruning, functional_call, a move to another kind of device). Bind after that, "
+                        "with save() and load(path, model) to keep the terms."
+                    )
         for name, shape, parameter in zip(self.layout.names, self.layout.shapes, self.params, strict=True):
             if parameter.shape != shape:
                 raise ValueError(
@@ -149,7 +166,9 @@ def _named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for raw, parameter in model.named_parameters():
         name = canonical_name(raw)
         if name in seen:
-            raise ValueError(f"parameters {seen[name]!r} and {raw!r} are both called {name!r} without wrapper prefixes.")
+            raise ValueError(
+                f"{seen[name]!r} and {raw!r} are both called {name!r} without wrapper prefixes; rename one."
+            )
         seen[name] = raw
         yield name, parameter
 

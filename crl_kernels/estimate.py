@@ -1,9 +1,9 @@
 """Estimating a task's Fisher from its data, in one pass.
 
-The empirical Fisher is F = mean_i g_i g_i^T over PER-SAMPLE gradients g_i, one for each sample's own loss. (The square of
-a batch's mean gradient is another matrix, smaller by orders of magnitude.) Low rank: the first half of the data gives
-the directions, the second half the curvatures along them, because a direction looks steeper on the samples that it was
-fitted to: with kappa = |mu|^2 / tr F = 0.01 and batches of 32, four times steeper.
+The empirical Fisher is F = mean_i g_i g_i^T over PER-SAMPLE gradients g_i, one for each sample's own loss. (The square
+of a batch's mean gradient is another matrix, smaller by orders of magnitude.) Low rank: the first half of the data
+gives the directions, the second half the curvatures along them, because a direction looks steeper on the samples that
+it was fitted to.
 """
 
 import math
@@ -137,7 +137,7 @@ def _estimate_low_rank(
             count, sketch = len(matrix), _top_rows(torch.cat([sketch, matrix]), rank + 8)
         count_first += count
     if rank > count_first:
-        raise ValueError(f"rank is {rank}, and the first half of the data has {count_first} samples; give more samples.")
+        raise ValueError(f"rank is {rank}, but the first half of the data has only {count_first} samples; give more.")
 
     mean_first = sum_first / max(count_first, 1)
     if rank == 1:
@@ -198,10 +198,10 @@ def _top_rows(matrix: Tensor, count: int) -> Tensor:
 
     From the small Gram matrix: eigenvectors of G = M M^T give R = V^T M.
     """
-    rows = matrix.double() if matrix.dtype == torch.float64 else matrix
-    eigenvalues, eigenvectors = torch.linalg.eigh((rows @ rows.T).double())
+    eigenvalues, eigenvectors = torch.linalg.eigh((matrix @ matrix.T).double())
     order = eigenvalues.argsort(descending=True)[:count]
-    return eigenvectors[:, order].T.to(matrix.dtype) @ matrix
+    rows: Tensor = eigenvectors[:, order].T.to(matrix.dtype) @ matrix
+    return rows
 
 
 class _SampleGradients:
@@ -219,7 +219,7 @@ class _SampleGradients:
         """(sum of the gradients (P,) in float64, N): one ordinary backward pass."""
         count = batch_size(batch)
         gradients = torch.autograd.grad(self._losses(batch, count).sum(), self._params, allow_unused=True)
-        return self._flat(gradients).double(), count
+        return _finite(self._flat(gradients)).double(), count
 
     def matrix(self, batch: Any) -> Tensor:
         """(N, P), in the parameters' dtype, float32 at least."""
@@ -240,12 +240,10 @@ class _SampleGradients:
                 sample = slice_batch(batch, i, i + 1)
                 rows.append(torch.autograd.grad(self._losses(sample, 1).sum(), self._params, allow_unused=True))
             matrix = torch.stack([self._flat(row) for row in rows])
-        if not bool(torch.isfinite(matrix).all()):
-            raise ValueError("per_sample_loss has NaN or infinite gradients; the Fisher would be meaningless.")
-        return matrix
+        return _finite(matrix)
 
     def _losses(self, batch: Any, count: int) -> Tensor:
-        losses = self._loss(self._model, batch)
+        losses: object = self._loss(self._model, batch)
         if not isinstance(losses, Tensor) or losses.shape != (count,):
             got = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else f"a {type(losses).__name__}"
             raise ValueError(
@@ -261,8 +259,9 @@ class _SampleGradients:
         def sample_loss(params: tuple[Tensor, ...], *sample: Any) -> Tensor:
             one = [leaf.unsqueeze(0) if is_tensor else leaf for leaf, is_tensor in zip(sample, batched, strict=True)]
             named = dict(zip(self._raw_names, params, strict=True))
-            losses: Tensor = torch.func.functional_call(self._holder, named, (tree_unflatten(one, structure),))
-            return losses.sum()
+            losses = torch.func.functional_call(self._holder, named, (tree_unflatten(one, structure),))
+            total: Tensor = losses.sum()
+            return total
 
         gradients = torch.func.vmap(
             torch.func.grad(sample_loss),
@@ -285,6 +284,12 @@ class _SampleGradients:
         )
 
 
+def _finite(gradients: Tensor) -> Tensor:
+    if not bool(torch.isfinite(gradients).all()):
+        raise ValueError("per_sample_loss has NaN or infinite gradients, and a Fisher of them would mean nothing.")
+    return gradients
+
+
 class _Holder(nn.Module):
     def __init__(self, model: nn.Module, per_sample_loss: PerSampleLoss) -> None:
         super().__init__()
@@ -300,8 +305,8 @@ def batch_size(batch: Any) -> int:
     size = sizes.pop() if len(sizes) == 1 else None
     if size is None:
         raise ValueError(
-            "loader yields batches whose tensors have no common first dimension; expected a tensor, or tuples, lists and "
-            "dicts of tensors, whose first dimension is the sample."
+            "loader yields batches whose tensors have no common first dimension; expected a tensor, or tuples, lists "
+            "and dicts of tensors, whose first dimension is the sample."
         )
     return size
 

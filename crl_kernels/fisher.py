@@ -94,7 +94,6 @@ class LowRankFisher:
         num_terms = {tensor.shape[:1] for tensor in directions.values()}
         if len(num_terms) != 1 or num_terms == {()}:
             raise ValueError("directions are (K, *shape) tensors of one K; their leading dimensions differ.")
-        _layout_of(anchor, "anchor")
         layout.require_same_parameters(_layout_of(anchor, "anchor"), "directions", "anchor")
         _require_finite(anchor, "anchor")
         stored = layout.flatten(directions, num_terms.pop()).to(storage_dtype or _state_dtype(directions))
@@ -193,7 +192,7 @@ class LowRankFisher:
         """Writes a safetensors file; read it with :func:`load_fisher`."""
         tensors = {f"directions.{name}": tensor for name, tensor in self.layout.split(self.directions).items()}
         tensors |= {"curvatures": self.curvatures, "anchor_projections": self.anchor_projections}
-        storage.write(path, "LowRankFisher", tensors, {"names": self.layout.names, "statistics": _facts(self.statistics)})
+        storage.write(path, "LowRankFisher", tensors, _facts(self.layout, self.statistics))
 
 
 class DiagonalFisher:
@@ -238,13 +237,13 @@ class DiagonalFisher:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file; read it with :func:`load_fisher`."""
-        tensors = {f"fisher_diagonal.{name}": tensor for name, tensor in self.layout.split(self.fisher_diagonal).items()}
-        tensors |= {f"anchor.{name}": tensor for name, tensor in self.layout.split(self.anchor).items()}
-        storage.write(path, "DiagonalFisher", tensors, {"names": self.layout.names, "statistics": _facts(self.statistics)})
+        tensors = {f"fisher_diagonal.{name}": part for name, part in self.layout.split(self.fisher_diagonal).items()}
+        tensors |= {f"anchor.{name}": part for name, part in self.layout.split(self.anchor).items()}
+        storage.write(path, "DiagonalFisher", tensors, _facts(self.layout, self.statistics))
 
 
-def _facts(statistics: FisherStatistics | None) -> dict[str, Any] | None:
-    return None if statistics is None else asdict(statistics)
+def _facts(layout: Layout, statistics: FisherStatistics | None) -> dict[str, Any]:
+    return {"names": layout.names, "statistics": None if statistics is None else asdict(statistics)}
 
 
 def load_fisher(path: str | os.PathLike[str]) -> LowRankFisher | DiagonalFisher:

@@ -1,7 +1,7 @@
 """All past tasks of one model, bound to its parameters.
 
     LowRankHistory    (lam / 2) sum_k a_k (u_k . theta - b_k)^2 over the terms of all tasks
-    DiagonalHistory   (lam / 2) (sum_j S_j (theta_j - m_j)^2 + R), the exact sum over tasks t of F_t (theta - theta*_t)^2
+    DiagonalHistory   (lam / 2) (sum_j S_j (theta_j - m_j)^2 + R) = (lam / 2) sum_t sum_j F_tj (theta_j - theta*_tj)^2
 
 Three ways to use a history in a trainer: add ``rank1_ewc_penalty(history, lam=...)`` to the loss; call
 ``add_penalty_grad_(lam)`` after backward; or call ``decoupled_step_(lam, lr)`` after the optimizer's step.
@@ -11,7 +11,7 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -321,9 +321,7 @@ class LowRankHistory(_History[LowRankFisher]):
         return tensors | {"curvatures": self._curvatures, "anchor_projections": self._anchor_projections}
 
     def _set_named_state(self, tensors: dict[str, Tensor], names: list[str], origin: str) -> None:
-        terms = [
-            {name: tensors[f"directions.{k}.{name}"] for name in names} for k in range(len(tensors["curvatures"]))
-        ]
+        terms = [{name: tensors[f"directions.{k}.{name}"] for name in names} for k in range(len(tensors["curvatures"]))]
         directions = []
         for term in terms:
             layout = self._file_layout(term, origin)
@@ -339,10 +337,12 @@ class LowRankHistory(_History[LowRankFisher]):
 
 
 class DiagonalHistory(_History[DiagonalFisher]):
-    """The exact sum of all past tasks' diagonal penalties in the state of one: (lam / 2) (sum_j S_j (theta_j - m_j)^2 + R).
+    """The exact sum of all past tasks' diagonal penalties in the state of one.
 
-    S = sum_t F_t, m the S-weighted mean of the anchors, and R, float64, what is left at theta = m. They are updated like
-    Welford's variance, because the sums of F theta* and F theta*^2 cancel. State: 8 bytes per parameter in float32.
+        (lam / 2) (sum_j S_j (theta_j - m_j)^2 + R)
+
+    S = sum_t F_t, m the S-weighted mean of the anchors, and R, float64, what is left at theta = m. They are updated
+    like Welford's variance, because the sums of F theta* and F theta*^2 cancel. State: 8 bytes per parameter.
 
     Args:
         model, include, exclude: see :class:`LowRankHistory`.

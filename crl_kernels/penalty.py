@@ -32,8 +32,8 @@ def rank1_ewc_penalty(
 
     Args:
         params: a LowRankHistory; or one tensor; or a sequence of tensors of any shapes and floating-point dtypes.
-        lam: strength, a float or a 0-dim tensor. Its unit is that of the loss times 1 / (a |theta|^2): the paper's 15,000
-            belongs to a per-sample loss that is the MEAN over the image of the squared error.
+        lam: strength, a float or a 0-dim tensor. The paper's 15,000 belongs to a per-sample loss that is the MEAN over
+            the image of the squared error.
         direction: u; a tensor like ``params``, a sequence like ``params``, or one flat tensor of all elements in order.
         curvature: a >= 0, the Fisher's curvature along u, in squared gradient units.
         anchor: theta*, in the form of ``params``. Read at every call.
@@ -150,7 +150,7 @@ def _constants(argument: str, tensors: Tensors, params: list[Tensor]) -> list[Te
     if isinstance(tensors, Tensor) and tensors.shape == (numel,):
         return listed
     if len(listed) != len(params):
-        raise ValueError(f"{argument} has {len(listed)} tensors; expected {len(params)}, or one flat tensor of {numel}.")
+        raise ValueError(f"{argument} has {len(listed)} tensors; expected {len(params)}, or one flat one of {numel}.")
     for i, (tensor, parameter) in enumerate(zip(listed, params, strict=True)):
         if tensor.shape != parameter.shape:
             raise ValueError(

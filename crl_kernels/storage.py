@@ -1,4 +1,4 @@
-"""Files: safetensors, by parameter name, never pickle; written to a temporary file and renamed, so never half a file."""
+"""Files: safetensors, by parameter name, never pickle. Written aside and renamed, so never half a file."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-_FORMAT = "crl_kernels"
+_ENTRY = "crl_kernels"
 _VERSION = 1
 
 
@@ -24,7 +24,8 @@ def _safetensors() -> Any:
 def write(path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
     """Writes tensors, and JSON-able facts about them, to ``path``."""
     library = _safetensors()
-    header = {"format": _FORMAT, "version": str(_VERSION), "kind": kind, "facts": json.dumps(facts)}
+    # One entry: safetensors writes several in an arbitrary order, and equal states should be equal files.
+    header = {_ENTRY: json.dumps({"version": _VERSION, "kind": kind, "facts": facts})}
     data = library.torch.save({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, header)
     target = Path(path)
     handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
@@ -53,13 +54,13 @@ def read(path: str | os.PathLike[str]) -> tuple[str, dict[str, Tensor], dict[str
         raise FileNotFoundError(f"path {os.fspath(path)!r} is not a file.")
     try:
         with library.safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
+            header = json.loads((file.metadata() or {}).get(_ENTRY, "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
     except library.SafetensorError as error:
         raise ValueError(f"path {os.fspath(path)!r} is not a safetensors file, or is damaged: {error}.") from error
-    if header.get("format") != _FORMAT or header.get("version") != str(_VERSION):
+    if header.get("version") != _VERSION:
         raise ValueError(
-            f"path {os.fspath(path)!r} has format {header.get('format')!r}, version {header.get('version')!r}; "
-            f"expected a file saved by this library, format {_FORMAT!r}, version {_VERSION!r}."
+            f"path {os.fspath(path)!r} was not saved by this library, or by another version of it: its format is "
+            f"{header.get('version')}, expected {_VERSION}."
         )
-    return header["kind"], tensors, json.loads(header["facts"])
+    return header["kind"], tensors, header["facts"]

@@ -127,6 +127,13 @@ inline std::vector<Operand> directions_of(const SegmentTable& table, const Tenso
   return result;
 }
 
+// Coefficients as consecutive doubles on the device of the other operands.
+inline Tensor coefficients_of(const Tensor& tensor, const Tensor& same_device_as) {
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Double && tensor.device() == same_device_as.device(),
+                  "crl_kernels: coefficients are a float64 tensor on the device of the parameters");
+  return torch::stable::contiguous(tensor);
+}
+
 inline Tensors empty_like_all(const Tensors& tensors) {
   Tensors result;
   result.reserve(tensors.size());

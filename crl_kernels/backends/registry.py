@@ -1,7 +1,7 @@
 """Which implementation runs, and why.
 
-``torch.library`` chooses by device: the compiled libraries register CPU and CUDA kernels, and plain PyTorch is there for
-every device that has none. This module loads the libraries and remembers what it found.
+``torch.library`` chooses by device: the compiled libraries register CPU and CUDA kernels, and plain PyTorch is there
+for every device that has none. This module loads the libraries and remembers what it found.
 
 ``CRL_KERNELS_BACKEND`` overrides: ``reference`` loads no library; ``cpu`` or ``cuda`` insists on that one.
 """

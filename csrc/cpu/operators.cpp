@@ -23,13 +23,6 @@ void parallel_over_chunks(const SegmentTable& table, const F& chunk_range) {
 
 Tensor empty_float64(const std::vector<int64_t>& shape) { return torch::stable::empty(shape, ScalarType::Double); }
 
-const double* coefficients_of(const Tensor& coefficients) {
-  STD_TORCH_CHECK(
-      coefficients.is_cpu() && coefficients.scalar_type() == ScalarType::Double && coefficients.is_contiguous(),
-      "crl_kernels: coefficients are a contiguous float64 tensor on the CPU");
-  return coefficients.const_data_ptr<double>();
-}
-
 // Sums the lanes of one chunk.
 double lane_sum(const double* lanes) { return ordered_sum(lanes, kLanes); }
 
@@ -61,8 +54,11 @@ Tensor low_rank_projections(const Tensors params, const Tensors directions, int6
 }
 
 // targets (+)= sum_k coefficients[k] u_k. Several terms are summed in float64 first, so a target is rounded once.
-void combine_into(Target& targets, const SegmentTable& table, const std::vector<Operand>& u, const double* coefficients,
-                  bool overwrite) {
+void combine_into(Target& targets, const SegmentTable& table, const Tensors& directions, const Tensor& coefficients,
+                  const Tensor& same_device_as, bool overwrite) {
+  const std::vector<Operand> u = directions_of(table, directions, coefficients.numel(), same_device_as);
+  const Tensor consecutive = coefficients_of(coefficients, same_device_as);
+  const double* c = consecutive.const_data_ptr<double>();
   const Kernels& loops = kernels();
   parallel_over_chunks(table, [&](int64_t first, int64_t last) {
     double sum[kChunk];
@@ -71,11 +67,11 @@ void combine_into(Target& targets, const SegmentTable& table, const std::vector<
         const Pointer target = targets.at(segment, begin);
         const int64_t n = end - begin;
         if (u.size() == 1) {
-          loops.axpy(target, u[0].at(segment, begin), n, coefficients[0], overwrite);
+          loops.axpy(target, u[0].at(segment, begin), n, c[0], overwrite);
           return;
         }
         for (size_t k = 0; k < u.size(); ++k) {
-          loops.accumulate(sum, u[k].at(segment, begin), n, coefficients[k], k == 0);
+          loops.accumulate(sum, u[k].at(segment, begin), n, c[k], k == 0);
         }
         loops.add(target, sum, n, overwrite);
       });
@@ -87,16 +83,14 @@ void combine_into(Target& targets, const SegmentTable& table, const std::vector<
 void low_rank_accumulate_(const Tensors targets, const Tensors directions, const Tensor coefficients) {
   const SegmentTable table = segment_table(targets);
   Target target(table, targets);
-  combine_into(target, table, directions_of(table, directions, coefficients.numel(), targets[0]),
-               coefficients_of(coefficients), false);
+  combine_into(target, table, directions, coefficients, targets[0], false);
 }
 
 Tensors low_rank_combine(const Tensors directions, const Tensor coefficients, const Tensors like) {
   const Tensors result = empty_like_all(like);
   const SegmentTable table = segment_table(result);
   Target target(table, result);
-  combine_into(target, table, directions_of(table, directions, coefficients.numel(), like[0]),
-               coefficients_of(coefficients), true);
+  combine_into(target, table, directions, coefficients, like[0], true);
   return result;
 }
 
@@ -134,7 +128,7 @@ Tensor gradient_into(const Tensors& targets, const Tensors& params, const Tensor
   check_targets(targets, params);
   Target target(table, targets);
   const Operand theta(table, params, params[0]), s(table, fisher, params[0]), m(table, anchor, params[0]);
-  const double c = *coefficients_of(coefficient);
+  const double c = *coefficients_of(coefficient, params[0]).const_data_ptr<double>();
   const Kernels& loops = kernels();
   Tensor value = reduce_pieces(table, [&](int64_t segment, int64_t begin, int64_t n, double* lanes) {
     loops.quadratic_gradient(target.at(segment, begin), theta.at(segment, begin), s.at(segment, begin),
@@ -160,7 +154,7 @@ void diagonal_shrink_(const Tensors params, const Tensors fisher, const Tensors 
   const SegmentTable table = segment_table(params);
   Target theta(table, params);
   const Operand s(table, fisher, params[0]), m(table, anchor, params[0]);
-  const double eta_lambda = *coefficients_of(strength);
+  const double eta_lambda = *coefficients_of(strength, params[0]).const_data_ptr<double>();
   const Kernels& loops = kernels();
   parallel_over_chunks(table, [&](int64_t first, int64_t last) {
     for (int64_t chunk = first; chunk < last; ++chunk) {

@@ -171,13 +171,6 @@ class Launch {
     return torch::stable::empty(shape, ScalarType::Double, std::nullopt, device_);
   }
 
-  const double* coefficients(const Tensor& tensor) const {
-    STD_TORCH_CHECK(
-        tensor.device() == device_ && tensor.scalar_type() == ScalarType::Double && tensor.is_contiguous(),
-        "crl_kernels: coefficients are a contiguous float64 tensor on the parameters' device");
-    return tensor.const_data_ptr<double>();
-  }
-
   // Runs a kernel with one block for each chunk.
   template <class... Parameters, class... Arguments>
   void operator()(void (*kernel)(Parameters...), Arguments... arguments) const {
@@ -230,8 +223,9 @@ void combine_into(Target& target, const SegmentTable& table, const Tensors& dire
   const int64_t first = target_stream + 1;
   for (const Operand& direction : u) launch.add(direction.stream());
   launch.copy_tables();
+  const Tensor c = coefficients_of(coefficients, same_device_as);
   launch(overwrite ? combine_kernel<true> : combine_kernel<false>, launch.table(), launch.view(target_stream),
-         launch.views(first, num_terms), launch.coefficients(coefficients), num_terms);
+         launch.views(first, num_terms), c.const_data_ptr<double>(), num_terms);
   target.write_back();
 }
 
@@ -287,9 +281,10 @@ Tensor gradient_into(const Tensors& targets, const Tensors& params, const Tensor
   Launch& launch = diagonal.launch;
   const int64_t target_stream = launch.add(target.stream());
   launch.copy_tables();
+  const Tensor c = coefficients_of(coefficient, params[0]);
   Tensor partial = launch.empty_float64({launch.chunks()});
   launch(overwrite ? quadratic_gradient_kernel<true> : quadratic_gradient_kernel<false>, launch.table(),
-         diagonal.state(), launch.view(target_stream), launch.coefficients(coefficient),
+         diagonal.state(), launch.view(target_stream), c.const_data_ptr<double>(),
          partial.mutable_data_ptr<double>());
   target.write_back();
   return launch.finish(partial, 1, {});
@@ -312,7 +307,8 @@ void diagonal_shrink_(const Tensors params, const Tensors fisher, const Tensors 
   Diagonal diagonal(table, theta.stream(), fisher, anchor, params[0]);
   Launch& launch = diagonal.launch;
   launch.copy_tables();
-  launch(shrink_kernel, launch.table(), diagonal.state(), launch.coefficients(strength));
+  const Tensor eta_lambda = coefficients_of(strength, params[0]);
+  launch(shrink_kernel, launch.table(), diagonal.state(), eta_lambda.const_data_ptr<double>());
   theta.write_back();
 }
 

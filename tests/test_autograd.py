@@ -1,0 +1,172 @@
+"""Derivatives of the penalties: any order, reverse and forward mode, vmap, torch.compile."""
+
+import pytest
+import torch
+from torch import nn
+
+import crl_kernels as ck
+from crl_kernels import _ops
+
+SHAPES = [(3, 4), (), (5,), (0, 2), (2, 1, 3)]
+
+
+def random_list(seed: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator, dtype=dtype) for shape in SHAPES]
+
+
+DIRECTION, ANCHOR = random_list(1), random_list(2)
+FISHER = [u.abs() for u in DIRECTION]
+
+
+def rank1(*params: torch.Tensor, lam: float | torch.Tensor = 3.0) -> torch.Tensor:
+    return ck.rank1_ewc_penalty(list(params), direction=DIRECTION, curvature=0.7, anchor=ANCHOR, lam=lam)
+
+
+def diagonal(*params: torch.Tensor, lam: float | torch.Tensor = 3.0) -> torch.Tensor:
+    return ck.diagonal_ewc_penalty(list(params), fisher_diagonal=FISHER, anchor=ANCHOR, lam=lam)
+
+
+def plain_rank1(*params: torch.Tensor) -> torch.Tensor:
+    drift = sum((u * (x - m)).sum() for x, u, m in zip(params, DIRECTION, ANCHOR, strict=True))
+    return 1.5 * 0.7 * drift**2
+
+
+def plain_diagonal(*params: torch.Tensor) -> torch.Tensor:
+    return 1.5 * sum((f * (x - m) ** 2).sum() for x, f, m in zip(params, FISHER, ANCHOR, strict=True))
+
+
+PENALTIES = pytest.mark.parametrize(("penalty", "plain"), [(rank1, plain_rank1), (diagonal, plain_diagonal)])
+
+
+@PENALTIES
+def test_gradcheck_and_gradgradcheck(penalty, plain):
+    params = [p.requires_grad_() for p in random_list(0)]
+    assert torch.autograd.gradcheck(penalty, params, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(penalty, params, check_fwd_over_rev=True)
+
+
+@PENALTIES
+def test_lam_is_differentiable(penalty, plain):
+    lam = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    penalty(*random_list(0), lam=lam).backward()
+    torch.testing.assert_close(lam.grad, plain(*random_list(0)) / 3.0)
+
+
+@PENALTIES
+def test_transforms_equal_those_of_plain_pytorch(penalty, plain):
+    params, tangents = tuple(random_list(0)), tuple(random_list(3))
+    argnums = tuple(range(len(params)))
+    for transformed in (
+        lambda f: torch.func.grad(f, argnums)(*params),
+        lambda f: torch.func.jvp(f, params, tangents),
+        lambda f: torch.func.hessian(f, argnums=(0, 2))(*params),
+        lambda f: torch.func.jvp(lambda *p: torch.func.grad(f, argnums)(*p), params, tangents),
+        lambda f: torch.func.vmap(f)(*(torch.stack([p, 2 * p, -p]) for p in params)),
+        lambda f: torch.func.vmap(torch.func.grad(f), in_dims=(1, None, None, None, None))(
+            torch.stack([params[0], 2 * params[0]], dim=1), *params[1:]
+        ),
+    ):
+        torch.testing.assert_close(transformed(penalty), transformed(plain))
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_opcheck(flat):
+    params = [p.requires_grad_() for p in random_list(0)]
+    u, v = DIRECTION, ANCHOR
+    directions = [torch.cat([x.flatten() for x in u]), torch.cat([x.flatten() for x in v])] if flat else [*u, *v]
+    coefficients = torch.tensor([0.3, -2.0], dtype=torch.float64)
+    one = torch.tensor(0.3, dtype=torch.float64)
+    state = (FISHER, ANCHOR)
+    operators = torch.ops.crl_kernels
+    checks = {
+        operators.low_rank_projections: (params, directions, 2),
+        operators.low_rank_combine: (directions, coefficients.clone().requires_grad_(), params),
+        operators.low_rank_accumulate_: (random_list(4), directions, coefficients),
+        operators.diagonal_quadratic: (params, *state),
+        operators.diagonal_gradient: (params, *state, one.clone().requires_grad_()),
+        operators.diagonal_accumulate_: (random_list(4), random_list(0), *state, one),
+        operators.diagonal_shrink_: (random_list(4), *state, one),
+    }
+    assert {str(op).removeprefix("crl_kernels.") for op in checks} == set(_ops.NAMES)
+    for operator, arguments in checks.items():
+        torch.library.opcheck(operator, arguments)
+
+
+class Histories(nn.Module):
+    """A small model with both histories, anchored away from where it stands."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 2))
+        named = dict(self.net.named_parameters())
+        self.low_rank, self.diagonal = ck.LowRankHistory(self.net), ck.DiagonalHistory(self.net)
+        for _ in range(2):
+            anchor = {name: torch.randn_like(p) for name, p in named.items()}
+            gradient = {name: torch.randn_like(p) for name, p in named.items()}
+            self.low_rank.append(ck.LowRankFisher.from_mean_gradient(gradient, 2.0, anchor))
+            self.diagonal.append(ck.DiagonalFisher({n: g**2 for n, g in gradient.items()}, anchor))
+
+
+@pytest.mark.parametrize("kind", ["low_rank", "diagonal"])
+def test_compile_fullgraph_equals_eager(kind):
+    model = Histories()
+    penalty = ck.rank1_ewc_penalty if kind == "low_rank" else ck.diagonal_ewc_penalty
+    history = getattr(model, kind)
+    x = torch.randn(6, 4)
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return model.net(x).square().mean() + penalty(history, lam=3.0)
+
+    values, gradients = [], []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        value = function(x)
+        value.backward()
+        values.append(value.detach())
+        gradients.append([p.grad.clone() for p in model.net.parameters()])
+    torch.testing.assert_close(values[0], values[1], rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-6, atol=1e-7)
+
+
+def test_compile_with_inductor():
+    model = Histories()
+
+    def value() -> torch.Tensor:
+        return ck.rank1_ewc_penalty(model.low_rank, lam=3.0) + ck.diagonal_ewc_penalty(model.diagonal, lam=2.0)
+
+    compiled = torch.compile(value, fullgraph=True)()
+    compiled.backward()
+    torch.testing.assert_close(compiled, value())
+    eager = torch.autograd.grad(value(), list(model.net.parameters()))
+    torch.testing.assert_close(tuple(p.grad for p in model.net.parameters()), eager)
+
+
+@pytest.mark.parametrize("kind", ["low_rank", "diagonal"])
+def test_gradient_of_autograd_equals_add_penalty_grad(kind):
+    model = Histories().double()
+    history = getattr(model, kind)
+    for p in model.net.parameters():
+        p.grad = torch.ones_like(p)
+    value = history.add_penalty_grad_(3.0)
+    autograd = history.penalty(3.0)
+    torch.testing.assert_close(value, autograd.detach(), rtol=1e-12, atol=0)
+    for p, g in zip(model.net.parameters(), torch.autograd.grad(autograd, list(model.net.parameters())), strict=True):
+        torch.testing.assert_close(p.grad, 1 + g, rtol=1e-12, atol=1e-12)
+
+
+def test_in_place_operators_bump_versions():
+    """Autograd must notice that a tensor which it saved has changed."""
+    model = Histories()
+    weight = model.net[0].weight
+    weight.grad = torch.zeros_like(weight)
+    for touch, tensor in (
+        (lambda: model.low_rank.add_penalty_grad_(1.0), weight.grad),
+        (lambda: model.diagonal.add_penalty_grad_(1.0), weight.grad),
+        (lambda: model.low_rank.decoupled_step_(1.0, 0.1), weight),
+        (lambda: model.diagonal.decoupled_step_(1.0, 0.1), weight),
+    ):
+        before = tensor._version
+        touch()
+        assert tensor._version > before

@@ -1,0 +1,270 @@
+"""Every operator, on every backend that runs here, against float64 formulas, on hostile lists of tensors."""
+
+import importlib
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from crl_kernels import _ops
+from crl_kernels.backends import reference, registry
+
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+# Half a unit in the last place, relative: what one rounding to the dtype may cost.
+ROUNDING = {torch.float32: 2**-24, torch.float64: 2**-53, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+CHUNK = 4096
+
+needs_cpu_library = pytest.mark.skipif(not registry.CPU.loaded, reason=f"no C++ kernels: {registry.CPU.reason}")
+
+
+class CppBackend:
+    """The operators as torch dispatches them; the C++ ones where the library is loaded."""
+
+    def __getattr__(self, name: str):
+        return getattr(torch.ops.crl_kernels, name)
+
+
+BACKENDS = [
+    pytest.param(CppBackend(), id="cpp", marks=needs_cpu_library),
+    pytest.param(reference, id="reference"),
+]
+
+length = st.sampled_from([0, 1, 2, 15, 16, 17, 63, 64, 65, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 3])
+layout = st.sampled_from(["contiguous", "offset", "strided", "transposed", "expanded"])
+lists = st.lists(st.tuples(length, st.sampled_from(sorted(DTYPES)), layout), min_size=1, max_size=6)
+
+
+def poison() -> None:
+    """Fills freed memory with NaN, so that a kernel which reads what it did not write is seen."""
+    for size in (64, 4096, 65536, 1 << 20):
+        torch.full((size,), float("nan"))
+
+
+def make(numel: int, dtype: torch.dtype, kind: str, generator: torch.Generator) -> Tensor:
+    """A tensor of ``numel`` elements with the named memory layout."""
+
+    def fresh(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    if kind == "offset":
+        return fresh(numel + 1)[1:]
+    if kind == "strided":
+        return fresh(2 * numel)[::2]
+    if kind == "transposed" and numel % 3 == 0:
+        return fresh(3, numel // 3).t()
+    if kind == "expanded" and numel % 2 == 0:
+        return fresh(numel // 2, 1).expand(numel // 2, 2)
+    return fresh(numel)
+
+
+def random_lists(case, seed: int, count: int = 1, writable: bool = False) -> list[list[Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    fix = (lambda kind: "strided" if kind == "expanded" else kind) if writable else (lambda kind: kind)
+    return [[make(n, DTYPES[dtype], fix(kind), generator) for n, dtype, kind in case] for _ in range(count)]
+
+
+def flat64(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([t.double().flatten() for t in tensors])
+
+
+def directions_like(params: list[Tensor], num_terms: int, dtype: torch.dtype, flat: bool, seed: int):
+    """(arguments for the operator, (K, P) float64)."""
+    generator = torch.Generator().manual_seed(seed)
+    matrix = torch.randn(num_terms, sum(p.numel() for p in params), generator=generator).to(dtype)
+    if flat:
+        return list(matrix), matrix.double()
+    lengths = [p.numel() for p in params]
+    pieces = [piece.reshape(p.shape) for row in matrix for piece, p in zip(row.split(lengths), params, strict=True)]
+    return pieces, matrix.double()
+
+
+def assert_sum_close(actual: Tensor, expected: Tensor, magnitude: Tensor) -> None:
+    """A float64 sum may be off by a few roundings of the sum of magnitudes."""
+    assert bool(((actual - expected).abs() <= 1e-13 * magnitude).all()), (actual, expected)
+
+
+def assert_rounded_once(actual: list[Tensor], expected: Tensor, magnitude: Tensor) -> None:
+    """Each element is the float64 result, rounded to its dtype: to half an ulp of the terms that were added."""
+    lengths = [t.numel() for t in actual]
+    for t, e, m in zip(actual, expected.split(lengths), magnitude.split(lengths), strict=True):
+        # 2x: float64 -> float32 -> half rounds twice. 8x: the expected value has float64 roundings of its own.
+        bound = (2 * ROUNDING[t.dtype] + 8 * ROUNDING[torch.float64]) * m + torch.finfo(t.dtype).smallest_normal
+        assert bool(((t.double().flatten() - e).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(deadline=None, max_examples=60)
+@given(
+    case=lists,
+    num_terms=st.integers(1, 3),
+    dtype=st.sampled_from(["float32", "bfloat16", "float64", "float16"]),
+    flat=st.booleans(),
+    seed=st.integers(0, 2**30),
+)
+def test_low_rank_operators(backend, case, num_terms, dtype, flat, seed):
+    (params,) = random_lists(case, seed)
+    directions, matrix = directions_like(params, num_terms, DTYPES[dtype], flat, seed + 1)
+    theta = flat64(params)
+    poison()
+    projections = backend.low_rank_projections(params, directions, num_terms)
+    assert projections.dtype == torch.float64
+    assert_sum_close(projections, matrix @ theta, matrix.abs() @ theta.abs())
+
+    coefficients = torch.randn(num_terms, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    step, size = coefficients @ matrix, coefficients.abs() @ matrix.abs()
+    poison()
+    combined = backend.low_rank_combine(directions, coefficients, params)
+    assert [(t.shape, t.dtype) for t in combined] == [(p.shape, p.dtype) for p in params]
+    assert_rounded_once(combined, step, size)
+
+    (targets,) = random_lists(case, seed, writable=True)
+    before = flat64(targets)
+    backend.low_rank_accumulate_(targets, directions, coefficients)
+    assert_rounded_once(targets, before + step, before.abs() + size)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(deadline=None, max_examples=60)
+@given(
+    case=lists,
+    state_dtype=st.sampled_from(["float32", "float64"]),
+    flat=st.booleans(),
+    seed=st.integers(0, 2**30),
+)
+def test_diagonal_operators(backend, case, state_dtype, flat, seed):
+    params, targets = random_lists(case, seed, count=2, writable=True)
+    (f, fisher), (m, anchor) = (directions_like(params, 1, DTYPES[state_dtype], flat, seed + i) for i in (1, 2))
+    f, fisher = [t.abs() for t in f], fisher[0].abs()
+    theta, distance = flat64(params), flat64(params) - anchor[0]
+    poison()
+    value = backend.diagonal_quadratic(params, f, m)
+    expected = (fisher * distance.square()).sum()
+    assert_sum_close(value, expected, expected)
+
+    c = torch.tensor(-1.7, dtype=torch.float64)
+    gradient = c * fisher * distance
+    poison()
+    assert_rounded_once(backend.diagonal_gradient(params, f, m, c), gradient, gradient.abs())
+
+    before = flat64(targets)
+    value = backend.diagonal_accumulate_(targets, params, f, m, c)
+    assert_sum_close(value, expected, expected)
+    assert_rounded_once(targets, before + gradient, before.abs() + gradient.abs())
+
+    for strength in (0.0, 0.3, 1e300, float("inf")):
+        (moved,) = random_lists(case, seed, writable=True)
+        backend.diagonal_shrink_(moved, f, m, torch.tensor(strength, dtype=torch.float64))
+        x = torch.where(fisher == 0, 0.0, fisher * strength)
+        share = torch.where(x.isinf(), 1.0, x / (1 + x))
+        assert_rounded_once(moved, theta - share * distance, theta.abs() + anchor[0].abs())
+
+
+@needs_cpu_library
+def test_bitwise_the_same_flat_or_in_a_list_and_for_any_number_of_threads():
+    generator = torch.Generator().manual_seed(0)
+    lengths = [70_001, 1, 0, 33, 4096, 300_000, 17, 65_537]
+    flat = torch.randn(sum(lengths), generator=generator)
+    u, s = torch.randn(2, len(flat), generator=generator)
+    params = list(flat.split(lengths))
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            for theta, directions in (
+                ([flat], [u, s]),
+                (params, [u, s]),
+                (params, [*u.split(lengths), *s.split(lengths)]),
+            ):
+                projections = torch.ops.crl_kernels.low_rank_projections(theta, directions, 2)
+                value = torch.ops.crl_kernels.diagonal_quadratic(theta, [s.abs()], [u])
+                results.append(torch.cat([projections, value[None]]))
+        finally:
+            torch.set_num_threads(1)
+    for result in results[1:]:
+        assert torch.equal(result, results[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_and_inf_pass_through(backend):
+    params = [torch.ones(5), torch.ones(40)]
+    u = [torch.ones(45)]
+    for bad in (float("nan"), float("inf")):
+        params[1][20] = bad
+        expected = torch.tensor([bad], dtype=torch.float64)
+        torch.testing.assert_close(backend.low_rank_projections(params, u, 1), expected, equal_nan=True)
+        value = backend.diagonal_quadratic(params, u, [torch.zeros(45)])
+        torch.testing.assert_close(value, expected[0], equal_nan=True)
+        targets = [torch.ones(5), torch.ones(40)]
+        backend.low_rank_accumulate_(targets, u, expected)
+        torch.testing.assert_close(targets[0], torch.full((5,), bad), equal_nan=True)
+
+
+@needs_cpu_library
+def test_sums_are_taken_in_the_documented_order():
+    """Products of float32 are exact in float64, so the sum is bitwise that of 16 lanes per chunk of 4,096."""
+    theta, u = torch.randn(2, 50_000, generator=torch.Generator().manual_seed(0))
+    expected = reference_lanes(theta, u)
+    assert torch.equal(torch.ops.crl_kernels.low_rank_projections([theta], [u], 1), expected)
+
+
+@needs_cpu_library
+@pytest.mark.skipif("CRL_KERNELS_ISA" in os.environ, reason="this is the run that the test below starts")
+def test_this_file_passes_with_the_baseline_loops():
+    """The loops without AVX2, on a machine that has it."""
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        env=os.environ | {"CRL_KERNELS_ISA": "baseline"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout
+
+
+def reference_lanes(theta: Tensor, u: Tensor) -> Tensor:
+    """The documented order of summation: 16 lanes per chunk of 4,096, then lanes in order, then chunks in order."""
+    total = 0.0
+    for chunk in (theta.double() * u.double()).split(CHUNK):
+        lanes = [0.0] * 16
+        for j, product in enumerate(chunk.tolist()):
+            lanes[j % 16] += product
+        total += sum_in_order(lanes)
+    return torch.tensor([total], dtype=torch.float64)
+
+
+def sum_in_order(values: list[float]) -> float:
+    total = 0.0
+    for value in values:
+        total += value
+    return total
+
+
+def test_every_operator_has_a_reference_and_a_schema_of_its_own():
+    module = importlib.import_module("crl_kernels.backends.reference")
+    for name in _ops.NAMES:
+        assert callable(getattr(module, name))
+        assert getattr(torch.ops.crl_kernels, name).default._schema.name == f"crl_kernels::{name}"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_drift_is_exact_where_theta_is_almost_the_anchor(backend):
+    """u . theta and b nearly cancel: |theta - theta*| = 1e-5 and ten million parameters."""
+    generator = torch.Generator().manual_seed(0)
+    numel = 10_000_000
+    u = torch.randn(numel, generator=generator)
+    u /= u.norm()
+    anchor = torch.randn(numel, generator=generator)
+    theta = anchor + 1e-5 * torch.randn(numel, generator=generator)
+    b = backend.low_rank_projections([anchor], [u], 1)
+    drift = backend.low_rank_projections([theta], [u], 1) - b
+    exact = u.double() @ (theta.double() - anchor.double())
+    torch.testing.assert_close(drift[0], exact, rtol=1e-6, atol=0)
