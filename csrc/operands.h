@@ -42,8 +42,8 @@ inline SegmentTable segment_table(const Tensors& tensors) {
   return SegmentTable(lengths);
 }
 
-// Tensors to read along a table: one for each segment, or a single flat one. Tensors that are not contiguous are copied;
-// the copies live as long as this object.
+// Tensors to read along a table: one for each segment, or a single flat one. Tensors that are not contiguous are
+// copied; the copies live as long as this object.
 class Operand {
  public:
   Operand(const SegmentTable& table, const Tensor* first, int64_t count, const Tensor& same_device_as)
@@ -86,9 +86,7 @@ class Operand {
 class Target {
  public:
   Target(const SegmentTable& table, const Tensors& tensors)
-      : tensors_(tensors),
-        contiguous_(contiguous(tensors)),
-        operand_(table, contiguous_, tensors[0]) {}
+      : tensors_(tensors), contiguous_(contiguous(tensors)), operand_(table, contiguous_, tensors[0]) {}
 
   Pointer at(int64_t segment, int64_t index) const { return operand_.at(segment, index); }
   const Stream& stream() const { return operand_.stream(); }
@@ -123,7 +121,8 @@ inline std::vector<Operand> directions_of(const SegmentTable& table, const Tenso
   const int64_t pieces = count / num_terms;
   std::vector<Operand> result;
   result.reserve(num_terms);
-  for (int64_t k = 0; k < num_terms; ++k) result.emplace_back(table, directions.data() + k * pieces, pieces, same_device_as);
+  for (int64_t k = 0; k < num_terms; ++k)
+    result.emplace_back(table, directions.data() + k * pieces, pieces, same_device_as);
   return result;
 }
 

@@ -71,7 +71,7 @@ inline void store4(BFloat16* target, Double4 value) {
 
 inline void store4(Half* target, Double4 value) {
 #if defined(CRL_HAS_F16C)
-  const __m128i half_words = _mm_cvtps_ph((__m128)__builtin_convertvector(value, Float4), _MM_FROUND_TO_NEAREST_INT);
+  const __m128i half_words = _mm_cvtps_ph((__m128) __builtin_convertvector(value, Float4), _MM_FROUND_TO_NEAREST_INT);
   _mm_storel_epi64(reinterpret_cast<__m128i*>(target), half_words);
 #else
   for (int i = 0; i < 4; ++i) target[i] = static_cast<float>(value[i]);

@@ -183,7 +183,7 @@ class Launch {
   Tensor finish(const Tensor& partial, int64_t rows, const std::vector<int64_t>& shape) const {
     Tensor result = empty_float64(shape);
     finish_kernel<<<static_cast<unsigned>(rows), kThreads, 0, stream_>>>(partial.const_data_ptr<double>(), chunks_,
-                                                                          result.mutable_data_ptr<double>());
+                                                                         result.mutable_data_ptr<double>());
     STD_CUDA_KERNEL_LAUNCH_CHECK();
     return result;
   }
@@ -284,8 +284,7 @@ Tensor gradient_into(const Tensors& targets, const Tensors& params, const Tensor
   const Tensor c = coefficients_of(coefficient, params[0]);
   Tensor partial = launch.empty_float64({launch.chunks()});
   launch(overwrite ? quadratic_gradient_kernel<true> : quadratic_gradient_kernel<false>, launch.table(),
-         diagonal.state(), launch.view(target_stream), c.const_data_ptr<double>(),
-         partial.mutable_data_ptr<double>());
+         diagonal.state(), launch.view(target_stream), c.const_data_ptr<double>(), partial.mutable_data_ptr<double>());
   target.write_back();
   return launch.finish(partial, 1, {});
 }

@@ -1,0 +1,43 @@
+# `make demo` and `make test` start from nothing: they create .venv, install what they need and build the kernels.
+# PYTHON chooses the interpreter that .venv is made with; TORCH what pip is asked for.
+PYTHON ?= python3
+TORCH ?= torch torchvision
+VENV := .venv
+RUN := OMP_NUM_THREADS=1 $(VENV)/bin
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+
+.PHONY: install demo compare test bench lint clean
+
+install: $(VENV)/.built
+
+# Torch comes first and the build is not isolated: the kernels are compiled against the torch that is installed.
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --upgrade "pip>=24" "setuptools>=77" wheel ninja
+	$(VENV)/bin/pip install --quiet $(TORCH)
+	touch $@
+
+$(VENV)/.built: $(VENV)/.torch $(SOURCES)
+	$(VENV)/bin/pip install --quiet --no-build-isolation --editable ".[trainer,bench,dev]"
+	touch $@
+
+demo: install
+	$(RUN)/crl-diffusion compare --preset demo
+
+compare: install
+	$(RUN)/crl-diffusion compare
+
+test: install
+	$(RUN)/pytest -n 2
+
+bench: install
+	$(RUN)/pytest benchmarks
+
+lint: install
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $(shell find csrc -type f)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info runs crl_kernels/*.so

@@ -1,0 +1,1 @@
+"""``pytest benchmarks``, and tables of ratios that are measured in one run: ``python -m benchmarks.penalty``."""
