@@ -10,7 +10,7 @@ Three ways to use a history in a trainer: add ``rank1_ewc_penalty(history, lam=.
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Generic, TypeVar
 
 import torch
@@ -89,15 +89,9 @@ class _History(ABC, Generic[_Fisher]):
         return self
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file, tensors by parameter name."""
-        binding = self._binding
-        facts = {
-            "names": binding.layout.names,
-            "include": binding.include,
-            "exclude": binding.exclude,
-            "num_tasks": self._num_tasks,
-        }
-        storage.write(path, type(self).__name__, self._named_state(), facts)
+        """Writes :meth:`state_dict` to a safetensors file, with what include= and exclude= were."""
+        facts = {"include": self._binding.include, "exclude": self._binding.exclude}
+        storage.write(path, type(self).__name__, self.state_dict(), facts)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: nn.Module) -> Self:
@@ -111,14 +105,25 @@ class _History(ABC, Generic[_Fisher]):
         if kind != cls.__name__:
             raise ValueError(f"path {os.fspath(path)!r} holds a {kind}; expected a {cls.__name__}.")
         history = cls(model, facts["include"], facts["exclude"])
-        history._num_tasks = facts["num_tasks"]
-        history._set_named_state(tensors, facts["names"], f"the file {os.fspath(path)!r}")
+        history._set_state(tensors, f"the file {os.fspath(path)!r}")
         return history
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The state as tensors by parameter name, for a trainer's own checkpoints. They share memory with the state."""
+        return self._state() | {"num_tasks": torch.tensor(self._num_tasks)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over what :meth:`state_dict` gave, by parameter name; nothing changes when it does not fit.
+
+        Raises:
+            ValueError: parameters that are missing, unknown or of another shape, by name.
+        """
+        self._set_state(state, "the state")
 
     @property
     def nbytes(self) -> int:
         """Bytes of state."""
-        return sum(tensor.nbytes for tensor in self._named_state().values())
+        return sum(tensor.nbytes for tensor in self._state().values())
 
     def __repr__(self) -> str:
         layout = self._binding.layout
@@ -140,10 +145,10 @@ class _History(ABC, Generic[_Fisher]):
     def _add_terms(self, fisher: _Fisher, layout: Layout) -> None: ...
 
     @abstractmethod
-    def _named_state(self) -> dict[str, Tensor]: ...
+    def _state(self) -> dict[str, Tensor]: ...
 
     @abstractmethod
-    def _set_named_state(self, tensors: dict[str, Tensor], names: list[str], origin: str) -> None: ...
+    def _set_state(self, state: Mapping[str, Tensor], origin: str) -> None: ...
 
     @abstractmethod
     def _move_state(self, device: torch.device) -> None: ...
@@ -152,11 +157,18 @@ class _History(ABC, Generic[_Fisher]):
         """A flat tensor of another layout in the order, and on the device, of this history."""
         return self._binding.layout.reorder(flat, layout).to(self._device)
 
-    def _file_layout(self, named: dict[str, Tensor], origin: str) -> Layout:
-        """The layout of a file's tensors, checked against the model."""
-        layout = self._binding.rename(Layout(list(named), [tensor.shape for tensor in named.values()]))
+    def _vector_of(self, state: Mapping[str, Tensor], prefix: str, origin: str) -> Tensor:
+        """The flat vector whose parts a state holds as ``prefix`` + parameter name, checked against the model."""
+        named = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+        stored = Layout(list(named), [tensor.shape for tensor in named.values()])
+        layout = self._binding.rename(stored)
         self._binding.layout.require_same_parameters(layout, "the model", origin)
-        return layout
+        return self._bound(layout, stored.flatten(named))
+
+    def _scalars_of(self, state: Mapping[str, Tensor], origin: str, *keys: str) -> list[Tensor]:
+        if missing := [key for key in keys if key not in state]:
+            raise ValueError(f"{origin} lacks {join_names(missing)}; expected what {type(self).__name__} saved.")
+        return [state[key].to(self._device) for key in keys]
 
     def _params(self) -> list[Tensor]:
         """The bound parameters, checked."""
@@ -316,19 +328,17 @@ class LowRankHistory(_History[LowRankFisher]):
         self._eigenvalues, self._eigenvectors = torch.linalg.eigh(roots[:, None] * (gram + gram.T) / 2 * roots)
         self._eigenvalues = self._eigenvalues.clamp(min=0.0)
 
-    def _named_state(self) -> dict[str, Tensor]:
+    def _state(self) -> dict[str, Tensor]:
         tensors = {f"directions.{k}.{name}": u for k, term in enumerate(self.directions()) for name, u in term.items()}
         return tensors | {"curvatures": self._curvatures, "anchor_projections": self._anchor_projections}
 
-    def _set_named_state(self, tensors: dict[str, Tensor], names: list[str], origin: str) -> None:
-        terms = [{name: tensors[f"directions.{k}.{name}"] for name in names} for k in range(len(tensors["curvatures"]))]
-        directions = []
-        for term in terms:
-            layout = self._file_layout(term, origin)
-            directions.append(self._bound(layout, Layout(names, layout.shapes).flatten(term)))
-        self._set_terms(
-            directions, tensors["curvatures"].to(self._device), tensors["anchor_projections"].to(self._device)
+    def _set_state(self, state: Mapping[str, Tensor], origin: str) -> None:
+        curvatures, anchor_projections, num_tasks = self._scalars_of(
+            state, origin, "curvatures", "anchor_projections", "num_tasks"
         )
+        directions = [self._vector_of(state, f"directions.{k}.", origin) for k in range(len(curvatures))]
+        self._set_terms(directions, curvatures, anchor_projections)
+        self._num_tasks = int(num_tasks)
 
     def _move_state(self, device: torch.device) -> None:
         self._set_terms(
@@ -409,19 +419,16 @@ class DiagonalHistory(_History[DiagonalFisher]):
         self._anchor = (self._anchor + share * distance).to(self._fisher.dtype)
         self._fisher = total.to(self._fisher.dtype)
 
-    def _named_state(self) -> dict[str, Tensor]:
+    def _state(self) -> dict[str, Tensor]:
         layout = self._binding.layout
         tensors = {f"fisher_diagonal.{name}": tensor for name, tensor in layout.split(self._fisher).items()}
         tensors |= {f"anchor.{name}": tensor for name, tensor in layout.split(self._anchor).items()}
         return tensors | {"residual": self._residual}
 
-    def _set_named_state(self, tensors: dict[str, Tensor], names: list[str], origin: str) -> None:
-        for part in ("fisher_diagonal", "anchor"):
-            named = {name: tensors[f"{part}.{name}"] for name in names}
-            layout = self._file_layout(named, origin)
-            flat = self._bound(layout, Layout(names, layout.shapes).flatten(named))
-            setattr(self, "_fisher" if part == "fisher_diagonal" else "_anchor", flat)
-        self._residual = tensors["residual"].to(self._device)
+    def _set_state(self, state: Mapping[str, Tensor], origin: str) -> None:
+        residual, num_tasks = self._scalars_of(state, origin, "residual", "num_tasks")
+        fisher, anchor = (self._vector_of(state, prefix, origin) for prefix in ("fisher_diagonal.", "anchor."))
+        self._fisher, self._anchor, self._residual, self._num_tasks = fisher, anchor, residual, int(num_tasks)
 
     def _move_state(self, device: torch.device) -> None:
         self._fisher, self._anchor = self._fisher.to(device), self._anchor.to(device)

@@ -40,7 +40,7 @@ def histories(model: nn.Module) -> tuple[ck.LowRankHistory, ck.DiagonalHistory]:
 
 def snapshot(model: nn.Module, *histories: ck.LowRankHistory | ck.DiagonalHistory) -> list:
     state = [p.detach().clone() for p in model.parameters()] + [p.grad.clone() for p in model.parameters()]
-    return state + [{k: v.clone() for k, v in history._named_state().items()} for history in histories]
+    return state + [{k: v.clone() for k, v in history.state_dict().items()} for history in histories]
 
 
 @pytest.mark.parametrize("lam", [math.nan, -1.0, math.inf, torch.tensor(math.nan), torch.tensor(-2.0)])
@@ -277,7 +277,7 @@ def test_files_that_are_not_ours(model, tmp_path):
     deeper = nn.Sequential(*model, nn.Linear(2, 1))
     with pytest.raises(ValueError, match=r"lacks '2.weight', '2.bias', which the model has"):
         ck.DiagonalHistory.load(path, deeper)
-    with pytest.raises(ValueError, match=r"has '1.weight', '1.bias', which the model lacks"):
+    with pytest.raises(ValueError, match=r"has '1.bias', '1.weight', which the model lacks"):
         ck.DiagonalHistory.load(path, nn.Sequential(model[0]))
 
 

@@ -322,6 +322,17 @@ def test_save_and_load_are_bitwise(make, penalty, tmp_path):
     assert torch.equal(penalty(loaded, lam=2.0), penalty(history, lam=2.0))
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["a.safetensors", "b.safetensors"]
 
+    other = make(Net(seed=1), tasks=1)
+    other.load_state_dict(history.state_dict())
+    torch.testing.assert_close(other.state_dict(), history.state_dict(), rtol=0, atol=0)
+    before = other.state_dict()
+    broken = {key: value for key, value in history.state_dict().items() if not key.endswith("first.bias")}
+    with pytest.raises(ValueError, match=r"the state lacks 'first.bias', which the model has"):
+        other.load_state_dict(broken)
+    with pytest.raises(ValueError, match="the state lacks 'num_tasks'"):
+        other.load_state_dict({key: value for key, value in before.items() if key != "num_tasks"})
+    torch.testing.assert_close(other.state_dict(), before, rtol=0, atol=0)
+
 
 def test_fishers_are_saved_and_loaded_bitwise(tmp_path):
     model = Net()
