@@ -207,5 +207,5 @@ def report(command: Report) -> int:
 
 
 def show(console: Console, table: object, paths: Sequence[Path]) -> None:
-    console.print(table, soft_wrap=False, width=None if console.is_terminal else FILE_WIDTH)
+    (console if console.is_terminal else Console(width=FILE_WIDTH)).print(table)
     console.print("\n".join(["Pictures and tables:", *(f"  {path}" for path in paths)]), highlight=False, markup=False)

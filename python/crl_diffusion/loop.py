@@ -12,6 +12,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,8 @@ from torch import Tensor, nn
 
 from crl_diffusion import checkpoint, diffusion, metrics, pictures, replay, report
 from crl_diffusion.checkpoint import Checkpoint
-from crl_diffusion.data import Data, Images, Task, load, to_pixels
-from crl_diffusion.method import Method, OptionError, RunConfig, Stage, stages
+from crl_diffusion.data import DATASETS, Data, Images, Task, load, to_pixels
+from crl_diffusion.method import Device, Method, OptionError, RunConfig, Stage, stages
 from crl_diffusion.model import build, frozen_copy, predict
 from crl_diffusion.penalties import PenaltyState
 from crl_diffusion.records import Log, Row, TensorBoard, read_json, write_json
@@ -82,7 +83,7 @@ class Run:
         self.config, self.out, self.data, self.features, self.say = config, out, data, features, say
         self.method: Method = config.recipe
         self.stages: list[Stage] = stages(config)
-        self.device = torch.device(resolve_device(config.device))
+        self.device = torch.device(config.device)
         self.model = build(config.model, data.shape, int(data.train.labels.max()) + 1, config.seed).to(self.device)
         self.like = next(self.model.parameters())
         self.teacher: nn.Module | None = None
@@ -208,12 +209,12 @@ def train(
     advance: Advance = lambda done: None,
 ) -> Row:
     """Run `config` in the folder `out` from wherever it stands, and return its summary."""
+    config = resolve(config)
     if (out / "summary.json").exists():
         check_folder(config, out)
         return dict(read_json(out / "summary.json"))
     torch.use_deterministic_algorithms(True, warn_only=True)
     data = load(config.data, data_root, config.image_size, config.tasks)
-    resolve_device(config.device)
 
     # The folder belongs to this configuration.
     check_folder(config, out)
@@ -339,7 +340,13 @@ def steps_done(run: Run) -> int:
     return run.config.steps * sum(s.share for s in run.stages[: run.stage]) + run.step
 
 
-def resolve_device(device: str) -> str:
+def resolve(config: RunConfig) -> RunConfig:
+    """The configuration with what depends on the machine and the data set filled in."""
+    size = config.image_size or DATASETS[config.data].sizes[0]
+    return replace(config, device=resolve_device(config.device), image_size=size)
+
+
+def resolve_device(device: Device) -> Device:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
@@ -352,7 +359,7 @@ def check_folder(config: RunConfig, out: Path) -> None:
     path = out / "config.json"
     if not path.exists():
         return
-    saved, wanted = read_json(path)["run"], config.as_json()
+    saved, wanted = read_json(path)["run"], resolve(config).as_json()
     differ = sorted(key for key in saved.keys() | wanted.keys() if saved.get(key) != wanted.get(key))
     if differ:
         what = ", ".join(f"{key} {saved.get(key)!r} there, {wanted.get(key)!r} asked for" for key in differ)

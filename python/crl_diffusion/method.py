@@ -100,7 +100,8 @@ class Settings:
     tasks: int = 5
     """How many tasks of two classes each to learn, in the labels' original order."""
     model: ModelName = "tiny"
-    """UNet preset: tiny (0.36 M parameters, made for a CPU), small (2.5 M), paper (27 M, images of 32 pixels)."""
+    """UNet preset: tiny (0.36 M parameters, made for a CPU), small (2.5 M) or paper (34 M, the rank-1 paper's channels,
+    for images of 32 pixels)."""
     steps: int = 400
     """Optimization steps a task."""
     batch: int = 32

@@ -14,7 +14,9 @@ matplotlib.use("Agg")  # pictures go to files, with or without a display
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from crl_diffusion.records import Row, read_json, read_rows
 from crl_diffusion.report import Finished, fid_matrix, grouped
@@ -22,6 +24,7 @@ from crl_diffusion.report import Finished, fid_matrix, grouped
 # Okabe and Ito's palette, which colour-blind readers can tell apart, and markers for those who print in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
+DASHES = ("-", "--", ":", "-.")  # lines of methods that do equally well lie on one another
 SHOWN_SAMPLES = 4  # images of each class in a cell of one run's picture
 
 
@@ -81,16 +84,17 @@ def _show_strips(strips: Sequence[tuple[str, np.ndarray]], classes: int, title: 
     return figure
 
 
-def _heatmap(axis: Axes, r: Sequence[Sequence[float]], title: str, largest: float) -> Any:
+def _heatmap(axis: Axes, r: Sequence[Sequence[float]], title: str, limits: tuple[float, float]) -> Any:
     tasks = len(r)
     values = np.full((tasks, tasks), np.nan)
     for i, row in enumerate(r):
         values[i, : len(row)] = row
-    image = axis.imshow(values, cmap="cividis_r", vmin=0, vmax=largest)
+    norm = LogNorm(*limits)
+    image = axis.imshow(values, cmap="cividis_r", norm=norm)
     for i in range(tasks):
         for j in range(tasks):
             if np.isfinite(values[i, j]):
-                colour = "white" if values[i, j] > 0.55 * largest else "black"
+                colour = "white" if norm(values[i, j]) > 0.5 else "black"
                 axis.text(j, i, f"{values[i, j]:.3g}", ha="center", va="center", color=colour, fontsize=9)
     axis.set_xticks(range(tasks), [str(j + 1) for j in range(tasks)])
     axis.set_yticks(range(tasks), [str(i + 1) for i in range(tasks)])
@@ -98,6 +102,26 @@ def _heatmap(axis: Axes, r: Sequence[Sequence[float]], title: str, largest: floa
     axis.set_ylabel("after learning task")
     axis.set_title(title, fontsize=11)
     return image
+
+
+def _plain_log(axis: Axes) -> None:
+    """A logarithmic axis with ticks that read 1, 2, 5, 10, 20, ..."""
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _colour_bar(figure: Figure, image: Any, axes: Any) -> None:
+    label, ticks = "FID (lower is better, log scale)", LogLocator(subs=(1, 2, 5))
+    bar = figure.colorbar(image, ax=axes, label=label, shrink=0.8, ticks=ticks, format="{x:g}")
+    bar.ax.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _limits(matrices: Sequence[Sequence[Sequence[float]]]) -> tuple[float, float]:
+    """Ends of a logarithmic scale for all values of several matrices."""
+    values = [max(value, 1e-3) for r in matrices for row in r for value in row]
+    return min(values) / 1.1, max(values) * 1.1
 
 
 def _mean_matrix(runs: Sequence[Finished]) -> list[list[float]]:
@@ -117,8 +141,8 @@ def of_run(run: Path) -> list[Path]:
     paths = [_save(_show_strips(strips, classes, f"Samples of {name}", caption), run / "samples.png")]
 
     figure, axis = plt.subplots(figsize=(5.2, 4.4), layout="constrained")
-    image = _heatmap(axis, r, f"{name}\n(lower is better)", max(max(row) for row in r if row))
-    figure.colorbar(image, label="FID")
+    image = _heatmap(axis, r, name, _limits([r]))
+    _colour_bar(figure, image, axis)
     paths.append(_save(figure, run / "fid_matrix.png"))
 
     paths.append(_save(_curves(rows, r, name), run / "curves.png"))
@@ -141,7 +165,7 @@ def _curves(rows: Sequence[Row], r: Sequence[Sequence[float]], name: str) -> Fig
         left.plot(x, replayed, color=COLOURS[1], linestyle="--", label="replayed images")
     for boundary in start[1:]:
         left.axvline(boundary, color="#888888", linewidth=0.8, linestyle=":")
-    left.set_yscale("log")
+    _plain_log(left)
     left.set_xlabel("optimization step (dotted: a new task begins)")
     left.set_ylabel("loss, mean squared error per pixel")
     left.set_title("Training loss", fontsize=11)
@@ -160,7 +184,7 @@ def _curves(rows: Sequence[Row], r: Sequence[Sequence[float]], name: str) -> Fig
     right.set_xlabel("after learning task")
     right.set_ylabel("FID (lower is better)")
     right.set_title("FID of each task", fontsize=11)
-    right.legend(frameon=False)
+    right.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))  # beside: lines may go anywhere
     figure.suptitle(name, fontsize=13)
     return figure
 
@@ -180,7 +204,7 @@ def comparison(runs: Sequence[Finished], out: Path, order: Sequence[str] = ()) -
         paths.append(_save(_show_strips(strips, 2 * tasks, title, caption), out / "samples.png"))
 
     matrices = {name: _mean_matrix(group) for name, group in groups.items()}
-    largest = max(max(row) for r in matrices.values() for row in r if row)
+    limits = _limits(list(matrices.values()))
     columns = min(3, len(groups))
     lines = -(-len(groups) // columns)
     figure, axes = plt.subplots(
@@ -190,9 +214,16 @@ def comparison(runs: Sequence[Finished], out: Path, order: Sequence[str] = ()) -
         axis.set_visible(False)
     for axis, (name, r) in zip(axes.flat, matrices.items(), strict=False):
         image = _heatmap(
-            axis, r, name if len(groups[name]) == 1 else f"{name}, mean of {len(groups[name])} seeds", largest
+            axis, r, name if len(groups[name]) == 1 else f"{name}, mean of {len(groups[name])} seeds", limits
         )
-    figure.colorbar(image, ax=axes, label="FID (lower is better)", shrink=0.8)
+    figure.colorbar(
+        image,
+        ax=axes,
+        label="FID (lower is better, log scale)",
+        shrink=0.8,
+        ticks=LogLocator(subs=(1, 2, 5)),
+        format="{x:g}",
+    )
     figure.suptitle(f"{first['data']}: FID of each task after each task", fontsize=13)
     paths.append(_save(figure, out / "fid_matrices.png"))
     paths.append(_save(_average_curves(groups, first["data"]), out / "average_fid.png"))
@@ -200,7 +231,7 @@ def comparison(runs: Sequence[Finished], out: Path, order: Sequence[str] = ()) -
 
 
 def _average_curves(groups: dict[str, list[Finished]], data: str) -> Figure:
-    figure, axis = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
+    figure, axis = plt.subplots(figsize=(8.4, 4.6), layout="constrained")
     several = any(len(group) > 1 for group in groups.values())
     for k, (name, group) in enumerate(groups.items()):
         colour, marker = COLOURS[k % len(COLOURS)], MARKERS[k % len(MARKERS)]
@@ -213,11 +244,12 @@ def _average_curves(groups: dict[str, list[Finished]], data: str) -> Figure:
             continue
         if len(group) > 1:
             axis.plot(x, curves.T, color=colour, linewidth=0.7, alpha=0.6)
-        axis.plot(x, curves.mean(0), color=colour, marker=marker, linewidth=2, label=name)
+        (line,) = axis.plot(x, curves.mean(0), color=colour, linewidth=2, linestyle=DASHES[k % len(DASHES)], label=name)
+        line.set(marker=marker, markerfacecolor="none", markersize=6 + 2 * k)
     axis.set_xticks(range(1, 1 + max(len(g[0].summary["fid_matrix"]) for g in groups.values())))
-    axis.set_ylim(bottom=0)
+    _plain_log(axis)
     axis.set_xlabel("after learning task")
-    axis.set_ylabel("FID, mean over the tasks learnt so far (lower is better)")
+    axis.set_ylabel("mean FID of the tasks learnt so far\n(lower is better, log scale)")
     axis.set_title(f"{data}: average FID after each task" + (" (thin lines: seeds)" if several else ""), fontsize=12)
-    axis.legend(frameon=False)
+    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure

@@ -164,7 +164,7 @@ def _cell(runs: Sequence[Finished], column: Column) -> str:
     if any(value is None for value in values):
         return "-"
     mean, spread = mean_and_spread(values)
-    text = f"{mean:,.{column.digits}f}"
+    text = f"{mean:.{column.digits}f}"
     # Time and size are properties of the method, not observations of it.
     noisy = column.key not in ("penalty_ms", "state_bytes")
     return f"{text} ± {spread:.{column.digits}f}" if spread is not None and noisy else text
@@ -218,7 +218,7 @@ def rich_table(head: Sequence[str], body: Sequence[Sequence[str]], caption: str)
     result = Table(caption=caption, caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for i, title in enumerate(head):
         two_lines = "\n".join(title.rsplit(" ", 1))
-        result.add_column(two_lines, justify="left" if i == 0 else "right", no_wrap=len(head) <= 8)
+        result.add_column(two_lines, justify="left" if i == 0 else "right", overflow="fold")
     for row in body:
         result.add_row(*row)
     return result
