@@ -70,7 +70,7 @@ def extensions():
 
     # Python.h is not needed: torch loads the libraries, and their operators, by itself.
     defines = [("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)]
-    optimise = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+    optimise = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
     modules = [
         CppExtension(
             "crl_kernels._C",

@@ -146,7 +146,7 @@ CONTENDERS = {
 def interleaved(
     calls: dict[str, Callable[[], object]], rounds: int, clock: Callable[[], float]
 ) -> dict[str, list[float]]:
-    """Seconds of each call, one of each per round, so that the machine's moods meet all alike. Drops the first round."""
+    """Seconds of each call, one of each per round, so that the machine's moods meet all alike; the first is dropped."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for round_ in range(rounds + 1):
         for name, took in _one_round(calls, clock):

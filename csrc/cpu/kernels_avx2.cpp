@@ -23,8 +23,7 @@
 #endif
 
 #define CRL_ISA avx2
-#define CRL_HAS_FMA
-#define CRL_HAS_F16C
+#define CRL_AVX2
 #include "cpu/kernels.inc"
 
 #if defined(__clang__)

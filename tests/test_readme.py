@@ -1,0 +1,35 @@
+"""What the README shows runs as it stands there."""
+
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_python_blocks_run_one_after_the_other():
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) >= 3
+    torch.manual_seed(0)
+    namespace: dict[str, object] = {}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="only .* of the trace")
+        for block in blocks:
+            exec(compile(block, "README.md", "exec"), namespace)
+    assert len(namespace["history"]) == 2
+    assert bool(torch.isfinite(namespace["value"]))
+
+
+@pytest.mark.parametrize("target", re.findall(r"\]\((?!http)([^)#]+)\)", README))
+def test_links_and_pictures_exist(target):
+    assert (ROOT / target).exists()
+
+
+def test_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"^make (\w+)", README, re.MULTILINE)):
+        assert f"\n{target}:" in makefile
