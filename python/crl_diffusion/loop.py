@@ -220,10 +220,9 @@ def train(
     check_folder(config, out)
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
-        if not (out / "config.json").exists():
-            write_json(out / "config.json", {"run": config.as_json(), "environment": environment()})
         features = metrics.extractor(data, extractor_path or out / "extractor.safetensors")
         say(f"feature extractor {features.name}: test accuracy {features.test_accuracy:.3f}")
+        claim(config, out, features.name)
         run = Run(config, out, data, features, say)
 
         # To resume: the newest good checkpoint.
@@ -338,6 +337,17 @@ def finish(run: Run) -> Row:
 
 def steps_done(run: Run) -> int:
     return run.config.steps * sum(s.share for s in run.stages[: run.stage]) + run.step
+
+
+def claim(config: RunConfig, out: Path, extractor: str) -> None:
+    """Write config.json, or see that FIDs go on being measured with the extractor that they were begun with."""
+    path = out / "config.json"
+    if not path.exists():
+        write_json(path, {"run": config.as_json(), "extractor": extractor, "environment": environment()})
+    elif (begun := read_json(path)["extractor"]) != extractor:
+        raise OptionError(
+            f"--extractor is {extractor}, but the run in {str(out)!r} was begun with {begun}; give that one"
+        )
 
 
 def resolve(config: RunConfig) -> RunConfig:

@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from crl_diffusion.method import OptionError
+
 Row = dict[str, Any]
 
 
@@ -46,7 +48,10 @@ class Log:
             return
         lines = self.path.read_bytes().split(b"\n")[:-1]
         if len(lines) < count:
-            raise ValueError(f"{self.path} has {len(lines)} rows, but its checkpoint was taken after {count}")
+            raise OptionError(
+                f"{str(self.path)!r} has {len(lines)} rows, but its checkpoint was taken after {count}; "
+                "put the missing rows back, or begin again in a new folder"
+            )
         with open(self.path, "r+b") as file:
             file.truncate(sum(len(line) + 1 for line in lines[:count]))
             os.fsync(file.fileno())

@@ -9,6 +9,7 @@ import pytest
 import torch
 from crl_diffusion import checkpoint
 from crl_diffusion.checkpoint import Checkpoint
+from crl_diffusion.method import OptionError
 from crl_diffusion.records import Log, read_json, read_rows, write_json
 
 
@@ -99,7 +100,7 @@ def test_a_log_is_cut_back_to_what_is_known_and_tolerates_a_torn_line(tmp_path: 
     log.keep(2)
     log.append({"i": 9})
     assert [row["i"] for row in read_rows(path)] == [0, 1, 9]
-    with pytest.raises(ValueError, match=r"has 3 rows, but its checkpoint was taken after 4"):
+    with pytest.raises(OptionError, match=r"has 3 rows, but its checkpoint was taken after 4"):
         log.keep(4)
 
 

@@ -80,7 +80,7 @@ def test_two_methods_end_to_end(
 
     # Other settings in the same folder: refused before anything starts.
     assert cli.main([*arguments, "--lr", "0.01"]) == 2
-    assert "holds another run (lr 0.001 there, 0.01 asked for)" in capsys.readouterr().err
+    assert "holds another run (lr 0.002 there, 0.01 asked for)" in capsys.readouterr().err
 
 
 def test_a_failed_run_is_shown_and_the_others_are_kept(

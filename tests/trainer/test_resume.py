@@ -15,6 +15,8 @@ from conftest import SHORT, command, python
 from crl_diffusion import checkpoint, loop
 from crl_diffusion.method import OptionError, RunConfig
 from crl_diffusion.records import read_rows
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 Short = Callable[..., RunConfig]
 
@@ -125,7 +127,7 @@ def test_from_any_checkpoint_to_the_same_end(
 
 
 def test_a_folder_of_another_run_is_refused_with_what_differs(finished: Path, short: Short) -> None:
-    with pytest.raises(OptionError, match=r"holds another run \(lr 0.001 there, 0.01 asked for\)"):
+    with pytest.raises(OptionError, match=r"holds another run \(lr 0.002 there, 0.01 asked for\)"):
         loop.train(short(lr=0.01), finished)
 
 
@@ -162,3 +164,18 @@ def test_two_processes_do_not_write_to_one_folder(short: Short, tmp_path: Path, 
     out.mkdir()
     with loop.locked(out), pytest.raises(OptionError, match="is being written by another process"):
         loop.train(short(), out, extractor_path=extractor_path)
+
+
+def test_another_extractor_is_refused_in_mid_run(
+    finished: Path, extractor_path: Path, tmp_path: Path, short: Short
+) -> None:
+    out = tmp_path / "run"
+    _unfinish(finished, out, ["02-00000000"])
+    tensors = load_file(extractor_path)
+    tensors["scale"] = tensors["scale"] * 2
+    with safe_open(extractor_path, framework="pt") as file:
+        save_file(tensors, tmp_path / "another.safetensors", file.metadata())
+    before = (out / "metrics.jsonl").read_bytes()
+    with pytest.raises(OptionError, match=r"--extractor is cnn32-.*was begun with cnn32-"):
+        loop.train(short(), out, extractor_path=tmp_path / "another.safetensors")
+    assert (out / "metrics.jsonl").read_bytes() == before
