@@ -4,7 +4,7 @@
 
 Environment:
     CRL_KERNELS_CUDA      auto (default): build the CUDA kernels if nvcc is found; 1: build them or fail; 0: do not
-    TORCH_CUDA_ARCH_LIST  GPU architectures, as in PyTorch (default "8.0;9.0;10.0+PTX"); no GPU is needed or probed
+    TORCH_CUDA_ARCH_LIST  GPU architectures, as in PyTorch (default: from 7.5 on); no GPU is needed or probed
     CXX                   the C++ compiler (default: g++ or c++)
 
 Both libraries use PyTorch's stable ABI for torch >= 2.10, so a wheel built beside one torch runs beside another.
@@ -40,20 +40,41 @@ def set_cuda_home(nvcc):
         os.environ.setdefault("CUDA_HOME", str(Path(top[1]).resolve()))
 
 
-def extensions():
-    """(ext_modules, cmdclass) for this machine; empty lists mean a pure-Python installation."""
-    cuda = os.environ.get("CRL_KERNELS_CUDA", "auto")
-    if cuda not in ("auto", "1", "0"):
-        sys.exit(f"CRL_KERNELS_CUDA={cuda!r}: expected auto, 1 or 0.")
-    nvcc = find_nvcc()
-    if cuda == "1" and nvcc is None:
-        sys.exit(
-            "CRL_KERNELS_CUDA=1 asks for the CUDA kernels, but nvcc was not found on PATH or in $CUDA_HOME/bin. "
-            "Install the CUDA toolkit of your torch's CUDA version (see torch.version.cuda), or set CRL_KERNELS_CUDA=0."
-        )
+def nvcc_version(nvcc):
+    told = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    return tuple(int(part) for part in re.search(r"release (\d+)\.(\d+)", told).groups())
 
-    if nvcc is not None and cuda != "0":
-        set_cuda_home(nvcc)
+
+def architectures(version):
+    """Every architecture from Turing on that this nvcc knows, and PTX for what comes later."""
+    return "7.5;8.0;9.0;10.0+PTX" if version >= (12, 8) else "7.5;8.0;9.0+PTX"
+
+
+def cuda_obstacle(choice, nvcc, torch_cuda):
+    """Why the CUDA kernels are not built, and what to do about it; None if they are."""
+    if choice == "0":
+        return "CRL_KERNELS_CUDA=0."
+    if nvcc is None:
+        return (
+            "nvcc was not found on PATH or in $CUDA_HOME/bin. Install the CUDA toolkit of your torch's CUDA version "
+            "(see torch.version.cuda)."
+        )
+    if torch_cuda is None:
+        return "this torch is a CPU build. Install a CUDA build of it."
+    if str(nvcc_version(nvcc)[0]) != torch_cuda.partition(".")[0]:
+        found = ".".join(map(str, nvcc_version(nvcc)))
+        return f"nvcc is of CUDA {found} and torch of CUDA {torch_cuda}. Install a toolkit of torch's major version."
+    return None
+
+
+def extensions():
+    """(ext_modules, cmdclass) for this machine; no modules means a pure-Python installation."""
+    choice = os.environ.get("CRL_KERNELS_CUDA", "auto")
+    if choice not in ("auto", "1", "0"):
+        sys.exit(f"CRL_KERNELS_CUDA={choice!r}: expected auto, 1 or 0.")
+    nvcc = find_nvcc()
+    if nvcc is not None:
+        set_cuda_home(nvcc)  # before torch is imported
     compiler = shutil.which(os.environ.get("CXX", "g++").split()[0]) or shutil.which("c++")
     try:
         import torch
@@ -62,13 +83,13 @@ def extensions():
         missing = "torch is not importable at build time: install torch first, then use --no-build-isolation"
     else:
         missing = None if compiler else "no C++ compiler was found (CXX, g++ or c++)"
+    obstacle = f"{missing}." if missing else cuda_obstacle(choice, nvcc, torch.version.cuda)
+    if choice == "1" and obstacle:
+        sys.exit(f"CRL_KERNELS_CUDA=1 asks for the CUDA kernels, but {obstacle}")
     if missing:
-        if cuda == "1":
-            sys.exit(f"CRL_KERNELS_CUDA=1 asks for the CUDA kernels, but {missing}.")
         say(f"{missing}. Installing in pure Python: everything works, slowly.")
         return [], {}
 
-    # Python.h is not needed: torch loads the libraries, and their operators, by itself.
     defines = [("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)]
     optimise = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
     modules = [
@@ -81,14 +102,10 @@ def extensions():
             py_limited_api=True,
         )
     ]
-    if cuda == "0" or nvcc is None:
-        say("leaving out the CUDA kernels: " + ("CRL_KERNELS_CUDA=0." if cuda == "0" else "nvcc was not found."))
-    elif torch.version.cuda is None and cuda == "1":
-        sys.exit("CRL_KERNELS_CUDA=1 asks for the CUDA kernels, but this torch is a CPU build; install a CUDA build.")
-    elif torch.version.cuda is None:
-        say("leaving out the CUDA kernels: this torch is a CPU build.")
+    if obstacle:
+        say(f"leaving out the CUDA kernels: {obstacle}")
     else:
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX")
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures(nvcc_version(nvcc)))
         cuda_module = CUDAExtension(
             "crl_kernels._C_cuda",
             sorted(str(path.relative_to(HERE)) for path in (HERE / "csrc/cuda").glob("*.cu")),

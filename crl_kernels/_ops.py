@@ -40,8 +40,9 @@ SCHEMAS = (
 NAMES = tuple(schema.partition("(")[0] for schema in SCHEMAS)
 
 _library = torch.library.Library("crl_kernels", "DEF")
+# The CUDA kernels read a table of pointers that is copied at every call, so a replayed graph would read an old one.
 for _schema, _name in zip(SCHEMAS, NAMES, strict=True):
-    _library.define(_schema)
+    _library.define(_schema, tags=(torch.Tag.cudagraph_unsafe,))
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
 
 _ops = torch.ops.crl_kernels

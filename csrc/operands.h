@@ -1,4 +1,4 @@
-// From lists of tensors to a segment table and streams: what every operator does first, on every device.
+// From lists of tensors to a segment table and flat views: what every operator does first, on every device.
 //
 // Python checks the user's input and says what is wrong with it; the checks here only keep memory safe.
 #pragma once
@@ -47,12 +47,12 @@ inline SegmentTable segment_table(const Tensors& tensors) {
 class Operand {
  public:
   Operand(const SegmentTable& table, const Tensor* first, int64_t count, const Tensor& same_device_as)
-      : stream_(table, pointers(table, first, count, same_device_as)) {}
+      : view_(table, pointers(table, first, count, same_device_as)) {}
   Operand(const SegmentTable& table, const Tensors& tensors, const Tensor& same_device_as)
       : Operand(table, tensors.data(), static_cast<int64_t>(tensors.size()), same_device_as) {}
 
-  Pointer at(int64_t segment, int64_t index) const { return stream_.at(segment, index); }
-  const Stream& stream() const { return stream_; }
+  Pointer at(int64_t segment, int64_t index) const { return view_.at(segment, index); }
+  const FlatView& view() const { return view_; }
 
  private:
   std::vector<Pointer> pointers(const SegmentTable& table, const Tensor* first, int64_t count,
@@ -78,7 +78,7 @@ class Operand {
   }
 
   Tensors copies_;
-  Stream stream_;
+  FlatView view_;
 };
 
 // Tensors to write along a table. Those that are not contiguous are written through a contiguous copy: call
@@ -89,7 +89,7 @@ class Target {
       : tensors_(tensors), contiguous_(contiguous(tensors)), operand_(table, contiguous_, tensors[0]) {}
 
   Pointer at(int64_t segment, int64_t index) const { return operand_.at(segment, index); }
-  const Stream& stream() const { return operand_.stream(); }
+  const FlatView& view() const { return operand_.view(); }
 
   void write_back() {
     for (size_t i = 0; i < tensors_.size(); ++i) {
@@ -133,6 +133,12 @@ inline Tensor coefficients_of(const Tensor& tensor, const Tensor& same_device_as
   return torch::stable::contiguous(tensor);
 }
 
+// The same for operators that take one number.
+inline Tensor coefficient_of(const Tensor& tensor, const Tensor& same_device_as) {
+  STD_TORCH_CHECK(tensor.numel() == 1, "crl_kernels: expected one coefficient, got ", tensor.numel());
+  return coefficients_of(tensor, same_device_as);
+}
+
 inline Tensors empty_like_all(const Tensors& tensors) {
   Tensors result;
   result.reserve(tensors.size());
@@ -143,8 +149,8 @@ inline Tensors empty_like_all(const Tensors& tensors) {
 inline void check_targets(const Tensors& targets, const Tensors& params) {
   STD_TORCH_CHECK(targets.size() == params.size(), "crl_kernels: expected one target for each parameter");
   for (size_t i = 0; i < params.size(); ++i) {
-    STD_TORCH_CHECK(targets[i].scalar_type() == params[i].scalar_type(),
-                    "crl_kernels: a target has another dtype than its parameter");
+    STD_TORCH_CHECK(targets[i].scalar_type() == params[i].scalar_type() && targets[i].device() == params[i].device(),
+                    "crl_kernels: a target has another dtype than its parameter, or is on another device");
   }
 }
 

@@ -1,5 +1,14 @@
-"""Shared by all tests: one thread, so that results and times do not depend on the machine's load."""
+"""Shared by all tests: one thread, so that results and times do not depend on the machine's load.
+
+CRL_TEST_LIBRARY names a library whose operators are tested in place of the package's own.
+"""
+
+import os
 
 import torch
 
+import crl_kernels  # noqa: F401  (defines the operators' schemas)
+
 torch.set_num_threads(1)
+if library := os.environ.get("CRL_TEST_LIBRARY"):
+    torch.ops.load_library(library)

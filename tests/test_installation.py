@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -55,14 +56,13 @@ def test_the_report_says_what_runs():
         assert line in result.stdout
 
 
-@pytest.fixture(scope="module")
-def without_compiler(tmp_path_factory) -> Path:
-    """A PATH with no compiler and no nvcc."""
-    folder = tmp_path_factory.mktemp("bin")
-    for tool in ("sh", "uname", "git"):
+def path_with(folder: Path, *tools: str) -> str:
+    """A PATH that holds these tools only."""
+    folder.mkdir()
+    for tool in tools:
         if found := shutil.which(tool):
             (folder / tool).symlink_to(found)
-    return folder
+    return str(folder)
 
 
 def source_copy(folder: Path) -> Path:
@@ -75,9 +75,10 @@ def source_copy(folder: Path) -> Path:
     return copy
 
 
-def test_installs_without_a_compiler_and_says_that_it_is_slow(without_compiler, tmp_path):
+def test_installs_without_a_compiler_and_says_that_it_is_slow(tmp_path):
     source, target = source_copy(tmp_path), tmp_path / "target"
-    bare = {k: v for k, v in environment(PATH=str(without_compiler)).items() if k not in ("CXX", "CC", "CUDA_HOME")}
+    path = path_with(tmp_path / "bin", "sh", "uname", "git")
+    bare = {k: v for k, v in environment(PATH=path).items() if k not in ("CXX", "CC", "CUDA_HOME")}
     install = ["-m", "pip", "install", "-v", "--no-build-isolation", "--no-deps", "--target", str(target), str(source)]
     result = run(*install, env=bare)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -92,15 +93,27 @@ def test_installs_without_a_compiler_and_says_that_it_is_slow(without_compiler, 
     assert "crl_kernels runs in pure Python, which is slow: _C.abi3.so was not built" in result.stderr
 
 
-def test_cuda_kernels_that_cannot_be_built_are_an_error(without_compiler, tmp_path):
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++, which is looked for before nvcc")
+def test_cuda_kernels_that_cannot_be_built_are_an_error(tmp_path):
     source = source_copy(tmp_path)
     bare = {k: v for k, v in environment().items() if k not in ("CUDA_HOME", "CUDA_PATH")}
-    result = run(
-        "setup.py", "--version", cwd=source, env=bare | {"PATH": str(without_compiler), "CRL_KERNELS_CUDA": "1"}
-    )
+    bare["PATH"] = path_with(tmp_path / "bin", "sh", "uname", "git", "g++")
+    result = run("setup.py", "--version", cwd=source, env=bare | {"CRL_KERNELS_CUDA": "1"})
     assert result.returncode != 0
     assert "nvcc was not found" in result.stderr
     assert "Install the CUDA toolkit" in result.stderr
     result = run("setup.py", "--version", cwd=source, env=bare | {"CRL_KERNELS_CUDA": "yes"})
     assert result.returncode != 0
     assert "CRL_KERNELS_CUDA='yes': expected auto, 1 or 0" in result.stderr
+
+
+def test_a_source_distribution_has_all_that_it_takes_to_build(tmp_path):
+    source = source_copy(tmp_path)
+    shutil.copy(ROOT / "MANIFEST.in", source)
+    result = run("setup.py", "-q", "sdist", "--dist-dir", str(tmp_path / "dist"), cwd=source)
+    assert result.returncode == 0, result.stderr
+    (archive,) = (tmp_path / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        packed = {name.partition("/")[2] for name in tar.getnames()}
+    assert {str(path.relative_to(source)) for path in (source / "csrc").rglob("*") if path.is_file()} <= packed
+    assert not [name for name in packed if name.endswith(".so")]

@@ -27,15 +27,20 @@ CHUNK = 4096
 needs_cpu_library = pytest.mark.skipif(not registry.CPU.loaded, reason=f"no C++ kernels: {registry.CPU.reason}")
 
 
-class CppBackend:
-    """The operators as torch dispatches them; the C++ ones where the library is loaded."""
+needs_library = pytest.mark.skipif(
+    not registry.CPU.loaded and "CRL_TEST_LIBRARY" not in os.environ, reason=f"no C++ kernels: {registry.CPU.reason}"
+)
+
+
+class Dispatched:
+    """The operators as torch dispatches them: those of the compiled library."""
 
     def __getattr__(self, name: str):
         return getattr(torch.ops.crl_kernels, name)
 
 
 BACKENDS = [
-    pytest.param(CppBackend(), id="cpp", marks=needs_cpu_library),
+    pytest.param(Dispatched(), id="compiled", marks=needs_library),
     pytest.param(reference, id="reference"),
 ]
 
@@ -169,7 +174,30 @@ def test_diagonal_operators(backend, case, state_dtype, flat, seed):
         assert_rounded_once(moved, theta - share * distance, theta.abs() + anchor[0].abs())
 
 
-@needs_cpu_library
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_lists_of_many_tiny_and_empty_tensors(backend):
+    lists = [
+        [0],
+        [0, 0, 0],
+        [1] * 700,
+        [0, 5] * 300,
+        [1] * CHUNK + [0] * 3 + [1] * (CHUNK + 1),
+        [0] * 1000 + [3],
+        [3] + [0] * 1000 + [CHUNK],
+        [CHUNK, 0, 1, 2 * CHUNK, 0],
+    ]
+    for lengths in lists:
+        params = [torch.randn(n) for n in lengths]
+        directions, matrix = directions_like(params, 2, torch.float32, True, 0)
+        projections = backend.low_rank_projections(params, directions, 2)
+        assert_sum_close(projections, matrix @ flat64(params), matrix.abs() @ flat64(params).abs())
+        targets = [torch.zeros(n) for n in lengths]
+        coefficients = torch.tensor([2.0, -1.0], dtype=torch.float64)
+        backend.low_rank_accumulate_(targets, directions, coefficients)
+        assert_rounded_once(targets, coefficients @ matrix, coefficients.abs() @ matrix.abs())
+
+
+@needs_library
 def test_bitwise_the_same_flat_or_in_a_list_and_for_any_number_of_threads():
     generator = torch.Generator().manual_seed(0)
     lengths = [70_001, 1, 0, 33, 4096, 300_000, 17, 65_537]
@@ -253,6 +281,28 @@ def test_every_operator_has_a_reference_and_a_schema_of_its_own():
     for name in _ops.NAMES:
         assert callable(getattr(module, name))
         assert getattr(torch.ops.crl_kernels, name).default._schema.name == f"crl_kernels::{name}"
+
+
+@needs_library
+def test_operators_refuse_what_would_read_or_write_elsewhere():
+    """The public API checks first; these are for whoever calls the operators themselves."""
+    ops = torch.ops.crl_kernels
+    params, state, none = [torch.ones(3)], ([torch.ones(3)], [torch.ones(3)]), torch.ones(0, dtype=torch.float64)
+    one = torch.ones((), dtype=torch.float64)
+    for call in (
+        lambda: ops.low_rank_projections(params, [torch.ones(2)], 1),
+        lambda: ops.low_rank_projections(params, [torch.ones(3)] * 3, 2),
+        lambda: ops.low_rank_projections(params, [torch.ones(3, dtype=torch.int32)], 1),
+        lambda: ops.low_rank_accumulate_(params, [torch.ones(3)], torch.ones(1)),
+        lambda: ops.diagonal_quadratic(params, [torch.ones(3)], [torch.ones(4)]),
+        lambda: ops.diagonal_quadratic(params, [torch.ones(3)], [torch.ones(3, dtype=torch.float64)]),
+        lambda: ops.diagonal_accumulate_([torch.ones(3).double()], params, *state, one),
+        lambda: ops.diagonal_accumulate_([], params, *state, one),
+        lambda: ops.diagonal_accumulate_([torch.ones(3)], params, *state, none),
+        lambda: ops.diagonal_shrink_(params, *state, none),
+    ):
+        with pytest.raises(RuntimeError, match="crl_kernels: "):
+            call()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

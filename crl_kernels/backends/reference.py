@@ -1,7 +1,8 @@
 """The operators in plain PyTorch: their definition, and what runs where no compiled kernel does.
 
 Lists of tensors are read as one flat vector of P elements in list order, each tensor in row-major order. Every sum and
-product is taken in float64; a result that is written to a tensor is rounded once, to that tensor's dtype.
+product is taken in float64; a result that is written to a tensor is rounded once, to that tensor's dtype (through
+float32 for 16-bit dtypes, as PyTorch does).
 
 ``directions`` holds K vectors of P elements: K flat tensors, or, term by term, K lists of one tensor per parameter.
 ``fisher`` and ``anchor`` hold one such vector each: one flat tensor, or one tensor per parameter.
@@ -40,7 +41,7 @@ def low_rank_combine(directions: Sequence[Tensor], coefficients: Tensor, like: S
     """sum_k c_k u_k, as one tensor for each of ``like``, of its shape and dtype."""
     terms = _terms(directions, coefficients.numel(), like)
     sums = [sum(c * u for c, u in zip(coefficients, pieces, strict=True)) for pieces in zip(*terms, strict=True)]
-    return [total.to(tensor.dtype) for total, tensor in zip(sums, like, strict=True)]
+    return [total.to(tensor.dtype).contiguous() for total, tensor in zip(sums, like, strict=True)]
 
 
 def low_rank_accumulate_(targets: Sequence[Tensor], directions: Sequence[Tensor], coefficients: Tensor) -> None:

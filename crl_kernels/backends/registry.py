@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 CHOICES = ("auto", "reference", "cpu", "cuda")
-_REINSTALL = "Install torch and a C++ compiler, then reinstall with: pip install --no-build-isolation crl-kernels"
+_REINSTALL = "Install torch and a C++ compiler, then install again with pip's --no-build-isolation."
 
 
 @dataclass(frozen=True)

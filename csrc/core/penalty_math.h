@@ -1,4 +1,4 @@
-// Arithmetic of one element and of one sum, shared by the CPU and the CUDA kernels. Everything is float64.
+// Arithmetic of one element and of one sum, in float64. CPU and CUDA kernels share what is marked for both.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,7 @@ CRL_HOST_DEVICE inline double proximal_weight(double fisher, double strength) {
 }
 
 // The sum of values[0], values[stride], ... in index order.
-CRL_HOST_DEVICE inline double ordered_sum(const double* values, int64_t count, int64_t stride = 1) {
+inline double ordered_sum(const double* values, int64_t count, int64_t stride = 1) {
   double sum = 0.0;
   for (int64_t i = 0; i < count; ++i) sum += values[i * stride];
   return sum;

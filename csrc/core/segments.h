@@ -1,9 +1,9 @@
 // The flat view of a list of tensors.
 //
 // A model's parameters are a list of tensors; the penalty sees one vector of P elements, cut into fixed chunks. A
-// SegmentTable knows where each tensor begins in that vector. A Stream is something that runs along it: the
-// parameters, their gradients, a direction u_k, a diagonal Fisher. A stream is stored either as one tensor per
-// parameter or as one flat tensor; both give an address for every flat index, so kernels need not care which.
+// SegmentTable knows where each tensor begins in that vector. A FlatView is anything that runs along it: the
+// parameters, their gradients, a direction u_k, a diagonal Fisher. It is stored either as one tensor per parameter or
+// as one flat tensor; both give an address for every flat index, so kernels need not care which.
 //
 // Chunks are cut at fixed flat indices and never at tensor boundaries, and partial sums belong to chunks. That is what
 // makes every reduction bitwise the same for a list and for a flat tensor, and for any number of threads.
@@ -18,7 +18,7 @@
 namespace crl {
 
 constexpr int64_t kChunk = 4096;  // elements per partial sum: 16 KiB of float32, so a chunk stays in L1 for K terms
-constexpr int64_t kLanes = 16;    // partial sums per chunk; flat element j is added to lane j % kLanes
+constexpr int64_t kLanes = 16;    // on a CPU, flat element j of a chunk is added to lane j % kLanes of its partial sum
 
 enum class DType : int8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
@@ -74,7 +74,7 @@ class SegmentTable {
   std::vector<int64_t> begins_;
 };
 
-class Stream {
+class FlatView {
  public:
   struct Entry {
     uintptr_t origin;  // where flat element 0 would be, were the whole vector laid out like this segment
@@ -82,7 +82,7 @@ class Stream {
   };
 
   // One pointer per segment of `table`, or a single one for a flat tensor.
-  Stream(const SegmentTable& table, const std::vector<Pointer>& pointers) : flat_(pointers.size() == 1) {
+  FlatView(const SegmentTable& table, const std::vector<Pointer>& pointers) : flat_(pointers.size() == 1) {
     entries_.reserve(pointers.size());
     for (size_t i = 0; i < pointers.size(); ++i) {
       const int64_t begin = flat_ ? 0 : table.begin(static_cast<int64_t>(i));

@@ -1,4 +1,4 @@
-// The loops over one piece of a chunk: n consecutive elements of each stream, within one tensor.
+// The loops over one piece of a chunk: n consecutive elements, within one tensor.
 //
 // Reductions add flat element j to lanes[j % kLanes], by a fused multiply-add, in index order. `index` is the flat
 // index of the first element, so the sum does not depend on where tensors begin and end.

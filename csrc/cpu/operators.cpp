@@ -1,5 +1,6 @@
 // CPU implementations of the operators whose schemas and meanings are in crl_kernels/_ops.py.
 
+#include <algorithm>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
@@ -53,7 +54,8 @@ Tensor low_rank_projections(const Tensors params, const Tensors directions, int6
   return result;
 }
 
-// targets (+)= sum_k coefficients[k] u_k. Several terms are summed in float64 first, so a target is rounded once.
+// targets (+)= sum_k coefficients[k] u_k. Several terms are summed in float64 first, so a target is rounded
+// once (through float32 for 16-bit dtypes, as PyTorch does).
 void combine_into(Target& targets, const SegmentTable& table, const Tensors& directions, const Tensor& coefficients,
                   const Tensor& same_device_as, bool overwrite) {
   const std::vector<Operand> u = directions_of(table, directions, coefficients.numel(), same_device_as);
@@ -128,7 +130,7 @@ Tensor gradient_into(const Tensors& targets, const Tensors& params, const Tensor
   check_targets(targets, params);
   Target target(table, targets);
   const Operand theta(table, params, params[0]), s(table, fisher, params[0]), m(table, anchor, params[0]);
-  const double c = *coefficients_of(coefficient, params[0]).const_data_ptr<double>();
+  const double c = *coefficient_of(coefficient, params[0]).const_data_ptr<double>();
   const Kernels& loops = kernels();
   Tensor value = reduce_pieces(table, [&](int64_t segment, int64_t begin, int64_t n, double* lanes) {
     loops.quadratic_gradient(target.at(segment, begin), theta.at(segment, begin), s.at(segment, begin),
@@ -154,7 +156,7 @@ void diagonal_shrink_(const Tensors params, const Tensors fisher, const Tensors 
   const SegmentTable table = segment_table(params);
   Target theta(table, params);
   const Operand s(table, fisher, params[0]), m(table, anchor, params[0]);
-  const double eta_lambda = *coefficients_of(strength, params[0]).const_data_ptr<double>();
+  const double eta_lambda = *coefficient_of(strength, params[0]).const_data_ptr<double>();
   const Kernels& loops = kernels();
   parallel_over_chunks(table, [&](int64_t first, int64_t last) {
     for (int64_t chunk = first; chunk < last; ++chunk) {

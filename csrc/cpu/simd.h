@@ -1,7 +1,8 @@
 // Four doubles at a time, loaded from and stored to any parameter dtype.
 //
 // GCC and Clang vector extensions: the same lines become AVX2, SSE2 or NEON according to the target that is in force
-// where this file is included. All arithmetic is float64, so every dtype goes through the same loops.
+// where this file is included (see kernels.inc for CRL_ISA and CRL_AVX2). All arithmetic is float64, so every dtype
+// goes through the same loops.
 #pragma once
 
 #include <cstdint>
