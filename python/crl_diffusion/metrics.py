@@ -30,7 +30,7 @@ from crl_diffusion.method import OptionError
 
 Matrix = Sequence[Sequence[float]]  # row i holds tasks 0 .. i; rows of tasks that were not evaluated are empty
 
-EXTRACTOR_STEPS, EXTRACTOR_BATCH, EXTRACTOR_LR = 400, 64, 3e-3
+EXTRACTOR_STEPS, EXTRACTOR_EPOCHS, EXTRACTOR_BATCH, EXTRACTOR_LR = 400, 2, 64, 3e-3  # the longer of steps and epochs
 TOTAL_VARIANCE = 100.0
 
 
@@ -57,10 +57,11 @@ class Extractor(nn.Module):
 
     num_features = 32
 
-    def __init__(self, channels: int, classes: int) -> None:
+    def __init__(self, channels: int, size: int, classes: int) -> None:
         super().__init__()
+        stride = 1 if size <= 8 else 2
         self.body = nn.Sequential(
-            nn.Conv2d(channels, 32, 3, padding=1),
+            nn.Conv2d(channels, 32, 3, padding=1, stride=stride),
             nn.ReLU(),
             nn.Conv2d(32, 64, 3, padding=1, stride=2),
             nn.ReLU(),
@@ -96,12 +97,13 @@ class Extractor(nn.Module):
 def extractor(data: Data, path: Path) -> Extractor:
     """The data set's extractor: read from `path`, or trained and kept there. It does not depend on the run's seed."""
     channels, size, _ = data.shape
-    made_for = {"data": data.name, "size": str(size), "recipe": f"{EXTRACTOR_STEPS}x{EXTRACTOR_BATCH}"}
-    model = Extractor(channels, int(data.train.labels.max()) + 1)
+    steps = max(EXTRACTOR_STEPS, EXTRACTOR_EPOCHS * len(data.train.labels) // EXTRACTOR_BATCH)
+    made_for = {"data": data.name, "size": str(size), "recipe": f"{steps} steps of {EXTRACTOR_BATCH}"}
+    model = Extractor(channels, size, int(data.train.labels.max()) + 1)
     if path.exists():
         _read(model, path, made_for)
     else:
-        _fit(model, data.train)
+        _fit(model, data.train, steps)
         model.test_accuracy = model.accuracy(*data.test)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
@@ -130,16 +132,16 @@ def _read(model: Extractor, path: Path, made_for: dict[str, str]) -> None:
     model.test_accuracy = float(metadata["test_accuracy"])
 
 
-def _fit(model: Extractor, train: Images) -> None:
+def _fit(model: Extractor, train: Images, steps: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream(0, "extractor weights").initial_seed())
         for layer in model.modules():
             if isinstance(layer, nn.Conv2d | nn.Linear):
                 layer.reset_parameters()
     optimizer = torch.optim.Adam(model.parameters(), EXTRACTOR_LR, fused=True)
-    for step in range(EXTRACTOR_STEPS):
+    for step in range(steps):
         index = torch.randint(len(train.labels), (EXTRACTOR_BATCH,), generator=stream(0, "extractor batch", 0, step))
-        optimizer.param_groups[0]["lr"] = EXTRACTOR_LR * (1 - step / EXTRACTOR_STEPS)
+        optimizer.param_groups[0]["lr"] = EXTRACTOR_LR * (1 - step / steps)
         loss = functional.cross_entropy(model.logits(to_float(train.pixels[index])), train.labels[index])
         optimizer.zero_grad()
         loss.backward()

@@ -87,12 +87,17 @@ def make_run(extractor_path: Path, tmp_path: Path) -> Callable[[RunConfig], loop
     return make
 
 
+def child_environment() -> dict[str, str]:
+    """What makes a child process find the same packages and compute the same bits."""
+    paths = os.pathsep.join(path for path in sys.path if path)
+    return {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": paths, "CI": "true"}
+
+
 def command(*arguments: object) -> subprocess.CompletedProcess[str]:
     """`python -m crl_diffusion` with as many threads as this process has."""
     return python("-m", "crl_diffusion", *arguments)
 
 
 def python(*arguments: object) -> subprocess.CompletedProcess[str]:
-    paths = os.pathsep.join(path for path in sys.path if path)
-    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": paths, "CI": "true"}
+    env = {**os.environ, **child_environment()}
     return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, env=env, check=False)

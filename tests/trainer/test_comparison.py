@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SHORT
+from conftest import SHORT, child_environment
 from crl_diffusion import cli, compare, report
 from crl_diffusion.method import RunConfig, Settings
 from crl_diffusion.report import Finished
@@ -33,7 +33,8 @@ def _is_picture(path: Path) -> bool:
 def test_two_methods_end_to_end(
     tmp_path: Path, extractor_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", _python_path())
+    for name, value in child_environment().items():
+        monkeypatch.setenv(name, value)
     out = tmp_path / "comparison"
     out.mkdir()
     shutil.copy(extractor_path, out / "extractor.safetensors")
@@ -86,7 +87,8 @@ def test_two_methods_end_to_end(
 def test_a_failed_run_is_shown_and_the_others_are_kept(
     tmp_path: Path, extractor_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", _python_path())
+    for name, value in child_environment().items():
+        monkeypatch.setenv(name, value)
     shutil.copy(extractor_path, tmp_path / "extractor.safetensors")
     settings = {**SHORT, "tasks": 1, "lr": 1e30}
     assert cli.main(["compare", "--methods", "fine-tune", *_options(settings), "--out", str(tmp_path)]) == 1
@@ -94,13 +96,6 @@ def test_a_failed_run_is_shown_and_the_others_are_kept(
     assert "fine-tune, seed 0 failed" in said
     assert "the loss is not finite at step" in said
     assert "give the same command again" in said
-
-
-def _python_path() -> str:
-    import os
-    import sys
-
-    return os.pathsep.join(path for path in sys.path if path)
 
 
 def test_the_command_of_a_cell_gives_its_configuration(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from crl_diffusion import loop, method, replay
 from crl_diffusion.data import Data
 from crl_diffusion.method import METHODS, Method, OptionError, Penalty, Replay, RunConfig, Stage, check, stages
+from crl_diffusion.model import predict
 from torch import Tensor
 
 MakeRun = Callable[[RunConfig], loop.Run]
@@ -108,11 +109,25 @@ def test_the_pool_is_drawn_from_the_teacher_for_every_old_class(short: Short, ma
         assert run.teacher is not None
         return data.to_pixels(replay.draw_images(run.teacher, latents, label, 2))
 
-    assert torch.equal(images.pixels[6:7], draw())
+    assert torch.equal(images.of([2]).pixels[:1], draw())
     with torch.no_grad():
         for parameter in run.model.parameters():
             parameter.add_(1.0)
-    assert torch.equal(images.pixels[6:7], draw())  # training the model leaves the teacher alone
+    assert torch.equal(images.of([2]).pixels[:1], draw())  # training the model leaves the teacher alone
+
+
+def test_the_fisher_matrix_sees_its_task_and_the_samples_asked_for(short: Short, make_run: MakeRun) -> None:
+    run = make_run(short("rank1", fisher_samples=70))
+    stage = run.stages[1]
+    batches = loop.fisher_batches(run.data.train.of(stage.classes), stage, run.config, run.like)
+    assert [len(batch[0]) for batch in batches] == [32, 32, 6]
+    noised, t, label, noise = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    assert set(label.tolist()) == set(stage.classes)
+    assert len(set(t.tolist())) > 50
+    trained = _batches(run, stage)[0].noised.flatten(1)
+    assert torch.cdist(noised.flatten(1), trained).min() > 0.1  # not what it was trained on
+    expected = (noise - predict(run.model, noised, t, label)).square().mean((1, 2, 3))
+    torch.testing.assert_close(loop.per_sample_loss(run.model, (noised, t, label, noise)), expected)
 
 
 def test_joint_has_one_stage_of_all_classes_and_all_steps(short: Short) -> None:
