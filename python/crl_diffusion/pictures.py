@@ -115,7 +115,7 @@ def _plain_log(axis: Axes) -> None:
 def _colour_bar(figure: Figure, image: Any, axes: Any) -> None:
     label, ticks = "FID (lower is better, log scale)", LogLocator(subs=(1, 2, 5))
     bar = figure.colorbar(image, ax=axes, label=label, shrink=0.8, ticks=ticks, format="{x:g}")
-    bar.ax.yaxis.set_minor_formatter(NullFormatter())
+    bar.minorticks_off()  # minor ticks would be labelled in another style
 
 
 def _limits(matrices: Sequence[Sequence[Sequence[float]]]) -> tuple[float, float]:
