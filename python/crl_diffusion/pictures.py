@@ -113,9 +113,11 @@ def _plain_log(axis: Axes) -> None:
 
 
 def _colour_bar(figure: Figure, image: Any, axes: Any) -> None:
-    label, ticks = "FID (lower is better, log scale)", LogLocator(subs=(1, 2, 5))
-    bar = figure.colorbar(image, ax=axes, label=label, shrink=0.8, ticks=ticks, format="{x:g}")
-    bar.minorticks_off()  # minor ticks would be labelled in another style
+    low, high = image.norm.vmin, image.norm.vmax
+    marks = [m * 10.0**power for power in range(-3, 7) for m in (1, 2, 3, 5, 7) if low <= m * 10.0**power <= high]
+    bar = figure.colorbar(image, ax=axes, label="FID (lower is better, log scale)", shrink=0.8)
+    bar.set_ticks(marks, labels=[f"{mark:g}" for mark in marks])
+    bar.set_ticks([], minor=True)
 
 
 def _limits(matrices: Sequence[Sequence[Sequence[float]]]) -> tuple[float, float]:
@@ -216,14 +218,7 @@ def comparison(runs: Sequence[Finished], out: Path, order: Sequence[str] = ()) -
         image = _heatmap(
             axis, r, name if len(groups[name]) == 1 else f"{name}, mean of {len(groups[name])} seeds", limits
         )
-    figure.colorbar(
-        image,
-        ax=axes,
-        label="FID (lower is better, log scale)",
-        shrink=0.8,
-        ticks=LogLocator(subs=(1, 2, 5)),
-        format="{x:g}",
-    )
+    _colour_bar(figure, image, axes)
     figure.suptitle(f"{first['data']}: FID of each task after each task", fontsize=13)
     paths.append(_save(figure, out / "fid_matrices.png"))
     paths.append(_save(_average_curves(groups, first["data"]), out / "average_fid.png"))
