@@ -22,10 +22,10 @@ $(VENV)/.built: $(VENV)/.torch $(SOURCES)
 	touch $@
 
 demo: install
-	$(RUN)/crl-diffusion compare --preset demo
+	$(RUN)/crl-diffusion compare --out runs/demo
 
 compare: install
-	$(RUN)/crl-diffusion compare
+	$(RUN)/crl-diffusion compare --out runs/compare --methods fine-tune joint rank1 gd gd+diagonal gd+rank1
 
 test: install
 	$(RUN)/pytest -n 2

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
-import tempfile
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from crl_diffusion.method import Penalty
@@ -30,8 +25,8 @@ class PenaltyState:
 
     def __init__(self, spec: Penalty, model: nn.Module) -> None:
         self.spec, self.model = spec, model
-        self.history_type, self.estimate = FISHERS[spec.fisher]
-        self.history = self.history_type(model)
+        history_type, self.estimate = FISHERS[spec.fisher]
+        self.history = history_type(model)
         self.seconds: list[float] = []  # time of each call since it was last read
 
     def after_backward(self) -> None:
@@ -59,26 +54,12 @@ class PenaltyState:
         return int(self.history.nbytes)
 
     def state(self) -> dict[str, Tensor]:
-        """The contents of the file that the history saves, as tensors; nothing before the first task."""
-        if not len(self.history):
-            return {}
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "history.safetensors"
-            self.history.save(path)
-            with safe_open(path, framework="pt") as file:
-                # The header's text has a different order in every file: sorted, equal histories give equal tensors.
-                facts = json.dumps(file.metadata(), sort_keys=True).encode()
-                tensors = {f"tensor/{name}": file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return {**tensors, "facts": torch.frombuffer(bytearray(facts), dtype=torch.uint8)}
+        """The history's state; nothing before the first task."""
+        return self.history.state_dict() if len(self.history) else {}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        if "facts" not in state:
-            return
-        tensors = {name.removeprefix("tensor/"): value for name, value in state.items() if name != "facts"}
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "history.safetensors"
-            save_file(tensors, path, json.loads(state["facts"].numpy().tobytes()))
-            self.history = self.history_type.load(path, self.model)
+        if state:
+            self.history.load_state_dict(state)
 
     def _timed(self, call: Callable[[], Any]) -> None:
         self._wait()
