@@ -33,3 +33,11 @@ def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
     for target in set(re.findall(r"^make (\w+)", README, re.MULTILINE)):
         assert f"\n{target}:" in makefile
+
+
+@pytest.mark.parametrize("result", ["demo/comparison.md", "penalty_cpu_1thread.md"])
+def test_tables_are_those_that_the_benchmarks_wrote(result):
+    written = (ROOT / "benchmarks" / "results" / result).read_text()
+    rows = [line for line in written.splitlines() if line.startswith("|")]
+    assert len(rows) >= 4
+    assert "\n".join(rows) in README
