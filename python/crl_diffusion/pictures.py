@@ -44,7 +44,7 @@ def _samples(run: Path, after_task: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _strip(pixels: np.ndarray, labels: np.ndarray, classes: int, rows: int, columns: int) -> np.ndarray:
-    """One row of cells, a cell a class with rows x columns images, as floats 0 .. 1; white (NaN-free) where none."""
+    """One row of cells, a cell a class with rows x columns images, as floats 0 .. 1; NaN (not drawn) where none."""
     side = pixels.shape[-1]
     gap = max(1, side // 8)
     height, width = rows * (side + gap) - gap, columns * (side + gap) - gap
