@@ -10,7 +10,7 @@ import math
 import random
 import sys
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -55,7 +55,7 @@ def estimate_fisher(
         per_sample_loss: ``(model, batch) -> (N,)``, one loss for each sample, computed from that sample alone. It is
             run under ``torch.func.vmap`` where it can be, and sample by sample, slowly, where it cannot.
         loader: batches, in random order: a tensor, or tuples, lists and dicts of tensors whose first dimension is the
-            sample. It needs ``len``, or ``max_samples``, so that it can be cut in half.
+            sample. Low rank needs its ``len``, or ``max_samples``, so that it can be cut in half.
         kind: ``"low_rank"`` or ``"diagonal"``.
         rank: directions of a low-rank Fisher.
         max_samples: stop after so many.
@@ -107,6 +107,8 @@ def _estimate_diagonal(
     if not count:
         raise ValueError("loader yields no samples.")
     diagonal = sum_squares / count
+    if not bool(diagonal.any()):
+        raise ValueError("every per-sample gradient is zero; check that the loss depends on the parameters.")
     return DiagonalFisher(
         binding.layout.split(diagonal.to(binding.dtype)),
         _anchor(binding),
@@ -165,8 +167,8 @@ def _estimate_low_rank(
         count_second += len(matrix)
     if not count_second:
         raise ValueError(
-            f"loader ended after {count_first} samples, before the second half began: it yields fewer samples than its "
-            "len, or than max_samples, says."
+            f"loader ended after {count_first} samples, before the second half began. Give max_samples= the number of "
+            "samples that it yields."
         )
 
     curvatures = sum_square_projections / count_second
@@ -243,13 +245,9 @@ class _SampleGradients:
         return _finite(matrix)
 
     def _losses(self, batch: Any, count: int) -> Tensor:
-        losses: object = self._loss(self._model, batch)
-        if not isinstance(losses, Tensor) or losses.shape != (count,):
-            got = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else f"a {type(losses).__name__}"
-            raise ValueError(
-                f"per_sample_loss returned {got} for a batch of {count}; expected ({count},), one loss per sample, "
-                "such as (error ** 2).mean(dim=(1, 2, 3))."
-            )
+        losses = _one_per_sample(self._loss(self._model, batch), count)
+        if not losses.requires_grad:
+            raise ValueError("per_sample_loss carries no gradient: compute it from model, outside of torch.no_grad().")
         return losses
 
     def _by_vmap(self, batch: Any) -> Tensor:
@@ -260,8 +258,7 @@ class _SampleGradients:
             one = [leaf.unsqueeze(0) if is_tensor else leaf for leaf, is_tensor in zip(sample, batched, strict=True)]
             named = dict(zip(self._raw_names, params, strict=True))
             losses = torch.func.functional_call(self._holder, named, (tree_unflatten(one, structure),))
-            total: Tensor = losses.sum()
-            return total
+            return _one_per_sample(losses, 1).sum()
 
         gradients = torch.func.vmap(
             torch.func.grad(sample_loss),
@@ -282,6 +279,16 @@ class _SampleGradients:
                 for gradient, p in zip(gradients, self._params, strict=True)
             ]
         )
+
+
+def _one_per_sample(losses: object, count: int) -> Tensor:
+    if not isinstance(losses, Tensor) or losses.shape != (count,):
+        got = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else f"a {type(losses).__name__}"
+        raise ValueError(
+            f"per_sample_loss returned {got} for a batch of {count}; expected ({count},), one loss per sample, "
+            "such as (error ** 2).mean(dim=(1, 2, 3))."
+        )
+    return losses
 
 
 def _finite(gradients: Tensor) -> Tensor:
@@ -331,16 +338,24 @@ def _limited(loader: Iterable[Any], max_samples: int | None) -> Iterator[Any]:
             return
 
 
+def _samples_in(loader: Any, size: int) -> int | None:
+    """How many samples a loader with first batches of ``size`` yields; None where nothing tells."""
+    if isinstance(loader, (list, tuple)):
+        return sum(batch_size(batch) for batch in loader)
+    try:
+        count = len(loader) * size
+        return min(count, len(loader.dataset)) if hasattr(loader, "dataset") else count
+    except TypeError:  # no len, or a stream behind a loader that claims to have one
+        return None
+
+
 def _halves(loader: Iterable[Any], max_samples: int | None) -> Iterator[Iterator[Any]]:
     """Two iterators over batches, to be used up one after the other: the first half of the samples, then the rest."""
     batches = _limited(loader, max_samples)
     first = next(batches, None)
     if first is None:
         raise ValueError("loader yields no samples.")
-    size = batch_size(first)
-    known = [] if max_samples is None else [max_samples]
-    if isinstance(loader, Sized):
-        known.append(len(loader) * size)
+    known = [count for count in (max_samples, _samples_in(loader, batch_size(first))) if count is not None]
     if not known:
         raise ValueError("loader has no len, so it cannot be cut in half; give max_samples=.")
     half = min(known) // 2

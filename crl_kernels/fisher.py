@@ -40,8 +40,11 @@ class FisherStatistics:
 
 
 def _layout_of(tensors: Mapping[str, Tensor], argument: str, leading: int = 0) -> Layout:
-    if not isinstance(tensors, Mapping) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+    if not isinstance(tensors, Mapping):
         raise TypeError(f"{argument} is {type(tensors).__name__}; expected a mapping from parameter names to tensors.")
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{argument}[{name!r}] is {type(tensor).__name__}; expected a tensor.")
     if not tensors:
         raise ValueError(f"{argument} is empty; expected one tensor per parameter.")
     for name, tensor in tensors.items():

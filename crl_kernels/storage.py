@@ -28,6 +28,10 @@ def write(path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor]
     header = {_ENTRY: json.dumps({"version": _VERSION, "kind": kind, "facts": facts})}
     data = library.torch.save({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, header)
     target = Path(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(
+            f"path {os.fspath(path)!r}: its folder {str(target.parent)!r} does not exist; create it."
+        )
     handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     try:
         with os.fdopen(handle, "wb") as file:

@@ -220,6 +220,8 @@ def test_low_rank_fisher_arguments(model):
         ck.LowRankFisher(rows, torch.ones(1), named(model), storage_dtype=torch.float16)
     with pytest.raises(ValueError, match="mean_gradient is zero everywhere"):
         ck.LowRankFisher.from_mean_gradient({n: 0 * t for n, t in ones(model).items()}, 1.0, named(model))
+    with pytest.raises(TypeError, match=r"mean_gradient\['0.bias'\] is NoneType; expected a tensor"):
+        ck.LowRankFisher.from_mean_gradient(ones(model) | {"0.bias": None}, 1.0, named(model))
     with pytest.raises(TypeError, match="mean_gradient is list; expected a mapping"):
         ck.LowRankFisher.from_mean_gradient(list(model.parameters()), 1.0, named(model))
 
@@ -250,6 +252,8 @@ def test_models_that_cannot_be_bound(model):
 def test_files_that_are_not_ours(model, tmp_path):
     low_rank, diagonal = histories(model)
     path = tmp_path / "file"
+    with pytest.raises(FileNotFoundError, match=r"its folder .*nowhere' does not exist"):
+        low_rank.save(tmp_path / "nowhere" / "file")
     with pytest.raises(FileNotFoundError, match="is not a file"):
         ck.load_fisher(path)
     path.write_bytes(pickle.dumps({"a": 1}))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import crl_kernels as ck
 
@@ -147,11 +147,29 @@ def test_curvature_is_held_out():
     assert float(in_sample) > 1.3 * float(held_out)
 
 
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(zip(*data(24), strict=True))
+
+
+def test_halves_are_halves_of_the_samples():
+    model = Net()
+    gradients = loop_gradients(model, 17)
+    for batches in (loader(17, 16), list(loader(17, 16)), [data(17)]):
+        fisher = ck.estimate_fisher(model, loss, batches)
+        u = gradients[:8].mean(0)
+        torch.testing.assert_close(flat(fisher)[0], u / u.norm(), rtol=1e-3, atol=1e-5)
+
+
 def test_samples_are_counted_and_limited():
     model = Net()
     assert ck.estimate_fisher(model, loss, loader(50, 8), max_samples=21).statistics.num_samples == 21
     endless = iter(lambda: data(8), None)  # no len
     assert ck.estimate_fisher(model, loss, endless, max_samples=20).statistics.num_samples == 20
+    stream = DataLoader(Stream(), batch_size=8)  # has __len__, which raises
+    assert ck.estimate_fisher(model, loss, stream, max_samples=20).statistics.num_samples == 20
+    with pytest.raises(ValueError, match="loader has no len"):
+        ck.estimate_fisher(model, loss, stream)
     with pytest.raises(ValueError, match="loader has no len"):
         ck.estimate_fisher(model, loss, iter(lambda: data(8), None))
 
@@ -257,13 +275,18 @@ def test_storage_dtypes_and_selection():
     [
         ({"kind": "full"}, "kind is 'full'; expected 'low_rank' or 'diagonal'"),
         ({"rank": 0}, "rank is 0; expected an integer >= 1"),
-        ({"rank": 40}, "rank is 40, but the first half of the data has only 28 samples"),
+        ({"rank": 40}, "rank is 40, but the first half of the data has only 25 samples"),
         ({"kind": "diagonal", "rank": 2}, "belong to kind='low_rank'"),
         ({"max_samples": 1}, "max_samples is 1; expected at least 2"),
         ({"loader": []}, "loader yields no samples"),
         ({"loader": [data(1)]}, "loader yields one sample"),
         ({"loader": [(torch.zeros(3, 6), torch.zeros(2, 3))]}, "no common first dimension"),
         ({"per_sample_loss": lambda m, b: loss(m, b).mean()}, r"returned shape \(\) for a batch of"),
+        ({"per_sample_loss": lambda m, b: loss(m, b)[:, None]}, r"returned shape \(\d+, 1\) for a batch of"),
+        ({"per_sample_loss": lambda m, b: loss(m, b)[:, None], "kind": "diagonal"}, r"returned shape \(1, 1\)"),
+        ({"per_sample_loss": lambda m, b: loss(m, b).mean(), "rank": 2}, r"returned shape \(\) for a batch of"),
+        ({"per_sample_loss": torch.no_grad()(loss)}, "carries no gradient"),
+        ({"per_sample_loss": torch.no_grad()(loss), "kind": "diagonal"}, "every per-sample gradient is zero"),
         ({"per_sample_loss": lambda m, b: loss(m, b) * float("nan")}, "NaN or infinite"),
         ({"per_sample_loss": lambda m, b: 0 * loss(m, b)}, "mean gradient .* is zero"),
     ],

@@ -96,7 +96,7 @@ class Settings:
     data: DataName = "digits"
     """Data set: digits comes with scikit-learn; mnist and fashion_mnist are read from --data-root."""
     image_size: int = 0
-    """Side of the images in pixels; 0 means the data set's default (digits 8, mnist and fashion_mnist 16 or 32)."""
+    """Side of the images in pixels; 0 means the data set's default (digits 8, the others 16; they may be 32)."""
     tasks: int = 5
     """How many tasks of two classes each to learn, in the labels' original order."""
     model: ModelName = "tiny"
