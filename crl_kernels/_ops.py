@@ -31,6 +31,8 @@ SCHEMAS = (
     "low_rank_projections(Tensor[] params, Tensor[] directions, int num_terms) -> Tensor",
     "low_rank_combine(Tensor[] directions, Tensor coefficients, Tensor[] like) -> Tensor[]",
     "low_rank_accumulate_(Tensor(a!)[] targets, Tensor[] directions, Tensor coefficients) -> ()",
+    "low_rank_penalty_accumulate_(Tensor(a!)[] targets, Tensor[] params, Tensor[] directions, Tensor curvatures,"
+    " Tensor anchor_projections, Tensor coefficient) -> Tensor",
     "diagonal_quadratic(Tensor[] params, Tensor[] fisher, Tensor[] anchor) -> Tensor",
     "diagonal_gradient(Tensor[] params, Tensor[] fisher, Tensor[] anchor, Tensor coefficient) -> Tensor[]",
     "diagonal_accumulate_(Tensor(a!)[] targets, Tensor[] params, Tensor[] fisher, Tensor[] anchor, Tensor coefficient)"
@@ -40,9 +42,8 @@ SCHEMAS = (
 NAMES = tuple(schema.partition("(")[0] for schema in SCHEMAS)
 
 _library = torch.library.Library("crl_kernels", "DEF")
-# The CUDA kernels read a table of pointers that is copied at every call, so a replayed graph would read an old one.
 for _schema, _name in zip(SCHEMAS, NAMES, strict=True):
-    _library.define(_schema, tags=(torch.Tag.cudagraph_unsafe,))
+    _library.define(_schema)
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
 
 _ops = torch.ops.crl_kernels
@@ -54,6 +55,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "low_rank_projections": lambda params, directions, num_terms: _float64(params, (num_terms,)),
     "low_rank_combine": lambda directions, coefficients, like: [tensor.new_empty(tensor.shape) for tensor in like],
     "low_rank_accumulate_": lambda targets, directions, coefficients: None,
+    "low_rank_penalty_accumulate_": lambda targets, params, directions, a, b, coefficient: _float64(params, ()),
     "diagonal_quadratic": lambda params, fisher, anchor: _float64(params, ()),
     "diagonal_gradient": lambda params, fisher, anchor, coefficient: [p.new_empty(p.shape) for p in params],
     "diagonal_accumulate_": lambda targets, params, fisher, anchor, coefficient: _float64(params, ()),
@@ -306,6 +308,23 @@ def low_rank_accumulate_(targets: Sequence[Tensor], directions: Sequence[Tensor]
     """targets <- targets + sum_k c_k u_k, under ``torch.no_grad``."""
     _ops.low_rank_accumulate_(targets, directions, coefficients)
     torch.autograd.graph.increment_version(targets)
+
+
+def low_rank_penalty_accumulate_(
+    targets: Sequence[Tensor],
+    params: Sequence[Tensor],
+    directions: Sequence[Tensor],
+    curvatures: Tensor,
+    anchor_projections: Tensor,
+    coefficient: Tensor,
+) -> Tensor:
+    """targets <- targets + c sum_k a_k (u_k . theta - b_k) u_k, under ``torch.no_grad``; returns
+    sum_k a_k (u_k . theta - b_k)^2, 0-dim float64."""
+    value: Tensor = _ops.low_rank_penalty_accumulate_(
+        targets, params, directions, curvatures, anchor_projections, coefficient
+    )
+    torch.autograd.graph.increment_version(targets)
+    return value
 
 
 def diagonal_quadratic(params: Sequence[Tensor], fisher: Sequence[Tensor], anchor: Sequence[Tensor]) -> Tensor:

@@ -137,6 +137,14 @@ def test_low_rank_operators(backend, case, num_terms, dtype, flat, seed):
     backend.low_rank_accumulate_(targets, directions, coefficients)
     assert_rounded_once(targets, before + step, before.abs() + size)
 
+    a, b, lam = coefficients.abs(), coefficients.flip(0), torch.tensor(1.7, dtype=torch.float64)
+    drift = projections - b
+    force = lam * a * drift
+    before = flat64(targets)
+    value = backend.low_rank_penalty_accumulate_(targets, params, directions, a, b, lam)
+    assert_sum_close(value, (a * drift.square()).sum(), (a * (matrix.abs() @ theta.abs() + b.abs()).square()).sum())
+    assert_rounded_once(targets, before + force @ matrix, before.abs() + force.abs() @ matrix.abs())
+
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @settings(deadline=None, max_examples=60)
@@ -294,6 +302,8 @@ def test_operators_refuse_what_would_read_or_write_elsewhere():
         lambda: ops.low_rank_projections(params, [torch.ones(3)] * 3, 2),
         lambda: ops.low_rank_projections(params, [torch.ones(3, dtype=torch.int32)], 1),
         lambda: ops.low_rank_accumulate_(params, [torch.ones(3)], torch.ones(1)),
+        lambda: ops.low_rank_penalty_accumulate_(params, params, [torch.ones(3)], one, torch.ones(2).double(), one),
+        lambda: ops.low_rank_penalty_accumulate_([torch.ones(3).half()], params, [torch.ones(3)], one, one, one),
         lambda: ops.diagonal_quadratic(params, [torch.ones(3)], [torch.ones(4)]),
         lambda: ops.diagonal_quadratic(params, [torch.ones(3)], [torch.ones(3, dtype=torch.float64)]),
         lambda: ops.diagonal_accumulate_([torch.ones(3).double()], params, *state, one),

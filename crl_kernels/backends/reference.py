@@ -51,6 +51,22 @@ def low_rank_accumulate_(targets: Sequence[Tensor], directions: Sequence[Tensor]
         target.copy_(target.double() + sum(c * u for c, u in zip(coefficients, pieces, strict=True)))
 
 
+def low_rank_penalty_accumulate_(
+    targets: Sequence[Tensor],
+    params: Sequence[Tensor],
+    directions: Sequence[Tensor],
+    curvatures: Tensor,
+    anchor_projections: Tensor,
+    coefficient: Tensor,
+) -> Tensor:
+    """targets <- targets + c sum_k a_k (u_k . theta - b_k) u_k; returns sum_k a_k (u_k . theta - b_k)^2, 0-dim
+    float64."""
+    drift = low_rank_projections(params, directions, curvatures.numel()) - anchor_projections
+    force = curvatures * drift
+    low_rank_accumulate_(targets, directions, coefficient * force)
+    return (force * drift).sum()
+
+
 def diagonal_quadratic(params: Sequence[Tensor], fisher: Sequence[Tensor], anchor: Sequence[Tensor]) -> Tensor:
     """sum S (theta - m)^2: 0-dim float64."""
     state = zip(params, _pieces(fisher, params), _pieces(anchor, params), strict=True)

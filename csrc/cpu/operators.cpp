@@ -27,10 +27,9 @@ Tensor empty_float64(const std::vector<int64_t>& shape) { return torch::stable::
 // Sums the lanes of one chunk.
 double lane_sum(const double* lanes) { return ordered_sum(lanes, kLanes); }
 
-Tensor low_rank_projections(const Tensors params, const Tensors directions, int64_t num_terms) {
-  const SegmentTable table = segment_table(params);
-  const Operand theta(table, params, params[0]);
-  const std::vector<Operand> u = directions_of(table, directions, num_terms, params[0]);
+// projections[k] = u_k . theta
+void project(const SegmentTable& table, const Operand& theta, const std::vector<Operand>& u, double* projections) {
+  const int64_t num_terms = static_cast<int64_t>(u.size());
   const Kernels& loops = kernels();
 
   std::vector<double> partial(table.chunks() * num_terms);  // (chunk, term)
@@ -48,19 +47,21 @@ Tensor low_rank_projections(const Tensors params, const Tensors directions, int6
     }
   });
 
-  Tensor result = empty_float64({num_terms});
-  double* projections = result.mutable_data_ptr<double>();
   for (int64_t k = 0; k < num_terms; ++k) projections[k] = ordered_sum(partial.data() + k, table.chunks(), num_terms);
+}
+
+Tensor low_rank_projections(const Tensors params, const Tensors directions, int64_t num_terms) {
+  const SegmentTable table = segment_table(params);
+  const Operand theta(table, params, params[0]);
+  Tensor result = empty_float64({num_terms});
+  project(table, theta, directions_of(table, directions, num_terms, params[0]), result.mutable_data_ptr<double>());
   return result;
 }
 
-// targets (+)= sum_k coefficients[k] u_k. Several terms are summed in float64 first, so a target is rounded
-// once (through float32 for 16-bit dtypes, as PyTorch does).
-void combine_into(Target& targets, const SegmentTable& table, const Tensors& directions, const Tensor& coefficients,
-                  const Tensor& same_device_as, bool overwrite) {
-  const std::vector<Operand> u = directions_of(table, directions, coefficients.numel(), same_device_as);
-  const Tensor consecutive = coefficients_of(coefficients, same_device_as);
-  const double* c = consecutive.const_data_ptr<double>();
+// targets (+)= sum_k c[k] u_k. Several terms are summed in float64 first, so a target is rounded once (through float32
+// for 16-bit dtypes, as PyTorch does).
+void combine(Target& targets, const SegmentTable& table, const std::vector<Operand>& u, const double* c,
+             bool overwrite) {
   const Kernels& loops = kernels();
   parallel_over_chunks(table, [&](int64_t first, int64_t last) {
     double sum[kChunk];
@@ -85,14 +86,48 @@ void combine_into(Target& targets, const SegmentTable& table, const Tensors& dir
 void low_rank_accumulate_(const Tensors targets, const Tensors directions, const Tensor coefficients) {
   const SegmentTable table = segment_table(targets);
   Target target(table, targets);
-  combine_into(target, table, directions, coefficients, targets[0], false);
+  const Tensor c = coefficients_of(coefficients, targets[0]);
+  const std::vector<Operand> u = directions_of(table, directions, c.numel(), targets[0]);
+  combine(target, table, u, c.const_data_ptr<double>(), false);
+}
+
+Tensor low_rank_penalty_accumulate_(const Tensors targets, const Tensors params, const Tensors directions,
+                                    const Tensor curvatures, const Tensor anchor_projections,
+                                    const Tensor coefficient) {
+  check_targets(targets, params);
+  const SegmentTable table = segment_table(params);
+  Target target(table, targets);
+  const Operand theta(table, params, params[0]);
+  const int64_t num_terms = curvatures.numel();
+  const std::vector<Operand> u = directions_of(table, directions, num_terms, params[0]);
+  const Tensor a_tensor = coefficients_of(curvatures, params[0]);
+  const Tensor b_tensor = coefficients_of(anchor_projections, params[0]);
+  STD_TORCH_CHECK(b_tensor.numel() == num_terms, "crl_kernels: ", b_tensor.numel(), " anchor projections for ",
+                  num_terms, " terms");
+  const double *a = a_tensor.const_data_ptr<double>(), *b = b_tensor.const_data_ptr<double>();
+  const double c = *coefficient_of(coefficient, params[0]).const_data_ptr<double>();
+
+  std::vector<double> force(num_terms);
+  project(table, theta, u, force.data());
+  double value = 0.0;
+  for (int64_t k = 0; k < num_terms; ++k) {
+    const double drift = force[k] - b[k];
+    value += a[k] * drift * drift;
+    force[k] = c * (a[k] * drift);
+  }
+  combine(target, table, u, force.data(), false);
+  Tensor result = empty_float64({});
+  *result.mutable_data_ptr<double>() = value;
+  return result;
 }
 
 Tensors low_rank_combine(const Tensors directions, const Tensor coefficients, const Tensors like) {
   const Tensors result = empty_like_all(like);
   const SegmentTable table = segment_table(result);
   Target target(table, result);
-  combine_into(target, table, directions, coefficients, like[0], true);
+  const Tensor c = coefficients_of(coefficients, like[0]);
+  const std::vector<Operand> u = directions_of(table, directions, c.numel(), like[0]);
+  combine(target, table, u, c.const_data_ptr<double>(), true);
   return result;
 }
 
@@ -172,6 +207,7 @@ STABLE_TORCH_LIBRARY_IMPL(crl_kernels, CPU, m) {
   m.impl("low_rank_projections", TORCH_BOX(&low_rank_projections));
   m.impl("low_rank_combine", TORCH_BOX(&low_rank_combine));
   m.impl("low_rank_accumulate_", TORCH_BOX(&low_rank_accumulate_));
+  m.impl("low_rank_penalty_accumulate_", TORCH_BOX(&low_rank_penalty_accumulate_));
   m.impl("diagonal_quadratic", TORCH_BOX(&diagonal_quadratic));
   m.impl("diagonal_gradient", TORCH_BOX(&diagonal_gradient));
   m.impl("diagonal_accumulate_", TORCH_BOX(&diagonal_accumulate_));
