@@ -9,6 +9,7 @@
 
 from .estimate import estimate_fisher
 from .fisher import DiagonalFisher, FisherStatistics, LowRankFisher, load_fisher
+from .flat_parameters import flatten_parameters
 from .history import DiagonalHistory, LowRankHistory
 from .penalty import diagonal_ewc_penalty, rank1_ewc_penalty
 
@@ -22,6 +23,7 @@ __all__ = [
     "LowRankHistory",
     "diagonal_ewc_penalty",
     "estimate_fisher",
+    "flatten_parameters",
     "load_fisher",
     "rank1_ewc_penalty",
 ]

@@ -304,6 +304,12 @@ def low_rank_projections(params: Sequence[Tensor], directions: Sequence[Tensor],
     return result
 
 
+def low_rank_combine(directions: Sequence[Tensor], coefficients: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """sum_k c_k u_k, as one tensor for each of ``like``, under ``torch.no_grad``."""
+    result: list[Tensor] = _ops.low_rank_combine(directions, coefficients, like)
+    return result
+
+
 def low_rank_accumulate_(targets: Sequence[Tensor], directions: Sequence[Tensor], coefficients: Tensor) -> None:
     """targets <- targets + sum_k c_k u_k, under ``torch.no_grad``."""
     _ops.low_rank_accumulate_(targets, directions, coefficients)

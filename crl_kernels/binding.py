@@ -6,6 +6,8 @@ position gives numbers that are silently wrong. Everything here maps by name or 
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from operator import is_
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -138,17 +140,17 @@ class Binding:
 
     def check(self, state_device: torch.device) -> None:
         """Raises ValueError if a bound parameter was replaced, resized, or moved away from the state, since binding."""
+        params, layout = self.params, self.layout
         if not torch.compiler.is_compiling():
-            for (parameters, attribute), name, parameter in zip(
-                self._places, self.layout.names, self.params, strict=True
-            ):
-                if parameters.get(attribute) is not parameter:
-                    raise ValueError(
-                        f"parameter {name!r} is no longer the object that the history was bound to: something replaced "
-                        "it (sharding, pruning, functional_call, a move to another kind of device). Bind after that, "
-                        "with save() and load(path, model) to keep the terms."
-                    )
-        for name, shape, parameter in zip(self.layout.names, self.layout.shapes, self.params, strict=True):
+            present = [parameters.get(attribute) for parameters, attribute in self._places]
+            if not all(map(is_, present, params)):
+                name = next(n for n, p, q in zip(layout.names, present, params, strict=True) if p is not q)
+                raise ValueError(
+                    f"parameter {name!r} is no longer the object that the history was bound to: something replaced "
+                    "it (sharding, pruning, functional_call, a move to another kind of device). Bind after that, "
+                    "with save() and load(path, model) to keep the terms."
+                )
+        for name, shape, parameter in zip(layout.names, layout.shapes, params, strict=True):
             if parameter.shape != shape:
                 raise ValueError(
                     f"parameter {name!r} has shape {tuple(parameter.shape)} now and had {tuple(shape)} when the "
@@ -159,6 +161,28 @@ class Binding:
                     f"parameter {name!r} is on {parameter.device} and the history's state on {state_device}. "
                     "Call history.to(device)."
                 )
+
+    def rates(self, param_groups: Sequence[Mapping[str, Any]]) -> dict[float | Tensor, list[int]]:
+        """Which bound parameters each learning rate of an optimizer's groups moves: rate -> their indices.
+
+        Raises:
+            ValueError: a bound parameter that is in no group, by name.
+        """
+        index = {id(parameter): i for i, parameter in enumerate(self.params)}
+        rates: dict[float | Tensor, list[int]] = {}
+        for group in param_groups:
+            members = [index.pop(id(p)) for p in group["params"] if id(p) in index]
+            lr = group["lr"]
+            # A rate on another device is left there while it is the only one: reading it would wait for the device.
+            rate = lr if isinstance(lr, Tensor) and (lr.device.type != "cpu" and len(param_groups) == 1) else float(lr)
+            if members:
+                rates.setdefault(rate, []).extend(members)
+        if index:
+            raise ValueError(
+                f"{join_names(self.layout.names[i] for i in index.values())}, which the history has, are in no "
+                "parameter group of the optimizer. Bind a history to what the optimizer moves, with include= or exclude=."
+            )
+        return {rate: sorted(members) for rate, members in rates.items()}
 
 
 def _named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

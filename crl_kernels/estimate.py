@@ -42,9 +42,9 @@ def estimate_fisher(
     """Estimates the empirical Fisher of a task at the model's present parameters, which become the anchor theta*.
 
     low_rank, rank 1:  u = mu / |mu| with mu the mean gradient over the first half of the data;
-                       a = mean (u . g_i)^2 over the second half
-    low_rank, rank k:  u_1 .. u_k the top eigenvectors of F over the first half; curvatures as above. Batches are merged
-                       one after another into the best rank-(k + 8) sketch of the gradients seen so far.
+                       a = mean (u . g_i)^2 and the slope s = mean u . g_i over the second half
+    low_rank, rank k:  u_1 .. u_k the top eigenvectors of F over the first half; a_k and s_k as above. Batches are
+                       merged one after another into the best rank-(k + 8) sketch of the gradients seen so far.
     diagonal:          mean g_ij^2 over all the data, with theta*
 
     The model is in evaluation mode meanwhile. Its mode, gradients, buffers and the global random state are left as they
@@ -157,13 +157,15 @@ def _estimate_low_rank(
     u = directions.to(binding.dtype)
     sum_second = torch.zeros_like(sum_first)
     sum_square_norms = sum_first.new_zeros(())
-    sum_square_projections = sum_first.new_zeros(rank)
+    sum_projections, sum_square_projections = sum_first.new_zeros(rank), sum_first.new_zeros(rank)
     count_second = 0
     for batch in next(halves):
         matrix = gradients.matrix(batch)
         sum_second += matrix.sum(0, dtype=torch.float64)
         sum_square_norms += matrix.square().sum(dtype=torch.float64)
-        sum_square_projections += (matrix @ u.T).square().sum(0, dtype=torch.float64)
+        projections = matrix @ u.T
+        sum_projections += projections.sum(0, dtype=torch.float64)
+        sum_square_projections += projections.square().sum(0, dtype=torch.float64)
         count_second += len(matrix)
     if not count_second:
         raise ValueError(
@@ -187,7 +189,12 @@ def _estimate_low_rank(
             stacklevel=3,
         )
     return LowRankFisher(
-        binding.layout.split(directions), curvatures, _anchor(binding), storage_dtype=dtype, statistics=statistics
+        binding.layout.split(directions),
+        curvatures,
+        _anchor(binding),
+        slopes=sum_projections / count_second,
+        storage_dtype=dtype,
+        statistics=statistics,
     )
 
 

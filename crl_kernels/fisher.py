@@ -71,11 +71,16 @@ class LowRankFisher:
     The penalty that it stands for is (lam / 2) sum_k a_k (u_k . theta - b_k)^2. It is defined by the directions as they
     are STORED, so curvatures and anchor projections belong to the stored, rounded u_k; theta* is not kept.
 
+    Slopes are the first-order term. The task's own expansion along u_k is s_k x + a_k x^2 / 2, x = u_k . theta - b_k:
+    lowest at x = -s_k / a_k and not at theta*, where the mean gradient mu is not quite zero. A history takes them into
+    account if it is told to (``LowRankHistory(first_order=True)``); the paper's penalty leaves them out.
+
     Args:
         directions: parameter name -> (K, \\*shape) tensor; row k of all of them together is u_k. They need not be
             orthonormal.
         curvatures: (K,), a_k >= 0, in squared gradient units for unit u_k.
         anchor: parameter name -> theta*, the parameters that the task ended with.
+        slopes: (K,), s_k = u_k . mu, in gradient units for unit u_k; or None, if unknown.
         storage_dtype: of the directions: torch.float32 (the default), torch.bfloat16 or torch.float64 (the default if
             any direction is float64).
         statistics: what the estimate says of itself, if it was estimated.
@@ -90,6 +95,7 @@ class LowRankFisher:
         curvatures: Tensor,
         anchor: Mapping[str, Tensor],
         *,
+        slopes: Tensor | None = None,
         storage_dtype: torch.dtype | None = None,
         statistics: FisherStatistics | None = None,
     ) -> None:
@@ -103,7 +109,7 @@ class LowRankFisher:
         projections = _ops.low_rank_projections(
             [anchor[name].detach() for name in layout.names], list(stored.detach()), len(stored)
         )
-        self._set(layout, stored.detach(), curvatures, projections, statistics)
+        self._set(layout, stored.detach(), curvatures, projections, slopes, statistics)
 
     @classmethod
     def _from_stored(
@@ -112,11 +118,12 @@ class LowRankFisher:
         directions: Tensor,
         curvatures: Tensor,
         anchor_projections: Tensor,
+        slopes: Tensor | None,
         statistics: FisherStatistics | None,
     ) -> "LowRankFisher":
         """From a flat (K, P) tensor of directions in their storage dtype."""
         fisher = cls.__new__(cls)
-        fisher._set(layout, directions, curvatures, anchor_projections, statistics)
+        fisher._set(layout, directions, curvatures, anchor_projections, slopes, statistics)
         return fisher
 
     def _set(
@@ -125,6 +132,7 @@ class LowRankFisher:
         directions: Tensor,
         curvatures: Tensor,
         anchor_projections: Tensor,
+        slopes: Tensor | None,
         statistics: FisherStatistics | None,
     ) -> None:
         if directions.dtype not in _STORAGE_DTYPES:
@@ -134,12 +142,19 @@ class LowRankFisher:
             raise ValueError(f"curvatures has shape {tuple(curvatures.shape)}; expected ({len(directions)},).")
         if not bool(torch.isfinite(curvatures).all()) or bool((curvatures < 0).any()):
             raise ValueError(f"curvatures is {curvatures.tolist()}; expected finite values >= 0.")
+        if slopes is not None:
+            slopes = torch.as_tensor(slopes, dtype=torch.float64, device=directions.device).detach()
+            if slopes.shape != directions.shape[:1]:
+                raise ValueError(f"slopes has shape {tuple(slopes.shape)}; expected ({len(directions)},).")
+            if not bool(torch.isfinite(slopes).all()):
+                raise ValueError(f"slopes is {slopes.tolist()}; expected finite values.")
         if not bool(torch.isfinite(directions).all()):
             raise ValueError("directions has NaN or infinite values.")
         self.layout = layout
         self.directions = directions
         self.curvatures = curvatures
         self.anchor_projections = anchor_projections
+        self.slopes = slopes
         self.statistics = statistics
 
     @classmethod
@@ -154,7 +169,7 @@ class LowRankFisher:
         """The paper's (mu, c*, theta*): F ~ c mu mu^T, penalty (lam / 2) c (mu . (theta - theta*))^2.
 
         Stored as u = mu / |mu| and a = c (mu . u)^2 / |u|^4 for the u that is stored, which is c |mu|^2 up to its
-        rounding.
+        rounding; the slope is mu . u.
 
         Args:
             mean_gradient: parameter name -> mu, the task's mean gradient.
@@ -177,8 +192,9 @@ class LowRankFisher:
         dtype = storage_dtype or _state_dtype(mean_gradient)
         directions = {name: tensor[None] for name, tensor in layout.split((mu / norm).to(dtype)).items()}
         u = layout.flatten(directions).double()
-        curvature = coefficient * (mu @ u).square() / (u @ u).square()
-        return cls(directions, curvature.reshape(1), anchor, storage_dtype=dtype)
+        slope = mu @ u
+        curvature = coefficient * slope.square() / (u @ u).square()
+        return cls(directions, curvature.reshape(1), anchor, slopes=slope.reshape(1), storage_dtype=dtype)
 
     def __len__(self) -> int:
         return len(self.directions)
@@ -189,12 +205,15 @@ class LowRankFisher:
     @property
     def nbytes(self) -> int:
         """Bytes of state."""
-        return self.directions.nbytes + self.curvatures.nbytes + self.anchor_projections.nbytes
+        scalars = (self.curvatures, self.anchor_projections, self.slopes)
+        return self.directions.nbytes + sum(tensor.nbytes for tensor in scalars if tensor is not None)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file; read it with :func:`load_fisher`."""
         tensors = {f"directions.{name}": tensor for name, tensor in self.layout.split(self.directions).items()}
         tensors |= {"curvatures": self.curvatures, "anchor_projections": self.anchor_projections}
+        if self.slopes is not None:
+            tensors["slopes"] = self.slopes
         storage.write(path, "LowRankFisher", tensors, _facts(self.layout, self.statistics))
 
 
@@ -267,6 +286,7 @@ def load_fisher(path: str | os.PathLike[str]) -> LowRankFisher | DiagonalFisher:
             layout.flatten(directions, curvatures.shape),
             curvatures,
             tensors["anchor_projections"],
+            tensors.get("slopes"),
             statistics,
         )
     if kind == "DiagonalFisher":
