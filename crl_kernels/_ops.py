@@ -81,7 +81,8 @@ def _setup_projections(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _backward_projections(ctx: Any, grad: Tensor) -> Any:
-    params, directions = ctx.saved_tensors[: ctx.num_params], ctx.saved_tensors[ctx.num_params :]
+    tensors = ctx.saved_tensors  # once: activation checkpointing refuses a second look
+    params, directions = tensors[: ctx.num_params], tensors[ctx.num_params :]
     return _ops.low_rank_combine(directions, grad, params), [None] * len(directions), None
 
 
@@ -184,7 +185,8 @@ class _Projections(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        params, directions = ctx.saved_tensors[: ctx.num_params], ctx.saved_tensors[ctx.num_params :]
+        tensors = ctx.saved_tensors  # once: activation checkpointing refuses a second look
+        params, directions = tensors[: ctx.num_params], tensors[ctx.num_params :]
         by_params = _Combine.apply(len(directions), grads[0], *directions, *params)
         return (None, None, *by_params, *(None for _ in directions))
 
@@ -213,9 +215,9 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        directions = ctx.saved_tensors[: ctx.num_directions]
-        by_coefficients = _Projections.apply(ctx.num_terms, len(grads), *grads, *directions)
-        return (None, by_coefficients, *(None for _ in ctx.saved_tensors))
+        tensors = ctx.saved_tensors
+        by_coefficients = _Projections.apply(ctx.num_terms, len(grads), *grads, *tensors[: ctx.num_directions])
+        return (None, by_coefficients, *(None for _ in tensors))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -242,8 +244,9 @@ class _Quadratic(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        by_params = _QuadraticGradient.apply(ctx.num_params, 2 * grads[0], *ctx.saved_tensors)
-        return (None, *by_params, *(None for _ in ctx.saved_tensors[ctx.num_params :]))
+        tensors = ctx.saved_tensors
+        by_params = _QuadraticGradient.apply(ctx.num_params, 2 * grads[0], *tensors)
+        return (None, *by_params, *(None for _ in tensors[ctx.num_params :]))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -295,9 +298,20 @@ class _QuadraticGradient(torch.autograd.Function):
 # What the library calls.
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _inside_transform() -> bool:
+    """Whether code is being compiled inside of torch.func.grad, jvp or vmap.
+
+    There a custom operator has no forward mode (its tangent would be silently zero) and no vmap; plain PyTorch has all.
+    """
+    return torch._C._functorch.maybe_current_level() is not None
+
+
 def low_rank_projections(params: Sequence[Tensor], directions: Sequence[Tensor], num_terms: int) -> Tensor:
     """u_k . theta, (K,) float64; differentiable by the parameters."""
     if torch.compiler.is_compiling():
+        if _inside_transform():
+            return reference.low_rank_projections(params, directions, num_terms)
         result: Tensor = _ops.low_rank_projections(params, directions, num_terms)
         return result
     result = _Projections.apply(num_terms, len(params), *params, *directions)
@@ -336,6 +350,8 @@ def low_rank_penalty_accumulate_(
 def diagonal_quadratic(params: Sequence[Tensor], fisher: Sequence[Tensor], anchor: Sequence[Tensor]) -> Tensor:
     """sum S (theta - m)^2, 0-dim float64; differentiable by the parameters."""
     if torch.compiler.is_compiling():
+        if _inside_transform():
+            return reference.diagonal_quadratic(params, fisher, anchor)
         result: Tensor = _ops.diagonal_quadratic(params, fisher, anchor)
         return result
     result = _Quadratic.apply(len(params), *params, *fisher, *anchor)

@@ -54,7 +54,7 @@ def check_strength(argument: str, value: float | Tensor, *, finite: bool = True)
         number = value
     else:
         raise TypeError(f"{argument} is a {type(value).__name__}; expected a float or a 0-dim tensor.")
-    if math.isnan(number) or number < 0 or (finite and math.isinf(number)):
+    if not number >= 0 or (finite and number == math.inf):  # comparisons: a float may be symbolic in compiled code
         raise ValueError(f"{argument} is {number}; expected a {'finite ' if finite else ''}value >= 0.")
 
 

@@ -178,3 +178,113 @@ def test_in_place_operators_bump_versions():
         before = tensor._version
         touch()
         assert tensor._version > before
+
+
+KINDS = pytest.mark.parametrize(
+    ("kind", "penalty"), [("low_rank", ck.rank1_ewc_penalty), ("diagonal", ck.diagonal_ewc_penalty)]
+)
+
+
+@KINDS
+def test_autocast_does_not_lower_the_penaltys_precision(kind, penalty):
+    model = Histories()
+    history = getattr(model, kind)
+    expected = penalty(history, lam=3.0)
+    gradients = torch.autograd.grad(expected, list(model.net.parameters()))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model.net(torch.randn(6, 4)).float().square().mean()
+        value = penalty(history, lam=3.0)
+        assert torch.equal(value, expected)
+        added = history.add_penalty_grad_(3.0)
+    torch.testing.assert_close(added, expected.detach(), rtol=1e-6, atol=0)
+    torch.testing.assert_close([p.grad for p in model.net.parameters()], list(gradients), rtol=1e-6, atol=1e-7)
+    model.zero_grad()
+    (loss + value).backward()
+    assert all(p.grad.dtype == torch.float32 for p in model.net.parameters())
+
+
+@KINDS
+def test_a_scaled_loss_scales_the_penaltys_gradient(kind, penalty):
+    """With the penalty in the loss a GradScaler needs to know nothing of it."""
+    model = Histories()
+    history = getattr(model, kind)
+    params = list(model.net.parameters())
+    expected = [
+        p.detach() - 0.1 * g for p, g in zip(params, torch.autograd.grad(history.penalty(3.0), params), strict=True)
+    ]
+    optimizer = torch.optim.SGD(params, lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    scaler.scale(penalty(history, lam=3.0)).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    torch.testing.assert_close([p.detach() for p in params], expected, rtol=1e-5, atol=1e-6)
+
+
+@KINDS
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing(kind, penalty, use_reentrant):
+    model = Histories()
+    history = getattr(model, kind)
+    x = torch.randn(6, 4, requires_grad=True)
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return model.net(x).square().mean() + penalty(history, lam=3.0)
+
+    gradients = []
+    for call in (loss, lambda x: torch.utils.checkpoint.checkpoint(loss, x, use_reentrant=use_reentrant)):
+        model.zero_grad()
+        call(x).backward()
+        gradients.append([p.grad.clone() for p in model.net.parameters()])
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=0)
+
+
+@KINDS
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_lam_changes_without_recompilation(kind, penalty, backend):
+    """A 0-dim tensor never recompiles; a float, at its first change only."""
+    model = Histories()
+    history = getattr(model, kind)
+    compiled = torch.compile(lambda lam: penalty(history, lam=lam), fullgraph=True, backend=backend)
+    for as_lam, recompilations in ((torch.tensor, 0), (float, 1)):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        for lam in (1.0, 2.5, 7.0, 0.1, 1e4):
+            torch.testing.assert_close(compiled(as_lam(lam)), penalty(history, lam=lam))
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 1 + recompilations
+
+
+@PENALTIES
+def test_transforms_inside_compiled_code(penalty, plain):
+    """Where a custom operator alone would give a tangent of zero."""
+    params, tangents = tuple(random_list(0)), tuple(random_list(3))
+    for transformed in (
+        lambda f: torch.func.jvp(f, params, tangents),
+        lambda f: torch.func.grad(f, (0, 2))(*params),
+        lambda f: torch.func.jvp(lambda *p: torch.func.grad(f, (0, 2))(*p), params, tangents),
+        lambda f: torch.func.vmap(f)(*(torch.stack([p, 2 * p, -p]) for p in params)),
+    ):
+        compiled = torch.compile(lambda f=penalty, t=transformed: t(f), backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(), transformed(plain))
+
+
+@KINDS
+def test_compiled_code_around_the_in_place_entry_points(kind, penalty):
+    """torch.compile of a whole training step, with the in-place penalty in it."""
+    ends = []
+    for compiled in (False, True):
+        model = Histories()
+        history = getattr(model, kind)
+        optimizer = torch.optim.SGD(model.net.parameters(), lr=0.01)
+
+        def step(x: torch.Tensor, model: Histories = model, history: ck.LowRankHistory = history) -> torch.Tensor:
+            model.net(x).square().mean().backward()
+            return history.add_penalty_grad_(0.1)
+
+        call = torch.compile(step, backend="aot_eager") if compiled else step
+        for i in range(3):
+            optimizer.zero_grad()
+            value = call(torch.randn(5, 4, generator=torch.Generator().manual_seed(i)))
+            optimizer.step()
+            history.decoupled_step_(0.1, 0.01)
+        ends.append([value, *(p.detach() for p in model.net.parameters())])
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-6, atol=1e-7)
