@@ -106,7 +106,7 @@ class LowRankFisher:
         layout.require_same_parameters(_layout_of(anchor, "anchor"), "directions", "anchor")
         _require_finite(anchor, "anchor")
         stored = layout.flatten(directions, num_terms.pop()).to(storage_dtype or _state_dtype(directions))
-        projections = _ops.low_rank_projections(
+        projections = _ops.constant_projections(
             [anchor[name].detach() for name in layout.names], list(stored.detach()), len(stored)
         )
         self._set(layout, stored.detach(), curvatures, projections, slopes, statistics)

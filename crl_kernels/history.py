@@ -282,6 +282,7 @@ class _History(ABC, Generic[_Fisher]):
     def _accumulate(self, accumulate: Callable[[list[Tensor], list[Tensor]], Tensor]) -> Tensor:
         """Runs ``accumulate(gradients, params)``, on flat tensors where both lie in one run."""
         params = self._params()
+        missing = [parameter.grad is None for parameter in params]
         gradients = self._gradients(params)
         try:
             run = self._run_or_list(params)
@@ -289,6 +290,9 @@ class _History(ABC, Generic[_Fisher]):
                 return accumulate(gradients, params)
             value = accumulate([gradient_run], run)
         except RuntimeError:
+            for parameter, had_none in zip(params, missing, strict=True):
+                if had_none:
+                    parameter.grad = None
             self._require_dense(gradients, params)
             raise
         torch.autograd.graph.increment_version(gradients)
@@ -411,7 +415,8 @@ class LowRankHistory(_History[LowRankFisher]):
         check_strength("lam", lam)
         if not self._directions:
             return self._zero()
-        return self._value((self._curvatures * self._drift(self._params()).square()).sum(), lam)
+        projections = _ops.low_rank_projections(self._params(), self._directions, len(self))
+        return self._value((self._curvatures * (projections - self._anchor_projections).square()).sum(), lam)
 
     @torch.no_grad()
     def add_penalty_grad_(self, lam: float | Tensor) -> Tensor:
@@ -448,13 +453,10 @@ class LowRankHistory(_History[LowRankFisher]):
         if not self._directions or not groups:
             return
         params = self._trainable_params()
-        eigenvalues, eigenvectors = self._spectrum(groups)
-        kept = eigenvalues > 1e-12 * eigenvalues.max()
-        shares = torch.where(kept, 1 / (1 / strength + eigenvalues), 0.0)
+        eigenvalues, modes = self._spectrum(groups)
         run = self._run_or_list(params)
-        roots = self._curvatures.sqrt()
-        residual = eigenvectors.T @ (roots * self._drift(run))
-        steps = -roots * (eigenvectors @ (shares * residual))
+        residual = modes.T @ self._constant_drift(run)
+        steps = -modes @ (residual / (1 / strength + eigenvalues))
         for ratio, members in groups:
             targets = run if members is None else [params[i] for i in members]
             _ops.low_rank_accumulate_(targets, self._pieces(self._directions, members), ratio * steps)
@@ -464,10 +466,10 @@ class LowRankHistory(_History[LowRankFisher]):
     @torch.no_grad()
     def drift(self) -> Tensor:
         """u_k . theta - b_k, how far the parameters have moved along each term: (K,) float64. Worth logging."""
-        return self._drift(self._params()) if self._directions else self._curvatures.clone()
+        return self._constant_drift(self._params()) if self._directions else self._curvatures.clone()
 
-    def _drift(self, params: list[Tensor]) -> Tensor:
-        return _ops.low_rank_projections(params, self._directions, len(self)) - self._anchor_projections
+    def _constant_drift(self, params: list[Tensor]) -> Tensor:
+        return _ops.constant_projections(params, self._directions, len(self)) - self._anchor_projections
 
     def _add_terms(self, fisher: LowRankFisher, layout: Layout) -> None:
         anchor_projections = fisher.anchor_projections
@@ -490,54 +492,53 @@ class LowRankHistory(_History[LowRankFisher]):
     def _merge(self, count: int) -> None:
         """Replaces the terms by the ``count`` strongest of an orthogonal form of the same penalty.
 
-        With A A^T = Q E Q^T, sum_k a_k (u_k . theta - b_k)^2 = |Q^T (A theta - diag(sqrt(a)) b)|^2 term by term is
-        E_i (v_i . theta - c_i)^2 with v_i = Q_i^T A / sqrt(E_i), whose drift is Q_i^T diag(sqrt(a)) drift / sqrt(E_i).
+        With A A^T = Q E Q^T and modes W = diag(sqrt(a)) Q, the penalty sum_k a_k drift_k^2 = |W^T drift|^2 is, term by
+        term, E_i (v_i . theta - c_i)^2 for v_i = (W^T U)_i / sqrt(E_i), whose drift is (W^T drift)_i / sqrt(E_i).
         """
         params = self._params()
-        eigenvalues, eigenvectors = self._spectrum(_ALL)
-        order = eigenvalues.argsort(descending=True)[:count]
-        order = order[eigenvalues[order] > 1e-12 * eigenvalues.max()]
-        mixing = (self._curvatures.sqrt()[:, None] * eigenvectors[:, order] / eigenvalues[order].sqrt()).T.contiguous()
-        like = [self._directions[0]]
-        directions = [_ops.low_rank_combine(self._directions, row, like)[0] for row in mixing]
-        # c_i belongs to v_i as it is stored, rounded, and the drift of the present parameters stays what it was.
-        drift = mixing @ self._drift(params)
-        self._set_terms(
-            directions, eigenvalues[order], _ops.low_rank_projections(params, directions, len(directions)) - drift
-        )
+        eigenvalues, modes = self._spectrum(_ALL)
+        finite = eigenvalues.isfinite().nonzero()[:, 0]
+        kept = finite[eigenvalues[finite].argsort(descending=True)[:count]]
+        mixing = (modes[:, kept] / eigenvalues[kept].sqrt()).T.contiguous()
+        directions = [_ops.low_rank_combine(self._directions, row, self._directions[:1])[0] for row in mixing]
+        # c_i belongs to v_i as it is stored, rounded, so that the drift of the present parameters stays what it was.
+        projections = _ops.constant_projections(params, directions, len(directions))
+        self._set_terms(directions, eigenvalues[kept], projections - mixing @ self._constant_drift(params))
 
     def _set_terms(self, directions: list[Tensor], curvatures: Tensor, anchor_projections: Tensor) -> None:
         self._directions, self._curvatures, self._anchor_projections = directions, curvatures, anchor_projections
         self._parts = {}
         self._grams: dict[tuple[int, ...] | None, Tensor] = {}
         self._spectra: dict[Groups, tuple[Tensor, Tensor]] = {}
-        self._curvature = float(self._spectrum(_ALL)[0].sum()) if directions else 0.0
+        self._curvature = float(self._gram(None).diagonal() @ curvatures.cpu()) if directions else 0.0
 
     def _gram(self, members: tuple[int, ...] | None) -> Tensor:
         """U_g U_g^T over some of the parameters: (K, K) float64, on the CPU."""
         if members not in self._grams:
             pieces, count = self._pieces(self._directions, members), len(self)
             size = len(pieces) // count
-            rows = [_ops.low_rank_projections(pieces[k * size : (k + 1) * size], pieces, count) for k in range(count)]
+            rows = [_ops.constant_projections(pieces[k * size : (k + 1) * size], pieces, count) for k in range(count)]
             gram = torch.stack(rows).cpu()
             self._grams[members] = (gram + gram.T) / 2
         return self._grams[members]
 
     def _spectrum(self, groups: Groups) -> tuple[Tensor, Tensor]:
-        """Eigenvalues and eigenvectors of sum_g (eta_g / max eta) A_g A_g^T.
+        """(E, W): with Q E Q^T = sum_g (eta_g / max eta) A_g A_g^T, its eigenvalues and the modes W = diag(sqrt(a)) Q.
 
-        A K x K matrix, factored on the CPU when terms or ratios of rates change; a step on a device only reads the
-        result there.
+        Eigenvalues below 1e-12 of the largest are infinite here, which leaves their modes alone. Factored on the CPU
+        when terms or ratios of rates change, so that a step on a device only reads what is there.
         """
         if groups not in self._spectra:
             if len(self._spectra) >= 16:  # rates that change their ratio at every step
-                self._spectra = {_ALL: self._spectra[_ALL]}
+                self._spectra.clear()
             roots = self._curvatures.sqrt().cpu()
             gram = torch.stack([ratio * self._gram(members) for ratio, members in groups]).sum(0)
-            eigenvalues, eigenvectors = torch.linalg.eigh(roots[:, None] * gram * roots)
+            values, vectors = torch.linalg.eigh(roots[:, None] * gram * roots)
+            values = torch.where(values > 1e-12 * values.max(), values, math.inf)
+            modes = roots[:, None] * vectors
             self._spectra[groups] = (
-                eigenvalues.clamp(min=0.0).to(self._device, non_blocking=True),
-                eigenvectors.to(self._device, non_blocking=True),
+                values.to(self._device, non_blocking=True),
+                modes.to(self._device, non_blocking=True),
             )
         return self._spectra[groups]
 

@@ -299,3 +299,32 @@ def test_a_failed_write_leaves_the_old_file(model, tmp_path, monkeypatch):
         low_rank.save(path)
     assert path.read_bytes() == whole
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+def test_gradients_that_the_penalty_cannot_be_added_to(kind):
+    """A sparse gradient, or one of another dtype: nothing is written, also not to the gradients before it."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.Embedding(5, 3, sparse=True))
+    history = histories(model)[kind]
+    model[0](torch.ones(2, 4)).sum().backward()
+    model[1](torch.tensor([1, 3])).sum().backward()
+    before = model[0].weight.grad.clone()
+    model[0].bias.grad = None
+    with pytest.raises(ValueError, match=r"gradient of '1.weight' is torch.sparse_coo.*sparse=False.*exclude="):
+        history.add_penalty_grad_(1.0)
+    assert torch.equal(model[0].weight.grad, before)
+    assert model[0].bias.grad is None
+
+    model[1].weight.grad = None
+    model[1].weight.grad_dtype = None
+    model[1].weight.grad = torch.ones_like(model[1].weight, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"gradient of '1.weight' is torch.float64 and the parameter torch.float32"):
+        history.add_penalty_grad_(1.0)
+    assert torch.equal(model[0].weight.grad, before)
+    assert model[0].bias.grad is None
+
+
+def test_lists_of_the_models_parameters_in_place_of_a_model():
+    for call in (ck.LowRankHistory, ck.DiagonalHistory, ck.flatten_parameters):
+        with pytest.raises(TypeError, match=r"model is a list; expected a torch.nn.Module"):
+            call([torch.ones(3)])
