@@ -55,7 +55,8 @@ class Attachment:
         found_inf = getattr(optimizer, "found_inf", None)
         lam = self._lam
         if found_inf is not None:
-            lam = torch.where(found_inf > 0, 0.0, torch.as_tensor(lam, dtype=torch.float64, device=found_inf.device))
+            strength = lam if isinstance(lam, Tensor) else torch.full_like(found_inf, lam, dtype=torch.float64)
+            lam = torch.where(found_inf > 0, 0.0, strength)
         self._history.decoupled_step_(lam, optimizer.param_groups)
 
     def _warn_if_stiff(self, optimizer: Optimizer) -> None:
