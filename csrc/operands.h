@@ -105,8 +105,7 @@ class Operand {
 // contiguous copy: call write_back() after the kernel.
 class Target {
  public:
-  Target(const SegmentTable& table, const Tensors& tensors)
-      : tensors_(tensors), operand_(table, tensors, tensors[0]) {}
+  Target(const SegmentTable& table, const Tensors& tensors) : tensors_(tensors), operand_(table, tensors, tensors[0]) {}
 
   Pointer at(int64_t segment, int64_t index) const { return operand_.at(segment, index); }
   const FlatView& view() const { return operand_.view(); }

@@ -1,6 +1,8 @@
-// Arithmetic of one element, of one term and of one sum, in float64. CPU and CUDA kernels share what is marked for both.
+// Arithmetic of one element, of one term and of one sum, in float64. CPU and CUDA kernels share what is marked for
+// both.
 //
-// `Real` is double, or, in the CPU loops, a vector of doubles.
+// `Real` is double, or, in the CPU loops, a vector of doubles. What takes it is static, because those loops are
+// compiled for several instruction sets, and the linker must not keep one set's copy for all.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +15,7 @@ namespace crl {
 // w = strength * S / (1 + strength * S), the minimiser of (theta' - theta)^2 / 2 + strength * S (theta' - m)^2 / 2.
 // 0 where S is 0, 1 where strength * S is infinite; NaN is kept.
 template <class Real>
-CRL_HOST_DEVICE inline Real proximal_weight(Real fisher, Real strength) {
+CRL_HOST_DEVICE static inline Real proximal_weight(Real fisher, Real strength) {
   const Real zero = {}, largest = zero + 1.7976931348623157e308;
   Real x = fisher == 0.0 ? zero : fisher * strength;
   x = x > largest ? largest : x;
@@ -22,7 +24,7 @@ CRL_HOST_DEVICE inline Real proximal_weight(Real fisher, Real strength) {
 
 // Where that step takes theta.
 template <class Real>
-CRL_HOST_DEVICE inline Real proximal_step(Real theta, Real fisher, Real anchor, Real strength) {
+CRL_HOST_DEVICE static inline Real proximal_step(Real theta, Real fisher, Real anchor, Real strength) {
   return theta - proximal_weight(fisher, strength) * (theta - anchor);
 }
 

@@ -67,9 +67,7 @@ inline UShorts low_half(__m128i words) {
 }
 inline Doubles widen(Floats value) { return (Doubles)_mm256_cvtps_pd((__m128)value); }
 inline Floats narrow(Doubles value) { return (Floats)_mm256_cvtpd_ps((__m256d)value); }
-inline Floats from_bfloat16(UShorts bits) {
-  return (Floats)_mm_unpacklo_epi16(_mm_setzero_si128(), in_low_half(bits));
-}
+inline Floats from_bfloat16(UShorts bits) { return (Floats)_mm_unpacklo_epi16(_mm_setzero_si128(), in_low_half(bits)); }
 inline UShorts low_halves(UInts words) { return low_half(_mm_packus_epi32((__m128i)words, (__m128i)words)); }
 inline Floats from_half(UShorts bits) { return (Floats)_mm_cvtph_ps(in_low_half(bits)); }
 inline UShorts to_half(Floats value) { return low_half(_mm_cvtps_ph((__m128)value, _MM_FROUND_TO_NEAREST_INT)); }
