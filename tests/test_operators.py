@@ -2,8 +2,12 @@
 
 import importlib
 import os
+import platform
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import crl_kernels
 from crl_kernels import _ops
 from crl_kernels.backends import reference, registry
 
@@ -205,6 +210,28 @@ def test_lists_of_many_tiny_and_empty_tensors(backend):
         assert_rounded_once(targets, coefficients @ matrix, coefficients.abs() @ matrix.abs())
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_many_terms_of_mixed_dtypes(backend):
+    """More terms than the loops take at a time, in runs of one dtype that end anywhere."""
+    generator = torch.Generator().manual_seed(0)
+    for num_terms in (2, 9, 10, 11, 23):
+        params = [torch.randn(n, generator=generator) for n in (CHUNK + 5, 1, 40, 3)]
+        dtypes = [(torch.float32, torch.bfloat16, torch.float64, torch.float16)[k // 3 % 4] for k in range(num_terms)]
+        flat = [torch.randn(CHUNK + 49, generator=generator).to(dtype) for dtype in dtypes]
+        pieces = [piece for u in flat for piece in u.split([p.numel() for p in params])]
+        matrix, theta = torch.stack([u.double() for u in flat]), flat64(params)
+        c = torch.randn(num_terms, generator=generator, dtype=torch.float64)
+        for directions in (flat, pieces):
+            poison()
+            projections = backend.low_rank_projections(params, directions, num_terms)
+            assert_sum_close(projections, matrix @ theta, matrix.abs() @ theta.abs())
+            combined = backend.low_rank_combine(directions, c, params)
+            assert_rounded_once(combined, c @ matrix, c.abs() @ matrix.abs())
+            targets = [p.clone() for p in params]
+            backend.low_rank_accumulate_(targets, directions, c)
+            assert_rounded_once(targets, theta + c @ matrix, theta.abs() + c.abs() @ matrix.abs())
+
+
 @needs_library
 def test_bitwise_the_same_flat_or_in_a_list_and_for_any_number_of_threads():
     generator = torch.Generator().manual_seed(0)
@@ -253,17 +280,78 @@ def test_sums_are_taken_in_the_documented_order():
     assert torch.equal(torch.ops.crl_kernels.low_rank_projections([theta], [u], 1), expected)
 
 
+@needs_library
+def test_a_projection_does_not_depend_on_the_terms_beside_it():
+    theta, *terms = torch.randn(24, 10_000, generator=torch.Generator().manual_seed(0))
+    together = torch.ops.crl_kernels.low_rank_projections([theta], terms, len(terms))
+    alone = [torch.ops.crl_kernels.low_rank_projections([theta], [u], 1) for u in terms]
+    assert torch.equal(together, torch.cat(alone))
+
+
+# What the loops of csrc/cpu/kernels_*.cpp need of a processor, by its flags in /proc/cpuinfo.
+INSTRUCTION_SETS = {
+    "baseline": set(),
+    "avx2": {"avx2", "fma", "f16c"},
+    "avx512": {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"},
+}
+needs_x86_linux = pytest.mark.skipif(
+    sys.platform != "linux" or platform.machine() != "x86_64", reason="asks /proc/cpuinfo of an x86-64 Linux"
+)
+
+
+def runs_here(isa: str) -> bool:
+    flags = re.search(r"^flags\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return INSTRUCTION_SETS[isa] <= set(flags[1].split())
+
+
 @needs_cpu_library
+@needs_x86_linux
 @pytest.mark.skipif("CRL_KERNELS_ISA" in os.environ, reason="this is the run that the test below starts")
-def test_this_file_passes_with_the_baseline_loops():
-    """The loops without AVX2, on a machine that has it."""
+@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+def test_this_file_passes_with_narrower_loops(isa):
+    """The loops that are not this processor's fastest."""
+    if not runs_here("avx2" if isa == "baseline" else "avx512"):
+        pytest.skip(f"{isa} is the fastest set that this processor runs: the other tests use it")
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        env=os.environ | {"CRL_KERNELS_ISA": "baseline"},
+        env=os.environ | {"CRL_KERNELS_ISA": isa},
         capture_output=True,
         text=True,
     )
     assert run.returncode == 0, run.stdout
+
+
+@needs_cpu_library
+@needs_x86_linux
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "sse9"])
+def test_an_instruction_set_that_cannot_run_is_refused(isa):
+    code = "import torch, crl_kernels; torch.ops.crl_kernels.low_rank_projections([torch.ones(3)], [torch.ones(3)], 1)"
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"CRL_KERNELS_ISA": isa}, capture_output=True, text=True
+    )
+    if isa in INSTRUCTION_SETS and runs_here(isa):
+        assert run.returncode == 0, run.stderr
+    else:
+        known = isa in INSTRUCTION_SETS
+        reason = "this processor does not have it" if known else "expected baseline, or, on x86-64, avx2 or avx512"
+        assert f"crl_kernels: CRL_KERNELS_ISA={isa}: {reason}" in run.stderr
+
+
+@needs_cpu_library
+@needs_x86_linux
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump, of binutils")
+def test_wide_registers_are_used_where_they_were_asked_for_and_nowhere_else():
+    """A library that is loaded on any processor must keep AVX code to the functions that dispatch.cpp chooses."""
+    library = Path(crl_kernels.__file__).parent / "_C.abi3.so"
+    command = ["objdump", "-d", "-C", "--no-show-raw-insn", str(library)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    users: dict[str, set[str]] = {"ymm": set(), "zmm": set()}
+    for function in text.split("\n\n"):
+        namespace = re.search(r"^[0-9a-f]+ <.*?\bcrl::(avx2|avx512)::", function, re.MULTILINE)
+        for register, found in users.items():
+            if f"%{register}" in function:
+                found.add(namespace[1] if namespace else function.partition("\n")[0])
+    assert users == {"ymm": {"avx2", "avx512"}, "zmm": {"avx512"}}
 
 
 def reference_lanes(theta: Tensor, u: Tensor) -> Tensor:
