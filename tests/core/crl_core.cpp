@@ -100,8 +100,8 @@ py::dict runnable_loops() {
 
 std::vector<std::tuple<int64_t, int64_t, int64_t>> pieces(const SegmentTable& table, int64_t chunk) {
   std::vector<std::tuple<int64_t, int64_t, int64_t>> result;
-  table.for_each_piece(
-      chunk, [&](int64_t segment, int64_t begin, int64_t end) { result.emplace_back(segment, begin, end); });
+  table.for_each_piece(chunk,
+                       [&](int64_t segment, int64_t begin, int64_t end) { result.emplace_back(segment, begin, end); });
   return result;
 }
 
