@@ -29,7 +29,7 @@ compare: install
 
 test: install
 	$(RUN)/pytest -n 2
-	@echo "Not run: csrc/core and the CPU loops under AddressSanitizer and UBSan; make test-all runs them too."
+	@echo "csrc/core and the CPU loops under AddressSanitizer and UBSan: make test-all"
 
 test-all: test
 	$(RUN)/pytest -n 2 -m sanitizers

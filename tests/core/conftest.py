@@ -42,7 +42,7 @@ def build_core(tmp_path_factory):
         folder = shared / name
         library = folder / "crl_core.so"
 
-        def compile(source: Path) -> Path:
+        def object_of(source: Path) -> Path:
             target = folder / f"{source.stem}.o"
             run(compiler, "-std=c++17", "-fPIC", "-fvisibility=hidden", *options, *includes, "-c", source, "-o", target)
             return target
@@ -51,7 +51,7 @@ def build_core(tmp_path_factory):
             if not library.exists():
                 folder.mkdir(exist_ok=True)
                 with ThreadPoolExecutor(2) as pool:
-                    objects = list(pool.map(compile, sources))
+                    objects = list(pool.map(object_of, sources))
                 run(compiler, "-shared", *options, *objects, "-o", library)
         return folder
 

@@ -40,36 +40,38 @@ DType dtype_of(const py::dtype& dtype) {
 
 Pointer pointer(const py::array& array) { return {const_cast<void*>(array.data()), dtype_of(array.dtype())}; }
 
-// How an argument of a loop is given in Python.
+// An argument of a loop, made from what Python gives.
 template <class T>
 struct Argument {
   using Python = T;
-  static T of(T value) { return value; }
+  T value;
 };
 
 template <>
 struct Argument<Pointer> {
   using Python = py::array;
-  static Pointer of(const py::array& array) { return pointer(array); }
+  Pointer value;
+  explicit Argument(const py::array& array) : value(pointer(array)) {}
 };
 
 template <>
 struct Argument<double*> {
   using Python = py::array;
-  static double* of(const py::array& array) {
-    const Pointer elements = pointer(array);
-    if (elements.dtype != DType::kFloat64) throw py::type_error("expected a float64 array");
-    return static_cast<double*>(elements.data);
+  double* value;
+  explicit Argument(const py::array& array) : value(static_cast<double*>(pointer(array).data)) {
+    if (pointer(array).dtype != DType::kFloat64) throw py::type_error("expected a float64 array");
   }
 };
 
 template <>
-struct Argument<const double*> : Argument<double*> {};
+struct Argument<const double*> : Argument<double*> {
+  using Argument<double*>::Argument;
+};
 
 template <class... T>
 py::cpp_function loop(void (*function)(T...)) {
   return py::cpp_function(
-      [function](typename Argument<T>::Python... arguments) { function(Argument<T>::of(arguments)...); });
+      [function](typename Argument<T>::Python... arguments) { function(Argument<T>{arguments}.value...); });
 }
 
 py::dict loops(const Kernels& table) {
@@ -119,9 +121,9 @@ PYBIND11_MODULE(crl_core, m) {
   m.attr("CHUNK") = kChunk;
   m.attr("LANES") = kLanes;
   m.attr("LOOPS") = runnable_loops();
-  m.def("proximal_weight", &proximal_weight);
+  m.def("proximal_weight", [](double fisher, double strength) { return proximal_weight(fisher, strength); });
   m.def("ordered_sum", [](const py::array& values, int64_t count, int64_t stride) {
-    return ordered_sum(Argument<double*>::of(values), count, stride);
+    return ordered_sum(Argument<double*>(values).value, count, stride);
   });
   py::class_<SegmentTable>(m, "SegmentTable")
       .def(py::init<const std::vector<int64_t>&>())

@@ -56,9 +56,9 @@ def narrow(values: np.ndarray, dtype: str) -> np.ndarray:
     return np.where(np.isnan(values), 0x7FC0, word).astype(np.uint16)
 
 
-def eighths(dtype: str, seed: int, largest: int = 128) -> np.ndarray:
-    generator = np.random.default_rng(seed)
-    return narrow(generator.integers(-largest, largest, max(LENGTHS), endpoint=True) / 8, dtype)
+def eighths(dtype: str, seed: int) -> np.ndarray:
+    """Multiples of 1/8 from -16 to 16, which every dtype holds."""
+    return narrow(np.random.default_rng(seed).integers(-128, 128, max(LENGTHS), endpoint=True) / 8, dtype)
 
 
 def fishers(dtype: str, seed: int) -> np.ndarray:
