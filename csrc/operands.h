@@ -5,6 +5,7 @@
 
 #include <vector>
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -18,20 +19,34 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 
+// Each question to a tensor is a call into torch, and Tensor's own scalar_type() and device() are a dozen of them, so
+// types and devices are compared as the codes in which torch gives them.
+inline int32_t dtype_code_of(const Tensor& tensor) {
+  int32_t code;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
+  return code;
+}
+
 inline DType dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return DType::kFloat32;
-    case ScalarType::Double:
-      return DType::kFloat64;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    case ScalarType::Half:
-      return DType::kFloat16;
-    default:
-      STD_TORCH_CHECK(false, "crl_kernels: expected float32, float64, bfloat16 or float16 tensors");
-      return DType::kFloat32;
-  }
+  const int32_t code = dtype_code_of(tensor);
+  if (code == aoti_torch_dtype_float32()) return DType::kFloat32;
+  if (code == aoti_torch_dtype_bfloat16()) return DType::kBFloat16;
+  if (code == aoti_torch_dtype_float16()) return DType::kFloat16;
+  STD_TORCH_CHECK(code == aoti_torch_dtype_float64(),
+                  "crl_kernels: expected float32, float64, bfloat16 or float16 tensors");
+  return DType::kFloat64;
+}
+
+struct DeviceCode {
+  int32_t type, index;
+  bool operator==(const DeviceCode& other) const { return type == other.type && index == other.index; }
+};
+
+inline DeviceCode device_code_of(const Tensor& tensor) {
+  DeviceCode code;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &code.type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &code.index));
+  return code;
 }
 
 inline SegmentTable segment_table(const Tensors& tensors) {
@@ -54,61 +69,57 @@ class Operand {
   Pointer at(int64_t segment, int64_t index) const { return view_.at(segment, index); }
   const FlatView& view() const { return view_; }
 
+  struct Copy {
+    int64_t index;  // of the tensor in the list
+    Tensor tensor;
+  };
+  const std::vector<Copy>& copies() const { return copies_; }
+
  private:
   std::vector<Pointer> pointers(const SegmentTable& table, const Tensor* first, int64_t count,
                                 const Tensor& same_device_as) {
     const bool flat = count == 1 && first[0].numel() == table.numel();
     STD_TORCH_CHECK(flat || count == table.segments(), "crl_kernels: expected one flat tensor or ", table.segments(),
                     " tensors, got ", count);
+    const DeviceCode device = device_code_of(same_device_as);
     std::vector<Pointer> result;
     result.reserve(count);
     for (int64_t i = 0; i < count; ++i) {
-      Tensor tensor = first[i];
-      const int64_t expected = flat ? table.numel() : table.end(i) - table.begin(i);
-      STD_TORCH_CHECK(tensor.numel() == expected, "crl_kernels: tensor ", i, " of a list has ", tensor.numel(),
-                      " elements, expected ", expected);
-      STD_TORCH_CHECK(tensor.device() == same_device_as.device(), "crl_kernels: tensors are on different devices");
-      if (!tensor.is_contiguous()) {
-        tensor = torch::stable::contiguous(tensor);
-        copies_.push_back(tensor);
-      }
-      result.push_back({tensor.data_ptr(), dtype_of(tensor)});
+      const Tensor& tensor = first[i];
+      const int64_t expected = flat ? table.numel() : table.end(i) - table.begin(i), numel = tensor.numel();
+      STD_TORCH_CHECK(numel == expected, "crl_kernels: tensor ", i, " of a list has ", numel, " elements, expected ",
+                      expected);
+      STD_TORCH_CHECK(device_code_of(tensor) == device, "crl_kernels: tensors are on different devices");
+      const bool contiguous = tensor.is_contiguous();
+      if (!contiguous) copies_.push_back({i, torch::stable::contiguous(tensor)});
+      result.push_back({(contiguous ? tensor : copies_.back().tensor).data_ptr(), dtype_of(tensor)});
     }
     return result;
   }
 
-  Tensors copies_;
+  std::vector<Copy> copies_;
   FlatView view_;
 };
 
-// Tensors to write along a table. Those that are not contiguous are written through a contiguous copy: call
-// write_back() after the kernel.
+// Tensors to write along a table, which outlive this object. Those that are not contiguous are written through a
+// contiguous copy: call write_back() after the kernel.
 class Target {
  public:
   Target(const SegmentTable& table, const Tensors& tensors)
-      : tensors_(tensors), contiguous_(contiguous(tensors)), operand_(table, contiguous_, tensors[0]) {}
+      : tensors_(tensors), operand_(table, tensors, tensors[0]) {}
 
   Pointer at(int64_t segment, int64_t index) const { return operand_.at(segment, index); }
   const FlatView& view() const { return operand_.view(); }
 
-  void write_back() {
-    for (size_t i = 0; i < tensors_.size(); ++i) {
-      if (!tensors_[i].is_contiguous()) torch::stable::copy_(tensors_[i], contiguous_[i]);
+  void write_back() const {
+    for (const Operand::Copy& copy : operand_.copies()) {
+      Tensor tensor = tensors_[copy.index];
+      torch::stable::copy_(tensor, copy.tensor);
     }
   }
 
  private:
-  static Tensors contiguous(const Tensors& tensors) {
-    Tensors result;
-    result.reserve(tensors.size());
-    for (const Tensor& tensor : tensors) {
-      result.push_back(tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor));
-    }
-    return result;
-  }
-
-  Tensors tensors_;
-  Tensors contiguous_;
+  const Tensors& tensors_;
   Operand operand_;
 };
 
@@ -146,19 +157,22 @@ inline Tensors empty_like_all(const Tensors& tensors) {
   return result;
 }
 
+// That all targets, and all parameters, are on one device each is seen when they become operands.
 inline void check_targets(const Tensors& targets, const Tensors& params) {
   STD_TORCH_CHECK(targets.size() == params.size(), "crl_kernels: expected one target for each parameter");
   for (size_t i = 0; i < params.size(); ++i) {
-    STD_TORCH_CHECK(targets[i].scalar_type() == params[i].scalar_type() && targets[i].device() == params[i].device(),
-                    "crl_kernels: a target has another dtype than its parameter, or is on another device");
+    STD_TORCH_CHECK(dtype_code_of(targets[i]) == dtype_code_of(params[i]),
+                    "crl_kernels: a target has another dtype than its parameter");
   }
+  STD_TORCH_CHECK(params.empty() || device_code_of(targets[0]) == device_code_of(params[0]),
+                  "crl_kernels: targets are on another device than the parameters");
 }
 
 inline void check_state_dtypes(const Tensors& fisher, const Tensors& anchor) {
   STD_TORCH_CHECK(fisher.size() == anchor.size(), "crl_kernels: fisher and anchor are lists of different lengths");
   for (size_t i = 0; i < fisher.size(); ++i) {
-    const ScalarType dtype = fisher[i].scalar_type();
-    STD_TORCH_CHECK(dtype == anchor[i].scalar_type() && (dtype == ScalarType::Float || dtype == ScalarType::Double),
+    const DType dtype = dtype_of(fisher[i]);
+    STD_TORCH_CHECK(dtype == dtype_of(anchor[i]) && (dtype == DType::kFloat32 || dtype == DType::kFloat64),
                     "crl_kernels: the diagonal Fisher and its anchor are both float32 or both float64");
   }
 }

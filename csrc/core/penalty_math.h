@@ -1,4 +1,6 @@
-// Arithmetic of one element and of one sum, in float64. CPU and CUDA kernels share what is marked for both.
+// Arithmetic of one element, of one term and of one sum, in float64. CPU and CUDA kernels share what is marked for both.
+//
+// `Real` is double, or, in the CPU loops, a vector of doubles.
 #pragma once
 
 #include <cstdint>
@@ -10,11 +12,29 @@ namespace crl {
 // The share of the way to the anchor that a proximal step of strength eta * lambda goes in a coordinate of Fisher S:
 // w = strength * S / (1 + strength * S), the minimiser of (theta' - theta)^2 / 2 + strength * S (theta' - m)^2 / 2.
 // 0 where S is 0, 1 where strength * S is infinite; NaN is kept.
-CRL_HOST_DEVICE inline double proximal_weight(double fisher, double strength) {
-  constexpr double kLargest = 1.7976931348623157e308;
-  double x = fisher == 0.0 ? 0.0 : fisher * strength;
-  x = x > kLargest ? kLargest : x;
+template <class Real>
+CRL_HOST_DEVICE inline Real proximal_weight(Real fisher, Real strength) {
+  const Real zero = {}, largest = zero + 1.7976931348623157e308;
+  Real x = fisher == 0.0 ? zero : fisher * strength;
+  x = x > largest ? largest : x;
   return x / (1.0 + x);
+}
+
+// Where that step takes theta.
+template <class Real>
+CRL_HOST_DEVICE inline Real proximal_step(Real theta, Real fisher, Real anchor, Real strength) {
+  return theta - proximal_weight(fisher, strength) * (theta - anchor);
+}
+
+// One term of the low-rank penalty at drift = u . theta - b: its value a drift^2, and the coefficient c a drift that u
+// has in the gradient.
+struct LowRankTerm {
+  double value, force;
+};
+CRL_HOST_DEVICE inline LowRankTerm low_rank_term(double projection, double anchor_projection, double curvature,
+                                                 double coefficient) {
+  const double drift = projection - anchor_projection;
+  return {curvature * drift * drift, coefficient * (curvature * drift)};
 }
 
 // The sum of values[0], values[stride], ... in index order.

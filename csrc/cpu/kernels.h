@@ -1,4 +1,4 @@
-// The loops over one piece of a chunk: n consecutive elements, within one tensor.
+// The loops over one piece of a chunk: n <= kChunk consecutive elements, within one tensor.
 //
 // Reductions add flat element j to lanes[j % kLanes], by a fused multiply-add, in index order. `index` is the flat
 // index of the first element, so the sum does not depend on where tensors begin and end.
@@ -11,14 +11,11 @@
 namespace crl {
 
 struct Kernels {
-  // lanes += x * u
-  void (*dot)(Pointer x, Pointer u, int64_t index, int64_t n, double* lanes);
-  // target = target + c * u, or c * u if overwrite
-  void (*axpy)(Pointer target, Pointer u, int64_t n, double c, bool overwrite);
-  // sum = sum + c * u, or c * u if overwrite; sum is a float64 scratch buffer
-  void (*accumulate)(double* sum, Pointer u, int64_t n, double c, bool overwrite);
-  // target = target + sum, or sum if overwrite
-  void (*add)(Pointer target, const double* sum, int64_t n, bool overwrite);
+  const char* name;
+  // lanes[k * kLanes ...] += x * u[k], for each of the terms k
+  void (*dot)(Pointer x, const Pointer* u, int64_t terms, int64_t index, int64_t n, double* lanes);
+  // target = target + sum_k c[k] u[k], or the sum alone if overwrite; rounded once
+  void (*combine)(Pointer target, const Pointer* u, const double* c, int64_t terms, int64_t n, bool overwrite);
   // lanes += S (theta - m)^2
   void (*quadratic)(Pointer theta, Pointer fisher, Pointer anchor, int64_t index, int64_t n, double* lanes);
   // The same, and target = target + c S (theta - m), or c S (theta - m) if overwrite, in one pass
@@ -35,9 +32,12 @@ extern const Kernels kernels;
 namespace avx2 {
 extern const Kernels kernels;
 }
+namespace avx512 {
+extern const Kernels kernels;
+}
 #endif
 
-// The fastest set that this processor runs.
+// The fastest set that this processor runs, or the one that CRL_KERNELS_ISA names.
 const Kernels& kernels();
 
 }  // namespace crl

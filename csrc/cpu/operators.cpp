@@ -27,6 +27,10 @@ Tensor empty_float64(const std::vector<int64_t>& shape) { return torch::stable::
 // Sums the lanes of one chunk.
 double lane_sum(const double* lanes) { return ordered_sum(lanes, kLanes); }
 
+void pieces_at(const std::vector<Operand>& u, int64_t segment, int64_t index, Pointer* pieces) {
+  for (const Operand& term : u) *pieces++ = term.at(segment, index);
+}
+
 // projections[k] = u_k . theta
 void project(const SegmentTable& table, const Operand& theta, const std::vector<Operand>& u, double* projections) {
   const int64_t num_terms = static_cast<int64_t>(u.size());
@@ -35,13 +39,12 @@ void project(const SegmentTable& table, const Operand& theta, const std::vector<
   std::vector<double> partial(table.chunks() * num_terms);  // (chunk, term)
   parallel_over_chunks(table, [&](int64_t first, int64_t last) {
     std::vector<double> lanes(num_terms * kLanes);
+    std::vector<Pointer> pieces(num_terms);
     for (int64_t chunk = first; chunk < last; ++chunk) {
       std::fill(lanes.begin(), lanes.end(), 0.0);
       table.for_each_piece(chunk, [&](int64_t segment, int64_t begin, int64_t end) {
-        const Pointer x = theta.at(segment, begin);
-        for (int64_t k = 0; k < num_terms; ++k) {
-          loops.dot(x, u[k].at(segment, begin), begin, end - begin, lanes.data() + k * kLanes);
-        }
+        pieces_at(u, segment, begin, pieces.data());
+        loops.dot(theta.at(segment, begin), pieces.data(), num_terms, begin, end - begin, lanes.data());
       });
       for (int64_t k = 0; k < num_terms; ++k) partial[chunk * num_terms + k] = lane_sum(lanes.data() + k * kLanes);
     }
@@ -58,25 +61,17 @@ Tensor low_rank_projections(const Tensors params, const Tensors directions, int6
   return result;
 }
 
-// targets (+)= sum_k c[k] u_k. Several terms are summed in float64 first, so a target is rounded once (through float32
-// for 16-bit dtypes, as PyTorch does).
-void combine(Target& targets, const SegmentTable& table, const std::vector<Operand>& u, const double* c,
+// targets (+)= sum_k c[k] u_k, summed in float64 and rounded once (through float32 for 16-bit dtypes, as PyTorch does).
+void combine(const Target& targets, const SegmentTable& table, const std::vector<Operand>& u, const double* c,
              bool overwrite) {
+  const int64_t num_terms = static_cast<int64_t>(u.size());
   const Kernels& loops = kernels();
   parallel_over_chunks(table, [&](int64_t first, int64_t last) {
-    double sum[kChunk];
+    std::vector<Pointer> pieces(num_terms);
     for (int64_t chunk = first; chunk < last; ++chunk) {
       table.for_each_piece(chunk, [&](int64_t segment, int64_t begin, int64_t end) {
-        const Pointer target = targets.at(segment, begin);
-        const int64_t n = end - begin;
-        if (u.size() == 1) {
-          loops.axpy(target, u[0].at(segment, begin), n, c[0], overwrite);
-          return;
-        }
-        for (size_t k = 0; k < u.size(); ++k) {
-          loops.accumulate(sum, u[k].at(segment, begin), n, c[k], k == 0);
-        }
-        loops.add(target, sum, n, overwrite);
+        pieces_at(u, segment, begin, pieces.data());
+        loops.combine(targets.at(segment, begin), pieces.data(), c, num_terms, end - begin, overwrite);
       });
     }
   });
@@ -111,9 +106,9 @@ Tensor low_rank_penalty_accumulate_(const Tensors targets, const Tensors params,
   project(table, theta, u, force.data());
   double value = 0.0;
   for (int64_t k = 0; k < num_terms; ++k) {
-    const double drift = force[k] - b[k];
-    value += a[k] * drift * drift;
-    force[k] = c * (a[k] * drift);
+    const LowRankTerm term = low_rank_term(force[k], b[k], a[k], c);
+    value += term.value;
+    force[k] = term.force;
   }
   combine(target, table, u, force.data(), false);
   Tensor result = empty_float64({});

@@ -1,10 +1,13 @@
-// Four doubles at a time, loaded from and stored to any parameter dtype.
+// A vector of doubles, loaded from and stored to any parameter dtype.
 //
-// GCC and Clang vector extensions: the same lines become AVX2, SSE2 or NEON according to the target that is in force
-// where this file is included (see kernels.inc for CRL_ISA and CRL_AVX2). All arithmetic is float64, so every dtype
-// goes through the same loops.
+// GCC and Clang vector extensions: the same lines become AVX-512, AVX2, SSE2 or NEON according to the target that is in
+// force where this file is included (see kernels.inc for CRL_ISA, CRL_AVX2 and CRL_AVX512). All arithmetic is float64,
+// so every dtype goes through the same loops.
+//
+// load<Real>(source) and store(target, value) move one double or kWidth of them, with the same rounding.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -23,10 +26,16 @@ using Half = torch::headeronly::Half;
 
 namespace crl::CRL_ISA {
 
-using Double4 = double __attribute__((vector_size(32)));
-using Float4 = float __attribute__((vector_size(16)));
-using UInt4 = uint32_t __attribute__((vector_size(16)));
-using UShort4 = uint16_t __attribute__((vector_size(8)));
+#if defined(CRL_AVX512)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+
+using Doubles = double __attribute__((vector_size(8 * kWidth)));
+using Floats = float __attribute__((vector_size(4 * kWidth)));
+using UInts = uint32_t __attribute__((vector_size(4 * kWidth)));
+using UShorts = uint16_t __attribute__((vector_size(2 * kWidth)));
 
 template <class Vector>
 inline Vector load_bits(const void* source) {
@@ -37,72 +46,110 @@ inline Vector load_bits(const void* source) {
 
 // Conversions. GCC 12 makes a dozen instructions of the generic form, so where there is one instruction it is asked for
 // by name: a dot product of 250,000 bfloat16 elements takes 64 us instead of 126 us (EPYC, AVX2).
-#if defined(CRL_AVX2)
-inline Double4 widen(Float4 value) { return (Double4)_mm256_cvtps_pd((__m128)value); }
-inline Float4 narrow(Double4 value) { return (Float4)_mm256_cvtpd_ps((__m256d)value); }
-inline UInt4 zero_extend(UShort4 value) {
-  return (UInt4)_mm_cvtepu16_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(&value)));
+#if defined(CRL_AVX512)
+inline Doubles widen(Floats value) { return (Doubles)_mm512_cvtps_pd((__m256)value); }
+inline Floats narrow(Doubles value) { return (Floats)_mm512_cvtpd_ps((__m512d)value); }
+inline Floats from_bfloat16(UShorts bits) {
+  return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)bits), 16);
+}
+inline UShorts low_halves(UInts words) { return (UShorts)_mm256_cvtepi32_epi16((__m256i)words); }
+inline Floats from_half(UShorts bits) { return (Floats)_mm256_cvtph_ps((__m128i)bits); }
+inline UShorts to_half(Floats value) { return (UShorts)_mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT); }
+inline Doubles fused_multiply_add(Doubles a, Doubles b, Doubles c) {
+  return (Doubles)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+}
+#elif defined(CRL_AVX2)
+inline __m128i in_low_half(UShorts bits) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(&bits)); }
+inline UShorts low_half(__m128i words) {
+  UShorts bits;
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(&bits), words);
+  return bits;
+}
+inline Doubles widen(Floats value) { return (Doubles)_mm256_cvtps_pd((__m128)value); }
+inline Floats narrow(Doubles value) { return (Floats)_mm256_cvtpd_ps((__m256d)value); }
+inline Floats from_bfloat16(UShorts bits) {
+  return (Floats)_mm_unpacklo_epi16(_mm_setzero_si128(), in_low_half(bits));
+}
+inline UShorts low_halves(UInts words) { return low_half(_mm_packus_epi32((__m128i)words, (__m128i)words)); }
+inline Floats from_half(UShorts bits) { return (Floats)_mm_cvtph_ps(in_low_half(bits)); }
+inline UShorts to_half(Floats value) { return low_half(_mm_cvtps_ph((__m128)value, _MM_FROUND_TO_NEAREST_INT)); }
+inline Doubles fused_multiply_add(Doubles a, Doubles b, Doubles c) {
+  return (Doubles)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
 }
 #else
-inline Double4 widen(Float4 value) { return __builtin_convertvector(value, Double4); }
-inline Float4 narrow(Double4 value) { return __builtin_convertvector(value, Float4); }
-inline UInt4 zero_extend(UShort4 value) { return __builtin_convertvector(value, UInt4); }
+inline Doubles widen(Floats value) { return __builtin_convertvector(value, Doubles); }
+inline Floats narrow(Doubles value) { return __builtin_convertvector(value, Floats); }
+inline Floats from_bfloat16(UShorts bits) { return (Floats)(__builtin_convertvector(bits, UInts) << 16); }
+inline UShorts low_halves(UInts words) { return __builtin_convertvector(words, UShorts); }
+inline Floats from_half(UShorts bits) {
+  Floats result;
+  for (int i = 0; i < kWidth; ++i) result[i] = static_cast<float>(Half(bits[i], Half::from_bits()));
+  return result;
+}
+inline UShorts to_half(Floats value) {
+  UShorts result;
+  for (int i = 0; i < kWidth; ++i) result[i] = Half(value[i]).x;
+  return result;
+}
+inline Doubles fused_multiply_add(Doubles a, Doubles b, Doubles c) { return a * b + c; }
 #endif
 
-inline Double4 load4(const double* source) { return load_bits<Double4>(source); }
-
-inline Double4 load4(const float* source) { return widen(load_bits<Float4>(source)); }
-
-inline Double4 load4(const BFloat16* source) {
-  const UInt4 bits = zero_extend(load_bits<UShort4>(source)) << 16;
-  return widen(load_bits<Float4>(&bits));
-}
-
-inline Double4 load4(const Half* source) {
-#if defined(CRL_AVX2)
-  return widen((Float4)_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(source))));
+inline double fused_multiply_add(double a, double b, double c) {
+#if defined(CRL_AVX2) || defined(CRL_AVX512)
+  return std::fma(a, b, c);  // one instruction with FMA, a slow library call without
 #else
-  return Double4{static_cast<float>(source[0]), static_cast<float>(source[1]), static_cast<float>(source[2]),
-                 static_cast<float>(source[3])};
+  return a * b + c;
 #endif
 }
 
-inline void store4(double* target, Double4 value) { std::memcpy(target, &value, sizeof(value)); }
-
-inline void store4(float* target, Double4 value) {
-  const Float4 rounded = narrow(value);
-  std::memcpy(target, &rounded, sizeof(rounded));
+// Rounds to the nearest bfloat16, ties to even; every NaN becomes the quiet one.
+inline UShorts to_bfloat16(Floats value) {
+  const UInts bits = (UInts)value;
+  const UInts nearest_even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const UInts is_nan = (UInts)(value != value);
+  return low_halves((nearest_even & ~is_nan) | (is_nan & 0x7fc0));
 }
 
-inline void store4(BFloat16* target, Double4 value) {
-  const Float4 rounded = narrow(value);
-  const UInt4 bits = load_bits<UInt4>(&rounded);
-  const UInt4 nearest_even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const UInt4 is_nan = (UInt4)(rounded != rounded);
-  const UShort4 words = __builtin_convertvector((nearest_even & ~is_nan) | (is_nan & 0x7fc0), UShort4);
-  std::memcpy(target, &words, sizeof(words));
-}
+inline Doubles load_vector(const double* source) { return load_bits<Doubles>(source); }
+inline Doubles load_vector(const float* source) { return widen(load_bits<Floats>(source)); }
+inline Doubles load_vector(const BFloat16* source) { return widen(from_bfloat16(load_bits<UShorts>(source))); }
+inline Doubles load_vector(const Half* source) { return widen(from_half(load_bits<UShorts>(source))); }
 
-inline void store4(Half* target, Double4 value) {
-#if defined(CRL_AVX2)
-  const __m128i words = _mm_cvtps_ph((__m128)narrow(value), _MM_FROUND_TO_NEAREST_INT);
-  _mm_storel_epi64(reinterpret_cast<__m128i*>(target), words);
-#else
-  for (int i = 0; i < 4; ++i) target[i] = static_cast<float>(value[i]);
-#endif
-}
-
-// One element, with the same rounding as above.
-inline double load1(const double* source) { return *source; }
+inline double load_one(const double* source) { return *source; }
 template <class T>
-inline double load1(const T* source) {
+inline double load_one(const T* source) {
   return static_cast<double>(static_cast<float>(*source));
 }
 
-inline void store1(double* target, double value) { *target = value; }
+template <class Real, class T>
+inline Real load(const T* source) {
+  if constexpr (sizeof(Real) == sizeof(double)) {
+    return load_one(source);
+  } else {
+    return load_vector(source);
+  }
+}
+
+template <class Bits>
+inline void store_bits(void* target, Bits bits) {
+  std::memcpy(target, &bits, sizeof(bits));
+}
+
+inline void store(double* target, Doubles value) { store_bits(target, value); }
+inline void store(float* target, Doubles value) { store_bits(target, narrow(value)); }
+inline void store(BFloat16* target, Doubles value) { store_bits(target, to_bfloat16(narrow(value))); }
+inline void store(Half* target, Doubles value) { store_bits(target, to_half(narrow(value))); }
+
+inline void store(double* target, double value) { *target = value; }
 template <class T>
-inline void store1(T* target, double value) {
+inline void store(T* target, double value) {
   *target = static_cast<float>(value);
+}
+
+// The same number in every place; `c - 0` keeps the sign of a zero.
+template <class Real>
+inline Real broadcast(double c) {
+  return c - Real{};
 }
 
 }  // namespace crl::CRL_ISA
