@@ -1,7 +1,7 @@
 // csrc/core and the loops of csrc/cpu as a Python module, for the tests beside it. It is never shipped.
 //
-// A numpy array stands for a Pointer or a double*: its first element and its dtype, with uint16 for bfloat16. Nothing
-// here checks lengths, so that AddressSanitizer has something to find.
+// A numpy array stands for a Pointer or a double*: its first element and its dtype, with uint16 for bfloat16; a list of
+// arrays stands for a const Pointer*. Nothing here checks lengths, so that AddressSanitizer has something to find.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -68,6 +68,17 @@ struct Argument<const double*> : Argument<double*> {
   using Argument<double*>::Argument;
 };
 
+template <>
+struct Argument<const Pointer*> {
+  using Python = std::vector<py::array>;
+  std::vector<Pointer> pointers;
+  const Pointer* value;
+  explicit Argument(const std::vector<py::array>& arrays) {
+    for (const py::array& array : arrays) pointers.push_back(pointer(array));
+    value = pointers.data();
+  }
+};
+
 template <class... T>
 py::cpp_function loop(void (*function)(T...)) {
   return py::cpp_function(
@@ -77,9 +88,7 @@ py::cpp_function loop(void (*function)(T...)) {
 py::dict loops(const Kernels& table) {
   py::dict dict;
   dict["dot"] = loop(table.dot);
-  dict["axpy"] = loop(table.axpy);
-  dict["accumulate"] = loop(table.accumulate);
-  dict["add"] = loop(table.add);
+  dict["combine"] = loop(table.combine);
   dict["quadratic"] = loop(table.quadratic);
   dict["quadratic_gradient"] = loop(table.quadratic_gradient);
   dict["shrink"] = loop(table.shrink);
@@ -88,13 +97,13 @@ py::dict loops(const Kernels& table) {
 
 // The loops of every instruction set that this processor runs, by name: kernels() is the last of them.
 py::dict runnable_loops() {
-  std::vector<std::pair<const char*, const Kernels*>> tables = {{"baseline", &baseline::kernels}};
+  std::vector<const Kernels*> tables = {&baseline::kernels};
 #if defined(__x86_64__)
-  tables.push_back({"avx2", &avx2::kernels});
+  tables.insert(tables.end(), {&avx2::kernels, &avx512::kernels});
 #endif
   py::dict dict;
-  for (const auto& [name, table] : tables) {
-    dict[name] = loops(*table);
+  for (const Kernels* table : tables) {
+    dict[table->name] = loops(*table);
     if (table == &kernels()) break;
   }
   return dict;

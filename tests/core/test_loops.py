@@ -25,9 +25,22 @@ dtype = pytest.mark.parametrize("dtype", DTYPES)
 other_dtype = pytest.mark.parametrize("other_dtype", DTYPES)
 state_dtype = pytest.mark.parametrize("state_dtype", STATE_DTYPES)
 overwrite = pytest.mark.parametrize("overwrite", [False, True])
+# Lists of terms: about as many as the loops read side by side, fewer, more; of one dtype, in runs, all mixed.
+terms = pytest.mark.parametrize(
+    "terms",
+    [
+        ["float32"] * 2,
+        ["bfloat16"] * 10,
+        ["float32"] * 11,
+        ["float64"] * 23,
+        ["float16", "bfloat16", "bfloat16", "bfloat16", "float32"],
+        [*DTYPES] * 4,
+    ],
+    ids=lambda terms: f"{len(terms)}-{terms[0]}",
+)
 
 
-@pytest.fixture(params=["baseline", "avx2"])
+@pytest.fixture(params=["baseline", "avx2", "avx512"])
 def loops(request, core):
     if request.param not in core.LOOPS:
         pytest.skip(f"needs a processor with {request.param}")
@@ -96,6 +109,18 @@ def placements():
         yield n, 2**40 + 4096 + 13 * offset + 5 * n, offset, others, 0 if offset % 2 == 0 else 3
 
 
+def fewer_placements():
+    """(n, index, offset, tail), for tests of many buffers."""
+    for n, index, offset, _, tail in placements():
+        if offset == n % 8:
+            yield n, index, offset, tail
+
+
+def slices(arrays: list[np.ndarray], n: int) -> list[np.ndarray]:
+    """The first n elements of each, at offsets that differ."""
+    return [Slice(array[:n], (3 * k + n) % 8).elements for k, array in enumerate(arrays)]
+
+
 def sum_with(before: np.ndarray, added: np.ndarray, overwrite: bool) -> np.ndarray:
     return added if overwrite else widen(before) + added
 
@@ -114,42 +139,46 @@ def test_dot(core, loops, dtype, other_dtype):
     before = np.arange(core.LANES) / 8
     for n, index, offset, (second, *_), _ in placements():
         lanes = Slice(before, 0)
-        loops["dot"](Slice(x[:n], offset).elements, Slice(u[:n], second).elements, index, n, lanes.elements)
+        loops["dot"](Slice(x[:n], offset).elements, [Slice(u[:n], second).elements], 1, index, n, lanes.elements)
         assert lanes.holds(lanes_after(core, before, index, summands[:n])), (n, offset)
+
+
+@dtype
+@terms
+def test_dot_of_several_terms(core, loops, dtype, terms):
+    x, u = eighths(dtype, 1), [eighths(name, 30 + k) for k, name in enumerate(terms)]
+    summands = [widen(x) * widen(term) for term in u]
+    before = np.arange(len(terms) * core.LANES) / 8
+    for n, index, offset, tail in fewer_placements():
+        lanes = Slice(before, 0, tail)
+        loops["dot"](Slice(x[:n], offset).elements, slices(u, n), len(terms), index, n, lanes.elements)
+        parts = zip(before.reshape(len(terms), core.LANES), summands, strict=True)
+        assert lanes.holds(np.concatenate([lanes_after(core, part, index, term[:n]) for part, term in parts])), n
 
 
 @dtype
 @other_dtype
 @overwrite
-def test_axpy(loops, dtype, other_dtype, overwrite):
-    before, u = eighths(dtype, 3), eighths(other_dtype, 4)
+def test_combine(loops, dtype, other_dtype, overwrite):
+    before, u, c = eighths(dtype, 3), eighths(other_dtype, 4), np.array([C])
     after = narrow(sum_with(before, C * widen(u), overwrite), dtype)
     for n, _, offset, (second, *_), tail in placements():
         target = Slice(before[:n], offset, tail)
-        loops["axpy"](target.elements, Slice(u[:n], second).elements, n, C, overwrite)
+        loops["combine"](target.elements, [Slice(u[:n], second).elements], c, 1, n, overwrite)
         assert target.holds(after[:n]), (n, offset)
 
 
 @dtype
+@terms
 @overwrite
-def test_accumulate(loops, dtype, overwrite):
-    before, u = eighths("float64", 5), eighths(dtype, 6)
-    after = sum_with(before, C * widen(u), overwrite)
-    for n, _, offset, (second, *_), tail in placements():
+def test_combine_several_terms(loops, dtype, terms, overwrite):
+    before, u = eighths(dtype, 5), [eighths(name, 60 + k) for k, name in enumerate(terms)]
+    c = np.arange(1, len(terms) + 1) / 8
+    after = narrow(sum_with(before, sum(c[k] * widen(term) for k, term in enumerate(u)), overwrite), dtype)
+    for n, _, offset, tail in fewer_placements():
         target = Slice(before[:n], offset, tail)
-        loops["accumulate"](target.elements, Slice(u[:n], second).elements, n, C, overwrite)
-        assert target.holds(after[:n]), (n, offset)
-
-
-@dtype
-@overwrite
-def test_add(loops, dtype, overwrite):
-    before, sums = eighths(dtype, 7), eighths("float64", 8) / 64
-    after = narrow(sum_with(before, sums, overwrite), dtype)
-    for n, _, offset, (second, *_), tail in placements():
-        target = Slice(before[:n], offset, tail)
-        loops["add"](target.elements, Slice(sums[:n], second).elements, n, overwrite)
-        assert target.holds(after[:n]), (n, offset)
+        loops["combine"](target.elements, slices(u, n), Slice(c, 0).elements, len(terms), n, overwrite)
+        assert target.holds(after[:n]), n
 
 
 @dtype
@@ -214,12 +243,15 @@ def test_shrink(loops, dtype, state_dtype):
 # Any float64 values: what the arithmetic may cost.
 
 
-def close(found: np.ndarray, exact: list[Fraction], allowed: list[Fraction]) -> bool:
-    return all(abs(Fraction(value) - e) <= a for value, e, a in zip(found.tolist(), exact, allowed, strict=True))
-
-
 def fractions(elements: np.ndarray) -> list[Fraction]:
     return [Fraction(value) for value in widen(elements).tolist()]
+
+
+def between(found: np.ndarray, exact: list[Fraction], doubt: list[Fraction], dtype: str) -> bool:
+    """Whether each element is a rounding of some number within ``doubt`` of the exact one."""
+    lowest = narrow(np.array([float(e - d) for e, d in zip(exact, doubt, strict=True)]), dtype)
+    highest = narrow(np.array([float(e + d) for e, d in zip(exact, doubt, strict=True)]), dtype)
+    return bool(np.all((widen(lowest) <= widen(found)) & (widen(found) <= widen(highest))))
 
 
 @dtype
@@ -230,7 +262,7 @@ def test_dot_of_any_values(core, loops, dtype, other_dtype):
     n, index = 5 * core.LANES + 7, 3
     x, u = anywhere(dtype, 20, n), anywhere(other_dtype, 21, n)
     lanes = np.zeros(core.LANES)
-    loops["dot"](x, u, index, n, lanes)
+    loops["dot"](x, [u], 1, index, n, lanes)
     products = [a * b for a, b in zip(fractions(x), fractions(u), strict=True)]
     for lane in range(core.LANES):
         summands = products[(lane - index) % core.LANES :: core.LANES]
@@ -243,14 +275,14 @@ def test_dot_of_any_values(core, loops, dtype, other_dtype):
             assert lanes[lane] == in_order
 
 
-@pytest.mark.parametrize("name", ["avx2"])
+@pytest.mark.parametrize("name", ["avx2", "avx512"])
 def test_fused_dot_of_float64_is_fused(core, name):
     if name not in core.LOOPS:
         pytest.skip(f"needs a processor with {name}")
     n = 6 * core.LANES + 5
     x, u = anywhere("float64", 22, n), anywhere("float64", 23, n)
     lanes, expected = np.zeros(core.LANES), [0.0] * core.LANES
-    core.LOOPS[name]["dot"](x, u, 0, n, lanes)
+    core.LOOPS[name]["dot"](x, [u], 1, 0, n, lanes)
     for j, (a, b) in enumerate(zip(fractions(x), fractions(u), strict=True)):
         expected[j % core.LANES] = float(a * b + Fraction(expected[j % core.LANES]))
     assert lanes.tolist() == expected
@@ -259,23 +291,53 @@ def test_fused_dot_of_float64_is_fused(core, name):
 @dtype
 @other_dtype
 @overwrite
-def test_axpy_of_any_values(loops, dtype, other_dtype, overwrite):
+def test_combine_any_values(loops, dtype, other_dtype, overwrite):
     """Overwriting rounds c u once in float64, the same for every instruction set. Adding rounds at most twice."""
     n, c = 83, 0.3141592653589793
     before, u = anywhere(dtype, 24, n), anywhere(other_dtype, 25, n)
     target = before.copy()
-    loops["axpy"](target, u, n, c, overwrite)
+    loops["combine"](target, [u], np.array([c]), 1, n, overwrite)
     if overwrite:
         assert target.tobytes() == narrow(c * widen(u), dtype).tobytes()
         return
     terms = [(t, Fraction(c) * b) for t, b in zip(fractions(before), fractions(u), strict=True)]
     sums = [t + b for t, b in terms]
     doubt = [Fraction(2 * UNIT) * (abs(t) + abs(b)) for t, b in terms]
-    lowest, highest = (
-        narrow(np.array([float(s + sign * d) for s, d in zip(sums, doubt, strict=True)]), dtype) for sign in (-1, 1)
-    )
-    found = widen(target)
-    assert np.all((widen(lowest) <= found) & (found <= widen(highest)))
+    assert between(target, sums, doubt, dtype)
+
+
+@dtype
+@terms
+def test_several_terms_are_each_summed_as_if_alone(core, loops, dtype, terms):
+    """Bit by bit, whatever the arithmetic, so that a projection does not depend on the terms beside it."""
+    n, index = 3 * core.LANES + 7, 5
+    x, u = anywhere(dtype, 29, n), [anywhere(name, 90 + k, n) for k, name in enumerate(terms)]
+    together, alone = np.zeros((len(terms), core.LANES)), np.zeros((len(terms), core.LANES))
+    loops["dot"](x, u, len(terms), index, n, together)
+    for term, lanes in zip(u, alone, strict=True):
+        loops["dot"](x, [term], 1, index, n, lanes)
+    assert together.tobytes() == alone.tobytes()
+
+
+@dtype
+@terms
+@overwrite
+def test_combine_several_terms_of_any_values(loops, dtype, terms, overwrite):
+    """Two roundings for each term and one for the target at most, then one to the target's dtype."""
+    n = 83
+    before, u = anywhere(dtype, 31, n), [anywhere(name, 120 + k, n) for k, name in enumerate(terms)]
+    c = anywhere("float64", 32, len(terms))
+    target = before.copy()
+    loops["combine"](target, u, c, len(terms), n, overwrite)
+    summands = [[Fraction(factor) * b for b in fractions(term)] for factor, term in zip(c.tolist(), u, strict=True)]
+    if not overwrite:
+        summands.append(fractions(before))
+    sums = [sum(column) for column in zip(*summands, strict=True)]
+    doubt = [
+        2 * len(summands) * Fraction(UNIT) * sum(abs(summand) for summand in column)
+        for column in zip(*summands, strict=True)
+    ]
+    assert between(target, sums, doubt, dtype)
 
 
 @dtype
@@ -305,15 +367,8 @@ def test_diagonal_loops_of_any_values(core, loops, dtype, state_dtype):
     moves = [w * (t - m) for w, (t, _, m) in zip(weights, exact, strict=True)]
     # The move is off by at most six roundings, the difference by one.
     doubt = [Fraction(8 * UNIT) * (abs(move) + abs(t)) for move, (t, _, _) in zip(moves, exact, strict=True)]
-    lowest, highest = (
-        narrow(
-            np.array([float(t - move + sign * d) for (t, _, _), move, d in zip(exact, moves, doubt, strict=True)]),
-            dtype,
-        )
-        for sign in (-1, 1)
-    )
-    found = widen(theta)
-    assert np.all((widen(lowest) <= found) & (found <= widen(highest)))
+    steps = [t - move for move, (t, _, _) in zip(moves, exact, strict=True)]
+    assert between(theta, steps, doubt, dtype)
 
 
 # Rounding: every 16-bit element, and every place between two of them where rounding can go wrong.
@@ -321,10 +376,10 @@ def test_diagonal_loops_of_any_values(core, loops, dtype, state_dtype):
 
 def convert(loops, elements: np.ndarray, dtype: str, step: int) -> np.ndarray:
     """1 * elements, written as ``dtype``, ``step`` elements a call."""
-    target = np.empty(elements.size, DTYPES[dtype])
+    target, one = np.empty(elements.size, DTYPES[dtype]), np.ones(1)
     for begin in range(0, elements.size, step):
         part = slice(begin, begin + step)
-        loops["axpy"](target[part], elements[part], min(step, elements.size - begin), 1.0, True)
+        loops["combine"](target[part], [elements[part]], one, 1, min(step, elements.size - begin), True)
     return target
 
 
@@ -354,7 +409,7 @@ def ties_and_their_neighbours(dtype: str) -> np.ndarray:
 
 SPECIAL = [0.0, -0.0, np.inf, -np.inf, np.nan, 5e-324, -5e-324, 1e-45, 7.1e-46, 1e-40, 1.2e-38, 3.4e38, 3.5e38, -1e300]
 
-whole_blocks_and_rests = pytest.mark.parametrize("step", [2**18, 15])
+whole_blocks_and_rests = pytest.mark.parametrize("step", [4096, 15])
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -386,13 +441,13 @@ def test_nan_and_infinity_reach_every_result(core, loops, count):
     for bad in (np.nan, np.inf, -np.inf):
         values = np.full(count, bad)
         lanes = np.zeros(core.LANES)
-        loops["dot"](values, zero, 0, count, lanes)
+        loops["dot"](values, [zero], 1, 0, count, lanes)
         assert np.isnan(lanes[0])
         lanes = np.zeros(core.LANES)
         loops["quadratic"](values, one, zero, 0, count, lanes)
         assert lanes[0] == np.inf or (np.isnan(bad) and np.isnan(lanes[0]))
         target = np.zeros(count)
-        loops["axpy"](target, values, count, 0.0, False)
+        loops["combine"](target, [values], np.zeros(1), 1, count, False)
         assert np.isnan(target).all()
         theta = np.full(count, bad)
         loops["shrink"](theta, zero, one, count, np.inf)  # no curvature, no step: 0 * (inf - 1) is NaN all the same

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.sanitizers
 # One faulty call each, and what the sanitizer says about it.
 FAULTS = {
     "address": (
-        "import numpy; core.LOOPS['baseline']['add'](numpy.zeros(1), numpy.zeros(2), 2, False)",
+        "import numpy as np; core.LOOPS['baseline']['combine'](np.zeros(1), [np.zeros(2)], np.ones(1), 1, 2, False)",
         "heap-buffer-overflow",
     ),
     "undefined": ("core.SegmentTable([2**62, 2**62])", "signed integer overflow"),
