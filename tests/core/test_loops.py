@@ -30,7 +30,7 @@ terms = pytest.mark.parametrize(
     "terms",
     [
         ["float32"] * 2,
-        ["bfloat16"] * 10,
+        ["bfloat16"] * 20,
         ["float32"] * 11,
         ["float64"] * 23,
         ["float16", "bfloat16", "bfloat16", "bfloat16", "float32"],
