@@ -214,10 +214,6 @@ def test_shrink(loops, dtype, state_dtype):
 # Any float64 values: what the arithmetic may cost.
 
 
-def close(found: np.ndarray, exact: list[Fraction], allowed: list[Fraction]) -> bool:
-    return all(abs(Fraction(value) - e) <= a for value, e, a in zip(found.tolist(), exact, allowed, strict=True))
-
-
 def fractions(elements: np.ndarray) -> list[Fraction]:
     return [Fraction(value) for value in widen(elements).tolist()]
 
