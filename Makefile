@@ -6,7 +6,7 @@ VENV := .venv
 RUN := OMP_NUM_THREADS=1 $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: install demo compare test bench lint clean
+.PHONY: install demo compare test test-all bench lint clean
 
 install: $(VENV)/.built
 
@@ -29,6 +29,10 @@ compare: install
 
 test: install
 	$(RUN)/pytest -n 2
+	@echo "csrc/core and the CPU loops under AddressSanitizer and UBSan: make test-all"
+
+test-all: test
+	$(RUN)/pytest -n 2 -m sanitizers
 
 bench: install
 	$(RUN)/pytest benchmarks
