@@ -1,162 +1,274 @@
-"""Ways to put an EWC penalty's value and gradient on top of a model's gradients, each as its authors write it.
+"""All rows of the table, with what each one moves and keeps.
 
-Every contender gets the same parameters, P elements in N tensors, whose ``.grad`` is there already, as after a backward
-pass. One call computes the penalty's value and adds its gradient to ``.grad``.
+``traffic`` names the bytes per parameter that a scheme's passes move, every operand of every pass counted once where
+it is read and once where it is written: what the scheme needs of the memory, whatever caches save.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import crl_kernels as ck
+from crl_kernels.backends import reference
 
-LAM = 15_000.0
+from . import peers
+from .problem import LAM, TASKS, Problem
+
+Make = Callable[[Problem], Callable[[], object]]
 
 
 @dataclass(frozen=True)
 class Contender:
-    """``make`` returns the call to be timed; ``state_bytes`` counts bytes of state per parameter, for one past task."""
+    """``make(problem)`` returns the call to be timed. ``state`` counts the bytes per parameter that the past tasks
+    take; ``memory`` those that the call and its making take beyond the problem's own, at most."""
 
-    make: Callable[["Problem"], Callable[[], Tensor]]
-    state_bytes: int
+    penalty: str  # "rank-1" or "diagonal"; "" for yardsticks and operators
+    make: Make
+    traffic: dict[str, int]
+    state: int
+    memory: int
     what: str
+    tasks: int = 1
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.traffic.values())
+
+    @property
+    def counted(self) -> str:
+        return " + ".join(f"{name} {bytes_}" for name, bytes_ in self.traffic.items())
 
 
-class Problem(nn.Module):
-    """P parameters in N equal tensors, and one past task: direction, mean gradient, diagonal Fisher, anchor."""
-
-    def __init__(self, numel: int, tensors: int) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.anchor, direction, noise = (torch.randn(numel, generator=generator) for _ in range(3))
-        self.direction = direction / direction.norm()
-        self.fisher = direction.square()
-        self.lengths = [len(part) for part in self.anchor.tensor_split(tensors)]
-        self.params = nn.ParameterList((self.anchor + 0.01 * noise).split(self.lengths))
-        for parameter in self.params:
-            parameter.grad = torch.zeros_like(parameter)
-
-    def named(self, flat: Tensor) -> dict[str, Tensor]:
-        return {name: part for (name, _), part in zip(self.named_parameters(), flat.split(self.lengths), strict=True)}
-
-    def low_rank_history(self, storage_dtype: torch.dtype = torch.float32, terms: int = 1) -> ck.LowRankHistory:
-        history = ck.LowRankHistory(self)
-        direction = {name: part[None] for name, part in self.named(self.direction).items()}
-        fisher = ck.LowRankFisher(direction, torch.ones(1), self.named(self.anchor), storage_dtype=storage_dtype)
-        for _ in range(terms):
-            history.append(fisher)
-        return history
-
-    def diagonal_history(self) -> ck.DiagonalHistory:
-        history = ck.DiagonalHistory(self)
-        history.append(ck.DiagonalFisher(self.named(self.fisher), self.named(self.anchor)))
-        return history
+def copy(problem: Problem) -> Callable[[], Tensor]:
+    return lambda: problem.scratch.copy_(problem.task.anchor)
 
 
 def dot_and_axpy(problem: Problem) -> Callable[[], Tensor]:
     """The memory limit: one dot product and one axpy over flat buffers, which know nothing of lists or penalties."""
-    theta, gradient = problem.anchor.clone(), torch.zeros_like(problem.anchor)
+    theta, direction, gradient = problem.task.anchor, problem.task.direction, problem.scratch
 
     def call() -> Tensor:
-        value = torch.dot(theta, problem.direction)
-        gradient.add_(problem.direction, alpha=0.5)
+        value = torch.dot(theta, direction)
+        gradient.add_(direction, alpha=0.5)
         return value
 
     return call
 
 
-def rank1_in_place(storage_dtype: torch.dtype, terms: int = 1) -> Callable[[Problem], Callable[[], Tensor]]:
+def foreach_add(problem: Problem) -> Callable[[], None]:
+    """What one multi-tensor call costs over this list."""
+    direction = problem.split(problem.task.direction)
+    return lambda: torch._foreach_add_(problem.grads, direction, alpha=0.5)
+
+
+def in_place(history: Callable[[Problem], ck.LowRankHistory | ck.DiagonalHistory]) -> Make:
     def make(problem: Problem) -> Callable[[], Tensor]:
-        history = problem.low_rank_history(storage_dtype, terms)
-        return lambda: history.add_penalty_grad_(LAM)
+        bound = history(problem)
+        return lambda: bound.add_penalty_grad_(LAM)
 
     return make
 
 
-def rank1_autograd(problem: Problem) -> Callable[[], Tensor]:
-    history = problem.low_rank_history()
+def through_autograd(
+    penalty: Callable[..., Tensor], history: Callable[[Problem], ck.LowRankHistory | ck.DiagonalHistory]
+) -> Make:
+    def make(problem: Problem) -> Callable[[], Tensor]:
+        bound = history(problem)
 
-    def call() -> Tensor:
-        value = ck.rank1_ewc_penalty(history, lam=LAM)
-        value.backward()
-        return value
+        def call() -> Tensor:
+            value = penalty(bound, lam=LAM)
+            value.backward()
+            return value
 
-    return call
+        return call
 
-
-def rank1_paper(problem: Problem) -> Callable[[], Tensor]:
-    """The way of the paper's code: concatenate all parameters; subtract, multiply and sum; go back through autograd."""
-    mean_gradient, coefficient = 3 * problem.direction, 1 / 9
-
-    def call() -> Tensor:
-        theta = torch.cat([parameter.reshape(-1) for parameter in problem.params])
-        value = 0.5 * LAM * coefficient * ((theta - problem.anchor) * mean_gradient).sum() ** 2
-        value.backward()
-        return value
-
-    return call
+    return make
 
 
-def diagonal_in_place(problem: Problem) -> Callable[[], Tensor]:
-    history = problem.diagonal_history()
-    return lambda: history.add_penalty_grad_(LAM)
+def rank1_reference(problem: Problem) -> Callable[[], Tensor]:
+    directions = [problem.task.direction]
+    curvature, lam = problem.scalar(1.0)[None], problem.scalar(LAM)
+    projection = reference.low_rank_projections([problem.task.anchor], directions, 1)
+    penalty = torch.no_grad()(reference.low_rank_penalty_accumulate_)
+    params = list(problem.params)
+    return lambda: 0.5 * LAM * penalty(problem.grads, params, directions, curvature, projection, lam)
 
 
-def diagonal_autograd(problem: Problem) -> Callable[[], Tensor]:
-    history = problem.diagonal_history()
-
-    def call() -> Tensor:
-        value = ck.diagonal_ewc_penalty(history, lam=LAM)
-        value.backward()
-        return value
-
-    return call
+def diagonal_reference(problem: Problem) -> Callable[[], Tensor]:
+    state, lam = ([problem.task.fisher], [problem.task.anchor]), problem.scalar(LAM)
+    accumulate = torch.no_grad()(reference.diagonal_accumulate_)
+    params = list(problem.params)
+    return lambda: 0.5 * LAM * accumulate(problem.grads, params, *state, lam)
 
 
-def diagonal_python_loop(problem: Problem) -> Callable[[], Tensor]:
-    """The way of most continual-learning libraries: a Python loop over the parameters, through autograd."""
-    fisher, anchor = problem.fisher.split(problem.lengths), problem.anchor.split(problem.lengths)
+GRADIENT = {"gradient read and written": 8}
+ACCUMULATED = {"autograd's accumulation": 12}
+# One pass each: difference, square, product, sum; backward: product, power (three passes).
+LOOP = {"theta - theta*": 12, "squared": 8, "times F": 12, "summed": 4, "backward": 36}
 
-    def call() -> Tensor:
-        value = torch.zeros(())
-        for parameter, f, m in zip(problem.params, fisher, anchor, strict=True):
-            value = value + (f * (parameter - m) ** 2).sum()
-        value = 0.5 * LAM * value
-        value.backward()
-        return value
 
-    return call
+def ten_times(traffic: dict[str, int]) -> dict[str, int]:
+    added = {"the tasks' gradients added up": 12 * (TASKS - 1)}
+    return {f"{TASKS} x ({name})": TASKS * bytes_ for name, bytes_ in traffic.items()} | added
 
 
 CONTENDERS = {
-    "dot + axpy, flat": Contender(dot_and_axpy, 4, "memory limit of value + gradient"),
-    "rank-1, add_penalty_grad_": Contender(rank1_in_place(torch.float32), 4, "this library, float32 direction"),
-    "rank-1, add_penalty_grad_, bf16": Contender(rank1_in_place(torch.bfloat16), 2, "this library, bfloat16 direction"),
-    "rank-1, autograd": Contender(rank1_autograd, 4, "this library, rank1_ewc_penalty and backward"),
-    "rank-1, 10 terms": Contender(rank1_in_place(torch.float32, 10), 40, "this library, ten past tasks"),
-    "rank-1, the paper's way": Contender(rank1_paper, 8, "cat, sub, mul, sum, autograd"),
-    "diagonal, add_penalty_grad_": Contender(diagonal_in_place, 8, "this library"),
-    "diagonal, autograd": Contender(diagonal_autograd, 8, "this library, diagonal_ewc_penalty and backward"),
-    "diagonal, Python loop": Contender(diagonal_python_loop, 8, "loop over parameters, autograd"),
+    "copy": Contender("", copy, {"x": 4, "y": 4}, 0, 4, "y.copy_(x), flat: the bandwidth of this machine"),
+    "dot + axpy, flat": Contender(
+        "", dot_and_axpy, {"theta": 4, "u twice": 8} | GRADIENT, 4, 4, "memory limit of value + gradient"
+    ),
+    "one torch._foreach_add_": Contender(
+        "", foreach_add, {"u": 4} | GRADIENT, 0, 0, "overhead of one multi-tensor call over the list"
+    ),
+    "rank-1, add_penalty_grad_": Contender(
+        "rank-1",
+        in_place(lambda problem: problem.rank1_history),
+        {"theta": 4, "u twice": 8} | GRADIENT,
+        4,
+        10,
+        "this library, float32 direction",
+    ),
+    "rank-1, add_penalty_grad_, bf16": Contender(
+        "rank-1",
+        in_place(lambda problem: problem.low_rank_history([problem.task], torch.bfloat16)),
+        {"theta": 4, "u twice": 4} | GRADIENT,
+        2,
+        8,
+        "this library, bfloat16 direction",
+    ),
+    "rank-1, autograd": Contender(
+        "rank-1",
+        through_autograd(ck.rank1_ewc_penalty, lambda problem: problem.rank1_history),
+        {"theta": 4, "u twice": 8, "its gradient": 4} | ACCUMULATED,
+        4,
+        12,
+        "this library, rank1_ewc_penalty and backward",
+    ),
+    "rank-1, reference": Contender(
+        "rank-1",
+        rank1_reference,
+        # to float64: theta, u twice, gradient; u theta, summed; c u, + 0, + gradient, back to float32
+        {"to float64": 48, "u theta": 32, "c u": 32, "gradient": 36},
+        4,
+        64,
+        "this library's definition in plain PyTorch, float64",
+    ),
+    "rank-1, foreach": Contender(
+        "rank-1",
+        peers.rank1_foreach,
+        {"theta": 4, "u twice": 8} | GRADIENT,
+        4,
+        16,
+        "plain PyTorch: a dot per tensor, torch._foreach_add_",
+    ),
+    "rank-1, torch.compile": Contender(
+        "rank-1",
+        peers.rank1_compiled,
+        {"theta": 4, "u twice": 8} | GRADIENT,
+        4,
+        16,
+        "plain PyTorch over the list, compiled",
+    ),
+    "rank-1, the paper's way": Contender(
+        "rank-1",
+        peers.rank1_paper(1),
+        {"cat": 8, "theta - theta*": 12, "times mu": 12, "summed": 4, "backward": 8} | ACCUMULATED,
+        8,
+        16,
+        "cat, sub, mul, sum, autograd",
+    ),
+    "rank-1, 10 terms": Contender(
+        "rank-1",
+        in_place(lambda problem: problem.low_rank_history(problem.tasks, torch.float32)),
+        {"theta": 4, f"{TASKS} u twice": 8 * TASKS} | GRADIENT,
+        4 * TASKS,
+        4 * TASKS + 8,
+        "this library, ten past tasks",
+        TASKS,
+    ),
+    "rank-1, the paper's way, 10 tasks": Contender(
+        "rank-1",
+        peers.rank1_paper(TASKS),
+        {"cat": 8} | ten_times({"theta - theta*": 12, "times mu": 12, "summed": 4, "backward": 8}) | ACCUMULATED,
+        8 * TASKS,
+        16,
+        "the same, ten past tasks",
+        TASKS,
+    ),
+    "diagonal, add_penalty_grad_": Contender(
+        "diagonal",
+        in_place(lambda problem: problem.diagonal_history),
+        {"theta": 4, "S": 4, "m": 4} | GRADIENT,
+        8,
+        16,
+        "this library",
+    ),
+    "diagonal, autograd": Contender(
+        "diagonal",
+        through_autograd(ck.diagonal_ewc_penalty, lambda problem: problem.diagonal_history),
+        {"theta twice": 8, "S twice": 8, "m twice": 8, "its gradient": 4} | ACCUMULATED,
+        8,
+        20,
+        "this library, diagonal_ewc_penalty and backward",
+    ),
+    "diagonal, reference": Contender(
+        "diagonal",
+        diagonal_reference,
+        # value: three to float64, three passes, sum. gradient: four to float64, difference, two products, sum, back
+        {"value": 36 + 24 + 16 + 24 + 8, "gradient": 48 + 24 + 16 + 24 + 24 + 12},
+        8,
+        80,
+        "this library's definition in plain PyTorch, float64",
+    ),
+    "diagonal, foreach": Contender(
+        "diagonal",
+        peers.diagonal_foreach,
+        {"theta - theta*": 12, "times F": 12, "dot": 8, "axpy": 12},
+        8,
+        12,
+        "plain PyTorch: torch._foreach_sub, mul, add_, a dot per tensor",
+    ),
+    "diagonal, torch.compile": Contender(
+        "diagonal",
+        peers.diagonal_compiled,
+        {"theta": 4, "F": 4, "theta*": 4} | GRADIENT,
+        8,
+        16,
+        "plain PyTorch over the list, compiled",
+    ),
+    "diagonal, Python loop": Contender(
+        "diagonal", peers.diagonal_python_loop(1), LOOP | ACCUMULATED, 8, 16, "loop over parameters, autograd"
+    ),
+    "diagonal, Avalanche's EWCPlugin": Contender(
+        "diagonal", peers.diagonal_avalanche(1), LOOP | ACCUMULATED, 8, 16, "avalanche-lib's own class, imported"
+    ),
+    "diagonal, 10 tasks": Contender(
+        "diagonal",
+        in_place(lambda problem: problem.appended_diagonal_history()),
+        {"theta": 4, "S": 4, "m": 4} | GRADIENT,
+        8,
+        80,
+        "this library, ten past tasks",
+        TASKS,
+    ),
+    "diagonal, Python loop, 10 tasks": Contender(
+        "diagonal",
+        peers.diagonal_python_loop(TASKS),
+        ten_times(LOOP) | ACCUMULATED,
+        8 * TASKS,
+        80,
+        "the same, ten past tasks",
+        TASKS,
+    ),
+    "diagonal, Avalanche's EWCPlugin, 10 tasks": Contender(
+        "diagonal",
+        peers.diagonal_avalanche(TASKS),
+        ten_times(LOOP) | ACCUMULATED,
+        8 * TASKS,
+        80,
+        "the same, ten past tasks (mode separate, its default)",
+        TASKS,
+    ),
 }
-
-
-def interleaved(
-    calls: dict[str, Callable[[], object]], rounds: int, clock: Callable[[], float]
-) -> dict[str, list[float]]:
-    """Seconds of each call, one of each per round, so that the machine's moods meet all alike; the first is dropped."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for round_ in range(rounds + 1):
-        for name, took in _one_round(calls, clock):
-            if round_:
-                seconds[name].append(took)
-    return seconds
-
-
-def _one_round(calls: dict[str, Callable[[], object]], clock: Callable[[], float]) -> Iterator[tuple[str, float]]:
-    for name, call in calls.items():
-        start = clock()
-        call()
-        yield name, clock() - start
