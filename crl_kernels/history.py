@@ -12,7 +12,7 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -254,17 +254,16 @@ class _History(ABC, Generic[_Fisher]):
         run = self._parameter_run.of(params)
         return params if run is None else [run]
 
-    def _gradients(self, params: list[Tensor]) -> list[Tensor]:
-        """Their gradients, created where there is none; for a parameter that was frozen since, a scratch tensor."""
-        targets = []
-        for parameter in params:
-            gradient = parameter.grad
-            if gradient is None:
-                gradient = torch.zeros_like(parameter)
-                if parameter.requires_grad:
-                    parameter.grad = gradient
-            targets.append(gradient)
-        return targets
+    def _gradients(self, params: list[Tensor]) -> tuple[list[Tensor], list[int]]:
+        """Their gradients, created where there is none, and the indices of those; for a parameter that was frozen since
+        binding, a scratch tensor."""
+        found = [parameter.grad for parameter in params]
+        missing = [i for i, gradient in enumerate(found) if gradient is None]
+        for i in missing:
+            found[i] = torch.zeros_like(params[i])
+            if params[i].requires_grad:
+                params[i].grad = found[i]
+        return cast(list[Tensor], found), missing
 
     def _require_dense(self, gradients: list[Tensor], params: list[Tensor]) -> None:
         for name, gradient, parameter in zip(self.names, gradients, params, strict=True):
@@ -282,17 +281,15 @@ class _History(ABC, Generic[_Fisher]):
     def _accumulate(self, accumulate: Callable[[list[Tensor], list[Tensor]], Tensor]) -> Tensor:
         """Runs ``accumulate(gradients, params)``, on flat tensors where both lie in one run."""
         params = self._params()
-        missing = [parameter.grad is None for parameter in params]
-        gradients = self._gradients(params)
+        gradients, missing = self._gradients(params)
         try:
             run = self._run_or_list(params)
             if run is params or (gradient_run := self._gradient_run.of(gradients)) is None:
                 return accumulate(gradients, params)
             value = accumulate([gradient_run], run)
         except RuntimeError:
-            for parameter, had_none in zip(params, missing, strict=True):
-                if had_none:
-                    parameter.grad = None
+            for i in missing:
+                params[i].grad = None
             self._require_dense(gradients, params)
             raise
         torch.autograd.graph.increment_version(gradients)
