@@ -28,7 +28,8 @@ needs_cpu_library = pytest.mark.skipif(not registry.CPU.loaded, reason=f"no C++ 
 
 
 needs_library = pytest.mark.skipif(
-    not registry.CPU.loaded and "CRL_TEST_LIBRARY" not in os.environ, reason=f"no C++ kernels: {registry.CPU.reason}"
+    not registry.CPU.loaded and not registry.INTERPRETED and "CRL_TEST_LIBRARY" not in os.environ,
+    reason=f"no C++ kernels: {registry.CPU.reason}",
 )
 
 

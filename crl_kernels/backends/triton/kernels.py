@@ -1,14 +1,14 @@
 """The Triton kernels: one program for each chunk of the flat vector, all arithmetic in float64.
 
 A chunk is BLOCK consecutive flat elements, whatever tensors they lie in. Lane j of a program holds flat element
-chunk * BLOCK + j and is multiplied, added and summed in the same place for a list and for a flat tensor. Reductions have
-two stages and no atomics: one sum per chunk, then ``finish_kernel``. So results are bitwise the same from run to run,
-and for a list and a flat tensor: the arguments that differ between those two are never specialised on, and both run the
+chunk * BLOCK + j and is multiplied, added and summed in the same place for a list and for a flat tensor. Reductions
+have two stages and no atomics: one sum per chunk, then ``finish_kernel``. So results are bitwise the same from run to
+run, and for a list and a flat tensor: arguments that differ between those two are never specialised on, so both run the
 same binary.
 
 A view of the flat vector is a table of entries, one per segment (stride 1) or a single one (stride 0). An entry is
-4 * origin + code: where flat element 0 would be, were the whole vector laid out like this segment, and the dtype. DTYPES
-is the set of codes in a view, as bits; with one bit set, no code is looked at.
+4 * origin + code: where flat element 0 would be, were the whole vector laid out like this segment, and the dtype.
+DTYPES is the set of codes in a view, as bits; with one bit set, no code is looked at.
 """
 
 import inspect
@@ -19,6 +19,20 @@ import triton
 import triton.language as tl
 
 # Codes of dtypes, as in csrc/core/segments.h: 0 float32, 1 float64, 2 bfloat16, 3 float16.
+
+# 8 elements of a chunk for each of 256 threads: one 16-byte load of bfloat16, two of float32. Tests make it smaller.
+BLOCK = 2048
+NUM_WARPS = 8
+
+# On NVIDIA, registers per thread: 64 lets four programs run on a multiprocessor at a time, 80 three, 128 two. Left to
+# itself, ptxas aims for more of them and spills.
+REGISTERS = {
+    "projections_kernel": 64,
+    "combine_kernel": 80,
+    "quadratic_kernel": 64,
+    "gradient_kernel": 128,
+    "shrink_kernel": 128,
+}
 
 
 def _kernel(function: Callable[..., None]) -> Any:
@@ -33,27 +47,33 @@ def _kernel(function: Callable[..., None]) -> Any:
 @triton.jit
 def locate(begins: tl.tensor, firsts: tl.tensor, numel: tl.tensor, chunk: tl.tensor, BLOCK: tl.constexpr) -> tl.tuple:
     """The place of a chunk: (is it within one segment, its first segment, each lane's segment, its first flat index,
-    each lane's flat index, which lanes are within the vector).
+    which lanes are within the vector).
 
     A lane's segment is the last that begins at or before it, by bisection among those that the chunk touches: a chunk
     of 4,000 tiny tensors takes 12 steps, and one within a segment none.
     """
     start = chunk * BLOCK
-    index = start + tl.arange(0, BLOCK)
+    lane = tl.arange(0, BLOCK)
     first = tl.load(firsts + chunk)
     whole = tl.load(begins + first + 1) >= start + BLOCK
     segment = tl.zeros([BLOCK], tl.int32) + first
     candidates = tl.where(whole, 1, tl.load(firsts + chunk + 1) - first + 1)
     while candidates > 1:
         half = candidates // 2
-        segment = tl.where(tl.load(begins + segment + half) <= index, segment + half, segment)
+        segment = tl.where(tl.load(begins + segment + half) <= start + lane, segment + half, segment)
         candidates -= half
-    return whole, first, segment, start, index, index < numel
+    return whole, first, segment, start, lane < numel - start
 
 
 @triton.jit
-def element(entry: tl.tensor, index: tl.tensor, CODE: tl.constexpr) -> tl.tensor:
-    """A pointer to the flat element of this index."""
+def elements(
+    entry: tl.tensor, start: tl.tensor, CODE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
+) -> tl.tensor:
+    """Pointers to the BLOCK flat elements from ``start`` on, along one entry or one for each lane.
+
+    From a 16-byte boundary on, and unmasked, they become 16-byte loads and stores. The compiler forgets a boundary that
+    is declared of what a function returned.
+    """
     if CODE == 0:
         origin = (entry >> 2).to(tl.pointer_type(tl.float32))
     elif CODE == 1:
@@ -62,13 +82,10 @@ def element(entry: tl.tensor, index: tl.tensor, CODE: tl.constexpr) -> tl.tensor
         origin = (entry >> 2).to(tl.pointer_type(tl.bfloat16))
     else:
         origin = (entry >> 2).to(tl.pointer_type(tl.float16))
-    return origin + index
-
-
-@triton.jit
-def _aligned_block(entry: tl.tensor, start: tl.tensor, CODE: tl.constexpr, BLOCK: tl.constexpr) -> tl.tensor:
-    """Pointers to a whole chunk from a 16-byte boundary on: unmasked, they become 16-byte loads and stores."""
-    return tl.multiple_of(element(entry, start, CODE) + tl.arange(0, BLOCK), 16)
+    pointers = origin + start + tl.arange(0, BLOCK)
+    if ALIGNED:
+        pointers = tl.multiple_of(pointers, 16)
+    return pointers
 
 
 @triton.jit
@@ -91,24 +108,28 @@ def _zeros(DTYPES: tl.constexpr, BLOCK: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def _read(entries: tl.tensor, stride: tl.tensor, place: tl.tuple, DTYPES: tl.constexpr, BLOCK: tl.constexpr) -> tl.tensor:
+def _read(
+    entries: tl.tensor, stride: tl.tensor, place: tl.tuple, DTYPES: tl.constexpr, BLOCK: tl.constexpr
+) -> tl.tensor:
     """The chunk's elements of a view, 0 beyond its end. Not float64 yet, so that several loads can be under way."""
-    whole, first, segment, start, index, inside = place
+    whole, first, segment, start, inside = place
     values = _zeros(DTYPES, BLOCK)
     entry = tl.load(entries + first * stride)
     if whole & _is_aligned(entry):
         for CODE in tl.static_range(4):
             if DTYPES == 1 << CODE:
-                values = tl.load(_aligned_block(entry, start, CODE, BLOCK))
-            elif (DTYPES >> CODE) & 1:
+                values = tl.load(elements(entry, start, CODE, True, BLOCK))
+            elif (DTYPES >> CODE) & 1:  # noqa: SIM102  (known when compiled, and the next when run)
                 if (entry & 3) == CODE:
-                    values = tl.load(_aligned_block(entry, start, CODE, BLOCK)).to(values.dtype)
+                    values = tl.load(elements(entry, start, CODE, True, BLOCK)).to(values.dtype)
     else:
         lane_entry = tl.load(entries + segment * stride)
         for CODE in tl.static_range(4):
-            if (DTYPES >> CODE) & 1:
+            if DTYPES == 1 << CODE:
+                values = tl.load(elements(lane_entry, start, CODE, False, BLOCK), mask=inside, other=0.0)
+            elif (DTYPES >> CODE) & 1:
                 mine = inside & ((lane_entry & 3) == CODE)
-                loaded = tl.load(element(lane_entry, index, CODE), mask=mine, other=0.0)
+                loaded = tl.load(elements(lane_entry, start, CODE, False, BLOCK), mask=mine, other=0.0)
                 values = tl.where(mine, loaded.to(values.dtype), values)
     return values
 
@@ -132,21 +153,21 @@ def _write(
     entries: tl.tensor, stride: tl.tensor, place: tl.tuple, values: tl.tensor, DTYPES: tl.constexpr, BLOCK: tl.constexpr
 ) -> None:
     """Float64 values into the chunk's elements of a view."""
-    whole, first, segment, start, index, inside = place
+    whole, first, segment, start, inside = place
     entry = tl.load(entries + first * stride)
     if whole & _is_aligned(entry):
         for CODE in tl.static_range(4):
             if DTYPES == 1 << CODE:
-                tl.store(_aligned_block(entry, start, CODE, BLOCK), _round(values, CODE))
-            elif (DTYPES >> CODE) & 1:
+                tl.store(elements(entry, start, CODE, True, BLOCK), _round(values, CODE))
+            elif (DTYPES >> CODE) & 1:  # noqa: SIM102  (known when compiled, and the next when run)
                 if (entry & 3) == CODE:
-                    tl.store(_aligned_block(entry, start, CODE, BLOCK), _round(values, CODE))
+                    tl.store(elements(entry, start, CODE, True, BLOCK), _round(values, CODE))
     else:
         lane_entry = tl.load(entries + segment * stride)
         for CODE in tl.static_range(4):
             if (DTYPES >> CODE) & 1:
                 mine = inside & ((lane_entry & 3) == CODE)
-                tl.store(element(lane_entry, index, CODE), _round(values, CODE), mask=mine)
+                tl.store(elements(lane_entry, start, CODE, False, BLOCK), _round(values, CODE), mask=mine)
 
 
 # The low-rank penalty.
@@ -173,7 +194,7 @@ def projections_kernel(
     chunks = tl.num_programs(0)
     place = locate(begins, firsts, numel, chunk, BLOCK)
     theta = _read(params, params_stride, place, PARAMS, BLOCK)
-    for k in range(num_terms):
+    for _ in range(num_terms):
         u = _read(directions, directions_stride, place, DIRECTIONS, BLOCK)
         tl.store(partial + chunk, tl.sum(theta.to(tl.float64) * u.to(tl.float64), axis=0))
         directions += pieces

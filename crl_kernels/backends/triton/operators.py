@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import kernels
-from .tables import NUM_WARPS, Flat, View, check
+from .tables import Flat, View, check
 
 _LANES = 2048  # partial sums that the second stage adds at once
 
@@ -46,7 +46,7 @@ class _Target:
 def _check_targets(targets: Sequence[Tensor], params: Sequence[Tensor]) -> None:
     check(len(targets) == len(params), "expected one target for each parameter")
     check(
-        all([target.dtype == parameter.dtype for target, parameter in zip(targets, params, strict=True)]),
+        all(target.dtype == parameter.dtype for target, parameter in zip(targets, params, strict=True)),
         "a target has another dtype than its parameter",
     )
 
@@ -81,7 +81,7 @@ def _partial_projections(flat: Flat, params: Sequence[Tensor], u: View, num_term
 
 def _finish(flat: Flat, partial: Tensor, result: Tensor) -> Tensor:
     """The sum of each row of partial sums."""
-    kernels.finish_kernel[(result.numel(),)](partial, flat.chunks, result, LANES=_LANES, num_warps=NUM_WARPS)
+    kernels.finish_kernel[(result.numel(),)](partial, flat.chunks, result, LANES=_LANES, num_warps=kernels.NUM_WARPS)
     return result
 
 
@@ -150,7 +150,9 @@ def low_rank_penalty_accumulate_(
     target = _Target(flat, targets)
     partial = _partial_projections(flat, params, u, num_terms)
     force, value = flat.empty_float64(num_terms), flat.empty_float64(num_terms)
-    kernels.force_kernel[(num_terms,)](partial, flat.chunks, a, b, c, force, value, LANES=_LANES, num_warps=NUM_WARPS)
+    kernels.force_kernel[(num_terms,)](
+        partial, flat.chunks, a, b, c, force, value, LANES=_LANES, num_warps=kernels.NUM_WARPS
+    )
     _combine(flat, target.view, u, force, overwrite=False)
     target.write_back()
     return value.sum()

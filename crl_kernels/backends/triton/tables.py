@@ -18,9 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# 8 elements for each of 256 threads: one 16-byte load of bfloat16, two of float32. Tests make it smaller.
-BLOCK = 2048
-NUM_WARPS = 8
+from . import kernels
+
 TABLES = 128  # of entries, and as many of segments; a training step needs one for each list of tensors in it
 
 _DTYPES = {
@@ -118,20 +117,20 @@ class Flat:
         check(len(like) > 0, "expected at least one tensor")
         self._like = like
         self.lengths = tuple([tensor.numel() for tensor in like])
-        self.chunks = -(-sum(self.lengths) // BLOCK)
+        self.chunks = -(-sum(self.lengths) // kernels.BLOCK)
         self._index = like[0].get_device()
         self._place = Place.of(like[0])
         segments = _segments if self._place.capturing else _cached_segments
-        self._begins, self._firsts = segments(self.lengths, BLOCK, self._place)
+        self._begins, self._firsts = segments(self.lengths, kernels.BLOCK, self._place)
         self._copies: list[Sequence[Tensor]] = []
 
     def view(self, tensors: Sequence[Tensor], num_terms: int = 1) -> View:
         """Tensors to read: for each term one flat tensor, or one tensor for each segment. Tensors that are not
         contiguous are copied; the copies live as long as this object."""
-        if not all([tensor.is_contiguous() for tensor in tensors]):
+        if not all(tensor.is_contiguous() for tensor in tensors):
             tensors = [tensor.contiguous() for tensor in tensors]
             self._copies.append(tensors)
-        check(all([tensor.get_device() == self._index for tensor in tensors]), "tensors are on different devices")
+        check(all(tensor.get_device() == self._index for tensor in tensors), "tensors are on different devices")
         view = _view if self._place.capturing else _cached_view
         return view(
             self.lengths,
@@ -156,13 +155,16 @@ class Flat:
 
     def run(self, kernel: Any, *arguments: Any, **constants: Any) -> None:
         """Runs a kernel with one program for each chunk."""
-        if self.chunks:
-            kernel[(self.chunks,)](
-                self._begins,
-                self._firsts,
-                sum(self.lengths),
-                *arguments,
-                **constants,
-                BLOCK=BLOCK,
-                num_warps=NUM_WARPS,
-            )
+        if self.chunks == 0:
+            return
+        if torch.version.hip is None:
+            constants["maxnreg"] = kernels.REGISTERS[kernel.__name__]
+        kernel[(self.chunks,)](
+            self._begins,
+            self._firsts,
+            sum(self.lengths),
+            *arguments,
+            **constants,
+            BLOCK=kernels.BLOCK,
+            num_warps=kernels.NUM_WARPS,
+        )
