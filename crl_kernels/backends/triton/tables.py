@@ -52,12 +52,12 @@ class Place(NamedTuple):
 
     def upload(self, words: Sequence[int]) -> Tensor:
         """The words as int64 on the device, without waiting for it."""
-        if self.device.type == "cpu":
-            return torch.tensor(words, dtype=torch.int64)
         if self.capturing:
             table = torch.zeros(len(words), dtype=torch.int64, device=self.device)
             torch._foreach_add_(table.unbind(), list(words))
             return table
+        if self.device.type == "cpu":
+            return torch.tensor(words, dtype=torch.int64)
         # torch keeps the pinned source until the copy is done.
         return torch.tensor(words, dtype=torch.int64).pin_memory().to(self.device, non_blocking=True)
 
