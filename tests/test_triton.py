@@ -23,7 +23,6 @@ needs_interpreter = pytest.mark.skipif(
 )
 
 if registry.INTERPRETED:
-    import triton
     import triton.language as tl
 
     from crl_kernels.backends.triton import kernels, operators, tables
@@ -156,14 +155,3 @@ def test_tables_that_are_written_by_kernels_hold_the_same_words():
     captured, copied = (tables.Place(torch.device("cpu"), 0, capturing).upload(words) for capturing in (True, False))
     assert captured.tolist() == words
     assert torch.equal(captured, copied)
-
-
-@needs_interpreter
-def test_kernels_are_not_compiled_anew_for_a_list_or_a_flat_tensor():
-    """Their arguments' values and alignments are not specialised on, so that both run the same binary."""
-    for name in kernels.REGISTERS:
-        parameters = getattr(kernels, name).arg_names
-        constants = [parameter for parameter in parameters if parameter.isupper()]
-        kwargs = getattr(kernels, name).kwargs
-        assert list(kwargs["do_not_specialize"]) == [p for p in parameters if p not in constants]
-    assert triton.knobs.runtime.interpret

@@ -36,7 +36,7 @@ READS = {
 }
 WRITES = {"combine_kernel": "TARGETS", "gradient_kernel": "PARAMS", "shrink_kernel": "PARAMS"}
 TYPES = {"firsts": "*i32", "numel": "i64", "count": "i32", "num_terms": "i32", "pieces": "i32"}
-TABLES = ("begins", "params", "targets", "directions", "fisher", "anchor")
+TABLES = ("begins", "parameters", "targets", "directions", "fisher", "anchor")
 
 
 def low_rank(values: int, directions: int):
@@ -137,3 +137,10 @@ def test_the_second_stage_compiles(target):
         source = ASTSource(function, types, constexprs={"LANES": 2048})
         asm = triton.compile(source, target=TARGETS[target], options={"num_warps": kernels.NUM_WARPS}).asm
         assert asm["hsaco" if target == "gfx942" else "cubin"]
+
+
+@pytest.mark.parametrize("kernel", [*READS, "finish_kernel", "force_kernel"])
+def test_a_list_and_a_flat_tensor_run_the_same_binary(kernel):
+    """No value or alignment of an argument is specialised on: another binary might add lanes in another order."""
+    parameters = getattr(kernels, kernel).params
+    assert [p.name for p in parameters if not p.is_constexpr and not p.do_not_specialize] == []

@@ -82,10 +82,10 @@ def elements(
         origin = (entry >> 2).to(tl.pointer_type(tl.bfloat16))
     else:
         origin = (entry >> 2).to(tl.pointer_type(tl.float16))
-    pointers = origin + start + tl.arange(0, BLOCK)
+    first = origin + start
     if ALIGNED:
-        pointers = tl.multiple_of(pointers, 16)
-    return pointers
+        first = tl.multiple_of(first, 16)
+    return first + tl.arange(0, BLOCK)
 
 
 @triton.jit
@@ -178,8 +178,8 @@ def projections_kernel(
     begins: tl.tensor,
     firsts: tl.tensor,
     numel: tl.tensor,
-    params: tl.tensor,
-    params_stride: tl.tensor,
+    parameters: tl.tensor,
+    parameters_stride: tl.tensor,
     directions: tl.tensor,
     directions_stride: tl.tensor,
     pieces: tl.tensor,
@@ -193,7 +193,7 @@ def projections_kernel(
     chunk = tl.program_id(0).to(tl.int64)
     chunks = tl.num_programs(0)
     place = locate(begins, firsts, numel, chunk, BLOCK)
-    theta = _read(params, params_stride, place, PARAMS, BLOCK)
+    theta = _read(parameters, parameters_stride, place, PARAMS, BLOCK)
     for _ in range(num_terms):
         u = _read(directions, directions_stride, place, DIRECTIONS, BLOCK)
         tl.store(partial + chunk, tl.sum(theta.to(tl.float64) * u.to(tl.float64), axis=0))
@@ -238,8 +238,8 @@ def quadratic_kernel(
     begins: tl.tensor,
     firsts: tl.tensor,
     numel: tl.tensor,
-    params: tl.tensor,
-    params_stride: tl.tensor,
+    parameters: tl.tensor,
+    parameters_stride: tl.tensor,
     fisher: tl.tensor,
     fisher_stride: tl.tensor,
     anchor: tl.tensor,
@@ -252,7 +252,7 @@ def quadratic_kernel(
     """partial[chunk] = sum S (theta - m)^2 over the chunk."""
     chunk = tl.program_id(0).to(tl.int64)
     place = locate(begins, firsts, numel, chunk, BLOCK)
-    theta = _read(params, params_stride, place, PARAMS, BLOCK)
+    theta = _read(parameters, parameters_stride, place, PARAMS, BLOCK)
     s = _read(fisher, fisher_stride, place, STATE, BLOCK)
     m = _read(anchor, anchor_stride, place, STATE, BLOCK)
     distance = theta.to(tl.float64) - m.to(tl.float64)
@@ -266,8 +266,8 @@ def gradient_kernel(
     numel: tl.tensor,
     targets: tl.tensor,
     targets_stride: tl.tensor,
-    params: tl.tensor,
-    params_stride: tl.tensor,
+    parameters: tl.tensor,
+    parameters_stride: tl.tensor,
     fisher: tl.tensor,
     fisher_stride: tl.tensor,
     anchor: tl.tensor,
@@ -283,7 +283,7 @@ def gradient_kernel(
     its parameter's dtype."""
     chunk = tl.program_id(0).to(tl.int64)
     place = locate(begins, firsts, numel, chunk, BLOCK)
-    theta = _read(params, params_stride, place, PARAMS, BLOCK)
+    theta = _read(parameters, parameters_stride, place, PARAMS, BLOCK)
     s = _read(fisher, fisher_stride, place, STATE, BLOCK)
     m = _read(anchor, anchor_stride, place, STATE, BLOCK)
     c = tl.load(coefficient)
@@ -303,8 +303,8 @@ def shrink_kernel(
     begins: tl.tensor,
     firsts: tl.tensor,
     numel: tl.tensor,
-    params: tl.tensor,
-    params_stride: tl.tensor,
+    parameters: tl.tensor,
+    parameters_stride: tl.tensor,
     fisher: tl.tensor,
     fisher_stride: tl.tensor,
     anchor: tl.tensor,
@@ -316,12 +316,12 @@ def shrink_kernel(
 ) -> None:
     """theta <- theta - w (theta - m), w = strength S / (1 + strength S); w = 0 where S = 0, 1 where it is infinite."""
     place = locate(begins, firsts, numel, tl.program_id(0).to(tl.int64), BLOCK)
-    theta = _read(params, params_stride, place, PARAMS, BLOCK).to(tl.float64)
+    theta = _read(parameters, parameters_stride, place, PARAMS, BLOCK).to(tl.float64)
     s = _read(fisher, fisher_stride, place, STATE, BLOCK).to(tl.float64)
     m = _read(anchor, anchor_stride, place, STATE, BLOCK).to(tl.float64)
     x = tl.where(s == 0.0, 0.0, s * tl.load(strength))
     x = tl.where(x > 1.7976931348623157e308, 1.7976931348623157e308, x)  # NaN is kept
-    _write(params, params_stride, place, theta - x / (1.0 + x) * (theta - m), PARAMS, BLOCK)
+    _write(parameters, parameters_stride, place, theta - x / (1.0 + x) * (theta - m), PARAMS, BLOCK)
 
 
 # The second stage of reductions: one program for each row of partial sums.
