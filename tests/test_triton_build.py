@@ -4,6 +4,7 @@ GPU is needed to see that."""
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -117,10 +118,15 @@ def test_sm_90_does_not_spill(case, tmp_path):
     assert registers <= kernels.REGISTERS[case[0]]
 
 
+def needs_linker_for_amd() -> None:
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 5):
+        pytest.skip(f"Triton {triton.__version__} needs ROCm's linker for this target")
+
+
 @pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx942"])
 def test_compiles_for_other_gpus(target):
-    if target == "gfx942" and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 5):
-        pytest.skip(f"Triton {triton.__version__} needs ROCm's linker for this target")
+    if target == "gfx942":
+        needs_linker_for_amd()
     for kernel, constants in [*USUAL[:4], *diagonal(BF16, F32), *MIXED[:2], MIXED[-2]]:
         asm = compiled(kernel, constants, target).asm
         assert asm["hsaco" if target == "gfx942" else "cubin"]
@@ -130,8 +136,8 @@ def test_compiles_for_other_gpus(target):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_second_stage_compiles(target):
-    if target == "gfx942" and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 5):
-        pytest.skip(f"Triton {triton.__version__} needs ROCm's linker for this target")
+    if target == "gfx942":
+        needs_linker_for_amd()
     for function in (kernels.finish_kernel, kernels.force_kernel):
         types = {name: TYPES.get(name, "*fp64") for name in function.arg_names} | {"LANES": "constexpr"}
         source = ASTSource(function, types, constexprs={"LANES": 2048})
@@ -144,3 +150,73 @@ def test_a_list_and_a_flat_tensor_run_the_same_binary(kernel):
     """No value or alignment of an argument is specialised on: another binary might add lanes in another order."""
     parameters = getattr(kernels, kernel).params
     assert [p.name for p in parameters if not p.is_constexpr and not p.do_not_specialize] == []
+
+
+# Every operator with a driver that says which GPU there is but launches nothing: each launch is bound, specialised and
+# compiled as on that GPU. A kernel's parameters must not be called `params`, for example, as Triton's launcher has a
+# variable of that name. The same calls for a flat tensor, for a list, and for a list at other alignments.
+LAUNCHES = """
+import sys
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+if sys.argv[1] == "hip":
+    torch.version.hip, target = "7.0", GPUTarget("hip", "gfx942", 64)
+else:
+    target = GPUTarget("cuda", 90, 32)
+
+
+class Driver:
+    get_current_target = staticmethod(lambda: target)
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
+
+
+driver.set_active(Driver())
+
+from crl_kernels.backends.triton import kernels, operators
+
+binaries = {}
+
+
+class Compiled:
+    def __init__(self, kernel):
+        self.kernel, self.__name__ = kernel, kernel.__name__
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **constants):
+            binary = self.kernel.warmup(*arguments, grid=grid, **constants)
+            binaries.setdefault(self.__name__, set()).add(binary.hash)
+
+        return launch
+
+
+for name in [*kernels.REGISTERS, "finish_kernel", "force_kernel"]:
+    setattr(kernels, name, Compiled(getattr(kernels, name)))
+
+flat, u = torch.randn(2, 5000)
+one, c = torch.ones((), dtype=torch.float64), torch.ones(3, dtype=torch.float64)[1:2]
+for params in ([flat], list(flat.split([3000, 1, 1999])), [torch.randn(4097)[1:], torch.randn(904)]):
+    targets = [torch.zeros_like(p) for p in params]
+    operators.low_rank_projections(params, [u], 1)
+    operators.low_rank_combine([u], c, params)
+    operators.low_rank_accumulate_(targets, [u], c)
+    operators.low_rank_penalty_accumulate_(targets, params, [u], c, c, one)
+    operators.diagonal_quadratic(params, [u], [u])
+    operators.diagonal_gradient(params, [u], [u], one)
+    operators.diagonal_accumulate_(targets, params, [u], [u], one)
+    operators.diagonal_shrink_(params, [u], [u], one)
+print(*sorted(f"{name}={len(hashes)}" for name, hashes in binaries.items()))
+"""
+
+
+@pytest.mark.parametrize("backend", ["cuda", "hip"])
+def test_operators_bind_and_compile_what_they_launch(backend):
+    if backend == "hip":
+        needs_linker_for_amd()
+    run = subprocess.run([sys.executable, "-c", LAUNCHES, backend], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    overwriting = {"combine_kernel", "gradient_kernel"}  # have one binary for targets that are only written
+    names = [*READS, "finish_kernel", "force_kernel"]
+    assert run.stdout.split() == sorted(f"{name}={1 + (name in overwriting)}" for name in names)
