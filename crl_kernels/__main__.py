@@ -1,5 +1,6 @@
-"""``python -m crl_kernels``: versions, what was built, and what runs where. Worth pasting into a bug report."""
+"""``python -m crl_kernels``: versions, devices, what was built, what runs where. Worth pasting into a bug report."""
 
+import importlib.metadata
 import platform
 
 import torch
@@ -9,17 +10,41 @@ from ._ops import NAMES
 from .backends import registry
 
 
+def _triton_version() -> str:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _gpus() -> list[str]:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    properties = [torch.cuda.get_device_properties(i) for i in range(count)]
+    return [f"{p.name}, compute capability {p.major}.{p.minor}, {p.total_memory / 2**30:.0f} GiB" for p in properties]
+
+
 def main() -> None:
-    print(f"crl_kernels {__version__}, torch {torch.__version__}")
+    built_for = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
+    print(f"crl_kernels {__version__}")
+    print(f"torch {torch.__version__} ({built_for if torch.version.cuda or torch.version.hip else 'CPU only'})")
+    print(f"Triton {_triton_version()}")
     print(f"Python {platform.python_version()}, {platform.system()} {platform.machine()}")
     print(f"CRL_KERNELS_BACKEND={registry.CHOICE}")
-    for library in (registry.CPU, registry.CUDA):
-        print(f"  {library.device + ':':6}{library.reason}")
-    print(f"operators: {', '.join(NAMES)}")
+    print(f"CPU: {torch.get_num_threads()} threads")
+    for gpu in _gpus() or ["none"]:
+        print(f"GPU: {gpu}")
+
+    width = max(map(len, NAMES))
+    rows = [(name, registry.implementation("cpu", name), registry.implementation("cuda", name)) for name in NAMES]
+    middle = max(len(cpu) for _, cpu, _ in rows)
+    print()
+    for name, cpu, cuda in [("operator", "on cpu", "on cuda"), *rows]:
+        print(f"{name:{width}}  {cpu:{middle}}  {cuda}")
+
+    print()
     for device in ("cpu", "cuda"):
-        print(f"  on {device}: {registry.implementation(device)}")
-    found = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    print(f"GPU: {found}")
+        for reason in dict.fromkeys(registry.reason(device, name) for name in NAMES):
+            print(f"on {device}: {reason}")
 
 
 if __name__ == "__main__":

@@ -22,10 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import (
-    reference,
-    registry,  # noqa: F401  (importing it loads the compiled libraries)
-)
+from .backends import reference, registry  # importing the registry loads the compiled libraries
 
 SCHEMAS = (
     "low_rank_projections(Tensor[] params, Tensor[] directions, int num_terms) -> Tensor",
@@ -45,6 +42,7 @@ _library = torch.library.Library("crl_kernels", "DEF")
 for _schema, _name in zip(SCHEMAS, NAMES, strict=True):
     _library.define(_schema)
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+registry.register(NAMES)
 
 _ops = torch.ops.crl_kernels
 

@@ -8,7 +8,10 @@ import os
 import torch
 
 import crl_kernels  # noqa: F401  (defines the operators' schemas)
+from crl_kernels.backends import registry
 
 torch.set_num_threads(1)
 if library := os.environ.get("CRL_TEST_LIBRARY"):
     torch.ops.load_library(library)
+if registry.INTERPRETED:
+    import triton_interpreter  # noqa: F401  (corrects its rounding)

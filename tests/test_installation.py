@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from crl_kernels import _ops
 from crl_kernels.backends import registry
 
 ROOT = Path(__file__).parent.parent
@@ -42,18 +43,71 @@ def test_reference_backend_can_be_chosen_and_is_quiet():
 
 def test_a_backend_that_cannot_run_raises():
     result = run("-c", "import crl_kernels", env=environment(CRL_KERNELS_BACKEND="tpu"))
-    assert "CRL_KERNELS_BACKEND='tpu': expected one of auto, reference, cpu, cuda" in result.stderr
-    for library in (registry.CPU, registry.CUDA):
-        result = run("-c", "import crl_kernels", env=environment(CRL_KERNELS_BACKEND=library.device))
+    assert "CRL_KERNELS_BACKEND='tpu': expected one of auto, reference, cpu, cuda, triton" in result.stderr
+    for name, library in (("cpu", registry.CPU), ("cuda", registry.CUDA), ("triton", registry.TRITON)):
+        result = run("-c", "import crl_kernels", env=environment(CRL_KERNELS_BACKEND=name))
         assert (result.returncode == 0) == library.loaded
-        assert library.loaded or f"CRL_KERNELS_BACKEND={library.device}: {library.reason}" in result.stderr
+        assert library.loaded or f"CRL_KERNELS_BACKEND={name}: {library.reason}" in result.stderr
 
 
-def test_the_report_says_what_runs():
+def test_the_report_says_what_runs_and_why():
     result = run("-m", "crl_kernels")
     assert result.returncode == 0, result.stderr
-    for line in (f"cpu:  {registry.CPU.reason}", f"on cpu: {registry.implementation('cpu')}", "low_rank_projections"):
-        assert line in result.stdout
+    lines = [line.split() for line in result.stdout.splitlines()]
+    for name in _ops.NAMES:
+        runs = [registry.implementation(device, name) for device in ("cpu", "cuda")]
+        assert [name, *" ".join(runs).split()] in lines
+    for device, library in (("cpu", registry.CPU), ("cuda", registry.CUDA)):
+        assert f"on {device}: {library.reason}" in result.stdout
+
+
+FIND_TRITON = """
+import warnings
+from crl_kernels.backends import reference, registry
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    operators = [registry._gpu_operators() for _ in range(2)]
+print(len(caught), operators[0].__name__, registry.implementation("cuda"), registry.reason("cuda", "diagonal_shrink_"))
+for warning in caught:
+    print(warning.message)
+"""
+
+needs_triton = pytest.mark.skipif(not registry.TRITON.loaded, reason=f"no Triton: {registry.TRITON.reason}")
+
+
+@needs_triton
+def test_triton_is_imported_only_when_a_gpu_needs_it():
+    result = run("-c", "import crl_kernels, sys; print('triton' in sys.modules)", env=environment())
+    assert result.stdout == "False\n", result.stderr
+    result = run("-c", FIND_TRITON, env=environment())
+    assert result.stdout.startswith("0 crl_kernels.backends.triton.operators "), result.stderr
+
+
+@needs_triton
+def test_without_triton_a_gpu_runs_plain_pytorch_and_says_so_once(tmp_path):
+    """Without Triton; with a Triton that cannot be imported; without the C compiler that it needs."""
+    source = str(source_copy(tmp_path))
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "triton.py").write_text("raise ImportError('libtriton.so is damaged')")
+    broken = os.pathsep.join([str(tmp_path / "broken"), source])
+    without = "import sys; sys.modules['triton'] = None"
+    bare = {"PATH": path_with(tmp_path / "bin"), "CC": "no-such-compiler"}
+    for first, changes, why in (
+        (without, {}, "Triton is not installed"),
+        ("", {"PYTHONPATH": broken}, "Triton could not be imported: libtriton.so is damaged"),
+        ("", bare, "Triton needs a C compiler when it runs"),
+    ):
+        there = {"env": environment(PYTHONPATH=source) | changes, "cwd": tmp_path}
+        result = run("-c", f"{first}\n{FIND_TRITON}", **there)
+        assert result.returncode == 0, result.stderr
+        found, warning = result.stdout.splitlines()
+        assert found.startswith("1 crl_kernels.backends.reference reference (plain PyTorch) "), found
+        assert why in found
+        assert "crl_kernels runs in plain PyTorch on the GPU, which is slow" in warning
+        assert why in warning
+        there["env"]["CRL_KERNELS_BACKEND"] = "triton"
+        result = run("-c", f"{first}\nimport crl_kernels", **there)
+        assert f"ImportError: CRL_KERNELS_BACKEND=triton: {why}" in result.stderr
 
 
 def path_with(folder: Path, *tools: str) -> str:

@@ -28,12 +28,14 @@ DTYPES = {
 # Half a unit in the last place, relative: what one rounding to the dtype may cost.
 ROUNDING = {torch.float32: 2**-24, torch.float64: 2**-53, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 CHUNK = 4096
+EXAMPLES = 20 if registry.INTERPRETED else 60
 
 needs_cpu_library = pytest.mark.skipif(not registry.CPU.loaded, reason=f"no C++ kernels: {registry.CPU.reason}")
 
 
 needs_library = pytest.mark.skipif(
-    not registry.CPU.loaded and "CRL_TEST_LIBRARY" not in os.environ, reason=f"no C++ kernels: {registry.CPU.reason}"
+    not registry.CPU.loaded and not registry.INTERPRETED and "CRL_TEST_LIBRARY" not in os.environ,
+    reason=f"no C++ kernels: {registry.CPU.reason}",
 )
 
 
@@ -113,7 +115,7 @@ def assert_rounded_once(actual: list[Tensor], expected: Tensor, magnitude: Tenso
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=EXAMPLES)
 @given(
     case=lists,
     num_terms=st.integers(1, 3),
@@ -152,7 +154,7 @@ def test_low_rank_operators(backend, case, num_terms, dtype, flat, seed):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=EXAMPLES)
 @given(
     case=lists,
     state_dtype=st.sampled_from(["float32", "float64"]),

@@ -1,0 +1,222 @@
+"""Every Triton kernel compiles for the GPUs it is meant for, reads and writes 16 bytes at a time and does not spill: no
+GPU is needed to see that."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("TRITON_INTERPRET=1: kernels are interpreted, not compiled", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from crl_kernels.backends.triton import kernels  # noqa: E402
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+F32, F64, BF16, F16 = 1, 2, 4, 8  # bits of DTYPES
+BYTES = {F32: 4, F64: 8, BF16: 2, F16: 2}
+
+# Views that a kernel reads, and those that it writes too: constants that hold their dtypes.
+READS = {
+    "projections_kernel": ("PARAMS", "DIRECTIONS"),
+    "combine_kernel": ("TARGETS", "DIRECTIONS"),
+    "quadratic_kernel": ("PARAMS", "STATE", "STATE"),
+    "gradient_kernel": ("PARAMS", "PARAMS", "STATE", "STATE"),
+    "shrink_kernel": ("PARAMS", "STATE", "STATE"),
+}
+WRITES = {"combine_kernel": "TARGETS", "gradient_kernel": "PARAMS", "shrink_kernel": "PARAMS"}
+TYPES = {"firsts": "*i32", "numel": "i64", "count": "i32", "num_terms": "i32", "pieces": "i32"}
+TABLES = ("begins", "parameters", "targets", "directions", "fisher", "anchor")
+
+
+def low_rank(values: int, directions: int):
+    yield "projections_kernel", {"PARAMS": values, "DIRECTIONS": directions}
+    for overwrite in (False, True):
+        yield "combine_kernel", {"TARGETS": values, "DIRECTIONS": directions, "OVERWRITE": overwrite}
+
+
+def diagonal(values: int, state: int):
+    yield "quadratic_kernel", {"PARAMS": values, "STATE": state}
+    for overwrite in (False, True):
+        yield "gradient_kernel", {"PARAMS": values, "STATE": state, "OVERWRITE": overwrite}
+    yield "shrink_kernel", {"PARAMS": values, "STATE": state}
+
+
+USUAL = [*low_rank(F32, F32), *low_rank(F32, BF16), *low_rank(BF16, BF16), *diagonal(F32, F32), *diagonal(BF16, F32)]
+MIXED = [*low_rank(F32 | BF16, BF16), *low_rank(F16, F64), *diagonal(F32 | BF16 | F64, F64)]
+
+
+def name_of(case) -> str:
+    kernel, constants = case
+    return "-".join([kernel, *(f"{name}={value}" for name, value in constants.items())])
+
+
+def compiled(kernel: str, constants: dict[str, int], target: str):
+    function = getattr(kernels, kernel)
+    constants = constants | {"BLOCK": kernels.BLOCK}
+
+    def type_of(parameter: str) -> str:
+        if parameter in constants:
+            return "constexpr"
+        if parameter.endswith("_stride"):
+            return "i32"
+        return TYPES.get(parameter, "*i64" if parameter in TABLES else "*fp64")
+
+    options = {"num_warps": kernels.NUM_WARPS}
+    if TARGETS[target].backend == "cuda":
+        options["maxnreg"] = kernels.REGISTERS[kernel]
+    source = ASTSource(function, {name: type_of(name) for name in function.arg_names}, constexprs=constants)
+    return triton.compile(source, target=TARGETS[target], options=options)
+
+
+def wide_accesses(constants: dict[str, int], views: tuple[str, ...], threads: int) -> int:
+    """How many 16-byte accesses of one thread cover a chunk of these views, one for each dtype in a view."""
+    dtypes = [bit for view in views for bit in BYTES if constants[view] & bit]
+    return sum(kernels.BLOCK * BYTES[bit] // (16 * threads) for bit in dtypes)
+
+
+@pytest.mark.parametrize("case", [*USUAL, *MIXED], ids=name_of)
+def test_sm_90_reads_and_writes_16_bytes_at_a_time(case):
+    kernel, constants = case
+    ptx = compiled(kernel, constants, "sm_90").asm["ptx"]
+    reads, writes = READS[kernel], (WRITES[kernel],) if kernel in WRITES else ()
+    if constants.get("OVERWRITE"):
+        reads = reads[1:]
+    threads = 32 * kernels.NUM_WARPS
+    for access, views in (("ld", reads), ("st", writes)):
+        wide = re.findall(rf"\b{access}\.global\S*\.v(?:4\.[bfu]32|2\.[bfu]64)\b", ptx)
+        assert len(wide) == wide_accesses(constants, views, threads)
+
+
+def tool(name: str) -> str:
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    if not path.exists():
+        pytest.skip(f"this Triton comes without {name}")
+    return str(path)
+
+
+@pytest.mark.parametrize("case", USUAL, ids=name_of)
+def test_sm_90_does_not_spill(case, tmp_path):
+    """In the binary that runs: spilled registers would be on the stack."""
+    binary = tmp_path / "kernel.cubin"
+    binary.write_bytes(compiled(*case, "sm_90").asm["cubin"])
+    command = [tool("cuobjdump"), "--dump-resource-usage", str(binary)]
+    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(n) for n in re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    assert stack == 0, usage
+    assert registers <= kernels.REGISTERS[case[0]]
+
+
+def needs_linker_for_amd() -> None:
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 5):
+        pytest.skip(f"Triton {triton.__version__} needs ROCm's linker for this target")
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx942"])
+def test_compiles_for_other_gpus(target):
+    if target == "gfx942":
+        needs_linker_for_amd()
+    for kernel, constants in [*USUAL[:4], *diagonal(BF16, F32), *MIXED[:2], MIXED[-2]]:
+        asm = compiled(kernel, constants, target).asm
+        assert asm["hsaco" if target == "gfx942" else "cubin"]
+        if target == "gfx942":
+            assert "buffer_load_dwordx4" in asm["amdgcn"] or "global_load_dwordx4" in asm["amdgcn"]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_second_stage_compiles(target):
+    if target == "gfx942":
+        needs_linker_for_amd()
+    for function in (kernels.finish_kernel, kernels.force_kernel):
+        types = {name: TYPES.get(name, "*fp64") for name in function.arg_names} | {"LANES": "constexpr"}
+        source = ASTSource(function, types, constexprs={"LANES": 2048})
+        asm = triton.compile(source, target=TARGETS[target], options={"num_warps": kernels.NUM_WARPS}).asm
+        assert asm["hsaco" if target == "gfx942" else "cubin"]
+
+
+@pytest.mark.parametrize("kernel", [*READS, "finish_kernel", "force_kernel"])
+def test_a_list_and_a_flat_tensor_run_the_same_binary(kernel):
+    """No value or alignment of an argument is specialised on: another binary might add lanes in another order."""
+    parameters = getattr(kernels, kernel).params
+    assert [p.name for p in parameters if not p.is_constexpr and not p.do_not_specialize] == []
+
+
+# Every operator with a driver that says which GPU there is but launches nothing: each launch is bound, specialised and
+# compiled as on that GPU. A kernel's parameters must not be called `params`, for example, as Triton's launcher has a
+# variable of that name. The same calls for a flat tensor, for a list, and for a list at other alignments.
+LAUNCHES = """
+import sys
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+if sys.argv[1] == "hip":
+    torch.version.hip, target = "7.0", GPUTarget("hip", "gfx942", 64)
+else:
+    target = GPUTarget("cuda", 90, 32)
+
+
+class Driver:
+    get_current_target = staticmethod(lambda: target)
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
+
+
+driver.set_active(Driver())
+
+from crl_kernels.backends.triton import kernels, operators
+
+binaries = {}
+
+
+class Compiled:
+    def __init__(self, kernel):
+        self.kernel, self.__name__ = kernel, kernel.__name__
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **constants):
+            binary = self.kernel.warmup(*arguments, grid=grid, **constants)
+            binaries.setdefault(self.__name__, set()).add(binary.hash)
+
+        return launch
+
+
+for name in [*kernels.REGISTERS, "finish_kernel", "force_kernel"]:
+    setattr(kernels, name, Compiled(getattr(kernels, name)))
+
+flat, u = torch.randn(2, 5000)
+one, c = torch.ones((), dtype=torch.float64), torch.ones(3, dtype=torch.float64)[1:2]
+for params in ([flat], list(flat.split([3000, 1, 1999])), [torch.randn(4097)[1:], torch.randn(904)]):
+    targets = [torch.zeros_like(p) for p in params]
+    operators.low_rank_projections(params, [u], 1)
+    operators.low_rank_combine([u], c, params)
+    operators.low_rank_accumulate_(targets, [u], c)
+    operators.low_rank_penalty_accumulate_(targets, params, [u], c, c, one)
+    operators.diagonal_quadratic(params, [u], [u])
+    operators.diagonal_gradient(params, [u], [u], one)
+    operators.diagonal_accumulate_(targets, params, [u], [u], one)
+    operators.diagonal_shrink_(params, [u], [u], one)
+print(*sorted(f"{name}={len(hashes)}" for name, hashes in binaries.items()))
+"""
+
+
+@pytest.mark.parametrize("backend", ["cuda", "hip"])
+def test_operators_bind_and_compile_what_they_launch(backend):
+    if backend == "hip":
+        needs_linker_for_amd()
+    run = subprocess.run([sys.executable, "-c", LAUNCHES, backend], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    overwriting = {"combine_kernel", "gradient_kernel"}  # have one binary for targets that are only written
+    names = [*READS, "finish_kernel", "force_kernel"]
+    assert run.stdout.split() == sorted(f"{name}={1 + (name in overwriting)}" for name in names)
