@@ -35,11 +35,10 @@ __device__ double warp_sum(double value) {
   return value;
 }
 
-// The sum over the block, in every thread. All threads call it.
+// The sum over the block, in every thread. All threads call it, once in a kernel.
 __device__ double block_sum(double value) {
   __shared__ double sums[kWarps];
   const double sum = warp_sum(value);
-  __syncthreads();  // the previous use of `sums` is over
   if (threadIdx.x % kWarp == 0) sums[threadIdx.x / kWarp] = sum;
   __syncthreads();
   double total = 0.0;
