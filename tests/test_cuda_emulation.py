@@ -1,16 +1,25 @@
-"""The CUDA kernels on a machine without a GPU: compiled for the host, threads as fibers, under the same tests."""
+"""The CUDA operators on a machine without a GPU: compiled for the host, threads as fibers, under the same tests, and
+under tests of what only they have: tables on the device, vector accesses, two ways to a value and its gradient."""
 
+import ctypes
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 from torch.utils.cpp_extension import include_paths, library_paths
 
 TESTS = Path(__file__).parent
 COMPILER = shutil.which("g++")
+LIBRARY = os.environ.get("CRL_TEST_LIBRARY")
+
+needs_emulation = pytest.mark.skipif(LIBRARY is None, reason="CRL_TEST_LIBRARY is not set: runs within the first test")
+ops = torch.ops.crl_kernels
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +35,10 @@ def library(tmp_path_factory) -> Path:
     return target
 
 
-@pytest.mark.skipif("CRL_TEST_LIBRARY" in os.environ, reason="this is the run that the test below starts")
+@pytest.mark.skipif(LIBRARY is not None, reason="this is the run that the test starts")
 @pytest.mark.skipif(COMPILER is None or sys.platform != "linux", reason="needs g++ on Linux")
 def test_operators_and_derivatives(library):
-    files = [str(TESTS / name) for name in ("test_operators.py", "test_autograd.py")]
+    files = [str(TESTS / name) for name in ("test_operators.py", "test_autograd.py", "test_cuda_emulation.py")]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files],
         env=os.environ | {"CRL_KERNELS_BACKEND": "reference", "CRL_TEST_LIBRARY": str(library)},
@@ -37,3 +46,236 @@ def test_operators_and_derivatives(library):
         text=True,
     )
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+DEFAULTS = {"stream": 0, "capturing": 0, "cooperative_launch": 1, "l2_bytes": 1 << 16}
+
+
+class Device:
+    """The emulated device: properties to set, events to count."""
+
+    def __init__(self) -> None:
+        self.library = ctypes.CDLL(LIBRARY)
+
+    def _variable(self, name: str) -> ctypes.c_int64:
+        return ctypes.c_int64.in_dll(self.library, f"emulated_{name}")
+
+    def set(self, **properties: int) -> None:
+        for name, value in properties.items():
+            self._variable(name).value = value
+
+    def count(self, call: Callable[[], object], *events: str) -> tuple[int, ...]:
+        before = [self._variable(name).value for name in events]
+        call()
+        return tuple(self._variable(name).value - value for name, value in zip(events, before, strict=True))
+
+    def launches(self, call: Callable[[], object]) -> int:
+        return self.count(call, "launches")[0]
+
+
+@pytest.fixture
+def device() -> Iterator[Device]:
+    device = Device()
+    yield device
+    device.set(**DEFAULTS)
+
+
+def parameters(lengths: list[int], dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(n, generator=generator).to(dtype) for n in lengths]
+
+
+# A pass and its finish are two launches. A table that has to be written is one more for each 500 words, and the index.
+PASS = 2
+TABLE = 2
+
+
+@needs_emulation
+def test_a_table_is_written_once_for_as_long_as_addresses_stay(device):
+    theta, u = parameters([300, 5, 4000]), parameters([300, 5, 4000], seed=1)
+
+    def project() -> None:
+        expected = sum(t.double() @ d.double() for t, d in zip(theta, u, strict=True))
+        torch.testing.assert_close(ops.low_rank_projections(theta, u, 1)[0], expected, rtol=1e-13, atol=0)
+
+    assert device.launches(project) == PASS + TABLE
+    assert device.launches(project) == PASS
+    theta[1].mul_(2)  # new values at the same address
+    assert device.launches(project) == PASS
+    kept = theta[2]
+    theta[2] = kept * 3  # the same tensor, elsewhere
+    assert device.launches(project) == PASS + TABLE
+    theta[2] = kept
+    assert device.launches(project) == PASS
+    theta[1] = theta[1].view(torch.bfloat16)[:5]  # the same address, another dtype
+    assert device.launches(project) == PASS + TABLE
+    many = parameters([3] * 700)
+    assert device.launches(lambda: ops.low_rank_projections(many, many, 1)) == PASS + 6  # 2,101 words
+
+
+@needs_emulation
+def test_streams_do_not_share_tables(device):
+    theta, u = parameters([100]), parameters([100], seed=1)
+    for stream in (0, 1):
+        device.set(stream=stream)
+        assert device.launches(lambda: ops.low_rank_projections(theta, u, 1)) == PASS + TABLE
+    for stream in (0, 1):
+        device.set(stream=stream)
+        assert device.launches(lambda: ops.low_rank_projections(theta, u, 1)) == PASS
+
+
+@needs_emulation
+def test_the_table_not_used_for_longest_is_dropped(device):
+    device.set(stream=2)
+    u = parameters([100])
+    lists = [parameters([100]) for _ in range(65)]
+
+    def launches(i: int) -> int:
+        return device.launches(lambda: ops.low_rank_projections(lists[i], u, 1))
+
+    assert [launches(i) for i in range(64)] == [PASS + TABLE] * 64
+    assert launches(0) == PASS
+    assert launches(64) == PASS + TABLE  # and 1 is dropped
+    assert launches(0) == PASS
+    assert launches(1) == PASS + TABLE
+
+
+@needs_emulation
+def test_a_captured_call_writes_its_own_table(device):
+    """It has to be in the graph, and what the graph's pool holds is no one else's."""
+    theta, u = parameters([100]), parameters([100], seed=1)
+    device.set(stream=3)
+    assert device.launches(lambda: ops.low_rank_projections(theta, u, 1)) == PASS + TABLE
+    device.set(capturing=1)
+    for _ in range(2):
+        assert device.launches(lambda: ops.low_rank_projections(theta, u, 1)) == PASS + TABLE
+    device.set(capturing=0)
+    assert device.launches(lambda: ops.low_rank_projections(theta, u, 1)) == PASS
+    device.set(capturing=1)
+    moved = [theta[0].clone()]
+    ops.low_rank_projections(moved, u, 1)
+    device.set(capturing=0)
+    assert device.launches(lambda: ops.low_rank_projections(moved, u, 1)) == PASS + TABLE
+
+
+@needs_emulation
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_sixteen_bytes_at_a_time_where_addresses_allow(device, dtype):
+    state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    lengths = [4096, 8, 2056, 1 << 14]
+    units = sum(lengths) // 16 * dtype.itemsize
+    state_units = sum(lengths) // 16 * state_dtype.itemsize
+    theta, targets, u = (parameters(lengths, dtype, seed) for seed in range(3))
+    state = [t.abs().to(state_dtype) for t in u]
+    c = torch.ones((), dtype=torch.float64)
+    events = ("units", "elements")
+    assert device.count(lambda: ops.low_rank_projections(theta, u, 1), *events) == (2 * units, 0)
+    assert device.count(lambda: ops.low_rank_accumulate_(targets, u, c), *events) == (3 * units, 0)
+    assert device.count(lambda: ops.low_rank_combine(u, c, theta), *events) == (2 * units, 0)
+    diagonal = (theta, state, state)
+    assert device.count(lambda: ops.diagonal_quadratic(*diagonal), *events) == (units + 2 * state_units, 0)
+    expected = (3 * units + 2 * state_units, 0)
+    assert device.count(lambda: ops.diagonal_accumulate_(targets, *diagonal, c), *events) == expected
+    expected = (2 * units + 2 * state_units, 0)
+    assert device.count(lambda: ops.diagonal_gradient(*diagonal, c), *events) == expected
+    assert device.count(lambda: ops.diagonal_shrink_(*diagonal, c), *events) == expected
+
+    shifted = [torch.cat([t[:1], t])[1:] for t in theta]  # at addresses that are not divisible by 16
+    read = device.count(lambda: ops.low_rank_projections(shifted, u, 1), *events)
+    assert read == (units, sum(lengths))
+    odd = [theta[0][:4095], *theta[1:]]  # now flat indices do not fit addresses, but for the first tensor
+    odd_u = [u[0][:4095], *u[1:]]
+    read = device.count(lambda: ops.low_rank_projections(odd, odd_u, 1), *events)
+    assert read == (2 * 4088 * dtype.itemsize // 16, 2 * (sum(lengths) - 4096 + 7))
+
+
+@needs_emulation
+@pytest.mark.parametrize(
+    ("cooperative_launch", "l2_bytes", "num_terms"),
+    [(1, 1 << 30, 1), (1, 1 << 30, 35), (0, 1 << 30, 35), (1, 1 << 16, 3), (1, 1 << 30, 513)],
+)
+def test_value_and_gradient_both_ways(device, cooperative_launch, l2_bytes, num_terms):
+    device.set(cooperative_launch=cooperative_launch, l2_bytes=l2_bytes)
+    cooperative = cooperative_launch and num_terms <= 512 and l2_bytes == 1 << 30
+    generator = torch.Generator().manual_seed(0)
+    lengths = [1000, 1, 0, 33, 2048, 5] if num_terms > 3 else [30_000, 1, 0, 33, 2048, 5]
+    dtypes = [torch.float32, torch.bfloat16, torch.float32, torch.float16, torch.float32, torch.bfloat16]
+    theta, gradients = (
+        [torch.randn(n, generator=generator).to(t) for n, t in zip(lengths, dtypes, strict=True)] for _ in range(2)
+    )
+    matrix = torch.randn(num_terms, sum(lengths), generator=generator) / sum(lengths) ** 0.5
+    pieces = [piece for row in matrix for piece in row.split(lengths)]
+    a, b = torch.rand(2, num_terms, dtype=torch.float64, generator=generator)
+    c = torch.tensor(0.3, dtype=torch.float64)
+
+    drift = matrix.double() @ torch.cat(theta).double() - b
+    size = (a * (matrix.double().abs() @ torch.cat(theta).double().abs() + b).square()).sum()
+    step = (c * a * drift) @ matrix.double()
+    results = []
+    for directions in (list(matrix), pieces, pieces):
+        targets = [g.clone() for g in gradients]
+
+        def call(u: list[Tensor] = directions, targets: list[Tensor] = targets) -> None:
+            results.append((ops.low_rank_penalty_accumulate_(targets, theta, u, a, b, c), *targets))
+
+        launches = device.count(call, "launches", "cooperative_launches")
+        assert (launches[1] == 1) == bool(cooperative), launches
+    for value, *targets in results:  # flat, in pieces, and once more
+        assert torch.equal(value, results[0][0])
+        assert abs(value - (a * drift.square()).sum()) <= 1e-13 * size
+        for target, first, gradient, part in zip(targets, results[0][1:], gradients, step.split(lengths), strict=True):
+            assert torch.equal(target, first)
+            exact = gradient.double() + part
+            assert bool(((target.double() - exact).abs() <= torch.finfo(target.dtype).eps * exact.abs() + 1e-7).all())
+
+
+@needs_emulation
+def test_bitwise_the_same_flat_or_in_a_list_whatever_the_addresses(device):
+    lengths = [7001, 1, 0, 33, 4096, 30_000, 17, 6553]
+    flat, u, gradient = parameters([sum(lengths)] * 3)
+    shifted = torch.cat([flat[:1], flat])[1:]
+    one = torch.ones(1, dtype=torch.float64)
+    for l2_bytes in (0, 1 << 30):
+        device.set(l2_bytes=l2_bytes)
+        results = []
+        for theta, directions in (
+            ([flat], [u]),
+            (list(flat.split(lengths)), [u]),
+            ([t.clone() for t in flat.split(lengths)], [t.clone() for t in u.split(lengths)]),
+            ([shifted], [u]),
+        ):
+            targets = [t.clone() for t in gradient.split([t.numel() for t in theta])]
+            value = ops.low_rank_penalty_accumulate_(targets, theta, directions, one, one, one[0])
+            quadratic = ops.diagonal_accumulate_(targets, theta, directions, directions, one[0])
+            results.append(torch.cat([value[None], quadratic[None], *targets]))
+        for result in results[1:]:
+            assert torch.equal(result, results[0])
+
+
+@needs_emulation
+def test_places_beyond_two_to_the_31(device):
+    lengths = [2**31 + 5, 0, 3, 2**33, 1, 0]
+    addresses = [1 << 46, 0, 1 << 20, 1 << 45, 1 << 30, 0]
+    sizes = {0: 4, 1: 8, 2: 2, 3: 2}  # by DType of csrc/core/segments.h
+    dtypes = [0, 1, 2, 1, 3, 0]
+    begins = [sum(lengths[:i]) for i in range(len(lengths))]
+    array = ctypes.c_int64 * len(lengths)
+    for tile in (0, 2**31 // 2048 - 1, 2**31 // 2048, 2**32 // 2048 + 1, sum(lengths) // 2048):
+        segments, found = (ctypes.c_int64 * 256)(), (ctypes.c_int64 * 256)()
+        device.library.emulated_places(
+            ctypes.c_int64(len(lengths)),
+            array(*lengths),
+            array(*addresses),
+            array(*dtypes),
+            ctypes.c_int64(tile),
+            segments,
+            found,
+        )
+        for thread in range(256):
+            index = 2048 * tile + 8 * thread
+            if index >= sum(lengths):
+                assert segments[thread] == -1
+                continue
+            segment = max(i for i, begin in enumerate(begins) if begin <= index < begin + lengths[i])
+            assert segments[thread] == segment
+            assert found[thread] == addresses[segment] + (index - begins[segment]) * sizes[dtypes[segment]]

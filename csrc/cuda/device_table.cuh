@@ -1,106 +1,91 @@
-// A segment table and its flat views in device memory, and the walk along them that every kernel makes.
+// A segment table and its flat views in device memory, and how a thread finds its elements in it.
 //
-// One thread block works on one chunk. Thread t owns flat elements begin + t, begin + t + kThreads, ... of the chunk,
-// whatever tensors they lie in, so sums do not depend on where tensors begin.
+// The flat vector is cut into octets of 8 elements and tiles of 2,048. A block works on a tile at a time and each of
+// its threads on one octet, whatever tensors the elements lie in, so sums do not depend on where tensors begin. Eight
+// elements are one 16-byte access in a 16-bit dtype and two in float32.
 #pragma once
 
 #include <cstdint>
-
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 
 #include "core/segments.h"
 
 namespace crl {
 
 constexpr int kThreads = 256;
-constexpr int kPerThread = static_cast<int>(kChunk) / kThreads;
+constexpr int kOctet = 8;
+constexpr int64_t kTile = kThreads * kOctet;
+constexpr int64_t kWindow = 1 << 15;  // flat elements for each word of the index
+static_assert(kWindow % kTile == 0, "a tile lies in one window");
 
-// Where a flat view's entries, pairs (origin, dtype), lie in the table.
-struct ViewHandle {
-  int64_t offset;
-  int64_t stride;  // 2 words per segment, or 0 for a flat vector, which has one entry
+// Where a flat view's entries lie in the table: one for each term and segment, or one for all segments of a flat
+// tensor.
+struct View {
+  int first;
+  int per_term;
+  int per_segment;
 };
 
-// Where the handles of K views lie in the table.
-struct TermsHandle {
-  int64_t offset;
-  int64_t count;
+// An entry is 4 * origin + dtype; the origin is where flat element 0 would be, were the whole vector laid out like the
+// entry's tensor. Addresses have at most 57 bits, so an origin has two to spare.
+CRL_HOST_DEVICE inline int64_t entry_of(uintptr_t origin, DType dtype) {
+  return static_cast<int64_t>(origin) * 4 + static_cast<int64_t>(dtype);
+}
+CRL_HOST_DEVICE inline int64_t origin_of(int64_t entry) { return entry >> 2; }
+CRL_HOST_DEVICE inline DType dtype_of(int64_t entry) { return static_cast<DType>(entry & 3); }
+
+// Where a thread's octet lies: its first flat element, the segment that holds that, and whether it holds all eight.
+struct Place {
+  int64_t index;
+  int segment;
+  bool whole;
 };
 
-// What kernels see: begins of the segments and their end, then entries of views, then handles of terms.
+// What kernels see. The index gives, for every window, the segment that holds its first element, and one more for the
+// last element: a window of large tensors needs no search, and one of small tensors a short search in L1. It is that
+// coarse so that it is nothing beside the parameters (3 KiB for 25 million), and few blocks wait for it.
 struct DeviceTable {
-  const int64_t* words;
-  int64_t segments;
+  const int64_t* entries;
+  const int64_t* begins;   // of the segments, then the end of the last
+  const int64_t* windows;  // the index
+  int64_t numel;
 
-  __device__ int64_t numel() const { return words[segments]; }
+  __device__ int64_t tiles() const { return (numel + kTile - 1) / kTile; }
 
-  // The tensor that holds flat elements of `segment`, as if flat element 0 were there too.
-  __device__ Pointer at(ViewHandle view, int64_t segment, int64_t index = 0) const {
-    const int64_t* entry = words + view.offset + segment * view.stride;
-    const DType dtype = static_cast<DType>(entry[1]);
-    return {reinterpret_cast<void*>(entry[0] + index * size_of(dtype)), dtype};
+  __device__ Pointer at(const View& view, int term, int segment, int64_t index) const {
+    const int64_t entry = __ldg(entries + view.first + term * view.per_term + segment * view.per_segment);
+    const DType dtype = dtype_of(entry);
+    return {reinterpret_cast<void*>(origin_of(entry) + index * size_of(dtype)), dtype};
   }
 
-  __device__ ViewHandle term(TermsHandle terms, int64_t k) const {
-    const int64_t* handle = words + terms.offset + 2 * k;
-    return {handle[0], handle[1]};
-  }
-
-  // Calls piece(segment, begin, end) for each run of this block's chunk that lies within one segment, in order.
-  template <class Piece>
-  __device__ void for_each_piece(const Piece& piece) const {
-    int64_t index = blockIdx.x * kChunk;
-    const int64_t last = index + kChunk < numel() ? index + kChunk : numel();
-    int64_t low = 0, high = segments;  // the last segment that begins at or before index
-    while (high - low > 1) {
-      const int64_t middle = (low + high) / 2;
-      (words[middle] <= index ? low : high) = middle;
+  // The place of this thread's octet. Past the end of the vector it is not whole.
+  __device__ Place place(int64_t tile) const {
+    const int64_t index = tile * kTile + threadIdx.x * kOctet;
+    const int64_t* window = windows + tile / (kWindow / kTile);
+    int low = static_cast<int>(__ldg(window)), high = static_cast<int>(__ldg(window + 1));
+    while (low < high) {  // the last segment that begins at or before index
+      const int middle = low + (high - low + 1) / 2;
+      if (__ldg(begins + middle) <= index) {
+        low = middle;
+      } else {
+        high = middle - 1;
+      }
     }
-    for (int64_t segment = low; index < last; ++segment) {
-      const int64_t stop = last < words[segment + 1] ? last : words[segment + 1];
-      if (stop > index) piece(segment, index, stop);
-      index = stop;
+    return {index, low, index + kOctet <= __ldg(begins + low + 1)};
+  }
+
+  // Calls element(i, segment, index) for each element of an octet that may lie in several segments; the segment is -1
+  // past the end of the vector.
+  template <class Element>
+  __device__ void for_each_element(const Place& place, const Element& element) const {
+    int segment = place.segment;
+    int64_t end = __ldg(begins + segment + 1);
+#pragma unroll 1
+    for (int i = 0; i < kOctet; ++i) {
+      const int64_t index = place.index + i;
+      while (index >= end && index < numel) end = __ldg(begins + ++segment + 1);
+      element(i, index < numel ? segment : -1, index);
     }
   }
 };
-
-// Calls element(i, index) for this thread's elements between begin and end; i numbers them within the thread.
-template <class Element>
-__device__ void for_each_element(int64_t begin, int64_t end, const Element& element) {
-  const int64_t first = blockIdx.x * kChunk + threadIdx.x;
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    const int64_t index = first + static_cast<int64_t>(i) * kThreads;
-    if (index >= begin && index < end) element(i, index);
-  }
-}
-
-// Calls f with a typed pointer, f(T*). The branch is the same for the whole block.
-template <class F>
-__device__ void typed(Pointer pointer, const F& f) {
-  switch (pointer.dtype) {
-    case DType::kFloat32:
-      return f(static_cast<float*>(pointer.data));
-    case DType::kFloat64:
-      return f(static_cast<double*>(pointer.data));
-    case DType::kBFloat16:
-      return f(static_cast<__nv_bfloat16*>(pointer.data));
-    case DType::kFloat16:
-      return f(static_cast<__half*>(pointer.data));
-  }
-}
-
-__device__ inline double load(const double* source) { return *source; }
-__device__ inline double load(const float* source) { return *source; }
-__device__ inline double load(const __nv_bfloat16* source) { return __bfloat162float(*source); }
-__device__ inline double load(const __half* source) { return __half2float(*source); }
-
-__device__ inline void store(double* target, double value) { *target = value; }
-__device__ inline void store(float* target, double value) { *target = static_cast<float>(value); }
-__device__ inline void store(__nv_bfloat16* target, double value) {
-  *target = __float2bfloat16_rn(static_cast<float>(value));
-}
-__device__ inline void store(__half* target, double value) { *target = __float2half_rn(static_cast<float>(value)); }
 
 }  // namespace crl

@@ -1,138 +1,291 @@
-// The CUDA kernels: one block for each chunk, all arithmetic in float64.
+// The CUDA kernels: a grid of resident blocks that walk the tiles of the flat vector, all arithmetic in float64.
 //
-// Reductions have two stages and no atomics: each block writes one sum per chunk, and finish_kernel adds them in a
-// fixed order. Results are bitwise the same from run to run, and for a list and a flat tensor.
+// Reductions have two stages and no atomics: each block writes one sum of all its tiles for each term, and those are
+// added in a fixed order. Which elements a thread owns follows from flat indices and the grid alone, so results are
+// bitwise the same from run to run on a device, and for a list and a flat tensor.
+//
+// A pass is limited by memory. An H100 wants about 18 KiB under way on each multiprocessor (3.35 TB/s, 700 ns, 132 of
+// them); with 64 registers it holds 1,024 threads, each of which has asked for 48 to 128 bytes before it waits.
 #pragma once
 
+#include <cooperative_groups.h>
+
 #include "core/penalty_math.h"
-#include "cuda/device_table.cuh"
+#include "cuda/octets.cuh"
 
 namespace crl {
 namespace {
 
-// The sum of every thread's value in thread 0; 0 elsewhere.
+constexpr int kWarp = 32;
+constexpr int kWarps = kThreads / kWarp;
+constexpr int kTermsAtOnce = 2;         // octets of directions that a thread asks for before it waits
+constexpr int kCooperativeTerms = 512;  // coefficients that a block of the cooperative kernel can hold
+
+// How many blocks a multiprocessor is to hold at least: what registers allow without spilling. With float64 in the
+// lists, which is for tests and small models, they are left as they fall.
+template <class Widest>
+constexpr int resident(int blocks) {
+  return sizeof(Widest) == 4 ? blocks : 1;
+}
+
+// The sum over a warp, in every lane.
+__device__ double warp_sum(double value) {
+#pragma unroll
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(~0u, value, distance);
+  return value;
+}
+
+// The sum over the block, in every thread. All threads call it, once in a kernel.
 __device__ double block_sum(double value) {
-  __shared__ double values[kThreads];
-  __syncthreads();  // the previous use of `values` is over
-  values[threadIdx.x] = value;
-  for (int half = kThreads / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if (threadIdx.x < half) values[threadIdx.x] += values[threadIdx.x + half];
-  }
-  return threadIdx.x == 0 ? values[0] : 0.0;
+  __shared__ double sums[kWarps];
+  const double sum = warp_sum(value);
+  if (threadIdx.x % kWarp == 0) sums[threadIdx.x / kWarp] = sum;
+  __syncthreads();
+  double total = 0.0;
+#pragma unroll
+  for (int warp = 0; warp < kWarps; ++warp) total += sums[warp];
+  return total;
 }
 
-// partial[k * gridDim.x + chunk] = u_k . theta over the chunk. The chunk of theta is in L1 after the first term.
-__global__ void __launch_bounds__(kThreads)
-    projections_kernel(DeviceTable table, ViewHandle theta, TermsHandle directions, double* partial) {
-  for (int64_t k = 0; k < directions.count; ++k) {
-    const ViewHandle direction = table.term(directions, k);
-    double sum = 0.0;
-    table.for_each_piece([&](int64_t segment, int64_t begin, int64_t end) {
-      typed(table.at(theta, segment), [&](const auto* x) {
-        typed(table.at(direction, segment), [&](const auto* u) {
-          for_each_element(begin, end, [&](int, int64_t index) { sum = fma(load(x + index), load(u + index), sum); });
-        });
-      });
-    });
-    const double total = block_sum(sum);
-    if (threadIdx.x == 0) partial[k * gridDim.x + blockIdx.x] = total;
-  }
-}
-
-// result[k] = sum of partial[k * count ... k * count + count - 1]; one block for each k.
-__global__ void __launch_bounds__(kThreads) finish_kernel(const double* partial, int64_t count, double* result) {
-  partial += blockIdx.x * count;
+// The sum of what all blocks wrote for one term, in every lane of a warp. Not through L1: the cooperative kernel wrote
+// them itself.
+__device__ double total_of(const double* partial, int64_t count) {
   double sum = 0.0;
-  for (int64_t i = threadIdx.x; i < count; i += kThreads) sum += partial[i];
-  const double total = block_sum(sum);
-  if (threadIdx.x == 0) result[blockIdx.x] = total;
+#pragma unroll 4
+  for (int64_t i = threadIdx.x % kWarp; i < count; i += kWarp) sum += __ldcg(partial + i);
+  return warp_sum(sum);
+}
+
+// partial[k * gridDim.x + block] = u_k . theta over the block's tiles, from the first to the last.
+//
+// Theta is read once for up to 32 terms. Lane j of each warp keeps the warp's sum of term j, so that any number of
+// terms needs one register.
+template <class Widest>
+__device__ void project(const DeviceTable& table, const View& theta, const View& directions, int num_terms,
+                        double* partial) {
+  __shared__ double sums[kWarps][kWarp];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  for (int first = 0; first < num_terms; first += kWarp) {
+    const int terms = num_terms - first < kWarp ? num_terms - first : kWarp;
+    double sum = 0.0;
+    for (int64_t tile = blockIdx.x; tile < table.tiles(); tile += gridDim.x) {
+      const Place place = table.place(tile);
+      Octet<Widest> x = read<Widest>(table, theta, place);
+      double values[kOctet];
+      for (int k = 0; k < terms; k += kTermsAtOnce) {
+        Octet<Widest> u[kTermsAtOnce];
+#pragma unroll
+        for (int i = 0; i < kTermsAtOnce; ++i) {
+          if (k + i < terms) u[i] = read<Widest, Caching::kKeep>(table, directions, place, first + k + i);
+        }
+        if (k == 0) {
+          convert(x);
+#pragma unroll
+          for (int j = 0; j < kOctet; ++j) values[j] = x[j];
+        }
+#pragma unroll
+        for (int i = 0; i < kTermsAtOnce; ++i) {
+          if (k + i < terms) {
+            convert(u[i]);
+            double dot = 0.0;
+#pragma unroll
+            for (int j = 0; j < kOctet; ++j) dot = fma(values[j], u[i][j], dot);
+            dot = warp_sum(dot);
+            if (lane == k + i) sum += dot;
+          }
+        }
+      }
+    }
+    __syncthreads();  // the previous use of `sums` is over
+    sums[warp][lane] = sum;
+    __syncthreads();
+    if (warp == 0 && lane < terms) {
+      double total = 0.0;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) total += sums[w][lane];
+      partial[int64_t{first + lane} * gridDim.x + blockIdx.x] = total;
+    }
+  }
 }
 
 // targets (+)= sum_k coefficients[k] u_k, rounded once.
-template <bool kOverwrite>
-__global__ void __launch_bounds__(kThreads)
-    combine_kernel(DeviceTable table, ViewHandle targets, TermsHandle directions, const double* coefficients) {
-  double sums[kPerThread] = {};
-  for (int64_t k = 0; k < directions.count; ++k) {
-    const ViewHandle direction = table.term(directions, k);
-    const double c = coefficients[k];
-    table.for_each_piece([&](int64_t segment, int64_t begin, int64_t end) {
-      typed(table.at(direction, segment), [&](const auto* u) {
-        for_each_element(begin, end, [&](int i, int64_t index) { sums[i] = fma(c, load(u + index), sums[i]); });
-      });
-    });
+//
+// From the last tile to the first: after project() what is left of the directions in L2 are their last tiles.
+template <class Widest, bool kOverwrite>
+__device__ void combine(const DeviceTable& table, const View& targets, const View& directions, int num_terms,
+                        const double* coefficients) {
+  const int64_t rounds = (table.tiles() - 1 - blockIdx.x) / gridDim.x;  // the grid has no more blocks than tiles
+  for (int64_t tile = blockIdx.x + rounds * gridDim.x; tile >= 0; tile -= gridDim.x) {
+    const Place place = table.place(tile);
+    Octet<Widest> target;
+    if (!kOverwrite) target = read<Widest>(table, targets, place);
+    double sums[kOctet] = {};
+    for (int k = 0; k < num_terms; k += kTermsAtOnce) {
+      Octet<Widest> u[kTermsAtOnce];
+#pragma unroll
+      for (int i = 0; i < kTermsAtOnce; ++i) {
+        if (k + i < num_terms) u[i] = read<Widest, Caching::kKeep>(table, directions, place, k + i);
+      }
+#pragma unroll
+      for (int i = 0; i < kTermsAtOnce; ++i) {
+        if (k + i < num_terms) {
+          const double c = coefficients[k + i];
+          convert(u[i]);
+#pragma unroll
+          for (int j = 0; j < kOctet; ++j) sums[j] = fma(c, u[i][j], sums[j]);
+        }
+      }
+    }
+    if (!kOverwrite) convert(target);
+#pragma unroll
+    for (int j = 0; j < kOctet; ++j) target.set(j, kOverwrite ? sums[j] : target[j] + sums[j]);
+    write(table, targets, place, target);
   }
-  table.for_each_piece([&](int64_t segment, int64_t begin, int64_t end) {
-    typed(table.at(targets, segment), [&](auto* target) {
-      for_each_element(begin, end, [&](int i, int64_t index) {
-        store(target + index, kOverwrite ? sums[i] : load(target + index) + sums[i]);
-      });
-    });
-  });
 }
 
-// theta, S and m of the diagonal penalty; S and m are both float32 or both float64.
-struct Diagonal {
-  ViewHandle theta, fisher, anchor;
-
-  // Calls element(theta*, S, m, segment, index) for this thread's elements.
-  template <class Element>
-  __device__ void for_each(const DeviceTable& table, const Element& element) const {
-    table.for_each_piece([&](int64_t segment, int64_t begin, int64_t end) {
-      const Pointer s = table.at(fisher, segment), m = table.at(anchor, segment);
-      typed(table.at(theta, segment), [&](auto* x) {
-        for_each_element(begin, end, [&](int, int64_t index) {
-          if (s.dtype == DType::kFloat64) {
-            element(x + index, static_cast<const double*>(s.data)[index], static_cast<const double*>(m.data)[index],
-                    segment, index);
-          } else {
-            element(x + index, static_cast<const float*>(s.data)[index], static_cast<const float*>(m.data)[index],
-                    segment, index);
-          }
-        });
-      });
-    });
-  }
+// The numbers of a low-rank penalty, on the device.
+struct Penalty {
+  int num_terms;
+  const double *curvatures, *anchor_projections, *coefficient;
 };
 
-// partial[chunk] = sum S (theta - m)^2
-__global__ void __launch_bounds__(kThreads) quadratic_kernel(DeviceTable table, Diagonal diagonal, double* partial) {
+// coefficients[k] = c a_k (u_k . theta - b_k); returns sum_k a_k (u_k . theta - b_k)^2 in every thread. Every block
+// that calls it adds the same numbers in the same order.
+__device__ double forces(const Penalty& penalty, const double* partial, int64_t count, double* coefficients) {
+  const double c = *penalty.coefficient;
+  double value = 0.0;
+  for (int k = threadIdx.x / kWarp; k < penalty.num_terms; k += kWarps) {
+    const double drift = total_of(partial + k * count, count) - penalty.anchor_projections[k];
+    const double force = penalty.curvatures[k] * drift;
+    if (threadIdx.x % kWarp == 0) {
+      coefficients[k] = c * force;
+      value = fma(force, drift, value);
+    }
+  }
+  return block_sum(value);  // and its barrier publishes the coefficients to the block
+}
+
+template <class Widest>
+__global__ void __launch_bounds__(kThreads, resident<Widest>(3))
+    projections_kernel(DeviceTable table, View theta, View directions, int num_terms, double* partial) {
+  project<Widest>(table, theta, directions, num_terms, partial);
+}
+
+// result[k] = the sum of partial[k * count ... k * count + count - 1]; a warp for each k.
+__global__ void __launch_bounds__(kThreads)
+    finish_kernel(const double* partial, int64_t count, int num_terms, double* result) {
+  const int k = blockIdx.x * kWarps + threadIdx.x / kWarp;
+  if (k >= num_terms) return;
+  const double total = total_of(partial + k * count, count);
+  if (threadIdx.x % kWarp == 0) result[k] = total;
+}
+
+template <class Widest, bool kOverwrite>
+__global__ void __launch_bounds__(kThreads, resident<Widest>(3))
+    combine_kernel(DeviceTable table, View targets, View directions, int num_terms, const double* coefficients) {
+  combine<Widest, kOverwrite>(table, targets, directions, num_terms, coefficients);
+}
+
+// Between projections_kernel and combine_kernel, in one block: coefficients and the value.
+__global__ void __launch_bounds__(kThreads)
+    forces_kernel(Penalty penalty, const double* partial, int64_t count, double* coefficients, double* value) {
+  const double total = forces(penalty, partial, count, coefficients);
+  if (threadIdx.x == 0) *value = total;
+}
+
+// The same three in one launch, whose blocks are all resident and wait for one another in between. A block takes the
+// same tiles both times, backwards the second time, so what it read last of the directions is still in L2.
+template <class Widest>
+__global__ void __launch_bounds__(kThreads, resident<Widest>(3))
+    penalty_kernel(DeviceTable table, View targets, View theta, View directions, Penalty penalty, double* partial,
+                   double* value) {
+  __shared__ double coefficients[kCooperativeTerms];
+  project<Widest>(table, theta, directions, penalty.num_terms, partial);
+  cooperative_groups::this_grid().sync();
+  const double total = forces(penalty, partial, gridDim.x, coefficients);
+  if (blockIdx.x == 0 && threadIdx.x == 0) *value = total;
+  combine<Widest, false>(table, targets, directions, penalty.num_terms, coefficients);
+}
+
+// theta, S and m of the diagonal penalty.
+struct Diagonal {
+  View theta, fisher, anchor;
+};
+
+// partial[block] = sum S (theta - m)^2 over the block's tiles
+template <class Widest>
+__global__ void __launch_bounds__(kThreads, resident<Widest>(4))
+    quadratic_kernel(DeviceTable table, Diagonal diagonal, double* partial) {
   double sum = 0.0;
-  diagonal.for_each(table, [&](const auto* theta, double fisher, double anchor, int64_t, int64_t) {
-    const double distance = load(theta) - anchor;
-    sum = fma(fisher * distance, distance, sum);
-  });
+  for (int64_t tile = blockIdx.x; tile < table.tiles(); tile += gridDim.x) {
+    const Place place = table.place(tile);
+    Octet<Widest> theta = read<Widest>(table, diagonal.theta, place);
+    Octet<Widest> fisher = read<Widest>(table, diagonal.fisher, place);
+    Octet<Widest> anchor = read<Widest>(table, diagonal.anchor, place);
+    convert(theta);
+    convert(fisher);
+    convert(anchor);
+#pragma unroll
+    for (int j = 0; j < kOctet; ++j) {
+      const double distance = theta[j] - anchor[j];
+      sum = fma(fisher[j] * distance, distance, sum);
+    }
+  }
   const double total = block_sum(sum);
   if (threadIdx.x == 0) partial[blockIdx.x] = total;
 }
 
-// The same, and targets (+)= c S (theta - m), in one pass. A target has its parameter's dtype.
-template <bool kOverwrite>
-__global__ void __launch_bounds__(kThreads)
-    quadratic_gradient_kernel(DeviceTable table, Diagonal diagonal, ViewHandle targets, const double* coefficient,
+// The same, and targets (+)= c S (theta - m), in one pass.
+template <class Widest, bool kOverwrite>
+__global__ void __launch_bounds__(kThreads, resident<Widest>(2))
+    quadratic_gradient_kernel(DeviceTable table, Diagonal diagonal, View targets, const double* coefficient,
                               double* partial) {
   const double c = *coefficient;
   double sum = 0.0;
-  diagonal.for_each(table, [&](auto* theta, double fisher, double anchor, int64_t segment, int64_t index) {
-    const double distance = load(theta) - anchor;
-    const double slope = fisher * distance;
-    sum = fma(slope, distance, sum);
-    auto* target = static_cast<decltype(theta)>(table.at(targets, segment, index).data);
-    store(target, kOverwrite ? c * slope : fma(c, slope, load(target)));
-  });
+  for (int64_t tile = blockIdx.x; tile < table.tiles(); tile += gridDim.x) {
+    const Place place = table.place(tile);
+    Octet<Widest> theta = read<Widest>(table, diagonal.theta, place);
+    Octet<Widest> fisher = read<Widest>(table, diagonal.fisher, place);
+    Octet<Widest> anchor = read<Widest>(table, diagonal.anchor, place);
+    Octet<Widest> target;
+    if (!kOverwrite) target = read<Widest>(table, targets, place);
+    convert(theta);
+    convert(fisher);
+    convert(anchor);
+    if (!kOverwrite) convert(target);
+#pragma unroll
+    for (int j = 0; j < kOctet; ++j) {
+      const double distance = theta[j] - anchor[j];
+      const double slope = fisher[j] * distance;
+      sum = fma(slope, distance, sum);
+      target.set(j, kOverwrite ? c * slope : fma(c, slope, target[j]));
+    }
+    write(table, targets, place, target);
+  }
   const double total = block_sum(sum);
   if (threadIdx.x == 0) partial[blockIdx.x] = total;
 }
 
 // theta <- theta - w (theta - m)
-__global__ void __launch_bounds__(kThreads)
+template <class Widest>
+__global__ void __launch_bounds__(kThreads, resident<Widest>(3))
     shrink_kernel(DeviceTable table, Diagonal diagonal, const double* strength) {
   const double eta_lambda = *strength;
-  diagonal.for_each(table, [&](auto* theta, double fisher, double anchor, int64_t, int64_t) {
-    const double value = load(theta);
-    store(theta, value - proximal_weight(fisher, eta_lambda) * (value - anchor));
-  });
+  for (int64_t tile = blockIdx.x; tile < table.tiles(); tile += gridDim.x) {
+    const Place place = table.place(tile);
+    Octet<Widest> theta = read<Widest>(table, diagonal.theta, place);
+    Octet<Widest> fisher = read<Widest>(table, diagonal.fisher, place);
+    Octet<Widest> anchor = read<Widest>(table, diagonal.anchor, place);
+    convert(theta);
+    convert(fisher);
+    convert(anchor);
+#pragma unroll
+    for (int j = 0; j < kOctet; ++j) {
+      const double value = theta[j];
+      theta.set(j, value - proximal_weight(fisher[j], eta_lambda) * (value - anchor[j]));
+    }
+    write(table, diagonal.theta, place, theta);
+  }
 }
 
 }  // namespace

@@ -1,5 +1,7 @@
-// Launches kernels on one device and its current stream, without waiting for it.
+// Launches kernels on a tensor's device and its current stream, without waiting for them.
 #pragma once
+
+#include <algorithm>
 
 #include <cuda_runtime.h>
 
@@ -11,39 +13,73 @@
 
 namespace crl {
 
+// Everything here may be called while the stream is captured in a CUDA graph.
 class Launcher {
  public:
-  explicit Launcher(const Tensor& tensor) : device_(tensor.device()), guard_(tensor.get_device_index()) {
+  explicit Launcher(const Tensor& tensor)
+      : device_(tensor.device()), index_(tensor.get_device_index()), guard_(tensor.get_device_index()) {
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
-    cudaStreamCaptureStatus capturing;
-    STD_CUDA_CHECK(cudaStreamIsCapturing(stream_, &capturing));
-    STD_TORCH_CHECK(capturing == cudaStreamCaptureStatusNone,
-                    "crl_kernels: these operators cannot be captured in a CUDA graph; call them outside of it");
   }
 
-  // A copy on the device. The source is pinned, so the host does not wait, and torch keeps it until the copy is done.
-  Tensor to_device(const std::vector<int64_t>& words) const {
-    const int64_t count = static_cast<int64_t>(words.size());
-    Tensor pinned = torch::stable::empty({count}, ScalarType::Long, std::nullopt, std::nullopt, /*pin_memory=*/true);
-    std::copy(words.begin(), words.end(), pinned.mutable_data_ptr<int64_t>());
-    return torch::stable::to(pinned, device_, /*non_blocking=*/true);
+  int32_t device_index() const { return index_; }
+  cudaStream_t stream() const { return stream_; }
+
+  bool capturing() const {
+    cudaStreamCaptureStatus status;
+    STD_CUDA_CHECK(cudaStreamIsCapturing(stream_, &status));
+    return status != cudaStreamCaptureStatusNone;
   }
 
-  Tensor empty_float64(const std::vector<int64_t>& shape) const {
-    return torch::stable::empty(shape, ScalarType::Double, std::nullopt, device_);
+  int attribute(cudaDeviceAttr attribute) const {
+    int value = 0;
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, index_));
+    return value;
+  }
+
+  Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype) const {
+    return torch::stable::empty(shape, dtype, std::nullopt, device_);
+  }
+
+  // As many blocks as the device holds at once, but no more than there is work for, and at least one.
+  template <class... Parameters>
+  int resident_blocks(void (*kernel)(Parameters...), int threads, int64_t work) const {
+    int blocks = 0;
+    STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, 0));
+    blocks *= attribute(cudaDevAttrMultiProcessorCount);
+    return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(blocks, work)));
   }
 
   template <class... Parameters, class... Arguments>
-  void launch(int64_t blocks, int threads, void (*kernel)(Parameters...), Arguments... arguments) const {
-    if (blocks == 0) return;
-    kernel<<<static_cast<unsigned>(blocks), threads, 0, stream_>>>(arguments...);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  void launch(int blocks, int threads, void (*kernel)(Parameters...), Arguments... arguments) const {
+    launch_with(false, blocks, threads, kernel, arguments...);
+  }
+
+  // All blocks run at once, so that they can wait for one another.
+  template <class... Parameters, class... Arguments>
+  void launch_cooperative(int blocks, int threads, void (*kernel)(Parameters...), Arguments... arguments) const {
+    launch_with(true, blocks, threads, kernel, arguments...);
   }
 
  private:
+  template <class... Parameters, class... Arguments>
+  void launch_with(bool cooperative, int blocks, int threads, void (*kernel)(Parameters...),
+                   Arguments... arguments) const {
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.stream = stream_;
+    config.attrs = &attribute;
+    config.numAttrs = cooperative ? 1 : 0;
+    STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
+  }
+
   torch::stable::Device device_;
+  int32_t index_;
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_;
 };

@@ -1,147 +1,220 @@
 // CUDA implementations of the operators whose schemas and meanings are in crl_kernels/_ops.py.
 
-#include <algorithm>
+#include <limits>
+#include <optional>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
 
 #include "cuda/kernels.cuh"
 #include "cuda/launcher.cuh"
+#include "cuda/table_cache.cuh"
 #include "operands.h"
 
 namespace crl {
 namespace {
 
-// A segment table and its flat views, first packed on the host, then copied to the device in one tensor.
-class TableOnDevice {
+// One call of an operator: its table, and the kernels it launches along it.
+class Call {
  public:
-  TableOnDevice(const SegmentTable& table, const Tensor& tensor) : table_(table), launcher_(tensor) {
-    for (int64_t i = 0; i < table.segments(); ++i) words_.push_back(table.begin(i));
-    words_.push_back(table.numel());
-  }
+  Call(const SegmentTable& table, const Tensor& tensor) : launcher_(tensor), packed_(table) {}
 
-  ViewHandle add(const FlatView& view) {
-    const bool flat = view.entries().size() == 1;
-    const ViewHandle handle = {static_cast<int64_t>(words_.size()), flat ? 0 : 2};
-    for (const FlatView::Entry& entry : view.entries()) {
-      words_.push_back(static_cast<int64_t>(entry.origin));
-      words_.push_back(static_cast<int64_t>(entry.dtype));
+  template <class Operands>
+  View add(const Operands& operands) {
+    if constexpr (std::is_same_v<Operands, std::vector<Operand>>) {
+      return packed_.add(operands);
+    } else {
+      return packed_.add(operands.view());
     }
-    return handle;
   }
 
-  TermsHandle add(const std::vector<Operand>& terms) {
-    std::vector<ViewHandle> handles;
-    for (const Operand& term : terms) handles.push_back(add(term.view()));
-    const TermsHandle result = {static_cast<int64_t>(words_.size()), static_cast<int64_t>(terms.size())};
-    for (const ViewHandle& handle : handles) {
-      words_.push_back(handle.offset);
-      words_.push_back(handle.stride);
-    }
-    return result;
+  const Launcher& launcher() const { return launcher_; }
+
+  // The kernel for lists with or without float64, and the blocks it runs in: what the device holds, one tile each at
+  // least.
+  template <class Kernel>
+  struct Grid {
+    Kernel kernel;
+    int blocks;
+  };
+  template <class Kernel>
+  Grid<Kernel> grid(Kernel narrow, Kernel wide) const {
+    const Kernel kernel = packed_.wide() ? wide : narrow;
+    const int64_t tiles = (packed_.segments().numel() + kTile - 1) / kTile;
+    return {kernel, launcher_.resident_blocks(kernel, kThreads, tiles)};
   }
 
-  // Runs a kernel with one block for each chunk; its first argument is the table, with all that was added so far.
-  template <class... Parameters, class... Arguments>
-  void launch(void (*kernel)(DeviceTable, Parameters...), Arguments... arguments) {
-    device_words_ = launcher_.to_device(words_);
-    const DeviceTable table = {device_words_.const_data_ptr<int64_t>(), table_.segments()};
-    launcher_.launch(table_.chunks(), kThreads, kernel, table, arguments...);
+  // Room for one sum of each block, for each term.
+  template <class Kernel>
+  Tensor partial_sums(const Grid<Kernel>& grid, int64_t num_terms) const {
+    const std::vector<int64_t> shape = {num_terms, static_cast<int64_t>(grid.blocks)};
+    return float64(shape);
+  }
+  Tensor float64(const std::vector<int64_t>& shape) const { return launcher_.empty(shape, ScalarType::Double); }
+
+  // A kernel's first argument is the table, with all that was added.
+  template <class Kernel, class... Arguments>
+  void launch(const Grid<Kernel>& grid, Arguments... arguments) {
+    launcher_.launch(grid.blocks, kThreads, grid.kernel, table(), arguments...);
+  }
+  template <class Kernel, class... Arguments>
+  void launch_cooperative(const Grid<Kernel>& grid, Arguments... arguments) {
+    launcher_.launch_cooperative(grid.blocks, kThreads, grid.kernel, table(), arguments...);
   }
 
-  // Room for `rows` sums of each chunk.
-  Tensor partial_sums(int64_t rows) const { return launcher_.empty_float64({rows, table_.chunks()}); }
-
-  // The sum of each row.
-  Tensor finish(const Tensor& partial, int64_t rows, const std::vector<int64_t>& shape) const {
-    Tensor result = launcher_.empty_float64(shape);
-    launcher_.launch(rows, kThreads, finish_kernel, partial.const_data_ptr<double>(), table_.chunks(),
-                     result.mutable_data_ptr<double>());
+  // The sum of each row of partial sums.
+  template <class Kernel>
+  Tensor finish(const Grid<Kernel>& grid, const Tensor& partial, int num_terms, const std::vector<int64_t>& shape) {
+    Tensor result = float64(shape);
+    launcher_.launch((num_terms + kWarps - 1) / kWarps, kThreads, finish_kernel, partial.const_data_ptr<double>(),
+                     static_cast<int64_t>(grid.blocks), num_terms, result.mutable_data_ptr<double>());
     return result;
   }
 
  private:
-  const SegmentTable& table_;
+  DeviceTable table() {
+    if (!written_) written_ = table_cache()(packed_, launcher_);
+    return written_->table;
+  }
+
   Launcher launcher_;
-  std::vector<int64_t> words_;
-  Tensor device_words_;
+  PackedTable packed_;
+  std::optional<WrittenTable> written_;
 };
+
+int terms_of(int64_t num_terms) {
+  STD_TORCH_CHECK(num_terms <= std::numeric_limits<int>::max() / kThreads, "crl_kernels: ", num_terms, " terms");
+  return static_cast<int>(num_terms);
+}
 
 Tensor low_rank_projections(const Tensors params, const Tensors directions, int64_t num_terms) {
   const SegmentTable table = segment_table(params);
   const Operand theta(table, params, params[0]);
   const std::vector<Operand> u = directions_of(table, directions, num_terms, params[0]);
-  TableOnDevice device(table, params[0]);
-  const ViewHandle theta_handle = device.add(theta.view());
-  const TermsHandle u_handle = device.add(u);
-  Tensor partial = device.partial_sums(num_terms);
-  device.launch(projections_kernel, theta_handle, u_handle, partial.mutable_data_ptr<double>());
-  return device.finish(partial, num_terms, {num_terms});
+  Call call(table, params[0]);
+  const View theta_view = call.add(theta), u_view = call.add(u);
+  const auto grid = call.grid(projections_kernel<float>, projections_kernel<double>);
+  Tensor partial = call.partial_sums(grid, num_terms);
+  call.launch(grid, theta_view, u_view, terms_of(num_terms), partial.mutable_data_ptr<double>());
+  return call.finish(grid, partial, terms_of(num_terms), {num_terms});
 }
 
+template <bool kOverwrite>
 void combine_into(Target& target, const SegmentTable& table, const Tensors& directions, const Tensor& coefficients,
-                  const Tensor& same_device_as, bool overwrite) {
+                  const Tensor& same_device_as) {
   const std::vector<Operand> u = directions_of(table, directions, coefficients.numel(), same_device_as);
   const Tensor c = coefficients_of(coefficients, same_device_as);
-  TableOnDevice device(table, same_device_as);
-  const ViewHandle target_handle = device.add(target.view());
-  const TermsHandle u_handle = device.add(u);
-  device.launch(overwrite ? combine_kernel<true> : combine_kernel<false>, target_handle, u_handle,
-                c.const_data_ptr<double>());
+  Call call(table, same_device_as);
+  const View target_view = call.add(target), u_view = call.add(u);
+  const auto grid = call.grid(combine_kernel<float, kOverwrite>, combine_kernel<double, kOverwrite>);
+  call.launch(grid, target_view, u_view, terms_of(c.numel()), c.const_data_ptr<double>());
   target.write_back();
 }
 
 void low_rank_accumulate_(const Tensors targets, const Tensors directions, const Tensor coefficients) {
   const SegmentTable table = segment_table(targets);
   Target target(table, targets);
-  combine_into(target, table, directions, coefficients, targets[0], false);
+  combine_into<false>(target, table, directions, coefficients, targets[0]);
 }
 
 Tensors low_rank_combine(const Tensors directions, const Tensor coefficients, const Tensors like) {
   const Tensors result = empty_like_all(like);
   const SegmentTable table = segment_table(result);
   Target target(table, result);
-  combine_into(target, table, directions, coefficients, like[0], true);
+  combine_into<true>(target, table, directions, coefficients, like[0]);
   return result;
+}
+
+int64_t bytes_of(const SegmentTable& table, const std::vector<Operand>& terms) {
+  int64_t bytes = 0;
+  for (const Operand& term : terms) {
+    for (int64_t i = 0; i < table.segments(); ++i) {
+      bytes += (table.end(i) - table.begin(i)) * size_of(term.at(i, table.begin(i)).dtype);
+    }
+  }
+  return bytes;
+}
+
+Tensor low_rank_penalty_accumulate_(const Tensors targets, const Tensors params, const Tensors directions,
+                                    const Tensor curvatures, const Tensor anchor_projections,
+                                    const Tensor coefficient) {
+  check_targets(targets, params);
+  const SegmentTable table = segment_table(params);
+  Target target(table, targets);
+  const Operand theta(table, params, params[0]);
+  const std::vector<Operand> u = directions_of(table, directions, curvatures.numel(), params[0]);
+  const Tensor a = coefficients_of(curvatures, params[0]), b = coefficients_of(anchor_projections, params[0]);
+  const Tensor c = coefficient_of(coefficient, params[0]);
+  STD_TORCH_CHECK(a.numel() == b.numel(), "crl_kernels: ", b.numel(), " anchor projections for ", a.numel(), " terms");
+  const Penalty penalty = {terms_of(a.numel()), a.const_data_ptr<double>(), b.const_data_ptr<double>(),
+                           c.const_data_ptr<double>()};
+
+  Call call(table, params[0]);
+  const View target_view = call.add(target), theta_view = call.add(theta), u_view = call.add(u);
+  Tensor value = call.float64({});
+  // One launch where its second reading of the directions finds them in L2; it is a barrier instead of two launches.
+  // Otherwise three, none of which is limited by the registers and the grid of another.
+  if (call.launcher().attribute(cudaDevAttrCooperativeLaunch) && penalty.num_terms <= kCooperativeTerms &&
+      bytes_of(table, u) <= call.launcher().attribute(cudaDevAttrL2CacheSize)) {
+    const auto grid = call.grid(penalty_kernel<float>, penalty_kernel<double>);
+    Tensor partial = call.partial_sums(grid, penalty.num_terms);
+    call.launch_cooperative(grid, target_view, theta_view, u_view, penalty, partial.mutable_data_ptr<double>(),
+                            value.mutable_data_ptr<double>());
+  } else {
+    const auto projecting = call.grid(projections_kernel<float>, projections_kernel<double>);
+    const auto combining = call.grid(combine_kernel<float, false>, combine_kernel<double, false>);
+    Tensor partial = call.partial_sums(projecting, penalty.num_terms);
+    Tensor coefficients = call.float64({penalty.num_terms});
+    call.launch(projecting, theta_view, u_view, penalty.num_terms, partial.mutable_data_ptr<double>());
+    call.launcher().launch(1, kThreads, forces_kernel, penalty, partial.const_data_ptr<double>(),
+                           static_cast<int64_t>(projecting.blocks), coefficients.mutable_data_ptr<double>(),
+                           value.mutable_data_ptr<double>());
+    call.launch(combining, target_view, u_view, penalty.num_terms, coefficients.const_data_ptr<double>());
+  }
+  target.write_back();
+  return value;
 }
 
 Tensor diagonal_quadratic(const Tensors params, const Tensors fisher, const Tensors anchor) {
   check_state_dtypes(fisher, anchor);
   const SegmentTable table = segment_table(params);
   const Operand theta(table, params, params[0]), s(table, fisher, params[0]), m(table, anchor, params[0]);
-  TableOnDevice device(table, params[0]);
-  const Diagonal diagonal = {device.add(theta.view()), device.add(s.view()), device.add(m.view())};
-  Tensor partial = device.partial_sums(1);
-  device.launch(quadratic_kernel, diagonal, partial.mutable_data_ptr<double>());
-  return device.finish(partial, 1, {});
+  Call call(table, params[0]);
+  const Diagonal diagonal = {call.add(theta), call.add(s), call.add(m)};
+  const auto grid = call.grid(quadratic_kernel<float>, quadratic_kernel<double>);
+  Tensor partial = call.partial_sums(grid, 1);
+  call.launch(grid, diagonal, partial.mutable_data_ptr<double>());
+  return call.finish(grid, partial, 1, {});
 }
 
+template <bool kOverwrite>
 Tensor gradient_into(const Tensors& targets, const Tensors& params, const Tensors& fisher, const Tensors& anchor,
-                     const Tensor& coefficient, bool overwrite) {
+                     const Tensor& coefficient) {
   check_state_dtypes(fisher, anchor);
   check_targets(targets, params);
   const SegmentTable table = segment_table(params);
   Target target(table, targets);
   const Operand theta(table, params, params[0]), s(table, fisher, params[0]), m(table, anchor, params[0]);
   const Tensor c = coefficient_of(coefficient, params[0]);
-  TableOnDevice device(table, params[0]);
-  const Diagonal diagonal = {device.add(theta.view()), device.add(s.view()), device.add(m.view())};
-  const ViewHandle target_handle = device.add(target.view());
-  Tensor partial = device.partial_sums(1);
-  device.launch(overwrite ? quadratic_gradient_kernel<true> : quadratic_gradient_kernel<false>, diagonal, target_handle,
-                c.const_data_ptr<double>(), partial.mutable_data_ptr<double>());
+  Call call(table, params[0]);
+  const Diagonal diagonal = {call.add(theta), call.add(s), call.add(m)};
+  const View target_view = call.add(target);
+  const auto grid =
+      call.grid(quadratic_gradient_kernel<float, kOverwrite>, quadratic_gradient_kernel<double, kOverwrite>);
+  Tensor partial = call.partial_sums(grid, 1);
+  call.launch(grid, diagonal, target_view, c.const_data_ptr<double>(), partial.mutable_data_ptr<double>());
   target.write_back();
-  return device.finish(partial, 1, {});
+  return call.finish(grid, partial, 1, {});
 }
 
 Tensor diagonal_accumulate_(const Tensors targets, const Tensors params, const Tensors fisher, const Tensors anchor,
                             const Tensor coefficient) {
-  return gradient_into(targets, params, fisher, anchor, coefficient, false);
+  return gradient_into<false>(targets, params, fisher, anchor, coefficient);
 }
 
 Tensors diagonal_gradient(const Tensors params, const Tensors fisher, const Tensors anchor, const Tensor coefficient) {
   const Tensors result = empty_like_all(params);
-  gradient_into(result, params, fisher, anchor, coefficient, true);
+  gradient_into<true>(result, params, fisher, anchor, coefficient);
   return result;
 }
 
@@ -151,9 +224,10 @@ void diagonal_shrink_(const Tensors params, const Tensors fisher, const Tensors 
   Target theta(table, params);
   const Operand s(table, fisher, params[0]), m(table, anchor, params[0]);
   const Tensor eta_lambda = coefficient_of(strength, params[0]);
-  TableOnDevice device(table, params[0]);
-  const Diagonal diagonal = {device.add(theta.view()), device.add(s.view()), device.add(m.view())};
-  device.launch(shrink_kernel, diagonal, eta_lambda.const_data_ptr<double>());
+  Call call(table, params[0]);
+  const Diagonal diagonal = {call.add(theta), call.add(s), call.add(m)};
+  const auto grid = call.grid(shrink_kernel<float>, shrink_kernel<double>);
+  call.launch(grid, diagonal, eta_lambda.const_data_ptr<double>());
   theta.write_back();
 }
 
@@ -161,6 +235,7 @@ STABLE_TORCH_LIBRARY_IMPL(crl_kernels, CUDA, m) {
   m.impl("low_rank_projections", TORCH_BOX(&low_rank_projections));
   m.impl("low_rank_combine", TORCH_BOX(&low_rank_combine));
   m.impl("low_rank_accumulate_", TORCH_BOX(&low_rank_accumulate_));
+  m.impl("low_rank_penalty_accumulate_", TORCH_BOX(&low_rank_penalty_accumulate_));
   m.impl("diagonal_quadratic", TORCH_BOX(&diagonal_quadratic));
   m.impl("diagonal_gradient", TORCH_BOX(&diagonal_gradient));
   m.impl("diagonal_accumulate_", TORCH_BOX(&diagonal_accumulate_));

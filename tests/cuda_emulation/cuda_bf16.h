@@ -4,5 +4,5 @@
 
 #include "emulate.h"
 using __nv_bfloat16 = torch::headeronly::BFloat16;
-inline float __bfloat162float(__nv_bfloat16 value) { return value; }
 inline __nv_bfloat16 __float2bfloat16_rn(float value) { return value; }
+inline unsigned short __bfloat16_as_ushort(__nv_bfloat16 value) { return value.x; }

@@ -1,100 +1,192 @@
-// Runs a CUDA kernel on the host: enough of CUDA for the kernels of csrc/cuda, so that a machine without a GPU can test
-// them.
+// Runs CUDA kernels on the host: enough of CUDA for csrc/cuda, so that a machine without a GPU can test all of it but
+// the hardware.
 //
-// A block is a set of fibers, one for each thread. Blocks run in random order, and so do the threads of a block between
-// two barriers, so a result that depends on the order comes out wrong. A thread that misses a barrier ends the program.
-// What this cannot show: memory races between blocks, the hardware's rounding of half precision, speed.
+// A thread is a fiber. The threads of a block run in random order between two barriers, and one warp, chosen at random,
+// only when all others wait; the blocks of a grid run in random order, in a cooperative launch from one barrier of the
+// grid to the next. So a result that depends on the order comes out
+// wrong, and a thread or a block that misses a barrier ends the program. Shared memory belongs to its block and starts
+// as NaN; a 16-byte access at another address ends the program too. What this cannot show: races between threads that
+// run at the same time, the memory model, registers, speed.
 #pragma once
+
+#include <setjmp.h>
+#include <ucontext.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
+#include <deque>
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <random>
 #include <vector>
 
-#include <ucontext.h>
-
 #define __global__
 #define __device__
-#define __shared__ static  // one block at a time
-#define __launch_bounds__(threads)
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __shared__ static __attribute__((section("shared_memory")))
+extern "C" char __start_shared_memory[], __stop_shared_memory[];
 using std::fma;
 
 namespace emulation {
+
+[[noreturn]] inline void fail(const char* what) {
+  std::fprintf(stderr, "%s\n", what);
+  std::abort();
+}
 
 struct Index {
   unsigned x = 0;
 };
 inline Index thread, block, grid;
 
+constexpr int kWarp = 32;
+enum class State { kReady, kAtWarp, kAtBlock, kAtGrid, kDone };
+
 struct Fiber {
-  ucontext_t context;
-  std::vector<char> stack = std::vector<char>(1 << 16);
-  int64_t barriers = 0;
-  bool done = false;
+  std::unique_ptr<char[]> stack;
+  jmp_buf resume;
+  State state;
+  unsigned shuffles = 0;
+  char slots[2][8];  // what the fiber shuffles; two, so that one barrier is enough for each shuffle
+
+  static constexpr size_t kStack = 1 << 16;
 };
-inline std::vector<Fiber> fibers;
-inline ucontext_t scheduler;
+
+struct Block {
+  std::vector<Fiber> fibers;
+  std::vector<char> shared;
+};
+
+inline jmp_buf scheduler;
+inline Block* running;
 inline const std::function<void()>* body;
+inline std::mt19937 random(1);
+
+inline Fiber& fiber() { return running->fibers[thread.x]; }
+
+// setjmp and longjmp switch in nanoseconds; swapcontext calls the kernel.
+[[gnu::noinline]] inline void wait(State state) {
+  fiber().state = state;
+  if (_setjmp(fiber().resume) == 0) _longjmp(scheduler, 1);
+}
 
 inline void enter() {
-  (*body)();
-  fibers[thread.x].done = true;
+  for (;;) {  // a fiber is used again for the next block
+    (*body)();
+    wait(State::kDone);
+  }
 }
 
-inline void barrier() {
-  Fiber& fiber = fibers[thread.x];
-  ++fiber.barriers;
-  swapcontext(&fiber.context, &scheduler);
+[[gnu::noinline]] inline void step() {
+  if (_setjmp(scheduler) != 0) return;
+  if (fiber().stack) _longjmp(fiber().resume, 1);
+  ucontext_t first;
+  getcontext(&first);
+  fiber().stack.reset(new char[Fiber::kStack]);
+  first.uc_stack.ss_sp = fiber().stack.get();
+  first.uc_stack.ss_size = Fiber::kStack;
+  first.uc_link = nullptr;
+  makecontext(&first, enter, 0);
+  setcontext(&first);
 }
 
-inline void start(Fiber& fiber) {
-  getcontext(&fiber.context);
-  fiber.context.uc_stack.ss_sp = fiber.stack.data();
-  fiber.context.uc_stack.ss_size = fiber.stack.size();
-  fiber.context.uc_link = &scheduler;
-  makecontext(&fiber.context, enter, 0);
-  fiber.barriers = 0;
-  fiber.done = false;
+inline void start(Block& block, int threads) {
+  block.fibers.resize(threads);
+  block.shared.assign(__stop_shared_memory - __start_shared_memory, '\xff');
+  for (Fiber& fiber : block.fibers) fiber.state = State::kReady;
 }
 
-inline void run(int64_t blocks, int threads, const std::function<void()>& kernel) {
-  static std::mutex mutex;
-  static std::mt19937 random(1);
-  const std::lock_guard<std::mutex> one_at_a_time(mutex);
-  body = &kernel;
-  fibers.resize(threads);
-  grid.x = static_cast<unsigned>(blocks);
-  std::vector<unsigned> block_order(blocks), thread_order(threads);
-  for (int64_t i = 0; i < blocks; ++i) block_order[i] = static_cast<unsigned>(i);
-  for (int i = 0; i < threads; ++i) thread_order[i] = static_cast<unsigned>(i);
-  std::shuffle(block_order.begin(), block_order.end(), random);
-  for (unsigned b : block_order) {
-    block.x = b;
-    for (Fiber& fiber : fibers) start(fiber);
-    while (!fibers[0].done) {  // up to the next barrier, or to the end
-      std::shuffle(thread_order.begin(), thread_order.end(), random);
-      for (unsigned t : thread_order) {
+// Runs a block until its threads are all at the grid's barrier or all done; says which.
+inline State run_block(Block& block, unsigned index) {
+  running = &block;
+  emulation::block.x = index;
+  std::copy(block.shared.begin(), block.shared.end(), __start_shared_memory);
+  std::vector<Fiber>& fibers = block.fibers;
+  const auto all = [](auto first, auto last, State state) {
+    return std::all_of(first, last, [&](const Fiber& fiber) { return fiber.state == state; });
+  };
+  const auto release = [](auto first, auto last) {
+    std::for_each(first, last, [](Fiber& fiber) { fiber.state = State::kReady; });
+  };
+  if (fibers[0].state == State::kAtGrid) release(fibers.begin(), fibers.end());
+  std::vector<unsigned> order(fibers.size());
+  for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<unsigned>(i);
+  const unsigned warps = static_cast<unsigned>(fibers.size()) / kWarp;
+  unsigned slow = random() % warps;
+  for (;;) {
+    std::shuffle(order.begin(), order.end(), random);
+    const auto run_warps = [&](bool which) {
+      bool ran = false;
+      for (unsigned t : order) {
         thread.x = t;
-        swapcontext(&scheduler, &fibers[t].context);
+        if ((t / kWarp == slow) != which || fiber().state != State::kReady) continue;
+        step();
+        ran = true;
       }
-      for (const Fiber& fiber : fibers) {
-        if (fiber.barriers != fibers[0].barriers || fiber.done != fibers[0].done) {
-          std::fputs("a thread of a block missed a barrier\n", stderr);
-          std::abort();
-        }
-      }
+      return ran;
+    };
+    run_warps(false) || run_warps(true);
+    for (const State end : {State::kAtGrid, State::kDone}) {
+      if (!all(fibers.begin(), fibers.end(), end)) continue;
+      std::copy(__start_shared_memory, __stop_shared_memory, block.shared.begin());
+      return end;
     }
+    bool released = false;
+    for (auto warp = fibers.begin(); warp != fibers.end(); warp += kWarp) {
+      if (all(warp, warp + kWarp, State::kAtWarp)) release(warp, warp + kWarp), released = true;
+    }
+    if (all(fibers.begin(), fibers.end(), State::kAtBlock)) {
+      release(fibers.begin(), fibers.end());
+      slow = random() % warps;
+      released = true;
+    }
+    released |= std::any_of(fibers.begin(), fibers.end(), [](const Fiber& f) { return f.state == State::kReady; });
+    if (!released) fail("a thread missed a barrier of its warp, its block or the grid");
+  }
+}
+
+inline void run(unsigned blocks, int threads, bool cooperative, const std::function<void()>& kernel) {
+  static std::mutex mutex;
+  const std::lock_guard<std::mutex> one_at_a_time(mutex);
+  static std::deque<Block> pool;
+  body = &kernel;
+  grid.x = blocks;
+  std::vector<unsigned> order(blocks);
+  for (unsigned i = 0; i < blocks; ++i) order[i] = i;
+  std::shuffle(order.begin(), order.end(), random);
+  pool.resize(std::max<size_t>(pool.size(), cooperative ? blocks : 1));
+  if (!cooperative) {
+    for (unsigned b : order) {
+      start(pool[0], threads);
+      if (run_block(pool[0], b) != State::kDone) fail("a barrier of the grid in a launch that is not cooperative");
+    }
+    return;
+  }
+  for (unsigned b : order) start(pool[b], threads);
+  for (;;) {
+    std::shuffle(order.begin(), order.end(), random);
+    unsigned done = 0;
+    for (unsigned b : order) done += run_block(pool[b], b) == State::kDone;
+    if (done == blocks) return;
+    if (done != 0) fail("a block missed a barrier of the grid");
   }
 }
 
 }  // namespace emulation
 
-#define threadIdx emulation::thread
-#define blockIdx emulation::block
-#define gridDim emulation::grid
-#define __syncthreads emulation::barrier
+inline emulation::Index &threadIdx = emulation::thread, &blockIdx = emulation::block, &gridDim = emulation::grid;
+inline void __syncthreads() { emulation::wait(emulation::State::kAtBlock); }
+
+inline double __shfl_xor_sync(unsigned, double value, int distance) {
+  const unsigned slot = emulation::fiber().shuffles++ % 2;
+  std::memcpy(emulation::fiber().slots[slot], &value, sizeof(value));
+  emulation::wait(emulation::State::kAtWarp);
+  std::memcpy(&value, emulation::running->fibers[emulation::thread.x ^ distance].slots[slot], sizeof(value));
+  return value;
+}

@@ -1,7 +1,53 @@
 // The CUDA operators, compiled for the host and registered for tensors of the CPU.
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
 
-#include "emulate.h"
+#include "cuda_runtime.h"
 #include "operands.h"
+
+#undef STD_CUDA_CHECK
+#define STD_CUDA_CHECK(call) (void)(call)
+
+inline AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
+  *stream = reinterpret_cast<void*>(emulated_stream);
+  return 0;
+}
+
+namespace torch::stable::accelerator {
+struct EmulatedGuard {  // the emulated device has no index to switch to
+  explicit EmulatedGuard(int32_t) {}
+};
+}  // namespace torch::stable::accelerator
+#define DeviceGuard EmulatedGuard
+
 #define CUDA CPU  // the dispatch key of the registration; the headers above have their own use for the name
 #include "cuda/operators.cu"
+
+namespace crl {
+namespace {
+
+void place_kernel(DeviceTable table, View view, int64_t tile, int64_t* segments, int64_t* addresses) {
+  const Place place = table.place(tile);
+  segments[threadIdx.x] = place.index < table.numel ? place.segment : -1;
+  addresses[threadIdx.x] = reinterpret_cast<int64_t>(table.at(view, 0, place.segment, place.index).data);
+}
+
+}  // namespace
+}  // namespace crl
+
+// Where the 256 threads of a tile find their octets, for tensors with made-up lengths, addresses and dtypes.
+extern "C" void emulated_places(int64_t count, const int64_t* lengths, const int64_t* addresses, const int64_t* dtypes,
+                                int64_t tile, int64_t* found_segments, int64_t* found_addresses) {
+  const crl::SegmentTable segments(std::vector<int64_t>(lengths, lengths + count));
+  std::vector<crl::Pointer> pointers;
+  for (int64_t i = 0; i < count; ++i) {
+    pointers.push_back({reinterpret_cast<void*>(addresses[i]), static_cast<crl::DType>(dtypes[i])});
+  }
+  crl::PackedTable packed(segments);
+  const crl::View view = packed.add(crl::FlatView(segments, pointers));
+  const crl::Tensor anywhere = torch::stable::empty({1}, crl::ScalarType::Float);
+  const crl::WrittenTable written = crl::write_table(packed.words(), segments, crl::Launcher(anywhere));
+  emulation::run(1, crl::kThreads, false,
+                 [&] { crl::place_kernel(written.table, view, tile, found_segments, found_addresses); });
+}

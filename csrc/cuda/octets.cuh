@@ -1,0 +1,187 @@
+// Eight consecutive flat elements: read, converted to float64, written.
+//
+// An octet that lies in one tensor at an address divisible by 16 is moved 16 bytes at a time; any other, at the ends of
+// a tensor or in one whose address does not fit its flat index, element by element. Both give the same bits.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "cuda/device_table.cuh"
+
+namespace crl {
+namespace {
+
+// What comes from memory is evicted first: a pass needs it once. Directions are read twice for a value and its
+// gradient, and are kept.
+enum class Caching { kOnce, kKeep };
+
+// Eight elements as they came from memory. They are converted later, so that a thread can ask for several octets before
+// it waits for the first: to Widest, which is float where no tensor of the lists is float64 and double elsewhere. Both
+// hold every value exactly; arithmetic converts float to float64 one element at a time, in half the registers.
+template <class Widest>
+struct Octet {
+  uint32_t bits[kOctet * sizeof(Widest) / 4];
+  DType dtype;
+
+  // The elements, once they are converted.
+  __device__ double operator[](int i) const {
+    if constexpr (sizeof(Widest) == 8) return __hiloint2double(bits[2 * i + 1], bits[2 * i]);
+    return __uint_as_float(bits[i]);
+  }
+  __device__ void set(int i, Widest value) {
+    if constexpr (sizeof(Widest) == 8) {
+      bits[2 * i] = __double2loint(value);
+      bits[2 * i + 1] = __double2hiint(value);
+    } else {
+      bits[i] = __float_as_uint(value);
+    }
+  }
+};
+
+constexpr int kUnit = 16;  // bytes of the widest access
+
+__device__ bool aligned(Pointer pointer) { return reinterpret_cast<uintptr_t>(pointer.data) % kUnit == 0; }
+
+template <Caching kCaching, class T>
+__device__ T load(const void* source) {
+  const T* typed = static_cast<const T*>(source);
+  return kCaching == Caching::kKeep ? __ldg(typed) : __ldcs(typed);
+}
+
+__device__ float from_bfloat16(uint32_t bits) { return __uint_as_float(bits << 16); }
+__device__ float from_float16(uint32_t bits) { return __half2float(__ushort_as_half(static_cast<uint16_t>(bits))); }
+__device__ uint32_t to_bfloat16(double value) {
+  return __bfloat16_as_ushort(__float2bfloat16_rn(static_cast<float>(value)));
+}
+__device__ uint32_t to_float16(double value) { return __half_as_ushort(__float2half_rn(static_cast<float>(value))); }
+
+// One element; in kernels without float64 there is no such tensor.
+template <class Widest, Caching kCaching>
+__device__ Widest load_element(Pointer source) {
+  switch (source.dtype) {
+    case DType::kFloat64:
+      if constexpr (sizeof(Widest) == 8) return load<kCaching, double>(source.data);
+      return 0;
+    case DType::kFloat32:
+      return load<kCaching, float>(source.data);
+    case DType::kBFloat16:
+      return from_bfloat16(load<kCaching, unsigned short>(source.data));
+    default:
+      return from_float16(load<kCaching, unsigned short>(source.data));
+  }
+}
+
+__device__ void store_element(Pointer target, double value) {
+  switch (target.dtype) {
+    case DType::kFloat64:
+      return __stcs(static_cast<double*>(target.data), value);
+    case DType::kFloat32:
+      return __stcs(static_cast<float*>(target.data), static_cast<float>(value));
+    case DType::kBFloat16:
+      return __stcs(static_cast<unsigned short*>(target.data), static_cast<unsigned short>(to_bfloat16(value)));
+    default:
+      return __stcs(static_cast<unsigned short*>(target.data), static_cast<unsigned short>(to_float16(value)));
+  }
+}
+
+// A thread's elements in shared memory, where a loop can index them: an octet in pieces is rare, and unrolled code for
+// it takes registers from the one that is not.
+template <class Widest>
+__device__ Widest& staged(int i) {
+  __shared__ Widest elements[kOctet][kThreads];
+  return elements[i][threadIdx.x];
+}
+
+// The octet of a view's term at a place. Elements past the end of the vector are 0.
+template <class Widest, Caching kCaching = Caching::kOnce>
+__device__ Octet<Widest> read(const DeviceTable& table, const View& view, const Place& place, int term = 0) {
+  Octet<Widest> octet;
+  const Pointer first = table.at(view, term, place.segment, place.index);
+  if (place.whole && aligned(first)) {
+    octet.dtype = first.dtype;
+    const char* source = static_cast<const char*>(first.data);
+#pragma unroll
+    for (int i = 0; i < kOctet * static_cast<int>(sizeof(Widest)) / kUnit; ++i) {
+      if (i * kUnit < kOctet * size_of(first.dtype)) {
+        const uint4 unit = load<kCaching, uint4>(source + i * kUnit);
+        octet.bits[4 * i] = unit.x;
+        octet.bits[4 * i + 1] = unit.y;
+        octet.bits[4 * i + 2] = unit.z;
+        octet.bits[4 * i + 3] = unit.w;
+      }
+    }
+  } else {
+    octet.dtype = sizeof(Widest) == 8 ? DType::kFloat64 : DType::kFloat32;
+    table.for_each_element(place, [&](int i, int segment, int64_t index) {
+      staged<Widest>(i) = segment < 0 ? 0 : load_element<Widest, kCaching>(table.at(view, term, segment, index));
+    });
+#pragma unroll
+    for (int i = 0; i < kOctet; ++i) octet.set(i, staged<Widest>(i));
+  }
+  return octet;
+}
+
+template <class Widest>
+__device__ void convert(Octet<Widest>& octet) {
+  const Octet<Widest> raw = octet;
+  switch (raw.dtype) {
+    case DType::kFloat64:
+      break;
+    case DType::kFloat32:
+#pragma unroll
+      for (int i = 0; i < kOctet; ++i) octet.set(i, __uint_as_float(raw.bits[i]));
+      break;
+    case DType::kBFloat16:
+#pragma unroll
+      for (int i = 0; i < kOctet; ++i) octet.set(i, from_bfloat16(raw.bits[i / 2] >> (i % 2 * 16)));
+      break;
+    default:
+#pragma unroll
+      for (int i = 0; i < kOctet; ++i) octet.set(i, from_float16(raw.bits[i / 2] >> (i % 2 * 16)));
+  }
+}
+
+// Rounds values to the dtypes of a view's elements at a place, 16-bit ones through float32, and writes them.
+template <class Widest>
+__device__ void write(const DeviceTable& table, const View& view, const Place& place, const Octet<Widest>& values) {
+  const Pointer first = table.at(view, 0, place.segment, place.index);
+  if (place.whole && aligned(first)) {
+    Octet<Widest> rounded = values;
+    switch (first.dtype) {
+      case DType::kFloat64:
+        break;
+      case DType::kFloat32:
+#pragma unroll
+        for (int i = 0; i < kOctet; ++i) rounded.bits[i] = __float_as_uint(static_cast<float>(values[i]));
+        break;
+      case DType::kBFloat16:
+#pragma unroll
+        for (int i = 0; i < kOctet; i += 2)
+          rounded.bits[i / 2] = to_bfloat16(values[i]) | to_bfloat16(values[i + 1]) << 16;
+        break;
+      default:
+#pragma unroll
+        for (int i = 0; i < kOctet; i += 2)
+          rounded.bits[i / 2] = to_float16(values[i]) | to_float16(values[i + 1]) << 16;
+    }
+    char* target = static_cast<char*>(first.data);
+#pragma unroll
+    for (int i = 0; i < kOctet * static_cast<int>(sizeof(Widest)) / kUnit; ++i) {
+      if (i * kUnit < kOctet * size_of(first.dtype)) {
+        __stcs(
+            reinterpret_cast<uint4*>(target + i * kUnit),
+            make_uint4(rounded.bits[4 * i], rounded.bits[4 * i + 1], rounded.bits[4 * i + 2], rounded.bits[4 * i + 3]));
+      }
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kOctet; ++i) staged<Widest>(i) = static_cast<Widest>(values[i]);
+    table.for_each_element(place, [&](int i, int segment, int64_t index) {
+      if (segment >= 0) store_element(table.at(view, 0, segment, index), staged<Widest>(i));
+    });
+  }
+}
+
+}  // namespace
+}  // namespace crl
