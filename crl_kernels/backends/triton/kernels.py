@@ -27,7 +27,7 @@ NUM_WARPS = 8
 # On NVIDIA, registers per thread: 64 lets four programs run on a multiprocessor at a time, 80 three, 128 two. Left to
 # itself, ptxas aims for more of them and spills.
 REGISTERS = {
-    "projections_kernel": 64,
+    "projections_kernel": 80,
     "combine_kernel": 80,
     "quadratic_kernel": 64,
     "gradient_kernel": 128,

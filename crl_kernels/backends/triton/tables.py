@@ -6,8 +6,8 @@ The key has the stream as well, because a table is ready, and may be freed, in t
 
 CUDA graphs. Within a capture nothing is taken from the cache or put into it: tables are written by kernels that carry
 the words as arguments, into memory of the graph's own pool. So a graph holds all that it needs, no eviction can take a
-table away from it, and gradients that are created within the capture, at new addresses, are served too. This costs one
-small kernel for each 96 words at every replay.
+table away from it, and gradients that are created within the capture, at new addresses, are served too. This costs
+some small kernels at every replay.
 """
 
 import functools
