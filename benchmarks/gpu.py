@@ -1,0 +1,503 @@
+"""``python -m benchmarks.gpu``: everything that needs a GPU, in one command of a few minutes.
+
+Needs torch, triton and numpy. Uses the crl_kernels that is installed, or this source tree, whose CUDA library it builds
+where it is missing. Each stage runs in a process of its own, once for the CUDA C++ kernels and once for Triton's, so
+that a crash or a hang is recorded and the next stage runs all the same. A table is printed last, and written with all
+figures to ``--out``. ``--dry-run`` walks the same code on a CPU, with small sizes; what cannot run there says so.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).parent.parent
+BACKENDS = ("cuda", "triton")
+SECONDS_PER_STAGE = 90
+
+
+class NeedsGpu(Exception):
+    """What a stage cannot do on this machine."""
+
+
+# Correctness
+
+
+def hostile(numel: int, dtype: torch.dtype, layout: str, generator: torch.Generator, device: str) -> Tensor:
+    """A tensor of ``numel`` elements, offset by one, strided or transposed."""
+    values = torch.randn(2 * numel + 1, generator=generator, dtype=torch.float64).to(dtype).to(device)
+    if layout == "offset":
+        return values[1 : numel + 1]
+    if layout == "strided":
+        return values[: 2 * numel : 2]
+    if layout == "transposed" and numel % 3 == 0:
+        return values[:numel].view(3, numel // 3).t()
+    return values[:numel].clone()
+
+
+def flat64(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([t.detach().cpu().double().flatten() for t in tensors])
+
+
+def require_sum(name: str, actual: Tensor, expected: Tensor, magnitude: Tensor) -> None:
+    """A float64 sum may be off by a few roundings of the sum of magnitudes."""
+    if not bool(((actual.cpu() - expected).abs() <= 1e-13 * magnitude).all()):
+        raise AssertionError(f"{name}: {actual.tolist()}, expected {expected.tolist()}")
+
+
+def require_rounded(
+    name: str, actual: list[Tensor], expected: Tensor, magnitude: Tensor, slack: Tensor | None = None
+) -> None:
+    """Each element is the float64 result, rounded to its dtype; that result itself may be off by ``slack``."""
+    lengths = [t.numel() for t in actual]
+    slack = torch.zeros_like(magnitude) if slack is None else slack
+    parts = [x.split(lengths) for x in (expected, magnitude, slack)]
+    for t, e, m, s in zip(actual, *parts, strict=True):
+        bound = (torch.finfo(t.dtype).eps + 2**-50) * m + s + torch.finfo(t.dtype).smallest_normal
+        wrong = (t.cpu().double().flatten() - e).abs() > bound
+        if bool(wrong.any()) or bool(t.isnan().any()):
+            raise AssertionError(f"{name}: {int(wrong.sum())} of {t.numel()} {t.dtype} elements are wrong")
+
+
+def poison(device: str) -> None:
+    """Freed memory that is full of NaN shows a kernel which reads what it did not write."""
+    for size in (64, 4096, 65536, 1 << 20):
+        torch.full((size,), float("nan"), device=device)
+
+
+def correctness(device: str, small: bool) -> dict[str, Any]:
+    """Every operator on hostile lists, against float64."""
+    ops = torch.ops.crl_kernels
+    generator = torch.Generator().manual_seed(0)
+    lengths = [0, 1, 15, 16, 17, 2047, 2048, 2049, 4095, 4096, 4097, 100_003 if small else 3_000_001]
+    dtypes = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+    cases = 0
+    for layout in ("contiguous", "offset", "strided", "transposed"):
+        for mixed in (False, True):
+            for terms, dtype in ((1, torch.float32), (3, torch.bfloat16), (10, torch.float32), (2, torch.float64)):
+                kinds = [dtypes[i % 4] if mixed else torch.float32 for i in range(len(lengths))]
+
+                def tensors(layout: str = layout, kinds: list[torch.dtype] = kinds) -> list[Tensor]:
+                    pairs = zip(lengths, kinds, strict=True)
+                    return [hostile(n, kind, layout, generator, device) for n, kind in pairs]
+
+                params = tensors()
+                flat = torch.randn(terms, sum(lengths), generator=generator).to(dtype)
+                u = list(flat.to(device))
+                if mixed:  # pieces, with the shapes of the parameters
+                    u = [x.reshape(p.shape) for row in u for x, p in zip(row.split(lengths), params, strict=True)]
+                matrix, theta = flat.double(), flat64(params)
+                size = matrix.abs() @ theta.abs()
+                a, b = (torch.randn(terms, generator=generator, dtype=torch.float64) for _ in range(2))
+                c = torch.tensor(1.7, dtype=torch.float64)
+                where = f"{layout}, {'mixed' if mixed else 'float32'}, {terms} x {dtype}"
+                poison(device)
+                projections = ops.low_rank_projections(params, u, terms)
+                require_sum(f"projections, {where}", projections, matrix @ theta, size)
+                combined = ops.low_rank_combine(u, a.to(device), params)
+                require_rounded(f"combine, {where}", combined, a @ matrix, a.abs() @ matrix.abs())
+                targets = tensors()
+                before = flat64(targets)
+                ops.low_rank_accumulate_(targets, u, a.to(device))
+                require_rounded(
+                    f"accumulate, {where}", targets, before + a @ matrix, before.abs() + a.abs() @ matrix.abs()
+                )
+                targets = tensors()
+                before = flat64(targets)
+                force = c * a * (matrix @ theta - b)
+                value = ops.low_rank_penalty_accumulate_(targets, params, u, a.to(device), b.to(device), c.to(device))
+                require_sum(
+                    f"penalty, {where}",
+                    value,
+                    (force / c * (matrix @ theta - b)).sum(),
+                    (a.abs() * (size + b.abs()) ** 2).sum(),
+                )
+                require_rounded(
+                    f"penalty gradient, {where}",
+                    targets,
+                    before + force @ matrix,
+                    before.abs() + force.abs() @ matrix.abs(),
+                    1e-13 * (c * a.abs() * size) @ matrix.abs(),
+                )
+                state = torch.float64 if dtype == torch.float64 else torch.float32
+                fisher, anchor = (torch.randn(sum(lengths), generator=generator).to(state) for _ in range(2))
+                fisher = fisher.abs()
+                s, m = [fisher.to(device)], [anchor.to(device)]
+                distance = theta - anchor.double()
+                expected = (fisher.double() * distance.square()).sum()
+                require_sum(f"quadratic, {where}", ops.diagonal_quadratic(params, s, m), expected, expected)
+                slope = c * fisher.double() * distance
+                gradients = ops.diagonal_gradient(params, s, m, c.to(device))
+                require_rounded(f"diagonal gradient, {where}", gradients, slope, slope.abs())
+                targets = tensors()
+                before = flat64(targets)
+                value = ops.diagonal_accumulate_(targets, params, s, m, c.to(device))
+                require_sum(f"diagonal value, {where}", value, expected, expected)
+                require_rounded(f"diagonal accumulate, {where}", targets, before + slope, before.abs() + slope.abs())
+                moved = tensors()
+                before = flat64(moved)
+                ops.diagonal_shrink_(moved, s, m, c.to(device))
+                x = c * fisher.double()
+                expected_step = before - x / (1 + x) * (before - anchor.double())
+                require_rounded(f"shrink, {where}", moved, expected_step, before.abs() + anchor.double().abs())
+                cases += 1
+    return {"lists": cases, "operators": 8}
+
+
+# Races, size, graphs, compilation
+
+
+def races(device: str, small: bool) -> dict[str, Any]:
+    """Bitwise equality: from run to run, flat against list, and with two streams at once."""
+    from .problem import Problem
+
+    problem = Problem(100_000 if small else 25_000_000, 100, device)
+    repeats = 5 if small else 50
+    ops, u = torch.ops.crl_kernels, [problem.task.direction, problem.task.fisher]
+    flat = torch.cat([p.detach() for p in problem.params])
+    params = [p.detach() for p in problem.params]
+    first = ops.low_rank_projections(params, u, 2)
+    streams = [torch.cuda.Stream() for _ in range(2)] if device == "cuda" else []
+    for _ in range(repeats):
+        for theta in (params, [flat]):
+            if not torch.equal(ops.low_rank_projections(theta, u, 2), first):
+                raise AssertionError("projections differ from run to run, or between a list and a flat tensor")
+    found = []
+    for stream in streams:
+        stream.wait_stream(torch.cuda.current_stream())
+    for _ in range(repeats if streams else 0):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                found.append(ops.low_rank_projections(params, u, 2))
+    if streams:
+        torch.cuda.synchronize()
+    if not all(torch.equal(x, first) for x in found):
+        raise AssertionError("projections on two streams at once differ")
+    return {"repeats": repeats, "streams": len(streams)}
+
+
+def large(device: str, small: bool) -> dict[str, Any]:
+    """More than 2^31 elements in one tensor and in a list."""
+    if device != "cuda":
+        raise NeedsGpu("more than 2^31 elements")
+    numel = 2**31 + 4097
+    if torch.cuda.mem_get_info()[0] < 7 * numel:
+        raise NeedsGpu(f"{7 * numel / 2**30:.0f} GiB of free memory")
+    theta, u = (torch.empty(numel, dtype=torch.bfloat16, device=device).normal_() for _ in range(2))
+    expected = sum(x.double() @ y.double() for x, y in zip(theta.split(1 << 27), u.split(1 << 27), strict=True))
+    for params in ([theta], list(theta.split([7, 2**31 - 9, numel - 2**31 + 2]))):
+        found = torch.ops.crl_kernels.low_rank_projections(params, [u], 1)[0]
+        if not float((found - expected).abs()) <= 1e-6 * numel**0.5:
+            raise AssertionError(f"projection is {float(found)}, expected {float(expected)}")
+        tail = theta[-5:].double()
+        torch.ops.crl_kernels.low_rank_accumulate_(params, [u], torch.ones(1, dtype=torch.float64, device=device))
+        if not torch.allclose(theta[-5:].double(), tail + u[-5:].double(), rtol=1e-2, atol=1e-2):
+            raise AssertionError("the last elements were not updated")
+        expected = sum(x.double() @ y.double() for x, y in zip(theta.split(1 << 27), u.split(1 << 27), strict=True))
+    return {"elements": numel}
+
+
+def graphs(device: str, small: bool) -> dict[str, Any]:
+    """No synchronisation in a step; capture, and replay with other parameter values."""
+    if device != "cuda":
+        raise NeedsGpu("CUDA graphs")
+    from .problem import Problem
+
+    problem = Problem(1_000_000, 100, device)
+    for history in (problem.rank1_history, problem.diagonal_history):
+
+        def step(history: Any = history) -> Tensor:
+            value = history.add_penalty_grad_(0.5)
+            history.decoupled_step_(0.5, 0.1)
+            return value
+
+        step()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        step()
+        torch.cuda.set_sync_debug_mode("default")
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        for seed in range(3):
+            results = []
+            for replay in (False, True):
+                torch.manual_seed(seed)
+                with torch.no_grad():
+                    for p in problem.params:
+                        p.copy_(torch.randn_like(p))
+                        p.grad.zero_()
+                if replay:
+                    graph.replay()
+                value = captured if replay else step()
+                results.append(
+                    [value.clone(), *(p.detach().clone() for p in problem.params), *(g.clone() for g in problem.grads)]
+                )
+            if not all(torch.equal(x, y) for x, y in zip(*results, strict=True)):
+                raise AssertionError(f"a replay differs from eager mode ({type(history).__name__})")
+    return {"histories": 2}
+
+
+def compilation(device: str, small: bool) -> dict[str, Any]:
+    """torch.compile(fullgraph=True) and gradcheck."""
+    from crl_kernels import rank1_ewc_penalty
+
+    theta, u, anchor = (torch.randn(12, dtype=torch.float64, device=device) for _ in range(3))
+    theta.requires_grad_()
+
+    def penalty(x: Tensor) -> Tensor:
+        return rank1_ewc_penalty(x, direction=u, curvature=0.7, anchor=anchor, lam=3.0)
+
+    torch.autograd.gradcheck(penalty, theta, check_forward_ad=True)
+    torch.autograd.gradgradcheck(penalty, theta)
+    modes = ["aot_eager"] if small else ["inductor", "reduce-overhead"]
+    for mode in modes:
+        options = {"mode": mode} if mode == "reduce-overhead" else {"backend": mode}
+        compiled = torch.compile(penalty, fullgraph=True, **options)
+        for _ in range(3):
+            (gradient,) = torch.autograd.grad(compiled(theta), theta)
+        torch.testing.assert_close(gradient, torch.autograd.grad(penalty(theta), theta)[0])
+    return {"modes": modes}
+
+
+# Speed
+
+
+def timed(call: Callable[[], object], device: str, rounds: int) -> float:
+    """Median milliseconds, by events on a GPU."""
+    for _ in range(3):
+        call()
+    times = []
+    for _ in range(rounds):
+        if device == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+        else:
+            begin = time.perf_counter()
+            call()
+            times.append(1e3 * (time.perf_counter() - begin))
+    return statistics.median(times)
+
+
+def roofline(device: str, small: bool) -> dict[str, Any]:
+    """Every row of benchmarks.penalty on this device: time, GB/s, share of the copy bandwidth."""
+    from .contenders import CONTENDERS
+    from .measure import prepare
+    from .operators import OPERATORS
+    from .problem import Problem
+
+    sizes = [(20_000, 10)] if small else [(600_000, 100), (25_000_000, 100), (25_000_000, 1), (350_000_000, 700)]
+    left_out = ("torch.compile", "Avalanche", "reference") if small or device == "cuda" else ()
+    found: dict[str, Any] = {}
+    for numel, tensors in sizes:
+        chosen = {
+            name: row
+            for name, row in (CONTENDERS | OPERATORS).items()
+            if not any(word in name for word in left_out) and (numel < 3e8 or row.tasks == 1)
+        }
+        calls, reasons = prepare(chosen, Problem(numel, tensors, device))
+        rows = {name: timed(call, device, 3 if small else 20) for name, call in calls.items()}
+        copy = rows["copy"] / chosen["copy"].bytes
+        found[f"{numel}/{tensors}"] = {
+            name: {
+                "ms": ms,
+                "gb_per_s": chosen[name].bytes * numel / ms / 1e6,
+                "share_of_copy": chosen[name].bytes * copy / ms,
+            }
+            for name, ms in rows.items()
+        } | {name: {"skipped": reason} for name, reason in reasons.items()}
+    return found
+
+
+def training_step(device: str, small: bool) -> dict[str, Any]:
+    """Milliseconds of an AdamW step of a convolutional stack, without and with each penalty."""
+    import crl_kernels as ck
+
+    width, blocks, batch = (8, 2, 2) if small else (512, 10, 32)
+    layers = [
+        nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(8, width), nn.SiLU()) for _ in range(blocks)
+    ]
+    model = nn.Sequential(nn.Conv2d(3, width, 3, padding=1), *layers, nn.Conv2d(width, 3, 3, padding=1)).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    x = torch.randn(batch, 3, 16, 16, device=device)
+    named = {name: p.detach() for name, p in model.named_parameters()}
+    histories: dict[str, Any] = {"none": None}
+    for name, dtype in (("rank-1", torch.float32), ("rank-1, bf16", torch.bfloat16)):
+        histories[name] = ck.LowRankHistory(model)
+        mu = {key: torch.randn_like(p) for key, p in named.items()}
+        histories[name].append(ck.LowRankFisher.from_mean_gradient(mu, 1e-6, named, storage_dtype=dtype))
+    histories["diagonal"] = ck.DiagonalHistory(model)
+    histories["diagonal"].append(ck.DiagonalFisher({key: torch.rand_like(p) for key, p in named.items()}, named))
+
+    found: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
+    for decoupled in (False, True):
+        for name, history in histories.items():
+
+            def step() -> None:
+                optimizer.zero_grad()
+                (model(x) - x).square().mean().backward()
+                optimizer.step()
+
+            if history is not None:
+                history.attach(optimizer, 1e-3, decoupled=decoupled)
+            found[f"{name}{', decoupled' if decoupled else ''}"] = timed(step, device, 3 if small else 30)
+            if history is not None:
+                history.detach()
+    return found
+
+
+STAGES = {
+    "correctness": correctness,
+    "races": races,
+    "large": large,
+    "graphs": graphs,
+    "compilation": compilation,
+    "roofline": roofline,
+    "training_step": training_step,
+}
+
+
+# One process for each stage and backend
+
+
+def run_stage(name: str, device: str, small: bool) -> None:
+    """Prints what happened as one line of JSON."""
+    import crl_kernels  # noqa: F401  (defines the operators; raises where the backend cannot run)
+
+    try:
+        result = {"status": "ok", "result": STAGES[name](device, small)}
+    except NeedsGpu as reason:
+        result = {"status": "not run", "reason": f"needs {reason}"}
+    print(json.dumps(result))
+
+
+def in_its_own_process(name: str, backend: str, small: bool) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.gpu", "--stage", name, *(["--dry-run"] if small else [])]
+    start = time.perf_counter()
+    try:
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env=os.environ | {"CRL_KERNELS_BACKEND": backend},
+            capture_output=True,
+            text=True,
+            timeout=SECONDS_PER_STAGE,
+        )
+    except subprocess.TimeoutExpired:
+        return {"status": "failed", "reason": f"took more than {SECONDS_PER_STAGE} s"}
+    last = done.stdout.strip().rpartition("\n")[2]
+    if done.returncode != 0 or not last.startswith("{"):
+        told = done.stderr.strip().splitlines()
+        return {
+            "status": "failed",
+            "reason": told[-1] if told else f"exit status {done.returncode}",
+            "stderr": told[-40:],
+        }
+    result: dict[str, Any] = json.loads(last)
+    return result | {"seconds": round(time.perf_counter() - start, 1)}
+
+
+def machine(small: bool) -> dict[str, Any]:
+    facts = {"date": date.today().isoformat(), "python": platform.python_version(), "torch": torch.__version__}
+    if small:
+        return facts | {"device": "dry run on a CPU"}
+    asked = subprocess.run(
+        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
+    )
+    properties = torch.cuda.get_device_properties(0)
+    return facts | {
+        "device": properties.name,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "memory_gib": round(properties.total_memory / 2**30),
+        "driver": asked.stdout.strip(),
+        "cuda": torch.version.cuda,
+        "triton": __import__("triton").__version__,
+    }
+
+
+def build_where_missing() -> None:
+    """The CUDA library of this source tree, for the GPU that is here."""
+    if list((ROOT / "crl_kernels").glob("_C_cuda*.so")):
+        return
+    major, minor = torch.cuda.get_device_capability()
+    options = {"CRL_KERNELS_CUDA": "1", "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}"}
+    subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"], cwd=ROOT, env=os.environ | options, check=True
+    )
+
+
+def markdown(record: dict[str, Any]) -> str:
+    facts = ", ".join(f"{key} {value}" for key, value in record["machine"].items())
+    lines = [
+        f"# GPU: correctness and speed\n\n`python -m benchmarks.gpu`, {facts}.\n",
+        "| backend | stage | status | |",
+        "|---|---|---|---|",
+    ]
+    for key, stage in record["stages"].items():
+        backend, _, name = key.partition(": ")
+        lines.append(f"| {backend} | {name} | {stage['status']} | {stage.get('reason', '')} |")
+    for key, stage in record["stages"].items():
+        if stage["status"] != "ok" or not key.endswith("roofline"):
+            continue
+        for size, rows in stage["result"].items():
+            lines += ["", f"## {key}, {size}", "", "| | ms | GB/s | of copy |", "|---|---|---|---|"]
+            for name, row in rows.items():
+                cells = (
+                    f"{row['ms']:.3f} | {row['gb_per_s']:.0f} | {100 * row['share_of_copy']:.0f} %"
+                    if "ms" in row
+                    else f"{row['skipped']} | |"
+                )
+                lines.append(f"| {name} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dry-run", action="store_true", help="the same code on a CPU, with small sizes")
+    parser.add_argument("--stage", choices=STAGES, help="run one stage in this process")
+    parser.add_argument("--out", type=Path, help="folder for gpu.json and gpu.md (default: print only)")
+    arguments = parser.parse_args()
+    small = arguments.dry_run
+    if arguments.stage:
+        run_stage(arguments.stage, "cpu" if small else "cuda", small)
+        return 0
+    if not small and not torch.cuda.is_available():
+        sys.exit("torch finds no GPU; --dry-run walks the code on a CPU.")
+    if not small:
+        build_where_missing()
+    record: dict[str, Any] = {"machine": machine(small), "stages": {}}
+    for backend in ("auto",) if small else BACKENDS:
+        for name in STAGES:
+            record["stages"][f"{backend}: {name}"] = found = in_its_own_process(name, backend, small)
+            print(f"{backend}: {name}: {found['status']} {found.get('reason', '')}", flush=True)
+    print(markdown(record))
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        (arguments.out / "gpu.json").write_text(json.dumps(record, indent=1) + "\n")
+        (arguments.out / "gpu.md").write_text(markdown(record))
+    return 1 if any(stage["status"] == "failed" for stage in record["stages"].values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
