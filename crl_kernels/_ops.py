@@ -296,13 +296,16 @@ class _QuadraticGradient(torch.autograd.Function):
 # What the library calls.
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _inside_transform() -> bool:
     """Whether code is being compiled inside of torch.func.grad, jvp or vmap.
 
     There a custom operator has no forward mode (its tangent would be silently zero) and no vmap; plain PyTorch has all.
     """
     return torch._C._functorch.maybe_current_level() is not None
+
+
+# What torch.compiler.assume_constant_result does, which imports all of Dynamo, and Triton with it, to do it.
+_inside_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def low_rank_projections(params: Sequence[Tensor], directions: Sequence[Tensor], num_terms: int) -> Tensor:
