@@ -259,6 +259,33 @@ def test_bitwise_the_same_flat_or_in_a_list_and_for_any_number_of_threads():
         assert torch.equal(result, results[0])
 
 
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+def test_what_is_written_is_bitwise_the_same_flat_or_in_a_list(dtype):
+    """An element's result does not depend on its place in a vector of the processor."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = [1, 15, 3, 500, 16, 7, 64, 33, 5_000] + [3] * 100
+    theta, gradient, *terms = torch.randn(6, sum(lengths), generator=generator, dtype=torch.float64).to(dtype)
+    s, m = torch.rand(2, sum(lengths), generator=generator, dtype=torch.promote_types(dtype, torch.float32))
+    numbers = torch.randn(4, generator=generator, dtype=torch.float64)
+
+    def written(split: bool) -> list[Tensor]:
+        """Every writing operator's result as one flat tensor."""
+        params, *targets = ([*t.clone().split(lengths)] if split else [t.clone()] for t in (theta, *[gradient] * 4))
+        ops, one = torch.ops.crl_kernels, numbers[0]
+        ops.low_rank_accumulate_(targets[0], terms[:1], numbers[:1])
+        ops.low_rank_accumulate_(targets[1], terms, numbers)
+        ops.low_rank_penalty_accumulate_(targets[2], params, terms, numbers.abs(), numbers, one)
+        ops.diagonal_accumulate_(targets[3], params, [s], [m], one)
+        combined = ops.low_rank_combine(terms, numbers, params)
+        slopes = ops.diagonal_gradient(params, [s], [m], one)
+        ops.diagonal_shrink_(params, [s], [m], one.abs())
+        return [torch.cat(list(tensors)) for tensors in (*targets, combined, slopes, params)]
+
+    for flat, pieces in zip(written(False), written(True), strict=True):
+        assert torch.equal(flat, pieces)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nan_and_inf_pass_through(backend):
     params = [torch.ones(5), torch.ones(40)]
