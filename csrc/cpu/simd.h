@@ -1,8 +1,8 @@
 // A vector of doubles, loaded from and stored to any parameter dtype.
 //
-// GCC and Clang vector extensions: the same lines become AVX-512, AVX2, SSE2 or NEON according to the target that is in
-// force where this file is included (see kernels.inc for CRL_ISA, CRL_AVX2 and CRL_AVX512). All arithmetic is float64,
-// so every dtype goes through the same loops.
+// GCC and Clang vector extensions: the same lines become AVX-512, AVX2, SSE2 or NEON, in registers of their own width,
+// according to the target that is in force where this file is included (see kernels.inc for CRL_ISA, CRL_AVX2 and
+// CRL_AVX512). All arithmetic is float64, so every dtype goes through the same loops.
 //
 // load<Real>(source) and store(target, value) move one double or kWidth of them, with the same rounding.
 #pragma once
@@ -28,8 +28,10 @@ namespace crl::CRL_ISA {
 
 #if defined(CRL_AVX512)
 constexpr int kWidth = 8;
-#else
+#elif defined(CRL_AVX2)
 constexpr int kWidth = 4;
+#else
+constexpr int kWidth = 2;
 #endif
 
 using Doubles = double __attribute__((vector_size(8 * kWidth)));
@@ -44,8 +46,22 @@ inline Vector load_bits(const void* source) {
   return vector;
 }
 
-// Conversions. GCC 12 makes a dozen instructions of the generic form, so where there is one instruction it is asked for
+// Conversions. GCC 12 makes several instructions of the generic form, so where there is one instruction it is asked for
 // by name: a dot product of 250,000 bfloat16 elements takes 64 us instead of 126 us (EPYC, AVX2).
+#if defined(__SSE2__)
+// 8 bytes in the low half of a register, and back.
+template <class Bits>
+inline __m128i in_low_half(Bits bits) {
+  return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(&bits));
+}
+template <class Bits>
+inline Bits low_half(__m128i words) {
+  Bits bits;
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(&bits), words);
+  return bits;
+}
+#endif
+
 #if defined(CRL_AVX512)
 inline Doubles widen(Floats value) { return (Doubles)_mm512_cvtps_pd((__m256)value); }
 inline Floats narrow(Doubles value) { return (Floats)_mm512_cvtpd_ps((__m512d)value); }
@@ -59,25 +75,30 @@ inline Doubles fused_multiply_add(Doubles a, Doubles b, Doubles c) {
   return (Doubles)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
 }
 #elif defined(CRL_AVX2)
-inline __m128i in_low_half(UShorts bits) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(&bits)); }
-inline UShorts low_half(__m128i words) {
-  UShorts bits;
-  _mm_storel_epi64(reinterpret_cast<__m128i*>(&bits), words);
-  return bits;
-}
 inline Doubles widen(Floats value) { return (Doubles)_mm256_cvtps_pd((__m128)value); }
 inline Floats narrow(Doubles value) { return (Floats)_mm256_cvtpd_ps((__m256d)value); }
 inline Floats from_bfloat16(UShorts bits) { return (Floats)_mm_unpacklo_epi16(_mm_setzero_si128(), in_low_half(bits)); }
-inline UShorts low_halves(UInts words) { return low_half(_mm_packus_epi32((__m128i)words, (__m128i)words)); }
+inline UShorts low_halves(UInts words) { return low_half<UShorts>(_mm_packus_epi32((__m128i)words, (__m128i)words)); }
 inline Floats from_half(UShorts bits) { return (Floats)_mm_cvtph_ps(in_low_half(bits)); }
-inline UShorts to_half(Floats value) { return low_half(_mm_cvtps_ph((__m128)value, _MM_FROUND_TO_NEAREST_INT)); }
+inline UShorts to_half(Floats value) {
+  return low_half<UShorts>(_mm_cvtps_ph((__m128)value, _MM_FROUND_TO_NEAREST_INT));
+}
 inline Doubles fused_multiply_add(Doubles a, Doubles b, Doubles c) {
   return (Doubles)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+}
+#else
+#if defined(__SSE2__)
+inline Doubles widen(Floats value) { return (Doubles)_mm_cvtps_pd((__m128)in_low_half(value)); }
+inline Floats narrow(Doubles value) { return low_half<Floats>((__m128i)_mm_cvtpd_ps((__m128d)value)); }
+inline Floats from_bfloat16(UShorts bits) {
+  const __m128i two = _mm_cvtsi32_si128(load_bits<int32_t>(&bits));
+  return low_half<Floats>(_mm_unpacklo_epi16(_mm_setzero_si128(), two));
 }
 #else
 inline Doubles widen(Floats value) { return __builtin_convertvector(value, Doubles); }
 inline Floats narrow(Doubles value) { return __builtin_convertvector(value, Floats); }
 inline Floats from_bfloat16(UShorts bits) { return (Floats)(__builtin_convertvector(bits, UInts) << 16); }
+#endif
 inline UShorts low_halves(UInts words) { return __builtin_convertvector(words, UShorts); }
 inline Floats from_half(UShorts bits) {
   Floats result;
