@@ -39,8 +39,10 @@ def library(tmp_path_factory) -> Path:
 @pytest.mark.skipif(COMPILER is None or sys.platform != "linux", reason="needs g++ on Linux")
 def test_operators_and_derivatives(library):
     files = [str(TESTS / name) for name in ("test_operators.py", "test_autograd.py", "test_cuda_emulation.py")]
+    # Compilers see operators, not their kernels; plain PyTorch is tested where it is not a subprocess.
+    chosen = "not inside_compiled_code and not recompilation and not inductor and not reference"
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *files],
         env=os.environ | {"CRL_KERNELS_BACKEND": "reference", "CRL_TEST_LIBRARY": str(library)},
         capture_output=True,
         text=True,

@@ -4,8 +4,9 @@
 // added in a fixed order. Which elements a thread owns follows from flat indices and the grid alone, so results are
 // bitwise the same from run to run on a device, and for a list and a flat tensor.
 //
-// A pass is limited by memory. An H100 wants about 18 KiB under way on each multiprocessor (3.35 TB/s, 700 ns, 132 of
-// them); with 64 registers it holds 1,024 threads, each of which has asked for 48 to 128 bytes before it waits.
+// A pass is limited by memory. By Little's law an H100 wants about 18 KiB under way on each multiprocessor (3.35 TB/s x
+// 700 ns / 132). 80 registers leave room for 768 threads, each of which asks for 32 to 96 bytes before it waits for
+// any: 24 to 72 KiB (quadratic_gradient_kernel: 512 threads, 128 bytes). Figures on paper: not run on a GPU.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -58,8 +59,8 @@ __device__ double total_of(const double* partial, int64_t count) {
 
 // partial[k * gridDim.x + block] = u_k . theta over the block's tiles, from the first to the last.
 //
-// Theta is read once for up to 32 terms. Lane j of each warp keeps the warp's sum of term j, so that any number of
-// terms needs one register.
+// Lane j of each warp keeps the warp's sum of term j, so that 32 terms need one register and one reading of theta. More
+// terms read theta again for each 32: at most 1/32 more than the directions themselves in float32.
 template <class Widest>
 __device__ void project(const DeviceTable& table, const View& theta, const View& directions, int num_terms,
                         double* partial) {
@@ -155,11 +156,11 @@ __device__ double forces(const Penalty& penalty, const double* partial, int64_t 
   const double c = *penalty.coefficient;
   double value = 0.0;
   for (int k = threadIdx.x / kWarp; k < penalty.num_terms; k += kWarps) {
-    const double drift = total_of(partial + k * count, count) - penalty.anchor_projections[k];
-    const double force = penalty.curvatures[k] * drift;
+    const LowRankTerm term =
+        low_rank_term(total_of(partial + k * count, count), penalty.anchor_projections[k], penalty.curvatures[k], c);
     if (threadIdx.x % kWarp == 0) {
-      coefficients[k] = c * force;
-      value = fma(force, drift, value);
+      coefficients[k] = term.force;
+      value += term.value;
     }
   }
   return block_sum(value);  // and its barrier publishes the coefficients to the block
@@ -280,10 +281,7 @@ __global__ void __launch_bounds__(kThreads, resident<Widest>(3))
     convert(fisher);
     convert(anchor);
 #pragma unroll
-    for (int j = 0; j < kOctet; ++j) {
-      const double value = theta[j];
-      theta.set(j, value - proximal_weight(fisher[j], eta_lambda) * (value - anchor[j]));
-    }
+    for (int j = 0; j < kOctet; ++j) theta.set(j, proximal_step(theta[j], fisher[j], anchor[j], eta_lambda));
     write(table, diagonal.theta, place, theta);
   }
 }
