@@ -33,7 +33,7 @@ def _one_round(calls: dict[str, Call], clock: Callable[[], float]) -> Iterator[t
 
 
 def percentiles(seconds: list[float]) -> dict[str, float]:
-    low, *_, high = statistics.quantiles(seconds, n=5) if len(seconds) > 1 else seconds * 2
+    low, *_, high = statistics.quantiles(seconds, n=5, method="inclusive") if len(seconds) > 1 else seconds * 2
     return {"ms": 1e3 * statistics.median(seconds), "ms_p20": 1e3 * low, "ms_p80": 1e3 * high}
 
 

@@ -14,8 +14,7 @@ def low_rank(terms: int, dtype: torch.dtype, call: Callable[..., object]) -> Mak
     """``call(problem, params, directions, coefficients)``, with K directions of a dtype."""
 
     def make(problem: Problem) -> Callable[[], object]:
-        tasks = [problem.task] if terms == 1 else problem.tasks[:terms]
-        directions = [task.direction.to(dtype) for task in tasks]
+        directions = problem.directions(terms, dtype)
         coefficients = torch.full((terms,), 1e-6, dtype=torch.float64, device=problem.device)
         params = [parameter.detach() for parameter in problem.params]
         return lambda: call(problem, params, directions, coefficients)
@@ -50,8 +49,10 @@ def _rows() -> dict[str, Contender]:
     def row(name: str, make: Make, traffic: dict[str, int], memory: int, tasks: int = 1) -> None:
         rows[name] = Contender("", make, traffic, 0, memory, "this library", tasks)
 
-    labels = ((1, torch.float32, ""), (1, torch.bfloat16, ", bf16"), (TASKS, torch.float32, f", {TASKS} terms"))
+    labels = [(1, torch.float32, ""), (1, torch.bfloat16, ", bf16")]
+    labels += [(TASKS, torch.float32, f", {TASKS} terms"), (TASKS, torch.bfloat16, f", bf16, {TASKS} terms")]
     for terms, dtype, label in labels:
+        memory = dtype.itemsize * terms + 4
         u = {f"{terms} u" if terms > 1 else "u": dtype.itemsize * terms}
         twice = {f"{name} twice": 2 * bytes_ for name, bytes_ in u.items()}
         both = {"theta": 4} | twice | {"gradient read and written": 8}
@@ -59,21 +60,21 @@ def _rows() -> dict[str, Contender]:
             "low_rank_projections" + label,
             low_rank(terms, dtype, lambda problem, params, u, c: ops.low_rank_projections(params, u, len(c))),
             {"theta": 4} | u,
-            8,
+            memory,
             terms,
         )
         row(
             "low_rank_accumulate_" + label,
             low_rank(terms, dtype, lambda problem, params, u, c: ops.low_rank_accumulate_(problem.grads, u, c)),
             u | {"gradient read and written": 8},
-            8,
+            memory,
             terms,
         )
         row(
             "low_rank_combine" + label,
             low_rank(terms, dtype, lambda problem, params, u, c: ops.low_rank_combine(u, c, params)),
             u | {"result": 4},
-            8,
+            memory,
             terms,
         )
         row(
@@ -84,7 +85,7 @@ def _rows() -> dict[str, Contender]:
                 lambda problem, params, u, c: ops.low_rank_penalty_accumulate_(problem.grads, params, u, c, c, c[0]),
             ),
             both,
-            8,
+            memory,
             terms,
         )
     three = {"theta": 4, "S": 4, "m": 4}

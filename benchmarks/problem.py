@@ -36,6 +36,7 @@ class Problem(nn.Module):
         super().__init__()
         self.device = torch.device(device)
         self.numel = numel
+        self._directions: dict[tuple[int, torch.dtype], list[Tensor]] = {}
         self.task = self._task(1)
         theta = self.task.anchor + 0.1 * self.task.direction
         self.lengths = [len(part) for part in theta.tensor_split(tensors)]
@@ -74,6 +75,13 @@ class Problem(nn.Module):
 
     def scalar(self, value: float) -> Tensor:
         return torch.full((), value, dtype=torch.float64, device=self.device)
+
+    def directions(self, terms: int, dtype: torch.dtype) -> list[Tensor]:
+        """Of the first tasks, as they are stored; made once for each dtype."""
+        if (terms, dtype) not in self._directions:
+            tasks = [self.task] if terms == 1 else self.tasks[:terms]
+            self._directions[terms, dtype] = [task.direction.to(dtype) for task in tasks]
+        return self._directions[terms, dtype]
 
     @cached_property
     def scratch(self) -> Tensor:

@@ -1,0 +1,37 @@
+"""``python -m benchmarks.penalty`` runs and writes what it says it writes. What it measures here is worth nothing."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # benchmarks are run from a checkout, and are not installed
+
+from benchmarks import penalty  # noqa: E402
+from benchmarks.contenders import CONTENDERS  # noqa: E402
+from benchmarks.operators import OPERATORS  # noqa: E402
+
+
+def test_penalty_writes_a_row_for_every_contender(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib draws the roofline")
+    # More tensors than are compiled, because compiling would take most of the time.
+    command = [sys.executable, "-m", "benchmarks.penalty", "--sizes", "5K/101", "--rounds", "2", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (size,) = json.loads((tmp_path / "penalty_cpu_1thread.json").read_text())["sizes"]
+    assert [row["name"] for row in size["rows"]] == [*CONTENDERS, *OPERATORS]
+    for row in size["rows"]:
+        assert ("ms" in row) != ("skipped" in row)
+        assert "ms" in row or "torch.compile" in row["name"] or "Avalanche" in row["name"]
+        assert "ms" not in row or row["ms_p20"] <= row["ms"] <= row["ms_p80"]
+    text = (tmp_path / "penalty_cpu_1thread.md").read_text()
+    assert all(f"\n| {name} |" in text and f"\n- {name}: " in text for name in CONTENDERS | OPERATORS)
+    assert (tmp_path / "roofline_cpu_1thread.png").stat().st_size > 0
+
+
+def test_summary_is_made_of_rows_of_the_table():
+    assert set(penalty.SUMMARY) <= set(CONTENDERS)
+    assert penalty.parse_size("0.6M/100") == (600_000, 100)
