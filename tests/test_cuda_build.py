@@ -1,5 +1,6 @@
 """What the CUDA compiler makes of the kernels: no spilled registers, and 16-byte accesses. Needs no GPU."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -23,6 +24,12 @@ STREAMING = {
 }
 
 
+def nvcc() -> str | None:
+    """The one that setup.py takes."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return shutil.which("nvcc", path=str(Path(home, "bin"))) if home else shutil.which("nvcc")
+
+
 def cuobjdump() -> str | None:
     """Of the CUDA toolkit, or the one that Triton brings."""
     try:
@@ -34,7 +41,7 @@ def cuobjdump() -> str | None:
 
 
 pytestmark = [
-    pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc"),
+    pytest.mark.skipif(nvcc() is None, reason="needs nvcc, on PATH or in $CUDA_HOME/bin"),
     pytest.mark.skipif(torch.version.cuda is None, reason="needs the headers of a CUDA build of torch"),
     pytest.mark.skipif(cuobjdump() is None, reason="needs cuobjdump, of the CUDA toolkit or of Triton"),
     pytest.mark.skipif(sys.platform != "linux", reason="compiles with Linux's options"),
@@ -48,7 +55,7 @@ def compiled(source: Path, architecture: str, folder: Path) -> tuple[str, str]:
     defines = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA"]
     options = ["-cubin", f"-arch=sm_{architecture}", "-O3", "-std=c++17", "-Xptxas=-v"]
     build = subprocess.run(
-        ["nvcc", *options, *defines, *includes, str(source), "-o", str(target)], capture_output=True, text=True
+        [nvcc(), *options, *defines, *includes, str(source), "-o", str(target)], capture_output=True, text=True
     )
     assert build.returncode == 0, build.stderr
     code = subprocess.run([cuobjdump(), "-sass", str(target)], capture_output=True, text=True)

@@ -3,10 +3,10 @@
 //
 // A thread is a fiber. The threads of a block run in random order between two barriers, and one warp, chosen at random,
 // only when all others wait; the blocks of a grid run in random order, in a cooperative launch from one barrier of the
-// grid to the next. So a result that depends on the order comes out
-// wrong, and a thread or a block that misses a barrier ends the program. Shared memory belongs to its block and starts
-// as NaN; a 16-byte access at another address ends the program too. What this cannot show: races between threads that
-// run at the same time, the memory model, registers, speed.
+// grid to the next. So a result that depends on the order comes out wrong, and a thread or a block that misses a
+// barrier ends the program. Shared memory belongs to its block and starts as NaN; a 16-byte access at another address
+// ends the program too. What this cannot show: races between threads that run at the same time, the memory model,
+// registers, speed.
 #pragma once
 
 #include <setjmp.h>
