@@ -7,10 +7,11 @@
 ``python -m crl_kernels`` says what was built and what runs. ``__all__`` is the public API; the rest may change.
 """
 
+from .diagonal_history import DiagonalHistory
 from .estimate import estimate_fisher
 from .fisher import DiagonalFisher, FisherStatistics, LowRankFisher, load_fisher
 from .flat_parameters import flatten_parameters
-from .history import DiagonalHistory, LowRankHistory
+from .low_rank_history import LowRankHistory
 from .penalty import diagonal_ewc_penalty, rank1_ewc_penalty
 
 __version__ = "0.1.0"

@@ -1,7 +1,4 @@
-"""All past tasks of one model, bound to its parameters.
-
-    LowRankHistory    (lam / 2) sum_k a_k (u_k . theta - b_k)^2 over the terms of all tasks
-    DiagonalHistory   (lam / 2) (sum_j S_j (theta_j - m_j)^2 + R) = (lam / 2) sum_t sum_j F_tj (theta_j - theta*_tj)^2
+"""All past tasks of one model, bound to its parameters: what LowRankHistory and DiagonalHistory share.
 
 Ways to use a history in a trainer: add ``rank1_ewc_penalty(history, lam=...)`` to the loss; call
 ``add_penalty_grad_(lam)`` after backward; call ``decoupled_step_(lam, lr)`` after the optimizer's step; or let
@@ -19,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Self
 
-from . import _ops, storage
+from . import storage
 from .attachment import Attachment
 from .binding import Binding, Layout, join_names
 from .fisher import DiagonalFisher, LowRankFisher
@@ -30,7 +27,7 @@ _Fisher = TypeVar("_Fisher", LowRankFisher, DiagonalFisher)
 Rate = float | Tensor | Sequence[Mapping[str, Any]]
 # (ratio to the largest rate, indices of the parameters that have it); None stands for all parameters.
 Groups = tuple[tuple[float, tuple[int, ...] | None], ...]
-_ALL: Groups = ((1.0, None),)
+ALL: Groups = ((1.0, None),)
 
 
 def check_strength(argument: str, value: float | Tensor, *, finite: bool = True) -> None:
@@ -58,8 +55,8 @@ def check_strength(argument: str, value: float | Tensor, *, finite: bool = True)
         raise ValueError(f"{argument} is {number}; expected a {'finite ' if finite else ''}value >= 0.")
 
 
-class _History(ABC, Generic[_Fisher]):
-    """What both histories share: the binding to a model, an optimizer's hooks, and files."""
+class History(ABC, Generic[_Fisher]):
+    """What both kinds share: the binding to a model, an optimizer's hooks, and files."""
 
     _fisher_type: type[_Fisher]
 
@@ -313,14 +310,14 @@ class _History(ABC, Generic[_Fisher]):
         """Which parameters move at which share of the largest learning rate, and that rate."""
         if isinstance(lr, (int, float, Tensor)):
             check_strength("lr", lr)
-            return _ALL, lr
+            return ALL, lr
         if not isinstance(lr, Sequence) or not all(isinstance(g, Mapping) and {"params", "lr"} <= g.keys() for g in lr):
             raise TypeError(f"lr is a {type(lr).__name__}; expected a float, a 0-dim tensor or optimizer.param_groups.")
         rates = self._binding.rates(lr)
         for rate in rates:
             check_strength("lr", rate)
         if len(rates) == 1:
-            return _ALL, next(iter(rates))
+            return ALL, next(iter(rates))
         largest = max(float(rate) for rate in rates)
         # Rounded, so that a schedule which scales all rates alike does not change the groups.
         shares = ((round(float(rate) / (largest or 1.0), 12), tuple(members)) for rate, members in rates.items())
@@ -346,330 +343,3 @@ class _History(ABC, Generic[_Fisher]):
 
     def _zero(self) -> Tensor:
         return torch.zeros((), dtype=self._binding.dtype, device=self._device)
-
-
-class LowRankHistory(_History[LowRankFisher]):
-    """The low-rank terms of all past tasks: (lam / 2) sum_k a_k (u_k . theta - b_k)^2.
-
-    State: 2 or 4 bytes per parameter and term (the directions' storage dtype), and a few scalars. No copy of old
-    parameters.
-
-    Args:
-        model: its parameters that require a gradient now are bound, by identity.
-        include, exclude: patterns that choose parameters: a parameter's name, the name of a module that holds it, or a
-            glob such as ``"*.bias"``.
-        first_order: keep each task's slope, too: its own expansion along u_k is s_k x + a_k x^2 / 2 with
-            x = u_k . theta - b_k, which is a_k (x + s_k / a_k)^2 / 2 less the constant s_k^2 / (2 a_k). So b_k becomes
-            b_k - s_k / a_k, at no cost; the constant is left out of the value.
-        decay: see :meth:`append`.
-        max_terms: at most so many terms are kept. Beyond that, terms are merged into the best approximation of
-            sum_k a_k u_k u_k^T by ``max_terms`` orthogonal directions, each of which keeps its exact penalty. Terms are
-            then no longer one task's.
-
-    Raises:
-        TypeError, ValueError: no such parameter, or parameters that cannot be bound, by name; options out of range.
-    """
-
-    _fisher_type = LowRankFisher
-
-    def __init__(
-        self,
-        model: nn.Module,
-        include: Iterable[str] | None = None,
-        exclude: Iterable[str] | None = None,
-        *,
-        first_order: bool = False,
-        decay: float = 1.0,
-        max_terms: int | None = None,
-    ) -> None:
-        super().__init__(model, include, exclude, decay)
-        if max_terms is not None and (not isinstance(max_terms, int) or max_terms < 1):
-            raise ValueError(f"max_terms is {max_terms!r}; expected an integer >= 1, or None for no limit.")
-        self._first_order, self._max_terms = first_order, max_terms
-        nothing = torch.zeros(0, dtype=torch.float64, device=self._device)
-        self._set_terms([], nothing, nothing)
-
-    def __len__(self) -> int:
-        """The number of terms K: one per task for rank 1."""
-        return len(self._directions)
-
-    @property
-    def curvatures(self) -> Tensor:
-        """a_k: (K,) float64."""
-        return self._curvatures
-
-    @property
-    def anchor_projections(self) -> Tensor:
-        """b_k = u_k . theta*_k, less s_k / a_k if first_order: (K,) float64."""
-        return self._anchor_projections
-
-    def directions(self) -> list[dict[str, Tensor]]:
-        """u_k by parameter name, one dict per term: views of the state."""
-        return [self._binding.layout.split(u) for u in self._directions]
-
-    def penalty(self, lam: float | Tensor) -> Tensor:
-        """(lam / 2) sum_k a_k (u_k . theta - b_k)^2; see :func:`crl_kernels.rank1_ewc_penalty`."""
-        check_strength("lam", lam)
-        if not self._directions:
-            return self._zero()
-        projections = _ops.low_rank_projections(self._params(), self._directions, len(self))
-        return self._value((self._curvatures * (projections - self._anchor_projections).square()).sum(), lam)
-
-    @torch.no_grad()
-    def add_penalty_grad_(self, lam: float | Tensor) -> Tensor:
-        """Adds the penalty's gradient, lam sum_k a_k (u_k . theta - b_k) u_k, to ``.grad``; call it after backward.
-
-        Creates a gradient where there is none, as autograd would. Never waits for the device.
-
-        Returns:
-            The penalty's value, a 0-dim tensor.
-        """
-        check_strength("lam", lam)
-        if not self._directions:
-            return self._zero()
-        state = self._directions, self._curvatures, self._anchor_projections, self._float64(lam)
-        total = self._accumulate(lambda grads, params: _ops.low_rank_penalty_accumulate_(grads, params, *state))
-        return self._value(total, lam)
-
-    @torch.no_grad()
-    def decoupled_step_(self, lam: float | Tensor, lr: Rate) -> None:
-        """Moves the parameters to argmin |theta' - theta|^2 / (2 lr) + penalty(theta'); call it after the optimizer's
-        step, with that step's learning rate: a float, a 0-dim tensor, or ``optimizer.param_groups``.
-
-        With A = diag(sqrt(a)) U, r = diag(sqrt(a)) (U theta - b), groups g of parameters with rates eta_g, and
-        A_g the columns of A that belong to group g:
-
-            theta_g <- theta_g - eta_g lam A_g^T (I + lam sum_g eta_g A_g A_g^T)^-1 r
-
-        ``lam`` may be infinite: the minimum-norm weighted least-squares point. Directions along which A is zero to
-        1e-12 of its largest eigenvalue are left alone. Neither clipping nor the optimizer's scaling touches the penalty
-        here.
-        """
-        groups, rate = self._groups(lr)
-        strength = self._proximal_strength(lam, rate)
-        if not self._directions or not groups:
-            return
-        params = self._trainable_params()
-        eigenvalues, modes = self._spectrum(groups)
-        run = self._run_or_list(params)
-        residual = modes.T @ self._constant_drift(run)
-        steps = -modes @ (residual / (1 / strength + eigenvalues))
-        for ratio, members in groups:
-            targets = run if members is None else [params[i] for i in members]
-            _ops.low_rank_accumulate_(targets, self._pieces(self._directions, members), ratio * steps)
-        if run is not params:
-            torch.autograd.graph.increment_version(params)
-
-    @torch.no_grad()
-    def drift(self) -> Tensor:
-        """u_k . theta - b_k, how far the parameters have moved along each term: (K,) float64. Worth logging."""
-        return self._constant_drift(self._params()) if self._directions else self._curvatures.clone()
-
-    def _constant_drift(self, params: list[Tensor]) -> Tensor:
-        return _ops.constant_projections(params, self._directions, len(self)) - self._anchor_projections
-
-    def _add_terms(self, fisher: LowRankFisher, layout: Layout) -> None:
-        anchor_projections = fisher.anchor_projections
-        if self._first_order:
-            if fisher.slopes is None:
-                raise ValueError("fisher has no slopes, which first_order=True needs; give it slopes=.")
-            if bool(((fisher.curvatures == 0) & (fisher.slopes != 0)).any()):
-                raise ValueError("fisher has a slope along a direction of curvature 0, which has no lowest point.")
-            shift = fisher.slopes / torch.where(fisher.curvatures == 0, 1.0, fisher.curvatures)
-            anchor_projections = anchor_projections - shift
-        self._set_terms(
-            self._directions + list(self._bound(layout, fisher.directions)),
-            torch.cat([self._curvatures * self._decay, fisher.curvatures.to(self._device)]),
-            torch.cat([self._anchor_projections, anchor_projections.to(self._device)]),
-        )
-        if self._max_terms is not None and len(self) > self._max_terms:
-            self._merge(self._max_terms)
-
-    @torch.no_grad()
-    def _merge(self, count: int) -> None:
-        """Replaces the terms by the ``count`` strongest of an orthogonal form of the same penalty.
-
-        With A A^T = Q E Q^T and modes W = diag(sqrt(a)) Q, the penalty sum_k a_k drift_k^2 = |W^T drift|^2 is, term by
-        term, E_i (v_i . theta - c_i)^2 for v_i = (W^T U)_i / sqrt(E_i), whose drift is (W^T drift)_i / sqrt(E_i).
-        """
-        params = self._params()
-        eigenvalues, modes = self._spectrum(_ALL)
-        finite = eigenvalues.isfinite().nonzero()[:, 0]
-        kept = finite[eigenvalues[finite].argsort(descending=True)[:count]]
-        mixing = (modes[:, kept] / eigenvalues[kept].sqrt()).T.contiguous()
-        directions = [_ops.low_rank_combine(self._directions, row, self._directions[:1])[0] for row in mixing]
-        # c_i belongs to v_i as it is stored, rounded, so that the drift of the present parameters stays what it was.
-        projections = _ops.constant_projections(params, directions, len(directions))
-        self._set_terms(directions, eigenvalues[kept], projections - mixing @ self._constant_drift(params))
-
-    def _set_terms(self, directions: list[Tensor], curvatures: Tensor, anchor_projections: Tensor) -> None:
-        self._directions, self._curvatures, self._anchor_projections = directions, curvatures, anchor_projections
-        self._parts = {}
-        self._grams: dict[tuple[int, ...] | None, Tensor] = {}
-        self._spectra: dict[Groups, tuple[Tensor, Tensor]] = {}
-        self._curvature = float(self._gram(None).diagonal() @ curvatures.cpu()) if directions else 0.0
-
-    def _gram(self, members: tuple[int, ...] | None) -> Tensor:
-        """U_g U_g^T over some of the parameters: (K, K) float64, on the CPU."""
-        if members not in self._grams:
-            pieces, count = self._pieces(self._directions, members), len(self)
-            size = len(pieces) // count
-            rows = [_ops.constant_projections(pieces[k * size : (k + 1) * size], pieces, count) for k in range(count)]
-            gram = torch.stack(rows).cpu()
-            self._grams[members] = (gram + gram.T) / 2
-        return self._grams[members]
-
-    def _spectrum(self, groups: Groups) -> tuple[Tensor, Tensor]:
-        """(E, W): with Q E Q^T = sum_g (eta_g / max eta) A_g A_g^T, its eigenvalues and the modes W = diag(sqrt(a)) Q.
-
-        Eigenvalues below 1e-12 of the largest are infinite here, which leaves their modes alone. Factored on the CPU
-        when terms or ratios of rates change, so that a step on a device only reads what is there.
-        """
-        if groups not in self._spectra:
-            if len(self._spectra) >= 16:  # rates that change their ratio at every step
-                self._spectra.clear()
-            roots = self._curvatures.sqrt().cpu()
-            gram = torch.stack([ratio * self._gram(members) for ratio, members in groups]).sum(0)
-            values, vectors = torch.linalg.eigh(roots[:, None] * gram * roots)
-            values = torch.where(values > 1e-12 * values.max(), values, math.inf)
-            modes = roots[:, None] * vectors
-            self._spectra[groups] = (
-                values.to(self._device, non_blocking=True),
-                modes.to(self._device, non_blocking=True),
-            )
-        return self._spectra[groups]
-
-    def _state(self) -> dict[str, Tensor]:
-        tensors = {f"directions.{k}.{name}": u for k, term in enumerate(self.directions()) for name, u in term.items()}
-        return tensors | {"curvatures": self._curvatures, "anchor_projections": self._anchor_projections}
-
-    def _set_state(self, state: Mapping[str, Tensor], origin: str) -> None:
-        curvatures, anchor_projections, num_tasks = self._scalars_of(
-            state, origin, "curvatures", "anchor_projections", "num_tasks"
-        )
-        directions = [self._vector_of(state, f"directions.{k}.", origin) for k in range(len(curvatures))]
-        self._set_terms(directions, curvatures, anchor_projections)
-        self._num_tasks = int(num_tasks)
-
-    def _options(self) -> dict[str, Any]:
-        return super()._options() | {"first_order": self._first_order, "max_terms": self._max_terms}
-
-    def _move_state(self, device: torch.device) -> None:
-        self._directions = [u.to(device) for u in self._directions]
-        self._curvatures = self._curvatures.to(device)
-        self._anchor_projections = self._anchor_projections.to(device)
-        self._spectra = {groups: (e.to(device), q.to(device)) for groups, (e, q) in self._spectra.items()}
-        self._parts = {}
-
-
-class DiagonalHistory(_History[DiagonalFisher]):
-    """The exact sum of all past tasks' diagonal penalties in the state of one.
-
-        (lam / 2) (sum_j S_j (theta_j - m_j)^2 + R)
-
-    S = sum_t F_t, m the S-weighted mean of the anchors, and R, float64, what is left at theta = m. They are updated
-    like Welford's variance, because the sums of F theta* and F theta*^2 cancel. State: 8 bytes per parameter.
-
-    Args:
-        model, include, exclude: see :class:`LowRankHistory`.
-        decay: see :meth:`append`.
-    """
-
-    _fisher_type = DiagonalFisher
-
-    def __init__(
-        self,
-        model: nn.Module,
-        include: Iterable[str] | None = None,
-        exclude: Iterable[str] | None = None,
-        *,
-        decay: float = 1.0,
-    ) -> None:
-        super().__init__(model, include, exclude, decay)
-        fisher = torch.zeros(self._binding.layout.numel, dtype=self._binding.dtype, device=self._device)
-        self._set_vectors(fisher, torch.zeros_like(fisher), fisher.new_zeros((), dtype=torch.float64))
-
-    def __len__(self) -> int:
-        """The number of tasks."""
-        return self._num_tasks
-
-    def penalty(self, lam: float | Tensor) -> Tensor:
-        """(lam / 2) (sum_j S_j (theta_j - m_j)^2 + R); see :func:`crl_kernels.diagonal_ewc_penalty`."""
-        check_strength("lam", lam)
-        if not self._num_tasks:
-            return self._zero()
-        total = _ops.diagonal_quadratic(self._params(), [self._fisher], [self._anchor]) + self._residual
-        return self._value(total, lam)
-
-    @torch.no_grad()
-    def add_penalty_grad_(self, lam: float | Tensor) -> Tensor:
-        """Adds the penalty's gradient, lam S (theta - m), to ``.grad``, in one pass; call it after backward.
-
-        Creates a gradient where there is none, as autograd would. Never waits for the device.
-
-        Returns:
-            The penalty's value, a 0-dim tensor.
-        """
-        check_strength("lam", lam)
-        if not self._num_tasks:
-            return self._zero()
-        state = [self._fisher], [self._anchor], self._float64(lam)
-        total = self._accumulate(lambda grads, params: _ops.diagonal_accumulate_(grads, params, *state))
-        return self._value(total + self._residual, lam)
-
-    @torch.no_grad()
-    def decoupled_step_(self, lam: float | Tensor, lr: Rate) -> None:
-        """Moves the parameters to argmin |theta' - theta|^2 / (2 lr) + penalty(theta'); call it after the optimizer's
-        step, with that step's learning rate: a float, a 0-dim tensor, or ``optimizer.param_groups``.
-
-            theta <- theta - w (theta - m),   w = lr lam S / (1 + lr lam S)
-
-        ``lam`` may be infinite: theta = m wherever S > 0.
-        """
-        groups, rate = self._groups(lr)
-        strength = self._proximal_strength(lam, rate)
-        if not self._num_tasks:
-            return
-        params = self._trainable_params()
-        run = self._run_or_list(params)
-        for ratio, members in groups:
-            targets = run if members is None else [params[i] for i in members]
-            pieces = self._pieces([self._fisher, self._anchor], members)
-            half = len(pieces) // 2
-            _ops.diagonal_shrink_(targets, pieces[:half], pieces[half:], ratio * strength)
-        if run is not params:
-            torch.autograd.graph.increment_version(params)
-
-    def _add_terms(self, fisher: DiagonalFisher, layout: Layout) -> None:
-        new, anchor = (self._bound(layout, flat).double() for flat in (fisher.fisher_diagonal, fisher.anchor))
-        old, distance = self._decay * self._fisher.double(), anchor - self._anchor.double()
-        total = old + new
-        share = torch.where(total > 0, new / total, 0.0)
-        dtype = self._fisher.dtype
-        self._set_vectors(
-            total.to(dtype),
-            (self._anchor + share * distance).to(dtype),
-            self._decay * self._residual + (old * share * distance.square()).sum(),
-        )
-
-    def _set_vectors(self, fisher: Tensor, anchor: Tensor, residual: Tensor) -> None:
-        self._fisher, self._anchor, self._residual = fisher, anchor, residual
-        self._parts = {}
-        self._curvature = float(fisher.max()) if fisher.numel() else 0.0
-
-    def _state(self) -> dict[str, Tensor]:
-        layout = self._binding.layout
-        tensors = {f"fisher_diagonal.{name}": tensor for name, tensor in layout.split(self._fisher).items()}
-        tensors |= {f"anchor.{name}": tensor for name, tensor in layout.split(self._anchor).items()}
-        return tensors | {"residual": self._residual}
-
-    def _set_state(self, state: Mapping[str, Tensor], origin: str) -> None:
-        residual, num_tasks = self._scalars_of(state, origin, "residual", "num_tasks")
-        fisher, anchor = (self._vector_of(state, prefix, origin) for prefix in ("fisher_diagonal.", "anchor."))
-        self._set_vectors(fisher, anchor, residual)
-        self._num_tasks = int(num_tasks)
-
-    def _move_state(self, device: torch.device) -> None:
-        self._fisher, self._anchor = self._fisher.to(device), self._anchor.to(device)
-        self._residual = self._residual.to(device)
-        self._parts = {}

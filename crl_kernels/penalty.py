@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from . import _ops
-from .history import DiagonalHistory, LowRankHistory, check_strength
+from .diagonal_history import DiagonalHistory
+from .history import check_strength
+from .low_rank_history import LowRankHistory
 
 Tensors = Tensor | Sequence[Tensor]
 

@@ -1,0 +1,124 @@
+"""The exact sum of all past tasks' diagonal penalties, in the state of one."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from . import _ops
+from .binding import Layout
+from .fisher import DiagonalFisher
+from .history import History, Rate, check_strength
+
+
+class DiagonalHistory(History[DiagonalFisher]):
+    """The exact sum of all past tasks' diagonal penalties in the state of one.
+
+        (lam / 2) (sum_j S_j (theta_j - m_j)^2 + R)
+
+    S = sum_t F_t, m the S-weighted mean of the anchors, and R, float64, what is left at theta = m. They are updated
+    like Welford's variance, because the sums of F theta* and F theta*^2 cancel. State: 8 bytes per parameter.
+
+    Args:
+        model, include, exclude: see :class:`LowRankHistory`.
+        decay: see :meth:`append`.
+    """
+
+    _fisher_type = DiagonalFisher
+
+    def __init__(
+        self,
+        model: nn.Module,
+        include: Iterable[str] | None = None,
+        exclude: Iterable[str] | None = None,
+        *,
+        decay: float = 1.0,
+    ) -> None:
+        super().__init__(model, include, exclude, decay)
+        fisher = torch.zeros(self._binding.layout.numel, dtype=self._binding.dtype, device=self._device)
+        self._set_vectors(fisher, torch.zeros_like(fisher), fisher.new_zeros((), dtype=torch.float64))
+
+    def __len__(self) -> int:
+        """The number of tasks."""
+        return self._num_tasks
+
+    def penalty(self, lam: float | Tensor) -> Tensor:
+        """(lam / 2) (sum_j S_j (theta_j - m_j)^2 + R); see :func:`crl_kernels.diagonal_ewc_penalty`."""
+        check_strength("lam", lam)
+        if not self._num_tasks:
+            return self._zero()
+        total = _ops.diagonal_quadratic(self._params(), [self._fisher], [self._anchor]) + self._residual
+        return self._value(total, lam)
+
+    @torch.no_grad()
+    def add_penalty_grad_(self, lam: float | Tensor) -> Tensor:
+        """Adds the penalty's gradient, lam S (theta - m), to ``.grad``, in one pass; call it after backward.
+
+        Creates a gradient where there is none, as autograd would. Never waits for the device.
+
+        Returns:
+            The penalty's value, a 0-dim tensor.
+        """
+        check_strength("lam", lam)
+        if not self._num_tasks:
+            return self._zero()
+        state = [self._fisher], [self._anchor], self._float64(lam)
+        total = self._accumulate(lambda grads, params: _ops.diagonal_accumulate_(grads, params, *state))
+        return self._value(total + self._residual, lam)
+
+    @torch.no_grad()
+    def decoupled_step_(self, lam: float | Tensor, lr: Rate) -> None:
+        """Moves the parameters to argmin |theta' - theta|^2 / (2 lr) + penalty(theta'); call it after the optimizer's
+        step, with that step's learning rate: a float, a 0-dim tensor, or ``optimizer.param_groups``.
+
+            theta <- theta - w (theta - m),   w = lr lam S / (1 + lr lam S)
+
+        ``lam`` may be infinite: theta = m wherever S > 0.
+        """
+        groups, rate = self._groups(lr)
+        strength = self._proximal_strength(lam, rate)
+        if not self._num_tasks:
+            return
+        params = self._trainable_params()
+        run = self._run_or_list(params)
+        for ratio, members in groups:
+            targets = run if members is None else [params[i] for i in members]
+            pieces = self._pieces([self._fisher, self._anchor], members)
+            half = len(pieces) // 2
+            _ops.diagonal_shrink_(targets, pieces[:half], pieces[half:], ratio * strength)
+        if run is not params:
+            torch.autograd.graph.increment_version(params)
+
+    def _add_terms(self, fisher: DiagonalFisher, layout: Layout) -> None:
+        new, anchor = (self._bound(layout, flat).double() for flat in (fisher.fisher_diagonal, fisher.anchor))
+        old, distance = self._decay * self._fisher.double(), anchor - self._anchor.double()
+        total = old + new
+        share = torch.where(total > 0, new / total, 0.0)
+        dtype = self._fisher.dtype
+        self._set_vectors(
+            total.to(dtype),
+            (self._anchor + share * distance).to(dtype),
+            self._decay * self._residual + (old * share * distance.square()).sum(),
+        )
+
+    def _set_vectors(self, fisher: Tensor, anchor: Tensor, residual: Tensor) -> None:
+        self._fisher, self._anchor, self._residual = fisher, anchor, residual
+        self._parts = {}
+        self._curvature = float(fisher.max()) if fisher.numel() else 0.0
+
+    def _state(self) -> dict[str, Tensor]:
+        layout = self._binding.layout
+        tensors = {f"fisher_diagonal.{name}": tensor for name, tensor in layout.split(self._fisher).items()}
+        tensors |= {f"anchor.{name}": tensor for name, tensor in layout.split(self._anchor).items()}
+        return tensors | {"residual": self._residual}
+
+    def _set_state(self, state: Mapping[str, Tensor], origin: str) -> None:
+        residual, num_tasks = self._scalars_of(state, origin, "residual", "num_tasks")
+        fisher, anchor = (self._vector_of(state, prefix, origin) for prefix in ("fisher_diagonal.", "anchor."))
+        self._set_vectors(fisher, anchor, residual)
+        self._num_tasks = int(num_tasks)
+
+    def _move_state(self, device: torch.device) -> None:
+        self._fisher, self._anchor = self._fisher.to(device), self._anchor.to(device)
+        self._residual = self._residual.to(device)
+        self._parts = {}
