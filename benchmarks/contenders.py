@@ -93,7 +93,7 @@ def rank1_reference(problem: Problem) -> Callable[[], Tensor]:
     projection = reference.low_rank_projections([problem.task.anchor], directions, 1)
     penalty = torch.no_grad()(reference.low_rank_penalty_accumulate_)
     params = list(problem.params)
-    return lambda: 0.5 * LAM * penalty(problem.grads, params, directions, curvature, projection, lam)
+    return lambda: penalty(problem.grads, params, directions, curvature, projection, lam)
 
 
 def diagonal_reference(problem: Problem) -> Callable[[], Tensor]:

@@ -120,8 +120,8 @@ def correctness(device: str, small: bool) -> dict[str, Any]:
                 require_sum(
                     f"penalty, {where}",
                     value,
-                    (force / c * (matrix @ theta - b)).sum(),
-                    (a.abs() * (size + b.abs()) ** 2).sum(),
+                    (force * (matrix @ theta - b)).sum() / 2,
+                    c / 2 * (a.abs() * (size + b.abs()) ** 2).sum(),
                 )
                 require_rounded(
                     f"penalty gradient, {where}",

@@ -345,8 +345,8 @@ def low_rank_penalty_accumulate_(
     anchor_projections: Tensor,
     coefficient: Tensor,
 ) -> Tensor:
-    """targets <- targets + c sum_k a_k (u_k . theta - b_k) u_k, under ``torch.no_grad``; returns
-    sum_k a_k (u_k . theta - b_k)^2, 0-dim float64."""
+    """targets <- targets + c sum_k a_k (u_k . theta - b_k) u_k, under ``torch.no_grad``; returns the penalty,
+    (c / 2) sum_k a_k (u_k . theta - b_k)^2, 0-dim float64."""
     value: Tensor = _ops.low_rank_penalty_accumulate_(
         targets, params, directions, curvatures, anchor_projections, coefficient
     )

@@ -6,7 +6,7 @@ position gives numbers that are silently wrong. Everything here maps by name or 
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from operator import attrgetter, eq, is_
+from operator import is_
 from typing import Any
 
 import torch
@@ -15,8 +15,6 @@ from torch import Tensor, nn
 # Wrappers that put themselves into parameter names: torch.compile, activation checkpointing, FSDP; at the front, DDP.
 _ANYWHERE = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 _FRONT = "module."
-
-_SHAPE = attrgetter("shape")
 
 
 def canonical_name(name: str) -> str:
@@ -112,6 +110,8 @@ class Binding:
             )
         self.params = list(trainable.values())
         self.layout = Layout(list(trainable), [parameter.shape for parameter in self.params])
+        self._shapes = list(self.layout.shapes)
+        self._widest = next((p for p in self.params if p.dtype == torch.float64), self.params[0])
         # Where each parameter hangs in the model, to notice when another takes its place.
         places = {
             id(parameter): (module._parameters, attribute)
@@ -133,26 +133,30 @@ class Binding:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of values and of default state: float64 if any parameter is, else float32."""
-        return torch.float64 if torch.float64 in [p.dtype for p in self.params] else torch.float32
+        """Of values and of default state: float64 if any parameter is (if dtypes are mixed: was, when bound)."""
+        return torch.float64 if self._widest.dtype == torch.float64 else torch.float32
 
     def rename(self, layout: Layout) -> Layout:
         """``layout`` with the names that this model gives to shared parameters."""
         return Layout([self._aliases.get(name, name) for name in layout.names], layout.shapes)
 
-    def check(self, state_device: torch.device) -> None:
-        """Raises ValueError if a bound parameter was replaced, resized, or moved away from the state, since binding."""
-        if torch.compiler.is_compiling() or not self._unchanged(state_device):
+    def check(self, state_device: torch.device, *, all_devices: bool = True) -> None:
+        """Raises ValueError if a bound parameter was replaced, resized, or moved away from the state, since binding.
+
+        ``all_devices=False`` looks at the first parameter's device only, for callers that let the operator refuse
+        mixed ones.
+        """
+        if torch.compiler.is_compiling() or not self._unchanged(state_device, all_devices):
             self._refuse_changes(state_device)
 
-    def _unchanged(self, device: torch.device) -> bool:
-        """A quick look, for every call: maps take half the time of loops."""
+    def _unchanged(self, device: torch.device, all_devices: bool) -> bool:
+        """A quick look, for every call."""
         params = self.params
         return (
-            all(map(is_, map(dict.get, self._owners, self._attributes), params))
-            and all(map(eq, map(_SHAPE, params), self.layout.shapes))
-            and params[0].device == device
-            and len(set(map(Tensor.get_device, params))) == 1
+            params[0].device == device
+            and all(map(is_, map(dict.get, self._owners, self._attributes), params))
+            and [parameter.shape for parameter in params] == self._shapes
+            and (not all_devices or len(set(map(Tensor.get_device, params))) == 1)
         )
 
     def _refuse_changes(self, state_device: torch.device) -> None:

@@ -57,14 +57,14 @@ class DiagonalHistory(History[DiagonalFisher]):
         Creates a gradient where there is none, as autograd would. Never waits for the device.
 
         Returns:
-            The penalty's value, a 0-dim tensor.
+            The penalty's value, a 0-dim float64 tensor.
         """
         check_strength("lam", lam)
         if not self._num_tasks:
-            return self._zero()
+            return self._float64(0.0)
         state = [self._fisher], [self._anchor], self._float64(lam)
         total = self._accumulate(lambda grads, params: _ops.diagonal_accumulate_(grads, params, *state))
-        return self._value(total + self._residual, lam)
+        return (total + self._residual) * (0.5 * lam)
 
     @torch.no_grad()
     def decoupled_step_(self, lam: float | Tensor, lr: Rate) -> None:

@@ -277,7 +277,8 @@ class History(ABC, Generic[_Fisher]):
 
     def _accumulate(self, accumulate: Callable[[list[Tensor], list[Tensor]], Tensor]) -> Tensor:
         """Runs ``accumulate(gradients, params)``, on flat tensors where both lie in one run."""
-        params = self._params()
+        self._binding.check(self._device, all_devices=False)
+        params = list(self._binding.params)
         gradients, missing = self._gradients(params)
         try:
             run = self._run_or_list(params)
@@ -287,6 +288,7 @@ class History(ABC, Generic[_Fisher]):
         except RuntimeError:
             for i in missing:
                 params[i].grad = None
+            self._binding.check(self._device)
             self._require_dense(gradients, params)
             raise
         torch.autograd.graph.increment_version(gradients)

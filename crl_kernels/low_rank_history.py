@@ -87,14 +87,13 @@ class LowRankHistory(History[LowRankFisher]):
         Creates a gradient where there is none, as autograd would. Never waits for the device.
 
         Returns:
-            The penalty's value, a 0-dim tensor.
+            The penalty's value, a 0-dim float64 tensor.
         """
         check_strength("lam", lam)
         if not self._directions:
-            return self._zero()
+            return self._float64(0.0)
         state = self._directions, self._curvatures, self._anchor_projections, self._float64(lam)
-        total = self._accumulate(lambda grads, params: _ops.low_rank_penalty_accumulate_(grads, params, *state))
-        return self._value(total, lam)
+        return self._accumulate(lambda grads, params: _ops.low_rank_penalty_accumulate_(grads, params, *state))
 
     @torch.no_grad()
     def decoupled_step_(self, lam: float | Tensor, lr: Rate) -> None:

@@ -196,7 +196,7 @@ def test_autocast_does_not_lower_the_penaltys_precision(kind, penalty):
         value = penalty(history, lam=3.0)
         assert torch.equal(value, expected)
         added = history.add_penalty_grad_(3.0)
-    torch.testing.assert_close(added, expected.detach(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(added.float(), expected.detach(), rtol=1e-6, atol=0)
     torch.testing.assert_close([p.grad for p in model.net.parameters()], list(gradients), rtol=1e-6, atol=1e-7)
     model.zero_grad()
     (loss + value).backward()

@@ -211,7 +211,7 @@ def test_value_and_gradient_both_ways(device, cooperative_launch, l2_bytes, num_
     c = torch.tensor(0.3, dtype=torch.float64)
 
     drift = matrix.double() @ torch.cat(theta).double() - b
-    size = (a * (matrix.double().abs() @ torch.cat(theta).double().abs() + b).square()).sum()
+    size = c / 2 * (a * (matrix.double().abs() @ torch.cat(theta).double().abs() + b).square()).sum()
     step = (c * a * drift) @ matrix.double()
     results = []
     for directions in (list(matrix), pieces, pieces):
@@ -224,7 +224,7 @@ def test_value_and_gradient_both_ways(device, cooperative_launch, l2_bytes, num_
         assert (launches[1] == 1) == bool(cooperative), launches
     for value, *targets in results:  # flat, in pieces, and once more
         assert torch.equal(value, results[0][0])
-        assert abs(value - (a * drift.square()).sum()) <= 1e-13 * size
+        assert abs(value - c / 2 * (a * drift.square()).sum()) <= 1e-13 * size
         for target, first, gradient, part in zip(targets, results[0][1:], gradients, step.split(lengths), strict=True):
             assert torch.equal(target, first)
             exact = gradient.double() + part

@@ -149,7 +149,8 @@ def test_low_rank_operators(backend, case, num_terms, dtype, flat, seed):
     force = lam * a * drift
     before = flat64(targets)
     value = backend.low_rank_penalty_accumulate_(targets, params, directions, a, b, lam)
-    assert_sum_close(value, (a * drift.square()).sum(), (a * (matrix.abs() @ theta.abs() + b.abs()).square()).sum())
+    size = lam / 2 * (a * (matrix.abs() @ theta.abs() + b.abs()).square()).sum()
+    assert_sum_close(value, lam / 2 * (a * drift.square()).sum(), size)
     assert_rounded_once(targets, before + force @ matrix, before.abs() + force.abs() @ matrix.abs())
 
 

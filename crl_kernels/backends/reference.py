@@ -59,12 +59,12 @@ def low_rank_penalty_accumulate_(
     anchor_projections: Tensor,
     coefficient: Tensor,
 ) -> Tensor:
-    """targets <- targets + c sum_k a_k (u_k . theta - b_k) u_k; returns sum_k a_k (u_k . theta - b_k)^2, 0-dim
+    """targets <- targets + c sum_k a_k (u_k . theta - b_k) u_k; returns (c / 2) sum_k a_k (u_k . theta - b_k)^2, 0-dim
     float64."""
     drift = low_rank_projections(params, directions, curvatures.numel()) - anchor_projections
-    force = curvatures * drift
-    low_rank_accumulate_(targets, directions, coefficient * force)
-    return (force * drift).sum()
+    force = coefficient * curvatures * drift
+    low_rank_accumulate_(targets, directions, force)
+    return 0.5 * (force * drift).sum()
 
 
 def diagonal_quadratic(params: Sequence[Tensor], fisher: Sequence[Tensor], anchor: Sequence[Tensor]) -> Tensor:

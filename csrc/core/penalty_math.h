@@ -28,15 +28,16 @@ CRL_HOST_DEVICE static inline Real proximal_step(Real theta, Real fisher, Real a
   return theta - proximal_weight(fisher, strength) * (theta - anchor);
 }
 
-// One term of the low-rank penalty at drift = u . theta - b: its value a drift^2, and the coefficient c a drift that u
-// has in the gradient.
+// One term of the low-rank penalty of strength c at drift = u . theta - b: its value (c / 2) a drift^2, and the
+// coefficient c a drift that u has in its gradient.
 struct LowRankTerm {
   double value, force;
 };
 CRL_HOST_DEVICE inline LowRankTerm low_rank_term(double projection, double anchor_projection, double curvature,
                                                  double coefficient) {
   const double drift = projection - anchor_projection;
-  return {curvature * drift * drift, coefficient * (curvature * drift)};
+  const double force = coefficient * (curvature * drift);
+  return {0.5 * force * drift, force};
 }
 
 // The sum of values[0], values[stride], ... in index order.

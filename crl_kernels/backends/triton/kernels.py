@@ -355,9 +355,9 @@ def force_kernel(
     value: tl.tensor,
     LANES: tl.constexpr,
 ) -> None:
-    """force[k] = c a_k d_k and value[k] = a_k d_k^2, with the drift d_k = sum of partial[k, :] - b_k."""
+    """force[k] = c a_k d_k and value[k] = (c / 2) a_k d_k^2, with the drift d_k = sum of partial[k, :] - b_k."""
     k = tl.program_id(0)
     drift = _row_sum(partial, count, LANES) - tl.load(anchor_projections + k)
-    pull = tl.load(curvatures + k) * drift
-    tl.store(force + k, tl.load(coefficient) * pull)
-    tl.store(value + k, pull * drift)
+    pull = tl.load(coefficient) * (tl.load(curvatures + k) * drift)
+    tl.store(force + k, pull)
+    tl.store(value + k, 0.5 * pull * drift)
