@@ -61,8 +61,23 @@ inline SegmentTable segment_table(const Tensors& tensors) {
 // copied; the copies live as long as this object.
 class Operand {
  public:
-  Operand(const SegmentTable& table, const Tensor* first, int64_t count, const Tensor& same_device_as)
-      : view_(table, pointers(table, first, count, same_device_as)) {}
+  Operand(const SegmentTable& table, const Tensor* first, int64_t count, const Tensor& same_device_as) : view_(count) {
+    const bool flat = count == 1 && first[0].numel() == table.numel();
+    STD_TORCH_CHECK(flat || count == table.segments(), "crl_kernels: expected one flat tensor or ", table.segments(),
+                    " tensors, got ", count);
+    const DeviceCode device = device_code_of(same_device_as);
+    for (int64_t i = 0; i < count; ++i) {
+      const Tensor& tensor = first[i];
+      const int64_t begin = table.begin(i), numel = tensor.numel();
+      const int64_t expected = (flat ? table.numel() : table.end(i)) - begin;
+      STD_TORCH_CHECK(numel == expected, "crl_kernels: tensor ", i, " of a list has ", numel, " elements, expected ",
+                      expected);
+      STD_TORCH_CHECK(device_code_of(tensor) == device, "crl_kernels: tensors are on different devices");
+      const bool contiguous = tensor.is_contiguous();
+      if (!contiguous) copies_.push_back({i, torch::stable::contiguous(tensor)});
+      view_.add({(contiguous ? tensor : copies_.back().tensor).data_ptr(), dtype_of(tensor)}, begin);
+    }
+  }
   Operand(const SegmentTable& table, const Tensors& tensors, const Tensor& same_device_as)
       : Operand(table, tensors.data(), static_cast<int64_t>(tensors.size()), same_device_as) {}
 
@@ -76,27 +91,6 @@ class Operand {
   const std::vector<Copy>& copies() const { return copies_; }
 
  private:
-  std::vector<Pointer> pointers(const SegmentTable& table, const Tensor* first, int64_t count,
-                                const Tensor& same_device_as) {
-    const bool flat = count == 1 && first[0].numel() == table.numel();
-    STD_TORCH_CHECK(flat || count == table.segments(), "crl_kernels: expected one flat tensor or ", table.segments(),
-                    " tensors, got ", count);
-    const DeviceCode device = device_code_of(same_device_as);
-    std::vector<Pointer> result;
-    result.reserve(count);
-    for (int64_t i = 0; i < count; ++i) {
-      const Tensor& tensor = first[i];
-      const int64_t expected = flat ? table.numel() : table.end(i) - table.begin(i), numel = tensor.numel();
-      STD_TORCH_CHECK(numel == expected, "crl_kernels: tensor ", i, " of a list has ", numel, " elements, expected ",
-                      expected);
-      STD_TORCH_CHECK(device_code_of(tensor) == device, "crl_kernels: tensors are on different devices");
-      const bool contiguous = tensor.is_contiguous();
-      if (!contiguous) copies_.push_back({i, torch::stable::contiguous(tensor)});
-      result.push_back({(contiguous ? tensor : copies_.back().tensor).data_ptr(), dtype_of(tensor)});
-    }
-    return result;
-  }
-
   std::vector<Copy> copies_;
   FlatView view_;
 };

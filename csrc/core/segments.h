@@ -81,14 +81,13 @@ class FlatView {
     DType dtype;
   };
 
-  // One pointer per segment of `table`, or a single one for a flat tensor.
-  FlatView(const SegmentTable& table, const std::vector<Pointer>& pointers) : flat_(pointers.size() == 1) {
-    entries_.reserve(pointers.size());
-    for (size_t i = 0; i < pointers.size(); ++i) {
-      const int64_t begin = flat_ ? 0 : table.begin(static_cast<int64_t>(i));
-      const auto address = reinterpret_cast<uintptr_t>(pointers[i].data);
-      entries_.push_back({address - static_cast<uintptr_t>(begin * size_of(pointers[i].dtype)), pointers[i].dtype});
-    }
+  // For `count` tensors: one per segment of a table, or a single flat one.
+  explicit FlatView(int64_t count) : flat_(count == 1) { entries_.reserve(count); }
+
+  // The next tensor, which begins at the flat index `begin`.
+  void add(Pointer tensor, int64_t begin) {
+    const auto address = reinterpret_cast<uintptr_t>(tensor.data);
+    entries_.push_back({address - static_cast<uintptr_t>(begin * size_of(tensor.dtype)), tensor.dtype});
   }
 
   // One entry for all segments, if flat, or one for each.

@@ -117,11 +117,12 @@ std::vector<std::tuple<int64_t, int64_t, int64_t>> pieces(const SegmentTable& ta
 }
 
 FlatView flat_view(const SegmentTable& table, const std::vector<std::pair<uintptr_t, py::dtype>>& tensors) {
-  std::vector<Pointer> pointers;
-  for (const auto& [address, dtype] : tensors) {
-    pointers.push_back({reinterpret_cast<void*>(address), dtype_of(dtype)});
+  FlatView view(static_cast<int64_t>(tensors.size()));
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const auto& [address, dtype] = tensors[i];
+    view.add({reinterpret_cast<void*>(address), dtype_of(dtype)}, table.begin(static_cast<int64_t>(i)));
   }
-  return FlatView(table, pointers);
+  return view;
 }
 
 }  // namespace

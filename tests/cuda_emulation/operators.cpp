@@ -40,12 +40,12 @@ void place_kernel(DeviceTable table, View view, int64_t tile, int64_t* segments,
 extern "C" void emulated_places(int64_t count, const int64_t* lengths, const int64_t* addresses, const int64_t* dtypes,
                                 int64_t tile, int64_t* found_segments, int64_t* found_addresses) {
   const crl::SegmentTable segments(std::vector<int64_t>(lengths, lengths + count));
-  std::vector<crl::Pointer> pointers;
+  crl::FlatView tensors(count);
   for (int64_t i = 0; i < count; ++i) {
-    pointers.push_back({reinterpret_cast<void*>(addresses[i]), static_cast<crl::DType>(dtypes[i])});
+    tensors.add({reinterpret_cast<void*>(addresses[i]), static_cast<crl::DType>(dtypes[i])}, segments.begin(i));
   }
   crl::PackedTable packed(segments);
-  const crl::View view = packed.add(crl::FlatView(segments, pointers));
+  const crl::View view = packed.add(tensors);
   const crl::Tensor anywhere = torch::stable::empty({1}, crl::ScalarType::Float);
   const crl::WrittenTable written = crl::write_table(packed.words(), segments, crl::Launcher(anywhere));
   emulation::run(1, crl::kThreads, false,
