@@ -20,6 +20,10 @@ from pathlib import Path
 from setuptools import setup
 
 HERE = Path(__file__).parent
+# A change in one of these builds the libraries anew.
+HEADERS = [
+    str(path.relative_to(HERE)) for path in sorted((HERE / "csrc").rglob("*")) if path.suffix in (".h", ".cuh", ".inc")
+]
 TORCH_TARGET_VERSION = "0x020a000000000000"  # torch 2.10: without it, a build on a newer torch may fail on an older one
 ABI3 = {"bdist_wheel": {"py_limited_api": "cp310"}}
 
@@ -99,6 +103,7 @@ def extensions():
             "crl_kernels._C",
             sorted(str(path.relative_to(HERE)) for path in (HERE / "csrc/cpu").glob("*.cpp")),
             include_dirs=[str(HERE / "csrc")],
+            depends=HEADERS,
             define_macros=defines,
             extra_compile_args=optimise,
             py_limited_api=True,
@@ -112,6 +117,7 @@ def extensions():
             "crl_kernels._C_cuda",
             sorted(str(path.relative_to(HERE)) for path in (HERE / "csrc/cuda").glob("*.cu")),
             include_dirs=[str(HERE / "csrc")],
+            depends=HEADERS,
             define_macros=[*defines, ("USE_CUDA", None)],
             extra_compile_args={"cxx": optimise, "nvcc": ["-O3", "-std=c++17", "-Xptxas=-warn-spills"]},
             py_limited_api=True,

@@ -4,20 +4,23 @@ import os
 import platform
 import statistics
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
-from .contenders import Contender
+from . import allocator
+from .contenders import YARDSTICKS, Contender
 from .problem import Problem, Unavailable
 
 Call = Callable[[], object]
+Seconds = dict[str, list[float]]
 
 
-def interleaved(calls: dict[str, Call], rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
+def interleaved(calls: dict[str, Call], rounds: int, clock: Callable[[], float]) -> Seconds:
     """Seconds of each call, one of each per round, so that the machine's moods meet all alike; the first is dropped."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    seconds: Seconds = {name: [] for name in calls}
     for round_ in range(rounds + 1):
         for name, took in _one_round(calls, clock):
             if round_:
@@ -69,30 +72,31 @@ def prepare(contenders: dict[str, Contender], problem: Problem) -> tuple[dict[st
     return calls, reasons
 
 
-def rows_of(
-    contenders: dict[str, Contender], seconds: dict[str, list[float]], reasons: dict[str, str], numel: int
-) -> list[dict[str, object]]:
-    """One dict per contender: times, traffic, share of the bandwidth of ``copy``, or why it was skipped."""
-    copy = statistics.median(seconds["copy"]) / contenders["copy"].bytes if "copy" in contenders else None
-    rows: list[dict[str, object]] = []
-    for name, contender in contenders.items():
-        row: dict[str, object] = {
-            "name": name,
-            "what": contender.what,
-            "counted": contender.counted,
-            "bytes_per_parameter": contender.bytes,
-            "state_bytes_per_parameter": contender.state,
-        }
-        if name in reasons:
-            row["skipped"] = reasons[name]
-        else:
-            median = statistics.median(seconds[name])
-            row |= percentiles(seconds[name])
-            row["gb_per_s"] = contender.bytes * numel / median / 1e9
-            if copy is not None:
-                row["share_of_copy"] = contender.bytes * copy / median
-        rows.append(row)
-    return rows
+def beside_yardsticks(name: str, contender: Contender, numel: int, tensors: int, rounds: int) -> list[Seconds]:
+    """Seconds of one row and of the yardsticks in the same rounds, in this process, on the CPU: as the system's
+    allocator has it, and then, where the C library can do that, with freed memory kept."""
+    require_memory(
+        numel * (Problem.BYTES + contender.memory + Problem.more_bytes(contender.tasks)), torch.device("cpu")
+    )
+    problem = Problem(numel, tensors)
+    calls = {yardstick: YARDSTICKS[yardstick].make(problem) for yardstick in YARDSTICKS}
+    calls[name] = contender.make(problem)
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    measured = [interleaved(calls, rounds, clock)]
+    if allocator.keep_freed_memory():
+        measured.append(interleaved(calls, rounds, clock))
+    return measured
+
+
+def row_of(name: str, contender: Contender) -> dict[str, object]:
+    """What is known of a row before it is measured."""
+    return {
+        "name": name,
+        "what": contender.what,
+        "counted": contender.counted,
+        "bytes_per_parameter": contender.bytes,
+        "state_bytes_per_parameter": contender.state,
+    }
 
 
 def processor() -> str:

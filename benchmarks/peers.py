@@ -100,7 +100,7 @@ def rank1_foreach(problem: Problem) -> Call:
 
     @torch.no_grad()
     def call() -> Tensor:
-        drift = _dot(list(problem.params), direction) - projection
+        drift = _dot(problem.params, direction) - projection
         if problem.device.type == "cpu":
             torch._foreach_add_(problem.grads, direction, alpha=LAM * float(drift))
         else:
@@ -115,7 +115,7 @@ def diagonal_foreach(problem: Problem) -> Call:
 
     @torch.no_grad()
     def call() -> Tensor:
-        distance = torch._foreach_sub(list(problem.params), anchor)
+        distance = torch._foreach_sub(problem.params, anchor)
         weighted = torch._foreach_mul(distance, fisher)
         torch._foreach_add_(problem.grads, weighted, alpha=LAM)
         return 0.5 * LAM * _dot(distance, weighted)
@@ -132,7 +132,7 @@ def _compiled(
     fused = torch.compile(function, fullgraph=True, dynamic=False)
     try:
         with torch.no_grad():
-            fused(list(problem.params), [torch.zeros_like(grad) for grad in problem.grads])
+            fused(problem.params, [torch.zeros_like(grad) for grad in problem.grads])
     except Exception as error:  # of Dynamo, of Inductor, or of the compiler that it calls
         raise Unavailable(f"could not compile: {type(error).__name__}: {str(error).splitlines()[0]}") from error
     return fused
@@ -149,7 +149,7 @@ def rank1_compiled(problem: Problem) -> Call:
         return 0.5 * LAM * drift**2
 
     fused = _compiled(problem, function)
-    return torch.no_grad()(lambda: fused(list(problem.params), problem.grads))
+    return torch.no_grad()(lambda: fused(problem.params, problem.grads))
 
 
 def diagonal_compiled(problem: Problem) -> Call:
@@ -164,4 +164,4 @@ def diagonal_compiled(problem: Problem) -> Call:
         return 0.5 * LAM * torch.stack(sums).sum()
 
     fused = _compiled(problem, function)
-    return torch.no_grad()(lambda: fused(list(problem.params), problem.grads))
+    return torch.no_grad()(lambda: fused(problem.params, problem.grads))

@@ -30,7 +30,9 @@ class Task:
 
 
 class Problem(nn.Module):
-    """Takes 20 bytes per parameter: parameters, gradients and one task; 12 more for each further one of ``tasks``."""
+    """Parameters, gradients and one task; the further ones of ``tasks`` are made when they are asked for."""
+
+    BYTES = 28  # per parameter, while it is made
 
     def __init__(self, numel: int, tensors: int, device: str = "cpu") -> None:
         super().__init__()
@@ -40,9 +42,12 @@ class Problem(nn.Module):
         self.task = self._task(1)
         theta = self.task.anchor + 0.1 * self.task.direction
         self.lengths = [len(part) for part in theta.tensor_split(tensors)]
-        self.params = nn.ParameterList(part.clone() for part in theta.split(self.lengths))
-        for parameter in self.params:
+        self._held = nn.ParameterList(part.clone() for part in theta.split(self.lengths))
+        for parameter in self._held:
             parameter.grad = torch.zeros_like(parameter)
+        # Plain lists, because to walk a ParameterList takes 2 us per parameter, which is no row's own.
+        self.params = list(self._held)
+        self.grads = [parameter.grad for parameter in self.params]
 
     def _normal(self, seed: int) -> Tensor:
         generator = torch.Generator(self.device).manual_seed(seed)
@@ -58,13 +63,14 @@ class Problem(nn.Module):
     def tasks(self) -> list[Task]:
         return [self.task, *(self._task(number) for number in range(2, TASKS + 1))]
 
-    @property
-    def grads(self) -> list[Tensor]:
-        return [parameter.grad for parameter in self.params]
+    @staticmethod
+    def more_bytes(tasks: int) -> int:
+        """Bytes per parameter of these tasks beyond the first."""
+        return 0 if tasks == 1 else 12 * (TASKS - 1)
 
     def bytes_of_tasks(self, tasks: int) -> int:
         """Bytes per parameter that these tasks will take beyond what is there."""
-        return 0 if tasks == 1 or "tasks" in self.__dict__ else 12 * (TASKS - 1)
+        return 0 if "tasks" in self.__dict__ else self.more_bytes(tasks)
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """Views of a flat tensor, one per parameter."""

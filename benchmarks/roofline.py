@@ -5,6 +5,11 @@ from pathlib import Path
 from typing import Any
 
 
+def _speed(row: dict[str, Any]) -> float:
+    speed: float = row.get("gb_per_s_kept", row["gb_per_s"])
+    return speed
+
+
 def draw(title: str, sizes: list[dict[str, Any]], path: Path) -> None:
     """``sizes`` as ``benchmarks.penalty`` writes them: a label, and rows with names, GB/s or a reason."""
     import matplotlib
@@ -17,15 +22,15 @@ def draw(title: str, sizes: list[dict[str, Any]], path: Path) -> None:
         1, len(sizes), figsize=(3.4 + 3.1 * len(sizes), 1.2 + 0.24 * len(names)), sharey=True, squeeze=False
     )
     for panel, size in zip(panels[0], sizes, strict=True):
-        copy = next(row["gb_per_s"] for row in size["rows"] if row["name"] == "copy")
-        top = 1.3 * max([row["gb_per_s"] for row in size["rows"] if "gb_per_s" in row])
+        copy = next(_speed(row) for row in size["rows"] if row["name"] == "copy")
+        top = 1.3 * max([_speed(row) for row in size["rows"] if "gb_per_s" in row])
         for height, row in enumerate(size["rows"]):
             if "skipped" in row:
                 panel.text(0.01 * top, height, "not measured", va="center", fontsize=7, color="0.5")
                 continue
             ours = row["what"].startswith("this library") and "plain PyTorch" not in row["what"]
-            panel.barh(height, row["gb_per_s"], color="C0" if ours else "0.7")
-            panel.text(row["gb_per_s"] + 0.01 * top, height, f"{row['gb_per_s']:.1f}", va="center", fontsize=7)
+            panel.barh(height, _speed(row), color="C0" if ours else "0.7")
+            panel.text(_speed(row) + 0.01 * top, height, f"{_speed(row):.1f}", va="center", fontsize=7)
         panel.axvline(copy, color="C3", linewidth=1)
         panel.set_xlim(0, top)
         panel.set_title(f"{size['label']}\ncopy: {copy:.1f} GB/s", fontsize=9)

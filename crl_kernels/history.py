@@ -278,7 +278,7 @@ class History(ABC, Generic[_Fisher]):
     def _accumulate(self, accumulate: Callable[[list[Tensor], list[Tensor]], Tensor]) -> Tensor:
         """Runs ``accumulate(gradients, params)``, on flat tensors where both lie in one run."""
         self._binding.check(self._device, all_devices=False)
-        params = list(self._binding.params)
+        params: list[Tensor] = list(self._binding.params)
         gradients, missing = self._gradients(params)
         try:
             run = self._run_or_list(params)
