@@ -12,7 +12,7 @@ DTYPES is the set of codes in a view, as bits; with one bit set, no code is look
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import triton
@@ -26,13 +26,19 @@ NUM_WARPS = 8
 
 # On NVIDIA, registers per thread: 64 lets four programs run on a multiprocessor at a time, 80 three, 128 two. Left to
 # itself, ptxas aims for more of them and spills.
-REGISTERS = {
+_REGISTERS = {
     "projections_kernel": 80,
     "combine_kernel": 80,
     "quadratic_kernel": 64,
     "gradient_kernel": 128,
     "shrink_kernel": 128,
 }
+
+
+def registers(kernel: str, constants: Mapping[str, int]) -> int:
+    """For a kernel with these constants: a sum into tensors of several dtypes needs more."""
+    mixed = any(constants[view].bit_count() > 1 for view in ("TARGETS", "DIRECTIONS") if view in constants)
+    return 128 if kernel == "combine_kernel" and mixed else _REGISTERS[kernel]
 
 
 def _kernel(function: Callable[..., None]) -> Any:

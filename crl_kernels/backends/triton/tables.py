@@ -158,7 +158,7 @@ class Flat:
         if self.chunks == 0:
             return
         if torch.version.hip is None:
-            constants["maxnreg"] = kernels.REGISTERS[kernel.__name__]
+            constants["maxnreg"] = kernels.registers(kernel.__name__, constants)
         kernel[(self.chunks,)](
             self._begins,
             self._firsts,
