@@ -150,8 +150,8 @@ struct Penalty {
   const double *curvatures, *anchor_projections, *coefficient;
 };
 
-// coefficients[k] = c a_k (u_k . theta - b_k); returns (c / 2) sum_k a_k (u_k . theta - b_k)^2 in every thread. Every block
-// that calls it adds the same numbers in the same order.
+// coefficients[k] = c a_k (u_k . theta - b_k); returns (c / 2) sum_k a_k (u_k . theta - b_k)^2 in every thread. Every
+// block that calls it adds the same numbers in the same order.
 __device__ double forces(const Penalty& penalty, const double* partial, int64_t count, double* coefficients) {
   const double c = *penalty.coefficient;
   double value = 0.0;
