@@ -35,6 +35,9 @@ SCHEMAS = (
     "diagonal_accumulate_(Tensor(a!)[] targets, Tensor[] params, Tensor[] fisher, Tensor[] anchor, Tensor coefficient)"
     " -> Tensor",
     "diagonal_shrink_(Tensor(a!)[] params, Tensor[] fisher, Tensor[] anchor, Tensor strength) -> ()",
+    "sample_weight_gradients(Tensor input, Tensor grad_output, int[] kernel_size, int[] stride, int[] padding,"
+    " int[] dilation, int groups, Tensor? directions, bool gram, bool squares)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 NAMES = tuple(schema.partition("(")[0] for schema in SCHEMAS)
 
@@ -58,7 +61,33 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "diagonal_gradient": lambda params, fisher, anchor, coefficient: [p.new_empty(p.shape) for p in params],
     "diagonal_accumulate_": lambda targets, params, fisher, anchor, coefficient: _float64(params, ()),
     "diagonal_shrink_": lambda params, fisher, anchor, strength: None,
+    "sample_weight_gradients": lambda *arguments: _fake_sample_weight_gradients(*arguments),
 }
+
+
+def _fake_sample_weight_gradients(
+    input: Tensor,
+    grad_output: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    directions: Tensor | None,
+    gram: bool,
+    squares: bool,
+) -> tuple[Tensor, ...]:
+    count, num_directions = input.shape[0], 1 if directions is None else directions.shape[0]
+    weight = (grad_output.shape[1], input.shape[1] // groups, *kernel_size)
+    side = count if gram else 0
+    float64 = torch.float64
+    return (
+        input.new_empty(weight),
+        input.new_empty(count, dtype=float64),
+        input.new_empty(count, num_directions, dtype=float64),
+        input.new_empty(side, side, dtype=float64),
+        input.new_empty(weight if squares else 0),
+    )
 
 
 def _float64(params: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:

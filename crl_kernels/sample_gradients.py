@@ -1,19 +1,36 @@
-"""Per-sample gradients in one backward pass. (Stand-in with the final interface: vmap over the whole model.)"""
+"""Per-sample gradients in one backward pass: their square norms, mean, projections and Gram matrix, without a matrix
+of them.
 
-from collections.abc import Mapping
+Formulas, with g_i the gradient of sample i's loss by all P parameters and N samples in the batch:
+
+    mu = mean_i g_i        n_i = |g_i|^2        p_i = u . g_i        G_ij = g_i . g_j        d_j = mean_i g_ij^2
+
+Each is a sum over parameters, and is taken where a layer's input meets the gradient of its output (layer_gradients.py)
+in the one backward pass that a training step makes anyway.
+"""
+
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import cached_property
+from types import TracebackType
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .binding import Binding
+from .binding import Binding, join_names
+from .layer_gradients import MatrixGradient, SampleGradient, Statistics, Wanted
+from .recorder import ParameterUse, Recorder, contiguous_strides
+
+# Per-sample gradients of at most so many elements a parameter are kept until the end and taken together: a bias or a
+# scale of a norm costs more in calls than in arithmetic.
+_SMALL = 4096
 
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """One parameter's share: sums over parameters give those of the whole model."""
+    """One parameter's share. The sums over parameters are those of the whole model."""
 
     sq_norms: Tensor  # (N,) float64
     projections: Tensor  # as the whole model's
@@ -21,27 +38,49 @@ class LayerStatistics:
 
 
 class SampleGradients:
-    """Square norms, mean, projections and Gram matrix of the per-sample gradients g_i of a batch of N.
+    """Statistics of the per-sample gradients g_i of a batch of N, from one ordinary backward pass.
+
+    ::
 
         with SampleGradients(model) as sg:
-            losses = per_sample_loss(model, batch)      # (N,)
+            losses = per_sample_loss(model, batch)      # (N,), each from its own sample alone
             losses.sum().backward()
-        sg.sq_norms        (N,) float64           |g_i|^2
-        sg.mean            name -> tensor         mu = mean_i g_i, for every bound parameter; zeros where none arrived
-        sg.projections     (N,) float64           mu . g_i, or direction . g_i; (N, K) if direction has K leading rows
-        sg.gram            (N, N) float64         g_i . g_j, with gram=True
-        sg.diagonal        name -> tensor         mean_i g_ij^2, with diagonal=True
-        sg.per_layer       name -> LayerStatistics   by parameter
 
-    Readable after the block. `.grad` is what it is without the block. The graph may be retained
-    (``losses.sum().backward(retain_graph=True)``) for weighted backward passes after the block:
-    ``torch.autograd.grad((weights * losses).sum(), params)`` is an ordinary backward pass then.
+        sg.sq_norms       (N,) float64              |g_i|^2
+        sg.mean           name -> tensor            mu = mean_i g_i, zeros where no gradient arrived
+        sg.projections    (N,) float64              mu . g_i, or direction . g_i; (N, K) for K directions
+        sg.gram           (N, N) float64            g_i . g_j, with gram=True; else None
+        sg.diagonal       name -> tensor            mean_i g_ij^2, with diagonal=True; else None
+        sg.per_layer      name -> LayerStatistics   the same, parameter by parameter
+        sg.num_samples    N
+
+    They can be read after the block. ``.grad`` is what it is without the block. The first dimension of the model's
+    inputs is the sample, and each loss depends on its own sample alone: BatchNorm in training mode is refused.
+
+    Linear, Conv1d, Conv2d, ConvTranspose1d, ConvTranspose2d, GroupNorm, LayerNorm, RMSNorm, BatchNorm (evaluation mode),
+    Embedding, MultiheadAttention, ``x @ W`` and parameters that are broadcast over samples have rules, wherever and
+    however often they are used: tied weights, subclasses, functional calls, activation checkpointing, autocast. A
+    module that uses a parameter in another way is run again under ``torch.func.vmap``, and a warning says so, once.
+
+    One backward pass a block. The graph may be retained (``backward(retain_graph=True)``); backward passes after the
+    block are ordinary ones. Losses that a GradScaler has multiplied give gradients multiplied by as much.
 
     Args:
-        model: its parameters that require a gradient (and pass include=, exclude=, as in LowRankHistory).
-        direction: parameter name -> tensor of its shape, or (K, *shape).
-        gram, diagonal: also compute those.
-        loss_reduction: "sum", or "mean" if the backward pass starts from losses.mean().
+        model: its parameters that require a gradient are looked at.
+        direction: parameter name -> tensor u of the parameter's shape; or (K, \\*shape), for K directions. A parameter
+            that is left out counts as zero.
+        gram: also take the Gram matrix.
+        loss_reduction: "sum" if the backward pass starts from ``losses.sum()``, "mean" if from ``losses.mean()``.
+        diagonal: also take the mean of squares, the diagonal Fisher.
+        include, exclude: patterns that choose parameters, as in :class:`LowRankHistory`.
+
+    Raises:
+        TypeError, ValueError: for arguments that do not fit, naming them; a BatchNorm in training mode.
+        RuntimeError: no backward pass in the block, or two.
+        NotImplementedError: a parameter is used in a way that neither has a rule nor can be vectorised, by name.
+
+    Source: one backward for norms: Goodfellow, arXiv 1510.01799; by layers: Rochette et al., arXiv 1912.06015. Sums
+    over samples in the tile of a weight where they are made, and projections on the batch's own mean, are ours.
     """
 
     def __init__(
@@ -52,80 +91,238 @@ class SampleGradients:
         loss_reduction: Literal["sum", "mean"] = "sum",
         *,
         diagonal: bool = False,
-        include: Any = None,
-        exclude: Any = None,
+        include: Iterable[str] | None = None,
+        exclude: Iterable[str] | None = None,
     ) -> None:
-        self._model, self._direction, self._gram, self._reduction = model, direction, gram, loss_reduction
-        self._want_diagonal = diagonal
+        if loss_reduction not in ("sum", "mean"):
+            raise ValueError(f"loss_reduction is {loss_reduction!r}; expected 'sum' or 'mean'.")
         self._binding = Binding(model, include, exclude)
+        self._model, self._reduction = model, loss_reduction
+        self._want_gram, self._want_diagonal = gram, diagonal
+        self._single_direction = True
+        self._directions = None if direction is None else self._checked(direction)
+        self._entered = False
+
+    def _checked(self, direction: Mapping[str, Tensor]) -> list[Tensor]:
+        """(K, numel) for each parameter."""
+        if not isinstance(direction, Mapping):
+            raise TypeError(f"direction is a {type(direction).__name__}; expected a mapping from parameter names.")
+        layout = self._binding.layout
+        if unknown := [name for name in direction if name not in layout.names]:
+            raise ValueError(f"direction has {join_names(unknown)}, which are no parameters that are looked at.")
+        leading = set()
+        for name, shape in zip(layout.names, layout.shapes, strict=True):
+            tensor = direction.get(name)
+            if tensor is None:
+                continue
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"direction[{name!r}] is a {type(tensor).__name__}; expected a tensor.")
+            if tensor.shape != shape and (tensor.dim() != len(shape) + 1 or tensor.shape[1:] != shape):
+                raise ValueError(
+                    f"direction[{name!r}] has shape {tuple(tensor.shape)}; expected {tuple(shape)}, or (K, *) of it."
+                )
+            if tensor.device != self._binding.device:
+                raise ValueError(
+                    f"direction[{name!r}] is on {tensor.device} and the model on {self._binding.device}."
+                )
+            leading.add(None if tensor.shape == shape else tensor.shape[0])
+        if len(leading) != 1:
+            raise ValueError("direction is empty, or its tensors are of different numbers K of directions.")
+        (count,) = leading
+        self._single_direction = count is None
+        rows = []
+        for name, length, parameter in zip(layout.names, layout.lengths, self._binding.params, strict=True):
+            tensor = direction.get(name)
+            dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+            if tensor is None:
+                rows.append(parameter.new_zeros(count or 1, length, dtype=dtype))
+            else:
+                rows.append(tensor.detach().to(dtype).reshape(count or 1, length))
+        return rows
+
+    # The block
 
     def __enter__(self) -> "SampleGradients":
-        self._calls: list[Any] = []
-        self._handle = self._model.register_forward_hook(self._record, with_kwargs=True)
+        if self._entered:
+            raise RuntimeError("a SampleGradients serves one block; make another for the next batch.")
+        self._entered = True
+        for module in self._model.modules():
+            if getattr(module, "batch_first", True) is False and not isinstance(module, nn.MultiheadAttention):
+                raise ValueError(
+                    f"model has a {type(module).__name__} with batch_first=False, whose first dimension is not the "
+                    "sample. Build it with batch_first=True."
+                )
+        params = self._binding.params
+        self._collected: dict[int, list[Statistics]] = {}
+        self._small: list[tuple[int, ParameterUse, Tensor]] = []
+        self._shared: dict[int, Tensor] = {}  # (N, numel), of parameters that are used more than once
+        self._sums: dict[int, Tensor] = {}  # float32 sums of 16-bit parameters' gradients, flat
+        self._grads = [parameter.grad for parameter in params]
+        self._recorder = Recorder(self._model, params, self._binding.layout.names, self._settle)
+        self._stack = ExitStack()
+        self._stack.enter_context(torch.compiler.set_stance("force_eager"))
+        self._stack.enter_context(self._recorder)
+        self._recorder.watch()
+        for parameter in params:
+            parameter.grad = None
         return self
 
-    def _record(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        call: dict[str, Any] = {"inputs": (args, kwargs)}
-        for leaf in tree_flatten(output)[0]:
-            if isinstance(leaf, Tensor) and leaf.requires_grad:
-                leaf.register_hook(lambda grad: call.__setitem__("grad", grad))
-                break
-        self._calls.append(call)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        recorder, params = self._recorder, self._binding.params
+        recorder.unwatch()
+        self._stack.close()
+        new = [parameter.grad for parameter in params]
+        try:
+            if kind is None:
+                self._finish(new)
+        finally:
+            for parameter, old, grad in zip(params, self._grads, new, strict=True):
+                if old is not None:
+                    if grad is not None:
+                        old.add_(grad)
+                    parameter.grad = old
+            del self._recorder, self._stack, self._grads
 
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        self._handle.remove()
-        if kind is not None:
-            return
-        call = self._calls[-1]
-        holder = nn.Module()
-        holder.model = self._model
-        of = {id(p): name for name, p in holder.named_parameters()}
-        names = [of[id(p)] for p in self._binding.params]
-        leaves, structure = tree_flatten(call["inputs"])
-        batched = [isinstance(leaf, Tensor) for leaf in leaves]
-        count = next(leaf.shape[0] for leaf, b in zip(leaves, batched, strict=True) if b)
+    # In the backward pass
 
-        class Call(nn.Module):
-            def __init__(self, model: nn.Module) -> None:
-                super().__init__()
-                self.model = model
+    def _wanted(self, use: ParameterUse) -> Wanted:
+        u = None if self._directions is None else use.of(self._directions[use.index])
+        return Wanted(u, self._want_gram, self._want_diagonal)
 
-            def forward(self, args: Any, kwargs: Any) -> Any:
-                return self.model(*args, **kwargs)
-
-        wrapped = Call(self._model)
-
-        def loss(params: Any, grad: Tensor, *sample: Any) -> Tensor:
-            one = [leaf.unsqueeze(0) if b else leaf for leaf, b in zip(sample, batched, strict=True)]
-            args, kwargs = tree_unflatten(one, structure)
-            output = torch.func.functional_call(wrapped, dict(zip(names, params, strict=True)), (args, kwargs))
-            first = next(leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor))
-            return (first[0] * grad).sum()
-
-        with torch.enable_grad():
-            gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, *(0 if b else None for b in batched)))(
-                tuple(p.detach() for p in self._binding.params), call["grad"].detach(), *leaves
+    def _settle(self, use: ParameterUse, gradient: SampleGradient) -> Tensor:
+        """Called for each use: takes its statistics and returns the sum of its per-sample gradients."""
+        recorder = self._recorder
+        if use.settled:
+            raise RuntimeError(
+                "a second backward pass went through the model inside of one SampleGradients block. Make one pass from "
+                "the sum of all losses, or use a block for each."
             )
-        scale = count if self._reduction == "mean" else 1
-        blocks = {
-            name: g.reshape(count, -1).double() * scale
-            for name, g in zip(self._binding.layout.names, gradients, strict=True)
-        }
-        shapes = dict(zip(self._binding.layout.names, self._binding.layout.shapes, strict=True))
-        dtypes = dict(zip(self._binding.layout.names, (p.dtype for p in self._binding.params), strict=True))
-        self.num_samples = count
-        self.mean = {name: block.mean(0).reshape(shapes[name]).to(dtypes[name]) for name, block in blocks.items()}
-        self.diagonal = {name: b.square().mean(0).reshape(shapes[name]).to(dtypes[name]) for name, b in blocks.items()}
-        self.per_layer = {}
-        for name, block in blocks.items():
-            if self._direction is None:
-                projections = block @ block.mean(0)
+        use.settled = True
+        if not use.registered:  # a reentrant checkpoint's second run, which is its first with gradients
+            recorder.register(use)
+        if use.covered:
+            return gradient.matrix().sum(0)
+        others = [other for other in recorder.uses if other.index == use.index and other is not use]
+        if any(use.overlaps(other) for other in others) or 0 in use.strides:
+            return self._add_to_shared(use, gradient, others)
+        if isinstance(gradient, MatrixGradient) and use.shape.numel() <= _SMALL:
+            matrix = gradient.matrix()
+            self._small.append((use.index, use, matrix))
+            return matrix.sum(0)
+        found = gradient.statistics(self._wanted(use))
+        self._collect(use, found)
+        return found.sum
+
+    def _add_to_shared(self, use: ParameterUse, gradient: SampleGradient, others: list[ParameterUse]) -> Tensor:
+        if use.index not in self._shared and any(other.settled and not other.covered for other in others):
+            raise RuntimeError(
+                f"parameter {self._binding.layout.names[use.index]!r} is used again by a later segment of a reentrant "
+                "checkpoint, after its statistics were taken. Use torch.utils.checkpoint with use_reentrant=False."
+            )
+        matrix = gradient.matrix()
+        shared = self._shared_matrix(use.index, matrix)
+        use.of(shared).add_(matrix)
+        return matrix.sum(0)
+
+    def _shared_matrix(self, index: int, like: Tensor) -> Tensor:
+        if index not in self._shared:
+            numel = self._binding.layout.lengths[index]
+            self._shared[index] = like.new_zeros(len(like), numel)
+        return self._shared[index]
+
+    def _collect(self, use: ParameterUse, found: Statistics) -> None:
+        self._collected.setdefault(use.index, []).append(
+            Statistics(self._keep_sum(use, found.sum), found.sq_norms, found.projections, found.gram, None)
+        )
+        if found.squares is not None:
+            use.of(self._squares[use.index][None])[0].copy_(found.squares)
+
+    def _keep_sum(self, use: ParameterUse, total: Tensor) -> Tensor:
+        """Keeps a float32 sum where ``.grad`` has 16 bits."""
+        parameter = self._binding.params[use.index]
+        if parameter.dtype not in (torch.float32, torch.float64):
+            if use.index not in self._sums:
+                self._sums[use.index] = total.new_zeros(parameter.numel())
+            use.of(self._sums[use.index][None])[0].copy_(total)
+        return total.new_empty(0)
+
+    @cached_property
+    def _squares(self) -> list[Tensor]:
+        """sum_i g_ij^2, flat, for each parameter."""
+        return [
+            parameter.new_zeros(
+                parameter.numel(), dtype=torch.float64 if parameter.dtype == torch.float64 else torch.float32
+            )
+            for parameter in self._binding.params
+        ]
+
+    # After the block
+
+    def _finish(self, grads: list[Tensor | None]) -> None:
+        recorder, layout = self._recorder, self._binding.layout
+        if recorder.stray:
+            index, function = next(iter(recorder.stray.items()))
+            raise NotImplementedError(
+                f"parameter {layout.names[index]!r} is used by {function} outside of the model's modules, which has no "
+                "rule. Use it in a module's forward, or exclude it with exclude=."
+            )
+        if recorder.num_samples is None or all(grad is None for grad in grads):
+            raise RuntimeError(
+                "no gradient reached the model's parameters inside of the SampleGradients block. Run the model and "
+                "losses.sum().backward() in it."
+            )
+        count = self.num_samples = recorder.num_samples
+        whole = [
+            ParameterUse(i, shape, contiguous_strides(shape), 0, self._settle) for i, shape in enumerate(layout.shapes)
+        ]
+        for index, matrix in recorder.gradients_of_calls():
+            self._shared_matrix(index, MatrixGradient(matrix).matrix()).add_(matrix.reshape(count, -1))
+        for index, matrix in self._shared.items():
+            for _, use, small in [entry for entry in self._small if entry[0] == index]:
+                use.of(matrix).add_(small)
+            self._small = [entry for entry in self._small if entry[0] != index]
+            gradient = MatrixGradient(matrix.reshape(count, *layout.shapes[index]))
+            self._collect(whole[index], gradient.statistics(self._wanted(whole[index])))
+        for _, use, matrix in self._small:
+            self._collect(use, MatrixGradient(matrix).statistics(self._wanted(use)))
+        self._small.clear()
+        self._shared.clear()
+
+        scale = float(count) if self._reduction == "mean" else 1.0  # of a sample's loss against its part of the pass
+        to_projection = scale * scale / count if self._directions is None else scale
+        parts = self._collected
+        num_directions = 1 if self._directions is None else len(self._directions[0])
+        zeros = torch.zeros(count, num_directions, dtype=torch.float64, device=self._binding.device)
+
+        def total(statistics: Iterable[Statistics]) -> LayerStatistics:
+            found = list(statistics)
+            projections = sum((part.projections for part in found), zeros) * to_projection
+            grams = [part.gram for part in found if part.gram is not None]
+            no_gram = zeros.new_zeros(count, count) if self._want_gram else None
+            return LayerStatistics(
+                sum((part.sq_norms for part in found), zeros[:, 0]) * scale**2,
+                projections[:, 0] if self._single_direction else projections,
+                None if no_gram is None else sum(grams, no_gram) * scale**2,
+            )
+
+        self.per_layer = {name: total(parts.get(i, ())) for i, name in enumerate(layout.names)}
+        model = total(part for found in parts.values() for part in found)
+        self.sq_norms, self.projections, self.gram = model.sq_norms, model.projections, model.gram
+        self.mean = {}
+        for i, (name, parameter, grad) in enumerate(zip(layout.names, self._binding.params, grads, strict=True)):
+            source = self._sums.get(i)
+            if grad is None:
+                self.mean[name] = torch.zeros_like(parameter, dtype=None if source is None else source.dtype)
             else:
-                u = self._direction[name].double()
-                projections = block @ (u.reshape(-1) if u.shape == shapes[name] else u.reshape(len(u), -1).T)
-            gram = block @ block.T if self._gram else None
-            self.per_layer[name] = LayerStatistics(block.square().sum(1), projections, gram)
-        layers = list(self.per_layer.values())
-        self.sq_norms = torch.stack([layer.sq_norms for layer in layers]).sum(0)
-        self.projections = torch.stack([layer.projections for layer in layers]).sum(0)
-        self.gram = torch.stack([layer.gram for layer in layers]).sum(0) if self._gram else None
+                value = grad if source is None else source.reshape(parameter.shape)
+                self.mean[name] = value.detach() * (scale / count)
+        self.diagonal = None
+        if self._want_diagonal:
+            self.diagonal = {
+                name: squares.reshape(shape) * (scale * scale / count)
+                for name, shape, squares in zip(layout.names, layout.shapes, self._squares, strict=True)
+            }
+        self._collected = {}
+

@@ -105,3 +105,50 @@ def diagonal_shrink_(
         x = torch.where(s == 0, 0.0, s * strength).clamp(max=largest)
         value = theta.double()
         theta.copy_(value - x / (1 + x) * (value - m))
+
+
+def sample_weight_gradient_matrix(
+    input: Tensor,
+    grad_output: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """(N, O, C / groups, kernel height, kernel width): each sample's weight gradient of a convolution of ``input``
+    (N, C, H, W) whose output has the gradient ``grad_output`` (N, O, H', W'), in their dtype."""
+    patches = torch.nn.functional.unfold(input, tuple(kernel_size), tuple(dilation), tuple(padding), tuple(stride))
+    count, _, positions = patches.shape
+    a = patches.reshape(count, groups, -1, positions)
+    b = grad_output.reshape(count, groups, -1, positions)
+    weight = (grad_output.shape[1], input.shape[1] // groups, *kernel_size)
+    return (b @ a.transpose(2, 3)).reshape(count, *weight)
+
+
+def sample_weight_gradients(
+    input: Tensor,
+    grad_output: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    directions: Tensor | None,
+    gram: bool,
+    squares: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Of each sample's weight gradient g_i of a convolution (:func:`sample_weight_gradient_matrix`): sum_i g_i; |g_i|^2,
+    (N,) float64; directions_k . g_i, or, without directions, (sum_j g_j) . g_i, (N, K) float64; g_i . g_j, (N, N)
+    float64, or (0, 0); and sum_i g_i^2, element by element, or (0,)."""
+    matrix = sample_weight_gradient_matrix(input, grad_output, kernel_size, stride, padding, dilation, groups)
+    rows = matrix.double().flatten(1)
+    total = rows.sum(0)
+    u = total[None] if directions is None else directions.double().flatten(1)
+    return (
+        total.reshape(matrix.shape[1:]).to(input.dtype),
+        rows.square().sum(1),
+        rows @ u.T,
+        rows @ rows.T if gram else rows.new_empty(0, 0),
+        rows.square().sum(0).reshape(matrix.shape[1:]).to(input.dtype) if squares else input.new_empty(0),
+    )

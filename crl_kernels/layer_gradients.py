@@ -1,0 +1,206 @@
+"""Per-sample gradients of one use of a parameter, and their statistics, by kind of layer.
+
+What a layer gives in its backward pass is its input a and the gradient b of its output, for all N samples at once:
+
+    linear        g_i = sum_t b_it a_it^T                       (T tokens)
+    convolution   g_i[o, c, ky, kx] = sum_yx b_i[o, y, x] a_i[c, y + ky, x + kx], strided, dilated, by groups
+    embedding     g_i[v] = sum of b_it over the tokens t with id v
+    the rest      g_i itself, small: biases, scales and shifts, broadcast parameters
+
+Each class here answers ``statistics(wanted)`` without a matrix of all g_i where there is a way, and ``matrix()`` with
+it. All statistics are sums over parameters, so a model's are the sums of its layers'.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from . import _ops  # noqa: F401  (defines the operators)
+from .backends import reference
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to take of per-sample gradients besides their sum and square norms."""
+
+    directions: Tensor | None = None  # (K, *shape); None: project on the batch's own sum
+    gram: bool = False
+    squares: bool = False
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of one parameter, or of a part of one."""
+
+    sum: Tensor  # sum_i g_i, (*shape)
+    sq_norms: Tensor  # (N,) float64
+    projections: Tensor  # (N, K) float64; (N, 1) on the sum
+    gram: Tensor | None  # (N, N) float64
+    squares: Tensor | None  # sum_i g_i^2, (*shape)
+
+
+class SampleGradient(Protocol):
+    """The gradients g_i of one use of a parameter."""
+
+    def statistics(self, wanted: Wanted) -> Statistics: ...
+
+    def matrix(self) -> Tensor:
+        """(N, *shape), float32 or float64."""
+        ...
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """16-bit numbers are summed as float32."""
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+
+
+class MatrixGradient:
+    """Gradients that are there: (N, *shape)."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self._matrix = _real(matrix)
+
+    def matrix(self) -> Tensor:
+        return self._matrix
+
+    def statistics(self, wanted: Wanted) -> Statistics:
+        shape, rows = self._matrix.shape[1:], self._matrix.flatten(1).double()
+        total = rows.sum(0)
+        u = total[None] if wanted.directions is None else wanted.directions.flatten(1).double()
+        return Statistics(
+            total.reshape(shape).to(self._matrix.dtype),
+            rows.square().sum(1),
+            rows @ u.T,
+            rows @ rows.T if wanted.gram else None,
+            rows.square().sum(0).reshape(shape).to(self._matrix.dtype) if wanted.squares else None,
+        )
+
+
+class ConvolutionGradient:
+    """Of a convolution's weight (O, C / groups, kh, kw): input (N, C, H, W), grad_output (N, O, H', W')."""
+
+    def __init__(
+        self,
+        input: Tensor,
+        grad_output: Tensor,
+        kernel_size: Sequence[int],
+        stride: Sequence[int] = (1, 1),
+        padding: Sequence[int] = (0, 0),
+        dilation: Sequence[int] = (1, 1),
+        groups: int = 1,
+    ) -> None:
+        self._input, self._grad_output = _real(input), _real(grad_output)
+        self._geometry = (list(kernel_size), list(stride), list(padding), list(dilation), groups)
+
+    def matrix(self) -> Tensor:
+        return reference.sample_weight_gradient_matrix(self._input, self._grad_output, *self._geometry)
+
+    def statistics(self, wanted: Wanted) -> Statistics:
+        u = None if wanted.directions is None else wanted.directions.to(self._input.dtype)
+        total, sq_norms, projections, gram, squares = torch.ops.crl_kernels.sample_weight_gradients(
+            self._input, self._grad_output, *self._geometry, u, wanted.gram, wanted.squares
+        )
+        return Statistics(
+            total, sq_norms, projections, gram if wanted.gram else None, squares if wanted.squares else None
+        )
+
+
+class Reshaped:
+    """Another's gradients as gradients of a parameter of another shape with the same elements in the same order."""
+
+    def __init__(self, inner: SampleGradient, inner_shape: Sequence[int], shape: Sequence[int]) -> None:
+        self._inner, self._inner_shape, self._shape = inner, tuple(inner_shape), tuple(shape)
+
+    def matrix(self) -> Tensor:
+        return self._inner.matrix().reshape(-1, *self._shape)
+
+    def statistics(self, wanted: Wanted) -> Statistics:
+        u = wanted.directions
+        u = None if u is None else u.reshape(len(u), *self._inner_shape)
+        found = self._inner.statistics(Wanted(u, wanted.gram, wanted.squares))
+        squares = None if found.squares is None else found.squares.reshape(self._shape)
+        return Statistics(found.sum.reshape(self._shape), found.sq_norms, found.projections, found.gram, squares)
+
+
+# Tokens up to which the Gram rule is taken: see LinearGradient.
+_FEW_TOKENS = 4
+
+
+class LinearGradient:
+    """Of a linear layer's weight (O, C): input (N, T, C), grad_output (N, T, O).
+
+    Many tokens: as a convolution with a 1 x 1 kernel. Few: without g_i at all, from
+
+        |g_i|^2 = sum_ts (a_it . a_is) (b_it . b_is),    u . g_i = sum_t b_it . (u a_it)
+
+    which costs two matrix products of the layer's size.
+    """
+
+    def __init__(self, input: Tensor, grad_output: Tensor) -> None:
+        self._a, self._b = _real(input), _real(grad_output)
+
+    def matrix(self) -> Tensor:
+        return self._b.transpose(1, 2) @ self._a
+
+    def statistics(self, wanted: Wanted) -> Statistics:
+        tokens = self._a.shape[1]
+        if tokens > _FEW_TOKENS or wanted.squares:
+            return self._as_convolution().statistics(wanted)
+        a, b = self._a, self._b
+        total = b.flatten(0, 1).T @ a.flatten(0, 1)
+        u = total[None] if wanted.directions is None else wanted.directions.to(a.dtype)
+        a64, b64 = a.double(), b.double()
+        if wanted.gram:
+            a_rows, b_rows = a64.flatten(0, 1), b64.flatten(0, 1)
+            products = (a_rows @ a_rows.T) * (b_rows @ b_rows.T)
+            gram = products.unflatten(0, (-1, tokens)).unflatten(2, (-1, tokens)).sum((1, 3))
+            sq_norms = gram.diagonal()
+        else:
+            gram = None
+            sq_norms = ((a64 @ a64.transpose(1, 2)) * (b64 @ b64.transpose(1, 2))).sum((1, 2))
+        projections = torch.stack([((a @ direction.T) * b).sum((1, 2), dtype=torch.float64) for direction in u], 1)
+        return Statistics(total, sq_norms, projections, gram, None)
+
+    def _as_convolution(self) -> Reshaped:
+        shape = (self._b.shape[2], self._a.shape[2])
+        a, b = (tensor.transpose(1, 2).unsqueeze(2) for tensor in (self._a, self._b))  # (N, channels, 1, T)
+        return Reshaped(ConvolutionGradient(a, b, (1, 1)), (*shape, 1, 1), shape)
+
+
+class EmbeddingGradient:
+    """Of a table (V, D): ids (N, T), grad_output (N, T, D)."""
+
+    def __init__(self, ids: Tensor, grad_output: Tensor, num_embeddings: int) -> None:
+        self._ids, self._b, self._num_embeddings = ids, _real(grad_output), num_embeddings
+
+    def _scatter(self, values: Tensor) -> Tensor:
+        """(N, T, D) -> (N, V, D)"""
+        count, _, width = values.shape
+        result = values.new_zeros(count, self._num_embeddings, width)
+        return result.scatter_add_(1, self._ids[..., None].expand_as(values), values)
+
+    def matrix(self) -> Tensor:
+        return self._scatter(self._b)
+
+    def statistics(self, wanted: Wanted) -> Statistics:
+        ids, b = self._ids, self._b.double()
+        table = (self._num_embeddings, b.shape[2])
+        total = b.new_zeros(table).index_add_(0, ids.flatten(), b.flatten(0, 1))
+        # Each sample's gradient at the ids that it has, at the first token of each: there, tokens of one id are summed.
+        same = ids[:, :, None] == ids[:, None, :]
+        first = ~same.tril(-1).any(2)
+        rows = (same.double() @ b) * first[..., None]
+        u = total[None] if wanted.directions is None else wanted.directions.double()
+        projections = torch.stack([(rows * direction[ids]).sum((1, 2)) for direction in u], 1)
+        gram = None
+        if wanted.gram:
+            flat, flat_ids = rows.flatten(0, 1), ids.flatten()
+            products = (flat @ flat.T) * (flat_ids[:, None] == flat_ids)
+            gram = products.unflatten(0, ids.shape).unflatten(2, ids.shape).sum((1, 3))
+        squares = None
+        if wanted.squares:
+            squares = b.new_zeros(table).index_add_(0, ids.flatten(), rows.square().flatten(0, 1)).to(self._b.dtype)
+        return Statistics(total.to(self._b.dtype), rows.square().sum((1, 2)), projections, gram, squares)

@@ -1,0 +1,245 @@
+// CPU implementation of sample_weight_gradients, whose schema and meaning are in crl_kernels/_ops.py and
+// backends/reference.py.
+
+#include <algorithm>
+#include <cstring>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "core/penalty_math.h"
+#include "cpu/kernels.h"
+#include "cpu/weight_gradients.h"
+#include "operands.h"
+
+namespace crl {
+namespace {
+
+// Rows of all samples for one tile should fit the second-level cache beside what they are made of.
+constexpr int64_t kRowsBytes = 256 * 1024;
+// Partial statistics, added in order at the end, so that results do not depend on the number of threads.
+constexpr int64_t kTasks = 16;
+
+struct Shape {
+  int64_t samples, groups, in_channels, out_channels;  // channels of one group
+  int64_t height, width, out_height, out_width;
+  int64_t kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
+  int64_t offsets() const { return kernel_h * kernel_w; }
+  int64_t padded_height() const { return height + 2 * padding_h; }
+  int64_t padded_width() const { return width + 2 * padding_w; }
+};
+
+Shape shape_of(const Tensor& input, const Tensor& grad_output, const std::vector<int64_t>& kernel_size,
+               const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+               const std::vector<int64_t>& dilation, int64_t groups) {
+  STD_TORCH_CHECK(input.dim() == 4 && grad_output.dim() == 4 && input.size(0) == grad_output.size(0),
+                  "crl_kernels: expected an input and a grad_output of shape (N, channels, height, width)");
+  for (const auto* pair : {&kernel_size, &stride, &padding, &dilation})
+    STD_TORCH_CHECK(pair->size() == 2, "crl_kernels: expected kernel_size, stride, padding and dilation as pairs");
+  STD_TORCH_CHECK(groups > 0 && input.size(1) % groups == 0 && grad_output.size(1) % groups == 0,
+                  "crl_kernels: channels are no multiple of groups");
+  const Shape s = {input.size(0), groups,         input.size(1) / groups, grad_output.size(1) / groups,
+                   input.size(2), input.size(3),  grad_output.size(2),    grad_output.size(3),
+                   kernel_size[0], kernel_size[1], stride[0],             stride[1],
+                   padding[0],    padding[1],     dilation[0],            dilation[1]};
+  const auto fits = [](int64_t padded, int64_t kernel, int64_t stride, int64_t dilation, int64_t out) {
+    return kernel > 0 && stride > 0 && dilation > 0 &&
+           (out == 0 || (out - 1) * stride + (kernel - 1) * dilation < padded);
+  };
+  STD_TORCH_CHECK(s.padding_h >= 0 && s.padding_w >= 0 &&
+                      fits(s.padded_height(), s.kernel_h, s.stride_h, s.dilation_h, s.out_height) &&
+                      fits(s.padded_width(), s.kernel_w, s.stride_w, s.dilation_w, s.out_width),
+                  "crl_kernels: grad_output is larger than what this convolution gives");
+  return s;
+}
+
+// An image's channels `first` ... first + count of one sample as (padded height, padded width, lanes), zeros elsewhere.
+template <class T>
+void pack(const T* source, const int64_t* strides, int64_t first, int64_t count, int64_t lanes, int64_t height,
+          int64_t width, int64_t padding_h, int64_t padding_w, T* target) {
+  const int64_t padded_width = width + 2 * padding_w;
+  if (count < lanes || padding_h > 0 || padding_w > 0) {
+    std::memset(target, 0, (height + 2 * padding_h) * padded_width * lanes * sizeof(T));
+  }
+  source += first * strides[1];
+  for (int64_t y = 0; y < height; ++y) {
+    const T* row = source + y * strides[2];
+    T* packed = target + ((y + padding_h) * padded_width + padding_w) * lanes;
+    if (strides[1] == 1) {
+      for (int64_t x = 0; x < width; ++x) std::memcpy(packed + x * lanes, row + x * strides[3], count * sizeof(T));
+      continue;
+    }
+    for (int64_t c = 0; c < count; ++c)
+      for (int64_t x = 0; x < width; ++x) packed[x * lanes + c] = row[c * strides[1] + x * strides[3]];
+  }
+}
+
+// All samples of a tensor (N, groups * channels, height, width), packed into blocks of `lanes` channels.
+class Packed {
+ public:
+  Packed(const Tensor& tensor, int64_t groups, int64_t channels, int64_t lanes, int64_t padding_h, int64_t padding_w)
+      : element_(size_of(dtype_of(tensor))),
+        samples_(tensor.size(0)),
+        blocks_((channels + lanes - 1) / lanes),
+        block_((tensor.size(2) + 2 * padding_h) * (tensor.size(3) + 2 * padding_w) * lanes),
+        data_(torch::stable::empty({groups * blocks_ * samples_ * block_}, tensor.scalar_type())) {
+    const int64_t height = tensor.size(2), width = tensor.size(3);
+    const int64_t strides[] = {tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
+    const auto* source = static_cast<const char*>(tensor.data_ptr());
+    torch::stable::parallel_for(0, groups * blocks_ * samples_, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t sample = i % samples_, block = i / samples_ % blocks_, group = i / samples_ / blocks_;
+        const int64_t first = block * lanes, count = std::min(lanes, channels - first);
+        const auto run = [&](auto* typed) {
+          using T = std::remove_pointer_t<decltype(typed)>;
+          pack(reinterpret_cast<const T*>(source) + sample * strides[0], strides, group * channels + first, count,
+               lanes, height, width, padding_h, padding_w, static_cast<T*>(at(group, block, sample)));
+        };
+        element_ == 8 ? run(static_cast<double*>(nullptr)) : run(static_cast<float*>(nullptr));
+      }
+    });
+  }
+
+  void* at(int64_t group, int64_t block, int64_t sample) const {
+    return static_cast<char*>(data_.data_ptr()) + ((group * blocks_ + block) * samples_ + sample) * block_ * element_;
+  }
+  int64_t blocks() const { return blocks_; }
+
+ private:
+  int64_t element_, samples_, blocks_, block_;
+  Tensor data_;
+};
+
+// Which part of the weight a tile is, and how its rows lie in the weight's gradient.
+struct Tile {
+  int64_t group, out_block, in_block, first_offset, last_offset;
+
+  // Calls f(index in the weight, index in the row) for each element that exists.
+  template <class F>
+  void for_each(const Shape& s, int64_t columns, const F& f) const {
+    const int64_t out_count = std::min(kRows, s.out_channels - out_block * kRows);
+    const int64_t in_count = std::min(columns, s.in_channels - in_block * columns);
+    for (int64_t r = 0; r < out_count; ++r) {
+      const int64_t out = group * s.out_channels + out_block * kRows + r;
+      for (int64_t c = 0; c < in_count; ++c) {
+        const int64_t weight = (out * s.in_channels + in_block * columns + c) * s.offsets();
+        for (int64_t f_ = first_offset; f_ < last_offset; ++f_)
+          f(weight + f_, ((f_ - first_offset) * kRows + r) * columns + c);
+      }
+    }
+  }
+};
+
+using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+template <class T>
+Result statistics_of(const Shape& s, const Tensor& input, const Tensor& grad_output,
+                     const std::optional<Tensor>& directions, bool with_gram, bool with_squares) {
+  const WeightGradientLoops& loops = weight_gradient_loops();
+  const DType dtype = dtype_of(input);
+  const int64_t columns = loops.columns(dtype), numel = s.groups * s.out_channels * s.in_channels * s.offsets();
+  const int64_t num_directions = directions ? directions->size(0) : 1;
+
+  const std::vector<int64_t> weight = {s.groups * s.out_channels, s.in_channels, s.kernel_h, s.kernel_w};
+  Tensor sum = torch::stable::empty(weight, input.scalar_type());
+  Tensor squares = torch::stable::empty(with_squares ? weight : std::vector<int64_t>{0}, input.scalar_type());
+  auto *sum_data = static_cast<T*>(sum.data_ptr()), *squares_data = static_cast<T*>(squares.data_ptr());
+  const T* direction_data = directions ? static_cast<const T*>(directions->data_ptr()) : nullptr;
+
+  const Packed a(input, s.groups, s.in_channels, columns, s.padding_h, s.padding_w);
+  const Packed b(grad_output, s.groups, s.out_channels, kRows, 0, 0);
+  const Walk walk = {s.out_height, s.out_width, s.padded_width(), s.stride_h, s.stride_w, s.dilation_h, s.dilation_w,
+                     s.kernel_w};
+
+  const int64_t offset_bytes = std::max<int64_t>(1, s.samples) * kRows * columns * sizeof(T);
+  const int64_t offsets = std::clamp<int64_t>(kRowsBytes / offset_bytes, 1, s.offsets());
+  const int64_t offset_blocks = (s.offsets() + offsets - 1) / offsets;
+  const int64_t tiles = s.groups * b.blocks() * a.blocks() * offset_blocks;
+  const int64_t tasks = std::min(kTasks, tiles);
+
+  const int64_t values = s.samples * (1 + num_directions + (with_gram ? s.samples : 0));
+  std::vector<double> partial(tasks * values);
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t first_task, int64_t last_task) {
+    const int64_t longest = offsets * kRows * columns;
+    std::vector<T> rows(s.samples * longest), tile_sum(longest), tile_squares(with_squares ? longest : 0);
+    std::vector<T> tile_directions(directions ? num_directions * longest : 0);
+    for (int64_t task = first_task; task < last_task; ++task) {
+      TileStatistics statistics = {};
+      statistics.sq_norms = partial.data() + task * values;
+      statistics.projections = statistics.sq_norms + s.samples;
+      statistics.gram = with_gram ? statistics.projections + s.samples * num_directions : nullptr;
+      statistics.num_directions = num_directions;
+      statistics.sum = tile_sum.data();
+      statistics.sum_of_squares = with_squares ? tile_squares.data() : nullptr;
+      statistics.directions = directions ? tile_directions.data() : nullptr;
+      for (int64_t index = task * tiles / tasks; index < (task + 1) * tiles / tasks; ++index) {
+        Tile tile;
+        tile.first_offset = index % offset_blocks * offsets;
+        tile.last_offset = std::min(tile.first_offset + offsets, s.offsets());
+        tile.in_block = index / offset_blocks % a.blocks();
+        tile.out_block = index / offset_blocks / a.blocks() % b.blocks();
+        tile.group = index / offset_blocks / a.blocks() / b.blocks();
+        const int64_t length = (tile.last_offset - tile.first_offset) * kRows * columns;
+        for (int64_t i = 0; i < s.samples; ++i) {
+          loops.correlate(dtype, a.at(tile.group, tile.in_block, i), b.at(tile.group, tile.out_block, i), walk,
+                          tile.first_offset, tile.last_offset, rows.data() + i * length);
+        }
+        if (directions) {
+          std::fill(tile_directions.begin(), tile_directions.end(), T{});
+          for (int64_t k = 0; k < num_directions; ++k) {
+            tile.for_each(s, columns, [&](int64_t from, int64_t to) {
+              tile_directions[k * length + to] = direction_data[k * numel + from];
+            });
+          }
+        }
+        loops.statistics(dtype, rows.data(), s.samples, length, statistics);
+        tile.for_each(s, columns, [&](int64_t to, int64_t from) { sum_data[to] = tile_sum[from]; });
+        if (with_squares)
+          tile.for_each(s, columns, [&](int64_t to, int64_t from) { squares_data[to] = tile_squares[from]; });
+      }
+    }
+  });
+
+  Tensor sq_norms = torch::stable::empty({s.samples}, ScalarType::Double);
+  Tensor projections = torch::stable::empty({s.samples, num_directions}, ScalarType::Double);
+  const int64_t gram_side = with_gram ? s.samples : 0;
+  Tensor gram = torch::stable::empty({gram_side, gram_side}, ScalarType::Double);
+  const auto total = [&](int64_t at) { return ordered_sum(partial.data() + at, tasks, values); };
+  for (int64_t i = 0; i < s.samples; ++i) sq_norms.mutable_data_ptr<double>()[i] = total(i);
+  for (int64_t i = 0; i < s.samples * num_directions; ++i)
+    projections.mutable_data_ptr<double>()[i] = total(s.samples + i);
+  double* g = gram.mutable_data_ptr<double>();
+  for (int64_t i = 0; i < gram_side; ++i)
+    for (int64_t j = 0; j <= i; ++j)
+      g[i * gram_side + j] = g[j * gram_side + i] = total(s.samples * (1 + num_directions + i) + j);
+  return {sum, sq_norms, projections, gram, squares};
+}
+
+Result sample_weight_gradients(const Tensor input, const Tensor grad_output, std::vector<int64_t> kernel_size,
+                               std::vector<int64_t> stride, std::vector<int64_t> padding,
+                               std::vector<int64_t> dilation, int64_t groups, std::optional<Tensor> directions,
+                               bool gram, bool squares) {
+  const Shape s = shape_of(input, grad_output, kernel_size, stride, padding, dilation, groups);
+  const DType dtype = dtype_of(input);
+  STD_TORCH_CHECK((dtype == DType::kFloat32 || dtype == DType::kFloat64) && dtype == dtype_of(grad_output),
+                  "crl_kernels: input and grad_output are both float32 or both float64");
+  if (directions) {
+    STD_TORCH_CHECK(
+        dtype_of(*directions) == dtype && directions->dim() == 5 &&
+            directions->numel() ==
+                directions->size(0) * s.groups * s.out_channels * s.in_channels * s.offsets(),
+        "crl_kernels: directions have the dtype of the input and the shape (K, O, C, kernel height, kernel width)");
+    directions = torch::stable::contiguous(*directions);
+  }
+  return dtype == DType::kFloat64 ? statistics_of<double>(s, input, grad_output, directions, gram, squares)
+                                  : statistics_of<float>(s, input, grad_output, directions, gram, squares);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(crl_kernels, CPU, m) { m.impl("sample_weight_gradients", TORCH_BOX(&sample_weight_gradients)); }
+
+}  // namespace
+}  // namespace crl

@@ -1,0 +1,261 @@
+"""Per-sample gradients in one backward pass, against one backward pass per sample: every layer, and every trap."""
+
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import crl_kernels as ck
+from crl_kernels.sample_gradients import SampleGradients
+
+N = 6
+
+
+def by_loop(model: nn.Module, losses_of: Callable[..., Tensor], batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """name -> (N, *shape) float64, one backward pass per sample."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    rows = []
+    for i in range(len(batch[0])):
+        loss = losses_of(model, *(x[i : i + 1] for x in batch)).sum()
+        rows.append(torch.autograd.grad(loss, [p for _, p in named], allow_unused=True))
+    return {
+        name: torch.stack([torch.zeros_like(p) if row[k] is None else row[k] for row in rows]).double()
+        for k, (name, p) in enumerate(named)
+    }
+
+
+def squared(model: nn.Module, *batch: Tensor) -> Tensor:
+    return (model(*batch) - 0.3).square().flatten(1).sum(1)
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    scale = float(expected.abs().max()) or 1.0
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=0, atol=tolerance * scale)
+
+
+def check(
+    model: nn.Module,
+    batch: tuple[Tensor, ...],
+    losses_of: Callable[..., Tensor] = squared,
+    *,
+    tolerance: float = 1e-10,
+    expected: dict[str, Tensor] | None = None,
+) -> None:
+    """All statistics, with every combination of options that changes which code runs."""
+    expected = by_loop(model, losses_of, batch) if expected is None else expected
+    rows = torch.cat([g.flatten(1) for g in expected.values()], 1)
+    mean = rows.mean(0)
+    generator = torch.Generator().manual_seed(1)
+    shapes = {name: p.shape for name, p in model.named_parameters() if name in expected}
+    dtype = next(iter(model.parameters())).dtype
+    u = {name: torch.randn(2, *shape, generator=generator, dtype=torch.float64).to(dtype) for name, shape in shapes.items()}
+    along = torch.cat([u[name].double().flatten(1) for name in expected], 1)
+    for direction, single in ((None, None), (u, None), (u, 0)):
+        for reduction in ("sum", "mean"):
+            model.zero_grad()
+            chosen = direction if single is None else {name: tensor[single] for name, tensor in u.items()}
+            options = direction is None
+            with SampleGradients(model, chosen, gram=options, loss_reduction=reduction, diagonal=options) as sg:
+                losses = losses_of(model, *batch)
+                getattr(losses, reduction)().backward()
+            close(sg.sq_norms, rows.square().sum(1), tolerance)
+            for name, gradient in expected.items():
+                close(sg.mean[name], gradient.mean(0), tolerance)
+                scale = 1 if reduction == "mean" else len(losses)
+                grad = dict(model.named_parameters())[name].grad
+                close(torch.zeros(()) if grad is None else grad, gradient.mean(0) * scale, tolerance)
+                close(sg.per_layer[name].sq_norms, gradient.flatten(1).square().sum(1), tolerance)
+            if direction is None:
+                close(sg.projections, rows @ mean, tolerance)
+                close(sg.gram, rows @ rows.T, tolerance)
+                close(sg.gram.mean(0), sg.projections, tolerance)
+                close(sg.projections.mean(), mean.square().sum(), tolerance)
+                close(torch.linalg.eigvalsh(sg.gram).sum(), sg.sq_norms.sum(), tolerance)
+                for name, gradient in expected.items():
+                    close(sg.diagonal[name], gradient.square().mean(0), tolerance)
+            else:
+                close(sg.projections, rows @ (along.T if single is None else along[single]), tolerance)
+
+
+class Called(nn.Module):
+    """A module that is its own function of its parts."""
+
+    def __init__(self, function: Callable[..., Tensor], **parts: nn.Module | nn.Parameter) -> None:
+        super().__init__()
+        self.function = function
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.function(self, *inputs)
+
+
+def images(channels: int = 4, size: int = 7) -> tuple[Tensor]:
+    return (torch.randn(N, channels, size, size + 1),)
+
+
+def tokens(count: int = 9, width: int = 6) -> tuple[Tensor]:
+    return (torch.randn(N, count, width),)
+
+
+def ids(*shape: int, below: int = 5) -> Tensor:
+    return torch.randint(below, (N, *shape))
+
+
+class Subclass(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight * 1.0 if self.out_features < 0 else self.weight, self.bias).tanh()
+
+
+def attention(**options: object) -> nn.Module:
+    return nn.MultiheadAttention(6, 2, batch_first=True, **options)
+
+
+def tied(m: nn.Module, x: Tensor) -> Tensor:
+    return F.linear(m.table(x).tanh(), m.table.weight)
+
+
+CASES: dict[str, Callable[[], tuple[nn.Module, tuple[Tensor, ...]]]] = {
+    "linear": lambda: (nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3, bias=False)), (torch.randn(N, 5),)),
+    "linear, tokens": lambda: (nn.Sequential(nn.Linear(6, 40), nn.Tanh(), nn.Linear(40, 3)), tokens()),
+    "linear, few tokens": lambda: (nn.Linear(6, 4), tokens(2)),
+    "linear, 4-D input": lambda: (nn.Linear(6, 4), (torch.randn(N, 3, 5, 6),)),
+    "conv1d": lambda: (nn.Conv1d(4, 6, 3, stride=2, padding=2, dilation=2, groups=2), (torch.randn(N, 4, 11),)),
+    "conv2d": lambda: (nn.Sequential(nn.Conv2d(4, 20, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(20, 7, 1)), images()),
+    "conv2d, strided": lambda: (nn.Conv2d(4, 7, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2)), images()),
+    "conv2d, groups": lambda: (nn.Conv2d(4, 6, 3, groups=2), images()),
+    "conv2d, depthwise": lambda: (nn.Conv2d(4, 8, 3, groups=4, padding=1), images()),
+    "conv2d, wide": lambda: (nn.Conv2d(40, 13, 3, padding=1), images(40)),
+    "conv2d, same": lambda: (nn.Conv2d(4, 5, (4, 3), padding="same", dilation=(1, 2)), images()),
+    "conv2d, valid": lambda: (nn.Conv2d(4, 5, 3, padding="valid"), images()),
+    "conv2d, reflect": lambda: (nn.Conv2d(4, 5, 3, padding=1, padding_mode="reflect"), images()),
+    "conv2d, circular": lambda: (nn.Conv2d(4, 5, 3, padding=1, padding_mode="circular"), images()),
+    "conv transpose 1d": lambda: (nn.ConvTranspose1d(4, 6, 3, stride=2, padding=1, output_padding=1), (torch.randn(N, 4, 5),)),
+    "conv transpose 2d": lambda: (nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1, groups=2), images()),
+    "group norm": lambda: (nn.Sequential(nn.Conv2d(4, 8, 3), nn.GroupNorm(4, 8), nn.SiLU()), images()),
+    "group norm, no affine": lambda: (nn.Sequential(nn.Conv2d(4, 8, 3), nn.GroupNorm(4, 8, affine=False)), images()),
+    "layer norm": lambda: (nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 2)), tokens()),
+    "layer norm, one token": lambda: (nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8)), (torch.randn(N, 6),)),
+    "layer norm, two dimensions": lambda: (nn.Sequential(nn.Linear(6, 8), nn.LayerNorm((9, 8), bias=False)), tokens()),
+    "rms norm": lambda: (nn.Sequential(nn.Linear(6, 8), nn.RMSNorm(8)), tokens()),
+    "batch norm in evaluation": lambda: (nn.Sequential(nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5)).eval(), images()),
+    "embedding": lambda: (nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3)), (ids(7),)),
+    "embedding, padding": lambda: (nn.Sequential(nn.Embedding(5, 4, padding_idx=2), nn.Linear(4, 3)), (ids(7),)),
+    "embedding, class": lambda: (nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3)), (ids(),)),
+    "class embedding beside time embedding": lambda: (
+        Called(
+            lambda m, x, t, y: m.out(F.silu(m.conv(x) + (m.time(t) + m.label(y))[:, :, None, None])),
+            conv=nn.Conv2d(4, 6, 3),
+            time=nn.Sequential(nn.Linear(3, 6), nn.SiLU(), nn.Linear(6, 6)),
+            label=nn.Embedding(5, 6),
+            out=nn.Conv2d(6, 4, 3),
+        ),
+        (*images(), torch.randn(N, 3), ids()),
+    ),
+    "attention": lambda: (Called(lambda m, x: m.a(x, x, x)[0], a=attention()), tokens()),
+    "attention, no weights": lambda: (Called(lambda m, x: m.a(x, x, x, need_weights=False)[0], a=attention()), tokens()),
+    "attention, cross": lambda: (
+        Called(lambda m, x, y: m.a(x, y, y)[0], a=attention()),
+        (*tokens(), *tokens(5)),
+    ),
+    "attention, three inputs": lambda: (
+        Called(lambda m, x, y, z: m.a(x, y, z)[0], a=attention(kdim=4, vdim=3)),
+        (*tokens(), *tokens(5, 4), *tokens(5, 3)),
+    ),
+    "attention, tokens first": lambda: (
+        Called(lambda m, x: m.a(*3 * (x.transpose(0, 1),))[0].transpose(0, 1), a=nn.MultiheadAttention(6, 2)),
+        tokens(N),
+    ),
+    "transformer layer": lambda: (
+        nn.TransformerEncoderLayer(6, 2, 11, dropout=0.0, batch_first=True, norm_first=True),
+        tokens(),
+    ),
+    "bare parameters": lambda: (
+        Called(
+            lambda m, x: (x + m.position) * m.scale - m.shift / 2,
+            position=nn.Parameter(torch.randn(1, 9, 6)),
+            scale=nn.Parameter(torch.randn(6)),
+            shift=nn.Parameter(torch.randn(9, 1)),
+        ),
+        tokens(),
+    ),
+    "class token": lambda: (
+        Called(
+            lambda m, x: m.out(torch.cat([m.token.expand(len(x), -1, -1), x], 1)),
+            token=nn.Parameter(torch.randn(1, 1, 6)),
+            out=nn.Linear(6, 3),
+        ),
+        tokens(),
+    ),
+    "x @ W": lambda: (
+        Called(lambda m, x: torch.stack([(x @ m.w).tanh().sum(-1), x @ m.v], -1), w=nn.Parameter(torch.randn(6, 4)), v=nn.Parameter(torch.randn(6))),
+        tokens(),
+    ),
+    "a layer used three times": lambda: (
+        Called(lambda m, x: m.lin(m.lin(m.lin(x).tanh()).tanh()), lin=nn.Linear(6, 6)),
+        tokens(),
+    ),
+    "a norm used twice": lambda: (
+        Called(lambda m, x: m.norm(m.lin(m.norm(x))), lin=nn.Linear(6, 6), norm=nn.LayerNorm(6)),
+        tokens(),
+    ),
+    "tied weights": lambda: (Called(tied, table=nn.Embedding(5, 4)), (ids(7),)),
+    "tied modules": lambda: (
+        Called(lambda m, x: m.b(m.a(x).tanh()), a=(a := nn.Linear(6, 6)), b=a),
+        tokens(),
+    ),
+    "transposed use": lambda: (Called(lambda m, x: F.linear(m.a(x), m.a.weight.t()), a=nn.Linear(6, 4)), tokens()),
+    "a subclass": lambda: (nn.Sequential(Subclass(6, 4), nn.Linear(4, 2)), tokens()),
+    "a parameter without a gradient": lambda: (
+        Called(lambda m, x: m.a(x), a=nn.Linear(6, 4), unused=nn.Linear(3, 3)),
+        tokens(),
+    ),
+    "frozen parameters": lambda: (
+        nn.Sequential(nn.Linear(6, 5).requires_grad_(False), nn.Tanh(), nn.LayerNorm(5), nn.Linear(5, 2)),
+        tokens(),
+    ),
+    "channels last": lambda: (
+        nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.Conv2d(8, 3, 3)).to(
+            memory_format=torch.channels_last
+        ),
+        (images()[0].to(memory_format=torch.channels_last),),
+    ),
+    "no samples in common size": lambda: (
+        nn.Sequential(nn.Flatten(), nn.Linear(224, 3), nn.Unflatten(1, (3, 1)), nn.Flatten()),
+        images(),
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def prepared(case: str, dtype: torch.dtype) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    model, batch = CASES[case]()
+    for module in model.modules():  # running statistics and affine parameters that are not all 0 and 1
+        for name, p in [*module._parameters.items(), *module._buffers.items()]:
+            if p is not None and p.is_floating_point() and p.dim() == 1:
+                with torch.no_grad():
+                    p.copy_(torch.rand_like(p) + 0.5)
+    return model.to(dtype), tuple(x.to(dtype) if x.is_floating_point() else x for x in batch)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_one_backward_pass_per_sample(case):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing here falls back
+        check(*prepared(case, torch.float64))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_float32(case):
+    model, batch = prepared(case, torch.float64)
+    expected = by_loop(model, squared, batch)
+    as_float32 = tuple(x.float() if x.is_floating_point() else x for x in batch)
+    check(model.float(), as_float32, tolerance=1e-5, expected=expected)
