@@ -20,7 +20,7 @@ namespace crl {
 namespace {
 
 // Rows of all samples for one tile should fit the second-level cache beside what they are made of.
-constexpr int64_t kRowsBytes = 256 * 1024;
+constexpr int64_t kTileBytes = 256 * 1024;
 // Partial statistics, added in order at the end, so that results do not depend on the number of threads.
 constexpr int64_t kTasks = 16;
 
@@ -42,10 +42,22 @@ Shape shape_of(const Tensor& input, const Tensor& grad_output, const std::vector
     STD_TORCH_CHECK(pair->size() == 2, "crl_kernels: expected kernel_size, stride, padding and dilation as pairs");
   STD_TORCH_CHECK(groups > 0 && input.size(1) % groups == 0 && grad_output.size(1) % groups == 0,
                   "crl_kernels: channels are no multiple of groups");
-  const Shape s = {input.size(0), groups,         input.size(1) / groups, grad_output.size(1) / groups,
-                   input.size(2), input.size(3),  grad_output.size(2),    grad_output.size(3),
-                   kernel_size[0], kernel_size[1], stride[0],             stride[1],
-                   padding[0],    padding[1],     dilation[0],            dilation[1]};
+  const Shape s = {input.size(0),
+                   groups,
+                   input.size(1) / groups,
+                   grad_output.size(1) / groups,
+                   input.size(2),
+                   input.size(3),
+                   grad_output.size(2),
+                   grad_output.size(3),
+                   kernel_size[0],
+                   kernel_size[1],
+                   stride[0],
+                   stride[1],
+                   padding[0],
+                   padding[1],
+                   dilation[0],
+                   dilation[1]};
   const auto fits = [](int64_t padded, int64_t kernel, int64_t stride, int64_t dilation, int64_t out) {
     return kernel > 0 && stride > 0 && dilation > 0 &&
            (out == 0 || (out - 1) * stride + (kernel - 1) * dilation < padded);
@@ -57,81 +69,67 @@ Shape shape_of(const Tensor& input, const Tensor& grad_output, const std::vector
   return s;
 }
 
-// An image's channels `first` ... first + count of one sample as (padded height, padded width, lanes), zeros elsewhere.
+// kCount channels of an image's row, pixel by pixel.
+template <int64_t kCount, class T>
+void copy_pixels(const T* source, int64_t stride, int64_t width, T* target) {
+  for (int64_t x = 0; x < width; ++x) std::memcpy(target + x * kCount, source + x * stride, kCount * sizeof(T));
+}
+
+// An image's `count` channels of one sample as (padded height, padded width, lanes), zeros elsewhere.
 template <class T>
-void pack(const T* source, const int64_t* strides, int64_t first, int64_t count, int64_t lanes, int64_t height,
-          int64_t width, int64_t padding_h, int64_t padding_w, T* target) {
+void pack(const T* source, const int64_t* strides, int64_t count, int64_t lanes, int64_t height, int64_t width,
+          int64_t padding_h, int64_t padding_w, T* target) {
   const int64_t padded_width = width + 2 * padding_w;
   if (count < lanes || padding_h > 0 || padding_w > 0) {
     std::memset(target, 0, (height + 2 * padding_h) * padded_width * lanes * sizeof(T));
   }
-  source += first * strides[1];
   for (int64_t y = 0; y < height; ++y) {
     const T* row = source + y * strides[2];
     T* packed = target + ((y + padding_h) * padded_width + padding_w) * lanes;
-    if (strides[1] == 1) {
-      for (int64_t x = 0; x < width; ++x) std::memcpy(packed + x * lanes, row + x * strides[3], count * sizeof(T));
-      continue;
+    if (strides[1] == 1 && count == lanes && lanes == kRows) {
+      copy_pixels<kRows>(row, strides[3], width, packed);
+    } else if (strides[1] == 1 && count == lanes && lanes == 16) {  // float32 columns of AVX2
+      copy_pixels<16>(row, strides[3], width, packed);
+    } else {
+      for (int64_t c = 0; c < count; ++c)
+        for (int64_t x = 0; x < width; ++x) packed[x * lanes + c] = row[c * strides[1] + x * strides[3]];
     }
-    for (int64_t c = 0; c < count; ++c)
-      for (int64_t x = 0; x < width; ++x) packed[x * lanes + c] = row[c * strides[1] + x * strides[3]];
   }
 }
 
 // All samples of a tensor (N, groups * channels, height, width), packed into blocks of `lanes` channels.
+template <class T>
 class Packed {
  public:
-  Packed(const Tensor& tensor, int64_t groups, int64_t channels, int64_t lanes, int64_t padding_h, int64_t padding_w)
-      : element_(size_of(dtype_of(tensor))),
+  Packed(const Tensor& tensor, int64_t groups, int64_t lanes, int64_t padding_h, int64_t padding_w)
+      : channels_(tensor.size(1) / groups),
         samples_(tensor.size(0)),
-        blocks_((channels + lanes - 1) / lanes),
-        block_((tensor.size(2) + 2 * padding_h) * (tensor.size(3) + 2 * padding_w) * lanes),
-        data_(torch::stable::empty({groups * blocks_ * samples_ * block_}, tensor.scalar_type())) {
+        lanes_(lanes),
+        image_((tensor.size(2) + 2 * padding_h) * (tensor.size(3) + 2 * padding_w) * lanes),
+        data_(torch::stable::empty({groups * blocks() * samples_ * image_}, tensor.scalar_type())) {
     const int64_t height = tensor.size(2), width = tensor.size(3);
     const int64_t strides[] = {tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
-    const auto* source = static_cast<const char*>(tensor.data_ptr());
-    torch::stable::parallel_for(0, groups * blocks_ * samples_, 1, [&](int64_t begin, int64_t end) {
+    const auto* source = static_cast<const T*>(tensor.data_ptr());
+    torch::stable::parallel_for(0, groups * blocks() * samples_, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t sample = i % samples_, block = i / samples_ % blocks_, group = i / samples_ / blocks_;
-        const int64_t first = block * lanes, count = std::min(lanes, channels - first);
-        const auto run = [&](auto* typed) {
-          using T = std::remove_pointer_t<decltype(typed)>;
-          pack(reinterpret_cast<const T*>(source) + sample * strides[0], strides, group * channels + first, count,
-               lanes, height, width, padding_h, padding_w, static_cast<T*>(at(group, block, sample)));
-        };
-        element_ == 8 ? run(static_cast<double*>(nullptr)) : run(static_cast<float*>(nullptr));
+        const int64_t sample = i % samples_, block = i / samples_ % blocks(), group = i / samples_ / blocks();
+        pack(source + sample * strides[0] + (group * channels_ + block * lanes) * strides[1], strides, count(block),
+             lanes, height, width, padding_h, padding_w, at(group, block, sample));
       }
     });
   }
 
-  void* at(int64_t group, int64_t block, int64_t sample) const {
-    return static_cast<char*>(data_.data_ptr()) + ((group * blocks_ + block) * samples_ + sample) * block_ * element_;
+  int64_t blocks() const { return (channels_ + lanes_ - 1) / lanes_; }
+  // Channels of a block that exist.
+  int64_t count(int64_t block) const { return std::min(lanes_, channels_ - block * lanes_); }
+  int64_t channel(int64_t block) const { return block * lanes_; }
+  T* at(int64_t group, int64_t block, int64_t sample) const {
+    return static_cast<T*>(data_.data_ptr()) + ((group * blocks() + block) * samples_ + sample) * image_;
   }
-  int64_t blocks() const { return blocks_; }
 
  private:
-  int64_t element_, samples_, blocks_, block_;
+  int64_t channels_, samples_, lanes_, image_;
   Tensor data_;
-};
-
-// Which part of the weight a tile is, and how its rows lie in the weight's gradient.
-struct Tile {
-  int64_t group, out_block, in_block, first_offset, last_offset;
-
-  // Calls f(index in the weight, index in the row) for each element that exists.
-  template <class F>
-  void for_each(const Shape& s, int64_t columns, const F& f) const {
-    const int64_t out_count = std::min(kRows, s.out_channels - out_block * kRows);
-    const int64_t in_count = std::min(columns, s.in_channels - in_block * columns);
-    for (int64_t r = 0; r < out_count; ++r) {
-      const int64_t out = group * s.out_channels + out_block * kRows + r;
-      for (int64_t c = 0; c < in_count; ++c) {
-        const int64_t weight = (out * s.in_channels + in_block * columns + c) * s.offsets();
-        for (int64_t f_ = first_offset; f_ < last_offset; ++f_)
-          f(weight + f_, ((f_ - first_offset) * kRows + r) * columns + c);
-      }
-    }
-  }
 };
 
 using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -150,21 +148,29 @@ Result statistics_of(const Shape& s, const Tensor& input, const Tensor& grad_out
   auto *sum_data = static_cast<T*>(sum.data_ptr()), *squares_data = static_cast<T*>(squares.data_ptr());
   const T* direction_data = directions ? static_cast<const T*>(directions->data_ptr()) : nullptr;
 
-  const Packed a(input, s.groups, s.in_channels, columns, s.padding_h, s.padding_w);
-  const Packed b(grad_output, s.groups, s.out_channels, kRows, 0, 0);
-  const Walk walk = {s.out_height, s.out_width, s.padded_width(), s.stride_h, s.stride_w, s.dilation_h, s.dilation_w,
-                     s.kernel_w};
+  // Which operand is broadcast and which fills vectors: whichever wastes less of them.
+  const auto blocks = [](int64_t channels, int64_t lanes) { return (channels + lanes - 1) / lanes; };
+  const bool input_in_rows = blocks(s.in_channels, kRows) * blocks(s.out_channels, columns) <
+                             blocks(s.out_channels, kRows) * blocks(s.in_channels, columns);
+  const Packed<T> a(input, s.groups, input_in_rows ? kRows : columns, s.padding_h, s.padding_w);
+  const Packed<T> b(grad_output, s.groups, input_in_rows ? columns : kRows, 0, 0);
+  const Packed<T>&in_rows = input_in_rows ? a : b, &in_columns = input_in_rows ? b : a;
+  const Walk walk_a = {s.stride_h * s.padded_width(), s.stride_w, s.dilation_h * s.padded_width(), s.dilation_w};
+  const Walk walk_b = {s.out_width, 1, 0, 0};
+  const Walk &row_walk = input_in_rows ? walk_a : walk_b, &column_walk = input_in_rows ? walk_b : walk_a;
 
-  const int64_t offset_bytes = std::max<int64_t>(1, s.samples) * kRows * columns * sizeof(T);
-  const int64_t offsets = std::clamp<int64_t>(kRowsBytes / offset_bytes, 1, s.offsets());
-  const int64_t offset_blocks = (s.offsets() + offsets - 1) / offsets;
-  const int64_t tiles = s.groups * b.blocks() * a.blocks() * offset_blocks;
+  // A tile: blocks `first` to `last` of the (block of columns, kernel offset) that go with one block of rows.
+  const int64_t block_size = kRows * columns, blocks_per_row = in_columns.blocks() * s.offsets();
+  const int64_t fitting = kTileBytes / (std::max<int64_t>(1, s.samples) * block_size * static_cast<int64_t>(sizeof(T)));
+  const int64_t tile_blocks = std::clamp<int64_t>(fitting, 1, blocks_per_row);
+  const int64_t tiles_per_row = (blocks_per_row + tile_blocks - 1) / tile_blocks;
+  const int64_t tiles = s.groups * in_rows.blocks() * tiles_per_row;
   const int64_t tasks = std::min(kTasks, tiles);
 
   const int64_t values = s.samples * (1 + num_directions + (with_gram ? s.samples : 0));
   std::vector<double> partial(tasks * values);
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t first_task, int64_t last_task) {
-    const int64_t longest = offsets * kRows * columns;
+    const int64_t longest = tile_blocks * block_size;
     std::vector<T> rows(s.samples * longest), tile_sum(longest), tile_squares(with_squares ? longest : 0);
     std::vector<T> tile_directions(directions ? num_directions * longest : 0);
     for (int64_t task = first_task; task < last_task; ++task) {
@@ -176,30 +182,43 @@ Result statistics_of(const Shape& s, const Tensor& input, const Tensor& grad_out
       statistics.sum = tile_sum.data();
       statistics.sum_of_squares = with_squares ? tile_squares.data() : nullptr;
       statistics.directions = directions ? tile_directions.data() : nullptr;
-      for (int64_t index = task * tiles / tasks; index < (task + 1) * tiles / tasks; ++index) {
-        Tile tile;
-        tile.first_offset = index % offset_blocks * offsets;
-        tile.last_offset = std::min(tile.first_offset + offsets, s.offsets());
-        tile.in_block = index / offset_blocks % a.blocks();
-        tile.out_block = index / offset_blocks / a.blocks() % b.blocks();
-        tile.group = index / offset_blocks / a.blocks() / b.blocks();
-        const int64_t length = (tile.last_offset - tile.first_offset) * kRows * columns;
+      for (int64_t tile = task * tiles / tasks; tile < (task + 1) * tiles / tasks; ++tile) {
+        const int64_t group = tile / tiles_per_row / in_rows.blocks();
+        const int64_t row_block = tile / tiles_per_row % in_rows.blocks();
+        const int64_t first = tile % tiles_per_row * tile_blocks, last = std::min(first + tile_blocks, blocks_per_row);
+        const int64_t length = (last - first) * block_size;
         for (int64_t i = 0; i < s.samples; ++i) {
-          loops.correlate(dtype, a.at(tile.group, tile.in_block, i), b.at(tile.group, tile.out_block, i), walk,
-                          tile.first_offset, tile.last_offset, rows.data() + i * length);
+          for (int64_t block = first; block < last; ++block) {
+            const int64_t column_block = block / s.offsets(), offset = block % s.offsets();
+            loops.correlate(dtype, in_rows.at(group, row_block, i), row_walk, in_columns.at(group, column_block, i),
+                            column_walk, s.out_height, s.out_width, offset / s.kernel_w, offset % s.kernel_w,
+                            rows.data() + i * length + (block - first) * block_size);
+          }
         }
+        // Calls f(index in the weight, index in a row) for each element that exists.
+        const auto for_each = [&](const auto& f) {
+          for (int64_t block = first; block < last; ++block) {
+            const int64_t column_block = block / s.offsets(), offset = block % s.offsets();
+            for (int64_t r = 0; r < in_rows.count(row_block); ++r) {
+              for (int64_t c = 0; c < in_columns.count(column_block); ++c) {
+                const int64_t row = in_rows.channel(row_block) + r, column = in_columns.channel(column_block) + c;
+                const int64_t out = group * s.out_channels + (input_in_rows ? column : row);
+                const int64_t in = input_in_rows ? row : column;
+                f((out * s.in_channels + in) * s.offsets() + offset, (block - first) * block_size + r * columns + c);
+              }
+            }
+          }
+        };
         if (directions) {
           std::fill(tile_directions.begin(), tile_directions.end(), T{});
           for (int64_t k = 0; k < num_directions; ++k) {
-            tile.for_each(s, columns, [&](int64_t from, int64_t to) {
-              tile_directions[k * length + to] = direction_data[k * numel + from];
-            });
+            for_each(
+                [&](int64_t from, int64_t to) { tile_directions[k * length + to] = direction_data[k * numel + from]; });
           }
         }
         loops.statistics(dtype, rows.data(), s.samples, length, statistics);
-        tile.for_each(s, columns, [&](int64_t to, int64_t from) { sum_data[to] = tile_sum[from]; });
-        if (with_squares)
-          tile.for_each(s, columns, [&](int64_t to, int64_t from) { squares_data[to] = tile_squares[from]; });
+        for_each([&](int64_t to, int64_t from) { sum_data[to] = tile_sum[from]; });
+        if (with_squares) for_each([&](int64_t to, int64_t from) { squares_data[to] = tile_squares[from]; });
       }
     }
   });
@@ -220,9 +239,8 @@ Result statistics_of(const Shape& s, const Tensor& input, const Tensor& grad_out
 }
 
 Result sample_weight_gradients(const Tensor input, const Tensor grad_output, std::vector<int64_t> kernel_size,
-                               std::vector<int64_t> stride, std::vector<int64_t> padding,
-                               std::vector<int64_t> dilation, int64_t groups, std::optional<Tensor> directions,
-                               bool gram, bool squares) {
+                               std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
+                               int64_t groups, std::optional<Tensor> directions, bool gram, bool squares) {
   const Shape s = shape_of(input, grad_output, kernel_size, stride, padding, dilation, groups);
   const DType dtype = dtype_of(input);
   STD_TORCH_CHECK((dtype == DType::kFloat32 || dtype == DType::kFloat64) && dtype == dtype_of(grad_output),
@@ -230,8 +248,7 @@ Result sample_weight_gradients(const Tensor input, const Tensor grad_output, std
   if (directions) {
     STD_TORCH_CHECK(
         dtype_of(*directions) == dtype && directions->dim() == 5 &&
-            directions->numel() ==
-                directions->size(0) * s.groups * s.out_channels * s.in_channels * s.offsets(),
+            directions->numel() == directions->size(0) * s.groups * s.out_channels * s.in_channels * s.offsets(),
         "crl_kernels: directions have the dtype of the input and the shape (K, O, C, kernel height, kernel width)");
     directions = torch::stable::contiguous(*directions);
   }
@@ -239,7 +256,9 @@ Result sample_weight_gradients(const Tensor input, const Tensor grad_output, std
                                   : statistics_of<float>(s, input, grad_output, directions, gram, squares);
 }
 
-STABLE_TORCH_LIBRARY_IMPL(crl_kernels, CPU, m) { m.impl("sample_weight_gradients", TORCH_BOX(&sample_weight_gradients)); }
+STABLE_TORCH_LIBRARY_IMPL(crl_kernels, CPU, m) {
+  m.impl("sample_weight_gradients", TORCH_BOX(&sample_weight_gradients));
+}
 
 }  // namespace
 }  // namespace crl

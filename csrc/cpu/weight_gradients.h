@@ -3,9 +3,10 @@
 // Of sample i:  g_i[o, c, ky, kx] = sum_yx b_i[o, y, x] a_i[c, y * stride_h + ky * dilation_h - padding_h, x * ...]
 // with a the layer's input and b the gradient of its output. A linear layer is a convolution with a 1 x 1 kernel.
 //
-// A tile is kRows output channels x `columns` input channels x some of the kernel's offsets. It is small enough that
-// the gradients of ALL samples for it, one row each, stay in the second-level cache while their sum, norms, projections
-// and Gram matrix are taken.
+// A block is one operand's kRows channels x the other's `columns` channels at one offset of the kernel: an outer
+// product at each pixel, summed in registers. A tile is some blocks of the same kRows channels, few enough that the
+// gradients of ALL samples for it, one row each, stay in the second-level cache while their sum, norms, projections and
+// Gram matrix are taken.
 #pragma once
 
 #include <cstdint>
@@ -14,34 +15,32 @@
 
 namespace crl {
 
-constexpr int64_t kRows = 6;  // x 2 vectors: 12 sums, 2 vectors of a and one of b fill the 16 registers of AVX2
+constexpr int64_t kRows = 6;  // x 2 vectors: 12 sums, 2 vectors and one broadcast number fill the 16 registers of AVX2
 
-// How one sample's packed operands are walked. a: (padded height, padded width, columns); b: (height, width, kRows).
+// How one operand's pixels are walked, in pixels of its packed image.
 struct Walk {
-  int64_t height, width;                // of b
-  int64_t padded_width;                 // of a
-  int64_t stride_h, stride_w;           // in pixels of a
-  int64_t dilation_h, dilation_w;       // likewise
-  int64_t kernel_w;                     // offset f is (f / kernel_w, f % kernel_w)
+  int64_t step_y, step_x;      // from one pixel of the output to the next
+  int64_t offset_y, offset_x;  // from one offset of the kernel to the next
 };
 
 // What is taken of the rows of a tile; each is added to what is there. `length` elements a row.
 struct TileStatistics {
-  double* sq_norms;         // (samples)
-  double* projections;      // (samples, directions), or (samples) on the sum
-  double* gram;             // (samples, samples), the lower triangle; or null
-  const void* directions;   // (directions, length), or null: project on the sum
+  double* sq_norms;        // (samples)
+  double* projections;     // (samples, directions), or (samples) on the sum
+  double* gram;            // (samples, samples), the lower triangle; or null
+  const void* directions;  // (directions, length), or null: project on the sum
   int64_t num_directions;
-  void* sum;                // (length): the sum of the rows, written
-  void* sum_of_squares;     // (length), written; or null
+  void* sum;             // (length): the sum of the rows, written
+  void* sum_of_squares;  // (length), written; or null
 };
 
 struct WeightGradientLoops {
-  // input channels of a tile
+  // channels of a block's columns
   int64_t (*columns)(DType dtype);
-  // row: (last - first offsets, kRows, columns)
-  void (*correlate)(DType dtype, const void* a, const void* b, const Walk& walk, int64_t first_offset,
-                    int64_t last_offset, void* row);
+  // block: (kRows, columns), the sum over (height, width) pixels of rows (..., kRows) x columns (..., columns) at
+  // kernel offset (ky, kx)
+  void (*correlate)(DType dtype, const void* rows, const Walk& row_walk, const void* columns, const Walk& column_walk,
+                    int64_t height, int64_t width, int64_t ky, int64_t kx, void* block);
   // rows: (samples, length); length is a multiple of 2 vectors
   void (*statistics)(DType dtype, const void* rows, int64_t samples, int64_t length, const TileStatistics& result);
 };
