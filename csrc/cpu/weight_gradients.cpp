@@ -106,7 +106,8 @@ class Packed {
         samples_(tensor.size(0)),
         lanes_(lanes),
         image_((tensor.size(2) + 2 * padding_h) * (tensor.size(3) + 2 * padding_w) * lanes),
-        data_(torch::stable::empty({groups * blocks() * samples_ * image_}, tensor.scalar_type())) {
+        memory_(torch::stable::empty({groups * blocks() * samples_ * image_}, tensor.scalar_type())),
+        data_(static_cast<T*>(memory_.data_ptr())) {
     const int64_t height = tensor.size(2), width = tensor.size(3);
     const int64_t strides[] = {tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
     const auto* source = static_cast<const T*>(tensor.data_ptr());
@@ -124,12 +125,13 @@ class Packed {
   int64_t count(int64_t block) const { return std::min(lanes_, channels_ - block * lanes_); }
   int64_t channel(int64_t block) const { return block * lanes_; }
   T* at(int64_t group, int64_t block, int64_t sample) const {
-    return static_cast<T*>(data_.data_ptr()) + ((group * blocks() + block) * samples_ + sample) * image_;
+    return data_ + ((group * blocks() + block) * samples_ + sample) * image_;
   }
 
  private:
   int64_t channels_, samples_, lanes_, image_;
-  Tensor data_;
+  Tensor memory_;
+  T* data_;
 };
 
 using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
