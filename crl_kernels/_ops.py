@@ -35,6 +35,8 @@ SCHEMAS = (
     "diagonal_accumulate_(Tensor(a!)[] targets, Tensor[] params, Tensor[] fisher, Tensor[] anchor, Tensor coefficient)"
     " -> Tensor",
     "diagonal_shrink_(Tensor(a!)[] params, Tensor[] fisher, Tensor[] anchor, Tensor strength) -> ()",
+    "sample_gradient_stats(Tensor grads, Tensor? directions, bool diagonal) -> Tensor[]",
+    "sample_gram(Tensor grads) -> Tensor",
 )
 NAMES = tuple(schema.partition("(")[0] for schema in SCHEMAS)
 
@@ -58,11 +60,20 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "diagonal_gradient": lambda params, fisher, anchor, coefficient: [p.new_empty(p.shape) for p in params],
     "diagonal_accumulate_": lambda targets, params, fisher, anchor, coefficient: _float64(params, ()),
     "diagonal_shrink_": lambda params, fisher, anchor, strength: None,
+    "sample_gradient_stats": lambda grads, directions, diagonal: _fake_stats(grads, directions, diagonal),
+    "sample_gram": lambda grads: _float64([grads], (grads.shape[0], grads.shape[0])),
 }
 
 
 def _float64(params: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
     return params[0].new_empty(shape, dtype=torch.float64)
+
+
+def _fake_stats(grads: Tensor, directions: Tensor | None, diagonal: bool) -> list[Tensor]:
+    num_rows, num_columns = grads.shape
+    of_columns = [grads.new_empty(num_columns, dtype=reference.mean_dtype(grads.dtype)) for _ in range(1 + diagonal)]
+    projections = (num_rows,) if directions is None else (num_rows, directions.shape[0])
+    return [of_columns[0], _float64([grads], (num_rows,)), _float64([grads], projections), *of_columns[1:]]
 
 
 for _name, _fake in _FAKES.items():

@@ -105,3 +105,27 @@ def diagonal_shrink_(
         x = torch.where(s == 0, 0.0, s * strength).clamp(max=largest)
         value = theta.double()
         theta.copy_(value - x / (1 + x) * (value - m))
+
+
+def mean_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the mean of per-sample gradients of a dtype: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def sample_gradient_stats(grads: Tensor, directions: Tensor | None, diagonal: bool) -> list[Tensor]:
+    """[mu = mean_i g_i, |g_i|^2, g_i . mu] and, if diagonal, mean_i g_ij^2, for the rows g_i of a matrix (N, P).
+
+    mu and the diagonal are (P,) of ``mean_dtype``; the rest is float64. mu is rounded before the projections are taken.
+    With directions, (K, P) of mu's dtype, the projections are g_i . u_k, (N, K).
+    """
+    values = grads.double()
+    mean = values.mean(0).to(mean_dtype(grads.dtype))
+    projections = values @ (mean if directions is None else directions.T).double()
+    results = [mean, values.square().sum(1), projections]
+    return [*results, values.square().mean(0).to(mean.dtype)] if diagonal else results
+
+
+def sample_gram(grads: Tensor) -> Tensor:
+    """g_i . g_j for the rows of a matrix (N, P): (N, N) float64."""
+    values = grads.double()
+    return values @ values.T
