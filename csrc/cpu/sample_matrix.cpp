@@ -1,8 +1,8 @@
 // CPU implementations of the operators over a matrix of per-sample gradients.
 //
-// Blocks of columns are cut by the matrix's shape alone, tasks are runs of blocks, and sums are added block by block and
-// then task by task, so results are bitwise the same for any number of threads. A block stays in the second-level cache
-// while it is summed by columns and by rows and then projected; meanwhile the next one is fetched.
+// Blocks of columns are cut by the matrix's shape alone, tasks are runs of blocks, and sums are added block by block
+// and then task by task, so results are bitwise the same for any number of threads. A block stays in the second-level
+// cache while it is summed by columns and by rows and then projected; meanwhile the next one is fetched.
 
 #include <algorithm>
 #include <cstring>
@@ -20,7 +20,7 @@
 namespace crl {
 namespace {
 
-constexpr int64_t kBlock = 32768;       // elements: 128 KiB of float32, so two blocks fit a cache of 512 KiB
+constexpr int64_t kBlock = 65536;       // elements: 256 KiB of float32 and what is fetched ahead, in a cache of 512 KiB
 constexpr int64_t kTask = 16 * kBlock;  // elements of one thread's turn
 // The sums of squares for which a float32 sum neither overflows nor loses small terms. Where a row or a vector of a
 // block is beyond, the block is done again in float64.
@@ -39,18 +39,17 @@ class Matrix {
     num_rows = tensor.size(0), num_columns = tensor.size(1);
     stride = num_rows > 1 ? tensor_.stride(0) : num_columns;
     dtype = dtype_of(tensor);
+    data_ = static_cast<char*>(tensor_.data_ptr());
   }
 
-  Pointer at(int64_t row, int64_t column) const {
-    auto* data = static_cast<char*>(tensor_.data_ptr());
-    return {data + (row * stride + column) * size_of(dtype), dtype};
-  }
+  Pointer at(int64_t row, int64_t column) const { return {data_ + (row * stride + column) * size_of(dtype), dtype}; }
 
   int64_t num_rows, num_columns, stride;
   DType dtype;
 
  private:
   Tensor tensor_;
+  char* data_;
 };
 
 // Blocks of columns and the tasks that they form.
@@ -115,8 +114,8 @@ Tensors sample_gradient_stats(const Tensor grads, const std::optional<Tensor> di
   Tensor squares = new_empty(grads, {diagonal ? matrix.num_columns : 0}, dtype);
   const Tensor weights = by_mean ? mean : torch::stable::contiguous(*direction);
   Tensor sq_norms = new_empty(grads, {num_rows}, DType::kFloat64);
-  Tensor projections = by_mean ? new_empty(grads, {num_rows}, DType::kFloat64)
-                               : new_empty(grads, {num_rows, terms}, DType::kFloat64);
+  Tensor projections =
+      by_mean ? new_empty(grads, {num_rows}, DType::kFloat64) : new_empty(grads, {num_rows, terms}, DType::kFloat64);
   const auto at = [dtype](const Tensor& tensor, int64_t index) {
     return Pointer{static_cast<char*>(tensor.data_ptr()) + index * size_of(dtype), dtype};
   };
@@ -132,8 +131,8 @@ Tensors sample_gradient_stats(const Tensor grads, const std::optional<Tensor> di
       std::fill(block.begin(), block.begin() + num_rows, 0.0);
       std::fill(column_sums.begin(), column_sums.end(), 0.0);
       std::fill(column_squares.begin(), column_squares.end(), 0.0);
-      loops.sample_sums(matrix.at(0, column), matrix.stride, num_rows, n, 0, in_float64, column_sums.data(),
-                        diagonal ? column_squares.data() : nullptr, block_norms);
+      loops.sample_sums(matrix.at(0, column), matrix.stride, num_rows, n, blocks.columns, in_float64,
+                        column_sums.data(), diagonal ? column_squares.data() : nullptr, block_norms);
     };
     blocks.for_each(task, [&](int64_t column, int64_t n) {
       bool in_float64 = dtype == DType::kFloat64;
