@@ -128,4 +128,5 @@ def sample_gradient_stats(grads: Tensor, directions: Tensor | None, diagonal: bo
 def sample_gram(grads: Tensor) -> Tensor:
     """g_i . g_j for the rows of a matrix (N, P): (N, N) float64."""
     values = grads.double()
-    return values @ values.T
+    gram = values @ values.T
+    return gram.tril() + gram.tril(-1).T  # a library's product of a matrix and its transpose need not be symmetric
