@@ -13,6 +13,12 @@ from .fisher import DiagonalFisher, FisherStatistics, LowRankFisher, load_fisher
 from .flat_parameters import flatten_parameters
 from .low_rank_history import LowRankHistory
 from .penalty import diagonal_ewc_penalty, rank1_ewc_penalty
+from .sample_matrix import (
+    SampleGradientStats,
+    SampleGradientStatsWithDiagonal,
+    sample_gradient_stats,
+    sample_gram,
+)
 
 __version__ = "0.1.0"
 
@@ -22,9 +28,13 @@ __all__ = [
     "FisherStatistics",
     "LowRankFisher",
     "LowRankHistory",
+    "SampleGradientStats",
+    "SampleGradientStatsWithDiagonal",
     "diagonal_ewc_penalty",
     "estimate_fisher",
     "flatten_parameters",
     "load_fisher",
     "rank1_ewc_penalty",
+    "sample_gradient_stats",
+    "sample_gram",
 ]

@@ -38,6 +38,8 @@ SCHEMAS = (
     "sample_weight_gradients(Tensor input, Tensor grad_output, int[] kernel_size, int[] stride, int[] padding,"
     " int[] dilation, int groups, Tensor? directions, bool gram, bool squares)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "sample_gradient_stats(Tensor grads, Tensor? directions, bool diagonal) -> Tensor[]",
+    "sample_gram(Tensor grads) -> Tensor",
 )
 NAMES = tuple(schema.partition("(")[0] for schema in SCHEMAS)
 
@@ -62,6 +64,8 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "diagonal_accumulate_": lambda targets, params, fisher, anchor, coefficient: _float64(params, ()),
     "diagonal_shrink_": lambda params, fisher, anchor, strength: None,
     "sample_weight_gradients": lambda *arguments: _fake_sample_weight_gradients(*arguments),
+    "sample_gradient_stats": lambda grads, directions, diagonal: _fake_stats(grads, directions, diagonal),
+    "sample_gram": lambda grads: _float64([grads], (grads.shape[0], grads.shape[0])),
 }
 
 
@@ -92,6 +96,13 @@ def _fake_sample_weight_gradients(
 
 def _float64(params: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
     return params[0].new_empty(shape, dtype=torch.float64)
+
+
+def _fake_stats(grads: Tensor, directions: Tensor | None, diagonal: bool) -> list[Tensor]:
+    num_rows, num_columns = grads.shape
+    of_columns = [grads.new_empty(num_columns, dtype=reference.mean_dtype(grads.dtype)) for _ in range(1 + diagonal)]
+    projections = (num_rows,) if directions is None else (num_rows, directions.shape[0])
+    return [of_columns[0], _float64([grads], (num_rows,)), _float64([grads], projections), *of_columns[1:]]
 
 
 for _name, _fake in _FAKES.items():

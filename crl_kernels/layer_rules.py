@@ -398,7 +398,9 @@ def rms_norm(
 ) -> Any:
     if input.dim() <= len(normalized_shape) or recorder.samples(input) is None:
         return NotImplemented
-    return _affine(recorder, F.rms_norm(input, list(normalized_shape), None, eps), weight, None, tuple(normalized_shape))
+    return _affine(
+        recorder, F.rms_norm(input, list(normalized_shape), None, eps), weight, None, tuple(normalized_shape)
+    )
 
 
 def batch_norm(

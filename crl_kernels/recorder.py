@@ -195,9 +195,7 @@ class Recorder(TorchFunctionMode):
         self.recording = True
         for module in self._model.modules():
             self._handles.append(module.register_forward_pre_hook(self._enter_module, with_kwargs=True))
-            self._handles.append(
-                module.register_forward_hook(self._leave_module, with_kwargs=True, always_call=True)
-            )
+            self._handles.append(module.register_forward_hook(self._leave_module, with_kwargs=True, always_call=True))
 
     def unwatch(self) -> None:
         self.recording = False
@@ -210,7 +208,9 @@ class Recorder(TorchFunctionMode):
         if not torch.is_grad_enabled() or _in_backward():
             return
         if module is self._model and self.num_samples is None:
-            sizes = (leaf.shape[0] for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor) and leaf.dim())
+            sizes = (
+                leaf.shape[0] for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor) and leaf.dim()
+            )
             self.num_samples = next(sizes, None)
         self._stack.append((module, len(self.uses), set()))
 

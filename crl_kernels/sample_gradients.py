@@ -122,9 +122,7 @@ class SampleGradients:
                     f"direction[{name!r}] has shape {tuple(tensor.shape)}; expected {tuple(shape)}, or (K, *) of it."
                 )
             if tensor.device != self._binding.device:
-                raise ValueError(
-                    f"direction[{name!r}] is on {tensor.device} and the model on {self._binding.device}."
-                )
+                raise ValueError(f"direction[{name!r}] is on {tensor.device} and the model on {self._binding.device}.")
             leading.add(None if tensor.shape == shape else tensor.shape[0])
         if len(leading) != 1:
             raise ValueError("direction is empty, or its tensors are of different numbers K of directions.")
@@ -325,4 +323,3 @@ class SampleGradients:
                 for name, shape, squares in zip(layout.names, layout.shapes, self._squares, strict=True)
             }
         self._collected = {}
-

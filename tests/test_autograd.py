@@ -17,6 +17,7 @@ def random_list(seed: int, dtype: torch.dtype = torch.float64) -> list[torch.Ten
 
 DIRECTION, ANCHOR = random_list(1), random_list(2)
 FISHER = [u.abs() for u in DIRECTION]
+MATRIX = torch.randn(5, 40, generator=torch.Generator().manual_seed(3))  # of per-sample gradients
 
 
 def rank1(*params: torch.Tensor, lam: float | torch.Tensor = 3.0) -> torch.Tensor:
@@ -95,6 +96,8 @@ def test_opcheck(flat):
         operators.diagonal_gradient: (params, *state, one.clone().requires_grad_()),
         operators.diagonal_accumulate_: (random_list(4), random_list(0), *state, one),
         operators.diagonal_shrink_: (random_list(4), *state, one),
+        operators.sample_gradient_stats: (MATRIX, MATRIX[:2] if flat else None, flat),
+        operators.sample_gram: (MATRIX,),
     }
     assert {str(op).removeprefix("crl_kernels.") for op in checks} == set(_ops.NAMES)
     for operator, arguments in checks.items():

@@ -7,9 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-import crl_kernels as ck
 from crl_kernels.sample_gradients import SampleGradients
 
 N = 6
@@ -53,7 +51,10 @@ def check(
     generator = torch.Generator().manual_seed(1)
     shapes = {name: p.shape for name, p in model.named_parameters() if name in expected}
     dtype = next(iter(model.parameters())).dtype
-    u = {name: torch.randn(2, *shape, generator=generator, dtype=torch.float64).to(dtype) for name, shape in shapes.items()}
+    u = {
+        name: torch.randn(2, *shape, generator=generator, dtype=torch.float64).to(dtype)
+        for name, shape in shapes.items()
+    }
     along = torch.cat([u[name].double().flatten(1) for name in expected], 1)
     for direction, single in ((None, None), (u, None), (u, 0)):
         for reduction in ("sum", "mean"):
@@ -68,7 +69,9 @@ def check(
                 close(sg.mean[name], gradient.mean(0), tolerance, rows)
                 scale = 1 if reduction == "mean" else len(losses)
                 grad = dict(model.named_parameters())[name].grad
-                close(torch.zeros_like(gradient[0]) if grad is None else grad / scale, gradient.mean(0), tolerance, rows)
+                close(
+                    torch.zeros_like(gradient[0]) if grad is None else grad / scale, gradient.mean(0), tolerance, rows
+                )
                 close(sg.per_layer[name].sq_norms, gradient.flatten(1).square().sum(1), tolerance, sg.sq_norms)
             if direction is None:
                 close(sg.projections, rows @ mean, tolerance)
@@ -126,7 +129,10 @@ CASES: dict[str, Callable[[], tuple[nn.Module, tuple[Tensor, ...]]]] = {
     "linear, few tokens": lambda: (nn.Linear(6, 4), tokens(2)),
     "linear, 4-D input": lambda: (nn.Linear(6, 4), (torch.randn(N, 3, 5, 6),)),
     "conv1d": lambda: (nn.Conv1d(4, 6, 3, stride=2, padding=2, dilation=2, groups=2), (torch.randn(N, 4, 11),)),
-    "conv2d": lambda: (nn.Sequential(nn.Conv2d(4, 20, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(20, 7, 1)), images()),
+    "conv2d": lambda: (
+        nn.Sequential(nn.Conv2d(4, 20, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(20, 7, 1)),
+        images(),
+    ),
     "conv2d, strided": lambda: (nn.Conv2d(4, 7, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2)), images()),
     "conv2d, groups": lambda: (nn.Conv2d(4, 6, 3, groups=2), images()),
     "conv2d, depthwise": lambda: (nn.Conv2d(4, 8, 3, groups=4, padding=1), images()),
@@ -135,8 +141,14 @@ CASES: dict[str, Callable[[], tuple[nn.Module, tuple[Tensor, ...]]]] = {
     "conv2d, valid": lambda: (nn.Conv2d(4, 5, 3, padding="valid"), images()),
     "conv2d, reflect": lambda: (nn.Conv2d(4, 5, 3, padding=1, padding_mode="reflect"), images()),
     "conv2d, circular": lambda: (nn.Conv2d(4, 5, 3, padding=1, padding_mode="circular"), images()),
-    "conv transpose 1d": lambda: (nn.ConvTranspose1d(4, 6, 3, stride=2, padding=1, output_padding=1), (torch.randn(N, 4, 5),)),
-    "conv transpose 2d": lambda: (nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1, groups=2), images()),
+    "conv transpose 1d": lambda: (
+        nn.ConvTranspose1d(4, 6, 3, stride=2, padding=1, output_padding=1),
+        (torch.randn(N, 4, 5),),
+    ),
+    "conv transpose 2d": lambda: (
+        nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1, groups=2),
+        images(),
+    ),
     "group norm": lambda: (nn.Sequential(nn.Conv2d(4, 8, 3), nn.GroupNorm(4, 8), nn.SiLU()), images()),
     "group norm, no affine": lambda: (nn.Sequential(nn.Conv2d(4, 8, 3), nn.GroupNorm(4, 8, affine=False)), images()),
     "layer norm": lambda: (nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 2)), tokens()),
@@ -158,7 +170,10 @@ CASES: dict[str, Callable[[], tuple[nn.Module, tuple[Tensor, ...]]]] = {
         (*images(), torch.randn(N, 3), ids()),
     ),
     "attention": lambda: (Called(lambda m, x: m.a(x, x, x)[0], a=attention()), tokens()),
-    "attention, no weights": lambda: (Called(lambda m, x: m.a(x, x, x, need_weights=False)[0], a=attention()), tokens()),
+    "attention, no weights": lambda: (
+        Called(lambda m, x: m.a(x, x, x, need_weights=False)[0], a=attention()),
+        tokens(),
+    ),
     "attention, cross": lambda: (
         Called(lambda m, x, y: m.a(x, y, y)[0], a=attention()),
         (*tokens(), *tokens(5)),
@@ -193,7 +208,11 @@ CASES: dict[str, Callable[[], tuple[nn.Module, tuple[Tensor, ...]]]] = {
         tokens(),
     ),
     "x @ W": lambda: (
-        Called(lambda m, x: torch.stack([(x @ m.w).tanh().sum(-1), x @ m.v], -1), w=nn.Parameter(torch.randn(6, 4)), v=nn.Parameter(torch.randn(6))),
+        Called(
+            lambda m, x: torch.stack([(x @ m.w).tanh().sum(-1), x @ m.v], -1),
+            w=nn.Parameter(torch.randn(6, 4)),
+            v=nn.Parameter(torch.randn(6)),
+        ),
         tokens(),
     ),
     "a layer used three times": lambda: (

@@ -152,3 +152,28 @@ def sample_weight_gradients(
         rows @ rows.T if gram else rows.new_empty(0, 0),
         rows.square().sum(0).reshape(matrix.shape[1:]).to(input.dtype) if squares else input.new_empty(0),
     )
+
+
+def mean_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the mean of per-sample gradients of a dtype: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def sample_gradient_stats(grads: Tensor, directions: Tensor | None, diagonal: bool) -> list[Tensor]:
+    """[mu = mean_i g_i, |g_i|^2, g_i . mu] and, if diagonal, mean_i g_ij^2, for the rows g_i of a matrix (N, P).
+
+    mu and the diagonal are (P,) of ``mean_dtype``; the rest is float64. mu is rounded before the projections are taken.
+    With directions, (K, P) of mu's dtype, the projections are g_i . u_k, (N, K).
+    """
+    values = grads.double()
+    mean = values.mean(0).to(mean_dtype(grads.dtype))
+    projections = values @ (mean if directions is None else directions.T).double()
+    results = [mean, values.square().sum(1), projections]
+    return [*results, values.square().mean(0).to(mean.dtype)] if diagonal else results
+
+
+def sample_gram(grads: Tensor) -> Tensor:
+    """g_i . g_j for the rows of a matrix (N, P): (N, N) float64."""
+    values = grads.double()
+    gram = values @ values.T
+    return gram.tril() + gram.tril(-1).T  # a library's product of a matrix and its transpose need not be symmetric

@@ -28,6 +28,7 @@ from . import reference
 CHOICES = ("auto", "reference", "cpu", "cuda", "triton")
 _REINSTALL = "Install torch and a C++ compiler, then install again with pip's --no-build-isolation."
 _REFERENCE = "reference (plain PyTorch)"
+_TRITON_ON_GPUS = ("sample_gradient_stats", "sample_gram")  # which the CUDA library leaves out
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,11 @@ def reason(device_type: str, operator: str) -> str:
     name = implementation(device_type, operator)
     if name in ("C++", "CUDA"):
         return compiled.reason
-    passed = f"{compiled.reason}, without {operator}: build it again" if compiled.loaded else compiled.reason
+    passed = compiled.reason
+    if compiled.loaded and device_type == "cuda" and operator in _TRITON_ON_GPUS:
+        passed += f", which leaves {operator} to Triton"
+    elif compiled.loaded:
+        passed += f", without {operator}: build it again"
     triton = None
     if device_type == "cuda" or INTERPRETED:
         operators = _triton_operators() if TRITON.loaded else TRITON.reason

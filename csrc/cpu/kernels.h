@@ -2,6 +2,9 @@
 //
 // Reductions add flat element j to lanes[j % kLanes], by a fused multiply-add, in index order. `index` is the flat
 // index of the first element, so the sum does not depend on where tensors begin and end.
+//
+// The sample_* loops are over one block of a matrix of per-sample gradients: `num_rows` rows of `n` consecutive
+// elements, each row `stride` elements after the one before. What they read next is asked for `ahead` elements early.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +26,21 @@ struct Kernels {
                              double c, bool overwrite, double* lanes);
   // theta = theta - w (theta - m), w = proximal_weight(S, strength)
   void (*shrink)(Pointer theta, Pointer fisher, Pointer anchor, int64_t n, double strength);
+  // sums[j] += sum_i g_ij, sq_norms[i] += sum_j g_ij^2 and, unless null, squares[j] += sum_i g_ij^2, in one read.
+  // `sums` and `squares` hold sample_columns(n) elements. If not in_float64, short sums are taken in float32.
+  void (*sample_sums)(Pointer rows, int64_t stride, int64_t num_rows, int64_t n, int64_t ahead, bool in_float64,
+                      double* sums, double* squares, double* sq_norms);
+  // dots[i * dots_stride + k] += g_i . w_k, for `terms` vectors w_k of float32, or of float64 if g is
+  void (*sample_dots)(Pointer rows, int64_t stride, int64_t num_rows, Pointer weights, int64_t weights_stride,
+                      int64_t terms, int64_t n, int64_t ahead, bool in_float64, double* dots, int64_t dots_stride);
+  // target = sums / count, rounded once
+  void (*divide)(Pointer target, const double* sums, double count, int64_t n);
 };
+
+constexpr int64_t kLineBytes = 64;  // of a cache line
+
+// Column sums of a block of n columns are kept for whole lines of the smallest dtype.
+constexpr int64_t sample_columns(int64_t n) { return (n + kLineBytes / 2 - 1) / (kLineBytes / 2) * (kLineBytes / 2); }
 
 namespace baseline {
 extern const Kernels kernels;

@@ -38,6 +38,7 @@ using Doubles = double __attribute__((vector_size(8 * kWidth)));
 using Floats = float __attribute__((vector_size(4 * kWidth)));
 using UInts = uint32_t __attribute__((vector_size(4 * kWidth)));
 using UShorts = uint16_t __attribute__((vector_size(2 * kWidth)));
+using Singles = float __attribute__((vector_size(8 * kWidth)));  // a whole register of float32: 2 kWidth of them
 
 template <class Vector>
 inline Vector load_bits(const void* source) {
@@ -148,6 +149,44 @@ inline Real load(const T* source) {
     return load_vector(source);
   }
 }
+
+// float32 arithmetic, for short sums that end in float64.
+#if defined(CRL_AVX512)
+inline Singles load_singles(const BFloat16* source) {
+  return (Singles)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_bits<__m256i>(source)), 16);
+}
+inline Singles load_singles(const Half* source) { return (Singles)_mm512_cvtph_ps(load_bits<__m256i>(source)); }
+inline Floats low(Singles value) { return (Floats)_mm512_castps512_ps256((__m512)value); }
+inline Floats high(Singles value) { return (Floats)_mm512_extractf32x8_ps((__m512)value, 1); }
+inline Singles fused_multiply_add(Singles a, Singles b, Singles c) {
+  return (Singles)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+#elif defined(CRL_AVX2)
+inline Singles load_singles(const BFloat16* source) {
+  return (Singles)_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_bits<__m128i>(source)), 16);
+}
+inline Singles load_singles(const Half* source) { return (Singles)_mm256_cvtph_ps(load_bits<__m128i>(source)); }
+inline Floats low(Singles value) { return (Floats)_mm256_castps256_ps128((__m256)value); }
+inline Floats high(Singles value) { return (Floats)_mm256_extractf128_ps((__m256)value, 1); }
+inline Singles fused_multiply_add(Singles a, Singles b, Singles c) {
+  return (Singles)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
+#else
+inline Singles joined(Floats low, Floats high) {
+  const Floats halves[2] = {low, high};
+  return load_bits<Singles>(halves);
+}
+inline Singles load_singles(const BFloat16* source) {
+  return joined(from_bfloat16(load_bits<UShorts>(source)), from_bfloat16(load_bits<UShorts>(source + kWidth)));
+}
+inline Singles load_singles(const Half* source) {
+  return joined(from_half(load_bits<UShorts>(source)), from_half(load_bits<UShorts>(source + kWidth)));
+}
+inline Floats low(Singles value) { return load_bits<Floats>(&value); }
+inline Floats high(Singles value) { return load_bits<Floats>(reinterpret_cast<const char*>(&value) + sizeof(Floats)); }
+inline Singles fused_multiply_add(Singles a, Singles b, Singles c) { return a * b + c; }
+#endif
+inline Singles load_singles(const float* source) { return load_bits<Singles>(source); }
 
 template <class Bits>
 inline void store_bits(void* target, Bits bits) {

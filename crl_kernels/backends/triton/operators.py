@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from . import kernels
+from .sample_matrix import sample_gradient_stats as sample_gradient_stats
+from .sample_matrix import sample_gram as sample_gram
 from .tables import Flat, View, check
 
 _LANES = 2048  # partial sums that the second stage adds at once

@@ -1,0 +1,298 @@
+"""Statistics of a matrix of per-sample gradients, on every backend that runs here, against float64 and plain PyTorch."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from test_operators import (
+    BACKENDS,
+    DTYPES,
+    EXAMPLES,
+    INSTRUCTION_SETS,
+    needs_cpu_library,
+    needs_library,
+    needs_x86_linux,
+    poison,
+    runs_here,
+)
+from torch import Tensor
+
+import crl_kernels as ck
+from crl_kernels.backends import reference, registry
+
+LAYOUTS = ["contiguous", "offset", "row stride", "transposed", "expanded"]
+BLOCK = 65536  # elements of a block on a CPU, up to 4,096 columns
+
+num_rows = st.one_of(st.integers(1, 20), st.sampled_from([31, 32, 33, 64, 65, 257, 300]))
+num_columns = st.sampled_from([0, 1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 255, 257, 1023, 1025, 4095, 4096, 4097, 8200])
+
+
+def make(rows: int, columns: int, dtype: torch.dtype, layout: str, seed: int) -> Tensor:
+    """A matrix with a common part, so that its mean is more than noise, and the named memory layout."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def fresh(*shape: int) -> Tensor:
+        return (torch.randn(shape, generator=generator, dtype=torch.float64) + 0.3).to(dtype)
+
+    if layout == "offset":
+        return fresh(rows * columns + 1)[1:].reshape(rows, columns)
+    if layout == "row stride":
+        return fresh(rows, columns + 3)[:, 1 : columns + 1]
+    if layout == "transposed":
+        return fresh(columns, rows).t()
+    if layout == "expanded":
+        return fresh(1, columns).expand(rows, columns)
+    return fresh(rows, columns)
+
+
+def plain(grads: Tensor, direction: Tensor | None) -> list[Tensor]:
+    """What one writes in PyTorch, in the gradients' dtype; 16-bit results are float32's business."""
+    values = grads if grads.dtype == torch.float64 else grads.float()
+    mean = values.mean(0)
+    return [mean, values.norm(dim=1).square(), values @ (mean if direction is None else direction.to(mean.dtype)),
+            values.square().mean(0)]  # fmt: skip
+
+
+def magnitudes(grads: Tensor, direction: Tensor | None) -> list[Tensor]:
+    size = grads.double().abs()
+    return [size.mean(0), size.square().sum(1),
+            size @ (size.mean(0) if direction is None else direction.double().abs()), size.square().mean(0)]  # fmt: skip
+
+
+def error(found: Tensor, expected: Tensor, size: Tensor) -> float:
+    """The largest error, in units of the magnitudes that were added."""
+    return ((found.double() - expected).abs() / size.clamp(min=1e-300)).max().item() if found.numel() else 0.0
+
+
+def floor(dtype: torch.dtype) -> float:
+    """What is left where plain PyTorch happens to be exact, as for one row: a unit in the last place of the mean. Beside
+    float64 gradients the float64 truth is itself a rounded sum."""
+    return 1e-14 if dtype == torch.float64 else 2.0**-23
+
+
+def assert_as_good_as_plain(found: list[Tensor], grads: Tensor, direction: Tensor | None) -> None:
+    values = grads.double()
+    mean = values.mean(0)
+    exact = [mean, values.square().sum(1), values @ (mean if direction is None else direction.double()),
+             values.square().mean(0)]  # fmt: skip
+    sizes = magnitudes(grads, direction)
+    for ours, theirs, truth, size in zip(found, plain(grads, direction), exact, sizes, strict=False):
+        assert error(ours, truth, size) <= max(2 * error(theirs, truth, size), floor(grads.dtype))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(deadline=None, max_examples=2 * EXAMPLES)
+@given(
+    rows=num_rows,
+    columns=num_columns,
+    dtype=st.sampled_from(sorted(DTYPES)),
+    layout=st.sampled_from(LAYOUTS),
+    terms=st.sampled_from([None, None, 0, 1, 3, 17]),
+    diagonal=st.booleans(),
+    seed=st.integers(0, 2**30),
+)
+@example(rows=64, columns=2051, dtype="float32", layout="contiguous", terms=None, diagonal=True, seed=0)
+@example(rows=300, columns=700, dtype="bfloat16", layout="row stride", terms=3, diagonal=True, seed=0)
+@example(rows=3, columns=0, dtype="float16", layout="contiguous", terms=2, diagonal=True, seed=0)
+def test_statistics(backend, rows, columns, dtype, layout, terms, diagonal, seed):
+    grads = make(rows, columns, DTYPES[dtype], layout, seed)
+    mean_dtype = reference.mean_dtype(grads.dtype)
+    directions = None if terms is None else make(terms, columns, mean_dtype, "contiguous", seed + 1)
+    poison()
+    found = backend.sample_gradient_stats(grads, directions, diagonal)
+    shapes = [(columns,), (rows,), (rows,) if terms is None else (rows, terms), (columns,)]
+    dtypes = [mean_dtype, torch.float64, torch.float64, mean_dtype]
+    assert [(t.shape, t.dtype) for t in found] == list(zip(shapes, dtypes, strict=True))[: 3 + diagonal]
+    if terms is None:
+        assert_as_good_as_plain(found, grads, None)
+    for k in range(terms or 0):
+        ours = [found[0], found[1], found[2][:, k], *found[3:]]
+        assert_as_good_as_plain(ours, grads, directions[k])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(deadline=None, max_examples=EXAMPLES)
+@given(
+    rows=num_rows,
+    columns=num_columns,
+    dtype=st.sampled_from(sorted(DTYPES)),
+    layout=st.sampled_from(LAYOUTS),
+    seed=st.integers(0, 2**30),
+)
+@example(rows=65, columns=1025, dtype="float32", layout="contiguous", seed=0)
+def test_gram(backend, rows, columns, dtype, layout, seed):
+    grads = make(rows, columns, DTYPES[dtype], layout, seed)
+    poison()
+    found = backend.sample_gram(grads)
+    assert (found.shape, found.dtype) == ((rows, rows), torch.float64)
+    assert torch.equal(found, found.T)
+    values = grads.double()
+    low = grads if grads.dtype == torch.float64 else grads.float()
+    exact, size = values @ values.T, values.abs() @ values.abs().T
+    assert error(found, exact, size) <= max(2 * error(low @ low.T, exact, size), floor(grads.dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+def test_identities(dtype):
+    """mean_j G_ij = p_i, mean_i p_i = |mu|^2, and the trace of G is the sum of square norms."""
+    grads = make(37, 3001, dtype, "contiguous", 0)
+    mean, sq_norms, projections = ck.sample_gradient_stats(grads)
+    gram = ck.sample_gram(grads)
+    tolerance = {"rtol": 1e-12 if dtype == torch.float64 else 1e-6, "atol": 0}
+    torch.testing.assert_close(gram.mean(1), projections, **tolerance)
+    torch.testing.assert_close(projections.mean(), mean.double().square().sum(), **tolerance)
+    torch.testing.assert_close(gram.trace(), sq_norms.sum(), **tolerance)
+    torch.testing.assert_close(ck.sample_gradient_stats(grads, mean).projections, projections, rtol=1e-15, atol=0)
+
+
+@needs_library
+@pytest.mark.parametrize("shape", [(64, 20_003), (3, 200_001), (300, 1_500)], ids=str)
+def test_bitwise_the_same_from_run_to_run_and_for_any_number_of_threads(shape):
+    if registry.INTERPRETED:
+        shape = (shape[0], shape[1] // 50)
+    grads = make(*shape, torch.float32, "contiguous", 0)
+    results = []
+    for threads in (1, 2, 1):
+        torch.set_num_threads(threads)
+        try:
+            results.append([*ck.sample_gradient_stats(grads, diagonal=True), ck.sample_gram(grads)])
+        finally:
+            torch.set_num_threads(1)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e20, 1e37])
+def test_squares_beyond_the_range_of_float32(backend, scale):
+    """One row of very large or very small gradients, beside a row of zeros."""
+    grads = make(5, 5000, torch.float32, "contiguous", 0)
+    grads[1], grads[2] = grads[1] * scale, 0
+    assert_as_good_as_plain_for_range(backend, grads)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_mean_that_vanishes(backend):
+    grads = make(4, 5000, torch.float32, "contiguous", 0)
+    grads[2:] = -grads[:2]
+    mean, _, projections = backend.sample_gradient_stats(grads, None, False)
+    assert not mean.any()
+    assert not projections.any()
+    grads[:, :] *= 1e-25
+    grads[3] *= 1 + 1e-6
+    assert_as_good_as_plain_for_range(backend, grads)
+
+
+def assert_as_good_as_plain_for_range(backend, grads: Tensor) -> None:
+    values = grads.double()
+    mean, sq_norms, projections, diagonal = backend.sample_gradient_stats(grads, None, True)
+    tight = {"rtol": 1e-6, "atol": 0}
+    torch.testing.assert_close(sq_norms, values.square().sum(1), **tight)
+    expected, size = values @ mean.double(), values.abs() @ mean.double().abs()
+    assert error(projections, expected, size) <= 1e-6
+    unit = torch.finfo(torch.float32)
+    exact = values.square().mean(0)
+    inside = (exact < unit.max) & (exact > unit.smallest_normal)
+    torch.testing.assert_close(diagonal[inside].double(), exact[inside], **tight)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("at", [17, 4099])
+def test_nan_and_inf_pass_through(backend, bad, at):
+    grads = torch.ones(9, 4100)
+    grads[2, at] = bad
+    mean, sq_norms, projections, diagonal = backend.sample_gradient_stats(grads, None, True)
+    touched = torch.tensor(bad, dtype=torch.float64)
+    for result in (mean[at], sq_norms[2], projections[0], diagonal[at]):
+        torch.testing.assert_close(result.double(), touched, equal_nan=True)
+    gram = backend.sample_gram(grads)
+    torch.testing.assert_close(gram[2, 2], touched, equal_nan=True)
+    for result in (mean, sq_norms, diagonal, gram[0]):
+        assert result.isfinite().sum() == result.numel() - 1
+
+
+def test_directions_and_the_diagonal():
+    grads, u = make(6, 40, torch.bfloat16, "contiguous", 0), make(2, 40, torch.bfloat16, "contiguous", 1)
+    one, both = ck.sample_gradient_stats(grads, u[1]), ck.sample_gradient_stats(grads, u, diagonal=True)
+    assert (one.projections.shape, both.projections.shape) == ((6,), (6, 2))
+    torch.testing.assert_close(both.projections[:, 1], one.projections, rtol=0, atol=0)
+    assert len(one) == 3
+    mean, _, _, diagonal = both
+    torch.testing.assert_close(mean, grads.float().mean(0))
+    torch.testing.assert_close(diagonal, grads.float().square().mean(0))
+
+
+def test_results_are_constants():
+    grads = make(4, 10, torch.float32, "contiguous", 0).requires_grad_()
+    results = [*ck.sample_gradient_stats(grads, grads[0], diagonal=True), ck.sample_gram(grads)]
+    assert not any(result.requires_grad for result in results)
+
+
+@pytest.mark.parametrize(
+    ("grads", "direction", "error", "message"),
+    [
+        (torch.ones(3), None, ValueError, r"grads has shape \(3,\), expected \(N, P\)"),
+        (torch.ones(0, 3), None, ValueError, r"grads has shape \(0, 3\), expected \(N, P\)"),
+        (torch.ones(2, 3, dtype=torch.int32), None, TypeError, "grads is torch.int32, expected float32"),
+        (torch.ones(2, 3), torch.ones(4), ValueError, r"direction has shape \(4,\), expected \(3,\) or \(K, 3\)"),
+        (torch.ones(2, 3), torch.ones(1, 1, 3), ValueError, r"direction has shape \(1, 1, 3\)"),
+        (torch.ones(2, 3), torch.ones(3).double(), TypeError, r"direction is torch.float64.*direction.to\(torch.float32\)"),
+        (torch.ones(2, 3), torch.ones(3, dtype=torch.int8), TypeError, "direction is torch.int8"),
+        (torch.ones(2, 3), torch.ones(3, device="meta"), ValueError, "direction is on meta and grads on cpu"),
+    ],
+    ids=lambda value: None,
+)  # fmt: skip
+def test_errors_name_the_argument(grads, direction, error, message):
+    with pytest.raises(error, match=message):
+        ck.sample_gradient_stats(grads, direction)
+    if direction is None:
+        with pytest.raises(error, match=message):
+            ck.sample_gram(grads)
+
+
+@needs_library
+def test_operators_refuse_what_would_read_elsewhere():
+    ops = torch.ops.crl_kernels
+    for call in (
+        lambda: ops.sample_gradient_stats(torch.ones(3), None, False),
+        lambda: ops.sample_gradient_stats(torch.ones(2, 3), torch.ones(1, 2), False),
+        lambda: ops.sample_gradient_stats(torch.ones(2, 3), torch.ones(1, 3).bfloat16(), False),
+        lambda: ops.sample_gram(torch.ones(0, 3)),
+        lambda: ops.sample_gram(torch.ones(2, 3, dtype=torch.int64)),
+    ):
+        with pytest.raises(RuntimeError, match="crl_kernels: "):
+            call()
+
+
+@pytest.mark.skipif(registry.INTERPRETED, reason="what is compiled does not depend on what runs the operators")
+def test_compile_fullgraph_equals_eager():
+    grads = make(6, 50, torch.float32, "contiguous", 0)
+
+    def both(grads: Tensor) -> tuple[Tensor, ...]:
+        return *ck.sample_gradient_stats(grads, diagonal=True), *ck.sample_gradient_stats(grads, grads[:2]), \
+            ck.sample_gram(grads)  # fmt: skip
+
+    for found, expected in zip(torch.compile(both, fullgraph=True)(grads), both(grads), strict=True):
+        assert torch.equal(found, expected)
+
+
+@needs_cpu_library
+@needs_x86_linux
+@pytest.mark.skipif("CRL_KERNELS_ISA" in os.environ, reason="this is the run that the test below starts")
+@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+def test_this_file_passes_with_narrower_loops(isa):
+    if not runs_here("avx2" if isa == "baseline" else "avx512"):
+        pytest.skip(f"{isa} is the fastest set that this processor runs: the other tests use it")
+    assert isa in INSTRUCTION_SETS
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not reference and not fullgraph", __file__],
+        env=os.environ | {"CRL_KERNELS_ISA": isa},
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout
