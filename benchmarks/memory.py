@@ -18,7 +18,8 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def can_measure() -> bool:
-    """Whether the system and the C library can do this. Freed memory is given back at once from now on."""
+    """Whether the system and the C library can do this. Freed memory is given back at once from now on, so this comes
+    before memory has been kept: a hole in the heap would be filled, and not given back."""
     try:
         _reset_peak()
     except OSError:

@@ -36,7 +36,8 @@ class Condition(nn.Module):
         self.label = nn.Embedding(CLASSES, width)
 
     def forward(self, t: Tensor, label: Tensor) -> Tensor:
-        return self.time(sinusoids(t, self.frequencies)) + self.label(label)
+        frequencies = sinusoids(t, self.frequencies).to(self.label.weight.dtype)
+        return self.time(frequencies) + self.label(label)
 
 
 class Residual(nn.Module):

@@ -38,25 +38,24 @@ WRONG = 1e-3  # float32 leaves 1e-6; what is further off computes something else
 
 def measure_row(name: str, model: str, samples: int, rounds: int) -> dict[str, Any]:
     """In this process: seconds and peak bytes of one row and of the yardstick, and the row's errors."""
-    allocator.keep_freed_memory()
+    measurable = memory.can_measure()
     try:
         case = Case((MODELS | TINY)[model], samples)
         calls = {PLAIN: CONTENDERS[PLAIN].make(case)}
         calls[name] = CONTENDERS[name].make(case)
-        found = calls[name]()
+        told: dict[str, Any] = {"errors": errors(calls[name](), case.truth())}
     except Unavailable as reason:
         return {"skipped": str(reason)}
     except Exception as error:  # a peer's own, of whatever kind: it is this row's result
         return {"failed": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
-    told: dict[str, Any] = {"errors": errors(found, case.truth())}
-    del found
-    told["seconds"] = interleaved(calls, rounds, time.process_time)
-    if memory.can_measure():
+    if measurable:
+        calls[PLAIN]()
         told["peak"] = {}
         for call in calls:
             case.zero_grad()
             told["peak"][call] = memory.peak_bytes(calls[call])
-    return told
+    allocator.keep_freed_memory()
+    return told | {"seconds": interleaved(calls, rounds, time.process_time)}
 
 
 def in_its_own_process(name: str, model: str, samples: int, rounds: int) -> dict[str, Any]:
