@@ -76,7 +76,7 @@ class Case:
         self.losses(model).sum().backward()
 
     def mean_of(self, model: nn.Module) -> list[Tensor]:
-        return [parameter.grad / self.samples for parameter in model.parameters()]  # type: ignore[operator]
+        return [parameter.grad / self.samples for parameter in model.parameters()]
 
     def single(self) -> Iterator[tuple[Tensor, ...]]:
         """The batch's samples, as batches of one."""
