@@ -321,7 +321,9 @@ CONTENDERS = {
         loop(kept=False), ("norms", "mean"), "one torch.autograd.grad per sample; projections would need a second loop"
     ),
     "loop, batches of 1, finished": Contender(loop(kept=True), MAIN, "the same, gradients kept, then plain PyTorch"),
-    "vmap(grad)": Contender(vmapped(None, False), ("matrix",), "torch.func over the whole batch"),
+    "vmap(grad)": Contender(
+        vmapped(None, False), ("matrix",), "torch.func over the whole batch, with the faster of two attention kernels"
+    ),
     "vmap(grad), finished": Contender(vmapped(None, True), MAIN, "the same, then plain PyTorch"),
     "vmap(grad), chunks of 8": Contender(vmapped(8, False), ("matrix",), "the same, chunk_size=8"),
     "vmap(grad), chunks of 8, finished": Contender(vmapped(8, True), MAIN, "the same, then plain PyTorch"),

@@ -1,10 +1,11 @@
 """``python -m benchmarks.sample_gradients``: per-sample gradient statistics of one batch, ours against everybody's.
 
 Each row is measured in a process of its own, where its calls and plain forward + backward passes take turns on one
-thread, with freed memory kept (allocator.py), which is every row at its best. Ratios are taken round by round, so a
-drift of the machine's speed meets both sides alike. Peak memory is one more call's, of each (memory.py). What a row
-computes is compared with a loop over the samples. Peers that are not installed, or that fail on a model, say so in
-their row: ``pip install opacus backpack-for-pytorch torchjd`` (or the extra ``peers``).
+thread, with freed memory kept (allocator.py), which is every row at its best, those that hold the matrix above all.
+Ratios are taken round by round, so a drift of the machine's speed meets both sides alike. Peak memory is one more
+call's, of each (memory.py). What a row computes is compared with a loop over the samples. Peers that are not installed,
+or that fail on a model, say so in their row: ``pip install opacus backpack-for-pytorch torchjd``, or the extra
+``peers``.
 """
 
 import argparse
@@ -132,13 +133,13 @@ def markdown(result: dict[str, Any]) -> str:
         f"`{result['command']}`, {result['date']}, {result['machine']}, 1 thread, process CPU time, torch "
         f"{result['torch']}, {', '.join(f'{name} {number}' for name, number in result['peers'].items())}, "
         f"{result['implementation']} kernels; {result['rounds']} rounds, each row in a process of its own beside the "
-        "yardstick, median [20th, 80th percentile]. The second ratio is taken round by round.",
+        "yardstick, with freed memory kept, median [20th, 80th percentile]. *× plain* is taken round by round.",
         "",
         "*Peak memory* is what the process holds at most during one call beyond what it held before it (activations, "
         "gradients, all results and scratch, inside libraries too; not the model), with an allocator that returns "
         "freed memory at once, over the same of plain forward + backward. *Largest relative error* compares norms, "
         "projections and mean with a loop over the samples, summed in float64; rows that are wrong by more than "
-        f"{100 * WRONG:.1g} % compute something else, without saying so.",
+        f"{100 * WRONG:.1g} % compute something else.",
     ]
     for model in result["models"]:
         if "skipped" in model:
