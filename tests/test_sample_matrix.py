@@ -124,7 +124,7 @@ def test_statistics(backend, rows, columns, dtype, layout, terms, diagonal, seed
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(deadline=None, max_examples=EXAMPLES)
+@settings(deadline=None, max_examples=5 if registry.INTERPRETED else EXAMPLES)
 @given(
     rows=num_rows,
     columns=num_columns,
