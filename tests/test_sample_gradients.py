@@ -27,7 +27,8 @@ def by_loop(model: nn.Module, losses_of: Callable[..., Tensor], batch: tuple[Ten
 
 
 def squared(model: nn.Module, *batch: Tensor) -> Tensor:
-    return (model(*batch) - 0.3).square().flatten(1).sum(1)
+    output = model(*batch).flatten(1)
+    return (output - torch.arange(output.shape[1]).cos()).square().sum(1)
 
 
 def close(actual: Tensor, expected: Tensor, tolerance: float, of: Tensor | None = None) -> None:

@@ -131,6 +131,5 @@ def sample_gram(grads: Tensor) -> Tensor:
                 **constants,
                 num_warps=gram_warps(constants),
             )
-        result = grads.new_empty(num_rows, num_rows, dtype=torch.float64)
-        _finish(partial, result)
+        result = partial.sum(-1)
         return torch.tril(result) + torch.tril(result, -1).T
