@@ -115,8 +115,10 @@ def gram_warps(constants: dict[str, int | str]) -> int:
 def sample_gram(grads: Tensor) -> Tensor:
     with torch.cuda.device_of(grads):
         matrix = _matrix(grads)
+        if matrix.device.type == "cpu" and matrix.dtype == torch.bfloat16:
+            matrix = matrix.float()  # the interpreter multiplies the bits of bfloat16 numbers
         num_rows, num_columns = matrix.shape
-        constants = gram_constants(num_rows, grads.dtype, torch.version.hip is not None)
+        constants = gram_constants(num_rows, matrix.dtype, torch.version.hip is not None)
         programs = -(-num_columns // (int(constants["BLOCK_P"]) * int(constants["RUN"]) * int(constants["RUNS"])))
         groups = -(-num_rows // int(constants["BLOCK_N"]))
         partial = grads.new_empty(num_rows, num_rows, programs, dtype=torch.float64)
