@@ -61,7 +61,8 @@ def estimate_fisher(
     an eigenvector of F, and one weighted backward pass. Within one batch that is exact. Batches are merged one after
     another: the best k + 8 rows of each, by eigenvalue, join the k + 8 rows kept so far, and the best k + 8 of all
     stay. In spectral norm the rows leave out no more than the sum of the largest eigenvalue dropped at each step.
-    MERGE_ERROR. It costs k + 10 backward passes a batch.
+    Measured (tests/test_estimate.py): 25 batches of 32, eigenvalues 1/j in 200 dimensions, k = 1 and 3: merged
+    directions hold more than 0.9998 of the trace that the best k do. It costs k + 10 backward passes a batch.
 
     Strata: if per_sample_loss returns ``(losses, stratum)`` with an integer for each sample (a band of timesteps, a
     class), then F = sum_s p_s F_s: each stratum has its own ``rank`` directions, so the result has strata x rank terms,
@@ -130,7 +131,7 @@ def estimate_fisher(
         raise ValueError("rank=, direction=, unbiased= and storage_dtype= belong to kind='low_rank'.")
     if max_samples is not None and max_samples < 2:
         raise ValueError(f"max_samples is {max_samples}; expected at least 2.")
-    if not unbiased and iter(loader) is loader:
+    if not unbiased and isinstance(loader, Iterator):
         raise ValueError(
             "loader can be read only once, and unbiased=False reads it twice; give a DataLoader or a list."
         )
@@ -432,7 +433,7 @@ class _LowRankEstimate:
             own = (stratum[:, None] == keys)[..., None]  # one True, or none for a stratum that the first look lacked
             columns = [torch.stack([stratum.double(), _finite(sg.sq_norms).double()], dim=1)]
             columns += [(projections[..., :rank] * own).sum(1), (pairs * own).sum(1), (pairs * weights).sum(1)]
-            seen.append(torch.cat(columns, dim=1))
+            seen.append(torch.cat(columns, dim=1).detach())
             seen_losses.append(losses.detach().double())
         if not seen:
             raise ValueError(

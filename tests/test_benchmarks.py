@@ -44,3 +44,16 @@ def test_penalty_writes_what_was_asked_for(tmp_path):
 def test_summary_is_made_of_rows_of_the_table():
     assert set(penalty.SUMMARY) <= set(CONTENDERS)
     assert penalty.parse_size("0.6M/100") == (600_000, 100)
+
+
+def test_estimation_writes_what_was_asked_for(tmp_path):
+    pytest.importorskip("diffusers", reason="diffusers has the demo's UNet")
+    command = [sys.executable, "-m", "benchmarks.estimation", "--size", "8", "--samples", "8", "--batch-size", "4"]
+    done = subprocess.run([*command, "--rounds", "1", "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "estimation_cpu.json").read_text())["rows"]
+    assert len(rows) == 5
+    assert rows[0]["times_paper"] == 1
+    assert all(row["samples_per_s"] == 8e3 / row["ms"] for row in rows)
+    text = (tmp_path / "estimation_cpu.md").read_text()
+    assert all(f"\n| {row['name']} |" in text for row in rows)
