@@ -94,8 +94,8 @@ def estimate_fisher(
             and rho are then too large and have no standard error. Two passes over the loader, from the same random
             state, so that timesteps and noise are the same; |mu|^2 and kappa are free of bias all the same.
         max_samples: stop after so many, in each process.
-        generator: seeds the random numbers that the loss draws from the global generators (timesteps, noise); with
-            several processes, each has its own.
+        generator: seeds the random numbers that the loss draws from the global generators (timesteps, noise); other
+            numbers in each process.
         storage_dtype: of the directions: torch.float32 (the default), torch.bfloat16, or torch.float64 (the default for
             float64 models).
         include, exclude: patterns that choose parameters, as in :class:`LowRankHistory`.
