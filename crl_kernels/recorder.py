@@ -69,8 +69,9 @@ class ParameterUse:
         return self.offset, self.offset + span + 1 if self.shape.numel() else self.offset
 
     def of(self, whole: Tensor) -> Tensor:
-        """The same view of each of (rows, numel of the parameter)."""
-        return whole.as_strided((len(whole), *self.shape), (whole.shape[1], *self.strides), self.offset)
+        """The same view of each row of (rows, numel of the parameter), whose columns are adjacent."""
+        strides = (whole.stride(0), *self.strides)
+        return whole.as_strided((len(whole), *self.shape), strides, whole.storage_offset() + self.offset)
 
 
 @dataclass(eq=False)

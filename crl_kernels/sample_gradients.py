@@ -135,7 +135,7 @@ class SampleGradients:
             if tensor is None:
                 rows.append(parameter.new_zeros(count or 1, length, dtype=dtype))
             else:
-                rows.append(tensor.detach().to(dtype).reshape(count or 1, length))
+                rows.append(tensor.detach().to(dtype).reshape(count or 1, length).contiguous())
         return rows
 
     # The block

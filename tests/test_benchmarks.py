@@ -104,3 +104,16 @@ def test_rows_that_fail_or_are_wrong_say_so():
     assert error_cell({"norms": 0.23, "mean": 1e-7}) == "**wrong**: norms by 23 %"
     assert error_cell({"norms": float("nan")}) == "**wrong**: norms by nan %"
     assert error_cell({"norms": 2e-7}) == "2e-07"
+
+
+def test_estimation_writes_what_was_asked_for(tmp_path):
+    pytest.importorskip("diffusers", reason="diffusers has the demo's UNet")
+    command = [sys.executable, "-m", "benchmarks.estimation", "--size", "8", "--samples", "8", "--batch-size", "4"]
+    done = subprocess.run([*command, "--rounds", "1", "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "estimation_cpu.json").read_text())["rows"]
+    assert len(rows) == 5
+    assert rows[0]["times_paper"] == 1
+    assert all(row["samples_per_s"] == 8e3 / row["ms"] for row in rows)
+    text = (tmp_path / "estimation_cpu.md").read_text()
+    assert all(f"\n| {row['name']} |" in text for row in rows)

@@ -53,10 +53,10 @@ def check(
     generator = torch.Generator().manual_seed(1)
     shapes = {name: p.shape for name, p in model.named_parameters() if name in expected}
     dtype = next(iter(model.parameters())).dtype
-    u = {
-        name: torch.randn(2, *shape, generator=generator, dtype=torch.float64).to(dtype)
-        for name, shape in shapes.items()
-    }
+    # Views of one matrix, which is what a Fisher keeps.
+    matrix = torch.randn(2, rows.shape[1], generator=generator, dtype=torch.float64).to(dtype)
+    pieces = matrix.split([shape.numel() for shape in shapes.values()], 1)
+    u = {name: piece.view(2, *shape) for (name, shape), piece in zip(shapes.items(), pieces, strict=True)}
     along = torch.cat([u[name].double().flatten(1) for name in expected], 1)
     for direction, single in ((None, None), (u, None), (u, 0)):
         for reduction in ("sum", "mean"):
