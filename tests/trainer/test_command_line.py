@@ -14,7 +14,7 @@ from crl_diffusion.method import METHODS
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        ([], ["Missing subcommand", "train, compare, report"]),
+        ([], ["Missing subcommand", "train, compare, report, diagnose"]),
         (["tran"], ["tran"]),
         (["train", "--method", "gd+rank2", "--out", "x"], ["--method", "'gd+rank2'", "gd+rank1"]),
         (["train", "--method", "gd"], ["Missing", "--out"]),
