@@ -7,6 +7,7 @@
 ``python -m crl_kernels`` says what was built and what runs. ``__all__`` is the public API; the rest may change.
 """
 
+from .diagnostics import Diagnosis, diagnose
 from .diagonal_history import DiagonalHistory
 from .estimate import estimate_fisher
 from .fisher import DiagonalFisher, FisherStatistics, LowRankFisher, load_fisher
@@ -17,11 +18,13 @@ from .penalty import diagonal_ewc_penalty, rank1_ewc_penalty
 __version__ = "0.1.0"
 
 __all__ = [
+    "Diagnosis",
     "DiagonalFisher",
     "DiagonalHistory",
     "FisherStatistics",
     "LowRankFisher",
     "LowRankHistory",
+    "diagnose",
     "diagonal_ewc_penalty",
     "estimate_fisher",
     "flatten_parameters",

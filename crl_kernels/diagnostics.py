@@ -401,14 +401,14 @@ def _second_sentence(
         parts.append(f"enough at t = {_listed(enough)}")
         top = [t for t in enough if found[t][1] == "top"]
         if top:
-            which = "all of them" if len(top) == len(enough) else f"t = {_listed(top)}"
-            parts[-1] += f" (at {which} along the top eigenvector rather than the mean)"
+            which = "there" if len(top) == len(enough) else f"at t = {_listed(top)}"
+            parts[-1] += f" ({which} along the top eigenvector rather than the mean)"
     if no:
         parts.append(f"not enough at t = {_listed(no)}")
     if undecided:
         parts.append(f"undecided at t = {_listed(undecided)}")
     share = sum(at[t].trace.value for t in enough) / sum(s.trace.value for s in at.values())
-    carried = f", where {100 * share:.2g} % of the trace summed over these timesteps lies" if enough else ""
+    carried = f", which carry {100 * share:.2g} % of the trace summed over all timesteps listed" if enough else ""
     return f"One timestep at a time, rank 1 is {parts[0]}{carried}{''.join('; ' + part for part in parts[1:])}."
 
 
@@ -417,8 +417,7 @@ def _third_sentence(use: str, answer: str, s: Spectrum, count: int, bands: Estim
         return 'Use estimate_fisher with rank=1 and direction="mean", as the paper does.'
     if use == "top":
         return 'Use estimate_fisher with rank=1 and direction="top".'
-    if use == "bands":
-        assert bands is not None
+    if use == "bands" and bands is not None:
         return (
             f"Use bands of timesteps as strata of estimate_fisher: one direction at each of the {count} timesteps "
             f"holds {bands.percent} together."
@@ -442,6 +441,11 @@ def _third_sentence(use: str, answer: str, s: Spectrum, count: int, bands: Estim
     if answer == "undecided":
         text += "; more samples may change this"
     return text + "."
+
+
+def short(ratio: float) -> str:
+    """A ratio of any size in two significant digits: 160, 8.5, 0.0069, 5.9e-05."""
+    return f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.2g}"
 
 
 def _listed(timesteps: Sequence[int]) -> str:
@@ -520,7 +524,7 @@ class Diagnosis:
         places = [*((str(t), s) for t, s in self.at.items()), ("uniform", self.uniform)]
         rows = [(label, [place(s) for _, s in places]) for label, place in _ROWS]
         if self.snr:
-            rows.insert(0, ("SNR", [*(f"{self.snr[t]:.2g}" for t in self.at), ""]))
+            rows.insert(0, ("SNR", [*(short(self.snr[t]) for t in self.at), ""]))
         return ["t", *(name for name, _ in places)], [[label, *cells] for label, cells in rows]
 
     def markdown(self, title: str) -> str:

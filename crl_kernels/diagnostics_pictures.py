@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .diagnostics import ENOUGH, Estimate, Spectrum
+from .diagnostics import ENOUGH, Estimate, Spectrum, short
 
 if TYPE_CHECKING:
     from .diagnostics import Diagnosis
@@ -61,7 +61,7 @@ def _against_t(axis: Axes, diagnosis: "Diagnosis", curves: Sequence[tuple[str, C
         top.set_xlim(axis.get_xlim())
         gap = 0.045 * diagnosis.num_timesteps  # labels nearer than this would touch
         shown = [x for i, x in enumerate(t) if all(abs(x - other) > gap for other in t[:i])]
-        top.set_xticks(shown, [f"{diagnosis.snr[x]:.2g}" for x in shown], fontsize=8)
+        top.set_xticks(shown, [short(diagnosis.snr[x]) for x in shown], fontsize=8)
         top.set_xlabel("signal-to-noise ratio", fontsize=9)
 
 

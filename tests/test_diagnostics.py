@@ -4,6 +4,7 @@ import builtins
 import json
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -253,16 +254,13 @@ def test_one_direction_for_each_timestep_asks_for_bands():
     assert found.verdict.answer == "no"
     assert found.bands is not None
     assert found.bands.low > 0.9
-    assert found.verdict.use in ("rank 4", "bands")  # four of five directions may hold half already
-    without = diagnostics.judge(
-        found.uniform.__class__(
-            **{**vars(found.uniform), "held_out": {1: found.uniform.held_out[1], 8: found.uniform.held_out[8]}}
-        ),
-        found.at,
-        found.bands,
-    )
-    assert without.use == "bands"
-    assert "strata" in without.sentences[2]
+    assert found.bands.value > found.uniform.held_out[4].value
+    # Four of five directions hold half already; where they do not, the five timesteps' own are next.
+    assert found.verdict.use == "rank 4"
+    less = {k: share for k, share in found.uniform.held_out.items() if k not in (2, 4)}
+    verdict = diagnostics.judge(replace(found.uniform, held_out=less), found.at, found.bands)
+    assert verdict.use == "bands"
+    assert "strata" in verdict.sentences[2]
 
 
 # A network: layers, cosines, records
@@ -305,8 +303,7 @@ def test_layers_are_those_of_a_dense_computation(diagnosed):
         grads = torch.autograd.grad(loss.sum(), list(model.parameters()))
         for (name, _), g in zip(model.named_parameters(), grads, strict=True):
             rows[name.split(".")[0]].append(g.flatten())
-    dense = {name: torch.stack(r).reshape(64, 2, -1) if False else None for name, r in rows.items()}
-    assert set(diagnosed.layers) == set(dense)
+    assert set(diagnosed.layers) == set(rows)
     total = []
     for name, pieces in rows.items():
         g = torch.stack([torch.cat(pieces[2 * i : 2 * i + 2]) for i in range(64)]).double()
@@ -443,5 +440,5 @@ def test_noise_follows_the_generator_and_parameters_can_be_chosen():
 def test_bad_input_gives_one_clear_error(change, message):
     arguments = {"timesteps": (3,), "samples": 48, "loader": [net_data(48)], "loss": net_loss} | change
     loss, loader = arguments.pop("loss"), arguments.pop("loader")
-    with pytest.raises((ValueError, RuntimeError), match=message):
+    with pytest.raises(ValueError, match=message):
         diagnose(Net(), loss, loader, arguments.pop("timesteps"), **arguments)
