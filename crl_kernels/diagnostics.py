@@ -408,7 +408,7 @@ def _second_sentence(
     if undecided:
         parts.append(f"undecided at t = {_listed(undecided)}")
     share = sum(at[t].trace.value for t in enough) / sum(s.trace.value for s in at.values())
-    carried = f", which carry {100 * share:.2g} % of the trace summed over all timesteps listed" if enough else ""
+    carried = f", with {100 * share:.2g} % of the trace summed over all timesteps listed" if enough else ""
     return f"One timestep at a time, rank 1 is {parts[0]}{carried}{''.join('; ' + part for part in parts[1:])}."
 
 
