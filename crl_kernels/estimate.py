@@ -7,11 +7,8 @@ it was fitted to.
 """
 
 import math
-import random
-import sys
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,6 +19,7 @@ from .batches import batch_size, generators_of, halves, limited, shown
 from .binding import Binding
 from .fisher import DiagonalFisher, FisherStatistics, LowRankFisher
 from .held_out import MeanProjections, curvature_of, statistics_of
+from .preserved import preserved, same_random_numbers
 from .processes import Processes
 from .sample_gradients import SampleGradients
 
@@ -140,7 +138,7 @@ def estimate_fisher(
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
     source = _Source(model, per_sample_loss, binding)
-    with _untouched(model, binding.device), torch.enable_grad():
+    with preserved(model, binding.device), torch.enable_grad():
         if generator is not None:
             seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
             torch.manual_seed(seed + processes.rank)
@@ -153,7 +151,7 @@ def estimate_fisher(
             estimate.find_directions(shown(next(parts), "directions", progress))
             samples, _ = estimate.look_along_them(shown(next(parts), "curvatures", progress))
         else:
-            with _same_random_numbers(binding.device, generators_of(loader)):
+            with same_random_numbers(binding.device, generators_of(loader)):
                 first = estimate.find_directions(shown(limited(loader, max_samples), "directions", progress))
             samples, second = estimate.look_along_them(shown(limited(loader, max_samples), "curvatures", progress))
             _require_same_losses(first, second)
@@ -553,47 +551,3 @@ def _warn(statistics: FisherStatistics | None, rank: int, direction: str) -> Non
             "more samples, or use direction='top'.",
             stacklevel=3,
         )
-
-
-@contextmanager
-def _same_random_numbers(
-    device: torch.device, generators: Sequence[torch.Generator] = ()
-) -> Generator[None, None, None]:
-    """Afterwards torch, random, numpy and ``generators`` are in the state in which they were before."""
-    states = [generator.get_state() for generator in generators]
-    python_state = random.getstate()
-    numpy = sys.modules.get("numpy")
-    numpy_state = numpy.random.get_state() if numpy is not None else None
-    devices = [] if device.type == "cpu" else [device]
-    try:
-        with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
-            yield
-    finally:
-        random.setstate(python_state)
-        if numpy is not None:
-            numpy.random.set_state(numpy_state)
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
-
-
-@contextmanager
-def _untouched(model: nn.Module, device: torch.device) -> Generator[None, None, None]:
-    """Evaluation mode and no gradients; then mode, buffers, gradients and global random state as they were, whatever
-    happens."""
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    try:
-        with _same_random_numbers(device):
-            model.eval()
-            for parameter, _ in gradients:
-                parameter.grad = None  # backward passes then write tensors of their own
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        with torch.no_grad():
-            for buffer, saved in buffers:
-                buffer.copy_(saved)
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
