@@ -58,8 +58,8 @@ class SampleGradients:
     inputs is the sample, and each loss depends on its own sample alone: BatchNorm in training mode is refused.
 
     Linear, Conv1d, Conv2d, ConvTranspose1d, ConvTranspose2d, GroupNorm, LayerNorm, RMSNorm, BatchNorm in evaluation
-    mode, Embedding, MultiheadAttention, ``x @ W`` and parameters that are broadcast over samples have rules, wherever and
-    however often they are used: tied weights, subclasses, functional calls, activation checkpointing, autocast. A
+    mode, Embedding, MultiheadAttention, ``x @ W`` and parameters that are broadcast over samples have rules, wherever
+    and however often they are used: tied weights, subclasses, functional calls, activation checkpointing, autocast. A
     module that uses a parameter in another way is run again under ``torch.func.vmap``, and a warning says so, once.
 
     One backward pass a block. The graph may be retained (``backward(retain_graph=True)``); backward passes after the
