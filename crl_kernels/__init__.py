@@ -12,6 +12,7 @@ from .diagonal_history import DiagonalHistory
 from .estimate import estimate_fisher
 from .fisher import DiagonalFisher, FisherStatistics, LowRankFisher, load_fisher
 from .flat_parameters import flatten_parameters
+from .forward_mode import jvp_projections
 from .low_rank_history import LowRankHistory
 from .penalty import diagonal_ewc_penalty, rank1_ewc_penalty
 from .sample_gradients import SampleGradients
@@ -38,6 +39,7 @@ __all__ = [
     "diagonal_ewc_penalty",
     "estimate_fisher",
     "flatten_parameters",
+    "jvp_projections",
     "load_fisher",
     "rank1_ewc_penalty",
     "sample_gradient_stats",

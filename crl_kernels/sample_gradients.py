@@ -28,6 +28,39 @@ from .recorder import ParameterUse, Recorder, contiguous_strides
 _SMALL = 4096
 
 
+def rows_of(direction: Mapping[str, Tensor], binding: Binding) -> tuple[bool, list[Tensor]]:
+    """(whether it is one direction, without a leading K; (K, numel) of each bound parameter, float32 or float64)."""
+    if not isinstance(direction, Mapping):
+        raise TypeError(f"direction is a {type(direction).__name__}; expected a mapping from parameter names.")
+    layout = binding.layout
+    if unknown := [name for name in direction if name not in layout.names]:
+        raise ValueError(f"direction has {join_names(unknown)}, which are no parameters that are looked at.")
+    leading: set[int | None] = set()
+    for name, shape in zip(layout.names, layout.shapes, strict=True):
+        if name not in direction:
+            continue
+        tensor = direction[name]
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"direction[{name!r}] is a {type(tensor).__name__}; expected a tensor.")
+        if tensor.shape != shape and (tensor.dim() != len(shape) + 1 or tensor.shape[1:] != shape):
+            raise ValueError(
+                f"direction[{name!r}] has shape {tuple(tensor.shape)}; expected {tuple(shape)}, or (K, *) of it."
+            )
+        if tensor.device != binding.device:
+            raise ValueError(f"direction[{name!r}] is on {tensor.device} and the model on {binding.device}.")
+        leading.add(None if tensor.shape == shape else tensor.shape[0])
+    if len(leading) != 1:
+        raise ValueError("direction is empty, or its tensors are of different numbers K of directions.")
+    (count,) = leading
+    rows = []
+    for name, length, parameter in zip(layout.names, layout.lengths, binding.params, strict=True):
+        dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+        zeros = parameter.new_zeros(count or 1, length, dtype=dtype)
+        given = direction[name].detach().to(dtype).reshape(zeros.shape) if name in direction else zeros
+        rows.append(given.contiguous())
+    return count is None, rows
+
+
 @dataclass(frozen=True)
 class LayerStatistics:
     """One parameter's share. The sums over parameters are those of the whole model."""
@@ -99,44 +132,10 @@ class SampleGradients:
         self._binding = Binding(model, include, exclude)
         self._model, self._reduction = model, loss_reduction
         self._want_gram, self._want_diagonal = gram, diagonal
-        self._single_direction = True
-        self._directions = None if direction is None else self._checked(direction)
+        self._single_direction, self._directions = True, None
+        if direction is not None:
+            self._single_direction, self._directions = rows_of(direction, self._binding)
         self._entered = False
-
-    def _checked(self, direction: Mapping[str, Tensor]) -> list[Tensor]:
-        """(K, numel) for each parameter."""
-        if not isinstance(direction, Mapping):
-            raise TypeError(f"direction is a {type(direction).__name__}; expected a mapping from parameter names.")
-        layout = self._binding.layout
-        if unknown := [name for name in direction if name not in layout.names]:
-            raise ValueError(f"direction has {join_names(unknown)}, which are no parameters that are looked at.")
-        leading = set()
-        for name, shape in zip(layout.names, layout.shapes, strict=True):
-            tensor = direction.get(name)
-            if tensor is None:
-                continue
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"direction[{name!r}] is a {type(tensor).__name__}; expected a tensor.")
-            if tensor.shape != shape and (tensor.dim() != len(shape) + 1 or tensor.shape[1:] != shape):
-                raise ValueError(
-                    f"direction[{name!r}] has shape {tuple(tensor.shape)}; expected {tuple(shape)}, or (K, *) of it."
-                )
-            if tensor.device != self._binding.device:
-                raise ValueError(f"direction[{name!r}] is on {tensor.device} and the model on {self._binding.device}.")
-            leading.add(None if tensor.shape == shape else tensor.shape[0])
-        if len(leading) != 1:
-            raise ValueError("direction is empty, or its tensors are of different numbers K of directions.")
-        (count,) = leading
-        self._single_direction = count is None
-        rows = []
-        for name, length, parameter in zip(layout.names, layout.lengths, self._binding.params, strict=True):
-            tensor = direction.get(name)
-            dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-            if tensor is None:
-                rows.append(parameter.new_zeros(count or 1, length, dtype=dtype))
-            else:
-                rows.append(tensor.detach().to(dtype).reshape(count or 1, length).contiguous())
-        return rows
 
     # The block
 
