@@ -40,8 +40,8 @@ def jvp_projections(
 
     One forward pass that carries a tangent, for each direction: cheaper than ``SampleGradients(model, direction)``
     where nothing but projections on a given direction is wanted, and without its memory for a backward pass. All
-    directions see the same random numbers. Attention runs on PyTorch's plain ("math") kernel meanwhile, because the fast ones have
-    no forward mode.
+    directions see the same random numbers. Attention runs on PyTorch's plain ("math") kernel meanwhile, because the
+    fast ones have no forward mode.
 
     Args:
         model: left as it is; ``model.eval()`` is the caller's.
