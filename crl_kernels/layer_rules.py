@@ -161,16 +161,19 @@ class _Convolution(torch.autograd.Function):
         use_weight, use_bias = ctx.uses if ctx.recorder.recording else (None, None)
         a = input.to(b.dtype)
         needs = ctx.needs_input_grad
-        ordinary = (needs[2], needs[3] and use_weight is None, needs[4] and use_bias is None)
         by_input = by_weight = by_bias = None
-        if any(ordinary):
-            sizes = None if bias is None else list(bias.shape)
-            w = weight.to(b.dtype)
-            by_input, by_weight, by_bias = torch.ops.aten.convolution_backward(b, a, w, sizes, *ctx.geometry, ordinary)
+        # Before the gradient by the input, so that its memory and what the statistics need are not held at once.
         if use_weight is not None and needs[3]:
             by_weight = _settle(use_weight, lambda: _convolution_gradient(a, b, weight, ctx.geometry), weight)
         if use_bias is not None and needs[4]:
             by_bias = _settle(use_bias, lambda: MatrixGradient(_sum_tokens(b.flatten(2).transpose(1, 2))), bias)
+        ordinary = (needs[2], needs[3] and use_weight is None, needs[4] and use_bias is None)
+        if any(ordinary):
+            sizes = None if bias is None else list(bias.shape)
+            found = torch.ops.aten.convolution_backward(b, a, weight.to(b.dtype), sizes, *ctx.geometry, ordinary)
+            by_input = found[0]
+            by_weight = found[1] if ordinary[1] else by_weight
+            by_bias = found[2] if ordinary[2] else by_bias
         return (
             None,
             None,

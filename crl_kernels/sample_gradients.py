@@ -9,9 +9,9 @@ Each is a sum over parameters, and is taken where a layer's input meets the grad
 in the one backward pass that a training step makes anyway.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from types import TracebackType
 from typing import Literal
@@ -151,7 +151,7 @@ class SampleGradients:
                 )
         params = self._binding.params
         self._collected: dict[int, list[Statistics]] = {}
-        self._small: list[tuple[int, ParameterUse, Tensor]] = []
+        self._small: list[tuple[ParameterUse, Tensor]] = []
         self._shared: dict[int, Tensor] = {}  # (N, numel), of parameters that are used more than once
         self._sums: dict[int, Tensor] = {}  # float32 sums of 16-bit parameters' gradients, flat
         self._grads = [parameter.grad for parameter in params]
@@ -202,11 +202,12 @@ class SampleGradients:
         if use.covered:
             return gradient.matrix().sum(0)
         others = [other for other in recorder.uses if other.index == use.index and other is not use]
-        if any(use.overlaps(other) for other in others) or 0 in use.strides:
+        elsewhere = any(use.index in call.indices for call in recorder.calls)
+        if elsewhere or any(use.overlaps(other) for other in others) or 0 in use.strides:
             return self._add_to_shared(use, gradient, others)
         if isinstance(gradient, MatrixGradient) and use.shape.numel() <= _SMALL:
             matrix = gradient.matrix()
-            self._small.append((use.index, use, matrix))
+            self._small.append((use, matrix))
             return matrix.sum(0)
         found = gradient.statistics(self._wanted(use))
         self._collect(use, found)
@@ -230,20 +231,18 @@ class SampleGradients:
         return self._shared[index]
 
     def _collect(self, use: ParameterUse, found: Statistics) -> None:
-        self._collected.setdefault(use.index, []).append(
-            Statistics(self._keep_sum(use, found.sum), found.sq_norms, found.projections, found.gram, None)
-        )
-        if found.squares is not None:
-            use.of(self._squares[use.index][None])[0].copy_(found.squares)
+        self._keep(use, found.sum, found.squares)
+        self._collected.setdefault(use.index, []).append(replace(found, sum=found.sum.new_empty(0), squares=None))
 
-    def _keep_sum(self, use: ParameterUse, total: Tensor) -> Tensor:
-        """Keeps a float32 sum where ``.grad`` has 16 bits."""
+    def _keep(self, use: ParameterUse, total: Tensor, squares: Tensor | None) -> None:
+        """Keeps a float32 sum where ``.grad`` has 16 bits, and the sum of squares."""
+        if squares is not None:
+            use.of(self._squares[use.index][None])[0].copy_(squares)
         parameter = self._binding.params[use.index]
         if parameter.dtype not in (torch.float32, torch.float64):
             if use.index not in self._sums:
                 self._sums[use.index] = total.new_zeros(parameter.numel())
             use.of(self._sums[use.index][None])[0].copy_(total)
-        return total.new_empty(0)
 
     @cached_property
     def _squares(self) -> list[Tensor]:
@@ -271,41 +270,18 @@ class SampleGradients:
                 "losses.sum().backward() in it."
             )
         count = self.num_samples = recorder.num_samples
-        whole = [
-            ParameterUse(i, shape, contiguous_strides(shape), 0, self._settle) for i, shape in enumerate(layout.shapes)
-        ]
         for index, matrix in recorder.gradients_of_calls():
             self._shared_matrix(index, MatrixGradient(matrix).matrix()).add_(matrix.reshape(count, -1))
         for index, matrix in self._shared.items():
-            for _, use, small in [entry for entry in self._small if entry[0] == index]:
-                use.of(matrix).add_(small)
-            self._small = [entry for entry in self._small if entry[0] != index]
-            gradient = MatrixGradient(matrix.reshape(count, *layout.shapes[index]))
-            self._collect(whole[index], gradient.statistics(self._wanted(whole[index])))
-        for _, use, matrix in self._small:
-            self._collect(use, MatrixGradient(matrix).statistics(self._wanted(use)))
-        self._small.clear()
+            shape = layout.shapes[index]
+            whole = ParameterUse(index, shape, contiguous_strides(shape), 0, self._settle)
+            gradient = MatrixGradient(matrix.reshape(count, *shape))
+            self._collect(whole, gradient.statistics(self._wanted(whole)))
         self._shared.clear()
 
         scale = float(count) if self._reduction == "mean" else 1.0  # of a sample's loss against its part of the pass
-        to_projection = scale * scale / count if self._directions is None else scale
-        parts = self._collected
-        num_directions = 1 if self._directions is None else len(self._directions[0])
-        zeros = torch.zeros(count, num_directions, dtype=torch.float64, device=self._binding.device)
-
-        def total(statistics: Iterable[Statistics]) -> LayerStatistics:
-            found = list(statistics)
-            projections = sum((part.projections for part in found), zeros) * to_projection
-            grams = [part.gram for part in found if part.gram is not None]
-            no_gram = zeros.new_zeros(count, count) if self._want_gram else None
-            return LayerStatistics(
-                sum((part.sq_norms for part in found), zeros[:, 0]) * scale**2,
-                projections[:, 0] if self._single_direction else projections,
-                None if no_gram is None else sum(grams, no_gram) * scale**2,
-            )
-
-        self.per_layer = {name: total(parts.get(i, ())) for i, name in enumerate(layout.names)}
-        model = total(part for found in parts.values() for part in found)
+        self._scale, self._to_projection = scale, scale * scale / count if self._directions is None else scale
+        model = self._total([part for parts in self._collected.values() for part in parts] + self._take_small())
         self.sq_norms, self.projections, self.gram = model.sq_norms, model.projections, model.gram
         self.mean = {}
         for i, (name, parameter, grad) in enumerate(zip(layout.names, self._binding.params, grads, strict=True)):
@@ -317,4 +293,38 @@ class SampleGradients:
                 self.mean[name] = value.detach() * (scale / count)
         squares = zip(layout.names, layout.shapes, self._squares if self._want_diagonal else [], strict=False)
         self.diagonal = {name: part.reshape(shape) * (scale * scale / count) for name, shape, part in squares}
-        self._collected = {}
+
+    def _take_small(self) -> list[Statistics]:
+        """Statistics of all small gradients together: one set of calls instead of one a parameter."""
+        if not self._small:
+            return []
+        wanted = [self._wanted(use) for use, _ in self._small]
+        u = [part.directions.flatten(1) for part in wanted if part.directions is not None]
+        together = Wanted(torch.cat(u, 1) if u else None, self._want_gram, self._want_diagonal)
+        lengths = [use.shape.numel() for use, _ in self._small]
+        found = MatrixGradient(torch.cat([matrix.flatten(1) for _, matrix in self._small], 1)).statistics(together)
+        squares = [None] * len(lengths) if found.squares is None else found.squares.split(lengths)
+        for (use, _), total, part in zip(self._small, found.sum.split(lengths), squares, strict=True):
+            self._keep(use, total.reshape(use.shape), None if part is None else part.reshape(use.shape))
+        return [found]
+
+    def _total(self, parts: Sequence[Statistics]) -> LayerStatistics:
+        count, num_directions = self.num_samples, 1 if self._directions is None else len(self._directions[0])
+        zeros = torch.zeros(count, num_directions, dtype=torch.float64, device=self._binding.device)
+        projections = sum((part.projections for part in parts), zeros) * self._to_projection
+        gram = None
+        if self._want_gram:
+            grams = (part.gram for part in parts if part.gram is not None)
+            gram = sum(grams, zeros.new_zeros(count, count)) * self._scale**2
+        return LayerStatistics(
+            sum((part.sq_norms for part in parts), zeros[:, 0]) * self._scale**2,
+            projections[:, 0] if self._single_direction else projections,
+            gram,
+        )
+
+    @cached_property
+    def per_layer(self) -> dict[str, LayerStatistics]:
+        parts = {index: list(found) for index, found in self._collected.items()}
+        for use, matrix in self._small:
+            parts.setdefault(use.index, []).append(MatrixGradient(matrix).statistics(self._wanted(use)))
+        return {name: self._total(parts.get(i, [])) for i, name in enumerate(self._binding.layout.names)}

@@ -402,6 +402,12 @@ def test_uses_without_a_rule_in_nested_modules_are_counted_once():
     check(model, (tokens()[0].double(),))
 
 
+def test_one_use_by_a_rule_and_one_elsewhere_without():
+    lin = nn.Linear(6, 6)
+    model = nn.Sequential(lin, Called(lambda m, x: x * m.lin.weight.mean(0).exp() + m.lin.bias.exp(), lin=lin)).double()
+    check(model, (tokens()[0].double(),))
+
+
 def test_layers_of_other_kinds_are_vectorised():
     model = nn.Sequential(nn.Conv3d(2, 3, 2), nn.PReLU(3), nn.Flatten(), nn.Bilinear(24, 24, 2)).double()
     model[3] = Called(lambda m, x: m.b(x, x), b=model[3])
