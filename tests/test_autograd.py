@@ -98,6 +98,10 @@ def test_opcheck(flat):
         operators.diagonal_shrink_: (random_list(4), *state, one),
         operators.sample_gradient_stats: (MATRIX, MATRIX[:2] if flat else None, flat),
         operators.sample_gram: (MATRIX,),
+        operators.sample_weight_gradients: (
+            *(torch.randn(3, 4, 6, 5), torch.randn(3, 6, 4, 3), (3, 3), (1, 1), (0, 0), (1, 1), 2),
+            *(torch.randn(2, 6, 2, 3, 3) if flat else None, flat, not flat),
+        ),
     }
     assert {str(op).removeprefix("crl_kernels.") for op in checks} == set(_ops.NAMES)
     for operator, arguments in checks.items():
