@@ -24,7 +24,6 @@ from .layer_rules import RULES
 
 Settle = Callable[["ParameterUse", SampleGradient], Tensor]
 
-
 _BACKWARD = (Tensor.backward, torch.autograd.backward, torch.autograd.grad)
 
 
@@ -265,9 +264,15 @@ class Recorder(TorchFunctionMode):
         return any(leaf.shape[0] == self.num_samples for leaf in leaves)
 
     def _note(self, indices: set[int], func: Any) -> None:
-        if _in_backward():
-            return
         name = getattr(func, "__name__", repr(func))
+        if _in_backward():
+            # A checkpointed segment runs again. Its first run has been noted, unless that was without gradients.
+            if new := indices - {index for call in self.calls for index in call.indices}:
+                raise NotImplementedError(
+                    f"parameter {self._names[min(new)]!r} is used by {name}, which has no rule, inside of a reentrant "
+                    "checkpoint. Use torch.utils.checkpoint with use_reentrant=False."
+                )
+            return
         self._note_in_running_module(indices, name)
         if self._stack:
             _say_once(name, [self._names[index] for index in sorted(indices)], type(self._stack[-1][0]).__name__)

@@ -269,6 +269,13 @@ class SampleGradients:
                 "no gradient reached the model's parameters inside of the SampleGradients block. Run the model and "
                 "losses.sum().backward() in it."
             )
+        seen = {use.index for use in recorder.uses if use.settled}
+        seen.update(index for call in recorder.calls for index in call.indices)
+        if unseen := [name for i, name in enumerate(layout.names) if grads[i] is not None and i not in seen]:
+            raise NotImplementedError(
+                f"{join_names(unseen)} got a gradient through something that is no function of PyTorch's, such as an "
+                "autograd.Function, so its per-sample gradients were not seen. Exclude it with exclude=."
+            )
         count = self.num_samples = recorder.num_samples
         for index, matrix in recorder.gradients_of_calls():
             self._shared_matrix(index, MatrixGradient(matrix).matrix()).add_(matrix.reshape(count, -1))

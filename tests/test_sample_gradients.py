@@ -408,6 +408,28 @@ def test_one_use_by_a_rule_and_one_elsewhere_without():
     check(model, (tokens()[0].double(),))
 
 
+class Scale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, scale):
+        ctx.save_for_backward(x, scale)
+        return x * scale
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, scale = ctx.saved_tensors
+        return grad * scale, (grad * x).sum((0, 1))
+
+
+def test_what_cannot_be_seen_is_refused():
+    model = Called(lambda m, x: Scale.apply(m.lin(x), m.scale), lin=nn.Linear(6, 6), scale=nn.Parameter(torch.ones(6)))
+    with pytest.raises(NotImplementedError, match="'scale' got a gradient through something"), SampleGradients(model):
+        squared(model, *tokens()).sum().backward()
+    model = Called(lambda m, x: x * m.p.exp(), p=nn.Parameter(torch.randn(6)))
+    again = Called(lambda m, x: checkpoint(m.inner, m.lin(x), use_reentrant=True), lin=nn.Linear(6, 6), inner=model)
+    with pytest.raises(NotImplementedError, match=r"'inner.p' is used by exp.*reentrant"), SampleGradients(again):
+        squared(again, *tokens()).sum().backward()
+
+
 def test_layers_of_other_kinds_are_vectorised():
     model = nn.Sequential(nn.Conv3d(2, 3, 2), nn.PReLU(3), nn.Flatten(), nn.Bilinear(24, 24, 2)).double()
     model[3] = Called(lambda m, x: m.b(x, x), b=model[3])
