@@ -28,7 +28,8 @@ from . import reference
 CHOICES = ("auto", "reference", "cpu", "cuda", "triton")
 _REINSTALL = "Install torch and a C++ compiler, then install again with pip's --no-build-isolation."
 _REFERENCE = "reference (plain PyTorch)"
-_TRITON_ON_GPUS = ("sample_gradient_stats", "sample_gram")  # which the CUDA library leaves out
+# Which the CUDA library leaves out.
+_TRITON_ON_GPUS = ("sample_weight_gradients", "sample_gradient_stats", "sample_gram")
 
 
 @dataclass(frozen=True)
