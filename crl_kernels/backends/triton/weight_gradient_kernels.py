@@ -55,6 +55,7 @@ def weight_gradient_kernel(
     dots: tl.tensor,
     SUMS: tl.constexpr,
     SQUARES: tl.constexpr,
+    PROJECT: tl.constexpr,
     JOINT: tl.constexpr,
     INPUT_ROWS_JOIN: tl.constexpr,
     GRAD_ROWS_JOIN: tl.constexpr,
@@ -66,7 +67,8 @@ def weight_gradient_kernel(
     BLOCK_P: tl.constexpr,
 ) -> None:
     """Of tile t of the weight and run r of samples: sums[r, o, j] = sum_i g_i[o, j] and, if SQUARES, of squares, if SUMS;
-    and the tile's share of |g_i|^2 in norms[i, t], if SUMS, and of directions[k] . g_i in dots[i, k, t].
+    the tile's share of |g_i|^2 in norms[i, t], if SUMS, and of directions[k] . g_i in dots[i, k, t], if
+    PROJECT.
 
     ``directions`` is (K, O, J) float32. JOINT: a tile takes any consecutive j; else channels of one kernel offset, so
     that what lies within the image depends on the pixel alone. ROWS_JOIN: pixels are at equal distances from one image
@@ -140,11 +142,12 @@ def weight_gradient_kernel(
             if SQUARES:
                 total_squares += square
             tl.store(norms + sample * tiles + tile, tl.sum(tl.sum(square, axis=1), axis=0))
-        direction = directions
-        for k in range(num_terms):
-            u = tl.load(direction + place, mask=valid, other=0.0)
-            direction += numel
-            tl.store(dots + (sample * num_terms + k) * tiles + tile, tl.sum(tl.sum(gradient * u, axis=1), axis=0))
+        if PROJECT:
+            direction = directions
+            for k in range(num_terms):
+                u = tl.load(direction + place, mask=valid, other=0.0)
+                direction += numel
+                tl.store(dots + (sample * num_terms + k) * tiles + tile, tl.sum(tl.sum(gradient * u, axis=1), axis=0))
     if SUMS:
         tl.store(sums + run.to(tl.int64) * numel + place, total, mask=valid)
         if SQUARES:

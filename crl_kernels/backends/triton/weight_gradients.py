@@ -12,9 +12,12 @@ from . import weight_gradient_kernels as weight_kernels
 from .sample_matrix import finish
 from .tables import check
 
-# A tile of 128 by 128 takes 64 flops for each byte of 16-bit operands, one of 64 by 64 half as many. Of 8 warps, each
-# thread holds 64 elements of one sample's gradient and as many of the sum: what the registers of two programs hold.
-TILE = 128
+# Registers of a program's 128 threads, for a tile of 64 by 128: 64 each for a sample's gradient, 64 for the sum, and
+# some 100 for addresses. Two such programs share an H100's multiprocessor, so that one multiplies while the other one
+# reduces. A tile takes 43 flops for each byte of 16-bit operands; one of 128 by 128 takes 64, but sits there alone.
+OUT_CHANNELS = 64
+COLUMNS = 128
+NUM_WARPS = 4
 # Two for each of an H100's 132 multiprocessors: where the weight has fewer tiles, samples are divided into runs. It
 # bounds the memory of partial sums too: at most so many tiles beside the weight itself.
 PROGRAMS = 264
@@ -111,19 +114,20 @@ def _block(size: int, largest: int) -> int:
     return next(side for side in sides if 4 * padded[side] <= 5 * min(padded.values()))
 
 
-def tile_constants(g: Geometry, dtype: torch.dtype, squares: bool, hip: bool) -> dict[str, int | bool | str]:
+def tile_constants(g: Geometry, dtype: torch.dtype, more_tiles: bool, hip: bool) -> dict[str, int | bool | str]:
     """Tiles and precision of ``weight_gradient_kernel``.
 
     float32 on NVIDIA takes three products of tensor cores with TF32 operands (error about 2^-21 of a product), on AMD
-    the matrix cores' own float32. A tile that also holds float32's parts or sums of squares is half as high.
+    the matrix cores' own float32. Where registers also hold float32's parts, or ``more_tiles`` beside a sample's gradient
+    and the sum (sums of squares, directions), a tile has half the columns, or an H100's would spill.
     """
     float32 = dtype == torch.float32
     joint = g.offsets > 1 and g.in_channels < JOINT_CHANNELS
-    block_o = _block(g.out_channels, TILE // 2 if float32 or squares else TILE)
-    block_j = _block(g.offsets * g.in_channels if joint else g.in_channels, TILE)
-    most_pixels = 32 if float32 else 64
-    pixels = 1 << max(0, g.pixels - 1).bit_length()
     columns = g.offsets * g.in_channels if joint else g.in_channels
+    block_o = _block(g.out_channels, OUT_CHANNELS)
+    block_j = _block(columns, COLUMNS // 2 if float32 or more_tiles else COLUMNS)
+    most_pixels = 32 if float32 or joint else 64
+    pixels = 1 << max(0, g.pixels - 1).bit_length()
     return {
         "JOINT": joint,
         "PADDED": g.padding != (0, 0),
@@ -135,10 +139,9 @@ def tile_constants(g: Geometry, dtype: torch.dtype, squares: bool, hip: bool) ->
     }
 
 
-def launch_options(constants: dict[str, int | bool | str], hip: bool) -> dict[str, int]:
-    """Three blocks of pixels are under way where shared memory holds them: 96 KiB at most. gfx942 has 64."""
-    large = int(constants["BLOCK_O"]) * int(constants["BLOCK_J"]) >= 64 * 128
-    return {"num_warps": 8 if large else 4, "num_stages": 2 if hip else 3}
+def launch_options(hip: bool) -> dict[str, int]:
+    """Three blocks of pixels are under way where shared memory holds them: 72 KiB at most. gfx942 has 64."""
+    return {"num_warps": NUM_WARPS, "num_stages": 2 if hip else 3}
 
 
 def _rows_join(tensor: Tensor) -> bool:
@@ -158,12 +161,12 @@ def _with_adjacent_channels(input: Tensor, g: Geometry) -> Tensor:
 class _Sweep:
     """The launches of ``weight_gradient_kernel`` over one convolution."""
 
-    def __init__(self, input: Tensor, grad_output: Tensor, g: Geometry, squares: bool) -> None:
+    def __init__(self, input: Tensor, grad_output: Tensor, g: Geometry, squares: bool, project: bool) -> None:
         hip = torch.version.hip is not None
         self._input, self._grad_output, self._geometry = _with_adjacent_channels(input, g), grad_output, g
         self._squares = squares
-        self._constants = tile_constants(g, input.dtype, squares, hip)
-        self._options = launch_options(self._constants, hip)
+        self._constants = tile_constants(g, input.dtype, squares or project, hip)
+        self._options = launch_options(hip)
         block_o, block_j = int(self._constants["BLOCK_O"]), int(self._constants["BLOCK_J"])
         self._out_tiles = -(-g.out_channels // block_o)
         columns = g.offsets * g.in_channels if self._constants["JOINT"] else g.in_channels
@@ -186,6 +189,9 @@ class _Sweep:
         g = self._geometry
         if self.tiles * self.runs == 0:
             return
+        constants = self._constants
+        if sums is None:  # with 64 pixels, addresses and a direction's 64 registers beside a gradient's would spill
+            constants = constants | {"BLOCK_P": min(32, int(constants["BLOCK_P"]))}
         weight_kernels.weight_gradient_kernel[(self.tiles * self.runs,)](
             self._input,
             self._grad_output,
@@ -216,7 +222,8 @@ class _Sweep:
             dots,
             SUMS=sums is not None,
             SQUARES=self._squares and sums is not None,
-            **self._constants,
+            PROJECT=directions is not None,
+            **constants,
             **self._options,
         )
 
@@ -268,7 +275,7 @@ def sample_weight_gradients(
         )
         directions = directions.float().flatten(3).transpose(2, 3).contiguous()
     with torch.cuda.device_of(input):
-        sweep = _Sweep(input, grad_output, g, squares)
+        sweep = _Sweep(input, grad_output, g, squares, directions is not None)
         num_terms = 1 if directions is None else directions.shape[0]
         sums, sums_of_squares = (
             input.new_empty(sweep.runs if wanted else 0, g.numel, dtype=torch.float32) for wanted in (True, squares)
