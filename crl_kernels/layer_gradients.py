@@ -80,8 +80,8 @@ class MatrixGradient:
 
 
 class ConvolutionGradient:
-    """Of a convolution's weight (O, C / groups, kh, kw): input (N, C, H, W), grad_output (N, O, H', W'). 16-bit operands
-    stay what they are, for a GPU's tensor cores; sums are float32."""
+    """Of a convolution's weight (O, C / groups, kh, kw): input (N, C, H, W), grad_output (N, O, H', W'). 16-bit
+    operands stay what they are, for a GPU's tensor cores; sums are float32."""
 
     def __init__(
         self,

@@ -1,5 +1,6 @@
-"""Per-sample weight gradients of convolutions and linear layers, in Triton. The schema is in ``_ops.py``, the meaning in
-``reference.py``. Grids depend on shapes alone, so results do not depend on the GPU's size."""
+"""Per-sample weight gradients of convolutions, and of linear layers as convolutions, in Triton. The schema is in
+``_ops.py``, the meaning in ``reference.py``. Grids depend on shapes alone, so results do not depend on the GPU's size.
+Nothing here has run on a GPU yet: tile sizes follow from arithmetic and from what compilers report."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -118,8 +119,8 @@ def tile_constants(g: Geometry, dtype: torch.dtype, more_tiles: bool, hip: bool)
     """Tiles and precision of ``weight_gradient_kernel``.
 
     float32 on NVIDIA takes three products of tensor cores with TF32 operands (error about 2^-21 of a product), on AMD
-    the matrix cores' own float32. Where registers also hold float32's parts, or ``more_tiles`` beside a sample's gradient
-    and the sum (sums of squares, directions), a tile has half the columns, or an H100's would spill.
+    the matrix cores' own float32. Where registers also hold float32's parts, or ``more_tiles`` beside a sample's
+    gradient and the sum (sums of squares, directions), a tile has half the columns, or an H100's would spill.
     """
     float32 = dtype == torch.float32
     joint = g.offsets > 1 and g.in_channels < JOINT_CHANNELS
@@ -151,8 +152,9 @@ def _rows_join(tensor: Tensor) -> bool:
 
 
 def _with_adjacent_channels(input: Tensor, g: Geometry) -> Tensor:
-    """A copy with adjacent channels, where they make 16-byte loads of each kernel offset: a row of pixels that is shifted
-    by an offset is not aligned. The copy costs 1 / (offsets x tiles of output channels) of what the kernel reads."""
+    """A copy with adjacent channels, where they make 16-byte loads at each kernel offset: a row of pixels that is shifted
+    by an offset is not aligned. It reads once what the kernel reads for each kernel offset and tile of output channels.
+    """
     if g.offsets == 1 or g.in_channels * input.element_size() % 16 != 0 or input.stride(1) == 1:
         return input
     return input.contiguous(memory_format=torch.channels_last)
@@ -182,9 +184,7 @@ class _Sweep:
             of_pixels and (g.height, g.width) == (g.out_height, g.out_width) and _rows_join(self._input)
         )
 
-    def run(
-        self, directions: Tensor | None, sums: Tensor | None, squares: Tensor, norms: Tensor, dots: Tensor
-    ) -> None:
+    def run(self, directions: Tensor | None, sums: Tensor | None, squares: Tensor, norms: Tensor, dots: Tensor) -> None:
         """directions: (K, O, J) float32; dots: (N, K, tiles). sums and norms are left alone where sums is None."""
         g = self._geometry
         if self.tiles * self.runs == 0:
@@ -228,13 +228,13 @@ class _Sweep:
         )
 
 
-def _sum_runs(sums: Tensor, g: Geometry) -> Tensor:
+def _sum_runs(sums: Tensor, runs: int, g: Geometry) -> Tensor:
     """The sum of (runs, O, J), in the weight's order; in j's order it is left in sums[0]."""
     result = sums.new_empty(g.groups * g.out_channels, g.in_channels, *g.kernel)
     if g.numel > 0:
         blocks = -(-g.in_channels * g.offsets // SUM_COLUMNS)
         weight_kernels.sum_kernel[(g.groups * g.out_channels * blocks,)](
-            sums, sums.shape[0], g.numel, g.in_channels, g.offsets, result, BLOCK=SUM_COLUMNS, num_warps=4
+            sums, runs, g.numel, g.in_channels, g.offsets, result, BLOCK=SUM_COLUMNS, num_warps=4
         )
     return result
 
@@ -278,12 +278,12 @@ def sample_weight_gradients(
         sweep = _Sweep(input, grad_output, g, squares, directions is not None)
         num_terms = 1 if directions is None else directions.shape[0]
         sums, sums_of_squares = (
-            input.new_empty(sweep.runs if wanted else 0, g.numel, dtype=torch.float32) for wanted in (True, squares)
+            input.new_empty(max(1, sweep.runs) * wanted, g.numel, dtype=torch.float32) for wanted in (True, squares)
         )
         norms = input.new_empty(g.samples, sweep.tiles, dtype=torch.float32)
         dots = input.new_empty(g.samples, num_terms, sweep.tiles, dtype=torch.float32)
         sweep.run(directions, sums, sums_of_squares, norms, dots)
-        total = _sum_runs(sums, g)
+        total = _sum_runs(sums, sweep.runs, g)
         if directions is None and sweep.runs > 0:
             sweep.run(sums[:1], None, sums_of_squares, norms, dots)
         sq_norms = input.new_empty(g.samples, dtype=torch.float64)
@@ -295,5 +295,5 @@ def sample_weight_gradients(
             sq_norms,
             projections,
             input.new_empty(0, 0, dtype=torch.float64),
-            _sum_runs(sums_of_squares, g) if squares else total.new_empty(0),
+            _sum_runs(sums_of_squares, sweep.runs, g) if squares else total.new_empty(0),
         )
