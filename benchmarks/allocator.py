@@ -5,7 +5,8 @@ its best."""
 
 import ctypes
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
+_SMALL = 1 << 16
 
 
 def keep_freed_memory() -> bool:
@@ -14,3 +15,13 @@ def keep_freed_memory() -> bool:
     if not hasattr(libc, "mallopt"):
         return False
     return bool(libc.mallopt(_M_MMAP_MAX, 0) and libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def return_freed_memory() -> bool:
+    """The opposite, so that what the process holds is what is alive: every block of 64 KiB or more is mapped for
+    itself, and unmapped when it is freed."""
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):
+        return False
+    switches = ((_M_MMAP_MAX, 1 << 16), (_M_MMAP_THRESHOLD, _SMALL), (_M_TRIM_THRESHOLD, _SMALL))
+    return all(libc.mallopt(switch, value) for switch, value in switches)

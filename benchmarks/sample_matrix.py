@@ -1,4 +1,4 @@
-"""``python -m benchmarks.sample_matrix``: statistics of a matrix of per-sample gradients, beside one ``torch.sum`` over it.
+"""``python -m benchmarks.sample_matrix``: statistics of per-sample gradients, beside one ``torch.sum`` over them.
 
 Calls take turns, medians are taken, and ratios within the same rounds. With one thread the clock is process CPU time;
 with more it is wall time. Freed memory is kept where the C library can do that (allocator.py), or plain PyTorch's

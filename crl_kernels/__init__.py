@@ -7,12 +7,14 @@
 ``python -m crl_kernels`` says what was built and what runs. ``__all__`` is the public API; the rest may change.
 """
 
+from .diagnostics import Diagnosis, diagnose
 from .diagonal_history import DiagonalHistory
 from .estimate import estimate_fisher
 from .fisher import DiagonalFisher, FisherStatistics, LowRankFisher, load_fisher
 from .flat_parameters import flatten_parameters
 from .low_rank_history import LowRankHistory
 from .penalty import diagonal_ewc_penalty, rank1_ewc_penalty
+from .sample_gradients import SampleGradients
 from .sample_matrix import (
     SampleGradientStats,
     SampleGradientStatsWithDiagonal,
@@ -23,6 +25,7 @@ from .sample_matrix import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "Diagnosis",
     "DiagonalFisher",
     "DiagonalHistory",
     "FisherStatistics",
@@ -30,6 +33,8 @@ __all__ = [
     "LowRankHistory",
     "SampleGradientStats",
     "SampleGradientStatsWithDiagonal",
+    "SampleGradients",
+    "diagnose",
     "diagonal_ewc_penalty",
     "estimate_fisher",
     "flatten_parameters",

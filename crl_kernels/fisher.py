@@ -25,11 +25,29 @@ _STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 @dataclass(frozen=True)
 class FisherStatistics:
-    """What an estimate was made from, and how much of F it holds.
+    """What an estimate was made from, how much of F it holds, and how far its numbers may be off.
 
-    trace: tr F = mean |g_i|^2, in squared gradient units. mean_gradient_sq_norm: unbiased |mu|^2; below 0 when mu is
-    lost in noise. kappa = |mu|^2 / tr F, the signal share. rho = sum_k u_k^T F u_k / tr F, the share of the trace that
-    lies along the directions, for orthonormal directions; nan for a diagonal Fisher, as is kappa.
+    Read rho first. mean_gradient_sq_norm and kappa are unbiased, so near an optimum, where mu is lost in noise, they
+    may be below zero. Intervals are value +- 1.96 se; where something is not known it is nan. A diagonal Fisher has
+    num_samples and trace alone.
+
+    Attributes:
+        num_samples: N, of all halves and processes.
+        trace: tr F = mean |g_i|^2, in squared gradient units.
+        mean_gradient_sq_norm: |mu|^2, without the bias tr(Cov) / N of |mean g_i|^2.
+        kappa: |mu|^2 / tr F, the share of the trace that the mean gradient explains.
+        rho: sum_k a_k / tr F, the share of the trace that lies along the directions; without strata these are
+            orthonormal, so it is at most 1.
+        curvature_se: standard error of each curvature of the Fisher, the directions taken as given.
+        rho_se, kappa_se: standard errors of rho, the directions taken as given, and of kappa.
+        signal_share: M kappa / (M kappa + 1 - kappa), the expected squared cosine between mu and the mean of M
+            samples, with M the samples that the directions were made from. It is 1 - 1 / (M k) up to a share of 1 / M,
+            if k is the kappa of those M samples with its bias.
+        samples_needed: N for which signal_share would be 0.9, 9 (1 - kappa) / kappa times N / M; inf if kappa <= 0.
+        stratum: which one these statistics are about; None for all the data.
+        share: p_s, the stratum's share of the samples that gave the curvatures.
+        strata: the statistics of each stratum, in the order of the Fisher's terms. A stratum's own curvatures are
+            those of F_s: the Fisher's divided by p_s.
     """
 
     num_samples: int
@@ -37,6 +55,27 @@ class FisherStatistics:
     mean_gradient_sq_norm: float = math.nan
     kappa: float = math.nan
     rho: float = math.nan
+    curvature_se: tuple[float, ...] = ()
+    rho_se: float = math.nan
+    kappa_se: float = math.nan
+    signal_share: float = math.nan
+    samples_needed: float = math.nan
+    stratum: int | None = None
+    share: float = 1.0
+    strata: tuple["FisherStatistics", ...] = ()
+
+    @property
+    def term_strata(self) -> tuple[int | None, ...]:
+        """The stratum of each term of the Fisher."""
+        return tuple(part.stratum for part in self.strata or (self,) for _ in part.curvature_se)
+
+    @classmethod
+    def _from_facts(cls, facts: Mapping[str, Any]) -> "FisherStatistics":
+        """From a file: what asdict() gave, through JSON."""
+        known = dict(facts)
+        known["curvature_se"] = tuple(facts.get("curvature_se", ()))
+        known["strata"] = tuple(map(cls._from_facts, facts.get("strata", ())))
+        return cls(**known)
 
 
 def _layout_of(tensors: Mapping[str, Tensor], argument: str, leading: int = 0) -> Layout:
@@ -276,7 +315,7 @@ def load_fisher(path: str | os.PathLike[str]) -> LowRankFisher | DiagonalFisher:
         ValueError: not a safetensors file, damaged, or not a Fisher.
     """
     kind, tensors, facts = storage.read(path)
-    statistics = None if facts.get("statistics") is None else FisherStatistics(**facts["statistics"])
+    statistics = None if facts.get("statistics") is None else FisherStatistics._from_facts(facts["statistics"])
     if kind == "LowRankFisher":
         directions = {name: tensors[f"directions.{name}"] for name in facts["names"]}
         layout = _layout_of(directions, "directions", leading=1)

@@ -25,6 +25,13 @@ from .layer_rules import RULES
 Settle = Callable[["ParameterUse", SampleGradient], Tensor]
 
 
+_BACKWARD = (Tensor.backward, torch.autograd.backward, torch.autograd.grad)
+
+
+def _no(*_: Any) -> bool:
+    return False
+
+
 def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
@@ -62,8 +69,9 @@ class ParameterUse:
         return self.offset, self.offset + span + 1 if self.shape.numel() else self.offset
 
     def of(self, whole: Tensor) -> Tensor:
-        """The same view of each of (rows, numel of the parameter)."""
-        return whole.as_strided((len(whole), *self.shape), (whole.shape[1], *self.strides), self.offset)
+        """The same view of each row of (rows, numel of the parameter), whose columns are adjacent."""
+        strides = (whole.stride(0), *self.strides)
+        return whole.as_strided((len(whole), *self.shape), strides, whole.storage_offset() + self.offset)
 
 
 @dataclass(eq=False)
@@ -74,7 +82,6 @@ class ModuleCall:
     args: Any
     kwargs: Any
     indices: list[int]  # of the parameters
-    first_use: int  # uses that were made during the call begin here
     grads: dict[int, Tensor] = field(default_factory=dict)  # by position among the outputs
     versions: list[int] = field(default_factory=list)
 
@@ -92,7 +99,8 @@ class Recorder(TorchFunctionMode):
         self.num_samples: int | None = None
         self.uses: list[ParameterUse] = []
         self.calls: list[ModuleCall] = []
-        self._stack: list[tuple[nn.Module, int, set[int]]] = []  # running modules, their first use, parameters noted
+        # Running modules; how many uses and calls there were before; the parameters noted in them.
+        self._stack: list[tuple[nn.Module, int, int, set[int]]] = []
         self._attention: int | None = None
         self._handles: list[Any] = []
         self.stray: dict[int, str] = {}  # parameters used without a rule outside of every module, and by which function
@@ -101,6 +109,8 @@ class Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in _BACKWARD:  # what checkpoints run again in it is to be seen
+            return self._inside(func, args, kwargs)
         if not torch.is_grad_enabled() or not self.recording:
             return func(*args, **kwargs)
         found = self._bound_among(args, kwargs)
@@ -119,6 +129,15 @@ class Recorder(TorchFunctionMode):
                 self._note(found, func)
                 break
         return result
+
+    def _inside(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Runs a Python function of torch's and sees what it calls. It asks first whether a mode wants it, and would
+        come back here; so a copy of it runs, which is told that none does."""
+        answers = dict.fromkeys(("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"), _no)
+        body = types.FunctionType(func.__code__, {**func.__globals__, **answers}, func.__name__, func.__defaults__)
+        body.__kwdefaults__ = func.__kwdefaults__
+        with self:
+            return body(*args, **kwargs)
 
     def _bound_among(self, args: Any, kwargs: Any) -> set[int]:
         found = set()
@@ -175,16 +194,9 @@ class Recorder(TorchFunctionMode):
             result = func(*args, **kwargs)
             self._note(self._bound_among(args, kwargs), func)
             return result
-        # The function asks first whether a mode wants it, and would come back here: a copy of it is told that none does,
-        # and what it calls is seen.
-        body = types.FunctionType(
-            func.__code__, {**func.__globals__, "has_torch_function": lambda _: False}, func.__name__
-        )
-        body.__defaults__, body.__kwdefaults__ = func.__defaults__, func.__kwdefaults__
         self._attention = query.shape[1]
         try:
-            with self:
-                return body(*args, **kwargs)
+            return self._inside(func, args, kwargs)
         finally:
             self._attention = None
 
@@ -212,22 +224,30 @@ class Recorder(TorchFunctionMode):
                 leaf.shape[0] for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor) and leaf.dim()
             )
             self.num_samples = next(sizes, None)
-        self._stack.append((module, len(self.uses), set()))
+        self._stack.append((module, len(self.uses), len(self.calls), set()))
 
     def _leave_module(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not self._stack or self._stack[-1][0] is not module or _in_backward():
             return
-        _, first_use, noted = self._stack.pop()
+        _, first_use, first_call, noted = self._stack.pop()
         if not noted or output is None:
             return
-        call = ModuleCall(module, args, kwargs, sorted(noted), first_use)
+        # A module that has neither the parameters nor the samples, such as a parametrisation, is part of one that has.
+        own = {id(parameter) for parameter in module.parameters()}
+        above = {index for index in noted if id(self._params[index]) not in own}
+        if not all(map(self._has_samples, ((args, kwargs), output))):
+            above = noted
+        self._note_in_running_module(above, type(module).__name__)
+        noted = noted - above
+        if not noted:
+            return
+        call = ModuleCall(module, args, kwargs, sorted(noted))
         call.versions = [leaf._version for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
         # The module is run again as a whole: that has all uses of these parameters in it.
         for use in self.uses[first_use:]:
             use.covered = use.covered or use.index in noted
-        for inner in self.calls:
-            if inner.first_use >= first_use and any(child is inner.module for child in module.modules()):
-                inner.indices = [index for index in inner.indices if index not in noted]
+        for inner in self.calls[first_call:]:
+            inner.indices = [index for index in inner.indices if index not in noted]
         for position, leaf in enumerate(tree_flatten(output)[0]):
             if isinstance(leaf, Tensor) and leaf.requires_grad:
                 leaf.register_hook(self._keep_grad(call, position))
@@ -240,15 +260,23 @@ class Recorder(TorchFunctionMode):
 
         return keep
 
+    def _has_samples(self, values: Any) -> bool:
+        leaves = (leaf for leaf in tree_flatten(values)[0] if isinstance(leaf, Tensor) and leaf.dim())
+        return any(leaf.shape[0] == self.num_samples for leaf in leaves)
+
     def _note(self, indices: set[int], func: Any) -> None:
-        name = getattr(func, "__name__", repr(func))
         if _in_backward():
             return
-        if not self._stack:
+        name = getattr(func, "__name__", repr(func))
+        self._note_in_running_module(indices, name)
+        if self._stack:
+            _say_once(name, [self._names[index] for index in sorted(indices)], type(self._stack[-1][0]).__name__)
+
+    def _note_in_running_module(self, indices: set[int], name: str) -> None:
+        if self._stack:
+            self._stack[-1][3].update(indices)
+        else:
             self.stray.update(dict.fromkeys(indices, name))
-            return
-        self._stack[-1][2].update(indices)
-        _say_once(name, [self._names[index] for index in sorted(indices)], type(self._stack[-1][0]).__name__)
 
     # The second run
 
@@ -269,8 +297,8 @@ def _say_once(function: str, names: Sequence[str], module: str) -> None:
         _said.add(function)
         warnings.warn(
             f"there is no rule for the per-sample gradients of {', '.join(map(repr, names))} in {function}: "
-            f"{module} is run again under torch.func.vmap to have them, which costs about as much as that module once "
-            "more, and memory for the matrix of their per-sample gradients.",
+            f"{module}, or the module around it, is run again under torch.func.vmap to have them, which costs about as "
+            "much as that module once more, and memory for the matrix of their per-sample gradients.",
             stacklevel=2,
         )
 
@@ -318,4 +346,4 @@ def _gradients_of(call: ModuleCall, params: Sequence[Tensor], count: int | None)
                 f"{what} uses {', '.join(map(repr, names))} in a way that has no rule, and torch.func.vmap cannot run "
                 f"it: {error}"
             ) from error
-    return list(gradients)
+    return [gradient.detach() for gradient in gradients]

@@ -50,16 +50,16 @@ class SampleGradients:
         sg.mean           name -> tensor            mu = mean_i g_i, zeros where no gradient arrived
         sg.projections    (N,) float64              mu . g_i, or direction . g_i; (N, K) for K directions
         sg.gram           (N, N) float64            g_i . g_j, with gram=True; else None
-        sg.diagonal       name -> tensor            mean_i g_ij^2, with diagonal=True; else None
+        sg.diagonal       name -> tensor            mean_i g_ij^2, with diagonal=True; else {}
         sg.per_layer      name -> LayerStatistics   the same, parameter by parameter
         sg.num_samples    N
 
     They can be read after the block. ``.grad`` is what it is without the block. The first dimension of the model's
     inputs is the sample, and each loss depends on its own sample alone: BatchNorm in training mode is refused.
 
-    Linear, Conv1d, Conv2d, ConvTranspose1d, ConvTranspose2d, GroupNorm, LayerNorm, RMSNorm, BatchNorm (evaluation mode),
-    Embedding, MultiheadAttention, ``x @ W`` and parameters that are broadcast over samples have rules, wherever and
-    however often they are used: tied weights, subclasses, functional calls, activation checkpointing, autocast. A
+    Linear, Conv1d, Conv2d, ConvTranspose1d, ConvTranspose2d, GroupNorm, LayerNorm, RMSNorm, BatchNorm in evaluation
+    mode, Embedding, MultiheadAttention, ``x @ W`` and parameters that are broadcast over samples have rules, wherever
+    and however often they are used: tied weights, subclasses, functional calls, activation checkpointing, autocast. A
     module that uses a parameter in another way is run again under ``torch.func.vmap``, and a warning says so, once.
 
     One backward pass a block. The graph may be retained (``backward(retain_graph=True)``); backward passes after the
@@ -135,7 +135,7 @@ class SampleGradients:
             if tensor is None:
                 rows.append(parameter.new_zeros(count or 1, length, dtype=dtype))
             else:
-                rows.append(tensor.detach().to(dtype).reshape(count or 1, length))
+                rows.append(tensor.detach().to(dtype).reshape(count or 1, length).contiguous())
         return rows
 
     # The block
@@ -316,10 +316,6 @@ class SampleGradients:
             else:
                 value = grad if source is None else source.reshape(parameter.shape)
                 self.mean[name] = value.detach() * (scale / count)
-        self.diagonal = None
-        if self._want_diagonal:
-            self.diagonal = {
-                name: squares.reshape(shape) * (scale * scale / count)
-                for name, shape, squares in zip(layout.names, layout.shapes, self._squares, strict=True)
-            }
+        squares = zip(layout.names, layout.shapes, self._squares if self._want_diagonal else [], strict=False)
+        self.diagonal = {name: part.reshape(shape) * (scale * scale / count) for name, shape, part in squares}
         self._collected = {}

@@ -1,4 +1,5 @@
-"""``python -m benchmarks.penalty`` runs and writes what it says it writes. What it measures here is worth nothing."""
+"""``python -m benchmarks.penalty`` and ``benchmarks.sample_gradients`` run and write what they say they write. What
+they measure here is worth nothing."""
 
 import json
 import subprocess
@@ -6,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # benchmarks are run from a checkout, and are not installed
@@ -13,6 +15,11 @@ sys.path.insert(0, str(ROOT))  # benchmarks are run from a checkout, and are not
 from benchmarks import penalty  # noqa: E402
 from benchmarks.contenders import CONTENDERS, YARDSTICKS  # noqa: E402
 from benchmarks.operators import OPERATORS  # noqa: E402
+from benchmarks.problem import Unavailable  # noqa: E402
+from benchmarks.sample_gradient_contenders import CONTENDERS as SAMPLE_GRADIENTS  # noqa: E402
+from benchmarks.sample_gradient_contenders import PLAIN, Case, errors  # noqa: E402
+from benchmarks.sample_gradient_models import TINY, Transformer, UNet  # noqa: E402
+from benchmarks.sample_gradients import error_cell, table_row  # noqa: E402
 
 
 def test_penalty_writes_what_was_asked_for(tmp_path):
@@ -44,3 +51,69 @@ def test_penalty_writes_what_was_asked_for(tmp_path):
 def test_summary_is_made_of_rows_of_the_table():
     assert set(penalty.SUMMARY) <= set(CONTENDERS)
     assert penalty.parse_size("0.6M/100") == (600_000, 100)
+
+
+@pytest.mark.parametrize("model", TINY)
+@pytest.mark.parametrize("name", SAMPLE_GRADIENTS)
+def test_contenders_find_the_truth(model, name):
+    """In float64; peers that leave parameters out, or fail, are pinned in test_sample_gradient_peers.py."""
+    contender = SAMPLE_GRADIENTS[name]
+    if "BackPACK" in name or ("Opacus" in name and model == "transformer-tiny"):
+        pytest.skip(f"{name} has no rule for a layer of {model}")
+    case = Case(TINY[model], samples=3, dtype=torch.float64)
+    try:
+        found = contender.make(case)()
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    assert sorted(found) == sorted(contender.gives)
+    told = errors(found, case.truth())
+    assert told.keys() >= {"norms", "projections", "mean"} & {*contender.gives}
+    assert all(error < 1e-10 for error in told.values()), told
+    if "gram" in found:
+        torch.testing.assert_close(found["gram"].diagonal(), found["norms"])
+        torch.testing.assert_close(found["gram"].mean(1), found["projections"])
+
+
+def test_models_have_the_size_that_is_said_of_them():
+    assert sum(parameter.numel() for parameter in UNet().parameters()) == 1_036_737
+    assert sum(parameter.numel() for parameter in Transformer().parameters()) == 1_024_144
+
+
+def test_sample_gradients_writes_what_was_asked_for(tmp_path):
+    only = ["SampleGradients, gram", "vmap(grad), finished", "Opacus ghost"]
+    command = [sys.executable, "-m", "benchmarks.sample_gradients", "--models", "transformer-tiny", "--samples", "2"]
+    command += ["--rounds", "2", "--out", str(tmp_path), "--only", *only]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (model,) = json.loads((tmp_path / "sample_gradients.json").read_text())["models"]
+    by_name = {row["name"]: row for row in model["rows"]}
+    assert [*by_name] == [PLAIN, "SampleGradients, gram", "vmap(grad), finished", "Opacus ghost norms"]
+    ghost = by_name.pop("Opacus ghost norms")  # not installed, or without a rule for the root's own parameter
+    assert "not installed" in ghost.get("skipped", "") or ghost.get("failed", "").startswith("TypeError: Transformer")
+    for row in by_name.values():
+        assert row["ms_p20"] <= row["ms"] <= row["ms_p80"]
+        assert row["times_plain_p20"] <= row["times_plain"] <= row["times_plain_p80"]
+        assert max(row["errors"].values()) < 1e-4
+    text = (tmp_path / "sample_gradients.md").read_text()
+    assert all(f"\n| {name} |" in text and f"\n- {name}: " in text for name in [*by_name, ghost["name"]])
+
+
+def test_rows_that_fail_or_are_wrong_say_so():
+    row = {"name": "peer", "gives": ["norms"], "failed": "TypeError: no key"}
+    assert "| fails: TypeError: no key |" in table_row(row)
+    assert error_cell({"norms": 0.23, "mean": 1e-7}) == "**wrong**: norms by 23 %"
+    assert error_cell({"norms": float("nan")}) == "**wrong**: norms by nan %"
+    assert error_cell({"norms": 2e-7}) == "2e-07"
+
+
+def test_estimation_writes_what_was_asked_for(tmp_path):
+    pytest.importorskip("diffusers", reason="diffusers has the demo's UNet")
+    command = [sys.executable, "-m", "benchmarks.estimation", "--size", "8", "--samples", "8", "--batch-size", "4"]
+    done = subprocess.run([*command, "--rounds", "1", "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "estimation_cpu.json").read_text())["rows"]
+    assert len(rows) == 5
+    assert rows[0]["times_paper"] == 1
+    assert all(row["samples_per_s"] == 8e3 / row["ms"] for row in rows)
+    text = (tmp_path / "estimation_cpu.md").read_text()
+    assert all(f"\n| {row['name']} |" in text for row in rows)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from crl_kernels.sample_gradients import SampleGradients
 
@@ -27,11 +28,12 @@ def by_loop(model: nn.Module, losses_of: Callable[..., Tensor], batch: tuple[Ten
 
 
 def squared(model: nn.Module, *batch: Tensor) -> Tensor:
-    return (model(*batch) - 0.3).square().flatten(1).sum(1)
+    output = model(*batch).flatten(1)
+    return (output - torch.arange(output.shape[1]).cos()).square().sum(1)
 
 
 def close(actual: Tensor, expected: Tensor, tolerance: float, of: Tensor | None = None) -> None:
-    """Relative to the largest element, of the whole model's if that is given: some gradients are zero but for rounding."""
+    """Relative to the largest element; of the whole model's, if given: some gradients are zero but for rounding."""
     scale = float((expected if of is None else of).abs().max()) or 1.0
     torch.testing.assert_close(actual.double(), expected.double(), rtol=0, atol=tolerance * scale)
 
@@ -51,10 +53,10 @@ def check(
     generator = torch.Generator().manual_seed(1)
     shapes = {name: p.shape for name, p in model.named_parameters() if name in expected}
     dtype = next(iter(model.parameters())).dtype
-    u = {
-        name: torch.randn(2, *shape, generator=generator, dtype=torch.float64).to(dtype)
-        for name, shape in shapes.items()
-    }
+    # Views of one matrix, which is what a Fisher keeps.
+    matrix = torch.randn(2, rows.shape[1], generator=generator, dtype=torch.float64).to(dtype)
+    pieces = matrix.split([shape.numel() for shape in shapes.values()], 1)
+    u = {name: piece.view(2, *shape) for (name, shape), piece in zip(shapes.items(), pieces, strict=True)}
     along = torch.cat([u[name].double().flatten(1) for name in expected], 1)
     for direction, single in ((None, None), (u, None), (u, 0)):
         for reduction in ("sum", "mean"):
@@ -259,7 +261,7 @@ def seed():
 def prepared(case: str, dtype: torch.dtype) -> tuple[nn.Module, tuple[Tensor, ...]]:
     model, batch = CASES[case]()
     for module in model.modules():  # running statistics and affine parameters that are not all 0 and 1
-        for name, p in [*module._parameters.items(), *module._buffers.items()]:
+        for p in [*module._parameters.values(), *module._buffers.values()]:
             if p is not None and p.is_floating_point() and p.dim() == 1:
                 with torch.no_grad():
                     p.copy_(torch.rand_like(p) + 0.5)
@@ -279,3 +281,303 @@ def test_float32(case):
     expected = by_loop(model, squared, batch)
     as_float32 = tuple(x.float() if x.is_floating_point() else x for x in batch)
     check(model.float(), as_float32, tolerance=1e-5, expected=expected)
+
+
+# Traps
+
+
+def block() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """A model whose middle is checkpointed by the tests below."""
+    model = Called(
+        lambda m, x: m.out(m.middle(m.first(x))),
+        first=nn.Conv2d(4, 6, 3, padding=1),
+        middle=nn.Sequential(nn.GroupNorm(2, 6), nn.SiLU(), nn.Conv2d(6, 6, 3, padding=1)),
+        out=nn.Conv2d(6, 3, 1),
+    )
+    return model.double(), tuple(x.double() for x in images())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(reentrant):
+    model, batch = block()
+    expected = by_loop(model, squared, batch)
+    middle = model.middle
+    model.function = lambda m, x: m.out(checkpoint(middle, m.first(x), use_reentrant=reentrant))
+    check(model, batch, expected=expected)
+
+
+def test_checkpointed_shared_weights():
+    model, batch = block()
+    model.function = lambda m, x: m.out(m.middle(m.middle(m.first(x))))
+    expected = by_loop(model, squared, batch)
+    model.function = lambda m, x: m.out(
+        checkpoint(m.middle, checkpoint(m.middle, m.first(x), use_reentrant=False), use_reentrant=False)
+    )
+    check(model, batch, expected=expected)
+    model.function = lambda m, x: m.out(checkpoint(m.middle, m.middle(m.first(x)), use_reentrant=True))
+    check(model, batch, expected=expected)
+    model.function = lambda m, x: m.out(
+        checkpoint(m.middle, checkpoint(m.middle, m.first(x), use_reentrant=True), use_reentrant=True)
+    )
+    with pytest.raises(RuntimeError, match="reentrant checkpoint"), SampleGradients(model):
+        squared(model, *batch).sum().backward()
+
+
+def test_one_sample():
+    model, batch = block()
+    check(model, (batch[0][:1],))
+
+
+def gradients_in_float64(case: str) -> tuple[nn.Module, tuple[Tensor, ...], Tensor]:
+    model, batch = prepared(case, torch.float64)
+    expected = by_loop(model, squared, batch)
+    return model, batch, torch.cat([gradient.flatten(1) for gradient in expected.values()], 1)
+
+
+@pytest.mark.parametrize("case", ["conv2d", "transformer layer", "group norm", "embedding, class", "rms norm"])
+def test_bfloat16_model_with_float32_statistics(case):
+    model, batch, rows = gradients_in_float64(case)
+    model, batch = model.bfloat16(), tuple(x.bfloat16() if x.is_floating_point() else x for x in batch)
+    with SampleGradients(model, gram=True) as sg:
+        squared(model, *batch).sum().backward()
+    assert all(mean.dtype == torch.float32 for mean in sg.mean.values())
+    assert all(p.grad.dtype == torch.bfloat16 for p in model.parameters())
+    torch.testing.assert_close(sg.sq_norms, rows.square().sum(1), rtol=0.1, atol=0)
+    mean = torch.cat([mean.flatten() for mean in sg.mean.values()]).double()
+    assert float(F.cosine_similarity(mean, rows.mean(0), dim=0)) > 0.99
+    # The statistics agree with each other far beyond bfloat16.
+    torch.testing.assert_close(sg.gram.diagonal(), sg.sq_norms, rtol=1e-6, atol=0)
+    torch.testing.assert_close(sg.gram.mean(0), sg.projections, rtol=0, atol=1e-5 * float(sg.sq_norms.max()))
+    torch.testing.assert_close(mean.square().sum(), sg.projections.mean(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    "case", ["conv2d", "transformer layer", "group norm", "batch norm in evaluation", "layer norm"]
+)
+def test_autocast(case):
+    model, batch, rows = gradients_in_float64(case)
+    model, batch = model.float(), tuple(x.float() for x in batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = squared(model, *batch)
+    plain.sum().backward()
+    grads = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    with SampleGradients(model) as sg:
+        with torch.autocast("cpu", torch.bfloat16):
+            losses = squared(model, *batch)
+        losses.sum().backward()
+    torch.testing.assert_close(losses, plain, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(sg.sq_norms, rows.square().sum(1), rtol=0.15, atol=0)
+    for p, grad in zip(model.parameters(), grads, strict=True):
+        assert p.grad.dtype == torch.float32
+        assert float((p.grad - grad).norm()) <= 0.05 * max(float(grad.norm()), 1e-2)
+
+
+def odd(m: nn.Module, x: Tensor) -> Tensor:
+    return m.lin(x) * torch.sigmoid(m.gate) + m.out(torch.sin(m.lin.weight.mean() * x))
+
+
+def test_a_use_without_a_rule_is_vectorised_and_said_once():
+    """lin.weight is used by a rule and without one in the same module; gate only without."""
+    model = Called(odd, lin=nn.Linear(6, 6), gate=nn.Parameter(torch.randn(6)), out=nn.Linear(6, 6)).double()
+    model = nn.Sequential(nn.Linear(6, 6).double(), model, nn.LayerNorm(6).double())
+    batch = (tokens()[0].double(),)
+    from crl_kernels import recorder
+
+    recorder._said.clear()
+    with pytest.warns(
+        UserWarning, match=r"no rule for the per-sample gradients of '1.gate' in sigmoid: Called, or the module"
+    ):
+        check(model, batch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check(model, batch)
+
+
+def test_uses_without_a_rule_in_nested_modules_are_counted_once():
+    inner = Called(
+        lambda m, x: x * m.p.exp() + m.q.exp() * x, p=nn.Parameter(torch.randn(6)), q=nn.Parameter(torch.rand(6))
+    )
+    model = Called(lambda m, x: m.inner(m.inner(x)) * m.inner.p.exp(), inner=inner).double()
+    check(model, (tokens()[0].double(),))
+
+
+def test_layers_of_other_kinds_are_vectorised():
+    model = nn.Sequential(nn.Conv3d(2, 3, 2), nn.PReLU(3), nn.Flatten(), nn.Bilinear(24, 24, 2)).double()
+    model[3] = Called(lambda m, x: m.b(x, x), b=model[3])
+    check(model, (torch.randn(N, 2, 3, 3, 3).double(),))
+
+
+def test_parametrised_weights():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 5)), nn.Linear(5, 2)).double()
+    check(model, (tokens()[0].double(),))
+
+
+def test_dropout_is_no_trap_where_there_are_rules():
+    model = nn.Sequential(nn.Linear(6, 50), nn.Dropout(0.5), nn.Linear(50, 3)).double().train()
+    x = tokens()[0].double()
+    with SampleGradients(model, gram=True) as sg:
+        squared(model, x).sum().backward()
+    torch.testing.assert_close(sg.gram.sum(), sum(p.grad.square().sum() for p in model.parameters()))
+
+
+@pytest.mark.parametrize("case", ["conv2d", "attention", "tied weights", "group norm", "embedding", "bare parameters"])
+def test_backward_passes_after_the_block_are_ordinary(case):
+    """The weighted passes that give eigenvectors of the Fisher."""
+    model, batch = prepared(case, torch.float64)
+    expected = by_loop(model, squared, batch)
+    weights = torch.randn(N, dtype=torch.float64)
+    with SampleGradients(model) as sg:
+        losses = squared(model, *batch)
+        losses.sum().backward(retain_graph=True)
+    before = sg.sq_norms.clone()
+    found = torch.autograd.grad((weights * losses).sum(), list(model.parameters()), allow_unused=True)
+    for gradient, rows in zip(found, expected.values(), strict=True):
+        if gradient is not None:
+            close(gradient, torch.einsum("n,n...->...", weights, rows), 1e-10, rows)
+    assert torch.equal(sg.sq_norms, before)
+
+
+def test_gradients_that_were_there_are_added_to():
+    model, batch = prepared("conv2d", torch.float64)
+    squared(model, *batch).sum().backward()
+    grads = [p.grad for p in model.parameters()]
+    copies = [grad.clone() for grad in grads]
+    with SampleGradients(model) as sg:
+        squared(model, *batch).sum().backward()
+    for p, grad, copy, mean in zip(model.parameters(), grads, copies, sg.mean.values(), strict=True):
+        assert p.grad is grad
+        torch.testing.assert_close(grad, 2 * copy)
+        torch.testing.assert_close(mean * N, copy)
+
+
+def test_nothing_is_left_behind():
+    model, batch = prepared("transformer layer", torch.float64)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    before = [p.grad for p in model.parameters()]
+
+    def hooks() -> int:
+        return sum(
+            len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules()
+        ) + sum(len(p._backward_hooks or ()) for p in model.parameters())
+
+    def failing() -> None:
+        with SampleGradients(model):
+            squared(model, *batch).sum().backward()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        failing()
+    assert hooks() == 0
+    assert not torch.overrides._get_current_function_mode_stack()
+    for p, grad in zip(model.parameters(), before, strict=True):
+        assert p.grad is grad
+    reference = squared(model, *batch)
+    with SampleGradients(model, gram=True):
+        losses = squared(model, *batch)
+        losses.sum().backward()
+    torch.testing.assert_close(losses, reference, rtol=1e-12, atol=0)
+    assert hooks() == 0
+
+
+def test_a_compiled_model_runs_eagerly():
+    model, batch = prepared("conv2d", torch.float64)
+    expected = by_loop(model, squared, batch)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with SampleGradients(compiled) as sg:
+        squared(compiled, *batch).sum().backward()
+    assert set(sg.mean) == set(expected)
+    rows = torch.cat([gradient.flatten(1) for gradient in expected.values()], 1)
+    close(sg.sq_norms, rows.square().sum(1), 1e-10)
+
+
+def test_bitwise_run_to_run_and_for_any_number_of_threads():
+    model, batch = prepared("conv2d, wide", torch.float32)
+
+    def run() -> list[Tensor]:
+        model.zero_grad()
+        with SampleGradients(model, gram=True, diagonal=True) as sg:
+            squared(model, *batch).sum().backward()
+        return [sg.sq_norms, sg.projections, sg.gram, *sg.mean.values(), *sg.diagonal.values()]
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        first, second = run(), run()
+        torch.set_num_threads(2)
+        third = run()
+    finally:
+        torch.set_num_threads(threads)
+    for a, b, c in zip(first, second, third, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+
+
+def test_include_and_exclude():
+    model, batch = prepared("conv2d", torch.float64)
+    expected = by_loop(model, squared, batch)
+    with SampleGradients(model, exclude=["0"]) as sg:
+        squared(model, *batch).sum().backward()
+    assert set(sg.mean) == {"2.weight", "2.bias"}
+    rows = torch.cat([expected[name].flatten(1) for name in sg.mean], 1)
+    close(sg.sq_norms, rows.square().sum(1), 1e-10)
+    for name, p in model.named_parameters():
+        close(p.grad, expected[name].sum(0), 1e-10)
+
+
+@pytest.mark.parametrize(
+    ("run", "error", "message"),
+    [
+        (lambda m, x: SampleGradients(m, loss_reduction="max"), ValueError, "loss_reduction is 'max'"),
+        (
+            lambda m, x: SampleGradients(m, direction=torch.ones(3)),
+            TypeError,
+            "direction is a Tensor; expected a mapping",
+        ),
+        (
+            lambda m, x: SampleGradients(m, direction={"x": torch.ones(3)}),
+            ValueError,
+            "direction has 'x', which are no",
+        ),
+        (lambda m, x: SampleGradients(m, direction={}), ValueError, "direction is empty"),
+        (
+            lambda m, x: SampleGradients(m, direction={"bias": torch.ones(3)}),
+            ValueError,
+            r"has shape \(3,\); expected \(4,\)",
+        ),
+        (lambda m, x: SampleGradients(m, direction={"bias": 1}), TypeError, "is a int; expected a tensor"),
+        (
+            lambda m, x: SampleGradients(m, direction={"bias": torch.ones(4), "weight": torch.ones(2, 4, 6)}),
+            ValueError,
+            "different numbers K",
+        ),
+    ],
+)
+def test_bad_arguments(run, error, message):
+    with pytest.raises(error, match=message):
+        run(nn.Linear(6, 4), tokens()[0])
+
+
+def test_bad_blocks():
+    model, x = nn.Linear(6, 4), tokens()[0]
+    with pytest.raises(RuntimeError, match="no gradient reached the model's parameters"), SampleGradients(model):
+        model(x)
+    with SampleGradients(model):
+        losses = squared(model, x)
+        losses.sum().backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="a second backward pass"):
+            losses.sum().backward()
+    sg = SampleGradients(model)
+    with sg:
+        squared(model, x).sum().backward()
+    with pytest.raises(RuntimeError, match="serves one block"), sg:
+        pass
+    normed = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4, affine=False))
+    with pytest.raises(ValueError, match="BatchNorm in training mode mixes the samples"), SampleGradients(normed):
+        normed(x[:, 0])
+    with pytest.raises(ValueError, match=r"has a LSTM with batch_first=False"), SampleGradients(nn.LSTM(6, 4)):
+        pass
+    outside = pytest.raises(NotImplementedError, match="'bias' is used by exp outside of the model's modules")
+    with outside, SampleGradients(model):
+        (squared(model, x) * model.bias.exp().sum()).sum().backward()

@@ -17,6 +17,7 @@ import torch
 from crl_kernels.backends import registry
 
 TESTS = Path(__file__).parent
+TESTED = ("test_triton.py", "test_operators.py", "test_autograd.py", "test_sample_matrix.py")
 
 needs_interpreter = pytest.mark.skipif(
     not registry.INTERPRETED, reason="runs in the process that test_operators_and_derivatives starts"
@@ -51,8 +52,8 @@ if registry.INTERPRETED:
 @pytest.mark.skipif(registry.INTERPRETED, reason="this is the run that the test below starts")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_operators_and_derivatives():
-    """All of test_operators.py and test_autograd.py but what is slow here; the bitwise test is below, on less data."""
-    files = [str(TESTS / name) for name in ("test_triton.py", "test_operators.py", "test_autograd.py")]
+    """Of these files all but what is slow here; the bitwise test of lists is below, on less data."""
+    files = [str(TESTS / name) for name in TESTED]
     selected = "not reference and not drift_is_exact and not any_number_of_threads and not (gradcheck and rank1)"
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", selected, *files],

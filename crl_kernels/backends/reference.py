@@ -144,9 +144,10 @@ def sample_weight_gradients(
     gram: bool,
     squares: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Of each sample's weight gradient g_i of a convolution (:func:`sample_weight_gradient_matrix`): sum_i g_i; |g_i|^2,
-    (N,) float64; directions_k . g_i, or, without directions, (sum_j g_j) . g_i, (N, K) float64; g_i . g_j, (N, N)
-    float64, or (0, 0); and sum_i g_i^2, element by element, or (0,). Sums have the matrix's dtype."""
+    """Of each sample's weight gradient g_i of a convolution (:func:`sample_weight_gradient_matrix`): sum_i g_i;
+    |g_i|^2, (N,) float64; directions_k . g_i, or, without directions, (sum_j g_j) . g_i, (N, K) float64; g_i . g_j,
+    (N, N) float64, or (0, 0); and sum_i g_i^2, element by element, or (0,). Sums have the
+    matrix's dtype."""
     matrix = sample_weight_gradient_matrix(input, grad_output, kernel_size, stride, padding, dilation, groups)
     rows = matrix.double().flatten(1)
     total = rows.sum(0)

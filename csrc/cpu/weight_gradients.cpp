@@ -86,8 +86,8 @@ void pack(const T* source, const int64_t* strides, int64_t count, int64_t lanes,
   for (int64_t y = 0; y < height; ++y) {
     const T* row = source + y * strides[2];
     T* packed = target + ((y + padding_h) * padded_width + padding_w) * lanes;
-    if (strides[1] == 1 && count == lanes && lanes == kRows) {
-      copy_pixels<kRows>(row, strides[3], width, packed);
+    if (strides[1] == 1 && count == lanes && lanes == kBlockRows) {
+      copy_pixels<kBlockRows>(row, strides[3], width, packed);
     } else if (strides[1] == 1 && count == lanes && lanes == 16) {  // float32 columns of AVX2
       copy_pixels<16>(row, strides[3], width, packed);
     } else {
@@ -152,17 +152,17 @@ Result statistics_of(const Shape& s, const Tensor& input, const Tensor& grad_out
 
   // Which operand is broadcast and which fills vectors: whichever wastes less of them.
   const auto blocks = [](int64_t channels, int64_t lanes) { return (channels + lanes - 1) / lanes; };
-  const bool input_in_rows = blocks(s.in_channels, kRows) * blocks(s.out_channels, columns) <
-                             blocks(s.out_channels, kRows) * blocks(s.in_channels, columns);
-  const Packed<T> a(input, s.groups, input_in_rows ? kRows : columns, s.padding_h, s.padding_w);
-  const Packed<T> b(grad_output, s.groups, input_in_rows ? columns : kRows, 0, 0);
+  const bool input_in_rows = blocks(s.in_channels, kBlockRows) * blocks(s.out_channels, columns) <
+                             blocks(s.out_channels, kBlockRows) * blocks(s.in_channels, columns);
+  const Packed<T> a(input, s.groups, input_in_rows ? kBlockRows : columns, s.padding_h, s.padding_w);
+  const Packed<T> b(grad_output, s.groups, input_in_rows ? columns : kBlockRows, 0, 0);
   const Packed<T>&in_rows = input_in_rows ? a : b, &in_columns = input_in_rows ? b : a;
   const Walk walk_a = {s.stride_h * s.padded_width(), s.stride_w, s.dilation_h * s.padded_width(), s.dilation_w};
   const Walk walk_b = {s.out_width, 1, 0, 0};
   const Walk &row_walk = input_in_rows ? walk_a : walk_b, &column_walk = input_in_rows ? walk_b : walk_a;
 
   // A tile: blocks `first` to `last` of the (block of columns, kernel offset) that go with one block of rows.
-  const int64_t block_size = kRows * columns, blocks_per_row = in_columns.blocks() * s.offsets();
+  const int64_t block_size = kBlockRows * columns, blocks_per_row = in_columns.blocks() * s.offsets();
   const int64_t fitting = kTileBytes / (std::max<int64_t>(1, s.samples) * block_size * static_cast<int64_t>(sizeof(T)));
   const int64_t tile_blocks = std::clamp<int64_t>(fitting, 1, blocks_per_row);
   const int64_t tiles_per_row = (blocks_per_row + tile_blocks - 1) / tile_blocks;

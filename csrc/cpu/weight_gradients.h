@@ -3,10 +3,10 @@
 // Of sample i:  g_i[o, c, ky, kx] = sum_yx b_i[o, y, x] a_i[c, y * stride_h + ky * dilation_h - padding_h, x * ...]
 // with a the layer's input and b the gradient of its output. A linear layer is a convolution with a 1 x 1 kernel.
 //
-// A block is one operand's kRows channels x the other's `columns` channels at one offset of the kernel: an outer
-// product at each pixel, summed in registers. A tile is some blocks of the same kRows channels, few enough that the
-// gradients of ALL samples for it, one row each, stay in the second-level cache while their sum, norms, projections and
-// Gram matrix are taken.
+// A block is one operand's kBlockRows channels x the other's `columns` channels at one offset of the kernel: an outer
+// product at each pixel, summed in registers. A tile is some blocks of the same kBlockRows channels, few enough that
+// the gradients of ALL samples for it, one row each, stay in the second-level cache while their sum, norms, projections
+// and Gram matrix are taken.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,8 @@
 
 namespace crl {
 
-constexpr int64_t kRows = 6;  // x 2 vectors: 12 sums, 2 vectors and one broadcast number fill the 16 registers of AVX2
+constexpr int64_t kBlockRows =
+    6;  // x 2 vectors: 12 sums, 2 vectors and one broadcast number fill the 16 registers of AVX2
 
 // How one operand's pixels are walked, in pixels of its packed image.
 struct Walk {
@@ -37,8 +38,8 @@ struct TileStatistics {
 struct WeightGradientLoops {
   // channels of a block's columns
   int64_t (*columns)(DType dtype);
-  // block: (kRows, columns), the sum over (height, width) pixels of rows (..., kRows) x columns (..., columns) at
-  // kernel offset (ky, kx)
+  // block: (kBlockRows, columns), the sum over (height, width) pixels of rows (..., kBlockRows) x columns (...,
+  // columns) at kernel offset (ky, kx)
   void (*correlate)(DType dtype, const void* rows, const Walk& row_walk, const void* columns, const Walk& column_walk,
                     int64_t height, int64_t width, int64_t ky, int64_t kx, void* block);
   // rows: (samples, length); length is a multiple of 2 vectors

@@ -1,4 +1,4 @@
-"""The command line: `crl-diffusion train | compare | report`.
+"""The command line: `crl-diffusion train | compare | report | diagnose`.
 
 An option that cannot be honoured gives one line on stderr and exit code 2; training that cannot go on, exit code 1.
 """
@@ -19,10 +19,12 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from crl_diffusion.method import METHODS, MethodName, OptionError, RunConfig, Settings, check
+from crl_diffusion.method import METHODS, Device, MethodName, OptionError, RunConfig, Settings, check
 
 FILE_WIDTH = 150  # columns of a table that goes to a file or a pipe
-DESCRIPTION = "Class-incremental diffusion models: train one method, compare several, report on what is there."
+DESCRIPTION = (
+    "Class-incremental diffusion models: train one method, compare several, report on and diagnose what is there."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +70,28 @@ class Report:
     """With two seeds or more, differences are taken to this method, paired by seed."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Diagnose:
+    """Is rank 1 enough for a trained model? Looks at its Fisher at single timesteps and over all; trains nothing."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of a run that `train` has written; its newest checkpoint is looked at."""
+    task: int | None = None
+    """Take only the images of this task, from 1; by default those of all tasks that the model has learnt."""
+    samples: int = 256
+    """Per-sample gradients at every timestep, at least 48; one backward pass holds them, so memory limits them."""
+    timesteps: tuple[int, ...] = ()
+    """Timesteps to look at, from 0 to 999; by default 20 100 300 500 700 900 980."""
+    seed: int = 0
+    """Names the random streams that images, noise and uniform timesteps come from."""
+    out: Path | None = None
+    """Where to write; by default <run>/diagnosis."""
+    data_root: Path = Path("data")
+    """Where data sets are kept that do not come with a package, in torchvision's layout (MNIST/raw/...)."""
+    device: Device = "auto"
+    """Where to compute; auto takes a CUDA device if there is one."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
     try:
@@ -76,6 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return train(command)
         if isinstance(command, Compare):
             return compare(command)
+        if isinstance(command, Diagnose):
+            return diagnose(command)
         return report(command)
     except OptionError as error:
         print(f"crl-diffusion: error: {error}", file=sys.stderr)
@@ -85,13 +111,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def parse(argv: Sequence[str]) -> Train | Compare | Report:
+def parse(argv: Sequence[str]) -> Train | Compare | Report | Diagnose:
     """tyro's parser, with its boxed complaints made into one line."""
     complaint = io.StringIO()
-    commands: dict[str, Callable[..., Any]] = {"train": Train, "compare": Compare, "report": Report}
+    commands: dict[str, Callable[..., Any]] = {
+        "train": Train,
+        "compare": Compare,
+        "report": Report,
+        "diagnose": Diagnose,
+    }
     try:
         with redirect_stderr(complaint):
-            parsed: Train | Compare | Report = tyro.extras.subcommand_cli_from_dict(
+            parsed: Train | Compare | Report | Diagnose = tyro.extras.subcommand_cli_from_dict(
                 commands, prog="crl-diffusion", description=DESCRIPTION, args=list(argv)
             )
     except SystemExit as end:
@@ -203,6 +234,43 @@ def report(command: Report) -> int:
         console.print(f"{run} is not finished and is left out", highlight=False)
     out = command.out or command.folders[0]
     show(console, *reporting.write(command.folders, out, command.baseline, tuple(METHODS)))
+    return 0
+
+
+def diagnose(command: Diagnose) -> int:
+    if command.samples < 48:
+        raise OptionError(f"--samples is {command.samples}; it must be at least 48")
+    if command.seed < 0:
+        raise OptionError(f"--seed is {command.seed}; it must be at least 0")
+    for t in command.timesteps:
+        if not 0 <= t < 1000 or command.timesteps.count(t) > 1:
+            chosen = " ".join(map(str, command.timesteps))
+            raise OptionError(f"--timesteps is {chosen!r}; give timesteps from 0 to 999, none twice")
+    if not (command.run / "config.json").exists():
+        raise OptionError(f"{str(command.run)!r} holds no run; give a folder that `train` has written")
+    console = Console(soft_wrap=True)
+
+    from crl_diffusion import diagnosis
+    from crl_diffusion import report as reporting
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, markup=False)
+
+    found, paths = diagnosis.of_run(
+        command.run,
+        command.out or command.run / "diagnosis",
+        command.task,
+        command.samples,
+        command.timesteps,
+        command.seed,
+        command.data_root,
+        command.device,
+        say,
+    )
+    say("\n" + "\n".join(found.verdict.sentences) + "\n")
+    head, body = found.table()
+    caption = f"{found.num_samples} samples at every timestep; brackets are 95 % intervals."
+    show(console, reporting.rich_table(head, body, caption), paths)
     return 0
 
 

@@ -14,7 +14,7 @@ from crl_diffusion.method import METHODS
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        ([], ["Missing subcommand", "train, compare, report"]),
+        ([], ["Missing subcommand", "train, compare, report, diagnose"]),
         (["tran"], ["tran"]),
         (["train", "--method", "gd+rank2", "--out", "x"], ["--method", "'gd+rank2'", "gd+rank1"]),
         (["train", "--method", "gd"], ["Missing", "--out"]),
@@ -57,14 +57,15 @@ def test_a_process_says_the_same(tmp_path: Path) -> None:
     assert result.stderr == "crl-diffusion: error: --clip is 0.0; it must be a finite number above 0\n"
 
 
-@pytest.mark.parametrize("name", ["train", "compare", "report"])
+@pytest.mark.parametrize("name", ["train", "compare", "report", "diagnose"])
 def test_help_explains_every_option(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         cli.main([name, "--help"])
     assert end.value.code == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    for field in dataclasses.fields({"train": cli.Train, "compare": cli.Compare, "report": cli.Report}[name]):
-        option = f"--{field.name.replace('_', '-')} " if field.name != "folders" else "PATH"
+    commands = {"train": cli.Train, "compare": cli.Compare, "report": cli.Report, "diagnose": cli.Diagnose}
+    for field in dataclasses.fields(commands[name]):
+        option = f"--{field.name.replace('_', '-')} " if field.name not in ("folders", "run") else "PATH"
         assert option in text
         after = text.split(option, 1)[1]
         assert len(after.split("(default", 1)[0].split("(required", 1)[0].split()) > 4, f"{option} is not explained"

@@ -98,24 +98,27 @@ def sample_gradient_stats(grads: Tensor, directions: Tensor | None, diagonal: bo
 
 
 def gram_constants(num_rows: int, dtype: torch.dtype, hip: bool) -> dict[str, int | str]:
-    """Tiles and precision of ``gram_kernel``. Three products of tensor cores make one of float32; AMD's have float32."""
+    """Tiles and precision of ``gram_kernel``. On tensor cores, three TF32 products make one of float32."""
     group = min(GROUP, max(16, _next_power_of_2(num_rows)))
     if dtype == torch.float64:
         return {"BLOCK_N": min(group, 32), "BLOCK_P": 16, "RUN": 16, "RUNS": 16, "PRECISION": "ieee"}
-    precision = "tf32x3" if dtype == torch.float32 and not hip else "ieee"
-    return {"BLOCK_N": group, "BLOCK_P": 64, "RUN": 4, "RUNS": 32, "PRECISION": precision}
+    if dtype == torch.float32:
+        return {"BLOCK_N": group, "BLOCK_P": 32, "RUN": 8, "RUNS": 32, "PRECISION": "ieee" if hip else "tf32x3"}
+    return {"BLOCK_N": group, "BLOCK_P": 64, "RUN": 4, "RUNS": 32, "PRECISION": "ieee"}
 
 
 def gram_warps(constants: dict[str, int | str]) -> int:
-    """With 4 warps, the three products of a tile of 64 by 64 do not fit the registers of an H100."""
+    """With 4 warps, a tile of 64 by 64 in float64 and its products fill the registers of an H100."""
     return 8 if constants["BLOCK_N"] == 64 else 4
 
 
 def sample_gram(grads: Tensor) -> Tensor:
     with torch.cuda.device_of(grads):
         matrix = _matrix(grads)
+        if matrix.device.type == "cpu" and matrix.dtype == torch.bfloat16:
+            matrix = matrix.float()  # the interpreter multiplies the bits of bfloat16 numbers
         num_rows, num_columns = matrix.shape
-        constants = gram_constants(num_rows, grads.dtype, torch.version.hip is not None)
+        constants = gram_constants(num_rows, matrix.dtype, torch.version.hip is not None)
         programs = -(-num_columns // (int(constants["BLOCK_P"]) * int(constants["RUN"]) * int(constants["RUNS"])))
         groups = -(-num_rows // int(constants["BLOCK_N"]))
         partial = grads.new_empty(num_rows, num_rows, programs, dtype=torch.float64)
@@ -130,6 +133,5 @@ def sample_gram(grads: Tensor) -> Tensor:
                 **constants,
                 num_warps=gram_warps(constants),
             )
-        result = grads.new_empty(num_rows, num_rows, dtype=torch.float64)
-        finish(partial, result)
+        result = partial.sum(-1)
         return torch.tril(result) + torch.tril(result, -1).T

@@ -136,7 +136,8 @@ def gram_kernel(
     if pair // groups >= pair % groups:  # the rest is its mirror image
         total = tl.zeros([BLOCK_N, BLOCK_N], tl.float64)
         first = program * (RUNS * RUN * BLOCK_P)
-        for run in range(RUNS):
+        runs = tl.minimum(tl.cdiv(num_columns - first, RUN * BLOCK_P), RUNS)
+        for run in range(runs):
             if grads.dtype.element_ty == tl.float64:
                 accumulated = tl.zeros([BLOCK_N, BLOCK_N], tl.float64)
             else:

@@ -1,0 +1,44 @@
+"""The processes that share an estimate: the few collective calls that it makes, and nothing where there is one."""
+
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, distributed, nn
+
+T = TypeVar("T")
+
+
+class Processes:
+    """Those of ``group``; else those of a model in a DistributedDataParallel; else this one alone."""
+
+    def __init__(self, model: nn.Module, group: Any, device: torch.device) -> None:
+        if group is not None and not (distributed.is_available() and distributed.is_initialized()):
+            raise ValueError(
+                "process_group is given, but torch.distributed is not initialised; initialise it or drop it."
+            )
+        if group is None and isinstance(model, nn.parallel.DistributedDataParallel):
+            group = model.process_group
+        self._group = group
+        self.rank = 0 if group is None else distributed.get_rank(group)
+        self._count = 1 if group is None else distributed.get_world_size(group)
+        if self.rank < 0:
+            raise ValueError("process_group does not contain this process; call estimate_fisher in its members only.")
+
+    def gather(self, value: T) -> list[T]:
+        """Everyone's value, in the order of ranks."""
+        if self._count == 1:
+            return [value]
+        values: list[Any] = [None] * self._count
+        distributed.all_gather_object(values, value, self._group)
+        return values
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """In place, the sum over processes."""
+        if self._count > 1:
+            distributed.all_reduce(tensor, group=self._group)
+        return tensor
+
+    def broadcast_(self, tensor: Tensor, rank: int) -> Tensor:
+        """In place, the tensor that ``rank`` has."""
+        distributed.broadcast(tensor, distributed.get_global_rank(self._group, rank), self._group)
+        return tensor

@@ -1,0 +1,88 @@
+"""Is rank 1 enough for a trained model? From a run folder to `crl_kernels.diagnostics`. No mathematics here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from crl_diffusion import checkpoint, diffusion, loop
+from crl_diffusion.data import load, to_float
+from crl_diffusion.loop import Say
+from crl_diffusion.method import Device, OptionError, RunConfig, stages
+from crl_diffusion.model import build
+from crl_diffusion.records import read_json
+from crl_kernels.diagnostics import Diagnosis
+from crl_kernels.diagnostics import diagnose as look
+
+
+def per_sample_loss_at(model: nn.Module, batch: Sequence[Tensor], t: Tensor) -> Tensor:
+    """The trainer's loss at given timesteps, with new noise: (images, label), (N,) -> (N,)."""
+    images, label = batch
+    noise = torch.randn_like(images)
+    return loop.per_sample_loss(model, (diffusion.add_noise(images, noise, t), t, label, noise))
+
+
+def snr(t: int) -> float:
+    """Signal-to-noise ratio abar_t / (1 - abar_t)."""
+    return float(diffusion.ALPHA_BAR[t] / (1 - diffusion.ALPHA_BAR[t]))
+
+
+def of_run(
+    run: Path,
+    out: Path,
+    task: int | None,
+    samples: int,
+    timesteps: Sequence[int],
+    seed: int,
+    data_root: Path,
+    device: Device,
+    say: Say,
+) -> tuple[Diagnosis, list[Path]]:
+    """Diagnoses the newest checkpoint of a run on training images of `task` (from 1), or of all classes learnt, and
+    writes the report to `out`; returns it and its files."""
+    raw = read_json(run / "config.json")["run"]
+    config = RunConfig(**{field.name: raw[field.name] for field in fields(RunConfig)})
+    saved, complaints = checkpoint.latest(run / "checkpoints")
+    for line in complaints:
+        say(line)
+    if saved is None:
+        raise OptionError(f"{str(run)!r} has no good checkpoint; train first, with at least one checkpoint")
+
+    # Classes that the model knows: of finished stages and, within a stage, of that one too.
+    plan = stages(config)
+    reached = plan[saved.stage] if saved.step else plan[saved.stage - 1]
+    if task is not None and not 1 <= task <= reached.learnt:
+        raise OptionError(f"--task is {task}, but the model has learnt {reached.learnt} task(s); give one of these")
+    data = load(config.data, data_root, config.image_size, config.tasks)
+    chosen = data.tasks[: reached.learnt] if task is None else data.tasks[task - 1 : task]
+    images = data.train.of([c for part in chosen for c in part.classes])
+    if len(images.labels) < samples:
+        raise OptionError(f"--samples is {samples}, but there are only {len(images.labels)} images; ask for fewer")
+
+    # The model, and images in random order.
+    where = torch.device(loop.resolve_device(device))
+    model = build(config.model, data.shape, int(data.train.labels.max()) + 1, config.seed)
+    model.load_state_dict(saved.part("model"))
+    model.to(where)
+    order = torch.randperm(len(images.labels), generator=diffusion.stream(seed, "diagnosis images"))[:samples]
+    batch = (to_float(images.pixels[order]).to(where), images.labels[order].to(where))
+
+    moment = f"{saved.stage} finished stage(s)" + (f" and {saved.step} steps of the next" if saved.step else "")
+    say(f"{config.method} on {config.data}, seed {config.seed}, after {moment}; {samples} images")
+    found = look(
+        model,
+        per_sample_loss_at,
+        [batch],
+        list(timesteps) or None,
+        num_timesteps=diffusion.TIMESTEPS,
+        samples=samples,
+        snr=snr,
+        generator=diffusion.stream(seed, "diagnosis noise"),
+        progress=say,
+    )
+    what = f"{config.data}, {config.method}" + ("" if task is None else f", task {task}")
+    return found, found.save(out, f"Is rank 1 enough? {what}")

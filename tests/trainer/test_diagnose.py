@@ -1,0 +1,76 @@
+"""`crl-diffusion diagnose` on a finished run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from crl_diffusion import cli, diagnosis, diffusion
+
+from crl_kernels.diagnostics import Diagnosis
+
+
+def test_a_run_is_diagnosed_and_not_touched(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
+    out = tmp_path / "report"
+    options = ["--samples", "48", "--timesteps", "500", "--task", "2", "--device", "cpu", "--out", str(out)]
+    assert cli.main(["diagnose", str(finished), *options]) == 0
+    assert {p: p.stat().st_mtime_ns for p in finished.rglob("*")} == before
+    found = Diagnosis.load(out)
+    said = " ".join(capsys.readouterr().out.split())
+    for sentence in found.verdict.sentences:
+        assert " ".join(sentence.split()) in said
+    assert "after 2 finished stage(s)" in said
+    assert "held out" in said
+    assert list(found.at) == [500]
+    assert found.num_samples == 48
+    assert found.snr[500] == pytest.approx(float(diffusion.ALPHA_BAR[500] / (1 - diffusion.ALPHA_BAR[500])), rel=1e-5)
+    assert (out / "report.md").read_text().startswith("# Is rank 1 enough? digits, gd+rank1, task 2\n")
+    assert str(tmp_path) not in (out / "report.json").read_text() + (out / "report.md").read_text()
+
+
+def test_the_loss_is_the_trainers_at_the_timestep_that_is_asked_for() -> None:
+    class Model(torch.nn.Module):
+        def forward(self, noised: Any, t: Any, class_labels: Any, return_dict: bool) -> Any:
+            assert t.tolist() == [7, 900]
+            assert class_labels.tolist() == [0, 1]
+            return (torch.zeros_like(noised),)
+
+    batch = (torch.ones(2, 1, 4, 4), torch.tensor([0, 1]))
+    torch.manual_seed(0)
+    losses = diagnosis.per_sample_loss_at(Model(), batch, torch.tensor([7, 900]))
+    torch.manual_seed(0)
+    torch.testing.assert_close(losses, torch.randn(2, 1, 4, 4).square().flatten(1).mean(1))
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["--samples", "20"], ["--samples is 20", "at least 48"]),
+        (["--samples", "100000"], ["--samples is 100000", "ask for fewer"]),
+        (["--timesteps", "1000"], ["--timesteps is '1000'", "0 to 999"]),
+        (["--timesteps", "5", "5"], ["none twice"]),
+        (["--task", "3"], ["--task is 3", "learnt 2 task"]),
+        (["--seed", "-1"], ["--seed is -1"]),
+    ],
+)
+def test_what_cannot_be_done_is_one_line_and_exit_code_2(
+    finished: Path, options: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["diagnose", str(finished), "--device", "cpu", *options]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("crl-diffusion: error: ")
+    assert line.count("\n") == 1
+    assert all(part in line for part in parts)
+
+
+def test_a_folder_without_a_run_or_a_checkpoint(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["diagnose", str(tmp_path)]) == 2
+    assert "holds no run" in capsys.readouterr().err
+    (tmp_path / "config.json").write_bytes((finished / "config.json").read_bytes())
+    assert cli.main(["diagnose", str(tmp_path)]) == 2
+    assert "no good checkpoint" in capsys.readouterr().err
