@@ -62,7 +62,13 @@ def statistics(rows: Tensor, directions: Tensor | None) -> list[Tensor]:
 
 
 def assert_as_good_as_plain(found, input: Tensor, grad_output: Tensor, geometry, directions: Tensor | None) -> None:
-    """Errors in units of the magnitudes that are added; 16-bit operands are float32's business."""
+    """Errors in units of the magnitudes that are added; 16-bit operands are float32's business.
+
+    Plain PyTorch may be lucky where there are few elements, so what is expected of n terms in any order is allowed too:
+    sqrt(n) roundings (Higham and Mary, doi 10.1137/18M1226312).
+    """
+    terms = max(1, grad_output.shape[0] * grad_output.shape[2] * grad_output.shape[3])
+    allowed = floor(input.dtype) * terms**0.5
     low = torch.promote_types(input.dtype, torch.float32)
     exact = statistics(rows_of(input.double(), grad_output.double(), *geometry), directions)
     plain = statistics(rows_of(input.to(low), grad_output.to(low), *geometry), directions)
@@ -72,7 +78,7 @@ def assert_as_good_as_plain(found, input: Tensor, grad_output: Tensor, geometry,
     )
     for ours, theirs, truth, magnitude in zip(found, plain, exact, size, strict=True):
         if ours.numel() > 0:
-            assert error(ours, truth, magnitude) <= max(2 * error(theirs, truth, magnitude), floor(input.dtype))
+            assert error(ours, truth, magnitude) <= max(2 * error(theirs, truth, magnitude), allowed)
 
 
 pair = st.tuples(st.integers(1, 2), st.integers(1, 2))
@@ -163,15 +169,17 @@ def test_bitwise_the_same_from_run_to_run(dtype):
 
 
 @pytest.mark.skipif(not registry.INTERPRETED, reason="runs in the process that test_triton.py starts")
-@pytest.mark.parametrize("programs", [1, 7, 1000])
+@pytest.mark.parametrize("programs", [1, 17, 1000])
 def test_any_number_of_programs_and_tiles(monkeypatch, programs):
     """Runs of all samples, of two and of one; several tiles in each direction."""
     monkeypatch.setattr(weight_gradients, "PROGRAMS", programs)
-    monkeypatch.setattr(weight_gradients, "OUT_CHANNELS", 32)
+    monkeypatch.setattr(weight_gradients, "OUT_CHANNELS", 16)
     monkeypatch.setattr(weight_gradients, "COLUMNS", 64)
     geometry = ((2, 2), (1, 1), (1, 0), (1, 1), 1)
-    input, grad_output = (make((5, c, 3, 4), torch.float32, "contiguous", c) for c in (70, 40))
-    grad_output = make((5, 40, 4, 3), torch.float32, "contiguous", 1)
+    input, grad_output = (
+        make((3, 40, 3, 4), torch.float32, "contiguous", 0),
+        make((3, 20, 4, 3), torch.float32, "contiguous", 1),
+    )
     found = torch.ops.crl_kernels.sample_weight_gradients(
         input, grad_output, *map(list, geometry[:4]), 1, None, False, True
     )
@@ -187,7 +195,7 @@ def test_offsets_beyond_32_bits(dimension):
     memory = torch.empty(2**31 + 400, dtype=torch.bfloat16)
     values = make((3, 3, 5 if dimension != 2 else 3, 5 if dimension != 3 else 3), torch.bfloat16, "contiguous", 0)
     far = memory.as_strided(values.shape, strides).copy_(values)
-    (other,) = (make((*values.shape[:1], 4, *values.shape[2:]), torch.bfloat16, "contiguous", seed) for seed in [1])
+    other = make((3, 4, *values.shape[2:]), torch.bfloat16, "contiguous", 1)
     geometry = [[3, 3], [1, 1], [1, 1], [1, 1], 1]
     operator = torch.ops.crl_kernels.sample_weight_gradients
     for near, moved in (((values, other), (far, other)), ((other, values), (other, far))):
@@ -196,7 +204,7 @@ def test_offsets_beyond_32_bits(dimension):
 
 
 @needs_library
-@pytest.mark.parametrize(("gram", "squares"), itertools.product([False, True], repeat=2))
+@pytest.mark.parametrize(("gram", "squares"), list(itertools.product([False, True], repeat=2)))
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
 def test_fake_kernel_matches(dtype, gram, squares):
     def run() -> tuple[Tensor, ...]:
@@ -215,7 +223,7 @@ def test_fake_kernel_matches(dtype, gram, squares):
 @pytest.mark.parametrize("gram", [False, True])
 @pytest.mark.parametrize("tokens", [0, 3, 9])
 def test_16_bit_layers_give_float32_statistics(dtype, gram, tokens):
-    """Products of 16-bit numbers are exact in float32, so only the order of sums may differ. 0 tokens: a convolution."""
+    """Products of 16-bit numbers are exact in float32, so only orders of sums may differ. 0 tokens: a convolution."""
     shapes = [(3, tokens, 6), (3, tokens, 5)] if tokens else [(3, 6, 5, 4), (3, 5, 5, 4)]
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)

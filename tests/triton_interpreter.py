@@ -1,5 +1,6 @@
 """Makes Triton's interpreter round to bfloat16 as GPUs do, to the nearest, ties to even (it truncates), multiply
-matrices of bfloat16 as what they are (it takes their bits for integers), and programs fewer, because each costs it 10 ms.
+matrices of bfloat16 as what they are (it takes their bits for integers), and programs larger or fewer, because each
+costs it 10 ms.
 
 This reaches into Triton, so it is for tests only. It fails loudly where a version of Triton has moved what it replaces.
 """

@@ -66,8 +66,8 @@ def weight_gradient_kernel(
     BLOCK_J: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ) -> None:
-    """Of tile t of the weight and run r of samples. If SUMS: sums[r, o, j] = sum_i g_i[o, j], the tile's share of |g_i|^2
-    in norms[i, t] and, if SQUARES, squares[r, o, j] = sum_i g_i[o, j]^2. If PROJECT: the tile's share of
+    """Of tile t of the weight and run r of samples. If SUMS: sums[r, o, j] = sum_i g_i[o, j], the tile's share of
+    |g_i|^2 in norms[i, t] and, if SQUARES, squares[r, o, j] = sum_i g_i[o, j]^2. If PROJECT: the tile's share of
     directions[k] . g_i in dots[i, k, t].
 
     ``directions`` is (K, O, J) float32. JOINT: a tile takes any consecutive j; else channels of one kernel offset, so

@@ -152,9 +152,9 @@ def _rows_join(tensor: Tensor) -> bool:
 
 
 def _with_adjacent_channels(input: Tensor, g: Geometry) -> Tensor:
-    """A copy with adjacent channels, where they make 16-byte loads at each kernel offset: a row of pixels that is shifted
-    by an offset is not aligned. It reads once what the kernel reads for each kernel offset and tile of output channels.
-    """
+    """A copy with adjacent channels, where they make 16-byte loads at each kernel offset: a row of pixels that is
+    shifted by an offset is not aligned. The copy reads once what the kernel reads for each kernel offset and tile of
+    output channels."""
     if g.offsets == 1 or g.in_channels * input.element_size() % 16 != 0 or input.stride(1) == 1:
         return input
     return input.contiguous(memory_format=torch.channels_last)
