@@ -174,7 +174,8 @@ Result statistics_of(const Shape& s, const Tensor& input, const Tensor& grad_out
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t first_task, int64_t last_task) {
     const int64_t longest = tile_blocks * block_size;
     std::vector<T> rows(s.samples * longest), tile_sum(longest), tile_squares(with_squares ? longest : 0);
-    std::vector<T> tile_directions(directions ? num_directions * longest : 0);
+    // Not empty for no directions, or data() might be null, which would mean "on the sum".
+    std::vector<T> tile_directions(directions ? std::max<int64_t>(1, num_directions * longest) : 0);
     for (int64_t task = first_task; task < last_task; ++task) {
       TileStatistics statistics = {};
       statistics.sq_norms = partial.data() + task * values;
