@@ -14,8 +14,12 @@ There are no atomics, so results are bitwise the same from run to run. Nothing h
 import triton
 import triton.language as tl
 
+# Numbers whose being 1 or a multiple of 16 makes no load wider: each such difference would be compiled for, 1 to 2 s.
+_PLAIN = ["samples", "run_length", "height", "width", "kernel_width", "stride_y", "stride_x", "padding_y", "padding_x"]
+_PLAIN += ["dilation_y", "dilation_x", "out_tiles", "column_tiles", "tiles", "num_terms"]
 
-@triton.jit
+
+@triton.jit(do_not_specialize=_PLAIN)
 def weight_gradient_kernel(
     input: tl.tensor,
     grad_output: tl.tensor,
@@ -95,7 +99,8 @@ def weight_gradient_kernel(
     rows = group * out_channels + out
     of_rows = rows * grad_channel
     of_columns = (group * in_channels + channel) * input_channel
-    of_columns += shift_y.to(tl.int64) * input_y + shift_x.to(tl.int64) * input_x
+    if not INPUT_ROWS_JOIN:  # there it is 0, and 16-byte loads need to know
+        of_columns += shift_y.to(tl.int64) * input_y + shift_x.to(tl.int64) * input_x
     place = rows[:, None] * (offsets * in_channels) + column[None, :]
     valid = out_inside[:, None] & column_inside[None, :]
 
@@ -154,7 +159,7 @@ def weight_gradient_kernel(
             tl.store(squares + run.to(tl.int64) * numel + place, total_squares, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["runs"])
 def sum_kernel(
     sums: tl.tensor,
     runs: tl.tensor,
