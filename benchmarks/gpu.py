@@ -559,48 +559,48 @@ def sample_gradients(device: str, small: bool) -> dict[str, Any]:
     return {"largest_errors": worst}
 
 
-def sample_gradients_speed(device: str, small: bool) -> dict[str, Any]:
-    """Milliseconds and peak memory of SampleGradients beside plain forward + backward, on a UNet."""
+def calls_on(model: nn.Module, samples: int, size: int) -> dict[str, Callable[[], object]]:
+    """A backward pass, and the same in SampleGradients: on the batch's own mean, and on one direction."""
     from crl_kernels import SampleGradients
 
+    parameter = next(model.parameters())
+    batch = batch_of(size, samples, str(parameter.device), parameter.dtype)
+    u = {name: torch.randn_like(p, dtype=torch.float32) for name, p in model.named_parameters()}
+
+    def step() -> None:
+        model.zero_grad()
+        losses_of(model, *batch).sum().backward()
+
+    def statistics_of(**options: Any) -> None:
+        model.zero_grad()
+        with SampleGradients(model, **options):
+            step()
+
+    return {
+        "forward + backward": step,
+        "SampleGradients": statistics_of,
+        "SampleGradients, a direction": lambda: statistics_of(direction=u),
+    }
+
+
+def sample_gradients_speed(device: str, small: bool) -> dict[str, Any]:
+    """Milliseconds and peak memory of SampleGradients beside plain forward + backward, on a UNet."""
     from .sample_gradient_models import SIZE, UNet
 
     found: dict[str, Any] = {}
     widths, samples, rounds = ((8, 8, 16), 2, 1) if small else ((128, 256, 512), 64, 10)
     for dtype in (torch.float32, torch.bfloat16):
         model = UNet(widths).to(dtype).to(device)
-        batch = batch_of(SIZE, samples, device, dtype)
-        u = {name: torch.randn_like(p, dtype=torch.float32) for name, p in model.named_parameters()}
-
-        def step() -> None:
-            model.zero_grad()
-            losses_of(model, *batch).sum().backward()
-
-        def statistics_of(**options: Any) -> None:
-            model.zero_grad()
-            with SampleGradients(model, **options):
-                losses_of(model, *batch).sum().backward()
-
-        calls: dict[str, Callable[[], object]] = {
-            "forward + backward": step,
-            "SampleGradients": statistics_of,
-            "SampleGradients, a direction": lambda: statistics_of(direction=u),
-        }
-        base: dict[str, float] = {}
-        for name, call in calls.items():
-            ms = timed(call, device, rounds)
+        rows: dict[str, Any] = {}
+        for name, call in calls_on(model, samples, SIZE).items():
+            rows[name] = {"ms": timed(call, device, rounds), "peak_mib": None}
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            call()
-            mib = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else float("nan")
-            base = base or {"ms": ms, "mib": mib}
-            parameters = sum(p.numel() for p in model.parameters())
-            found.setdefault(f"{parameters:,} parameters, {samples} samples, {dtype}", {})[name] = {
-                "ms": ms,
-                "times_plain": ms / base["ms"],
-                "peak_mib": mib if device == "cuda" else None,
-                "peak_times_plain": mib / base["mib"] if device == "cuda" else None,
-            }
+                call()
+                rows[name]["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
+            rows[name]["times_plain"] = rows[name]["ms"] / rows["forward + backward"]["ms"]
+        parameters = sum(p.numel() for p in model.parameters())
+        found[f"{parameters:,} parameters, {samples} samples, {dtype}"] = rows
     return found
 
 
