@@ -84,13 +84,13 @@ def _fake_sample_weight_gradients(
     count, num_directions = input.shape[0], 1 if directions is None else directions.shape[0]
     weight = (grad_output.shape[1], input.shape[1] // groups, *kernel_size)
     side = count if gram else 0
-    float64 = torch.float64
+    dtype, float64 = reference.mean_dtype(input.dtype), torch.float64
     return (
-        input.new_empty(weight),
+        input.new_empty(weight, dtype=dtype),
         input.new_empty(count, dtype=float64),
         input.new_empty(count, num_directions, dtype=float64),
         input.new_empty(side, side, dtype=float64),
-        input.new_empty(weight if squares else 0),
+        input.new_empty(weight if squares else 0, dtype=dtype),
     )
 
 

@@ -80,7 +80,8 @@ class MatrixGradient:
 
 
 class ConvolutionGradient:
-    """Of a convolution's weight (O, C / groups, kh, kw): input (N, C, H, W), grad_output (N, O, H', W')."""
+    """Of a convolution's weight (O, C / groups, kh, kw): input (N, C, H, W), grad_output (N, O, H', W'). 16-bit
+    operands stay what they are, for a GPU's tensor cores; sums are float32."""
 
     def __init__(
         self,
@@ -92,14 +93,14 @@ class ConvolutionGradient:
         dilation: Sequence[int] = (1, 1),
         groups: int = 1,
     ) -> None:
-        self._input, self._grad_output = _real(input), _real(grad_output)
+        self._input, self._grad_output = input, grad_output
         self._geometry = (list(kernel_size), list(stride), list(padding), list(dilation), groups)
 
     def matrix(self) -> Tensor:
         return reference.sample_weight_gradient_matrix(self._input, self._grad_output, *self._geometry)
 
     def statistics(self, wanted: Wanted) -> Statistics:
-        u = None if wanted.directions is None else wanted.directions.to(self._input.dtype)
+        u = None if wanted.directions is None else wanted.directions.to(reference.mean_dtype(self._input.dtype))
         total, sq_norms, projections, gram, squares = torch.ops.crl_kernels.sample_weight_gradients(
             self._input, self._grad_output, *self._geometry, u, wanted.gram, wanted.squares
         )
@@ -140,16 +141,16 @@ class LinearGradient:
     """
 
     def __init__(self, input: Tensor, grad_output: Tensor) -> None:
-        self._a, self._b = _real(input), _real(grad_output)
+        self._a, self._b = input, grad_output
 
     def matrix(self) -> Tensor:
-        return self._b.transpose(1, 2) @ self._a
+        return _real(self._b).transpose(1, 2) @ _real(self._a)
 
     def statistics(self, wanted: Wanted) -> Statistics:
         tokens = self._a.shape[1]
         if tokens > _FEW_TOKENS or wanted.squares:
             return self._as_convolution().statistics(wanted)
-        a, b = self._a, self._b
+        a, b = _real(self._a), _real(self._b)
         total = b.flatten(0, 1).T @ a.flatten(0, 1)
         u = total[None] if wanted.directions is None else wanted.directions.to(a.dtype)
         a64, b64 = a.double(), b.double()

@@ -17,7 +17,13 @@ import torch
 from crl_kernels.backends import registry
 
 TESTS = Path(__file__).parent
-TESTED = ("test_triton.py", "test_operators.py", "test_autograd.py", "test_sample_matrix.py")
+TESTED = (
+    "test_triton.py",
+    "test_operators.py",
+    "test_autograd.py",
+    "test_sample_matrix.py",
+    "test_weight_gradients.py",
+)
 
 needs_interpreter = pytest.mark.skipif(
     not registry.INTERPRETED, reason="runs in the process that test_operators_and_derivatives starts"

@@ -1,5 +1,6 @@
-"""Makes Triton's interpreter round to bfloat16 as GPUs do, to the nearest, ties to even (it truncates), and chunks
-larger, because a program costs it 10 ms.
+"""Makes Triton's interpreter round to bfloat16 as GPUs do, to the nearest, ties to even (it truncates), multiply
+matrices of bfloat16 as what they are (it takes their bits for integers), and programs larger or fewer, because each
+costs it 10 ms.
 
 This reaches into Triton, so it is for tests only. It fails loudly where a version of Triton has moved what it replaces.
 """
@@ -11,7 +12,7 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-from crl_kernels.backends.triton import kernels
+from crl_kernels.backends.triton import kernels, weight_gradients
 
 _convert = interpreter._convert_float
 
@@ -25,5 +26,20 @@ def _convert_float(values: Any, source: Any, target: Any, rounding: Any) -> Any:
     return _convert(values, source, target, rounding)
 
 
+_dot = interpreter.InterpreterBuilder.create_dot
+
+
+def _create_dot(self: Any, a: Any, b: Any, *arguments: Any) -> Any:
+    def as_float32(matrix: Any) -> Any:
+        if matrix.dtype.scalar != tl.bfloat16:
+            return matrix
+        bits = matrix.data.view(np.uint16).astype(np.uint32) << 16
+        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+    return _dot(self, as_float32(a), as_float32(b), *arguments)
+
+
 interpreter._convert_float = _convert_float
+interpreter.InterpreterBuilder.create_dot = _create_dot
 kernels.BLOCK = 4096
+weight_gradients.PROGRAMS = 4

@@ -107,6 +107,11 @@ def diagonal_shrink_(
         theta.copy_(value - x / (1 + x) * (value - m))
 
 
+def mean_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of sums and means of per-sample gradients of a dtype: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def sample_weight_gradient_matrix(
     input: Tensor,
     grad_output: Tensor,
@@ -117,7 +122,8 @@ def sample_weight_gradient_matrix(
     groups: int,
 ) -> Tensor:
     """(N, O, C / groups, kernel height, kernel width): each sample's weight gradient of a convolution of ``input``
-    (N, C, H, W) whose output has the gradient ``grad_output`` (N, O, H', W'), in their dtype."""
+    (N, C, H, W) whose output has the gradient ``grad_output`` (N, O, H', W'), in ``mean_dtype`` of their dtype."""
+    input, grad_output = (tensor.to(mean_dtype(tensor.dtype)) for tensor in (input, grad_output))
     patches = torch.nn.functional.unfold(input, tuple(kernel_size), tuple(dilation), tuple(padding), tuple(stride))
     count, _, positions = patches.shape
     a = patches.reshape(count, groups, -1, positions)
@@ -140,23 +146,19 @@ def sample_weight_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Of each sample's weight gradient g_i of a convolution (:func:`sample_weight_gradient_matrix`): sum_i g_i;
     |g_i|^2, (N,) float64; directions_k . g_i, or, without directions, (sum_j g_j) . g_i, (N, K) float64; g_i . g_j,
-    (N, N) float64, or (0, 0); and sum_i g_i^2, element by element, or (0,)."""
+    (N, N) float64, or (0, 0); and sum_i g_i^2, element by element, or (0,). Sums have the
+    matrix's dtype."""
     matrix = sample_weight_gradient_matrix(input, grad_output, kernel_size, stride, padding, dilation, groups)
     rows = matrix.double().flatten(1)
     total = rows.sum(0)
     u = total[None] if directions is None else directions.double().flatten(1)
     return (
-        total.reshape(matrix.shape[1:]).to(input.dtype),
+        total.reshape(matrix.shape[1:]).to(matrix.dtype),
         rows.square().sum(1),
         rows @ u.T,
         rows @ rows.T if gram else rows.new_empty(0, 0),
-        rows.square().sum(0).reshape(matrix.shape[1:]).to(input.dtype) if squares else input.new_empty(0),
+        rows.square().sum(0).reshape(matrix.shape[1:]).to(matrix.dtype) if squares else matrix.new_empty(0),
     )
-
-
-def mean_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of the mean of per-sample gradients of a dtype: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def sample_gradient_stats(grads: Tensor, directions: Tensor | None, diagonal: bool) -> list[Tensor]:

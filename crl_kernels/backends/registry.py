@@ -28,7 +28,8 @@ from . import reference
 CHOICES = ("auto", "reference", "cpu", "cuda", "triton")
 _REINSTALL = "Install torch and a C++ compiler, then install again with pip's --no-build-isolation."
 _REFERENCE = "reference (plain PyTorch)"
-_TRITON_ON_GPUS = ("sample_gradient_stats", "sample_gram")  # which the CUDA library leaves out
+# Which the CUDA library leaves out.
+TRITON_ON_GPUS = ("sample_weight_gradients", "sample_gradient_stats", "sample_gram")
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ def reason(device_type: str, operator: str) -> str:
     if name in ("C++", "CUDA"):
         return compiled.reason
     passed = compiled.reason
-    if compiled.loaded and device_type == "cuda" and operator in _TRITON_ON_GPUS:
+    if compiled.loaded and device_type == "cuda" and operator in TRITON_ON_GPUS:
         passed += f", which leaves {operator} to Triton"
     elif compiled.loaded:
         passed += f", without {operator}: build it again"

@@ -174,7 +174,8 @@ Result statistics_of(const Shape& s, const Tensor& input, const Tensor& grad_out
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t first_task, int64_t last_task) {
     const int64_t longest = tile_blocks * block_size;
     std::vector<T> rows(s.samples * longest), tile_sum(longest), tile_squares(with_squares ? longest : 0);
-    std::vector<T> tile_directions(directions ? num_directions * longest : 0);
+    // Not empty for no directions, or data() might be null, which would mean "on the sum".
+    std::vector<T> tile_directions(directions ? std::max<int64_t>(1, num_directions * longest) : 0);
     for (int64_t task = first_task; task < last_task; ++task) {
       TileStatistics statistics = {};
       statistics.sq_norms = partial.data() + task * values;
@@ -240,18 +241,22 @@ Result statistics_of(const Shape& s, const Tensor& input, const Tensor& grad_out
   return {sum, sq_norms, projections, gram, squares};
 }
 
-Result sample_weight_gradients(const Tensor input, const Tensor grad_output, std::vector<int64_t> kernel_size,
+Result sample_weight_gradients(Tensor input, Tensor grad_output, std::vector<int64_t> kernel_size,
                                std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
                                int64_t groups, std::optional<Tensor> directions, bool gram, bool squares) {
   const Shape s = shape_of(input, grad_output, kernel_size, stride, padding, dilation, groups);
-  const DType dtype = dtype_of(input);
-  STD_TORCH_CHECK((dtype == DType::kFloat32 || dtype == DType::kFloat64) && dtype == dtype_of(grad_output),
-                  "crl_kernels: input and grad_output are both float32 or both float64");
+  DType dtype = dtype_of(input);
+  STD_TORCH_CHECK(dtype == dtype_of(grad_output), "crl_kernels: input and grad_output have one dtype");
+  if (dtype == DType::kBFloat16 || dtype == DType::kFloat16) {
+    input = torch::stable::to(input, ScalarType::Float);
+    grad_output = torch::stable::to(grad_output, ScalarType::Float);
+    dtype = DType::kFloat32;
+  }
   if (directions) {
     STD_TORCH_CHECK(
         dtype_of(*directions) == dtype && directions->dim() == 5 &&
             directions->numel() == directions->size(0) * s.groups * s.out_channels * s.in_channels * s.offsets(),
-        "crl_kernels: directions have the dtype of the input and the shape (K, O, C, kernel height, kernel width)");
+        "crl_kernels: directions have the dtype of the sum and the shape (K, O, C, kernel height, kernel width)");
     directions = torch::stable::contiguous(*directions);
   }
   return dtype == DType::kFloat64 ? statistics_of<double>(s, input, grad_output, directions, gram, squares)

@@ -12,6 +12,7 @@ from . import kernels
 from .sample_matrix import sample_gradient_stats as sample_gradient_stats
 from .sample_matrix import sample_gram as sample_gram
 from .tables import Flat, View, check
+from .weight_gradients import sample_weight_gradients as sample_weight_gradients
 
 _LANES = 2048  # partial sums that the second stage adds at once
 

@@ -28,7 +28,7 @@ def _matrix(grads: Tensor) -> Tensor:
     return grads if grads.shape[1] < 2 or grads.stride(1) == 1 else grads.contiguous()
 
 
-def _finish(partial: Tensor, result: Tensor) -> None:
+def finish(partial: Tensor, result: Tensor) -> None:
     """result = partial.sum(-1), in order."""
     if result.numel() > 0:
         kernels.finish_kernel[(result.numel(),)](
@@ -90,8 +90,8 @@ def sample_gradient_stats(grads: Tensor, directions: Tensor | None, diagonal: bo
                     num_warps=kernels.NUM_WARPS,
                 )
             found.append(grads.new_empty(num_rows, terms, dtype=torch.float64))
-            _finish(dots, found[-1])
-        _finish(norms, sq_norms)
+            finish(dots, found[-1])
+        finish(norms, sq_norms)
         projections = found[0] if len(found) == 1 else torch.cat(found, 1)
         results = [mean, sq_norms, projections.squeeze(1) if directions is None else projections]
         return [*results, squares] if diagonal else results
