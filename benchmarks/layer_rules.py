@@ -118,7 +118,8 @@ def check(ways: dict[str, Way]) -> None:
     """All against the explicit kernel's, the largest difference within 1e-4 of the largest value."""
     expected = ways["explicit + Gram matrix"]()
     for name, way in ways.items():
-        for what, found, right in zip(("sum", "square norms", "projections", "Gram matrix"), way(), expected, strict=False):
+        results = zip(("sum", "square norms", "projections", "Gram matrix"), way(), expected, strict=False)
+        for what, found, right in results:
             error = (found.flatten() - right.flatten()).abs().max() / right.abs().max()
             if not error < 1e-4:
                 raise AssertionError(f"{name}: {what} differ by {error:.1e} of the largest")

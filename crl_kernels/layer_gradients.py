@@ -125,14 +125,29 @@ class Reshaped:
         return Statistics(found.sum.reshape(self._shape), found.sq_norms, found.projections, found.gram, squares)
 
 
-# Tokens up to which the Gram rule is taken: see LinearGradient.
-_FEW_TOKENS = 4
+def _gram_is_cheaper(tokens: int, d_in: int, d_out: int, gram: bool) -> bool:
+    """Whether the Gram rule of LinearGradient takes less time than the operator, on a CPU.
+
+    With h = d_in d_out / (d_in + d_out): where T <= h / 16, and with the Gram matrix of the samples T^2 <= h / 3 too.
+
+    The operator spends as much on statistics of its d_in d_out elements as on tens of tokens, the Gram rule's products
+    grow as T^2 (d_in + d_out). In benchmarks/results/layer_rules_cpu_1thread.md they cross, N = 32, Gram against
+    operator in ms: 128 -> 128 between 2 tokens (0.53, 0.56) and 4 (0.64, 0.58); 128 -> 512 between 4 (1.33, 1.84) and
+    8 (2.45, 2.01); 512 -> 512 at 16 (9.48, 9.57); 1024 -> 1024 beyond 16 (33.1, 38.4). The Gram matrix is (N T)^2
+    (d_in + d_out) against N^2 d_in d_out, so N divides out: 128 -> 512, 4 tokens, 2.20 against 3.60 for N = 32, 14.9
+    against 26.9 for N = 128; 8 tokens, 5.12 against 3.85 and 48.6 against 28.4.
+
+    Where a device has no kernel and the operator materialises every g_i, the Gram rule would pay for more tokens than
+    these; that is not measured.
+    """
+    size, widths = d_in * d_out, d_in + d_out
+    return 16 * tokens * widths <= size and (not gram or 3 * tokens**2 * widths <= size)
 
 
 class LinearGradient:
     """Of a linear layer's weight (O, C): input (N, T, C), grad_output (N, T, O).
 
-    Many tokens: as a convolution with a 1 x 1 kernel. Few: without g_i at all, from
+    Many tokens: as a convolution with a 1 x 1 kernel. Few (_gram_is_cheaper): without g_i at all, from
 
         |g_i|^2 = sum_ts (a_it . a_is) (b_it . b_is),    u . g_i = sum_t b_it . (u a_it)
 
@@ -146,8 +161,8 @@ class LinearGradient:
         return self._b.transpose(1, 2) @ self._a
 
     def statistics(self, wanted: Wanted) -> Statistics:
-        tokens = self._a.shape[1]
-        if tokens > _FEW_TOKENS or wanted.squares:
+        tokens, d_in, d_out = self._a.shape[1], self._a.shape[2], self._b.shape[2]
+        if wanted.squares or not _gram_is_cheaper(tokens, d_in, d_out, wanted.gram):
             return self._as_convolution().statistics(wanted)
         a, b = self._a, self._b
         total = b.flatten(0, 1).T @ a.flatten(0, 1)
