@@ -17,6 +17,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from . import _ops  # noqa: F401  (defines the operators)
 from .backends import reference
@@ -99,6 +100,17 @@ class ConvolutionGradient:
         return reference.sample_weight_gradient_matrix(self._input, self._grad_output, *self._geometry)
 
     def statistics(self, wanted: Wanted) -> Statistics:
+        # Few pixels: as a linear layer on patches, 256 -> 256, 3 x 3, at 2 x 2 pixels, N = 32, in 6.9 ms against 15.0.
+        # The shifted Gram, without patches, never wins: 11.6 ms there, 24.1 against 19.8 at 4 x 4, 25.9 against 13.3
+        # for 128 -> 128 at 7 x 7, 636 against 18 for 64 -> 32 at 28 x 28 (layer_rules_cpu_1thread.md).
+        kernel_size, stride, padding, dilation, groups = self._geometry
+        out, pixels = self._grad_output.shape[1], self._grad_output.shape[2] * self._grad_output.shape[3]
+        d_in = self._input.shape[1] * kernel_size[0] * kernel_size[1]
+        if groups == 1 and not wanted.squares and _gram_is_cheaper(pixels, d_in, out, wanted.gram):
+            patches = functional.unfold(self._input, kernel_size, dilation, padding, stride).mT
+            if patches.shape[1] == pixels:
+                linear = LinearGradient(patches, self._grad_output.flatten(2).mT)
+                return Reshaped(linear, (out, d_in), (out, self._input.shape[1], *kernel_size)).statistics(wanted)
         u = None if wanted.directions is None else wanted.directions.to(self._input.dtype)
         total, sq_norms, projections, gram, squares = torch.ops.crl_kernels.sample_weight_gradients(
             self._input, self._grad_output, *self._geometry, u, wanted.gram, wanted.squares
