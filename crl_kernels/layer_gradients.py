@@ -107,7 +107,8 @@ class ConvolutionGradient:
         out, pixels = self._grad_output.shape[1], self._grad_output.shape[2] * self._grad_output.shape[3]
         d_in = self._input.shape[1] * kernel_size[0] * kernel_size[1]
         if groups == 1 and not wanted.squares and _gram_is_cheaper(pixels, d_in, out, wanted.gram):
-            patches = functional.unfold(self._input, kernel_size, dilation, padding, stride).mT
+            geometry = (tuple(pair) for pair in (kernel_size, dilation, padding, stride))
+            patches = functional.unfold(self._input, *geometry).mT
             if patches.shape[1] == pixels:
                 linear = LinearGradient(patches, self._grad_output.flatten(2).mT)
                 return Reshaped(linear, (out, d_in), (out, self._input.shape[1], *kernel_size)).statistics(wanted)
