@@ -17,6 +17,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from . import _ops  # noqa: F401  (defines the operators)
 from .backends import reference
@@ -100,6 +101,18 @@ class ConvolutionGradient:
         return reference.sample_weight_gradient_matrix(self._input, self._grad_output, *self._geometry)
 
     def statistics(self, wanted: Wanted) -> Statistics:
+        # Few pixels: as a linear layer on patches, 256 -> 256, 3 x 3, at 2 x 2 pixels, N = 32, in 6.9 ms against 15.0.
+        # The shifted Gram, without patches, is never the cheapest: 11.6 ms there, 24.1 against 19.8 at 4 x 4, 25.9 against 13.3
+        # for 128 -> 128 at 7 x 7, 636 against 18 for 64 -> 32 at 28 x 28 (layer_rules_cpu_1thread.md).
+        kernel_size, stride, padding, dilation, groups = self._geometry
+        out, pixels = self._grad_output.shape[1], self._grad_output.shape[2] * self._grad_output.shape[3]
+        d_in = self._input.shape[1] * kernel_size[0] * kernel_size[1]
+        if groups == 1 and not wanted.squares and _gram_is_cheaper(pixels, d_in, out, wanted.gram):
+            geometry = (tuple(pair) for pair in (kernel_size, dilation, padding, stride))
+            patches = functional.unfold(_real(self._input), *geometry).mT
+            if patches.shape[1] == pixels:
+                linear = LinearGradient(patches, self._grad_output.flatten(2).mT)
+                return Reshaped(linear, (out, d_in), (out, self._input.shape[1], *kernel_size)).statistics(wanted)
         u = None if wanted.directions is None else wanted.directions.to(reference.mean_dtype(self._input.dtype))
         total, sq_norms, projections, gram, squares = torch.ops.crl_kernels.sample_weight_gradients(
             self._input, self._grad_output, *self._geometry, u, wanted.gram, wanted.squares
@@ -126,14 +139,29 @@ class Reshaped:
         return Statistics(found.sum.reshape(self._shape), found.sq_norms, found.projections, found.gram, squares)
 
 
-# Tokens up to which the Gram rule is taken: see LinearGradient.
-_FEW_TOKENS = 4
+def _gram_is_cheaper(tokens: int, d_in: int, d_out: int, gram: bool) -> bool:
+    """Whether the Gram rule of LinearGradient takes less time than the operator, on a CPU.
+
+    With h = d_in d_out / (d_in + d_out): where T <= h / 16, and with the Gram matrix of the samples T^2 <= h / 3 too.
+
+    The operator spends as much on statistics of its d_in d_out elements as on tens of tokens, the Gram rule's products
+    grow as T^2 (d_in + d_out). In benchmarks/results/layer_rules_cpu_1thread.md they cross, N = 32, Gram against
+    operator in ms: 128 -> 128 between 2 tokens (0.53, 0.56) and 4 (0.64, 0.58); 128 -> 512 between 4 (1.33, 1.84) and
+    8 (2.45, 2.01); 512 -> 512 at 16 (9.48, 9.57); 1024 -> 1024 beyond 16 (33.1, 38.4). The Gram matrix is (N T)^2
+    (d_in + d_out) against N^2 d_in d_out, so N divides out: 128 -> 512, 4 tokens, 2.20 against 3.60 for N = 32, 14.9
+    against 26.9 for N = 128; 8 tokens, 5.12 against 3.85 and 48.6 against 28.4.
+
+    Where a device has no kernel and the operator materialises every g_i, the Gram rule would pay for more tokens than
+    these; that is not measured.
+    """
+    size, widths = d_in * d_out, d_in + d_out
+    return 16 * tokens * widths <= size and (not gram or 3 * tokens**2 * widths <= size)
 
 
 class LinearGradient:
     """Of a linear layer's weight (O, C): input (N, T, C), grad_output (N, T, O).
 
-    Many tokens: as a convolution with a 1 x 1 kernel. Few: without g_i at all, from
+    Many tokens: as a convolution with a 1 x 1 kernel. Few (_gram_is_cheaper): without g_i at all, from
 
         |g_i|^2 = sum_ts (a_it . a_is) (b_it . b_is),    u . g_i = sum_t b_it . (u a_it)
 
@@ -147,8 +175,8 @@ class LinearGradient:
         return _real(self._b).transpose(1, 2) @ _real(self._a)
 
     def statistics(self, wanted: Wanted) -> Statistics:
-        tokens = self._a.shape[1]
-        if tokens > _FEW_TOKENS or wanted.squares:
+        tokens, d_in, d_out = self._a.shape[1], self._a.shape[2], self._b.shape[2]
+        if wanted.squares or not _gram_is_cheaper(tokens, d_in, d_out, wanted.gram):
             return self._as_convolution().statistics(wanted)
         a, b = _real(self._a), _real(self._b)
         total = b.flatten(0, 1).T @ a.flatten(0, 1)

@@ -129,6 +129,8 @@ CASES: dict[str, Callable[[], tuple[nn.Module, tuple[Tensor, ...]]]] = {
     "linear": lambda: (nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3, bias=False)), (torch.randn(N, 5),)),
     "linear, tokens": lambda: (nn.Sequential(nn.Linear(6, 40), nn.Tanh(), nn.Linear(40, 3)), tokens()),
     "linear, few tokens": lambda: (nn.Linear(6, 4), tokens(2)),
+    "linear, few tokens, wide": lambda: (nn.Linear(80, 70), tokens(2, 80)),
+    "conv2d, few pixels": lambda: (nn.Conv2d(16, 128, 3, stride=2, padding=1), (torch.randn(N, 16, 3, 4),)),
     "linear, 4-D input": lambda: (nn.Linear(6, 4), (torch.randn(N, 3, 5, 6),)),
     "conv1d": lambda: (nn.Conv1d(4, 6, 3, stride=2, padding=2, dilation=2, groups=2), (torch.randn(N, 4, 11),)),
     "conv2d": lambda: (
