@@ -102,8 +102,8 @@ class ConvolutionGradient:
 
     def statistics(self, wanted: Wanted) -> Statistics:
         # Few pixels: as a linear layer on patches, 256 -> 256, 3 x 3, at 2 x 2 pixels, N = 32, in 6.9 ms against 15.0.
-        # The shifted Gram, without patches, is never the cheapest: 11.6 ms there, 24.1 against 19.8 at 4 x 4, 25.9 against 13.3
-        # for 128 -> 128 at 7 x 7, 636 against 18 for 64 -> 32 at 28 x 28 (layer_rules_cpu_1thread.md).
+        # The shifted Gram, without patches, is never the cheapest: 11.6 ms there, 24.1 against 19.8 at 4 x 4, 25.9
+        # against 13.3 for 128 -> 128 at 7 x 7, 636 against 18 for 64 -> 32 at 28 x 28 (layer_rules_cpu_1thread.md).
         kernel_size, stride, padding, dilation, groups = self._geometry
         out, pixels = self._grad_output.shape[1], self._grad_output.shape[2] * self._grad_output.shape[3]
         d_in = self._input.shape[1] * kernel_size[0] * kernel_size[1]
