@@ -98,6 +98,14 @@ def test_opcheck(flat):
         operators.diagonal_shrink_: (random_list(4), *state, one),
         operators.sample_gradient_stats: (MATRIX, MATRIX[:2] if flat else None, flat),
         operators.sample_gram: (MATRIX,),
+        operators.sample_weight_gradients: (
+            MATRIX[:2, :4].reshape(2, 4, 1, 1),
+            MATRIX[:2, 4:8].reshape(2, 4, 1, 1),
+            *([1, 1], [1, 1], [0, 0], [1, 1], 1),
+            None,
+            flat,
+            flat,
+        ),
     }
     assert {str(op).removeprefix("crl_kernels.") for op in checks} == set(_ops.NAMES)
     for operator, arguments in checks.items():
