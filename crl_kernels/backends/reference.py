@@ -8,6 +8,7 @@ float32 for 16-bit dtypes, as PyTorch does).
 ``fisher`` and ``anchor`` hold one such vector each: one flat tensor, or one tensor per parameter.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -122,13 +123,16 @@ def sample_weight_gradient_matrix(
     groups: int,
 ) -> Tensor:
     """(N, O, C / groups, kernel height, kernel width): each sample's weight gradient of a convolution of ``input``
-    (N, C, H, W) whose output has the gradient ``grad_output`` (N, O, H', W'), in ``mean_dtype`` of their dtype."""
+    (N, C, H, W) whose output has the gradient ``grad_output`` (N, O, H', W'), in ``mean_dtype`` of their dtype. Zeros
+    where there are no pixels."""
     input, grad_output = (tensor.to(mean_dtype(tensor.dtype)) for tensor in (input, grad_output))
+    count, channels, out_channels = len(input), input.shape[1], grad_output.shape[1]
+    weight = (out_channels, channels // groups, *kernel_size)
+    if input.numel() == 0 or grad_output.numel() == 0:  # unfold takes no empty image
+        return input.new_zeros(count, *weight)
     patches = torch.nn.functional.unfold(input, tuple(kernel_size), tuple(dilation), tuple(padding), tuple(stride))
-    count, _, positions = patches.shape
-    a = patches.reshape(count, groups, -1, positions)
-    b = grad_output.reshape(count, groups, -1, positions)
-    weight = (grad_output.shape[1], input.shape[1] // groups, *kernel_size)
+    a = patches.reshape(count, groups, channels // groups * math.prod(kernel_size), -1)
+    b = grad_output.reshape(count, groups, out_channels // groups, -1)
     return (b @ a.transpose(2, 3)).reshape(count, *weight)
 
 

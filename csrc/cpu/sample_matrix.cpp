@@ -21,7 +21,8 @@ namespace crl {
 namespace {
 
 constexpr int64_t kBlock = 65536;       // elements: 256 KiB of float32 and what is fetched ahead, in a cache of 512 KiB
-constexpr int64_t kTask = 16 * kBlock;  // elements of one thread's turn
+constexpr int64_t kTask = 16 * kBlock;  // elements of one thread's turn, or
+constexpr int64_t kTaskPerSum = 16;     // so many for each sum that a task keeps: of doubles, half the float32 matrix
 // The sums of squares for which a float32 sum neither overflows nor loses small terms. Where a row or a vector of a
 // block is beyond, the block is done again in float64.
 constexpr double kSmallest = 0x1p-80, kLargest = 0x1p80;
@@ -54,9 +55,10 @@ class Matrix {
 
 // Blocks of columns and the tasks that they form.
 struct Blocks {
-  explicit Blocks(const Matrix& matrix)
+  // Tasks keep `num_sums` sums each.
+  Blocks(const Matrix& matrix, int64_t num_sums)
       : columns(columns_per_block(matrix.num_rows)),
-        per_task(std::max<int64_t>(1, kTask / (columns * matrix.num_rows))),
+        per_task(std::max<int64_t>(1, std::max(kTask, kTaskPerSum * num_sums) / (columns * matrix.num_rows))),
         end(matrix.num_columns) {}
 
   int64_t tasks() const { return (end + columns * per_task - 1) / (columns * per_task); }
@@ -102,7 +104,6 @@ Tensor new_empty(const Tensor& like, const std::vector<int64_t>& shape, DType dt
 
 Tensors sample_gradient_stats(const Tensor grads, const std::optional<Tensor> direction, bool diagonal) {
   const Matrix matrix(grads);
-  const Blocks blocks(matrix);
   const int64_t num_rows = matrix.num_rows;
   const DType dtype = sum_dtype(matrix.dtype);
   const bool by_mean = !direction.has_value();
@@ -122,6 +123,7 @@ Tensors sample_gradient_stats(const Tensor grads, const std::optional<Tensor> di
 
   const Kernels& loops = kernels();
   const int64_t count = num_rows * (1 + terms);  // square norms, then projections row by row
+  const Blocks blocks(matrix, count);
   std::vector<double> result(count);
   reduce_tasks(blocks, count, result.data(), [&](int64_t task, double* total) {
     std::vector<double> block(count), column_sums(blocks.columns), column_squares(diagonal ? blocks.columns : 0);
@@ -166,8 +168,8 @@ Tensors sample_gradient_stats(const Tensor grads, const std::optional<Tensor> di
 
 Tensor sample_gram(const Tensor grads) {
   const Matrix matrix(grads);
-  const Blocks blocks(matrix);
   const int64_t num_rows = matrix.num_rows;
+  const Blocks blocks(matrix, num_rows * num_rows);
   const DType dtype = sum_dtype(matrix.dtype);
   Tensor gram = new_empty(grads, {num_rows, num_rows}, DType::kFloat64);
   double* const result = gram.mutable_data_ptr<double>();

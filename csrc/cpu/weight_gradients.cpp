@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <initializer_list>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -33,6 +34,21 @@ struct Shape {
   int64_t padded_width() const { return width + 2 * padding_w; }
 };
 
+// Numbers of elements, where a product that int64 does not hold would pass for a small one.
+int64_t product(std::initializer_list<int64_t> factors) {
+  int64_t result = 1;
+  for (const int64_t factor : factors) {
+    STD_TORCH_CHECK(!__builtin_mul_overflow(result, factor, &result), "crl_kernels: more elements than int64 counts");
+  }
+  return result;
+}
+
+// Pixels that a convolution gives along one side of an image; by division, because a product may overflow.
+int64_t output_size(int64_t padded, int64_t kernel, int64_t stride, int64_t dilation) {
+  if (padded < 1 || kernel - 1 > (padded - 1) / dilation) return 0;
+  return (padded - 1 - (kernel - 1) * dilation) / stride + 1;
+}
+
 Shape shape_of(const Tensor& input, const Tensor& grad_output, const std::vector<int64_t>& kernel_size,
                const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                const std::vector<int64_t>& dilation, int64_t groups) {
@@ -58,14 +74,16 @@ Shape shape_of(const Tensor& input, const Tensor& grad_output, const std::vector
                    padding[1],
                    dilation[0],
                    dilation[1]};
-  const auto fits = [](int64_t padded, int64_t kernel, int64_t stride, int64_t dilation, int64_t out) {
-    return kernel > 0 && stride > 0 && dilation > 0 &&
-           (out == 0 || (out - 1) * stride + (kernel - 1) * dilation < padded);
-  };
-  STD_TORCH_CHECK(s.padding_h >= 0 && s.padding_w >= 0 &&
-                      fits(s.padded_height(), s.kernel_h, s.stride_h, s.dilation_h, s.out_height) &&
-                      fits(s.padded_width(), s.kernel_w, s.stride_w, s.dilation_w, s.out_width),
-                  "crl_kernels: grad_output is larger than what this convolution gives");
+  constexpr int64_t largest_padding = int64_t{1} << 32;  // twice that, beside any size, is no overflow
+  for (int64_t i = 0; i < 2; ++i) {
+    STD_TORCH_CHECK(
+        kernel_size[i] > 0 && stride[i] > 0 && dilation[i] > 0 && padding[i] >= 0 && padding[i] <= largest_padding,
+        "crl_kernels: expected kernel_size, stride and dilation above 0, and padding from 0 to ", largest_padding);
+  }
+  const int64_t height = output_size(s.padded_height(), s.kernel_h, s.stride_h, s.dilation_h);
+  const int64_t width = output_size(s.padded_width(), s.kernel_w, s.stride_w, s.dilation_w);
+  STD_TORCH_CHECK(s.out_height == height && s.out_width == width, "crl_kernels: grad_output has images of ",
+                  s.out_height, " x ", s.out_width, " pixels, but this convolution gives ", height, " x ", width);
   return s;
 }
 
@@ -105,8 +123,8 @@ class Packed {
       : channels_(tensor.size(1) / groups),
         samples_(tensor.size(0)),
         lanes_(lanes),
-        image_((tensor.size(2) + 2 * padding_h) * (tensor.size(3) + 2 * padding_w) * lanes),
-        memory_(torch::stable::empty({groups * blocks() * samples_ * image_}, tensor.scalar_type())),
+        image_(product({tensor.size(2) + 2 * padding_h, tensor.size(3) + 2 * padding_w, lanes})),
+        memory_(torch::stable::empty({product({groups, blocks(), samples_, image_})}, tensor.scalar_type())),
         data_(static_cast<T*>(memory_.data_ptr())) {
     const int64_t height = tensor.size(2), width = tensor.size(3);
     const int64_t strides[] = {tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
@@ -134,6 +152,15 @@ class Packed {
   T* data_;
 };
 
+// Zeros in a block's places of channels that do not exist: an infinite factor has made NaN of the zeros there.
+template <class T>
+void clear_missing(T* block, int64_t num_rows, int64_t num_columns, int64_t columns) {
+  if (num_rows == kBlockRows && num_columns == columns) return;
+  for (int64_t r = 0; r < kBlockRows; ++r, block += columns) {
+    std::fill(block + (r < num_rows ? num_columns : 0), block + columns, T{});
+  }
+}
+
 using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <class T>
@@ -141,7 +168,8 @@ Result statistics_of(const Shape& s, const Tensor& input, const Tensor& grad_out
                      const std::optional<Tensor>& directions, bool with_gram, bool with_squares) {
   const WeightGradientLoops& loops = weight_gradient_loops();
   const DType dtype = dtype_of(input);
-  const int64_t columns = loops.columns(dtype), numel = s.groups * s.out_channels * s.in_channels * s.offsets();
+  const int64_t columns = loops.columns(dtype);
+  const int64_t numel = product({s.groups * s.out_channels, s.in_channels, s.kernel_h, s.kernel_w});
   const int64_t num_directions = directions ? directions->size(0) : 1;
 
   const std::vector<int64_t> weight = {s.groups * s.out_channels, s.in_channels, s.kernel_h, s.kernel_w};
@@ -164,10 +192,10 @@ Result statistics_of(const Shape& s, const Tensor& input, const Tensor& grad_out
   // A tile: blocks `first` to `last` of the (block of columns, kernel offset) that go with one block of rows.
   const int64_t block_size = kBlockRows * columns, blocks_per_row = in_columns.blocks() * s.offsets();
   const int64_t fitting = kTileBytes / (std::max<int64_t>(1, s.samples) * block_size * static_cast<int64_t>(sizeof(T)));
-  const int64_t tile_blocks = std::clamp<int64_t>(fitting, 1, blocks_per_row);
+  const int64_t tile_blocks = std::max<int64_t>(1, std::min(fitting, blocks_per_row));
   const int64_t tiles_per_row = (blocks_per_row + tile_blocks - 1) / tile_blocks;
   const int64_t tiles = s.groups * in_rows.blocks() * tiles_per_row;
-  const int64_t tasks = std::min(kTasks, tiles);
+  const int64_t tasks = std::clamp<int64_t>(tiles, 1, kTasks);  // one without tiles: all statistics are zero
 
   const int64_t values = s.samples * (1 + num_directions + (with_gram ? s.samples : 0));
   std::vector<double> partial(tasks * values);
@@ -193,9 +221,11 @@ Result statistics_of(const Shape& s, const Tensor& input, const Tensor& grad_out
         for (int64_t i = 0; i < s.samples; ++i) {
           for (int64_t block = first; block < last; ++block) {
             const int64_t column_block = block / s.offsets(), offset = block % s.offsets();
+            T* const gradients = rows.data() + i * length + (block - first) * block_size;
             loops.correlate(dtype, in_rows.at(group, row_block, i), row_walk, in_columns.at(group, column_block, i),
                             column_walk, s.out_height, s.out_width, offset / s.kernel_w, offset % s.kernel_w,
-                            rows.data() + i * length + (block - first) * block_size);
+                            gradients);
+            clear_missing(gradients, in_rows.count(row_block), in_columns.count(column_block), columns);
           }
         }
         // Calls f(index in the weight, index in a row) for each element that exists.
@@ -254,8 +284,9 @@ Result sample_weight_gradients(Tensor input, Tensor grad_output, std::vector<int
   }
   if (directions) {
     STD_TORCH_CHECK(
-        dtype_of(*directions) == dtype && directions->dim() == 5 &&
-            directions->numel() == directions->size(0) * s.groups * s.out_channels * s.in_channels * s.offsets(),
+        dtype_of(*directions) == dtype && directions->dim() == 5 && directions->size(1) == s.groups * s.out_channels &&
+            directions->size(2) == s.in_channels && directions->size(3) == s.kernel_h &&
+            directions->size(4) == s.kernel_w,
         "crl_kernels: directions have the dtype of the sum and the shape (K, O, C, kernel height, kernel width)");
     directions = torch::stable::contiguous(*directions);
   }

@@ -15,8 +15,8 @@
 
 namespace crl {
 
-constexpr int64_t kBlockRows =
-    6;  // x 2 vectors: 12 sums, 2 vectors and one broadcast number fill the 16 registers of AVX2
+// x 2 vectors: 12 sums, 2 vectors and one broadcast number fill the 16 registers of AVX2.
+constexpr int64_t kBlockRows = 6;
 
 // How one operand's pixels are walked, in pixels of its packed image.
 struct Walk {
@@ -24,25 +24,26 @@ struct Walk {
   int64_t offset_y, offset_x;  // from one offset of the kernel to the next
 };
 
-// What is taken of the rows of a tile; each is added to what is there. `length` elements a row.
+// What is taken of the rows of a tile, `length` elements each. The first three are added to what is there. Products are
+// summed in the rows' dtype, so squares beyond its range are infinite or zero, as they are in plain PyTorch.
 struct TileStatistics {
   double* sq_norms;        // (samples)
-  double* projections;     // (samples, directions), or (samples) on the sum
-  double* gram;            // (samples, samples), the lower triangle; or null
-  const void* directions;  // (directions, length), or null: project on the sum
-  int64_t num_directions;
-  void* sum;             // (length): the sum of the rows, written
-  void* sum_of_squares;  // (length), written; or null
+  double* projections;     // (samples, num_directions)
+  double* gram;            // (samples, samples): its lower triangle, and some elements above it; or null
+  const void* directions;  // (num_directions, length), or null: project on the sum
+  int64_t num_directions;  // 1 on the sum
+  void* sum;               // (length): the sum of the rows, written
+  void* sum_of_squares;    // (length), written; or null
 };
 
 struct WeightGradientLoops {
-  // channels of a block's columns
+  // Of float32 or float64, as are all operands: channels of a block's columns
   int64_t (*columns)(DType dtype);
   // block: (kBlockRows, columns), the sum over (height, width) pixels of rows (..., kBlockRows) x columns (...,
   // columns) at kernel offset (ky, kx)
   void (*correlate)(DType dtype, const void* rows, const Walk& row_walk, const void* columns, const Walk& column_walk,
                     int64_t height, int64_t width, int64_t ky, int64_t kx, void* block);
-  // rows: (samples, length); length is a multiple of 2 vectors
+  // rows: (samples, length); length is a multiple of columns(dtype)
   void (*statistics)(DType dtype, const void* rows, int64_t samples, int64_t length, const TileStatistics& result);
 };
 

@@ -65,3 +65,10 @@ def core(request):
         sys.path.insert(0, str(request.getfixturevalue("build_core")("core", "-O1", "-Wall", "-Wno-psabi")))
         importlib.invalidate_caches()
     return importlib.import_module("crl_core")
+
+
+@pytest.fixture(params=["baseline", "avx2", "avx512"])
+def loops(request, core):
+    if request.param not in core.LOOPS:
+        pytest.skip(f"needs a processor with {request.param}")
+    return core.LOOPS[request.param]

@@ -1,13 +1,16 @@
 // csrc/core and the loops of csrc/cpu as a Python module, for the tests beside it. It is never shipped.
 //
-// A numpy array stands for a Pointer or a double*: its first element and its dtype, with uint16 for bfloat16; a list of
-// arrays stands for a const Pointer*. Nothing here checks lengths, so that AddressSanitizer has something to find.
+// A numpy array stands for a Pointer or a double*: its first element and its dtype, with uint16 for bfloat16, and None
+// for a null double*; a list of arrays stands for a const Pointer*, and four integers for a Walk. Nothing here checks
+// lengths, so that AddressSanitizer has something to find.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -16,6 +19,7 @@
 #include "core/penalty_math.h"
 #include "core/segments.h"
 #include "cpu/kernels.h"
+#include "cpu/weight_gradients.h"
 
 namespace py = pybind11;
 
@@ -56,10 +60,10 @@ struct Argument<Pointer> {
 
 template <>
 struct Argument<double*> {
-  using Python = py::array;
+  using Python = std::optional<py::array>;
   double* value;
-  explicit Argument(const py::array& array) : value(static_cast<double*>(pointer(array).data)) {
-    if (pointer(array).dtype != DType::kFloat64) throw py::type_error("expected a float64 array");
+  explicit Argument(const Python& array) : value(array ? static_cast<double*>(pointer(*array).data) : nullptr) {
+    if (array && pointer(*array).dtype != DType::kFloat64) throw py::type_error("expected a float64 array");
   }
 };
 
@@ -85,25 +89,60 @@ py::cpp_function loop(void (*function)(T...)) {
       [function](typename Argument<T>::Python... arguments) { function(Argument<T>{arguments}.value...); });
 }
 
-py::dict loops(const Kernels& table) {
+Walk walk(const std::array<int64_t, 4>& steps) { return {steps[0], steps[1], steps[2], steps[3]}; }
+
+void* data_or_null(const std::optional<py::array>& array) { return array ? pointer(*array).data : nullptr; }
+
+void add_loops(const WeightGradientLoops& table, py::dict& dict) {
+  dict["columns"] = py::cpp_function([table](const py::dtype& dtype) { return table.columns(dtype_of(dtype)); });
+  dict["correlate"] =
+      py::cpp_function([table](const py::array& rows, const std::array<int64_t, 4>& row_steps, const py::array& columns,
+                               const std::array<int64_t, 4>& column_steps, int64_t height, int64_t width, int64_t ky,
+                               int64_t kx, const py::array& block) {
+        table.correlate(pointer(rows).dtype, rows.data(), walk(row_steps), columns.data(), walk(column_steps), height,
+                        width, ky, kx, pointer(block).data);
+      });
+  dict["statistics"] =
+      py::cpp_function([table](const py::array& rows, int64_t samples, int64_t length, const py::array& sq_norms,
+                               const py::array& projections, const std::optional<py::array>& gram,
+                               const std::optional<py::array>& directions, int64_t num_directions, const py::array& sum,
+                               const std::optional<py::array>& sum_of_squares) {
+        const TileStatistics result = {Argument<double*>(sq_norms).value,
+                                       Argument<double*>(projections).value,
+                                       Argument<double*>(gram).value,
+                                       data_or_null(directions),
+                                       num_directions,
+                                       pointer(sum).data,
+                                       data_or_null(sum_of_squares)};
+        table.statistics(pointer(rows).dtype, rows.data(), samples, length, result);
+      });
+}
+
+py::dict loops(const Kernels& table, const WeightGradientLoops& weight_gradient_table) {
   py::dict dict;
   dict["dot"] = loop(table.dot);
   dict["combine"] = loop(table.combine);
   dict["quadratic"] = loop(table.quadratic);
   dict["quadratic_gradient"] = loop(table.quadratic_gradient);
   dict["shrink"] = loop(table.shrink);
+  dict["sample_sums"] = loop(table.sample_sums);
+  dict["sample_dots"] = loop(table.sample_dots);
+  dict["divide"] = loop(table.divide);
+  add_loops(weight_gradient_table, dict);
   return dict;
 }
 
 // The loops of every instruction set that this processor runs, by name: kernels() is the last of them.
 py::dict runnable_loops() {
-  std::vector<const Kernels*> tables = {&baseline::kernels};
+  using Tables = std::pair<const Kernels*, const WeightGradientLoops*>;
+  std::vector<Tables> sets = {{&baseline::kernels, &baseline::weight_gradient_loops}};
 #if defined(__x86_64__)
-  tables.insert(tables.end(), {&avx2::kernels, &avx512::kernels});
+  sets.insert(sets.end(),
+              {{&avx2::kernels, &avx2::weight_gradient_loops}, {&avx512::kernels, &avx512::weight_gradient_loops}});
 #endif
   py::dict dict;
-  for (const Kernels* table : tables) {
-    dict[table->name] = loops(*table);
+  for (const auto& [table, weight_gradient_table] : sets) {
+    dict[table->name] = loops(*table, *weight_gradient_table);
     if (table == &kernels()) break;
   }
   return dict;
@@ -130,6 +169,8 @@ FlatView flat_view(const SegmentTable& table, const std::vector<std::pair<uintpt
 PYBIND11_MODULE(crl_core, m) {
   m.attr("CHUNK") = kChunk;
   m.attr("LANES") = kLanes;
+  m.attr("BLOCK_ROWS") = kBlockRows;
+  m.def("sample_columns", &sample_columns);
   m.attr("LOOPS") = runnable_loops();
   m.def("proximal_weight", [](double fisher, double strength) { return proximal_weight(fisher, strength); });
   m.def("ordered_sum", [](const py::array& values, int64_t count, int64_t stride) {

@@ -40,13 +40,6 @@ terms = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
-def loops(request, core):
-    if request.param not in core.LOOPS:
-        pytest.skip(f"needs a processor with {request.param}")
-    return core.LOOPS[request.param]
-
-
 def widen(elements: np.ndarray) -> np.ndarray:
     """The float64 values of elements; uint16 are bfloat16, the upper half of a float32."""
     if elements.dtype == np.uint16:

@@ -100,8 +100,12 @@ def _geometry(
         (height, width), (out_height, out_width), g.kernel, g.stride, g.padding, g.dilation, strict=True
     ):
         check(
-            k > 0 and s > 0 and p >= 0 and d > 0 and (out == 0 or (out - 1) * s + (k - 1) * d < size + 2 * p),
-            "grad_output is larger than what this convolution gives",
+            k > 0 and s > 0 and p >= 0 and d > 0,
+            "expected kernel_size, stride and dilation above 0, and padding from 0",
+        )
+        check(
+            out == max(0, (size + 2 * p - (k - 1) * d - 1) // s + 1),
+            "grad_output has images of another size than this convolution gives",
         )
     return g
 
