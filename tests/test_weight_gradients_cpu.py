@@ -120,6 +120,7 @@ def assert_as_good_as_plain(backend, a: Tensor, b: Tensor, geometry, groups, u: 
 @example(4, 7, 6, 1, ONE, (1, 5_000), 1, True, True, "float32", ("tokens", "tokens"), 0)
 @example(9, 40, 17, 1, ONE, (1, 33), 3, True, True, "float32", ("tokens", "tokens"), 0)
 @example(8, 5, 7, 1, ((3, 3), (3, 3), (0, 0), (1, 1)), (11, 10), None, True, True, "float32", ("offset",) * 2, 0)
+@example(3, 5, 7, 1, ONE, (2, 2), 0, True, False, "float32", ("contiguous", "contiguous"), 0)
 @example(1, 40, 120, 2, SAME, (5, 3), 4, True, True, "float32", ("channels_last",) * 2, 0)  # several tiles
 def test_statistics(
     backend, count, inputs, outputs, groups, geometry, image, directions, gram, squares, dtype, layouts, seed

@@ -163,7 +163,7 @@ def test_statistics_of_a_tile(loops, real, directions, gram, squares):
     for samples in (0, 1, 2, 3, 4, 5, 7, 8, 9, 33):
         length = loops["columns"](np.dtype(real)) * (1, 5, 12)[samples % 3]
         rows = integers((samples, length), real, samples)
-        u = None if directions is None else integers((directions, length), real, 90)
+        u = integers((directions, length), real, 90) if directions else None
         count = 1 if directions is None else directions
         norms, projections = Slice(np.full(samples, 0.5), 0), Slice(np.full(samples * count, 0.5), 0)
         products = np.full((samples, samples), 0.5) if gram else None
@@ -182,7 +182,7 @@ def test_statistics_of_a_tile(loops, real, directions, gram, squares):
             total_squares.elements if squares else None,
         )
         values = rows.astype(np.float64)
-        along = values.sum(0)[None] if u is None else u.astype(np.float64)
+        along = (values.sum(0)[None] if u is None else u.astype(np.float64))[:count]
         assert norms.holds(0.5 + (values**2).sum(1))
         assert projections.holds(0.5 + (values @ along.T).ravel())
         assert total.holds(values.sum(0).astype(real))
