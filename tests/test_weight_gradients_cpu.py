@@ -90,12 +90,14 @@ def assert_as_good_as_plain(backend, a: Tensor, b: Tensor, geometry, groups, u: 
     exact = reference.sample_weight_gradients(
         a.double(), b.double(), *geometry, groups, None if u is None else u.double(), gram, squares
     )
+    # Plain PyTorch may be lucky, so what is expected of one run's terms in any order is allowed: sqrt(n) roundings.
+    allowed = floor(a.dtype) * max(1, min(64, b.shape[2] * b.shape[3])) ** 0.5
     wanted = [0, 1, 2] + [3] * gram + [4] * squares
     sizes = of(a.double().abs(), b.double().abs(), None if u is None else u.double().abs())
     for i, theirs, size in zip(wanted, of(a, b, u), sizes, strict=True):
         truth = exact[i].reshape(size.shape)
         ours = error(found[i].reshape(size.shape), truth, size)
-        assert ours <= max(2 * error(theirs, truth, size), floor(a.dtype)), i
+        assert ours <= max(2 * error(theirs, truth, size), allowed), i
     if gram:
         assert torch.equal(found[3], found[3].T) or backend is reference
 
