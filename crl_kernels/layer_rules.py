@@ -15,8 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .layer_gradients import ConvolutionGradient, EmbeddingGradient, LinearGradient, MatrixGradient, Reshaped
-from .layer_gradients import SampleGradient as SampleGradient
+from .layer_gradients import (
+    ConvolutionGradient,
+    EmbeddingGradient,
+    LinearGradient,
+    MatrixGradient,
+    Reshaped,
+    SampleGradient,
+)
 
 
 class Use(Protocol):
