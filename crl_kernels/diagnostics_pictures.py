@@ -9,7 +9,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .diagnostics import ENOUGH, Estimate, Spectrum, short
+from .spectrum import Estimate, Spectrum
+from .verdict import ENOUGH, short
 
 if TYPE_CHECKING:
     from .diagnostics import Diagnosis

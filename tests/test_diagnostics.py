@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from crl_kernels import diagnostics
-from crl_kernels.diagnostics import GROUPS, Diagnosis, diagnose, spectrum_of
+from crl_kernels.diagnostics import Diagnosis, diagnose
+from crl_kernels.spectrum import GROUPS, _student, spectrum_of
+from crl_kernels.verdict import judge
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -138,8 +139,8 @@ def test_intervals_cover_at_their_level():
 
 
 def test_the_students_quantile():
-    assert diagnostics._student(15) == pytest.approx(2.131450, abs=2e-4)
-    assert diagnostics._student(255) == pytest.approx(1.969311, abs=2e-4)
+    assert _student(15) == pytest.approx(2.131450, abs=2e-4)
+    assert _student(255) == pytest.approx(1.969311, abs=2e-4)
 
 
 @pytest.mark.parametrize(
@@ -258,7 +259,7 @@ def test_one_direction_for_each_timestep_asks_for_bands():
     # Four of five directions hold half already; where they do not, the five timesteps' own are next.
     assert found.verdict.use == "rank 4"
     less = {k: share for k, share in found.uniform.held_out.items() if k not in (2, 4)}
-    verdict = diagnostics.judge(replace(found.uniform, held_out=less), found.at, found.bands)
+    verdict = judge(replace(found.uniform, held_out=less), found.at, found.bands)
     assert verdict.use == "bands"
     assert "strata" in verdict.sentences[2]
 

@@ -334,21 +334,26 @@ def runs_here(isa: str) -> bool:
     return INSTRUCTION_SETS[isa] <= set(flags[1].split())
 
 
+def passes_with_narrower_loops(isa: str, file: str, selected: str = "") -> None:
+    """Runs a test file, or what is selected of it, in a process with another set of loops than the fastest."""
+    if not runs_here("avx2" if isa == "baseline" else "avx512"):
+        pytest.skip(f"{isa} is the fastest set that this processor runs: the other tests use it")
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", selected, file],
+        env=os.environ | {"CRL_KERNELS_ISA": isa},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout
+
+
 @needs_cpu_library
 @needs_x86_linux
 @pytest.mark.skipif("CRL_KERNELS_ISA" in os.environ, reason="this is the run that the test below starts")
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
 def test_this_file_passes_with_narrower_loops(isa):
     """The loops that are not this processor's fastest."""
-    if not runs_here("avx2" if isa == "baseline" else "avx512"):
-        pytest.skip(f"{isa} is the fastest set that this processor runs: the other tests use it")
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        env=os.environ | {"CRL_KERNELS_ISA": isa},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout
+    passes_with_narrower_loops(isa, __file__)
 
 
 @needs_cpu_library

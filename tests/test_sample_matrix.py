@@ -1,8 +1,6 @@
 """Statistics of a matrix of per-sample gradients, on every backend, against float64 and plain PyTorch."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,12 +10,11 @@ from test_operators import (
     BACKENDS,
     DTYPES,
     EXAMPLES,
-    INSTRUCTION_SETS,
     needs_cpu_library,
     needs_library,
     needs_x86_linux,
+    passes_with_narrower_loops,
     poison,
-    runs_here,
 )
 from torch import Tensor
 
@@ -295,13 +292,4 @@ def test_compile_fullgraph_equals_eager():
 @pytest.mark.skipif("CRL_KERNELS_ISA" in os.environ, reason="this is the run that the test below starts")
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
 def test_this_file_passes_with_narrower_loops(isa):
-    if not runs_here("avx2" if isa == "baseline" else "avx512"):
-        pytest.skip(f"{isa} is the fastest set that this processor runs: the other tests use it")
-    assert isa in INSTRUCTION_SETS
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "compiled", __file__],
-        env=os.environ | {"CRL_KERNELS_ISA": isa},
-        capture_output=True,
-        text=True,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stdout
+    passes_with_narrower_loops(isa, __file__, "compiled")

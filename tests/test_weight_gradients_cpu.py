@@ -2,8 +2,6 @@
 is refused. What every backend must give is in test_weight_gradients.py."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,8 +14,8 @@ from test_operators import (
     needs_cpu_library,
     needs_library,
     needs_x86_linux,
+    passes_with_narrower_loops,
     poison,
-    runs_here,
 )
 from test_sample_matrix import error, floor
 from torch import Tensor
@@ -90,8 +88,10 @@ def assert_as_good_as_plain(backend, a: Tensor, b: Tensor, geometry, groups, u: 
     exact = reference.sample_weight_gradients(
         a.double(), b.double(), *geometry, groups, None if u is None else u.double(), gram, squares
     )
-    # Plain PyTorch may be lucky, so what is expected of one run's terms in any order is allowed: sqrt(n) roundings.
-    allowed = floor(a.dtype) * max(1, min(64, b.shape[2] * b.shape[3])) ** 0.5
+    # With few pixels plain PyTorch may be lucky, so what is expected of n terms one after the other, sqrt(n) roundings,
+    # is allowed too: a run of at most 64 pixels, then the samples. With many pixels it is not lucky.
+    pixels = b.shape[2] * b.shape[3]
+    allowed = floor(a.dtype) * (max(1, min(64, pixels) + count) ** 0.5 if pixels <= 256 else 1)
     wanted = [0, 1, 2] + [3] * gram + [4] * squares
     sizes = of(a.double().abs(), b.double().abs(), None if u is None else u.double().abs())
     for i, theirs, size in zip(wanted, of(a, b, u), sizes, strict=True):
@@ -326,12 +326,4 @@ def test_compile_fullgraph_equals_eager(dtype, directions):
 @pytest.mark.skipif("CRL_KERNELS_ISA" in os.environ, reason="this is the run that the test below starts")
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
 def test_this_file_passes_with_narrower_loops(isa):
-    if not runs_here("avx2" if isa == "baseline" else "avx512"):
-        pytest.skip(f"{isa} is the fastest set that this processor runs: the other tests use it")
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "compiled or bitwise", __file__],
-        env=os.environ | {"CRL_KERNELS_ISA": isa},
-        capture_output=True,
-        text=True,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stdout
+    passes_with_narrower_loops(isa, __file__, "compiled or bitwise")
