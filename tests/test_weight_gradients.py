@@ -105,6 +105,9 @@ pair = st.tuples(st.integers(1, 2), st.integers(1, 2))
 @example(4, 1, (40, 33), (5, 6), (3, 3), (1, 1), (1, 1), (1, 1), "bfloat16", ("contiguous",) * 2, None, False, True, 0)
 @example(5, 1, (24, 20), (1, 70), (1, 1), (1, 1), (0, 0), (1, 1), "float16", ("transposed",) * 2, 3, False, False, 0)
 @example(3, 6, (1, 1), (6, 6), (3, 3), (1, 1), (1, 1), (1, 1), "float32", ("channels last",) * 2, None, False, True, 0)
+@example(
+    1, 1, (1, 1), (1, 1), (1, 4), (1, 2), (1, 2), (1, 1), "float32", ("contiguous", "sliced"), None, False, False, 0
+)
 @example(0, 1, (3, 5), (4, 4), (3, 3), (1, 1), (1, 1), (1, 1), "float32", ("contiguous",) * 2, None, False, True, 0)
 def test_statistics(
     backend,

@@ -150,9 +150,9 @@ def launch_options(hip: bool) -> dict[str, int]:
 
 
 def _rows_join(tensor: Tensor) -> bool:
-    """Whether pixels are at equal distances from one image row to the next."""
+    """Whether the distance of pixels within an image row, stride(3), is also that from one row's last to the next."""
     _, _, height, width = tensor.shape
-    return height == 1 or width == 1 or tensor.stride(2) == width * tensor.stride(3)
+    return height == 1 or tensor.stride(2) == width * tensor.stride(3)
 
 
 def _with_adjacent_channels(input: Tensor, g: Geometry) -> Tensor:
