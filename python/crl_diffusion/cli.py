@@ -19,7 +19,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from crl_diffusion.method import METHODS, Device, MethodName, OptionError, RunConfig, Settings, check
+from crl_diffusion.method import METHODS, Device, OptionError, RunConfig, Settings, check, spell
 
 FILE_WIDTH = 150  # columns of a table that goes to a file or a pipe
 DESCRIPTION = (
@@ -46,13 +46,15 @@ class Compare(Settings):
 
     out: Path
     """Folder of the comparison; each run has a folder in it."""
-    methods: tuple[MethodName, ...] = ("fine-tune", "gd", "gd+rank1")
-    """What to compare."""
+    methods: tuple[str, ...] = ("fine-tune", "gd", "gd+rank1")
+    """What to compare: NAME or NAME:OPTION,... each."""
     seeds: tuple[int, ...] = (0,)
     """One run of each method for each."""
+    lams: tuple[float, ...] = ()
+    """One run for each of these strengths, of every method that has a penalty; by default its own."""
     jobs: int = 0
     """Runs at a time; 0 means one a CPU core or, on a CUDA device, one."""
-    baseline: MethodName = "gd"
+    baseline: str = "gd"
     """With two seeds or more, differences are taken to this method, paired by seed."""
     data_root: Path = Path("data")
     """Where data sets are kept that do not come with a package, in torchvision's layout (MNIST/raw/...)."""
@@ -66,7 +68,7 @@ class Report:
     """What `train` or `compare` has written."""
     out: Path | None = None
     """Where to write; by default the first folder."""
-    baseline: MethodName = "gd"
+    baseline: str = "gd"
     """With two seeds or more, differences are taken to this method, paired by seed."""
 
 
@@ -197,7 +199,7 @@ def compare(command: Compare) -> int:
             raise OptionError(f"--{name} is {' '.join(map(str, values))!r}; give at least one, and none twice")
     if command.jobs < 0:
         raise OptionError(f"--jobs is {command.jobs}; it must be 0 or more")
-    work = comparison.cells(command, command.methods, command.seeds, command.out)
+    work = comparison.cells(command, command.methods, command.seeds, command.out, command.lams)
     for cell in work:
         check(cell.config)
     console = Console(soft_wrap=True)
@@ -208,7 +210,7 @@ def compare(command: Compare) -> int:
     on_cpu = loop.resolve_device(command.device) == "cpu"
     for cell in work:
         loop.check_folder(cell.config, cell.folder)
-    images = data.load(command.data, command.data_root, command.image_size, command.tasks)
+    images = data.load(work[0].config, command.data_root)
     extractor = command.out / "extractor.safetensors"
     features = metrics.extractor(images, extractor)
     console.print(f"feature extractor {features.name}: test accuracy {features.test_accuracy:.3f}", highlight=False)
@@ -220,7 +222,15 @@ def compare(command: Compare) -> int:
     if failed:
         print("crl-diffusion: finished runs are kept; give the same command again to go on", file=sys.stderr)
         return 1
-    show(console, *reporting.write([cell.folder for cell in work], command.out, command.baseline, command.methods))
+    show(
+        console,
+        *reporting.write(
+            [cell.folder for cell in work],
+            command.out,
+            spell(command.baseline),
+            comparison.with_lams(command.methods, command.lams),
+        ),
+    )
     return 0
 
 

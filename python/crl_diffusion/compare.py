@@ -1,7 +1,7 @@
 """Many runs: methods x seeds as processes of their own, one a core, and then one table.
 
-Each cell is a run folder `<method>-seed<n>` made by `crl-diffusion train`; finished cells are kept, interrupted ones
-go on from their last checkpoint.
+Each cell is a run folder made by `crl-diffusion train` and named by `folder_name`; finished cells are kept, interrupted
+ones go on from their last checkpoint.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from crl_diffusion.method import METHODS, Method, MethodName, RunConfig, Settings, stages
+from crl_diffusion.method import Method, RunConfig, Settings, parse_method, spell, stages
 from crl_diffusion.records import read_rows
 
 POLL_SECONDS = 0.5
@@ -57,22 +57,34 @@ class Cell:
         return int(self.config.steps * before + rows[-1]["step"])
 
 
-def cells(settings: Settings, methods: Sequence[MethodName], seeds: Sequence[int], out: Path) -> list[Cell]:
-    """All cells, the longest first, so that no core is left alone with a long one at the end.
-
-    --lam and --mode are for the methods that have a penalty; without any such method they are refused by `check`.
-    """
+def cells(
+    settings: Settings, methods: Sequence[str], seeds: Sequence[int], out: Path, lams: Sequence[float] = ()
+) -> list[Cell]:
+    """All cells, the longest first, so that no core is left alone with a long one at the end. With `lams`, a method
+    that has a penalty gets one cell for each."""
     common = {field.name: getattr(settings, field.name) for field in fields(Settings)}
-    without = {**common, "lam": None, "mode": None}
-    penalised = {method for method in methods if METHODS[method].penalty is not None}
-    made = []
-    for seed in seeds:
-        for method in methods:
-            config = RunConfig(
-                **(common if method in penalised or not penalised else without), method=method, seed=seed
-            )
-            made.append(Cell(config, out / f"{method}-seed{seed}"))
+    made = [
+        Cell(RunConfig(**common, method=method, seed=seed), out / folder_name(method, seed))
+        for seed in seeds
+        for method in with_lams(methods, lams)
+    ]
     return sorted(made, key=lambda cell: _cost(cell.config.recipe), reverse=True)
+
+
+def with_lams(methods: Sequence[str], lams: Sequence[float]) -> list[str]:
+    """The methods in their one spelling, each that has a penalty once for each lam."""
+    spelled: list[str] = []
+    for method in methods:
+        if parse_method(method).penalty is None or not lams:
+            spelled.append(spell(method))
+        else:
+            spelled += [spell(f"{method}{',' if ':' in method else ':'}lam={lam:g}") for lam in lams]
+    return list(dict.fromkeys(spelled))
+
+
+def folder_name(method: str, seed: int) -> str:
+    """What files may be called on every system: gd+bands8:top,lam=60 -> gd+bands8_top_lam=60-seed0."""
+    return f"{method.replace(':', '_').replace(',', '_')}-seed{seed}"
 
 
 def _cost(method: Method) -> tuple[int, bool]:

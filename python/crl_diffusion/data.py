@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from crl_diffusion.method import OptionError, task_classes
+from crl_diffusion.method import OptionError, RunConfig, planned, task_classes
 
 
 class Images(NamedTuple):
@@ -32,12 +32,13 @@ class Images(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """A pair of classes and their images."""
+    """Some classes and their images; `held_out` are those that evaluations compare with."""
 
     index: int
     classes: tuple[int, ...]
     train: Images
-    test: Images
+    validation: Images
+    held_out: Images
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Data:
     """A data set at one image size, and its first tasks."""
 
     name: str
+    classes: int
     train: Images
     test: Images
     tasks: tuple[Task, ...]
@@ -100,14 +102,15 @@ def _torchvision(class_name: str, option: str) -> Callable[[Path], tuple[Images,
 
 
 class Preset(NamedTuple):
-    """How a data set is read, and the image sizes that it offers, the default first."""
+    """How a data set is read, the image sizes that it offers, and that every n-th training image can validate."""
 
     load: Callable[[Path], tuple[Images, Images]]
     sizes: tuple[int, ...]
+    validation_every: int = 12
 
 
 DATASETS: dict[str, Preset] = {
-    "digits": Preset(_digits, (8,)),
+    "digits": Preset(_digits, (8,), validation_every=4),
     "mnist": Preset(_torchvision("MNIST", "mnist"), (16, 32)),
     "fashion_mnist": Preset(_torchvision("FashionMNIST", "fashion_mnist"), (16, 32)),
 }
@@ -123,13 +126,32 @@ def _resize(images: Images, size: int) -> Images:
     return Images(functional.pad(images.pixels, (before, after, before, after)), images.labels)
 
 
-def load(name: str, root: Path, image_size: int = 0, tasks: int = 5) -> Data:
-    """Read a data set into memory. `image_size=0` is its default size; `root` is only used by sets kept on disk."""
-    preset = DATASETS[name]
-    size = image_size or preset.sizes[0]
-    if size not in preset.sizes:
+def _is_validation(labels: Tensor, every: int) -> Tensor:
+    """Every n-th image of each class, (N,) bool."""
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    for c in labels.unique():
+        chosen[torch.nonzero(labels == c).flatten()[every - 1 :: every]] = True
+    return chosen
+
+
+def load(config: RunConfig, root: Path) -> Data:
+    """Read a run's data set; `root` is only used by sets kept on disk.
+
+    Validation images are taken from the training part, and only for runs that use them.
+    """
+    config = planned(config)
+    preset = DATASETS[config.data]
+    if config.image_size not in preset.sizes:
         offered = " or ".join(map(str, preset.sizes))
-        raise OptionError(f"--image-size is {size}, but {name} comes in {offered} pixels; choose one of these")
-    train, test = (_resize(part, size) for part in preset.load(root))
-    split = tuple(Task(i, c, train.of(c), test.of(c)) for i, c in enumerate(task_classes(tasks)))
-    return Data(name, train, test, split)
+        raise OptionError(
+            f"--image-size is {config.image_size}, but {config.data} comes in {offered} pixels; choose one of these"
+        )
+    train, test = (_resize(part, config.image_size) for part in preset.load(root))
+    validation = Images(train.pixels[:0], train.labels[:0])
+    if "validation" in (config.held_out, config.fisher_images):
+        chosen = _is_validation(train.labels, preset.validation_every)
+        validation = Images(train.pixels[chosen], train.labels[chosen])
+        train = Images(train.pixels[~chosen], train.labels[~chosen])
+    held_out = validation if config.held_out == "validation" else test
+    split = tuple(Task(i, c, train.of(c), validation.of(c), held_out.of(c)) for i, c in enumerate(task_classes(config)))
+    return Data(config.data, int(train.labels.max()) + 1, train, test, split)

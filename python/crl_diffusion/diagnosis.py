@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -45,7 +44,7 @@ def of_run(
     """Diagnoses the newest checkpoint of a run on training images of `task` (from 1), or of all classes learnt, and
     writes the report to `out`; returns it and its files."""
     raw = read_json(run / "config.json")["run"]
-    config = RunConfig(**{field.name: raw[field.name] for field in fields(RunConfig)})
+    config = RunConfig.from_json(raw)
     saved, complaints = checkpoint.latest(run / "checkpoints")
     for line in complaints:
         say(line)
@@ -57,7 +56,7 @@ def of_run(
     reached = plan[saved.stage] if saved.step else plan[saved.stage - 1]
     if task is not None and not 1 <= task <= reached.learnt:
         raise OptionError(f"--task is {task}, but the model has learnt {reached.learnt} task(s); give one of these")
-    data = load(config.data, data_root, config.image_size, config.tasks)
+    data = load(config, data_root)
     chosen = data.tasks[: reached.learnt] if task is None else data.tasks[task - 1 : task]
     images = data.train.of([c for part in chosen for c in part.classes])
     if len(images.labels) < samples:
@@ -65,7 +64,7 @@ def of_run(
 
     # The model, and images in random order.
     where = torch.device(loop.resolve_device(device))
-    model = build(config.model, data.shape, int(data.train.labels.max()) + 1, config.seed)
+    model = build(config.model, data.shape, data.classes, config.seed)
     model.load_state_dict(saved.part("model"))
     model.to(where)
     order = torch.randperm(len(images.labels), generator=diffusion.stream(seed, "diagnosis images"))[:samples]

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from crl_diffusion import checkpoint, diffusion, metrics, pictures, replay, report
 from crl_diffusion.checkpoint import Checkpoint
-from crl_diffusion.data import DATASETS, Data, Images, Task, load, to_pixels
-from crl_diffusion.method import Device, Method, OptionError, RunConfig, Stage, stages
+from crl_diffusion.data import Data, Images, Task, load, to_pixels
+from crl_diffusion.method import Device, Method, OptionError, RunConfig, Stage, planned, stages
 from crl_diffusion.model import build, frozen_copy, predict
 from crl_diffusion.penalties import PenaltyState
 from crl_diffusion.records import Log, Row, TensorBoard, read_json, write_json
@@ -48,6 +48,12 @@ def one_cycle(step: int, steps: int, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
+LR_SCHEDULES: dict[str, Callable[[int, int, float], float]] = {
+    "one-cycle": one_cycle,
+    "constant": lambda step, steps, lr: lr,
+}
+
+
 def training_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -64,7 +70,8 @@ def training_step(
     losses.sum().backward()
     if penalty is not None:
         penalty.after_backward()
-    nn.utils.clip_grad_norm_(model.parameters(), clip)
+    if clip:
+        nn.utils.clip_grad_norm_(model.parameters(), clip)
     optimizer.step()
     if penalty is not None:
         penalty.after_step(lr)
@@ -84,33 +91,40 @@ class Run:
         self.method: Method = config.recipe
         self.stages: list[Stage] = stages(config)
         self.device = torch.device(config.device)
-        self.model = build(config.model, data.shape, int(data.train.labels.max()) + 1, config.seed).to(self.device)
+        self.model = build(config.model, data.shape, data.classes, config.seed).to(self.device)
         self.like = next(self.model.parameters())
         self.teacher: nn.Module | None = None
         self.optimizer = new_optimizer(self.model)
         self.sources = {
-            name: replay.SOURCES[name](config.seed, data.shape, config.pool, config.pool_steps)
+            name: replay.SOURCES[name](config, data.shape)
             for name in dict.fromkeys(r.source for r in self.method.replays)
         }
-        self.penalty = PenaltyState(self.method.penalty, self.model) if self.method.penalty else None
+        in_sample = config.fisher_estimate == "in-sample"
+        self.penalty = PenaltyState(self.method.penalty, self.model, in_sample) if self.method.penalty else None
         self.stage, self.step = 0, 0
         self.logs = {"metrics": Log(out / "metrics.jsonl"), "timings": Log(out / "timings.jsonl")}
+
+    def lr(self, step: int, steps: int) -> float:
+        return LR_SCHEDULES[self.config.lr_schedule](step, steps, self.config.lr)
 
     # One step
 
     def batch(self, images: Images, stage: Stage) -> NoisedBatch:
         """The step's real images and, once there are old classes, its replayed ones."""
         moment = Moment(self.config.seed, stage.number, self.step)
-        batches = [replay.real_batch(images, self.config.batch, moment, self.like)]
+        real, weights = replay.shares(self.method, stage.number)
+        batches = [replay.real_batch(images, self.config.batch, real, moment, self.like)]
         if self.teacher is not None:
-            for position, part in enumerate(self.method.replays):
+            for position, (part, weight) in enumerate(zip(self.method.replays, weights, strict=True)):
                 source, n = self.sources[part.source], self.config.replay_batch
-                batches.append(replay.replay_batch(part, position, source, self.teacher, n, moment, self.like))
+                batches.append(
+                    replay.replay_batch(part.target, position, weight, source, self.teacher, n, moment, self.like)
+                )
         return replay.concatenate(batches)
 
     def take_step(self, images: Images, stage: Stage) -> Tensor:
         """Returns the mean loss of the real batch and the sum over replays of their weighted mean losses, (2,)."""
-        lr = one_cycle(self.step, stage.share * self.config.steps, self.config.lr)
+        lr = self.lr(self.step, stage.share * self.config.steps)
         batch = self.batch(images, stage)
         losses = training_step(self.model, self.optimizer, batch, self.penalty, lr, self.config.clip)
         self.step += 1
@@ -143,10 +157,17 @@ class Run:
             for source in self.sources.values():
                 source.refill(self.teacher, learnt, stage.number)
         if self.penalty is not None:
-            batches = fisher_batches(self.data.train.of(stage.classes), stage, self.config, self.like)
+            images = self.task_images(stage, self.config.fisher_images)
+            batches = fisher_batches(images, stage, self.config, self.like)
             generator = diffusion.stream(self.config.seed, "fisher", stage.number)
-            statistics = self.penalty.learn(per_sample_loss, batches, generator)
+            task_lr = sum(self.lr(step, self.config.steps) for step in range(self.config.steps))
+            statistics = self.penalty.learn(per_sample_loss, batches, generator, task_lr)
             self.log({"kind": "fisher", "task": stage.learnt, **statistics, "state_bytes": self.penalty.nbytes})
+
+    def task_images(self, stage: Stage, part: str) -> Images:
+        """Training or validation images of the classes of a stage."""
+        chosen = [getattr(task, part) for task in self.data.tasks if set(task.classes) <= set(stage.classes)]
+        return Images(*(torch.cat(parts) for parts in zip(*chosen, strict=True)))
 
     # Records
 
@@ -214,7 +235,7 @@ def train(
         check_folder(config, out)
         return dict(read_json(out / "summary.json"))
     torch.use_deterministic_algorithms(True, warn_only=True)
-    data = load(config.data, data_root, config.image_size, config.tasks)
+    data = load(config, data_root)
 
     # The folder belongs to this configuration.
     check_folder(config, out)
@@ -236,7 +257,7 @@ def train(
 def run_stage(run: Run, stage: Stage, board: TensorBoard, advance: Advance) -> None:
     """Steps, evaluation, memory, checkpoint."""
     config, steps = run.config, stage.share * run.config.steps
-    images = run.data.train.of(stage.classes)
+    images = run.task_images(stage, "train")
     run.model.train()
     losses: list[Tensor] = []
     since = time.perf_counter()
@@ -289,7 +310,7 @@ def explain(run: Run, stage: Stage, step: int) -> str:
     config, penalty = run.config, run.method.penalty
     cause = f"the learning rate is likely too high: try --lr {config.lr / 3:.2g}"
     if penalty is not None and stage.number > 0 and penalty.mode == "gradient":
-        cause = f"a stiff penalty in gradient mode is unstable: try --lam {penalty.lam / 10:g} or --mode decoupled"
+        cause = f"a stiff penalty in gradient mode is unstable: try lam={penalty.lam / 10:g} or the decoupled mode"
     return f"the loss is not finite at step {step} of stage {stage.number + 1}; {cause}, in a new folder"
 
 
@@ -299,11 +320,12 @@ def evaluation_row(run: Run, stage: Stage, task: Task, pixels: Tensor, label: Te
         "kind": "evaluation",
         "after_task": stage.learnt,
         "task": task.index + 1,
-        "fid": metrics.fid(run.features, task.test.pixels, pixels),
+        "fid": metrics.fid(run.features, task.held_out.pixels, pixels),
         "accuracy": run.features.accuracy(pixels, label),
         "extractor": run.features.name,
         "samples": len(label),
-        "test_images": len(task.test.labels),
+        "held_out": run.config.held_out,
+        "held_out_images": len(task.held_out.labels),
         "sampler": "DDIM",
         "sampler_steps": run.config.eval_steps,
     }
@@ -316,12 +338,13 @@ def per_sample_loss(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
 
 
 def fisher_batches(images: Images, stage: Stage, config: RunConfig, like: Tensor) -> list[tuple[Tensor, ...]]:
-    """`fisher_samples` images of the task in shuffled epochs, each with its own timestep and noise."""
+    """`fisher_samples` images of the task, in shuffled epochs, each with its own timestep and noise."""
     batches: list[tuple[Tensor, ...]] = []
-    for number, start in enumerate(range(0, config.fisher_samples, FISHER_BATCH)):
+    samples = config.fisher_samples or len(images.labels)
+    for number, start in enumerate(range(0, samples, FISHER_BATCH)):
         moment = Moment(config.seed, stage.number, number)
         chosen = replay.epoch_batch(images, FISHER_BATCH, moment, "fisher epoch")
-        n = min(FISHER_BATCH, config.fisher_samples - start)
+        n = min(FISHER_BATCH, samples - start)
         part = Images(chosen.pixels[:n], chosen.labels[:n])
         batches.append(replay.noise_up(part, moment.stream("fisher noise"), like))
     return batches
@@ -352,8 +375,7 @@ def claim(config: RunConfig, out: Path, extractor: str) -> None:
 
 def resolve(config: RunConfig) -> RunConfig:
     """The configuration with what depends on the machine and the data set filled in."""
-    size = config.image_size or DATASETS[config.data].sizes[0]
-    return replace(config, device=resolve_device(config.device), image_size=size)
+    return replace(planned(config), device=resolve_device(config.device))
 
 
 def resolve_device(device: Device) -> Device:

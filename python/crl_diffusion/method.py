@@ -3,19 +3,24 @@
 A method is what is replayed, what is penalised, and in which order classes arrive. Its parts are named here and given
 their meaning in `replay.py` and `penalties.py`, which do not know one another; the training loop reads the parts and
 never asks for a method's name. Nothing here imports torch, so that a mistyped option is answered at once.
+
+A method is written NAME or NAME:OPTION,OPTION,...: `gd+bands8:top,slopes,gradient,lam=60` is generative distillation
+with a penalty of eight bands of timesteps, top eigenvectors as directions, each task's slope kept, added to the
+gradient, lam = 60. `spell` writes every method in one way only, which names it in tables and folders.
 """
 
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, NamedTuple
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, NamedTuple, get_args
 
-DataName = Literal["digits", "mnist", "fashion_mnist"]
-ModelName = Literal["tiny", "small", "paper"]
-MethodName = Literal["fine-tune", "joint", "rank1", "gd", "gd+diagonal", "gd+rank1"]
-Mode = Literal["decoupled", "gradient"]
+DataName = Literal["digits", "mnist", "fashion_mnist", "cifar10", "imagenet32", "folder"]
+ModelName = Literal["mini", "tiny", "small", "paper"]
+Mode = Literal["decoupled", "gradient", "once"]
+Direction = Literal["mean", "top", "random"]
 Device = Literal["auto", "cpu", "cuda"]
 
 
@@ -27,18 +32,25 @@ class OptionError(ValueError):
 class Replay:
     """One batch of old images in every step: where images come from, what the model is asked to predict on them."""
 
-    source: Literal["pool"]
+    source: Literal["pool", "fresh"]
     target: Literal["noise", "teacher"]
     weight: float = 1.0
 
 
 @dataclass(frozen=True)
 class Penalty:
-    """(lam / 2) * sum over past tasks of the quadratic that a Fisher matrix defines around the old optimum."""
+    """(lam / 2) * sum over past tasks of the quadratic that a Fisher matrix defines around the old optimum.
 
-    fisher: Literal["rank1", "diagonal"]
+    A low-rank matrix has `rank` directions for each of `bands` equal bands of timesteps: F = sum_s p_s F_s.
+    """
+
+    fisher: Literal["low_rank", "diagonal"]
     lam: float
     mode: Mode = "decoupled"
+    rank: int = 1
+    bands: int = 1
+    direction: Direction = "mean"
+    slopes: bool = False  # keep the first-order term u_k . mean gradient: it moves the anchor down the old task's slope
 
 
 class Stage(NamedTuple):
@@ -65,27 +77,128 @@ CURRICULA: dict[str, Callable[[Sequence[tuple[int, ...]]], list[Stage]]] = {"con
 
 @dataclass(frozen=True)
 class Method:
-    """What is replayed, what is penalised, and the order in which classes arrive."""
+    """What is replayed, what is penalised, and the order in which classes arrive.
+
+    Weights of the k-th task: "sum" trains on real + sum of replay.weight * replay; "tasks" on 1/k of the real loss and
+    1 - 1/k of the replayed ones, so that every task seen so far counts alike.
+    """
 
     replays: tuple[Replay, ...] = ()
     penalty: Penalty | None = None
     curriculum: Literal["continual", "joint"] = "continual"
+    weights: Literal["sum", "tasks"] = "sum"
 
 
 # A decoupled penalty pulls parameters back along a direction of curvature a with a time constant of 1 / (lr * lam * a)
 # steps. Here that is about one task (mean lr 1e-3 * lam * a * 300 steps ~ 1): felt, and soft enough to learn the next
 # one. After the first digits the rank-1 term had a = 0.13, and the diagonal's mean, weighted by itself, was 9e-4.
-RANK1_LAM = 20.0
+LOW_RANK_LAM = 20.0
 DIAGONAL_LAM = 3000.0
-DISTILLATION = Replay("pool", "teacher")
 
+POOL_NOISE, POOL_TEACHER = Replay("pool", "noise"), Replay("pool", "teacher")
+REPLAYS: dict[str, Method] = {
+    "": Method(),
+    "replay": Method((POOL_NOISE,)),  # images of the old model as if they were data
+    "gd": Method((POOL_TEACHER,)),  # generative distillation as the rank-1 paper describes it
+    "replay+gd": Method((POOL_NOISE, POOL_TEACHER)),  # as its authors' code has it
+    "masip": Method((Replay("fresh", "teacher"),), weights="tasks"),  # as arXiv 2311.14028 has it
+}
+PENALTIES: dict[str, Penalty] = {
+    "diagonal": Penalty("diagonal", DIAGONAL_LAM),
+    "rank1": Penalty("low_rank", LOW_RANK_LAM),
+    "rank10": Penalty("low_rank", LOW_RANK_LAM, rank=10, direction="top"),
+    "rank50": Penalty("low_rank", LOW_RANK_LAM, rank=50, direction="top"),
+    "bands8": Penalty("low_rank", LOW_RANK_LAM, bands=8),
+    "bands16": Penalty("low_rank", LOW_RANK_LAM, bands=16),
+}
 METHODS: dict[str, Method] = {
     "fine-tune": Method(),
     "joint": Method(curriculum="joint"),
-    "rank1": Method(penalty=Penalty("rank1", RANK1_LAM)),
-    "gd": Method((DISTILLATION,)),
-    "gd+diagonal": Method((DISTILLATION,), Penalty("diagonal", DIAGONAL_LAM)),
-    "gd+rank1": Method((DISTILLATION,), Penalty("rank1", RANK1_LAM)),
+    **{name: method for name, method in REPLAYS.items() if name},
+    **{
+        f"{replayed}+{penalty}".strip("+"): replace(method, penalty=PENALTIES[penalty])
+        for penalty in PENALTIES
+        for replayed, method in REPLAYS.items()
+    },
+}
+
+
+def parse_method(text: str) -> Method:
+    """The method that NAME or NAME:OPTION,... stands for."""
+    name, _, options = text.partition(":")
+    if name not in METHODS:
+        raise OptionError(f"method {name!r} is not known; choose one of {', '.join(METHODS)}")
+    method = METHODS[name]
+    if not options:
+        return method
+    if method.penalty is None:
+        penalised = ", ".join(n for n, m in METHODS.items() if m.penalty is not None)
+        raise OptionError(
+            f"method {text!r}: {name} has no penalty, so {options!r} means nothing; options belong to {penalised}"
+        )
+    penalty = method.penalty
+    for option in options.split(","):
+        penalty = _with_option(penalty, option, text)
+    return replace(method, penalty=penalty)
+
+
+def _with_option(penalty: Penalty, option: str, text: str) -> Penalty:
+    if option in get_args(Mode):
+        return replace(penalty, mode=option)  # type: ignore[arg-type]
+    if option.startswith("lam="):
+        try:
+            lam = float(option[4:])
+        except ValueError:
+            lam = math.nan
+        if not lam >= 0:
+            raise OptionError(f"method {text!r}: {option!r}; lam must be a number, 0 or more (inf is one)")
+        return replace(penalty, lam=lam)
+    if penalty.fisher == "low_rank":
+        if option == "slopes":
+            return replace(penalty, slopes=True)
+        if option in ("top", "random") or (option == "mean" and penalty.rank == 1):
+            return replace(penalty, direction=option)  # type: ignore[arg-type]
+    known = [*get_args(Mode), "lam=NUMBER"]
+    if penalty.fisher == "low_rank":
+        known += ["slopes", "top", "random"] + (["mean"] if penalty.rank == 1 else [])
+    raise OptionError(f"method {text!r}: {option!r} is not an option of its penalty; choose among {', '.join(known)}")
+
+
+def spell(text: str, with_lam: bool = True) -> str:
+    """A method's one spelling: options that differ from the name's own, in a fixed order; without lam, if asked."""
+    method, name = parse_method(text), text.partition(":")[0]
+    if method.penalty is None:
+        return name
+    own, asked = METHODS[name].penalty, method.penalty
+    assert own is not None
+    words = []
+    if asked.direction != own.direction:
+        words.append(asked.direction)
+    if asked.slopes:
+        words.append("slopes")
+    if asked.mode != own.mode:
+        words.append(asked.mode)
+    if with_lam and asked.lam != own.lam:
+        words.append(f"lam={asked.lam:g}")
+    return f"{name}:{','.join(words)}" if words else name
+
+
+class DataPlan(NamedTuple):
+    """What a data set is unless told otherwise: side of its images, tasks, classes of each."""
+
+    image_size: int
+    tasks: int
+    classes_per_task: int
+    classes: int  # 0: as many as the tasks have
+
+
+DATA_PLANS: dict[str, DataPlan] = {
+    "digits": DataPlan(8, 5, 2, 10),
+    "mnist": DataPlan(16, 5, 2, 10),
+    "fashion_mnist": DataPlan(16, 5, 2, 10),
+    "cifar10": DataPlan(32, 5, 2, 10),
+    "imagenet32": DataPlan(32, 20, 50, 1000),
+    "folder": DataPlan(32, 5, 2, 0),
 }
 
 
@@ -94,39 +207,62 @@ class Settings:
     """Everything that decides a run's numbers, except its method and its seed."""
 
     data: DataName = "digits"
-    """Data set: digits comes with scikit-learn; mnist and fashion_mnist are read from --data-root."""
+    """Data set: digits comes with scikit-learn, the others are read from --data-root; folder is any folder of images
+    with train/<class>/ and test/<class>/ in it."""
     image_size: int = 0
-    """Side of the images in pixels; 0 means the data set's default (digits 8, the others 16; they may be 32)."""
-    tasks: int = 5
-    """How many tasks of two classes each to learn, in the labels' original order."""
+    """Side of the images in pixels; 0 means the data set's default (digits 8, MNIST and FashionMNIST 16, others 32)."""
+    tasks: int = 0
+    """How many tasks to learn; 0 means the data set's default (5; imagenet32 20)."""
+    classes_per_task: int = 0
+    """Classes of each task; 0 means the data set's default (2; imagenet32 50)."""
+    class_order: int = -1
+    """Seed of the order in which classes arrive; -1 is the labels' own order."""
+    per_class: int = 0
+    """At most so many training images of each class, the first ones; 0 means all."""
+    held_out: Literal["test", "validation"] = "test"
+    """Which held-out images the evaluations compare with: test images, or, to choose lam and the like, validation
+    images, which are taken from the training part."""
     model: ModelName = "tiny"
-    """UNet preset: tiny (0.36 M parameters, made for a CPU), small (2.5 M) or paper (34 M, the rank-1 paper's channels,
-    for images of 32 pixels)."""
+    """UNet preset: mini (0.16 M parameters) and tiny (0.36 M), made for a CPU, small (2.5 M) or paper (36 M, the rank-1
+    paper's channels, for images of 32 pixels)."""
+    schedule: Literal["linear", "cosine"] = "linear"
+    """Noise schedule of the 1000 timesteps."""
     steps: int = 300
     """Optimization steps a task."""
+    epochs: int = 0
+    """Passes over the images of a task, instead of --steps; 0 means that --steps counts."""
     batch: int = 32
     """Real images a step."""
     replay_batch: int = 32
     """Replayed images a step, for each replay of the method."""
     lr: float = 2e-3
-    """Peak of Adam's one-cycle learning rate; Adam starts afresh with every task."""
+    """Adam's learning rate, or its peak; Adam starts afresh with every task."""
+    lr_schedule: Literal["one-cycle", "constant"] = "one-cycle"
+    """Learning rate over a task: a rise and a long cosine down to 0, or always the same."""
     clip: float = 1.0
-    """Largest norm of the gradient; a longer one is scaled down to it."""
+    """Largest norm of the gradient; a longer one is scaled down to it. 0 means no limit."""
+    ema: float = 0.0
+    """Decay of an exponential moving average of the weights; 0 means none. At the end of a task the average becomes the
+    model: it is evaluated, it is the teacher and the penalty's anchor, and the next task starts from it."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the network's forward and backward pass (autocast); parameters are float32."""
     pool: int = 100
     """Images that the teacher draws for each old class after every task."""
     pool_steps: int = 10
     """DDIM steps for the images of the pool."""
+    fresh_steps: int = 2
+    """DDIM steps for replay images that are drawn anew in every step."""
     eval_samples: int = 100
     """Images drawn for each class in an evaluation."""
     eval_steps: int = 10
     """DDIM steps for the images of an evaluation."""
     fisher_samples: int = 1000
-    """Per-sample gradients for the Fisher matrix of one task, half for its direction and half for its curvature."""
-    lam: float | None = None
-    """Strength of the penalty; by default the method's own."""
-    mode: Mode | None = None
-    """How the penalty acts: decoupled (its own step after Adam's) or gradient (added before Adam); by default the
-    method's own."""
+    """Per-sample gradients for the Fisher matrix of one task, half for its directions and half for its curvatures; 0
+    means every image of the task once."""
+    fisher_estimate: Literal["held-out", "in-sample"] = "held-out"
+    """Whether directions and curvatures come from different samples, or both from all of them, as in the paper."""
+    fisher_images: Literal["train", "validation"] = "train"
+    """Images of the task that the Fisher matrix is estimated from."""
     log_every: int = 20
     """Steps between two rows of losses in metrics.jsonl."""
     checkpoint_every: int = 100
@@ -139,23 +275,16 @@ class Settings:
 class RunConfig(Settings):
     """One run: settings, one method, one seed."""
 
-    method: MethodName
-    """What is replayed and what is penalised; see the README for each."""
+    method: str
+    """What is replayed and what is penalised: NAME or NAME:OPTION,... such as gd+rank1:gradient,lam=60; see the
+    README."""
     seed: int = 0
     """Names the random streams; runs of one seed see identical batches, noise, timesteps and evaluation latents."""
 
     @property
     def recipe(self) -> Method:
-        """The method's value, with the penalty that --lam and --mode ask for."""
-        method = METHODS[self.method]
-        if method.penalty is None:
-            return method
-        penalty = method.penalty
-        if self.lam is not None:
-            penalty = replace(penalty, lam=self.lam)
-        if self.mode is not None:
-            penalty = replace(penalty, mode=self.mode)
-        return replace(method, penalty=penalty)
+        """The method's value."""
+        return parse_method(self.method)
 
     def as_json(self) -> dict[str, Any]:
         """The resolved configuration as `config.json` keeps it."""
@@ -163,18 +292,35 @@ class RunConfig(Settings):
         recipe["replays"] = list(recipe["replays"])  # JSON knows no tuples
         return {**asdict(self), "recipe": recipe}
 
+    @classmethod
+    def from_json(cls, saved: dict[str, Any]) -> RunConfig:
+        return cls(**{field.name: saved[field.name] for field in fields(cls)})
 
-CLASSES_PER_TASK = 2
-MAX_TASKS = 5
+
+def planned(config: RunConfig) -> RunConfig:
+    """The configuration with the data set's defaults and the method's one spelling filled in."""
+    plan = DATA_PLANS[config.data]
+    return replace(
+        config,
+        method=spell(config.method),
+        image_size=config.image_size or plan.image_size,
+        tasks=config.tasks or plan.tasks,
+        classes_per_task=config.classes_per_task or plan.classes_per_task,
+    )
 
 
-def task_classes(tasks: int) -> list[tuple[int, ...]]:
-    """Classes of each task: (0, 1), (2, 3), ..."""
-    return [tuple(range(CLASSES_PER_TASK * i, CLASSES_PER_TASK * (i + 1))) for i in range(tasks)]
+def task_classes(config: RunConfig) -> list[tuple[int, ...]]:
+    """Classes of each task: (0, 1), (2, 3), ..., or the same of a shuffled order."""
+    config = planned(config)
+    order = list(range(DATA_PLANS[config.data].classes or config.tasks * config.classes_per_task))
+    if config.class_order >= 0:
+        random.Random(config.class_order).shuffle(order)
+    size = config.classes_per_task
+    return [tuple(order[size * i : size * (i + 1)]) for i in range(config.tasks)]
 
 
 def stages(config: RunConfig) -> list[Stage]:
-    return CURRICULA[config.recipe.curriculum](task_classes(config.tasks))
+    return CURRICULA[config.recipe.curriculum](task_classes(config))
 
 
 def check(config: RunConfig) -> None:
@@ -186,26 +332,27 @@ def check(config: RunConfig) -> None:
             wanted = f"at least {low}" if high is None else f"between {low} and {high}"
             raise OptionError(f"--{name.replace('_', '-')} is {value}; it must be {wanted}")
 
-    whole("tasks", 1, MAX_TASKS)
+    parse_method(config.method)
     for name in ("steps", "batch", "replay_batch", "pool", "log_every", "checkpoint_every"):
         whole(name, 1)
+    for name in ("image_size", "tasks", "classes_per_task", "per_class", "epochs", "seed", "fisher_samples"):
+        whole(name, 0)
+    whole("class_order", -1)
     whole("eval_samples", 2)
-    whole("fisher_samples", 4)
-    whole("pool_steps", 1, 1000)
-    whole("eval_steps", 1, 1000)
-    whole("image_size", 0)
-    whole("seed", 0)
-    for name in ("lr", "clip"):
-        value = getattr(config, name)
-        if not (math.isfinite(value) and value > 0):
-            raise OptionError(f"--{name} is {value}; it must be a finite number above 0")
-    if config.lam is not None and not (math.isfinite(config.lam) and config.lam >= 0):
-        raise OptionError(f"--lam is {config.lam}; it must be a finite number, 0 or more")
-    if METHODS[config.method].penalty is None:
-        for name in ("lam", "mode"):
-            if getattr(config, name) is not None:
-                penalised = ", ".join(n for n, m in METHODS.items() if m.penalty is not None)
-                raise OptionError(
-                    f"--{name} is {getattr(config, name)}, but {config.method} has no penalty; "
-                    f"leave it out, or choose one of {penalised}"
-                )
+    for name in ("pool_steps", "fresh_steps", "eval_steps"):
+        whole(name, 1, 1000)
+    if 0 < config.fisher_samples < 4:
+        raise OptionError(f"--fisher-samples is {config.fisher_samples}; it must be at least 4, or 0 for all images")
+    if not (math.isfinite(config.lr) and config.lr > 0):
+        raise OptionError(f"--lr is {config.lr}; it must be a finite number above 0")
+    if not (math.isfinite(config.clip) and config.clip >= 0):
+        raise OptionError(f"--clip is {config.clip}; it must be a finite number, 0 or more")
+    if not 0 <= config.ema < 1:
+        raise OptionError(f"--ema is {config.ema}; it must be at least 0 and less than 1")
+    wanted = planned(config)
+    classes = DATA_PLANS[config.data].classes
+    if classes and wanted.tasks * wanted.classes_per_task > classes:
+        raise OptionError(
+            f"--tasks is {wanted.tasks} and --classes-per-task is {wanted.classes_per_task}, but {config.data} has "
+            f"{classes} classes; their product must not be larger"
+        )

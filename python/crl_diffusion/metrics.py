@@ -99,7 +99,7 @@ def extractor(data: Data, path: Path) -> Extractor:
     channels, size, _ = data.shape
     steps = max(EXTRACTOR_STEPS, EXTRACTOR_EPOCHS * len(data.train.labels) // EXTRACTOR_BATCH)
     made_for = {"data": data.name, "size": str(size), "recipe": f"{steps} steps of {EXTRACTOR_BATCH}"}
-    model = Extractor(channels, size, int(data.train.labels.max()) + 1)
+    model = Extractor(channels, size, data.classes)
     if path.exists():
         _read(model, path, made_for)
     else:

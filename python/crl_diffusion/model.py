@@ -23,8 +23,9 @@ class UNetPreset:
     attention: bool
 
 
-# "tiny" has no attention: on one CPU thread and 8 to 16 pixels it costs more time than it gives quality.
+# No attention in the small ones: on one CPU thread and 8 to 16 pixels it costs more time than it gives quality.
 MODELS: dict[str, UNetPreset] = {
+    "mini": UNetPreset((16, 32), 1, 8, False),
     "tiny": UNetPreset((24, 48), 1, 8, False),
     "small": UNetPreset((64, 128), 1, 16, False),
     "paper": UNetPreset((128, 256, 256, 256), 2, 32, True),

@@ -10,23 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from crl_diffusion.diffusion import TIMESTEPS
 from crl_diffusion.method import Penalty
-from crl_kernels import DiagonalHistory, LowRankHistory, estimate_fisher
+from crl_kernels import DiagonalFisher, DiagonalHistory, LowRankFisher, LowRankHistory, estimate_fisher
 
-FISHERS: dict[str, tuple[type[Any], dict[str, Any]]] = {
-    "rank1": (LowRankHistory, {"kind": "low_rank", "rank": 1}),
-    "diagonal": (DiagonalHistory, {"kind": "diagonal"}),
-}
-STATISTICS = ("num_samples", "kappa", "rho", "trace")
+PerSampleLoss = Callable[[nn.Module, Any], Tensor]
+STATISTICS = ("num_samples", "kappa", "rho", "trace", "signal_share", "samples_needed")
 
 
 class PenaltyState:
-    """What a run keeps of its past tasks, and the two moments of a step at which a penalty may act."""
+    """What a run keeps of its past tasks, and the moments at which a penalty may act."""
 
-    def __init__(self, spec: Penalty, model: nn.Module) -> None:
-        self.spec, self.model = spec, model
-        history_type, self.estimate = FISHERS[spec.fisher]
-        self.history = history_type(model)
+    def __init__(self, spec: Penalty, model: nn.Module, in_sample: bool = False) -> None:
+        self.spec, self.model, self.in_sample = spec, model, in_sample
+        self.history: LowRankHistory | DiagonalHistory = self._new_history()
         self.seconds: list[float] = []  # time of each call since it was last read
 
     def after_backward(self) -> None:
@@ -40,14 +37,29 @@ class PenaltyState:
             self._timed(lambda: self.history.decoupled_step_(self.spec.lam, lr))
 
     def learn(
-        self, per_sample_loss: Callable[[nn.Module, Any], Tensor], batches: Sequence[Any], generator: torch.Generator
-    ) -> dict[str, float | None]:
+        self,
+        per_sample_loss: PerSampleLoss,
+        batches: Sequence[tuple[Tensor, ...]],
+        generator: torch.Generator,
+        task_lr: float,
+    ) -> dict[str, Any]:
         """Append the Fisher matrix of the task that has just been learnt; returns its statistics, None for those that
-        this kind of matrix does not have."""
-        fisher = estimate_fisher(self.model, per_sample_loss, batches, generator=generator, **self.estimate)
+        this kind of matrix does not have. `task_lr` is the sum of a task's learning rates."""
+        fisher = self._estimate(per_sample_loss, batches, generator)
+        if self.spec.direction == "random":
+            fisher = _along_random_directions(fisher, self.model, generator)
+        if self.spec.mode == "once":
+            # A control: the whole pull of one task, in one proximal step at its end, and no penalty afterwards.
+            once = self._new_history()
+            once.append(fisher)
+            once.decoupled_step_(self.spec.lam, task_lr)
         self.history.append(fisher)
         found = {name: getattr(fisher.statistics, name, math.nan) for name in STATISTICS}
-        return {name: value if math.isfinite(value) else None for name, value in found.items()}
+        statistics: dict[str, Any] = {name: x if math.isfinite(x) else None for name, x in found.items()}
+        if isinstance(fisher, LowRankFisher):
+            statistics["curvatures"] = fisher.curvatures.tolist()
+            statistics["slopes"] = None if fisher.slopes is None else fisher.slopes.tolist()
+        return statistics
 
     @property
     def nbytes(self) -> int:
@@ -61,6 +73,33 @@ class PenaltyState:
         if state:
             self.history.load_state_dict(state)
 
+    def _new_history(self) -> LowRankHistory | DiagonalHistory:
+        if self.spec.fisher == "diagonal":
+            return DiagonalHistory(self.model)
+        return LowRankHistory(self.model, first_order=self.spec.slopes)
+
+    def _estimate(
+        self, per_sample_loss: PerSampleLoss, batches: Sequence[tuple[Tensor, ...]], generator: torch.Generator
+    ) -> LowRankFisher | DiagonalFisher:
+        spec = self.spec
+        if spec.fisher == "diagonal":
+            return estimate_fisher(self.model, per_sample_loss, batches, kind="diagonal", generator=generator)
+
+        def banded(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+            """Each sample's band of timesteps beside its loss; batch is (noised, t, label, noise)."""
+            return per_sample_loss(model, batch), batch[1] * spec.bands // TIMESTEPS
+
+        return estimate_fisher(
+            self.model,
+            banded if spec.bands > 1 else per_sample_loss,
+            batches,
+            kind="low_rank",
+            rank=spec.rank,
+            direction="top" if spec.direction == "top" or spec.rank > 1 else "mean",
+            unbiased=not self.in_sample,
+            generator=generator,
+        )
+
     def _timed(self, call: Callable[[], Any]) -> None:
         self._wait()
         start = time.perf_counter()
@@ -73,3 +112,16 @@ class PenaltyState:
         device = next(self.model.parameters()).device
         if device.type == "cuda":
             torch.cuda.synchronize(device)
+
+
+def _along_random_directions(fisher: Any, model: nn.Module, generator: torch.Generator) -> LowRankFisher:
+    """A control: the same curvatures and slopes along unit directions that know nothing of the data."""
+    parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    terms = len(fisher)
+    drawn = {name: torch.randn(terms, *p.shape, generator=generator) for name, p in parameters.items()}
+    lengths = sum(d.flatten(1).double().square().sum(1) for d in drawn.values()).sqrt()
+    directions = {
+        name: (d / lengths.to(d.dtype).view(terms, *[1] * (d.dim() - 1))).to(parameters[name])
+        for name, d in drawn.items()
+    }
+    return LowRankFisher(directions, fisher.curvatures, parameters, slopes=fisher.slopes, statistics=fisher.statistics)

@@ -136,7 +136,7 @@ def of_run(run: Path) -> list[Path]:
     config, rows = read_json(run / "config.json")["run"], read_rows(run / "metrics.jsonl")
     name = f"{config['method']} on {config['data']}, seed {config['seed']}"
     r = fid_matrix(rows)
-    classes = 2 * len(r)
+    classes = config["classes_per_task"] * len(r)
     evaluated = [i + 1 for i, row in enumerate(r) if row]
     strips = [(f"after task {i}", _strip(*_samples(run, i), classes, 2, SHOWN_SAMPLES // 2)) for i in evaluated]
     caption = "Each class starts from the same noise in every row. Grey: not yet learnt."
@@ -196,14 +196,15 @@ def comparison(runs: Sequence[Finished], out: Path, order: Sequence[str] = ()) -
     groups = grouped(runs, order)
     first = runs[0].config
     tasks = first["tasks"]
+    classes = first["classes_per_task"] * tasks
     seed = min(set.intersection(*({run.seed for run in group} for group in groups.values())), default=None)
     paths = []
     if seed is not None:
         chosen = {name: next(run for run in group if run.seed == seed) for name, group in groups.items()}
-        strips = [(name, _strip(*_samples(run.path, tasks), 2 * tasks, 3, 3)) for name, run in chosen.items()]
+        strips = [(name, _strip(*_samples(run.path, tasks), classes, 3, 3)) for name, run in chosen.items()]
         title = f"{first['data']} after task {tasks} of {tasks}: what each method still draws"
         caption = f"Seed {seed}. Same starting noise in every row; images are the first of each class, not chosen."
-        paths.append(_save(_show_strips(strips, 2 * tasks, title, caption), out / "samples.png"))
+        paths.append(_save(_show_strips(strips, classes, title, caption), out / "samples.png"))
 
     matrices = {name: _mean_matrix(group) for name, group in groups.items()}
     limits = _limits(list(matrices.values()))

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from crl_diffusion import diffusion
 from crl_diffusion.data import Images, to_float, to_pixels
-from crl_diffusion.method import Replay
+from crl_diffusion.method import Method, RunConfig
 from crl_diffusion.model import predict
 
 
@@ -50,14 +50,29 @@ def _teacher(teacher: nn.Module, noised: Tensor, t: Tensor, label: Tensor, noise
 TARGETS: dict[str, Target] = {"noise": _noise, "teacher": _teacher}
 
 
+class Source(Protocol):
+    """Where images of old classes come from. All come from the last task's model, the teacher: it is the only memory,
+    no earlier image is kept."""
+
+    def __init__(self, config: RunConfig, shape: tuple[int, int, int]) -> None: ...
+
+    def refill(self, teacher: nn.Module, classes: Sequence[int], stage: int) -> None:
+        """A task has been learnt: `classes` are all old ones, and the stage has the number `stage`."""
+
+    def draw(self, teacher: nn.Module, n: int, generator: torch.Generator) -> Images:
+        """n images of old classes."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold of this source."""
+
+    def load_state(self, state: dict[str, Tensor]) -> None: ...
+
+
 class Pool:
-    """Images of the old classes, drawn once after every task from the model that has just learnt it.
+    """Images of the old classes, drawn once after every task."""
 
-    All old classes are drawn anew each time: the model is the only memory, no earlier image is kept.
-    """
-
-    def __init__(self, seed: int, shape: tuple[int, int, int], per_class: int, steps: int) -> None:
-        self.seed, self.shape, self.per_class, self.steps = seed, shape, per_class, steps
+    def __init__(self, config: RunConfig, shape: tuple[int, int, int]) -> None:
+        self.seed, self.shape, self.per_class, self.steps = config.seed, shape, config.pool, config.pool_steps
         self.images = Images(torch.empty(0, *shape, dtype=torch.uint8), torch.empty(0, dtype=torch.int64))
 
     def refill(self, teacher: nn.Module, classes: Sequence[int], stage: int) -> None:
@@ -67,7 +82,7 @@ class Pool:
         pixels = to_pixels(draw_images(teacher, latents, label, self.steps))
         self.images = Images(pixels, label)
 
-    def draw(self, n: int, generator: torch.Generator) -> Images:
+    def draw(self, teacher: nn.Module, n: int, generator: torch.Generator) -> Images:
         """n images, uniformly and with replacement."""
         index = torch.randint(len(self.images.labels), (n,), generator=generator)
         return Images(self.images.pixels[index], self.images.labels[index])
@@ -79,7 +94,29 @@ class Pool:
         self.images = Images(state["pixels"], state["labels"])
 
 
-SOURCES: dict[str, type[Pool]] = {"pool": Pool}
+class Fresh:
+    """New images in every step, drawn with a few DDIM steps, their classes uniform over the old ones."""
+
+    def __init__(self, config: RunConfig, shape: tuple[int, int, int]) -> None:
+        self.shape, self.steps = shape, config.fresh_steps
+        self.classes = torch.empty(0, dtype=torch.int64)
+
+    def refill(self, teacher: nn.Module, classes: Sequence[int], stage: int) -> None:
+        self.classes = torch.tensor(classes)
+
+    def draw(self, teacher: nn.Module, n: int, generator: torch.Generator) -> Images:
+        label = self.classes[torch.randint(len(self.classes), (n,), generator=generator)]
+        latents = torch.randn(n, *self.shape, generator=generator)
+        return Images(to_pixels(draw_images(teacher, latents, label, self.steps)), label)
+
+    def state(self) -> dict[str, Tensor]:
+        return {"classes": self.classes}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        self.classes = state["classes"]
+
+
+SOURCES: dict[str, type[Source]] = {"pool": Pool, "fresh": Fresh}
 
 
 def draw_images(model: nn.Module, latents: Tensor, label: Tensor, steps: int) -> Tensor:
@@ -103,20 +140,30 @@ class Moment(NamedTuple):
         return diffusion.stream(self.seed, purpose, self.stage, self.step)
 
 
-def real_batch(images: Images, n: int, moment: Moment, like: Tensor) -> NoisedBatch:
-    """The step's real images, in epochs, weighing 1/n each; device and dtype are those of `like`."""
+def shares(method: Method, stage: int) -> tuple[float, tuple[float, ...]]:
+    """Weights of the real loss and of each replay's in a stage, the first being 0; see `Method`."""
+    weights = tuple(part.weight for part in method.replays)
+    if method.weights == "sum" or not weights:
+        return 1.0, weights
+    tasks = stage + 1
+    return 1 / tasks, tuple(weight * (1 - 1 / tasks) for weight in weights)
+
+
+def real_batch(images: Images, n: int, weight: float, moment: Moment, like: Tensor) -> NoisedBatch:
+    """The step's real images, in epochs, weighing weight / n each; device and dtype are those of `like`."""
     noised, t, label, noise = noise_up(epoch_batch(images, n, moment), moment.stream("noise"), like)
-    return NoisedBatch(noised, t, label, noise, _weights(1.0, label, like))
+    return NoisedBatch(noised, t, label, noise, _weights(weight, label, like))
 
 
 def replay_batch(
-    replay: Replay, position: int, source: Pool, teacher: nn.Module, n: int, moment: Moment, like: Tensor
+    target: str, position: int, weight: float, source: Source, teacher: nn.Module, n: int, moment: Moment, like: Tensor
 ) -> NoisedBatch:
-    """The step's images of one replay, weighing replay.weight / n each; `position` is its place in the method."""
-    chosen = source.draw(n, moment.stream(f"replay {position}"))
+    """The step's images of one replay, weighing weight / n each; `position` is its place in the method."""
+    chosen = source.draw(teacher, n, moment.stream(f"replay {position}"))
     noised, t, label, noise = noise_up(chosen, moment.stream(f"replay noise {position}"), like)
-    target = TARGETS[replay.target](teacher, noised, t, label, noise)
-    return NoisedBatch(noised, t, label, target, _weights(replay.weight, label, like))
+    return NoisedBatch(
+        noised, t, label, TARGETS[target](teacher, noised, t, label, noise), _weights(weight, label, like)
+    )
 
 
 def epoch_batch(images: Images, n: int, moment: Moment, purpose: str = "epoch") -> Images:

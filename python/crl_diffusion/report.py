@@ -190,7 +190,8 @@ def table(runs: Sequence[Finished], baseline: str, order: Sequence[str] = ()) ->
         body.append(row)
     first = runs[0]
     caption = (
-        f"{first.config['data']}, {first.config['tasks']} tasks of two classes, {first.config['steps']} steps a task. "
+        f"{first.config['data']}, {first.config['tasks']} tasks of {first.config['classes_per_task']} class(es), "
+        f"{first.config['steps']} steps a task. "
         f"FID on the features of {first.summary['extractor']}, {first.summary['samples_per_task']} images a task, "
         f"{first.summary['sampler']}; forgetting = mean over tasks before the last of FID at the end "
         "less FID when learnt. Lower is better for both. Accuracy: images that the extractor takes for their label."
