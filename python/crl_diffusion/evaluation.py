@@ -145,6 +145,6 @@ def check_finished(chosen: ExtractorName | Custom, out: Path) -> None:
     wanted = chosen.name if isinstance(chosen, Custom) else extractors.KINDS.get(chosen, chosen)
     if measured != wanted and (isinstance(chosen, Custom) or not measured.startswith(f"{wanted}-")):
         raise OptionError(
-            f"--extractor is {wanted}, but the run in {str(out)!r} was measured with {measured}; "
+            f"--extractor is {getattr(chosen, 'name', chosen)}, but the run in {str(out)!r} was measured with {measured}; "
             "choose that one, or another folder"
         )
