@@ -144,7 +144,8 @@ def check_finished(chosen: ExtractorName | Custom, out: Path) -> None:
     measured = str(read_json(out / "config.json")["extractor"])
     wanted = chosen.name if isinstance(chosen, Custom) else extractors.KINDS.get(chosen, chosen)
     if measured != wanted and (isinstance(chosen, Custom) or not measured.startswith(f"{wanted}-")):
+        name = chosen.name if isinstance(chosen, Custom) else chosen
         raise OptionError(
-            f"--extractor is {getattr(chosen, 'name', chosen)}, but the run in {str(out)!r} was measured with {measured}; "
-            "choose that one, or another folder"
+            f"--extractor is {name}, but the run in {str(out)!r} was measured with {measured}; choose that one, or "
+            "another folder"
         )
