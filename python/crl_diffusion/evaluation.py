@@ -7,14 +7,15 @@ was compared with and how many images that has. Nothing here depends on the meth
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from crl_diffusion import diffusion, extractors, replay
+from crl_diffusion import diffusion, extractors
 from crl_diffusion.data import Data, Images, Task, to_pixels
 from crl_diffusion.extractors import Classifier, Custom, Extractor
 from crl_diffusion.fid import Statistics, fid, kept_statistics
@@ -66,17 +67,24 @@ def instruments(chosen: ExtractorName | Custom, data: Data, folder: Path, device
     return Instruments(extractors.extractor(chosen, data, folder, device), classifier, folder)
 
 
-def evaluate(model: nn.Module, tools: Instruments, data: Data, config: RunConfig, learnt: int, out: Path) -> list[Row]:
+Draw = Callable[[Tensor, Tensor], Tensor]  # latents (N, C, S, S), labels (N,) -> images (N, C, S, S) in [-1, 1], CPU
+
+
+def evaluate(draw: Draw, tools: Instruments | None, data: Data, config: RunConfig, learnt: int, out: Path) -> list[Row]:
     """A row for each of the first `learnt` tasks; the first images of each class are kept in `out`/samples.
 
-    The n-th image of class c starts from the same noise in every evaluation, whatever else is drawn, and the sampler's
-    batches change no more than the rounding of its arithmetic.
+    `draw` is the model's sampler, with `config.eval_steps` steps of DDIM. The n-th image of class c starts from the
+    same noise in every evaluation, whatever else is drawn; batches of the sampler change no more than the rounding of
+    its arithmetic. Without tools images are drawn, for the sake of another process that measures them, and nothing is
+    returned or written.
     """
     rows, kept = [], []
     for task in data.tasks[:learnt]:
         label = torch.tensor(task.classes).repeat_interleave(config.eval_samples)
-        latents = diffusion.draw_latents(config.seed, "evaluation", label, data.shape)
-        pixels = to_pixels(replay.draw_images(model, latents, label, config.eval_steps))
+        images = draw(diffusion.draw_latents(config.seed, "evaluation", label, data.shape), label)
+        if tools is None:
+            continue
+        pixels = to_pixels(images)
         first = torch.cat([torch.nonzero(label == c).flatten()[:KEPT_SAMPLES] for c in task.classes])
         kept.append(Images(pixels[first], label[first]))
         rows.append(
@@ -90,10 +98,11 @@ def evaluate(model: nn.Module, tools: Instruments, data: Data, config: RunConfig
                 "seed": config.seed,
             }
         )
-    folder = out / "samples"
-    folder.mkdir(exist_ok=True)
-    pixels, labels = (torch.cat(parts) for parts in zip(*kept, strict=True))
-    save_file({"pixels": pixels, "labels": labels}, folder / f"after-task-{learnt}.safetensors")
+    if kept:
+        folder = out / "samples"
+        folder.mkdir(exist_ok=True)
+        pixels, labels = torch.cat([part.pixels for part in kept]), torch.cat([part.labels for part in kept])
+        save_file({"pixels": pixels, "labels": labels}, folder / f"after-task-{learnt}.safetensors")
     return rows
 
 

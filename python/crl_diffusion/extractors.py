@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import get_args
 
@@ -246,7 +246,7 @@ def classifier(data: Data, folder: Path, chosen: str = "cnn") -> Classifier:
     channels, size, _ = data.shape
     model = CLASSIFIERS[chosen](channels, size, data.classes)
     steps = max(CLASSIFIER_STEPS, model.epochs * len(data.train.labels) // CLASSIFIER_BATCH)
-    images = digest(*data.train)
+    images = digest(*(tensor for part in _parts(data.train) for tensor in (part.pixels, part.labels)))
     recipe = f"{steps} steps of {CLASSIFIER_BATCH}"
     made_for = {"data": data.name, "size": str(size), "recipe": recipe, "images": images}
     path = folder / f"{model.file}-{data.name}-{size}px-{images[:8]}.safetensors"
@@ -254,7 +254,7 @@ def classifier(data: Data, folder: Path, chosen: str = "cnn") -> Classifier:
         _read(model, path, made_for)
     else:
         _fit(model, data.train, steps)
-        model.test_accuracy = model.accuracy(*data.test)
+        model.test_accuracy = model.accuracy(data.test.pixels, data.test.labels)
         write(path, model.state_dict(), {**made_for, "test_accuracy": repr(model.test_accuracy)})
     model.name = f"{model.kind}-{data.name}-{size}px-{digest(*model.state_dict().values())[:8]}"
     return model.eval().requires_grad_(False)
@@ -285,6 +285,11 @@ def _read(model: Classifier, path: Path, made_for: dict[str, str]) -> None:
     model.test_accuracy = float(metadata["test_accuracy"])
 
 
+def _parts(images: Images) -> Iterator[Images]:
+    for pixels, labels in zip(images.pixels.split(PART), images.labels.split(PART), strict=True):
+        yield Images(pixels, labels)
+
+
 def _fit(model: Classifier, train: Images, steps: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream(0, "extractor weights").initial_seed())
@@ -301,7 +306,7 @@ def _fit(model: Classifier, train: Images, steps: int) -> None:
         optimizer.step()
     if model.total_variance is not None:
         with torch.no_grad():
-            features = torch.cat([model(to_float(part)) for part in train.pixels.split(PART)])
+            features = torch.cat([model(to_float(part.pixels)) for part in _parts(train)])
             model.scale.copy_((model.total_variance / features.double().var(0).sum()).sqrt())
 
 

@@ -133,6 +133,14 @@ class Run:
 
     # The end of a stage
 
+    def draw(self, latents: Tensor, label: Tensor) -> Tensor:
+        """Images of the model for an evaluation."""
+        return replay.draw_images(self.model, latents, label, self.config.eval_steps)
+
+    def evaluate(self, stage: Stage) -> list[Row]:
+        """One row of R; see evaluation.py."""
+        return evaluation.evaluate(self.draw, self.tools, self.data, self.config, stage.learnt, self.out)
+
     def remember(self, stage: Stage) -> None:
         """Freeze the teacher, refill the pools and measure the Fisher matrix: all that later tasks are held to."""
         learnt = [c for task in self.data.tasks[: stage.learnt] for c in task.classes]
@@ -265,7 +273,7 @@ def run_stage(run: Run, stage: Stage, board: TensorBoard, advance: Advance) -> N
             since = time.perf_counter()
 
     run.model.eval()
-    for row in evaluation.evaluate(run.model, run.tools, run.data, config, stage.learnt, run.out):
+    for row in run.evaluate(stage):
         run.log(row)
         board.scalars(row["after_task"], {f"fid/task {row['task']}": row["fid"]})
         run.say(

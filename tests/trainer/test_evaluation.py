@@ -10,13 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SHORT
-from crl_diffusion import cli, data, diffusion, evaluation, fid, loop, replay
+from crl_diffusion import cli, data, diffusion, evaluation, fid, loop
 from crl_diffusion.data import Images
 from crl_diffusion.extractors import Classifier
 from crl_diffusion.method import OptionError, RunConfig
-from crl_diffusion.model import predict
-from crl_diffusion.records import read_rows
-from torch import Tensor, nn
+from crl_diffusion.records import Row, read_rows
+from torch import Tensor
 
 MakeRun = Callable[[RunConfig], loop.Run]
 Short = Callable[..., RunConfig]
@@ -57,43 +56,35 @@ def test_a_row_by_hand(extractor: Classifier, extractor_folder: Path, digits: da
     assert row["fid"] == fid.fid(extractor, fid.real_statistics(extractor, task.held_out.pixels), pixels)
 
 
-class _Untrained:
-    """The run's network with weights that draw something: initialised ones predict zeros."""
-
-    def __init__(self, make_run: MakeRun, short: Short) -> None:
-        self.run = make_run(short("fine-tune", tasks=1, eval_samples=20, eval_steps=4))
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for parameter in self.run.model.parameters():
-                parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
-        self.model = self.run.model.eval()
-
-    def rows(self, out: Path) -> list[dict[str, object]]:
-        out.mkdir()
-        return evaluation.evaluate(self.model, self.run.tools, self.run.data, self.run.config, 1, out)
+@pytest.fixture
+def run(make_run: MakeRun, short: Short) -> loop.Run:
+    """Its network has weights that draw something: as initialised it predicts zeros."""
+    made = make_run(short("fine-tune", tasks=1, eval_samples=20, eval_steps=4))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in made.model.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    made.model.eval()
+    return made
 
 
-def test_evaluation_does_not_depend_on_the_samplers_batches(
-    make_run: MakeRun, short: Short, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_evaluation_does_not_depend_on_the_samplers_batches(run: loop.Run) -> None:
     drawn: dict[int, Tensor] = {}
 
-    def in_batches_of(batch: int) -> Callable[[nn.Module, Tensor, Tensor, int], Tensor]:
-        def draw(model: nn.Module, latents: Tensor, label: Tensor, steps: int) -> Tensor:
-            with torch.no_grad():
-                found = diffusion.ddim(lambda x, t, y: predict(model, x, t, y), latents, label, steps, batch)
-            drawn[batch] = data.to_pixels(found)
-            return found
+    def rows(batch: int) -> list[Row]:
+        def draw(latents: Tensor, label: Tensor) -> Tensor:
+            pairs = zip(latents.split(batch), label.split(batch), strict=True)
+            images = torch.cat([run.draw(x, y) for x, y in pairs])
+            drawn[batch] = data.to_pixels(images)
+            return images
 
-        return draw
+        return evaluation.evaluate(draw, run.tools, run.data, run.config, 1, run.out)
 
-    untrained = _Untrained(make_run, short)
-    (row,) = untrained.rows(tmp_path / "whole")
-    for batch in (40, 7):
-        monkeypatch.setattr(replay, "draw_images", in_batches_of(batch))
-        (other,) = untrained.rows(tmp_path / str(batch))
-        assert other.pop("fid") == pytest.approx(row["fid"], rel=1e-3)
-        assert other == {key: value for key, value in row.items() if key != "fid"}
+    whole = run.evaluate(run.stages[0])
+    assert rows(40) == whole
+    (row,), (other,) = whole, rows(7)
+    assert other.pop("fid") == pytest.approx(row.pop("fid"), rel=1e-3)
+    assert other == row
     # At most a rounding of some pixels by one of 255.
     difference = drawn[40].int() - drawn[7].int()
     assert int(difference.abs().max()) <= 1
@@ -101,7 +92,7 @@ def test_evaluation_does_not_depend_on_the_samplers_batches(
     assert float(drawn[40].double().std()) > 10  # they are images of something
 
 
-def test_more_samples_begin_with_the_same_images(make_run: MakeRun, short: Short, tmp_path: Path) -> None:
+def test_more_samples_begin_with_the_same_images() -> None:
     few, many = (
         diffusion.draw_latents(0, "evaluation", torch.tensor([0, 1]).repeat_interleave(n), (1, 8, 8)) for n in (3, 9)
     )
@@ -109,17 +100,26 @@ def test_more_samples_begin_with_the_same_images(make_run: MakeRun, short: Short
     assert torch.equal(few[3:], many[9:12])
 
 
-def test_real_images_are_looked_at_once(
-    make_run: MakeRun, short: Short, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    untrained = _Untrained(make_run, short)
-    first = untrained.rows(tmp_path / "first")
+def test_real_images_are_looked_at_once(run: loop.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run.evaluate(run.stages[0])
 
     def never(*_: object) -> None:
         raise AssertionError("features of real images were extracted again")
 
     monkeypatch.setattr(fid, "real_statistics", never)
-    assert untrained.rows(tmp_path / "second") == first
+    assert run.evaluate(run.stages[0]) == first
+
+
+def test_a_process_without_instruments_only_draws(run: loop.Run) -> None:
+    asked: list[Tensor] = []
+
+    def draw(latents: Tensor, label: Tensor) -> Tensor:
+        asked.append(label)
+        return latents
+
+    assert evaluation.evaluate(draw, None, run.data, run.config, 1, run.out) == []
+    assert [label.tolist() for label in asked] == [[0] * 20 + [1] * 20]
+    assert not (run.out / "samples").exists()
 
 
 # What is said

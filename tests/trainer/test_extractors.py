@@ -33,7 +33,7 @@ def test_classifiers_know_the_digits_and_are_kept(
     assert made.name.startswith(f"{named}-digits-8px-")
     assert extractors.digest(*made.state_dict().values()).startswith(made.name[-8:])
     assert made.test_accuracy > 0.95
-    assert made.accuracy(*digits.test) == made.test_accuracy
+    assert made.accuracy(digits.test.pixels, digits.test.labels) == made.test_accuracy
     wrong = (digits.test.labels + 1) % 10
     assert made.accuracy(digits.test.pixels, wrong) < 0.05
     assert made.name in made.about()
