@@ -15,6 +15,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import get_args
 
 import torch
@@ -158,7 +159,7 @@ class Inception(Extractor):
 
     kind = "inception2048"
     num_features = 2048
-    part = 50  # 299x299 activations of 50 images are about 1 GB
+    part = 50  # its largest layer, 147 x 147 x 64, is 277 MB of float32 for 50 images
 
     def __init__(self, folder: Path, device: str) -> None:
         super().__init__()
@@ -170,12 +171,12 @@ class Inception(Extractor):
         except ModuleNotFoundError:
             raise OptionError(
                 "--extractor is inception, whose network is torch-fidelity's, and that is not installed; "
-                "pip install torch-fidelity, or choose --extractor cnn"
+                "pip install 'crl-kernels[inception]' (or torch-fidelity), or choose --extractor cnn"
             ) from None
-        except (RuntimeError, ValueError, AttributeError, TypeError) as error:
+        except (RuntimeError, ValueError, AttributeError, TypeError, EOFError, UnpicklingError) as error:
             raise OptionError(
-                f"--extractor is inception, but {str(path)!r} does not hold its weights ({_one_line(error)}); "
-                f"get {INCEPTION_URL}"
+                f"--extractor is inception, but torchmetrics does not take {str(path)!r} for its weights "
+                f"({_one_line(error)}); get {INCEPTION_URL}, and torchmetrics 1.6.1 or later"
             ) from None
         self.network = metric.inception.to(device)
         self.device = device

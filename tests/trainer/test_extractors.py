@@ -162,7 +162,7 @@ def test_inception_without_its_package_says_what_to_install(
     monkeypatch.setattr("torchmetrics.image.fid._TORCH_FIDELITY_AVAILABLE", False)
     (tmp_path / "w").write_bytes(b"weights")
     _honest(tmp_path, tmp_path / "w")
-    with pytest.raises(OptionError, match="torch-fidelity's, and that is not installed; pip install torch-fidelity"):
+    with pytest.raises(OptionError, match="torch-fidelity's, and that is not installed; pip install"):
         extractors.extractor("inception", digits, tmp_path)
 
 
@@ -210,5 +210,5 @@ def test_inception_is_torchmetrics_inception(
     weights.unlink()
     torch.save({"fc.weight": torch.zeros(3)}, tmp_path / "w")
     _honest(tmp_path, tmp_path / "w")
-    with pytest.raises(OptionError, match="does not hold its weights"):
+    with pytest.raises(OptionError, match=r"does not take .* for its weights"):
         extractors.extractor("inception", digits, tmp_path)
