@@ -181,6 +181,9 @@ def test_inception_is_torchmetrics_inception(
         patch.setattr(network.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
         random = network.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(tmp_path / "empty"))
     (tmp_path / "empty").unlink()
+    for layer in random.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(layer.weight)  # as it initialises itself, images fade out on the way
     torch.save({name: value.half() for name, value in random.state_dict().items()}, tmp_path / "w")
     weights = _honest(tmp_path, tmp_path / "w")
 
@@ -192,7 +195,7 @@ def test_inception_is_torchmetrics_inception(
     metric.update(real.repeat(1, 3, 1, 1), real=True)
     metric.update(generated.repeat(1, 3, 1, 1), real=False)
     expected = float(metric.compute())
-    assert expected > 0
+    assert expected > 0.1
     assert fid.fid(made, fid.real_statistics(made, real), generated) == pytest.approx(expected, rel=1e-4)
 
     # Classes are still told apart by the data set's own classifier.
