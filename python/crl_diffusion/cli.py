@@ -19,7 +19,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from crl_diffusion.method import METHODS, Device, OptionError, RunConfig, Settings, check, spell
+from crl_diffusion.method import METHODS, Device, ExtractorName, OptionError, RunConfig, Settings, check, spell
 
 FILE_WIDTH = 150  # columns of a table that goes to a file or a pipe
 DESCRIPTION = (
@@ -35,9 +35,12 @@ class Train(RunConfig):
     """Folder of the run."""
     data_root: Path = Path("data")
     """Where data sets are kept that do not come with a package, in torchvision's layout (MNIST/raw/...)."""
-    extractor: Path | None = None
-    """File of the classifier that FIDs and accuracies are measured with; trained and kept there if it is missing. By
-    default <out>/extractor.safetensors."""
+    extractor: ExtractorName = "cnn"
+    """Network whose features FIDs are measured on: cnn and lenet are small classifiers that are trained on the data set
+    first; inception is the literature's, whose weights you download. Accuracies are always the cnn's."""
+    extractor_folder: Path | None = None
+    """Folder where trained extractors and statistics of real images are kept, and where inception's weights are looked
+    for, pt_inception-2015-12-05-6726825d.pth; by default <out>."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +61,12 @@ class Compare(Settings):
     """With two seeds or more, differences are taken to this method, paired by seed."""
     data_root: Path = Path("data")
     """Where data sets are kept that do not come with a package, in torchvision's layout (MNIST/raw/...)."""
+    extractor: ExtractorName = "cnn"
+    """Network whose features FIDs are measured on: cnn and lenet are small classifiers that are trained on the data set
+    first; inception is the literature's, whose weights you download. Accuracies are always the cnn's."""
+    extractor_folder: Path | None = None
+    """Folder where trained extractors and statistics of real images are kept, and where inception's weights are looked
+    for, pt_inception-2015-12-05-6726825d.pth; by default <out>."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,11 +168,12 @@ def train(command: Train) -> int:
     console = Console(soft_wrap=True)
 
     # torch and diffusers take seconds to import: not before the options are known to be good.
-    from crl_diffusion import loop
+    from crl_diffusion import evaluation, loop
     from crl_diffusion.method import stages
 
     if (command.out / "summary.json").exists():
         loop.check_folder(config, command.out)
+        evaluation.check_finished(command.extractor, command.out)
         console.print(f"{command.out} is finished already", highlight=False)
         return 0
 
@@ -180,7 +190,9 @@ def train(command: Train) -> int:
             progress.update(bar, completed=done)
 
         try:
-            summary = loop.train(config, command.out, command.data_root, command.extractor, say, advance)
+            summary = loop.train(
+                config, command.out, command.data_root, command.extractor, command.extractor_folder, say, advance
+            )
         except loop.TrainingError as error:
             print(f"crl-diffusion: {error}", file=sys.stderr)
             return 1
@@ -204,19 +216,23 @@ def compare(command: Compare) -> int:
         check(cell.config)
     console = Console(soft_wrap=True)
 
-    from crl_diffusion import data, loop, metrics
+    from crl_diffusion import data, evaluation, loop
     from crl_diffusion import report as reporting
 
     on_cpu = loop.resolve_device(command.device) == "cpu"
     for cell in work:
         loop.check_folder(cell.config, cell.folder)
+        if cell.finished:
+            evaluation.check_finished(command.extractor, cell.folder)
     images = data.load(work[0].config, command.data_root)
-    extractor = command.out / "extractor.safetensors"
-    features = metrics.extractor(images, extractor)
-    console.print(f"feature extractor {features.name}: test accuracy {features.test_accuracy:.3f}", highlight=False)
+    folder = command.extractor_folder or command.out
+    tools = evaluation.instruments(command.extractor, images, folder, loop.resolve_device(command.device))
+    for line in tools.about(work[0].config, images):
+        console.print(line, highlight=False, markup=False)
+    evaluation.prepare(tools, work[0].config, images)
 
     jobs = command.jobs or ((os.cpu_count() or 1) if on_cpu else 1)
-    failed = comparison.run(work, jobs, command.data_root, extractor, console, quiet_output(console))
+    failed = comparison.run(work, jobs, command.data_root, command.extractor, folder, console, quiet_output(console))
     for cell in failed:
         print(f"crl-diffusion: {cell.name} failed; its last lines:\n{comparison.tail(cell)}", file=sys.stderr)
     if failed:

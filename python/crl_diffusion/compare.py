@@ -91,18 +91,26 @@ def _cost(method: Method) -> tuple[int, bool]:
     return len(method.replays), method.penalty is not None
 
 
-def command(cell: Cell, data_root: Path, extractor: Path) -> list[str]:
+def command(cell: Cell, data_root: Path, extractor: str, extractor_folder: Path) -> list[str]:
     """The command that makes this cell, which anyone can give again by hand."""
     options = []
     default = RunConfig(method=cell.config.method)
     for name, value in asdict(cell.config).items():
         if name in ("method", "seed") or value != getattr(default, name):
             options += [f"--{name.replace('_', '-')}", str(value)]
-    places = ["--out", str(cell.folder), "--data-root", str(data_root), "--extractor", str(extractor)]
-    return [sys.executable, "-m", "crl_diffusion", "train", *options, *places]
+    places = ["--out", str(cell.folder), "--data-root", str(data_root), "--extractor-folder", str(extractor_folder)]
+    return [sys.executable, "-m", "crl_diffusion", "train", *options, "--extractor", extractor, *places]
 
 
-def run(work: Sequence[Cell], jobs: int, data_root: Path, extractor: Path, console: Console, quiet: bool) -> list[Cell]:
+def run(
+    work: Sequence[Cell],
+    jobs: int,
+    data_root: Path,
+    extractor: str,
+    extractor_folder: Path,
+    console: Console,
+    quiet: bool,
+) -> list[Cell]:
     """Run all cells that are not finished, `jobs` at a time; returns those that failed."""
     waiting = [cell for cell in work if not cell.finished]
     running: list[Cell] = []
@@ -117,7 +125,7 @@ def run(work: Sequence[Cell], jobs: int, data_root: Path, extractor: Path, conso
                     cell.folder.mkdir(parents=True, exist_ok=True)
                     with open(cell.folder / "log.txt", "ab") as log:
                         cell.process = subprocess.Popen(
-                            command(cell, data_root, extractor),
+                            command(cell, data_root, extractor, extractor_folder),
                             stdin=subprocess.DEVNULL,
                             stdout=log,
                             stderr=subprocess.STDOUT,

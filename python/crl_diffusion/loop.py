@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from crl_diffusion import checkpoint, diffusion, metrics, pictures, replay, report
+from crl_diffusion import checkpoint, diffusion, evaluation, pictures, replay, report
 from crl_diffusion.checkpoint import Checkpoint
-from crl_diffusion.data import Data, Images, Task, load, to_pixels
-from crl_diffusion.method import Device, Method, OptionError, RunConfig, Stage, planned, stages
+from crl_diffusion.data import Data, Images, load
+from crl_diffusion.evaluation import Instruments
+from crl_diffusion.extractors import Custom
+from crl_diffusion.method import Device, ExtractorName, Method, OptionError, RunConfig, Stage, planned, stages
 from crl_diffusion.model import build, frozen_copy, predict
 from crl_diffusion.penalties import PenaltyState
 from crl_diffusion.records import Log, Row, TensorBoard, read_json, write_json
@@ -33,7 +34,6 @@ from crl_diffusion.replay import Moment, NoisedBatch
 Say = Callable[[str], None]
 Advance = Callable[[int], None]  # told how many steps of the run are done
 FISHER_BATCH = 32
-KEPT_SAMPLES = 12  # images of each class and evaluation that stay in the run folder
 
 
 class TrainingError(RuntimeError):
@@ -86,8 +86,8 @@ def new_optimizer(model: nn.Module) -> torch.optim.Optimizer:
 class Run:
     """The state of a run: everything that a checkpoint holds, and the folder that it is written to."""
 
-    def __init__(self, config: RunConfig, out: Path, data: Data, features: metrics.Extractor, say: Say) -> None:
-        self.config, self.out, self.data, self.features, self.say = config, out, data, features, say
+    def __init__(self, config: RunConfig, out: Path, data: Data, tools: Instruments, say: Say) -> None:
+        self.config, self.out, self.data, self.tools, self.say = config, out, data, tools, say
         self.method: Method = config.recipe
         self.stages: list[Stage] = stages(config)
         self.device = torch.device(config.device)
@@ -133,21 +133,13 @@ class Run:
 
     # The end of a stage
 
+    def draw(self, latents: Tensor, label: Tensor) -> Tensor:
+        """Images of the model for an evaluation."""
+        return replay.draw_images(self.model, latents, label, self.config.eval_steps)
+
     def evaluate(self, stage: Stage) -> list[Row]:
-        """One row of R: for each task learnt, images of its classes against its held-out ones."""
-        rows, kept = [], []
-        for task in self.data.tasks[: stage.learnt]:
-            label = torch.tensor(task.classes).repeat_interleave(self.config.eval_samples)
-            latents = diffusion.draw_latents(self.config.seed, "evaluation", label, self.data.shape)
-            pixels = to_pixels(replay.draw_images(self.model, latents, label, self.config.eval_steps))
-            rows.append(evaluation_row(self, stage, task, pixels, label))
-            first = torch.cat([torch.nonzero(label == c).flatten()[:KEPT_SAMPLES] for c in task.classes])
-            kept.append(Images(pixels[first], label[first]))
-        folder = self.out / "samples"
-        folder.mkdir(exist_ok=True)
-        pixels, labels = (torch.cat(parts) for parts in zip(*kept, strict=True))
-        save_file({"pixels": pixels, "labels": labels}, folder / f"after-task-{stage.learnt}.safetensors")
-        return rows
+        """One row of R; see evaluation.py."""
+        return evaluation.evaluate(self.draw, self.tools, self.data, self.config, stage.learnt, self.out)
 
     def remember(self, stage: Stage) -> None:
         """Freeze the teacher, refill the pools and measure the Fisher matrix: all that later tasks are held to."""
@@ -225,14 +217,19 @@ def train(
     config: RunConfig,
     out: Path,
     data_root: Path = Path("data"),
-    extractor_path: Path | None = None,
+    features: ExtractorName | Custom = "cnn",
+    extractor_folder: Path | None = None,
     say: Say = print,
     advance: Advance = lambda done: None,
 ) -> Row:
-    """Run `config` in the folder `out` from wherever it stands, and return its summary."""
+    """Run `config` in the folder `out` from wherever it stands, and return its summary.
+
+    FIDs are measured on `features`; extractors are kept and looked for in `extractor_folder`, by default `out`.
+    """
     config = resolve(config)
     if (out / "summary.json").exists():
         check_folder(config, out)
+        evaluation.check_finished(features, out)
         return dict(read_json(out / "summary.json"))
     torch.use_deterministic_algorithms(True, warn_only=True)
     data = load(config, data_root)
@@ -241,10 +238,11 @@ def train(
     check_folder(config, out)
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
-        features = metrics.extractor(data, extractor_path or out / "extractor.safetensors")
-        say(f"feature extractor {features.name}: test accuracy {features.test_accuracy:.3f}")
-        claim(config, out, features.name)
-        run = Run(config, out, data, features, say)
+        tools = evaluation.instruments(features, data, extractor_folder or out, config.device)
+        for line in tools.about(config, data):
+            say(line)
+        claim(config, out, tools.names())
+        run = Run(config, out, data, tools, say)
 
         # To resume: the newest good checkpoint.
         run.resume()
@@ -314,23 +312,6 @@ def explain(run: Run, stage: Stage, step: int) -> str:
     return f"the loss is not finite at step {step} of stage {stage.number + 1}; {cause}, in a new folder"
 
 
-def evaluation_row(run: Run, stage: Stage, task: Task, pixels: Tensor, label: Tensor) -> Row:
-    """FID and conditional accuracy of one task's images, with what is needed to know what they mean."""
-    return {
-        "kind": "evaluation",
-        "after_task": stage.learnt,
-        "task": task.index + 1,
-        "fid": metrics.fid(run.features, task.held_out.pixels, pixels),
-        "accuracy": run.features.accuracy(pixels, label),
-        "extractor": run.features.name,
-        "samples": len(label),
-        "held_out": run.config.held_out,
-        "held_out_images": len(task.held_out.labels),
-        "sampler": "DDIM",
-        "sampler_steps": run.config.eval_steps,
-    }
-
-
 def per_sample_loss(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
     """The loss whose gradients make the Fisher matrix: (noised, t, label, noise) -> (N,)."""
     noised, t, label, noise = batch
@@ -362,15 +343,19 @@ def steps_done(run: Run) -> int:
     return run.config.steps * sum(s.share for s in run.stages[: run.stage]) + run.step
 
 
-def claim(config: RunConfig, out: Path, extractor: str) -> None:
-    """Write config.json, or see that FIDs go on being measured with the extractor that they were begun with."""
+def claim(config: RunConfig, out: Path, measured_with: dict[str, str]) -> None:
+    """Write config.json, or see that the run goes on being measured with what it was begun with."""
     path = out / "config.json"
     if not path.exists():
-        write_json(path, {"run": config.as_json(), "extractor": extractor, "environment": environment()})
-    elif (begun := read_json(path)["extractor"]) != extractor:
-        raise OptionError(
-            f"--extractor is {extractor}, but the run in {str(out)!r} was begun with {begun}; give that one"
-        )
+        write_json(path, {"run": config.as_json(), **measured_with, "environment": environment()})
+        return
+    begun = read_json(path)
+    for key, name in measured_with.items():
+        if begun.get(key, name) != name:
+            raise OptionError(
+                f"the {key} is {name}, but the run in {str(out)!r} was begun with {begun[key]}; choose that one with "
+                "--extractor and --extractor-folder"
+            )
 
 
 def resolve(config: RunConfig) -> RunConfig:

@@ -22,6 +22,7 @@ ModelName = Literal["mini", "tiny", "small", "paper"]
 Mode = Literal["decoupled", "gradient", "once"]
 Direction = Literal["mean", "top", "random"]
 Device = Literal["auto", "cpu", "cuda"]
+ExtractorName = Literal["cnn", "lenet", "inception"]
 
 
 class OptionError(ValueError):

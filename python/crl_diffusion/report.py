@@ -46,7 +46,8 @@ def fid_matrix(rows: Sequence[Row], key: str = "fid") -> list[list[float]]:
     tasks = max(row["after_task"] for row in evaluations)
     matrix: list[list[float]] = [[] for _ in range(tasks)]
     for row in evaluations:
-        matrix[row["after_task"] - 1].append(row[key])
+        if key in row:  # an older version's rows have fewer keys
+            matrix[row["after_task"] - 1].append(row[key])
     return matrix
 
 
@@ -57,24 +58,20 @@ def summarise(run: Path) -> Row:
         read_rows(run / "metrics.jsonl"),
         read_rows(run / "timings.jsonl"),
     )
-    r, accuracy = fid_matrix(rows), fid_matrix(rows, "accuracy")
-    last = [row for row in rows if row["kind"] == "evaluation"][-1]
+    r, accuracy, kl = fid_matrix(rows), fid_matrix(rows, "accuracy"), fid_matrix(rows, "class_kl")
+    measured = [row for row in rows if row["kind"] == "evaluation"]
+    last, tasks = measured[-1], {row["task"]: row for row in measured}
     fishers = [row for row in rows if row["kind"] == "fisher"]
     penalty = [row["penalty_ms"] for row in timings if "penalty_ms" in row]
     return {
         "method": config["method"],
         "seed": config["seed"],
-        "average_fid": metrics.average_fid(r),
-        "incremental_average_fid": metrics.incremental_average_fid(r),
-        "forgetting": metrics.forgetting(r, len(r) - 1),
-        "forgetting_divisor_t": metrics.forgetting(r, len(r)),
-        "accuracy": sum(accuracy[-1]) / len(accuracy[-1]),
-        "accuracy_task_1": accuracy[-1][0],
-        "accuracy_task_1_when_learnt": accuracy[0][0] if accuracy[0] else None,
-        "fid_matrix": r,
-        "accuracy_matrix": accuracy,
+        **metrics.headlines(r, accuracy, kl),
         "extractor": last["extractor"],
+        "classifier": last.get("classifier", last["extractor"]),
         "samples_per_task": last["samples"],
+        "held_out": last.get("held_out", "test"),
+        "held_out_images": [tasks[task].get("held_out_images") for task in sorted(tasks)],
         "sampler": f"{last['sampler']}, {last['sampler_steps']} steps",
         "penalty_ms": float(np.median(penalty)) if penalty else None,
         "step_ms": float(np.median([row["step_ms"] for row in timings])),
@@ -127,8 +124,8 @@ def grouped(runs: Sequence[Finished], order: Sequence[str] = ()) -> dict[str, li
 
 def comparable(runs: Sequence[Finished]) -> None:
     """Refuse to put numbers side by side that were not measured in the same way."""
-    for key in ("extractor", "samples_per_task", "sampler"):
-        kinds = sorted({str(run.summary[key]) for run in runs})
+    for key in ("extractor", "classifier", "samples_per_task", "sampler", "held_out", "held_out_images"):
+        kinds = sorted({str(run.summary[key]) for run in runs if key in run.summary})
         if len(kinds) > 1:
             raise OptionError(
                 f"these runs differ in their {key} ({', '.join(kinds)}): their FIDs do not compare; report them apart"
@@ -192,9 +189,10 @@ def table(runs: Sequence[Finished], baseline: str, order: Sequence[str] = ()) ->
     caption = (
         f"{first.config['data']}, {first.config['tasks']} tasks of {first.config['classes_per_task']} class(es), "
         f"{first.config['steps']} steps a task. "
-        f"FID on the features of {first.summary['extractor']}, {first.summary['samples_per_task']} images a task, "
-        f"{first.summary['sampler']}; forgetting = mean over tasks before the last of FID at the end "
-        "less FID when learnt. Lower is better for both. Accuracy: images that the extractor takes for their label."
+        f"FID on the features of {first.summary['extractor']}, {first.summary['samples_per_task']} images a task "
+        f"({first.summary['sampler']}) against {_held_out(first)}; forgetting = mean over tasks before the last of FID "
+        "at the end less FID when learnt. Lower is better for both. Accuracy: images that "
+        f"{first.summary.get('classifier', first.summary['extractor'])} takes for their label."
     )
     if seeds > 1:
         caption += " ± is the standard deviation over seeds"
@@ -202,6 +200,13 @@ def table(runs: Sequence[Finished], baseline: str, order: Sequence[str] = ()) ->
     else:
         caption += " One seed: differences may be chance."
     return head, body, caption
+
+
+def _held_out(run: Finished) -> str:
+    """What FIDs compare with, in words: "119 to 121 held-out test images"."""
+    counts = [n for n in run.summary.get("held_out_images", []) if n is not None]
+    numbers = " to ".join(map(str, dict.fromkeys((min(counts), max(counts))))) + " " if counts else ""
+    return f"{numbers}held-out {run.summary.get('held_out', 'test')} images"
 
 
 def _difference(group: Sequence[Finished], baseline: Sequence[Finished], key: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from crl_diffusion import data, loop, metrics
+from crl_diffusion import data, evaluation, extractors, loop
 from crl_diffusion.method import RunConfig
 
 SHORT: dict[str, Any] = {
@@ -50,39 +50,43 @@ def short() -> Callable[..., RunConfig]:
 
 @pytest.fixture(scope="session")
 def digits() -> data.Data:
-    return data.load("digits", Path("unused"))
+    return data.load(RunConfig(method="gd"), Path("unused"))
 
 
 @pytest.fixture(scope="session")
-def extractor_path(digits: data.Data, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("extractor") / "extractor.safetensors"
-    metrics.extractor(digits, path)
-    return path
+def extractor_folder(digits: data.Data, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the digits' cnn is kept; tests may add to it."""
+    folder = tmp_path_factory.mktemp("extractors")
+    extractors.classifier(digits, folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
-def extractor(digits: data.Data, extractor_path: Path) -> metrics.Extractor:
-    return metrics.extractor(digits, extractor_path)
+def extractor(digits: data.Data, extractor_folder: Path) -> extractors.Classifier:
+    return extractors.classifier(digits, extractor_folder)
 
 
 @pytest.fixture(scope="session")
-def finished(extractor_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(extractor_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an uninterrupted short run of gd+rank1; not to be written to."""
     out = tmp_path_factory.mktemp("finished") / "run"
     config = RunConfig(method="gd+rank1", **SHORT)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "only .* of the trace of the Fisher")  # from 8 samples: no wonder
-        loop.train(config, out, extractor_path=extractor_path, say=lambda line: None)
+        loop.train(config, out, extractor_folder=extractor_folder, say=lambda line: None)
     return out
 
 
 @pytest.fixture
-def make_run(extractor_path: Path, tmp_path: Path) -> Callable[[RunConfig], loop.Run]:
+def make_run(extractor_folder: Path, tmp_path: Path) -> Callable[[RunConfig], loop.Run]:
     """A run that has not taken a step."""
 
     def make(config: RunConfig) -> loop.Run:
-        images = data.load(config.data, Path("unused"), config.image_size, config.tasks)
-        return loop.Run(config, tmp_path, images, metrics.extractor(images, extractor_path), say=lambda line: None)
+        config = loop.resolve(config)
+        images = data.load(config, Path("unused"))
+        return loop.Run(
+            config, tmp_path, images, evaluation.instruments("cnn", images, extractor_folder), say=lambda line: None
+        )
 
     return make
 

@@ -31,13 +31,13 @@ def _is_picture(path: Path) -> bool:
 
 
 def test_two_methods_end_to_end(
-    tmp_path: Path, extractor_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, extractor_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in child_environment().items():
         monkeypatch.setenv(name, value)
     out = tmp_path / "comparison"
     out.mkdir()
-    shutil.copy(extractor_path, out / "extractor.safetensors")
+    shutil.copytree(extractor_folder, out, dirs_exist_ok=True)
     arguments = ["compare", "--methods", "fine-tune", "gd+rank1", "--jobs", "2", "--lam", "7", *_options(SHORT)]
     arguments += ["--out", str(out)]
     assert cli.main(arguments) == 0
@@ -85,11 +85,11 @@ def test_two_methods_end_to_end(
 
 
 def test_a_failed_run_is_shown_and_the_others_are_kept(
-    tmp_path: Path, extractor_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, extractor_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in child_environment().items():
         monkeypatch.setenv(name, value)
-    shutil.copy(extractor_path, tmp_path / "extractor.safetensors")
+    shutil.copytree(extractor_folder, tmp_path, dirs_exist_ok=True)
     settings = {**SHORT, "tasks": 1, "lr": 1e30}
     assert cli.main(["compare", "--methods", "fine-tune", *_options(settings), "--out", str(tmp_path)]) == 1
     said = capsys.readouterr().err

@@ -54,9 +54,18 @@ def _same_end(a: Path, b: Path) -> None:
     assert (a / samples).read_bytes() == (b / samples).read_bytes()
 
 
-def test_sigkill_in_mid_task_and_the_same_command_again(finished: Path, extractor_path: Path, tmp_path: Path) -> None:
+def test_sigkill_in_mid_task_and_the_same_command_again(finished: Path, extractor_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    arguments = ["train", "--method", "gd+rank1", *_options(SHORT), "--out", out, "--extractor", extractor_path]
+    arguments = [
+        "train",
+        "--method",
+        "gd+rank1",
+        *_options(SHORT),
+        "--out",
+        out,
+        "--extractor-folder",
+        extractor_folder,
+    ]
 
     # In the 6th and last step of the second task, with a checkpoint after the 4th.
     script = KILLED.format(module="loop", name="training_step", call=12)
@@ -97,7 +106,7 @@ def _unfinish(finished: Path, out: Path, drop: list[str]) -> None:
 @pytest.mark.filterwarnings("ignore:only .* of the trace of the Fisher")
 @pytest.mark.parametrize("damage", ["truncated", "one bit"])
 def test_a_damaged_checkpoint_falls_back_and_says_so(
-    finished: Path, extractor_path: Path, tmp_path: Path, short: Short, damage: str
+    finished: Path, extractor_folder: Path, tmp_path: Path, short: Short, damage: str
 ) -> None:
     out = tmp_path / "run"
     _unfinish(finished, out, [])
@@ -106,7 +115,7 @@ def test_a_damaged_checkpoint_falls_back_and_says_so(
     content[len(content) // 2] ^= 64
     path.write_bytes(content[: -len(content) // 3] if damage == "truncated" else content)
     said: list[str] = []
-    loop.train(short(), out, extractor_path=extractor_path, say=said.append)
+    loop.train(short(), out, extractor_folder=extractor_folder, say=said.append)
     assert any("02-00000000.safetensors is damaged" in line for line in said)
     assert any("resuming after 1 finished stage(s) and 6 steps" in line for line in said)
     _same_end(finished, out)
@@ -115,14 +124,14 @@ def test_a_damaged_checkpoint_falls_back_and_says_so(
 @pytest.mark.filterwarnings("ignore:only .* of the trace of the Fisher")
 @pytest.mark.parametrize("left", ["nothing", "the first stage's steps", "the first stage"])
 def test_from_any_checkpoint_to_the_same_end(
-    finished: Path, extractor_path: Path, tmp_path: Path, short: Short, left: str
+    finished: Path, extractor_folder: Path, tmp_path: Path, short: Short, left: str
 ) -> None:
     out = tmp_path / "run"
     all_of_them = sorted(path.stem for path in (finished / "checkpoints").iterdir())
     assert all_of_them == ["01-00000000", "01-00000004", "01-00000006", "02-00000000"]
     keep = {"nothing": [], "the first stage's steps": all_of_them[:1], "the first stage": all_of_them[:2]}[left]
     _unfinish(finished, out, [name for name in all_of_them if name not in keep])
-    loop.train(short(), out, extractor_path=extractor_path, say=lambda line: None)
+    loop.train(short(), out, extractor_folder=extractor_folder, say=lambda line: None)
     _same_end(finished, out)
 
 
@@ -158,24 +167,25 @@ def test_times_are_kept_apart(finished: Path) -> None:
     assert config["run"]["recipe"]["penalty"] == {"fisher": "rank1", "lam": 20.0, "mode": "decoupled"}
 
 
-def test_two_processes_do_not_write_to_one_folder(short: Short, tmp_path: Path, extractor_path: Path) -> None:
+def test_two_processes_do_not_write_to_one_folder(short: Short, tmp_path: Path, extractor_folder: Path) -> None:
     pytest.importorskip("fcntl", reason="file locks are a POSIX thing")
     out = tmp_path / "run"
     out.mkdir()
     with loop.locked(out), pytest.raises(OptionError, match="is being written by another process"):
-        loop.train(short(), out, extractor_path=extractor_path)
+        loop.train(short(), out, extractor_folder=extractor_folder)
 
 
 def test_another_extractor_is_refused_in_mid_run(
-    finished: Path, extractor_path: Path, tmp_path: Path, short: Short
+    finished: Path, extractor_folder: Path, tmp_path: Path, short: Short
 ) -> None:
     out = tmp_path / "run"
     _unfinish(finished, out, ["02-00000000"])
-    tensors = load_file(extractor_path)
+    (path,) = extractor_folder.glob("cnn-*.safetensors")
+    tensors = load_file(path)
     tensors["scale"] = tensors["scale"] * 2
-    with safe_open(extractor_path, framework="pt") as file:
-        save_file(tensors, tmp_path / "another.safetensors", file.metadata())
+    with safe_open(path, framework="pt") as file:
+        save_file(tensors, tmp_path / path.name, file.metadata())
     before = (out / "metrics.jsonl").read_bytes()
-    with pytest.raises(OptionError, match=r"--extractor is cnn32-.*was begun with cnn32-"):
-        loop.train(short(), out, extractor_path=tmp_path / "another.safetensors")
+    with pytest.raises(OptionError, match=r"the extractor is cnn32-.*was begun with cnn32-"):
+        loop.train(short(), out, extractor_folder=tmp_path)
     assert (out / "metrics.jsonl").read_bytes() == before

@@ -1,0 +1,181 @@
+"""Evaluation: what a row holds, that it does not depend on the sampler's batches, and what is said beside numbers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SHORT
+from crl_diffusion import cli, data, diffusion, evaluation, fid, loop
+from crl_diffusion.data import Images
+from crl_diffusion.extractors import Classifier
+from crl_diffusion.method import OptionError, RunConfig
+from crl_diffusion.records import Row, read_rows
+from torch import Tensor
+
+MakeRun = Callable[[RunConfig], loop.Run]
+Short = Callable[..., RunConfig]
+
+
+def test_a_row_says_what_was_measured_with_what(finished: Path, extractor: Classifier, digits: data.Data) -> None:
+    rows = [row for row in read_rows(finished / "metrics.jsonl") if row["kind"] == "evaluation"]
+    summary = json.loads((finished / "summary.json").read_text())
+    for row in rows:
+        task = digits.tasks[row["task"] - 1]
+        assert row["extractor"] == row["classifier"] == extractor.name
+        assert (row["samples"], row["sampler"], row["sampler_steps"], row["seed"]) == (8, "DDIM", 2, 0)
+        assert (row["held_out"], row["held_out_images"]) == ("test", len(task.held_out.labels))
+        assert sum(row["predicted"]) + row["predicted_elsewhere"] == row["samples"]
+        assert 0 <= row["accuracy"] <= sum(row["predicted"]) / row["samples"]
+        assert row["class_kl"] > 0
+    assert summary["extractor"] == summary["classifier"] == extractor.name
+    assert (summary["samples_per_task"], summary["sampler"], summary["seed"]) == (8, "DDIM, 2 steps", 0)
+    assert summary["held_out"] == "test"
+    assert summary["held_out_images"] == [len(task.held_out.labels) for task in digits.tasks[: SHORT["tasks"]]]
+    assert summary["class_kl_matrix"] == [[rows[0]["class_kl"]], [rows[1]["class_kl"], rows[2]["class_kl"]]]
+    assert summary["class_kl"] == pytest.approx((rows[1]["class_kl"] + rows[2]["class_kl"]) / 2)
+    assert summary["accuracy_by_task"] == [rows[1]["accuracy"], rows[2]["accuracy"]]
+    assert summary["accuracy_forgetting"] == pytest.approx(rows[0]["accuracy"] - rows[1]["accuracy"])
+
+
+def test_a_row_by_hand(extractor: Classifier, extractor_folder: Path, digits: data.Data, short: Short) -> None:
+    """Images of the wrong class count against accuracy; those of other tasks, against the histogram too."""
+    tools = evaluation.instruments("cnn", digits, extractor_folder)
+    right = {c: digits.train.pixels[digits.train.labels == c] for c in range(10)}
+    right = {c: pixels[extractor.predictions(pixels) == c] for c, pixels in right.items()}
+    drawn = [(0, 0, 5), (0, 1, 2), (0, 7, 1), (1, 1, 8)]  # asked for, drawn, how many
+    pixels = torch.cat([right[shown][:n] for _, shown, n in drawn])
+    label = torch.cat([torch.full((n,), asked) for asked, _, n in drawn])
+    task = digits.tasks[0]
+    row = evaluation.measure(tools, digits, short(), task, Images(pixels, label))
+    assert (row["accuracy"], row["predicted"], row["predicted_elsewhere"]) == (13 / 16, [5, 10], 1)
+    assert row["fid"] == fid.fid(extractor, fid.real_statistics(extractor, task.held_out.pixels), pixels)
+
+
+@pytest.fixture
+def run(make_run: MakeRun, short: Short) -> loop.Run:
+    """Its network has weights that draw something: as initialised it predicts zeros."""
+    made = make_run(short("fine-tune", tasks=1, eval_samples=20, eval_steps=4))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in made.model.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    made.model.eval()
+    return made
+
+
+def test_evaluation_does_not_depend_on_the_samplers_batches(run: loop.Run) -> None:
+    drawn: dict[int, Tensor] = {}
+
+    def rows(batch: int) -> list[Row]:
+        def draw(latents: Tensor, label: Tensor) -> Tensor:
+            pairs = zip(latents.split(batch), label.split(batch), strict=True)
+            images = torch.cat([run.draw(x, y) for x, y in pairs])
+            drawn[batch] = data.to_pixels(images)
+            return images
+
+        return evaluation.evaluate(draw, run.tools, run.data, run.config, 1, run.out)
+
+    whole = run.evaluate(run.stages[0])
+    assert rows(40) == whole
+    (row,), (other,) = whole, rows(7)
+    assert other.pop("fid") == pytest.approx(row.pop("fid"), rel=1e-3)
+    assert other == row
+    # At most a rounding of some pixels by one of 255.
+    difference = drawn[40].int() - drawn[7].int()
+    assert int(difference.abs().max()) <= 1
+    assert float((difference != 0).double().mean()) < 0.01
+    assert float(drawn[40].double().std()) > 10  # they are images of something
+
+
+def test_more_samples_begin_with_the_same_images() -> None:
+    few, many = (
+        diffusion.draw_latents(0, "evaluation", torch.tensor([0, 1]).repeat_interleave(n), (1, 8, 8)) for n in (3, 9)
+    )
+    assert torch.equal(few[:3], many[:3])
+    assert torch.equal(few[3:], many[9:12])
+
+
+def test_real_images_are_looked_at_once(run: loop.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run.evaluate(run.stages[0])
+
+    def never(*_: object) -> None:
+        raise AssertionError("features of real images were extracted again")
+
+    monkeypatch.setattr(fid, "real_statistics", never)
+    assert run.evaluate(run.stages[0]) == first
+
+
+def test_a_process_without_instruments_only_draws(run: loop.Run) -> None:
+    asked: list[Tensor] = []
+
+    def draw(latents: Tensor, label: Tensor) -> Tensor:
+        asked.append(label)
+        return latents
+
+    assert evaluation.evaluate(draw, None, run.data, run.config, 1, run.out) == []
+    assert [label.tolist() for label in asked] == [[0] * 20 + [1] * 20]
+    assert not (run.out / "samples").exists()
+
+
+# What is said
+
+
+def test_train_says_extractor_and_counts(
+    extractor_folder: Path, extractor: Classifier, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {**SHORT, "tasks": 1, "steps": 2}
+    options = [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    places = ["--out", str(tmp_path / "run"), "--extractor-folder", str(extractor_folder)]
+    assert cli.main(["train", "--method", "fine-tune", *options, *places]) == 0
+    said = capsys.readouterr().out
+    assert f"feature extractor {extractor.name}: 32 features, test accuracy {extractor.test_accuracy:.3f}" in said
+    assert "a task's FID compares 8 images (DDIM, 2 steps) with 119 held-out test images" in said
+    assert "8 images are fewer than 32 features: FIDs are biased far upwards" in said
+
+    # And the report has it in its caption.
+    assert cli.main(["report", str(tmp_path / "run")]) == 0
+    caption = (tmp_path / "run" / "comparison.md").read_text()
+    for part in (extractor.name, "8 images a task", "DDIM, 2 steps", "119 held-out test images"):
+        assert part in caption
+
+    # A finished run is not passed off as measured with something else.
+    capsys.readouterr()
+    assert cli.main(["train", "--method", "fine-tune", *options, *places, "--extractor", "lenet"]) == 2
+    assert f"--extractor is lenet, but the run in '{tmp_path / 'run'}' was measured with {extractor.name}" in (
+        capsys.readouterr().err
+    )
+
+
+def test_compare_says_extractor_and_counts(
+    finished: Path,
+    extractor_folder: Path,
+    extractor: Classifier,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(finished, tmp_path / "gd+rank1-seed0")  # its only cell, so nothing is left to train
+    options = [part for name, value in SHORT.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    arguments = ["compare", "--methods", "gd+rank1", *options, "--out", str(tmp_path)]
+    assert cli.main([*arguments, "--extractor-folder", str(extractor_folder)]) == 0
+    said = capsys.readouterr().out
+    assert f"feature extractor {extractor.name}: 32 features" in said
+    assert "a task's FID compares 8 images (DDIM, 2 steps) with 119 to 120 held-out test images" in said
+    assert cli.main([*arguments, "--extractor", "inception"]) == 2
+    assert "--extractor is inception, but the run in" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_with_the_classifier_it_was_begun_with(finished: Path, tmp_path: Path, short: Short) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    config = json.loads((finished / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config))
+    names = {"extractor": config["extractor"], "classifier": config["classifier"]}
+    loop.claim(short(), out, names)
+    for key in names:
+        with pytest.raises(OptionError, match=f"the {key} is another, but .* was begun with cnn32-digits-8px-"):
+            loop.claim(short(), out, {**names, key: "another"})
