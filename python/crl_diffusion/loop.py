@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from crl_diffusion import checkpoint, diffusion, metrics, pictures, replay, report
 from crl_diffusion.checkpoint import Checkpoint
-from crl_diffusion.data import Data, Images, Task, load, to_pixels
+from crl_diffusion.data import Data, Images, Task, join, load, to_pixels
 from crl_diffusion.method import Device, Method, OptionError, RunConfig, Stage, planned, stages
 from crl_diffusion.model import build, frozen_copy, predict
 from crl_diffusion.penalties import PenaltyState
@@ -145,8 +145,8 @@ class Run:
             kept.append(Images(pixels[first], label[first]))
         folder = self.out / "samples"
         folder.mkdir(exist_ok=True)
-        pixels, labels = (torch.cat(parts) for parts in zip(*kept, strict=True))
-        save_file({"pixels": pixels, "labels": labels}, folder / f"after-task-{stage.learnt}.safetensors")
+        shown = join(kept)
+        save_file({"pixels": shown.pixels, "labels": shown.labels}, folder / f"after-task-{stage.learnt}.safetensors")
         return rows
 
     def remember(self, stage: Stage) -> None:
@@ -166,8 +166,7 @@ class Run:
 
     def task_images(self, stage: Stage, part: str) -> Images:
         """Training or validation images of the classes of a stage."""
-        chosen = [getattr(task, part) for task in self.data.tasks if set(task.classes) <= set(stage.classes)]
-        return Images(*(torch.cat(parts) for parts in zip(*chosen, strict=True)))
+        return join([getattr(task, part) for task in self.data.tasks if set(task.classes) <= set(stage.classes)])
 
     # Records
 

@@ -104,7 +104,7 @@ def extractor(data: Data, path: Path) -> Extractor:
         _read(model, path, made_for)
     else:
         _fit(model, data.train, steps)
-        model.test_accuracy = model.accuracy(*data.test)
+        model.test_accuracy = model.accuracy(data.test.pixels, data.test.labels)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         save_file(model.state_dict(), temporary, {**made_for, "test_accuracy": repr(model.test_accuracy)})
@@ -142,12 +142,13 @@ def _fit(model: Extractor, train: Images, steps: int) -> None:
     for step in range(steps):
         index = torch.randint(len(train.labels), (EXTRACTOR_BATCH,), generator=stream(0, "extractor batch", 0, step))
         optimizer.param_groups[0]["lr"] = EXTRACTOR_LR * (1 - step / steps)
-        loss = functional.cross_entropy(model.logits(to_float(train.pixels[index])), train.labels[index])
+        part = train.take(index)
+        loss = functional.cross_entropy(model.logits(to_float(part.pixels)), part.labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        features = torch.cat([model(to_float(part)) for part in train.pixels.split(1000)])
+        features = torch.cat([model(to_float(part.pixels)) for part in train.batches(1000)])
         model.scale.copy_((TOTAL_VARIANCE / features.double().var(0).sum()).sqrt())
 
 
