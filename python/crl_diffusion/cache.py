@@ -37,23 +37,24 @@ SAID_EVERY = 30.0  # seconds between two lines about a copy that is being made
 Chunks = Iterator[tuple[Tensor, Tensor]]  # pixels, uint8 (n, 3, S, S); labels, int64 (n,)
 
 
-def digest(root: Path, files: Sequence[Path], with_times: bool) -> str:
+def digest(root: Path, files: Sequence[str], with_times: bool) -> str:
     """What a set of files is, without reading them: a digest of their names in `root`, their sizes and their times."""
-    found = hashlib.sha256()
+    # Strings, since ImageNet has 1.3 million files: with Path objects a listing took five times as long.
+    found, inside = hashlib.sha256(), os.path.join(root, "")
     for file in files:
-        status = file.stat()
+        status = os.stat(file)
         time_ns = status.st_mtime_ns if with_times else 0
-        found.update(f"{file.relative_to(root).as_posix()}\0{status.st_size}\0{time_ns}\n".encode(errors="replace"))
+        found.update(os.fsencode(file.removeprefix(inside)) + f"\0{status.st_size}\0{time_ns}\n".encode())
     return found.hexdigest()
 
 
 def decoded(
-    name: str, root: Path, files: Sequence[Path], size: int, decode: Callable[[str], Chunks]
+    name: str, root: Path, files: Sequence[str], size: int, decode: Callable[[str], Chunks]
 ) -> tuple[Images, Images]:
     """The training and the test part of a data set, mapped from its decoded copy; `decode(part)` is only called if
     there is none yet."""
     listing = f"{FORMAT} {sys.byteorder} {root.resolve()} {digest(root, files, with_times=True)}"
-    key = hashlib.sha256(listing.encode(errors="replace")).hexdigest()[:16]
+    key = hashlib.sha256(os.fsencode(listing)).hexdigest()[:16]
     folder = _home(root) / f"{name}-{size}px-{key}"
     if not folder.is_dir():
         try:

@@ -168,7 +168,9 @@ def _imagenet32(root: Path, size: int) -> Source:
                     "official archives again, completely"
                 )
             decode = partial(_archives, {"train": files[:-1], "test": files[-1:]}, size)
-            return Source("imagenet32", IMAGENET_CLASSES, *cache.decoded("imagenet32", root, files, size, decode))
+            return Source(
+                "imagenet32", IMAGENET_CLASSES, *cache.decoded("imagenet32", root, list(map(str, files)), size, decode)
+            )
     for tree in (root / "imagenet32", root / "imagenet"):
         if (tree / "train").is_dir():
             return _Tree(tree, "--data imagenet32").read("imagenet32-tree", size)
@@ -280,7 +282,7 @@ class _Tree:
             )
         self.parts = {"train": train, "test": test}
 
-    def _list(self, folder: Path) -> tuple[tuple[str, ...], list[tuple[Path, int]]]:
+    def _list(self, folder: Path) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
         from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
         try:
@@ -296,7 +298,7 @@ class _Tree:
                 f"{self.option}: there are no images of {_listed([names[c] for c in empty])} in {str(folder)!r}; "
                 f"expected files that end in {', '.join(IMG_EXTENSIONS)}: add some, or delete the empty folders"
             )
-        return tuple(names), [(Path(file), label) for file, label in files]
+        return tuple(names), files
 
     def read(self, name: str, size: int) -> Source:
         files = [file for part in self.parts.values() for file, _ in part]
@@ -308,12 +310,11 @@ class _Tree:
         with ThreadPoolExecutor(os.cpu_count()) as threads:  # Pillow decodes and resizes without the interpreter's lock
             for chunk in _chunks(self.parts[part], DECODED_AT_ONCE):
                 pixels = list(threads.map(lambda entry: self._square(entry[0], size), chunk))
-                labels = torch.tensor([label for _, label in chunk])
-                yield torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), labels
+                yield torch.cat(pixels), torch.tensor([label for _, label in chunk])
 
-    def _square(self, file: Path, size: int) -> np.ndarray:
-        """The largest square in the middle, uint8 (S, S, 3): each pixel the mean of the area that it covers; enlarged,
-        by bicubic interpolation."""
+    def _square(self, file: str, size: int) -> Tensor:
+        """The largest square in the middle, (1, 3, S, S): each pixel the mean of the area that it covers or, where the
+        square is smaller than that, bicubic interpolation."""
         from PIL import Image
 
         try:
@@ -321,13 +322,16 @@ class _Tree:
                 image = opened.convert("RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise OptionError(
-                f"{self.option}: the image {str(file)!r} cannot be read ({error}); replace it, or delete it"
+                f"{self.option}: the image {file!r} cannot be read ({error}); replace it, or delete it"
             ) from error
         width, height = image.size
         side = min(width, height)
         left, top = (width - side) // 2, (height - side) // 2
-        kind = Image.Resampling.BOX if side >= size else Image.Resampling.BICUBIC
-        return np.asarray(image.resize((size, size), kind, box=(left, top, left + side, top + side)))
+        image = image.crop((left, top, left + side, top + side))
+        if side < size:
+            image = image.resize((size, size), Image.Resampling.BICUBIC)
+        # Not Pillow's mean over areas: it rounds twice, after columns and after rows, halves upwards both times.
+        return resize(torch.from_numpy(np.array(image)).permute(2, 0, 1).unsqueeze(0), size)
 
 
 def _chunks(items: Sequence[Any], n: int) -> Iterator[list[Any]]:
