@@ -1,9 +1,10 @@
 """Decoded copies on disk of data sets that are too large, or too slow to decode, for every run: made once, then mapped.
 
-A copy is a folder <name>-<size>px-<key> in <data root>/.crl-diffusion, or, where that cannot be written to, in the
-user's cache folder. It holds, for the parts train and test, <part>.pixels, uint8 (N, 3, S, S), and <part>.labels,
-int64 (N,), bare and in the machine's byte order, and about.json. The key is a digest of the names, sizes and times of
-modification of all files that it was made from, so a changed data set gets a new copy; old ones may be deleted.
+A copy is a folder <name>-<size>px-<key> in a folder .crl-diffusion beside the files that it was made from or, where
+that cannot be written to, in the user's cache folder. It holds, for the parts train and test, <part>.pixels, uint8
+(N, 3, S, S), and <part>.labels, int64 (N,), bare and in the machine's byte order, and about.json. The key is a digest
+of the names, sizes and times of modification of all files that it was made from, so a changed data set gets a new copy;
+old ones may be deleted.
 
 The folder is written under another name, synced, and renamed, by one process at a time: a copy under its own name is
 whole. Pixels are mapped into memory, privately: processes share them, only what is touched is read, and nothing can
@@ -75,7 +76,7 @@ def decoded(
 
 
 def _home(root: Path) -> Path:
-    """Where copies are kept: in the data root or, if that is read-only, in the user's cache folder."""
+    """Where copies are kept: beside what they were made from or, if that is read-only, in the user's cache folder."""
     inside = root / ".crl-diffusion"
     if os.access(inside if inside.is_dir() else root, os.W_OK):
         return inside
