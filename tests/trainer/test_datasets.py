@@ -119,14 +119,19 @@ def write_imagenet32(root: Path, kind: str, classes: int = 6) -> dict[str, np.nd
 
 
 def write_tree(
-    root: Path, classes: tuple[str, ...], n: int = 3, side: tuple[int, int] = (32, 32), held_out: str = "test"
+    root: Path,
+    classes: tuple[str, ...],
+    n: int = 3,
+    side: tuple[int, int] = (32, 32),
+    held_out: str = "test",
+    suffix: str = ".png",
 ) -> None:
     for part in ("train", held_out):
         for c, name in enumerate(classes):
             folder = root / part / name
             folder.mkdir(parents=True)
             for i in range(n):
-                Image.fromarray(noise(100 * c + i, side[1], side[0], 3)).save(folder / f"{i}.png")
+                Image.fromarray(noise(100 * c + i, side[1], side[0], 3)).save(folder / f"{i}{suffix}")
 
 
 # Formats
@@ -533,24 +538,24 @@ TINY: dict[str, Any] = {
 }
 
 
-def real(folder: str) -> Path:
-    root = os.environ.get("CRL_DATA")
-    if root is None or not (Path(root) / folder).is_dir():
-        pytest.skip(f"the environment variable CRL_DATA names no folder with {folder} in it (it is {root!r})")
-    return Path(root)
+def write_jpeg_cifar10(root: Path, n: int) -> None:
+    """n images of each class and part: CIFAR-10's where CRL_DATA has the JPEG copy, else noise."""
+    given = Path(os.environ.get("CRL_DATA", "")) / "cifar10_jpeg"
+    if not (given / "train").is_dir():
+        write_tree(root, CIFAR10_CLASSES, n, suffix=".jpg")
+        return
+    for part in ("train", "test"):
+        for name in CIFAR10_CLASSES:
+            (root / part / name).mkdir(parents=True)
+            for file in sorted((given / part / name).iterdir())[:n]:
+                shutil.copy(file, root / part / name)
 
 
 @pytest.mark.filterwarnings("ignore:only .* of the trace of the Fisher", "ignore:the mean gradient is mostly noise")
-def test_the_jpeg_copy_of_cifar10_runs_from_files_to_summary(tmp_path: Path) -> None:
-    root = real("cifar10_jpeg")
-    few = tmp_path / "few" / "cifar10_jpeg"
-    for part in ("train", "test"):
-        for name in CIFAR10_CLASSES:
-            (few / part / name).mkdir(parents=True)
-            for file in sorted((root / "cifar10_jpeg" / part / name).iterdir())[:12]:
-                shutil.copy(file, few / part / name)
+def test_a_jpeg_copy_of_cifar10_runs_from_files_to_summary(tmp_path: Path) -> None:
+    write_jpeg_cifar10(tmp_path / "cifar10_jpeg", 12)
     config = RunConfig(method="gd+rank1", data="cifar10", per_class=8, **TINY)
-    summary = loop.train(config, tmp_path / "run", tmp_path / "few", say=lambda line: None)
+    summary = loop.train(config, tmp_path / "run", tmp_path, say=lambda line: None)
     assert np.isfinite(summary["average_fid"])
     rows = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if row["kind"] == "evaluation"]
     assert [(row["after_task"], row["task"]) for row in rows] == [(i, j) for i in range(1, 6) for j in range(1, i + 1)]
@@ -559,14 +564,14 @@ def test_the_jpeg_copy_of_cifar10_runs_from_files_to_summary(tmp_path: Path) -> 
 
 
 def test_twenty_tasks_of_a_folder_run_from_files_to_summary(tmp_path: Path) -> None:
-    """CIFAR-10's images dealt into classes of an ImageNet-like tree, two to a task."""
-    source = real("cifar10_jpeg") / "cifar10_jpeg"
+    """CIFAR-10's images dealt into the 40 classes of an ImageNet-like tree, two to a task."""
+    write_jpeg_cifar10(tmp_path / "cifar10", 24)
     root = tmp_path / "tree"
     for part in ("train", "val"):
-        pool = [sorted((source / {"val": "test"}.get(part, part) / name).iterdir())[:24] for name in CIFAR10_CLASSES]
         for c in range(40):
             (root / part / f"n{c:08}").mkdir(parents=True)
-            for file in pool[c % 10][c // 10 * 6 : c // 10 * 6 + 6]:
+            images = tmp_path / "cifar10" / {"val": "test"}.get(part, part) / CIFAR10_CLASSES[c % 10]
+            for file in sorted(images.iterdir())[c // 10 * 6 : c // 10 * 6 + 6]:
                 shutil.copy(file, root / part / f"n{c:08}")
     config = RunConfig(method="fine-tune", data="folder", tasks=20, class_order=5, **{**TINY, "image_size": 8})
     summary = loop.train(config, tmp_path / "run", root, say=lambda line: None)
@@ -577,6 +582,13 @@ def test_twenty_tasks_of_a_folder_run_from_files_to_summary(tmp_path: Path) -> N
 
 
 # Real files
+
+
+def real(folder: str) -> Path:
+    root = os.environ.get("CRL_DATA")
+    if root is None or not (Path(root) / folder).is_dir():
+        pytest.skip(f"the environment variable CRL_DATA names no folder with {folder} in it (it is {root!r})")
+    return Path(root)
 
 
 @pytest.mark.parametrize(("name", "folder"), MNISTS)
