@@ -1,33 +1,23 @@
-"""Data sets in memory, and their class-incremental tasks.
+"""A run's data: one data set at one image size, its class-incremental tasks, its validation images.
 
-Images are uint8 (N, C, S, S), 0 to 255, everywhere outside the network; `to_float` maps them to [-1, 1].
-Every data set has a training part and a held-out test part; FIDs are computed against the latter only.
+Every data set has a training part and a held-out test part. Validation images are every n-th image of each class of the
+training part, taken out of it before anything else is done, so that neither the model nor a feature extractor has seen
+them. FIDs are computed against test or against validation images, see `Settings.held_out`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
-from torch.nn import functional
 
+from crl_diffusion.datasets import DATASETS, Preset, Source
+from crl_diffusion.images import Images, join, rank_in_class, to_float, to_pixels
 from crl_diffusion.method import OptionError, RunConfig, planned, task_classes
 
-
-class Images(NamedTuple):
-    """Images, uint8 (N, C, S, S), and their labels, int64 (N,)."""
-
-    pixels: Tensor
-    labels: Tensor
-
-    def of(self, classes: Sequence[int]) -> Images:
-        """Those of the given classes, in their original order."""
-        kept = torch.isin(self.labels, torch.tensor(classes))
-        return Images(self.pixels[kept], self.labels[kept])
+__all__ = ["Data", "Images", "Task", "join", "load", "to_float", "to_pixels"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +33,11 @@ class Task:
 
 @dataclass(frozen=True)
 class Data:
-    """A data set at one image size, and its first tasks."""
+    """A data set at one image size, and its first tasks.
+
+    `train` is the whole training part less its validation images, also where the tasks have fewer (`per_class`): it is
+    what a feature extractor learns from.
+    """
 
     name: str
     classes: int
@@ -54,104 +48,58 @@ class Data:
     @property
     def shape(self) -> tuple[int, int, int]:
         """(C, S, S) of one image."""
-        _, c, h, w = self.train.pixels.shape
-        return c, h, w
+        return self.train.shape
 
-
-def to_float(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """uint8 0 .. 255 -> [-1, 1]."""
-    return pixels.to(dtype) / 127.5 - 1
-
-
-def to_pixels(images: Tensor) -> Tensor:
-    """[-1, 1] -> uint8 0 .. 255; what lies outside is clipped."""
-    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def _digits(root: Path) -> tuple[Images, Images]:
-    """scikit-learn's 1,797 digits of 8x8 pixels, 0 to 16. Of each class every third image is held out."""
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    pixels = torch.from_numpy(bunch.images).mul(255 / 16).round().to(torch.uint8).unsqueeze(1)
-    labels = torch.from_numpy(bunch.target).long()
-    held_out = torch.zeros(len(labels), dtype=torch.bool)
-    for c in range(10):
-        held_out[torch.nonzero(labels == c).flatten()[2::3]] = True
-    return Images(pixels[~held_out], labels[~held_out]), Images(pixels[held_out], labels[held_out])
-
-
-def _torchvision(class_name: str, option: str) -> Callable[[Path], tuple[Images, Images]]:
-    def load(root: Path) -> tuple[Images, Images]:
-        from torchvision import datasets
-
-        kind = getattr(datasets, class_name)
-        try:
-            parts = [kind(str(root), train=train, download=False) for train in (True, False)]
-        except RuntimeError as error:
-            raise OptionError(
-                f"--data {option}: no such data under {str(root / class_name / 'raw')!r}; expected the files "
-                "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte "
-                f"there; point --data-root at the folder that holds {class_name}/raw, or download them once with: "
-                f'python -c "from torchvision.datasets import {class_name} as D; D({str(root)!r}, download=True)"'
-            ) from error
-        train, test = (Images(part.data.unsqueeze(1), part.targets.long()) for part in parts)
-        return train, test
-
-    return load
-
-
-class Preset(NamedTuple):
-    """How a data set is read, the image sizes that it offers, and that every n-th training image can validate."""
-
-    load: Callable[[Path], tuple[Images, Images]]
-    sizes: tuple[int, ...]
-    validation_every: int = 12
-
-
-DATASETS: dict[str, Preset] = {
-    "digits": Preset(_digits, (8,), validation_every=4),
-    "mnist": Preset(_torchvision("MNIST", "mnist"), (16, 32)),
-    "fashion_mnist": Preset(_torchvision("FashionMNIST", "fashion_mnist"), (16, 32)),
-}
-
-
-def _resize(images: Images, size: int) -> Images:
-    """Smaller: the mean over areas. Larger: a black border, as the paper does for 28 -> 32."""
-    side = images.pixels.shape[-1]
-    if size < side:
-        pixels = functional.interpolate(images.pixels.float(), size=(size, size), mode="area").round().to(torch.uint8)
-        return Images(pixels, images.labels)
-    before, after = (size - side) // 2, size - side - (size - side) // 2
-    return Images(functional.pad(images.pixels, (before, after, before, after)), images.labels)
-
-
-def _is_validation(labels: Tensor, every: int) -> Tensor:
-    """Every n-th image of each class, (N,) bool."""
-    chosen = torch.zeros(len(labels), dtype=torch.bool)
-    for c in labels.unique():
-        chosen[torch.nonzero(labels == c).flatten()[every - 1 :: every]] = True
-    return chosen
+    def training(self, tasks: Sequence[Task]) -> Images:
+        """Training images of some tasks, in the data set's own order."""
+        images = join([task.train for task in tasks])
+        return images if images.rows is None else images[images.rows.argsort()]
 
 
 def load(config: RunConfig, root: Path) -> Data:
     """Read a run's data set; `root` is only used by sets kept on disk.
 
-    Validation images are taken from the training part, and only for runs that use them.
+    Validation images are taken from the training part, and only for runs that use them; then `per_class` keeps the
+    first images of each class.
     """
     config = planned(config)
     preset = DATASETS[config.data]
-    if config.image_size not in preset.sizes:
+    if preset.sizes and config.image_size not in preset.sizes:
         offered = " or ".join(map(str, preset.sizes))
         raise OptionError(
             f"--image-size is {config.image_size}, but {config.data} comes in {offered} pixels; choose one of these"
         )
-    train, test = (_resize(part, config.image_size) for part in preset.load(root))
-    validation = Images(train.pixels[:0], train.labels[:0])
+    source = preset.read(root, config.image_size)
+    plan = task_classes(config)
+    if len(plan) * config.classes_per_task > source.classes:
+        raise OptionError(
+            f"--tasks is {config.tasks} and --classes-per-task is {config.classes_per_task}, but {source.name} under "
+            f"{str(root)!r} has {source.classes} classes; their product must not be larger"
+        )
+    train, validation = source.train, source.train[torch.empty(0, dtype=torch.int64)]
     if "validation" in (config.held_out, config.fisher_images):
-        chosen = _is_validation(train.labels, preset.validation_every)
-        validation = Images(train.pixels[chosen], train.labels[chosen])
-        train = Images(train.pixels[~chosen], train.labels[~chosen])
-    held_out = validation if config.held_out == "validation" else test
-    split = tuple(Task(i, c, train.of(c), validation.of(c), held_out.of(c)) for i, c in enumerate(task_classes(config)))
-    return Data(config.data, int(train.labels.max()) + 1, train, test, split)
+        chosen = rank_in_class(train.labels) % preset.validation_every == preset.validation_every - 1
+        train, validation = train[~chosen], train[chosen]
+    kept = train[rank_in_class(train.labels) < config.per_class] if config.per_class else train
+    held_out = validation if config.held_out == "validation" else source.test
+    tasks = tuple(Task(i, c, kept.of(c), validation.of(c), held_out.of(c)) for i, c in enumerate(plan))
+    _check(config, preset, source, tasks)
+    return Data(source.name, source.classes, train, source.test, tasks)
+
+
+def _check(config: RunConfig, preset: Preset, source: Source, tasks: Sequence[Task]) -> None:
+    """Every class must have the images that the run needs; two held-out images are the least that have a covariance."""
+    for task in tasks:
+        needed = {"training": (task.train, 1), f"held-out ({config.held_out})": (task.held_out, 2)}
+        if config.fisher_images == "validation":
+            needed["validation"] = (task.validation, 1)
+        for what, (images, least) in needed.items():
+            counts = images.labels.bincount(minlength=source.classes)
+            for c in task.classes:
+                if counts[c] < least:
+                    hint = "" if "validation" not in what else f"; every {preset.validation_every}th image validates"
+                    raise OptionError(
+                        f"--data {config.data}: class {c}, in task {task.index + 1}, has {int(counts[c])} {what} images"
+                        f" in {source.name}{hint}; it needs {least} or more: add images, or choose other tasks with "
+                        "--tasks, --classes-per-task or --class-order"
+                    )

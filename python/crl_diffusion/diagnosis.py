@@ -58,9 +58,9 @@ def of_run(
         raise OptionError(f"--task is {task}, but the model has learnt {reached.learnt} task(s); give one of these")
     data = load(config, data_root)
     chosen = data.tasks[: reached.learnt] if task is None else data.tasks[task - 1 : task]
-    images = data.train.of([c for part in chosen for c in part.classes])
-    if len(images.labels) < samples:
-        raise OptionError(f"--samples is {samples}, but there are only {len(images.labels)} images; ask for fewer")
+    images = data.training(chosen)
+    if len(images) < samples:
+        raise OptionError(f"--samples is {samples}, but there are only {len(images)} images; ask for fewer")
 
     # The model, and images in random order.
     where = torch.device(loop.resolve_device(device))
@@ -68,7 +68,8 @@ def of_run(
     model.load_state_dict(saved.part("model"))
     model.to(where)
     order = torch.randperm(len(images.labels), generator=diffusion.stream(seed, "diagnosis images"))[:samples]
-    batch = (to_float(images.pixels[order]).to(where), images.labels[order].to(where))
+    drawn = images.take(order)
+    batch = (to_float(drawn.pixels).to(where), drawn.labels.to(where))
 
     moment = f"{saved.stage} finished stage(s)" + (f" and {saved.step} steps of the next" if saved.step else "")
     say(f"{config.method} on {config.data}, seed {config.seed}, after {moment}; {samples} images")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import get_args
@@ -213,7 +213,7 @@ class Custom(Extractor):
 
     def probe(self, images: Images) -> None:
         """Learn `num_features` from two images."""
-        found = self(to_float(images.pixels[:2]))
+        found = self(to_float(images.take(torch.arange(2)).pixels))
         if found.dim() != 2 or len(found) != 2 or not found.is_floating_point():
             raise OptionError(
                 f"the feature extractor {self.name!r} made {tuple(found.shape)} {found.dtype} of two images; "
@@ -247,7 +247,7 @@ def classifier(data: Data, folder: Path, chosen: str = "cnn") -> Classifier:
     channels, size, _ = data.shape
     model = CLASSIFIERS[chosen](channels, size, data.classes)
     steps = max(CLASSIFIER_STEPS, model.epochs * len(data.train.labels) // CLASSIFIER_BATCH)
-    images = digest(*(tensor for part in _parts(data.train) for tensor in (part.pixels, part.labels)))
+    images = digest(*(tensor for part in data.train.batches(PART) for tensor in (part.pixels, part.labels)))
     recipe = f"{steps} steps of {CLASSIFIER_BATCH}"
     made_for = {"data": data.name, "size": str(size), "recipe": recipe, "images": images}
     path = folder / f"{model.file}-{data.name}-{size}px-{images[:8]}.safetensors"
@@ -286,11 +286,6 @@ def _read(model: Classifier, path: Path, made_for: dict[str, str]) -> None:
     model.test_accuracy = float(metadata["test_accuracy"])
 
 
-def _parts(images: Images) -> Iterator[Images]:
-    for pixels, labels in zip(images.pixels.split(PART), images.labels.split(PART), strict=True):
-        yield Images(pixels, labels)
-
-
 def _fit(model: Classifier, train: Images, steps: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream(0, "extractor weights").initial_seed())
@@ -301,13 +296,14 @@ def _fit(model: Classifier, train: Images, steps: int) -> None:
     for step in range(steps):
         index = torch.randint(len(train.labels), (CLASSIFIER_BATCH,), generator=stream(0, "extractor batch", 0, step))
         optimizer.param_groups[0]["lr"] = CLASSIFIER_LR * (1 - step / steps)
-        loss = functional.cross_entropy(model.logits(to_float(train.pixels[index])), train.labels[index])
+        batch = train.take(index)
+        loss = functional.cross_entropy(model.logits(to_float(batch.pixels)), batch.labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     if model.total_variance is not None:
         with torch.no_grad():
-            features = torch.cat([model(to_float(part.pixels)) for part in _parts(train)])
+            features = torch.cat([model(to_float(part.pixels)) for part in train.batches(PART)])
             model.scale.copy_((model.total_variance / features.double().var(0).sum()).sqrt())
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from crl_diffusion import checkpoint, diffusion, evaluation, pictures, replay, report
 from crl_diffusion.checkpoint import Checkpoint
-from crl_diffusion.data import Data, Images, load
+from crl_diffusion.data import Data, Images, join, load
 from crl_diffusion.evaluation import Instruments
 from crl_diffusion.extractors import Custom
 from crl_diffusion.method import Device, ExtractorName, Method, OptionError, RunConfig, Stage, planned, stages
@@ -158,8 +158,7 @@ class Run:
 
     def task_images(self, stage: Stage, part: str) -> Images:
         """Training or validation images of the classes of a stage."""
-        chosen = [getattr(task, part) for task in self.data.tasks if set(task.classes) <= set(stage.classes)]
-        return Images(*(torch.cat(parts) for parts in zip(*chosen, strict=True)))
+        return join([getattr(task, part) for task in self.data.tasks if set(task.classes) <= set(stage.classes)])
 
     # Records
 
@@ -326,7 +325,7 @@ def fisher_batches(images: Images, stage: Stage, config: RunConfig, like: Tensor
         moment = Moment(config.seed, stage.number, number)
         chosen = replay.epoch_batch(images, FISHER_BATCH, moment, "fisher epoch")
         n = min(FISHER_BATCH, samples - start)
-        part = Images(chosen.pixels[:n], chosen.labels[:n])
+        part = chosen.take(torch.arange(n))
         batches.append(replay.noise_up(part, moment.stream("fisher noise"), like))
     return batches
 

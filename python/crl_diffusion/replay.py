@@ -84,8 +84,7 @@ class Pool:
 
     def draw(self, teacher: nn.Module, n: int, generator: torch.Generator) -> Images:
         """n images, uniformly and with replacement."""
-        index = torch.randint(len(self.images.labels), (n,), generator=generator)
-        return Images(self.images.pixels[index], self.images.labels[index])
+        return self.images.take(torch.randint(len(self.images), (n,), generator=generator))
 
     def state(self) -> dict[str, Tensor]:
         return {"pixels": self.images.pixels, "labels": self.images.labels}
@@ -168,12 +167,12 @@ def replay_batch(
 
 def epoch_batch(images: Images, n: int, moment: Moment, purpose: str = "epoch") -> Images:
     """The step's n images of a walk through shuffled epochs, found without having taken the steps before."""
-    total = len(images.labels)
+    total = len(images)
     first = moment.step * n // total
     last = ((moment.step + 1) * n - 1) // total
     order = torch.cat([_shuffled(total, moment.seed, purpose, moment.stage, epoch) for epoch in range(first, last + 1)])
     index = order[moment.step * n - first * total :][:n]
-    return Images(images.pixels[index], images.labels[index])
+    return images.take(index)
 
 
 @lru_cache(maxsize=4)

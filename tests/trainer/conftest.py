@@ -72,7 +72,8 @@ def finished(extractor_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
     out = tmp_path_factory.mktemp("finished") / "run"
     config = RunConfig(method="gd+rank1", **SHORT)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "only .* of the trace of the Fisher")  # from 8 samples: no wonder
+        # From 8 samples: no wonder.
+        warnings.filterwarnings("ignore", "only .* of the trace of the Fisher|the mean gradient is mostly noise")
         loop.train(config, out, extractor_folder=extractor_folder, say=lambda line: None)
     return out
 

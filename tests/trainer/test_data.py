@@ -1,14 +1,47 @@
-"""Data sets: splits, tasks, sizes, and what is said when they are missing."""
+"""Tasks: which images they have, in which order, and that they are views. What lies on disk is in test_datasets.py."""
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from crl_diffusion import data
-from crl_diffusion.method import OptionError
+from crl_diffusion import data, datasets, images
+from crl_diffusion.data import Images
+from crl_diffusion.method import OptionError, RunConfig
+from torch import Tensor
+from torch.nn import functional
+
+UNUSED = Path("unused")
+
+
+def config(**settings: Any) -> RunConfig:
+    return RunConfig(method="fine-tune", **settings)
+
+
+@pytest.fixture
+def numbered(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Puts a made-up set in the place of digits: images of 8 x 8 pixels whose first two pixels are their number."""
+
+    def put(train: Tensor, test: Tensor, classes: int) -> None:
+        def part(labels: Tensor) -> Images:
+            pixels = torch.zeros(len(labels), 1, 8, 8, dtype=torch.uint8)
+            number = torch.arange(len(labels))
+            pixels[:, 0, 0, 0], pixels[:, 0, 0, 1] = number // 256, number % 256
+            return Images(pixels, labels)
+
+        source = datasets.Source("made-up", classes, part(train), part(test))
+        monkeypatch.setitem(datasets.DATASETS, "digits", datasets.Preset(lambda root, size: source, (8,), 4))
+
+    return put
+
+
+def numbers(part: Images) -> list[int]:
+    corner = part.pixels[:, 0, 0, :2].long()
+    return (256 * corner[:, 0] + corner[:, 1]).tolist()
 
 
 def test_pixels_survive_the_way_to_floats_and_back() -> None:
@@ -26,55 +59,157 @@ def test_digits_are_split_class_by_class(digits: data.Data) -> None:
     assert torch.equal(digits.test.labels.bincount(), counts // 3)
     assert torch.equal(digits.train.labels.bincount() + digits.test.labels.bincount(), counts)
     assert digits.shape == (1, 8, 8)
+    assert digits.classes == 10
     assert digits.train.pixels.dtype == torch.uint8
 
 
 def test_tasks_are_pairs_of_classes_in_their_original_order(digits: data.Data) -> None:
     assert [task.classes for task in digits.tasks] == [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9)]
     for task in digits.tasks:
-        assert set(task.train.labels.tolist()) == set(task.test.labels.tolist()) == set(task.classes)
-    assert sum(len(task.train.labels) for task in digits.tasks) == len(digits.train.labels)
+        assert set(task.train.labels.tolist()) == set(task.held_out.labels.tolist()) == set(task.classes)
+        assert len(task.validation) == 0
+    assert sum(len(task.train) for task in digits.tasks) == len(digits.train)
 
 
-@pytest.mark.parametrize(("name", "folder"), [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST")])
-def test_missing_files_are_named_with_what_to_do(name: str, folder: str, tmp_path: Path) -> None:
-    with pytest.raises(OptionError) as caught:
-        data.load(name, tmp_path)
-    text = str(caught.value)
-    assert "\n" not in text
-    for part in (name, str(tmp_path / folder / "raw"), "t10k-labels-idx1-ubyte", "--data-root", "download=True"):
-        assert part in text
+def test_a_shuffled_order_of_classes_deals_the_same_images_into_other_tasks() -> None:
+    plain, shuffled = (data.load(config(class_order=order), UNUSED) for order in (-1, 7))
+    order = [c for task in shuffled.tasks for c in task.classes]
+    assert sorted(order) == list(range(10)) != order
+    for task in shuffled.tasks:
+        assert torch.equal(task.train.pixels, plain.train.of(task.classes).pixels)
+        assert torch.equal(task.held_out.pixels, plain.test.of(task.classes).pixels)
 
 
-def test_a_size_that_is_not_offered_is_refused() -> None:
-    with pytest.raises(OptionError, match=r"--image-size is 9, but digits comes in 8 pixels"):
-        data.load("digits", Path("unused"), image_size=9)
+def test_tasks_of_other_sizes() -> None:
+    loaded = data.load(config(tasks=2, classes_per_task=5), UNUSED)
+    assert [task.classes for task in loaded.tasks] == [(0, 1, 2, 3, 4), (5, 6, 7, 8, 9)]
+
+
+@pytest.mark.parametrize("per_class", [0, 3])
+def test_validation_images_are_every_fourth_of_a_class_and_taken_before_the_cut(
+    numbered: Callable[..., None], per_class: int
+) -> None:
+    labels = torch.arange(80) % 2
+    numbered(labels, torch.tensor([0, 0, 1, 1]), 2)
+    asked = config(tasks=1, held_out="validation", fisher_images="validation", per_class=per_class)
+    loaded = data.load(asked, UNUSED)
+    (task,) = loaded.tasks
+    validation = [n for n in range(80) if n // 2 % 4 == 3]  # number n is the (n // 2)th image of class n % 2
+    assert numbers(task.validation) == numbers(task.held_out) == validation
+    rest = [n for n in range(80) if n not in validation]
+    assert numbers(loaded.train) == rest
+    assert numbers(task.train) == (rest[: 2 * per_class] if per_class else rest)
+    assert len(loaded.test) == 4
+
+
+def test_runs_that_use_no_validation_images_train_on_all() -> None:
+    assert len(data.load(config(), UNUSED).train) > len(data.load(config(fisher_images="validation"), UNUSED).train)
+    assert len(data.load(config(fisher_images="validation"), UNUSED).tasks[0].held_out) == len(
+        data.load(config(), UNUSED).tasks[0].held_out
+    )
+
+
+def test_per_class_keeps_the_first_images_and_leaves_the_rest_to_the_extractor(numbered: Callable[..., None]) -> None:
+    labels = torch.tensor([1, 0, 0, 1, 1, 0, 1, 0])
+    numbered(labels, torch.tensor([0, 0, 1, 1]), 2)
+    loaded = data.load(config(tasks=2, classes_per_task=1, per_class=2), UNUSED)
+    assert [numbers(task.train) for task in loaded.tasks] == [[1, 2], [0, 3]]
+    assert numbers(loaded.train) == list(range(8))
+    assert numbers(loaded.training(loaded.tasks)) == [0, 1, 2, 3]  # the data set's order, not the tasks'
+    assert [numbers(task.held_out) for task in loaded.tasks] == [[0, 1], [2, 3]]
+
+
+def test_tasks_share_the_pixels_of_the_whole_set() -> None:
+    loaded = data.load(config(held_out="validation", per_class=20, class_order=1), UNUSED)
+    for task in loaded.tasks:
+        for part in (task.train, task.validation, task.held_out):
+            assert part.storage is loaded.train.storage
+    joined = images.join([task.train for task in loaded.tasks])
+    assert joined.storage is loaded.train.storage
+    assert joined.of((3, 5)).storage is loaded.train.storage
+
+
+def test_views_choose_like_their_pixels() -> None:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (50, 3, 4, 4), generator=generator, dtype=torch.uint8)
+    whole = Images(pixels, torch.randint(0, 5, (50,), generator=generator))
+    assert whole.pixels is pixels
+    view = whole[torch.randperm(50, generator=generator)[:30]]
+    index = torch.randint(0, 30, (7,), generator=generator)  # some twice
+    for part in (whole, view):
+        for chosen in (part.take(index), part[index]):
+            assert torch.equal(chosen.pixels, part.pixels[index])
+            assert torch.equal(chosen.labels, part.labels[index])
+        assert torch.equal(part.of((4, 1)).pixels, part.pixels[(part.labels == 4) | (part.labels == 1)])
+        assert len(part.of((9,))) == len(part.of(())) == 0
+        batches = list(part.batches(8))
+        assert {len(batch) for batch in batches[:-1]} == {8}
+        assert torch.equal(torch.cat([batch.pixels for batch in batches]), part.pixels)
+    assert view.take(index).rows is None  # read, and no longer a view
+    elsewhere = images.join([view, replace(whole, storage=pixels.clone())])
+    for joined in (images.join([view, whole]), elsewhere):
+        assert torch.equal(joined.pixels, torch.cat([view.pixels, pixels]))
+        assert torch.equal(joined.labels, torch.cat([view.labels, whole.labels]))
+
+
+def test_ranks_count_the_earlier_images_of_the_class() -> None:
+    labels = torch.randint(0, 6, (200,), generator=torch.Generator().manual_seed(1))
+    expected = [labels[:i].tolist().count(c) for i, c in enumerate(labels.tolist())]
+    assert images.rank_in_class(labels).tolist() == expected
+    assert images.rank_in_class(labels[:0]).tolist() == []
 
 
 def test_smaller_is_the_mean_of_areas_and_larger_a_black_border() -> None:
-    pixels = torch.randint(0, 256, (2, 1, 28, 28), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    images = data.Images(pixels, torch.zeros(2, dtype=torch.int64))
-    small = data._resize(images, 14).pixels
-    means = pixels.double().view(2, 1, 14, 2, 14, 2).mean((3, 5))
+    n = images.RESIZED_AT_ONCE + 1
+    pixels = torch.randint(0, 256, (n, 1, 28, 28), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    small = images.resize(pixels, 14)
+    means = pixels.double().view(n, 1, 14, 2, 14, 2).mean((3, 5))
     assert (small.double() - means).abs().max() <= 0.5
-    large = data._resize(images, 32).pixels
+    at_once = functional.interpolate(pixels.float(), size=(16, 16), mode="area").round().to(torch.uint8)
+    assert torch.equal(images.resize(pixels, 16), at_once)
+    large = images.resize(pixels, 32)
     assert torch.equal(large[..., 2:30, 2:30], pixels)
     assert int(large.long().sum()) == int(pixels.long().sum())
 
 
-@pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
-@pytest.mark.parametrize("size", [16, 32])
-def test_real_files_load(name: str, size: int) -> None:
-    root = os.environ.get("CRL_DATA")
-    folder = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST"}[name]
-    if root is None or not (Path(root) / folder / "raw").is_dir():
-        pytest.skip(f"the environment variable CRL_DATA names no folder with {folder}/raw in it (it is {root!r})")
-    loaded = data.load(name, Path(root), size)
-    assert loaded.train.pixels.shape == (60_000, 1, size, size)
-    assert loaded.test.pixels.shape == (10_000, 1, size, size)
-    assert loaded.test.labels.bincount(minlength=10).min() > 800
-    # An image is mostly border in MNIST and mostly cloth in FashionMNIST: the files are not swapped, nor inverted.
-    border = max(size / 28, 1) ** 2
-    mean = float(loaded.train.pixels[:2000].float().mean()) * border
-    low, high = {"mnist": (25, 45), "fashion_mnist": (60, 90)}[name]
-    assert low < mean < high
+def test_a_size_that_is_not_offered_is_refused() -> None:
+    with pytest.raises(OptionError, match=r"--image-size is 9, but digits comes in 8 pixels"):
+        data.load(config(image_size=9), UNUSED)
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "classes", "settings", "said"),
+    [
+        ([0, 1, 2], [0, 0, 1, 1, 2, 2], 3, {"tasks": 2}, ["--tasks is 2", "--classes-per-task is 2", "3 classes"]),
+        ([0, 2, 2], [0, 0, 1, 1, 2, 2], 3, {"tasks": 1}, ["class 1, in task 1, has 0 training images"]),
+        ([0, 1, 2], [0, 0, 1], 3, {"tasks": 1}, ["class 1, in task 1, has 1 held-out (test) images", "needs 2"]),
+        (
+            [0] * 8 + [1] * 4,
+            [0, 0, 1, 1],
+            2,
+            {"tasks": 2, "classes_per_task": 1, "held_out": "validation"},
+            ["class 1, in task 2, has 1 held-out (validation) images", "every 4th image validates"],
+        ),
+        (
+            [0] * 4 + [1] * 3,
+            [0, 0, 1, 1],
+            2,
+            {"tasks": 1, "fisher_images": "validation"},
+            ["class 1, in task 1, has 0 validation images"],
+        ),
+    ],
+)
+def test_tasks_without_images_are_refused(
+    numbered: Callable[..., None],
+    train: list[int],
+    test: list[int],
+    classes: int,
+    settings: dict[str, Any],
+    said: list[str],
+) -> None:
+    numbered(torch.tensor(train), torch.tensor(test), classes)
+    with pytest.raises(OptionError) as caught:
+        data.load(config(**settings), UNUSED)
+    for part in said:
+        assert part in str(caught.value)
+    assert "\n" not in str(caught.value)

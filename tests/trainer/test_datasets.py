@@ -1,0 +1,615 @@
+"""Data sets on disk: miniature archives of every format, their decoded copies, and what is said when they are missing
+or damaged. Real ones are read from the folder that the environment variable CRL_DATA names."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+import struct
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from crl_diffusion import cache, data, loop, replay
+from crl_diffusion.datasets import CIFAR10_CLASSES
+from crl_diffusion.method import OptionError, RunConfig
+from crl_diffusion.records import read_rows
+from PIL import Image
+
+MNISTS = [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST")]
+
+
+def load(name: str, root: Path, **settings: Any) -> data.Data:
+    return data.load(RunConfig(method="fine-tune", data=name, **settings), root)  # type: ignore[arg-type]
+
+
+def refused(name: str, root: Path, **settings: Any) -> str:
+    with pytest.raises(OptionError) as caught:
+        load(name, root, **settings)
+    text = str(caught.value)
+    assert text.startswith(f"--data {name}: ")
+    assert "\n" not in text
+    return text
+
+
+def noise(seed: int, n: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (n, *shape), dtype=np.uint8)
+
+
+def is_mapped(tensor: torch.Tensor, file: Path) -> bool:
+    """Whether a tensor's bytes are those of a file, by the system's own account."""
+    if sys.platform != "linux":
+        pytest.skip(f"/proc/self/maps, which tells what is mapped from where, is Linux's; this is {sys.platform}")
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, *_, path = line.split(maxsplit=5)
+        low, high = (int(end, 16) for end in span.split("-"))
+        if path == str(file) and low <= tensor.data_ptr() < high:
+            return True
+    return False
+
+
+# Miniatures
+
+
+def write_mnist(root: Path, folder: str, train: int = 40, test: int = 20) -> dict[str, np.ndarray]:
+    raw, written = root / folder / "raw", {}
+    raw.mkdir(parents=True)
+    for seed, (part, n) in enumerate({"train": train, "t10k": test}.items()):
+        pixels, labels = noise(seed, n, 28, 28), (np.arange(n) % 10).astype(np.uint8)
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 0x803, n, 28, 28) + pixels.tobytes())
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 0x801, n) + labels.tobytes())
+        written[part] = pixels
+    return written
+
+
+def write_cifar10(root: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
+    """With checksums of its own: torchvision reads nothing else."""
+    from torchvision.datasets import CIFAR10
+
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir()
+    sums: dict[str, str] = {}
+    written: dict[str, np.ndarray] = {}
+
+    def put(name: str, entry: dict[str, Any]) -> None:
+        content = pickle.dumps(entry, protocol=2)
+        (folder / name).write_bytes(content)
+        sums[name] = hashlib.md5(content).hexdigest()
+
+    for seed, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
+        written[name] = noise(seed, 20, 3, 32, 32)
+        put(name, {"data": written[name].reshape(20, -1), "labels": [i % 10 for i in range(20)]})
+    put("batches.meta", {"label_names": list(CIFAR10_CLASSES)})
+    monkeypatch.setattr(CIFAR10, "train_list", [[f"data_batch_{i}", sums[f"data_batch_{i}"]] for i in range(1, 6)])
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
+    monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": sums["batches.meta"]})
+    return written
+
+
+def write_imagenet32(root: Path, kind: str, classes: int = 6) -> dict[str, np.ndarray]:
+    """In the official layout, images in no order of their labels; returns each batch in the order of its labels."""
+    train, test = ("Imagenet32_train_npz", "Imagenet32_val_npz") if kind == "npz" else ("imagenet32", "imagenet32")
+    if kind == "pickle":
+        train, test = "Imagenet32_train", "Imagenet32_val"
+    written = {}
+    for seed, name in enumerate([*(f"train_data_batch_{i}" for i in range(1, 11)), "val_data"]):
+        folder = root / (test if name == "val_data" else train)
+        folder.mkdir(exist_ok=True)
+        labels = [1 + (seed + i) % classes for i in range(3 * classes)]
+        pixels = noise(seed, len(labels), 3, 32, 32)
+        written[name] = pixels[np.argsort(labels, kind="stable")]
+        entry: dict[str, Any] = {"data": pixels.reshape(len(pixels), -1), "labels": labels}
+        if name != "val_data":
+            entry["mean"] = pixels.reshape(len(pixels), -1).mean(0)
+        if kind == "npz":
+            np.savez(folder / f"{name}.npz", **entry)
+        else:
+            (folder / name).write_bytes(pickle.dumps(entry, protocol=3))
+    return written
+
+
+def write_tree(
+    root: Path,
+    classes: tuple[str, ...],
+    n: int = 3,
+    side: tuple[int, int] = (32, 32),
+    held_out: str = "test",
+    suffix: str = ".png",
+) -> None:
+    for part in ("train", held_out):
+        for c, name in enumerate(classes):
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for i in range(n):
+                Image.fromarray(noise(100 * c + i, side[1], side[0], 3)).save(folder / f"{i}{suffix}")
+
+
+# Formats
+
+
+@pytest.mark.parametrize(("name", "folder"), MNISTS)
+def test_mnist_files_are_read(name: str, folder: str, tmp_path: Path) -> None:
+    written = write_mnist(tmp_path, folder)
+    loaded = load(name, tmp_path, image_size=32)
+    assert loaded.name == name
+    for part, pixels in ((loaded.train, written["train"]), (loaded.test, written["t10k"])):
+        assert torch.equal(part.pixels[:, 0, 2:30, 2:30], torch.from_numpy(pixels))
+        assert part.labels.tolist() == [i % 10 for i in range(len(pixels))]
+    assert load(name, tmp_path).shape == (1, 16, 16)
+
+
+def test_cifar10_batches_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = write_cifar10(tmp_path, monkeypatch)
+    loaded = load("cifar10", tmp_path)
+    assert (loaded.name, loaded.classes, loaded.shape) == ("cifar10", 10, (3, 32, 32))
+    train = np.concatenate([written[f"data_batch_{i}"] for i in range(1, 6)])
+    assert torch.equal(loaded.train.pixels, torch.from_numpy(train))
+    assert torch.equal(loaded.test.pixels, torch.from_numpy(written["test_batch"]))
+    assert loaded.train.labels.tolist() == [i % 10 for i in range(20)] * 5
+    small = load("cifar10", tmp_path, image_size=16).train.pixels
+    assert (
+        small.double() - torch.from_numpy(train).double().view(100, 3, 16, 2, 16, 2).mean((3, 5))
+    ).abs().max() <= 0.5
+
+
+def test_a_jpeg_copy_of_cifar10_is_named_so(tmp_path: Path) -> None:
+    write_tree(tmp_path / "cifar10_jpeg", CIFAR10_CLASSES)
+    loaded = load("cifar10", tmp_path)
+    assert (loaded.name, loaded.classes) == ("cifar10-jpeg", 10)
+    assert loaded.train.labels.tolist() == [c for c in range(10) for _ in range(3)]
+    assert torch.equal(loaded.train.pixels[7].permute(1, 2, 0), torch.from_numpy(noise(201, 32, 32, 3)))
+
+
+@pytest.mark.parametrize("kind", ["pickle", "npz", "one folder"])
+def test_archives_of_downsampled_imagenet_are_read(kind: str, tmp_path: Path) -> None:
+    written = write_imagenet32(tmp_path, kind)
+    loaded = load("imagenet32", tmp_path, tasks=3, classes_per_task=2)
+    assert (loaded.name, loaded.classes, loaded.shape) == ("imagenet32", 1000, (3, 32, 32))
+    train = np.concatenate([written[f"train_data_batch_{i}"] for i in range(1, 11)])
+    assert torch.equal(loaded.train.pixels, torch.from_numpy(train))
+    assert loaded.train.labels.tolist() == [c for _ in range(10) for c in range(6) for _ in range(3)]  # from 0
+    assert torch.equal(loaded.test.pixels, torch.from_numpy(written["val_data"]))
+    small = load("imagenet32", tmp_path, tasks=3, classes_per_task=2, image_size=16).train.pixels
+    assert (
+        small.double() - torch.from_numpy(train).double().view(180, 3, 16, 2, 16, 2).mean((3, 5))
+    ).abs().max() <= 0.5
+
+
+def test_a_tree_of_imagenet_is_another_data_set(tmp_path: Path) -> None:
+    write_tree(tmp_path / "imagenet", ("n01", "n02"), held_out="val")
+    loaded = load("imagenet32", tmp_path, tasks=2, classes_per_task=1)
+    assert (loaded.name, loaded.classes) == ("imagenet32-tree", 2)
+    with pytest.raises(OptionError, match=r"--tasks is 20 .* has 2 classes"):
+        load("imagenet32", tmp_path)
+
+
+def test_pictures_in_a_folder_are_cropped_to_the_middle_square_and_averaged(tmp_path: Path) -> None:
+    write_tree(tmp_path, ("a", "b"), side=(40, 24))
+    file = tmp_path / "train" / "a" / "0.png"
+    pixels = np.asarray(Image.open(file))
+    loaded = load("folder", tmp_path, image_size=12, tasks=1)
+    assert loaded.shape == (3, 12, 12)
+    means = torch.from_numpy(pixels[:, 8:32].copy()).double().view(12, 2, 12, 2, 3).mean((1, 3)).permute(2, 0, 1)
+    assert (loaded.train.pixels[0].double() - means).abs().max() <= 0.5 + 1e-9
+    assert load("folder", tmp_path, image_size=48, tasks=1).shape == (3, 48, 48)  # enlarged
+    Image.new("L", (24, 24), 77).save(file)  # grey pictures have three equal channels
+    assert load("folder", tmp_path, image_size=12, tasks=1).train.pixels[0].unique().tolist() == [77]
+
+
+def test_a_folder_is_named_by_its_files_wherever_it_lies(tmp_path: Path) -> None:
+    write_tree(tmp_path / "one" / "birds", ("a", "b"))
+    shutil.copytree(tmp_path / "one" / "birds", tmp_path / "two" / "birds")
+    name = load("folder", tmp_path / "one" / "birds", tasks=1).name
+    assert name.startswith("folder-birds-")
+    os.utime(tmp_path / "two" / "birds" / "train" / "a" / "0.png", (1, 1))
+    assert load("folder", tmp_path / "two" / "birds", tasks=1).name == name
+    (tmp_path / "two" / "birds" / "train" / "a" / "0.png").unlink()
+    assert load("folder", tmp_path / "two" / "birds", tasks=1).name != name
+
+
+# Decoded copies
+
+
+def test_a_copy_is_made_once_and_mapped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tree(tmp_path, ("a", "b", "c", "d"))
+    first = load("folder", tmp_path, tasks=2, image_size=16)
+    assert "decoding" in capsys.readouterr().err
+    again = load("folder", tmp_path, tasks=2, image_size=16, held_out="test", class_order=0)
+    assert capsys.readouterr().err == ""
+    (copy,) = (tmp_path / ".crl-diffusion").glob("folder-*")
+    assert copy.name.startswith(f"{first.name}-16px-")
+    assert (copy / "train.pixels").stat().st_size == 4 * 3 * 3 * 16 * 16
+    for loaded in (first, again):
+        assert is_mapped(loaded.train.storage, copy / "train.pixels")
+        assert is_mapped(loaded.test.storage, copy / "test.pixels")
+        for task in loaded.tasks:
+            assert task.train.storage.data_ptr() == loaded.train.storage.data_ptr()
+            assert task.held_out.storage.data_ptr() == loaded.test.storage.data_ptr()
+            assert not is_mapped(task.train.take(torch.tensor([0])).storage, copy / "train.pixels")
+    before = (copy / "train.pixels").read_bytes()
+    first.train.storage.zero_()  # private: neither the file nor another view of it changes
+    assert (copy / "train.pixels").read_bytes() == before
+    assert again.train.pixels.any()
+    assert not list(copy.parent.glob(".*unfinished"))
+
+
+def test_a_step_of_a_mapped_set_reads_little_more_than_its_own_images(tmp_path: Path) -> None:
+    """By the system's account of the pages that are in memory, of a file of 64 MiB."""
+    if sys.platform != "linux":
+        pytest.skip(
+            f"/proc/self/smaps, which tells how much of a file is in memory, is Linux's; this is {sys.platform}"
+        )
+    side, count = 64, 64 * 2**20 // (3 * 64**2)
+    write_tree(tmp_path, ("a", "b"))
+    load("folder", tmp_path, image_size=side, tasks=1)
+    (copy,) = (tmp_path / ".crl-diffusion").glob("folder-*")
+    os.truncate(copy / "train.pixels", count * 3 * side**2)
+    (torch.arange(count) % 2).numpy().tofile(copy / "train.labels")
+    about = json.loads((copy / "about.json").read_text())
+    about["images"]["train"] = count
+    (copy / "about.json").write_text(json.dumps(about))
+
+    def resident() -> int:
+        entries = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)
+        ours = [entry for entry in entries if entry.partition("\n")[0].endswith(f" {copy / 'train.pixels'}")]
+        assert ours
+        return sum(1024 * int(re.search(r"^Rss: +(\d+) kB", entry, re.MULTILINE)[1]) for entry in ours)  # type: ignore[index]
+
+    loaded = load("folder", tmp_path, image_size=side, tasks=2, classes_per_task=1, per_class=1000)
+    assert len(loaded.train) == count
+    assert resident() == 0
+    task = loaded.tasks[1]
+    batch = replay.real_batch(task.train, 32, 1.0, replay.Moment(0, 0, 3), torch.zeros(()))
+    assert batch.noised.shape == (32, 3, side, side)
+    assert 0 < resident() <= loaded.train.storage.numel() // 4  # 32 of 5,461 images, in pages or runs of pages
+    assert len(task.train.pixels) == 1000  # that is what it is not: reading a whole task
+    assert resident() > 1000 * 3 * side**2
+
+
+@pytest.mark.parametrize("change", ["content", "added", "size"])
+def test_a_changed_data_set_gets_a_new_copy(change: str, tmp_path: Path) -> None:
+    write_tree(tmp_path, ("a", "b"))
+    file = tmp_path / "train" / "a" / "0.png"
+    load("folder", tmp_path, tasks=1, image_size=8)
+    if change == "content":  # of the same length, as an uncompressed format has it
+        status = file.stat()
+        Image.new("RGB", (32, 32), (1, 2, 3)).save(file)
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    elif change == "added":
+        shutil.copy(file, file.with_name("9.png"))
+    loaded = load("folder", tmp_path, tasks=1, image_size=16 if change == "size" else 8)
+    assert len(list((tmp_path / ".crl-diffusion").glob("folder-*"))) == 2
+    assert len(loaded.train) == (7 if change == "added" else 6)
+    if change == "content":
+        assert loaded.train.pixels[0, :, 0, 0].tolist() == [1, 2, 3]
+
+
+def test_an_interrupted_copy_is_begun_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tree(tmp_path, ("a", "b"))
+    write = cache._write
+
+    def interrupted(part: Path, chunks: cache.Chunks) -> int:
+        if part.name == "test":
+            raise KeyboardInterrupt
+        return write(part, chunks)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "_write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            load("folder", tmp_path, tasks=1)
+    (left,) = (path for path in (tmp_path / ".crl-diffusion").iterdir() if path.is_dir())
+    assert left.name.endswith(".unfinished")
+    (left / "stray").write_text("of the interrupted process")
+    assert len(load("folder", tmp_path, tasks=1).train) == 6
+    (copy,) = (path for path in (tmp_path / ".crl-diffusion").iterdir() if path.is_dir())
+    assert sorted(path.name for path in copy.iterdir()) == [
+        "about.json",
+        "test.labels",
+        "test.pixels",
+        "train.labels",
+        "train.pixels",
+    ]
+
+
+def test_two_that_need_a_copy_at_once_make_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("fcntl", reason="the lock is POSIX's")
+    write_tree(tmp_path, ("a", "b"))
+    both_found_none, locked = threading.Barrier(2, timeout=60), cache._locked
+
+    def late(path: Path) -> Any:
+        both_found_none.wait()
+        return locked(path)
+
+    monkeypatch.setattr(cache, "_locked", late)
+    with ThreadPoolExecutor(2) as threads:  # flock is between openings of a file: threads stand for processes
+        one, other = threads.map(lambda _: load("folder", tmp_path, tasks=1), range(2))
+    assert torch.equal(one.train.pixels, other.train.pixels)
+    assert capsys.readouterr().err.count("decoding") == 1
+
+
+def test_copies_of_a_read_only_root_go_to_the_users_cache_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "root"
+    write_tree(root, ("a", "b"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != root and access(path, mode))
+    load("folder", root, tasks=1)
+    assert not (root / ".crl-diffusion").exists()
+    assert len(list((tmp_path / "cache" / "crl-diffusion").glob("folder-*"))) == 1
+
+
+@pytest.mark.parametrize("damage", ["short", "no json", "missing"])
+def test_a_damaged_copy_is_named(damage: str, tmp_path: Path) -> None:
+    write_tree(tmp_path, ("a", "b"))
+    load("folder", tmp_path, tasks=1)
+    (copy,) = (tmp_path / ".crl-diffusion").glob("folder-*")
+    if damage == "short":
+        os.truncate(copy / "train.pixels", 5)
+    elif damage == "missing":
+        (copy / "test.labels").unlink()
+    else:
+        (copy / "about.json").write_text("{")
+    with pytest.raises(OptionError, match=r"is damaged .*delete it, and it is made anew") as caught:
+        load("folder", tmp_path, tasks=1)
+    assert str(copy) in str(caught.value)
+    shutil.rmtree(copy)
+    assert len(load("folder", tmp_path, tasks=1).train) == 6
+
+
+def test_no_room_for_a_copy_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tree(tmp_path, ("a", "b"))
+
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cache, "_write", full)
+    with pytest.raises(OptionError, match=r"cannot be written .*No space left.* 3,072 bytes an image: make room"):
+        load("folder", tmp_path, tasks=1)
+
+
+# Missing and damaged files
+
+
+@pytest.mark.parametrize(("name", "folder"), MNISTS)
+def test_missing_mnist_files_are_named_with_what_to_do(name: str, folder: str, tmp_path: Path) -> None:
+    text = refused(name, tmp_path)
+    for part in (str(tmp_path / folder / "raw"), "t10k-labels-idx1-ubyte", "--data-root", "download=True"):
+        assert part in text
+    write_mnist(tmp_path, folder)
+    (tmp_path / folder / "raw" / "t10k-labels-idx1-ubyte").unlink()
+    assert "of which t10k-labels-idx1-ubyte is missing" in refused(name, tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["short", "empty", "gzip", "labels"])
+def test_damaged_mnist_files_are_refused(damage: str, tmp_path: Path) -> None:
+    write_mnist(tmp_path, "MNIST")
+    raw = tmp_path / "MNIST" / "raw"
+    file = raw / "train-images-idx3-ubyte"
+    content = file.read_bytes()
+    if damage == "labels":
+        shutil.copy(raw / "t10k-labels-idx1-ubyte", raw / "train-labels-idx1-ubyte")
+    else:
+        file.write_bytes({"short": content[:-9], "empty": b"", "gzip": gzip.compress(content)}[damage])
+    text = refused("mnist", tmp_path)
+    assert "damaged" in text
+    assert "download=True" in text
+
+
+def test_a_missing_cifar10_is_described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = refused("cifar10", tmp_path)
+    for part in ("cifar-10-batches-py", "test_batch", "cifar10_jpeg/train/CLASS", "truck", "download=True"):
+        assert part in text
+    write_cifar10(tmp_path, monkeypatch)
+    batch = tmp_path / "cifar-10-batches-py" / "data_batch_3"
+    batch.write_bytes(batch.read_bytes()[:-1] + b"?")
+    assert "damaged" in refused("cifar10", tmp_path)
+    batch.unlink()
+    assert "data_batch_3 is missing" in refused("cifar10", tmp_path)
+
+
+def test_a_jpeg_copy_must_have_the_ten_classes(tmp_path: Path) -> None:
+    write_tree(tmp_path / "cifar10_jpeg", ("aeroplane", *CIFAR10_CLASSES[1:]))
+    text = refused("cifar10", tmp_path)
+    assert "aeroplane" in text
+    assert "expected airplane" in text
+
+
+def test_a_missing_imagenet32_is_described(tmp_path: Path) -> None:
+    text = refused("imagenet32", tmp_path)
+    for part in (
+        "Imagenet32_train/train_data_batch_1",
+        "Imagenet32_val_npz/val_data.npz",
+        "image-net.org",
+        "val/CLASS",
+    ):
+        assert part in text
+    write_imagenet32(tmp_path, "pickle")
+    (tmp_path / "Imagenet32_train" / "train_data_batch_7").unlink()
+    assert "Imagenet32_train/train_data_batch_7 is missing" in refused("imagenet32", tmp_path)
+
+
+class Runs:
+    """Unpickled by code that does not care, it would make a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch '{self.file}'",)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ("short", "train_data_batch_2"),
+        ("code", "it asks for posix.system" if os.name == "posix" else "it asks for nt.system"),
+        ("list", "it holds a list"),
+        ("no labels", "KeyError: 'labels'"),
+        ("larger images", "expected uint8 (N, 3072)"),
+        ("floats", "data is float64"),
+        ("labels from 0", "labels are 0 to 5, expected 1 to 1000"),
+        ("fewer labels", "expected integers (18,)"),
+        ("no pickle", "train_data_batch_2"),
+    ],
+)
+def test_pickles_that_are_not_the_official_format_are_refused(damage: str, said: str, tmp_path: Path) -> None:
+    write_imagenet32(tmp_path, "pickle")
+    file = tmp_path / "Imagenet32_train" / "train_data_batch_2"
+    entry = pickle.loads(file.read_bytes())
+    trap = tmp_path / "ran"
+    content = {
+        "short": file.read_bytes()[:1000],
+        "code": pickle.dumps({**entry, "mean": Runs(trap)}),
+        "list": pickle.dumps([entry]),
+        "no labels": pickle.dumps({"data": entry["data"]}),
+        "larger images": pickle.dumps({**entry, "data": np.zeros((18, 3 * 64 * 64), np.uint8)}),
+        "floats": pickle.dumps({**entry, "data": entry["data"] / 255}),
+        "labels from 0": pickle.dumps({**entry, "labels": [label - 1 for label in entry["labels"]]}),
+        "fewer labels": pickle.dumps({**entry, "labels": entry["labels"][:-1]}),
+        "no pickle": b"<html>Please log in</html>",
+    }[damage]
+    file.write_bytes(content)
+    text = refused("imagenet32", tmp_path, tasks=3, classes_per_task=2)
+    assert said in text
+    assert str(file) in text
+    assert not trap.exists()
+    assert not list((tmp_path / ".crl-diffusion").glob("imagenet32-*"))  # nothing half-made has the copy's name
+
+
+@pytest.mark.parametrize("damage", ["short", "objects", "no archive"])
+def test_damaged_npz_files_are_refused(damage: str, tmp_path: Path) -> None:
+    write_imagenet32(tmp_path, "npz")
+    file = tmp_path / "Imagenet32_val_npz" / "val_data.npz"
+    if damage == "objects":
+        np.savez(file, data=np.array([{}]), labels=[1])
+    else:
+        file.write_bytes(file.read_bytes()[:500] if damage == "short" else b"nothing")
+    assert str(file) in refused("imagenet32", tmp_path, tasks=3, classes_per_task=2)
+
+
+def test_a_wrong_folder_is_described(tmp_path: Path) -> None:
+    assert "no folder 'train'" in refused("folder", tmp_path)
+    (tmp_path / "train").mkdir()
+    assert "no folder 'test' or 'val'" in refused("folder", tmp_path)
+    (tmp_path / "val").mkdir()
+    assert "holds no folders; expected one for each class" in refused("folder", tmp_path)
+    write_tree(tmp_path / "good", ("a", "b"))
+    shutil.copytree(tmp_path / "good" / "train", tmp_path / "train", dirs_exist_ok=True)
+    shutil.copytree(tmp_path / "good" / "train" / "a", tmp_path / "val" / "a")
+    assert "must hold the same classes, but only one of them has b" in refused("folder", tmp_path)
+    (tmp_path / "val" / "b").mkdir()
+    (tmp_path / "val" / "b" / "notes.txt").write_text("no image")
+    assert "no images of b" in refused("folder", tmp_path)
+    shutil.copy(tmp_path / "train" / "a" / "0.png", tmp_path / "val" / "b" / "x.png")
+    with open(tmp_path / "val" / "b" / "x.png", "r+b") as file:
+        file.truncate(700)
+    text = refused("folder", tmp_path, tasks=1)
+    assert f"the image {str(tmp_path / 'val' / 'b' / 'x.png')!r} cannot be read" in text
+
+
+# Whole runs
+
+TINY: dict[str, Any] = {
+    "model": "mini",
+    "image_size": 16,
+    "steps": 3,
+    "batch": 4,
+    "replay_batch": 4,
+    "pool": 1,
+    "pool_steps": 1,
+    "eval_samples": 2,
+    "eval_steps": 1,
+    "fisher_samples": 4,
+    "device": "cpu",
+}
+
+
+def write_jpeg_cifar10(root: Path, n: int) -> None:
+    """n images of each class and part: CIFAR-10's where CRL_DATA has the JPEG copy, else noise."""
+    given = Path(os.environ.get("CRL_DATA", "")) / "cifar10_jpeg"
+    if not (given / "train").is_dir():
+        write_tree(root, CIFAR10_CLASSES, n, suffix=".jpg")
+        return
+    for part in ("train", "test"):
+        for name in CIFAR10_CLASSES:
+            (root / part / name).mkdir(parents=True)
+            for file in sorted((given / part / name).iterdir())[:n]:
+                shutil.copy(file, root / part / name)
+
+
+@pytest.mark.filterwarnings("ignore:only .* of the trace of the Fisher", "ignore:the mean gradient is mostly noise")
+def test_a_jpeg_copy_of_cifar10_runs_from_files_to_summary(tmp_path: Path) -> None:
+    write_jpeg_cifar10(tmp_path / "cifar10_jpeg", 12)
+    config = RunConfig(method="gd+rank1", data="cifar10", per_class=8, **TINY)
+    summary = loop.train(config, tmp_path / "run", tmp_path, say=lambda line: None)
+    assert np.isfinite(summary["average_fid"])
+    rows = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if row["kind"] == "evaluation"]
+    assert [(row["after_task"], row["task"]) for row in rows] == [(i, j) for i in range(1, 6) for j in range(1, i + 1)]
+    assert {row["held_out_images"] for row in rows} == {24}
+    assert all("cifar10-jpeg" in row["extractor"] for row in rows)
+
+
+def test_twenty_tasks_of_a_folder_run_from_files_to_summary(tmp_path: Path) -> None:
+    """CIFAR-10's images dealt into the 40 classes of an ImageNet-like tree, two to a task."""
+    write_jpeg_cifar10(tmp_path / "cifar10", 24)
+    root = tmp_path / "tree"
+    for part in ("train", "val"):
+        for c in range(40):
+            (root / part / f"n{c:08}").mkdir(parents=True)
+            images = tmp_path / "cifar10" / {"val": "test"}.get(part, part) / CIFAR10_CLASSES[c % 10]
+            for file in sorted(images.iterdir())[c // 10 * 6 : c // 10 * 6 + 6]:
+                shutil.copy(file, root / part / f"n{c:08}")
+    config = RunConfig(method="fine-tune", data="folder", tasks=20, class_order=5, **{**TINY, "image_size": 8})
+    summary = loop.train(config, tmp_path / "run", root, say=lambda line: None)
+    assert np.isfinite(summary["average_fid"])
+    assert np.isfinite(summary["forgetting"])
+    rows = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if row["kind"] == "evaluation"]
+    assert len(rows) == 20 * 21 // 2
+
+
+# Real files
+
+
+def real(folder: str) -> Path:
+    root = os.environ.get("CRL_DATA")
+    if root is None or not (Path(root) / folder).is_dir():
+        pytest.skip(f"the environment variable CRL_DATA names no folder with {folder} in it (it is {root!r})")
+    return Path(root)
+
+
+@pytest.mark.parametrize(("name", "folder"), MNISTS)
+@pytest.mark.parametrize("size", [16, 32])
+def test_real_mnist_files_load(name: str, folder: str, size: int) -> None:
+    loaded = load(name, real(f"{folder}/raw"), image_size=size)
+    assert loaded.train.pixels.shape == (60_000, 1, size, size)
+    assert loaded.test.pixels.shape == (10_000, 1, size, size)
+    assert loaded.test.labels.bincount(minlength=10).min() > 800
+    # An image is mostly border in MNIST and mostly cloth in FashionMNIST: the files are not swapped, nor inverted.
+    border = max(size / 28, 1) ** 2
+    mean = float(loaded.train.pixels[:2000].float().mean()) * border
+    low, high = {"mnist": (25, 45), "fashion_mnist": (60, 90)}[name]
+    assert low < mean < high
+
+
+def test_real_cifar10_batches_load() -> None:
+    loaded = load("cifar10", real("cifar-10-batches-py"))
+    assert loaded.name == "cifar10"
+    assert loaded.train.labels.bincount().tolist() == [5000] * 10
+    assert loaded.test.labels.bincount().tolist() == [1000] * 10
+    # Published channel means of the training images, times 255: red 125.3, green 123.0, blue 113.9.
+    means = loaded.train.pixels[::10].double().mean((0, 2, 3))
+    assert (means - torch.tensor([125.3, 123.0, 113.9])).abs().max() < 2
