@@ -71,11 +71,7 @@ def test_two_methods_end_to_end(
     assert f"{values['gd+rank1:lam=7']['average_fid']:,.1f}" in table
 
     # The same command again trains nothing.
-    before = {
-        path: path.stat().st_mtime_ns
-        for cell in ("fine-tune-seed0", RANK1)
-        for path in (out / cell).rglob("*")
-    }
+    before = {path: path.stat().st_mtime_ns for cell in ("fine-tune-seed0", RANK1) for path in (out / cell).rglob("*")}
     assert cli.main(arguments) == 0
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert "already finished" in capsys.readouterr().out
