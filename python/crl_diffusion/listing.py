@@ -74,8 +74,8 @@ def _replays() -> Listing:
         ("--method", "replays", "weights", "curriculum"),
         rows,
         "A penalty goes by itself or behind a replay: rank1, gd+rank1, replay+gd+bands8. pool: images that the old "
-        "model draws once after every task; fresh: drawn anew in every step. Target noise: denoising as of data; target "
-        "teacher: the old model's prediction. k: tasks so far.",
+        "model draws once after every task; fresh: drawn anew in every step. Target noise: denoising as of data; "
+        "target teacher: the old model's prediction. k: tasks so far.",
     )
 
 
