@@ -164,7 +164,7 @@ def parse(argv: Sequence[str]) -> Command:
 def _preset_asked_for(argv: Sequence[str]) -> str:
     """The last value of --preset; it has to be known before the other options' defaults are."""
     found = "demo"
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+    for word, following in zip(argv, [*argv[1:], ""], strict=False):
         if word == "--preset":
             found = following
         elif word.startswith("--preset="):
