@@ -80,7 +80,7 @@ def step_of(run: loop.Run, images: data.Images) -> Callable[[], object]:
     return step
 
 
-def steps(size: int, rounds: int, methods: list[str], peaks: bool) -> dict[str, Any]:
+def steps(size: int, rounds: int, methods: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         runs = {method: run_of(method, size, Path(folder)) for method in methods}
         seconds = interleaved({m: step_of(*run) for m, run in runs.items()}, rounds, time.process_time)
@@ -92,7 +92,7 @@ def steps(size: int, rounds: int, methods: list[str], peaks: bool) -> dict[str, 
         row |= {f"times_plain_{key[3:]}": 1e-3 * value for key, value in percentiles(ratios).items() if key != "ms"}
         row["steps_per_s_to_plain"] = 1 / row["times_plain"]
         row["state_bytes"] = run.penalty.nbytes if run.penalty is not None else 0
-        row["peak_bytes"] = peak_in_its_own_process(method, size) if peaks else None
+        row["peak_bytes"] = None
         rows.append(row)
     parameters = sum(p.numel() for p in runs[PLAIN][0].model.parameters())
     return {"size": size, "rounds": rounds, "parameters": parameters, "rows": rows}
@@ -189,6 +189,14 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write(result: dict[str, Any], folder: Path | None) -> None:
+    """After each part, because memory takes minutes."""
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "trainer_cost.json").write_text(json.dumps(result, indent=1) + "\n")
+        (folder / "trainer_cost.md").write_text(markdown(result))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", type=int, default=[*SIZES], help="pixels (default: 8 16)")
@@ -215,11 +223,13 @@ def main() -> None:
         "sizes": [],
     }
     result["rank1"] = rank1_on(arguments.model, 8, arguments.model_rounds)
-    result["sizes"] = [steps(size, arguments.rounds, methods, not arguments.no_peaks) for size in arguments.sizes]
-    if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "trainer_cost.json").write_text(json.dumps(result, indent=1) + "\n")
-        (arguments.out / "trainer_cost.md").write_text(markdown(result))
+    for size in arguments.sizes:
+        result["sizes"].append(steps(size, arguments.rounds, methods))
+        write(result, arguments.out)
+    for part in [] if arguments.no_peaks else result["sizes"]:
+        for row in part["rows"]:
+            row["peak_bytes"] = peak_in_its_own_process(row["method"], part["size"])
+        write(result, arguments.out)
     print(markdown(result))
 
 
