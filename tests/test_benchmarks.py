@@ -117,3 +117,24 @@ def test_estimation_writes_what_was_asked_for(tmp_path):
     assert all(row["samples_per_s"] == 8e3 / row["ms"] for row in rows)
     text = (tmp_path / "estimation_cpu.md").read_text()
     assert all(f"\n| {row['name']} |" in text for row in rows)
+
+
+def test_trainer_cost_writes_what_was_asked_for(tmp_path):
+    pytest.importorskip("diffusers", reason="diffusers has the trainer's UNet")
+    only = ["masip", "gd+diagonal", "gd+rank10:gradient"]
+    command = [sys.executable, "-m", "benchmarks.trainer_cost", "--sizes", "8", "--methods", *only, "--rounds", "2"]
+    command += ["--model", "mini", "--model-rounds", "1", "--no-peaks", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "trainer_cost.json").read_text())
+    (part,) = result["sizes"]
+    assert [row["method"] for row in part["rows"]] == ["fine-tune", *only]
+    assert part["rows"][0]["times_plain"] == 1
+    assert part["rows"][2]["state_bytes"] == 8 * part["parameters"] + 8
+    assert part["rows"][3]["state_bytes"] > 40 * 4 * part["parameters"]  # 10 directions of 4 tasks
+    assert [row["name"] for row in result["rank1"]["rows"]] == [
+        "plain step",
+        *(f"rank1, {mode}, {n}" for mode in ("decoupled", "gradient") for n in ("1 past task", "4 past tasks")),
+    ]
+    text = (tmp_path / "trainer_cost.md").read_text()
+    assert all(f"\n| {method} |" in text for method in only)

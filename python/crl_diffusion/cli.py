@@ -1,4 +1,4 @@
-"""The command line: `crl-diffusion train | compare | report | diagnose`.
+"""The command line: `crl-diffusion train | compare | report | diagnose | list`.
 
 An option that cannot be honoured gives one line on stderr and exit code 2; training that cannot go on, exit code 1.
 """
@@ -9,21 +9,23 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Union
 
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from crl_diffusion.method import METHODS, Device, ExtractorName, OptionError, RunConfig, Settings, check, spell
+from crl_diffusion.method import Device, ExtractorName, OptionError, RunConfig, Settings, check, in_order, spell
+from crl_diffusion.presets import PRESETS, PresetName
 
 FILE_WIDTH = 150  # columns of a table that goes to a file or a pipe
 DESCRIPTION = (
-    "Class-incremental diffusion models: train one method, compare several, report on and diagnose what is there."
+    "Class-incremental diffusion models: train one method, compare several, report on and diagnose what is there, list "
+    "what there is to choose from."
 )
 
 
@@ -33,6 +35,8 @@ class Train(RunConfig):
 
     out: Path
     """Folder of the run."""
+    preset: PresetName = "demo"
+    """Settings to begin with; options given beside it win. `crl-diffusion list` shows what each stands for."""
     data_root: Path = Path("data")
     """Where data sets are kept that do not come with a package, in torchvision's layout (MNIST/raw/...)."""
     extractor: ExtractorName = "cnn"
@@ -48,7 +52,9 @@ class Compare(Settings):
     """Train several methods with several seeds, one process a core, and put them into one table and pictures."""
 
     out: Path
-    """Folder of the comparison; each run has a folder in it."""
+    """Folder of the comparison; each run has a folder in it. More methods and seeds can be added to it later."""
+    preset: PresetName = "demo"
+    """Settings, methods and seeds to begin with; options given beside it win. `crl-diffusion list` shows them."""
     methods: tuple[str, ...] = ("fine-tune", "gd", "gd+rank1")
     """What to compare: NAME or NAME:OPTION,... each."""
     seeds: tuple[int, ...] = (0,)
@@ -103,6 +109,17 @@ class Diagnose:
     """Where to compute; auto takes a CUDA device if there is one."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class List:
+    """Data sets, models, methods and presets with their numbers."""
+
+    markdown: bool = False
+    """Print what python/PRESETS.md holds."""
+
+
+Command = Train | Compare | Report | Diagnose | List
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
     try:
@@ -113,6 +130,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return compare(command)
         if isinstance(command, Diagnose):
             return diagnose(command)
+        if isinstance(command, List):
+            return list_choices(command)
         return report(command)
     except OptionError as error:
         print(f"crl-diffusion: error: {error}", file=sys.stderr)
@@ -122,26 +141,44 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def parse(argv: Sequence[str]) -> Train | Compare | Report | Diagnose:
-    """tyro's parser, with its boxed complaints made into one line."""
+def parse(argv: Sequence[str]) -> Command:
+    """tyro's parser, with its boxed complaints made into one line. A preset's values are the options' defaults."""
+    name = _preset_asked_for(argv)
+    if name not in PRESETS:
+        raise OptionError(f"--preset is {name!r}; choose one of {', '.join(PRESETS)}")
+    preset = PRESETS[name]
+    begin: dict[str, Any] = {"out": tyro.MISSING, "preset": name, **preset.settings}
+    choices = Union[  # noqa: UP007 - made of values
+        Annotated[Train, tyro.conf.subcommand("train", default=Train(method=tyro.MISSING, **begin))],
+        Annotated[
+            Compare,
+            tyro.conf.subcommand("compare", default=Compare(methods=preset.methods, seeds=preset.seeds, **begin)),
+        ],
+        Annotated[Report, tyro.conf.subcommand("report")],
+        Annotated[Diagnose, tyro.conf.subcommand("diagnose")],
+        Annotated[List, tyro.conf.subcommand("list")],
+    ]
     complaint = io.StringIO()
-    commands: dict[str, Callable[..., Any]] = {
-        "train": Train,
-        "compare": Compare,
-        "report": Report,
-        "diagnose": Diagnose,
-    }
     try:
         with redirect_stderr(complaint):
-            parsed: Train | Compare | Report | Diagnose = tyro.extras.subcommand_cli_from_dict(
-                commands, prog="crl-diffusion", description=DESCRIPTION, args=list(argv)
-            )
+            parsed: Command = tyro.cli(choices, prog="crl-diffusion", description=DESCRIPTION, args=list(argv))  # type: ignore[arg-type]
     except SystemExit as end:
         if not end.code:
             raise
         raise OptionError(one_line(complaint.getvalue())) from None
     sys.stderr.write(complaint.getvalue())
     return parsed
+
+
+def _preset_asked_for(argv: Sequence[str]) -> str:
+    """The last value of --preset; it has to be known before the other options' defaults are."""
+    found = "demo"
+    for word, following in zip(argv, [*argv[1:], ""], strict=False):
+        if word == "--preset":
+            found = following
+        elif word.startswith("--preset="):
+            found = word.partition("=")[2]
+    return found
 
 
 def one_line(box: str) -> str:
@@ -216,15 +253,19 @@ def compare(command: Compare) -> int:
         check(cell.config)
     console = Console(soft_wrap=True)
 
-    from crl_diffusion import data, evaluation, loop
+    from crl_diffusion import cost, data, evaluation, loop
     from crl_diffusion import report as reporting
 
     on_cpu = loop.resolve_device(command.device) == "cpu"
     for cell in work:
+        cell.config = loop.resolve(cell.config)
         loop.check_folder(cell.config, cell.folder)
         if cell.finished:
             evaluation.check_finished(command.extractor, cell.folder)
+    comparison.check_others(work, command.out)
     images = data.load(work[0].config, command.data_root)
+    for cell in work:
+        cell.task_images = [len(task.train) for task in images.tasks]
     folder = command.extractor_folder or command.out
     tools = evaluation.instruments(command.extractor, images, folder, loop.resolve_device(command.device))
     for line in tools.about(work[0].config, images):
@@ -232,21 +273,24 @@ def compare(command: Compare) -> int:
     evaluation.prepare(tools, work[0].config, images)
 
     jobs = command.jobs or ((os.cpu_count() or 1) if on_cpu else 1)
+    if not all(cell.finished for cell in work):
+        a_pass = cost.seconds_per_pass(work[0].config, images.shape, images.classes)
+        console.print(comparison.estimate(work, jobs, a_pass), highlight=False)
     failed = comparison.run(work, jobs, command.data_root, command.extractor, folder, console, quiet_output(console))
+    if len(failed) < len(work):
+        # With what the folder held before: a comparison may grow.
+        runs = [run for run in reporting.find([command.out])[0] if run.path.parent == command.out]
+        order = in_order(run.method for run in runs)
+        show(console, *reporting.write([run.path for run in runs], command.out, spell(command.baseline), order))
     for cell in failed:
         print(f"crl-diffusion: {cell.name} failed; its last lines:\n{comparison.tail(cell)}", file=sys.stderr)
     if failed:
-        print("crl-diffusion: finished runs are kept; give the same command again to go on", file=sys.stderr)
+        print(
+            f"crl-diffusion: {len(failed)} of {len(work)} runs failed; finished ones are kept; give the same command "
+            "again to go on",
+            file=sys.stderr,
+        )
         return 1
-    show(
-        console,
-        *reporting.write(
-            [cell.folder for cell in work],
-            command.out,
-            spell(command.baseline),
-            comparison.with_lams(command.methods, command.lams),
-        ),
-    )
     return 0
 
 
@@ -256,10 +300,12 @@ def report(command: Report) -> int:
     if not command.folders:
         raise OptionError("no folder was given; name those that `train` or `compare` has written")
     console = Console(soft_wrap=True)
-    for run in reporting.find(command.folders)[1]:
+    runs, unfinished = reporting.find(command.folders)
+    for run in unfinished:
         console.print(f"{run} is not finished and is left out", highlight=False)
     out = command.out or command.folders[0]
-    show(console, *reporting.write(command.folders, out, command.baseline, tuple(METHODS)))
+    order = in_order(run.method for run in runs)
+    show(console, *reporting.write(command.folders, out, spell(command.baseline), order))
     return 0
 
 
@@ -297,6 +343,21 @@ def diagnose(command: Diagnose) -> int:
     head, body = found.table()
     caption = f"{found.num_samples} samples at every timestep; brackets are 95 % intervals."
     show(console, reporting.rich_table(head, body, caption), paths)
+    return 0
+
+
+def list_choices(command: List) -> int:
+    from crl_diffusion import listing
+
+    found = listing.listings()
+    if command.markdown:
+        print(listing.markdown(found), end="")
+        return 0
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=FILE_WIDTH)
+    for table in found:
+        console.print(listing.rich_table(table))
     return 0
 
 

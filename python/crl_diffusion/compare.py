@@ -1,7 +1,8 @@
 """Many runs: methods x seeds as processes of their own, one a core, and then one table.
 
 Each cell is a run folder made by `crl-diffusion train` and named by `folder_name`; finished cells are kept, interrupted
-ones go on from their last checkpoint.
+ones go on from their last checkpoint. A folder holds one comparison: more methods and seeds add to it, other settings
+are refused.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from crl_diffusion.method import Method, RunConfig, Settings, parse_method, spell, stages
-from crl_diffusion.records import read_rows
+from crl_diffusion import cost
+from crl_diffusion.method import Method, OptionError, RunConfig, Settings, parse_method, spell, stages
+from crl_diffusion.records import read_json, read_rows
 
 POLL_SECONDS = 0.5
 LOG_TAIL = 12  # lines of a failed run that are shown
@@ -31,6 +34,7 @@ class Cell:
 
     config: RunConfig
     folder: Path
+    task_images: Sequence[int] = ()  # training images of each task; needed where epochs count
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -43,7 +47,7 @@ class Cell:
 
     @property
     def steps(self) -> int:
-        return self.config.steps * sum(stage.share for stage in stages(self.config))
+        return sum(self._stage_steps())
 
     @property
     def steps_done(self) -> int:
@@ -53,8 +57,10 @@ class Cell:
         rows = [row for row in read_rows(self.folder / "metrics.jsonl") if row["kind"] == "step"]
         if not rows:
             return 0
-        before = sum(stage.share for stage in stages(self.config)[: rows[-1]["stage"] - 1])
-        return int(self.config.steps * before + rows[-1]["step"])
+        return int(sum(self._stage_steps()[: rows[-1]["stage"] - 1]) + rows[-1]["step"])
+
+    def _stage_steps(self) -> list[int]:
+        return [cost.stage_steps(self.config, stage, self.task_images) for stage in stages(self.config)]
 
 
 def cells(
@@ -91,15 +97,38 @@ def _cost(method: Method) -> tuple[int, bool]:
     return len(method.replays), method.penalty is not None
 
 
+def check_others(work: Sequence[Cell], out: Path) -> None:
+    """Refuse a folder that holds runs with other settings than these: their numbers would not compare."""
+    wanted = _comparable(work[0].config.as_json())
+    for path in sorted(out.glob("*/config.json")):
+        saved = _comparable(read_json(path)["run"])
+        differ = sorted(key for key in saved.keys() | wanted.keys() if saved.get(key) != wanted.get(key))
+        if differ:
+            what = ", ".join(f"{key} {saved.get(key)!r} there, {wanted.get(key)!r} asked for" for key in differ)
+            raise OptionError(
+                f"--out {str(out)!r} holds runs with other settings: {path.parent.name} ({what}); use another folder"
+            )
+
+
+def _comparable(run: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in run.items() if key not in ("method", "recipe", "seed")}
+
+
+def options(config: RunConfig) -> list[str]:
+    """The options of `crl-diffusion train` that give this configuration."""
+    default, words = RunConfig(method=config.method), []
+    for name, value in asdict(config).items():
+        option = f"--{name.replace('_', '-')}"
+        if name not in ("method", "seed") and value == getattr(default, name):
+            continue
+        words += [option, str(value)]
+    return words
+
+
 def command(cell: Cell, data_root: Path, extractor: str, extractor_folder: Path) -> list[str]:
     """The command that makes this cell, which anyone can give again by hand."""
-    options = []
-    default = RunConfig(method=cell.config.method)
-    for name, value in asdict(cell.config).items():
-        if name in ("method", "seed") or value != getattr(default, name):
-            options += [f"--{name.replace('_', '-')}", str(value)]
     places = ["--out", str(cell.folder), "--data-root", str(data_root), "--extractor-folder", str(extractor_folder)]
-    return [sys.executable, "-m", "crl_diffusion", "train", *options, "--extractor", extractor, *places]
+    return [sys.executable, "-m", "crl_diffusion", "train", *options(cell.config), "--extractor", extractor, *places]
 
 
 def run(
@@ -150,7 +179,21 @@ def tail(cell: Cell) -> str:
     """The last lines that a failed run has written."""
     path = cell.folder / "log.txt"
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    return "\n".join(lines[-LOG_TAIL:])
+    killed = cell.process is not None and (cell.process.poll() or 0) < 0  # it could not say so itself
+    ended = [f"(killed by signal {-cell.process.returncode})"] if killed and cell.process is not None else []
+    return "\n".join(lines[-LOG_TAIL:] + ended)
+
+
+def estimate(work: Sequence[Cell], jobs: int, seconds_per_pass: float) -> str:
+    """What is still to be done, in words, from the time that one image takes."""
+    left = [cost.passes(cell.config, cell.task_images) * (1 - cell.steps_done / cell.steps) for cell in work]
+    longest, total = max(left) * seconds_per_pass, sum(left) * seconds_per_pass
+    wall = max(longest, total / min(jobs, len(work)))
+    return (
+        f"estimated {cost.in_words(wall)}: {sum(left):.2g} forward passes of one image in {sum(x > 0 for x in left)} "
+        f"run(s), {1e3 * seconds_per_pass:.3g} ms each on this machine, {jobs} at a time; the longest run takes "
+        f"{cost.in_words(longest)}"
+    )
 
 
 class _Bars:

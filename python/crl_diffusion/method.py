@@ -6,14 +6,16 @@ never asks for a method's name. Nothing here imports torch, so that a mistyped o
 
 A method is written NAME or NAME:OPTION,OPTION,...: `gd+bands8:top,slopes,gradient,lam=60` is generative distillation
 with a penalty of eight bands of timesteps, top eigenvectors as directions, each task's slope kept, added to the
-gradient, lam = 60. `spell` writes every method in one way only, which names it in tables and folders.
+gradient, lam = 60. `rank<k>` and `bands<n>` stand for any number: METHODS lists the usual ones. Of two options of one
+kind the last counts. `spell` writes every method in one way only, which names it in tables and folders.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -104,13 +106,15 @@ REPLAYS: dict[str, Method] = {
     "replay+gd": Method((POOL_NOISE, POOL_TEACHER)),  # as its authors' code has it
     "masip": Method((Replay("fresh", "teacher"),), weights="tasks"),  # as arXiv 2311.14028 has it
 }
+FAMILIES: dict[str, Callable[[int], Penalty]] = {  # their names end in a number; there are 1000 timesteps to band
+    "rank": lambda k: Penalty("low_rank", LOW_RANK_LAM, rank=k, direction="top"),
+    "bands": lambda n: Penalty("low_rank", LOW_RANK_LAM, bands=n),
+}
+NUMBERED = re.compile(rf"({'|'.join(FAMILIES)})([2-9]|[1-9][0-9]{{1,2}}|1000)")
 PENALTIES: dict[str, Penalty] = {
     "diagonal": Penalty("diagonal", DIAGONAL_LAM),
     "rank1": Penalty("low_rank", LOW_RANK_LAM),
-    "rank10": Penalty("low_rank", LOW_RANK_LAM, rank=10, direction="top"),
-    "rank50": Penalty("low_rank", LOW_RANK_LAM, rank=50, direction="top"),
-    "bands8": Penalty("low_rank", LOW_RANK_LAM, bands=8),
-    "bands16": Penalty("low_rank", LOW_RANK_LAM, bands=16),
+    **{f"{family}{n}": FAMILIES[family](n) for family, n in (("rank", 10), ("rank", 50), ("bands", 8), ("bands", 16))},
 }
 METHODS: dict[str, Method] = {
     "fine-tune": Method(),
@@ -126,21 +130,41 @@ METHODS: dict[str, Method] = {
 
 def parse_method(text: str) -> Method:
     """The method that NAME or NAME:OPTION,... stands for."""
-    name, _, options = text.partition(":")
-    if name not in METHODS:
-        raise OptionError(f"method {name!r} is not known; choose one of {', '.join(METHODS)}")
-    method = METHODS[name]
-    if not options:
+    name, colon, options = text.partition(":")
+    method = _named(name)
+    if not colon:
         return method
     if method.penalty is None:
-        penalised = ", ".join(n for n, m in METHODS.items() if m.penalty is not None)
         raise OptionError(
-            f"method {text!r}: {name} has no penalty, so {options!r} means nothing; options belong to {penalised}"
+            f"method {text!r}: {name} has no penalty, so {options!r} means nothing; options belong to methods that end "
+            f"in {', '.join(penalty_names())}"
         )
     penalty = method.penalty
     for option in options.split(","):
         penalty = _with_option(penalty, option, text)
+    if penalty.mode == "gradient" and math.isinf(penalty.lam):
+        raise OptionError(f"method {text!r}: a gradient needs a finite lam; give one, or the decoupled mode")
     return replace(method, penalty=penalty)
+
+
+def _named(name: str) -> Method:
+    """The method of a name alone: one of METHODS, or REPLAY+FAMILY and a number."""
+    if name in METHODS:
+        return METHODS[name]
+    replayed, plus, penalty = name.rpartition("+")
+    family = NUMBERED.fullmatch(penalty)
+    if family is None or replayed not in REPLAYS or (plus and not replayed):
+        raise OptionError(
+            f"method {name!r} is not known; choose {', '.join(n for n, m in METHODS.items() if m.penalty is None)}, or "
+            f"a penalty ({', '.join(penalty_names())}; n from 2 to 1000), by itself or after one of "
+            f"{', '.join(f'{replay}+' for replay in REPLAYS if replay)}"
+        )
+    return replace(REPLAYS[replayed], penalty=FAMILIES[family[1]](int(family[2])))
+
+
+def penalty_names() -> list[str]:
+    """All penalties, a family as one name."""
+    return [*(name for name in PENALTIES if not NUMBERED.fullmatch(name)), *(f"{family}<n>" for family in FAMILIES)]
 
 
 def _with_option(penalty: Penalty, option: str, text: str) -> Penalty:
@@ -153,7 +177,7 @@ def _with_option(penalty: Penalty, option: str, text: str) -> Penalty:
             lam = math.nan
         if not lam >= 0:
             raise OptionError(f"method {text!r}: {option!r}; lam must be a number, 0 or more (inf is one)")
-        return replace(penalty, lam=lam)
+        return replace(penalty, lam=lam + 0.0)  # -0 becomes 0
     if penalty.fisher == "low_rank":
         if option == "slopes":
             return replace(penalty, slopes=True)
@@ -170,7 +194,7 @@ def spell(text: str, with_lam: bool = True) -> str:
     method, name = parse_method(text), text.partition(":")[0]
     if method.penalty is None:
         return name
-    own, asked = METHODS[name].penalty, method.penalty
+    own, asked = _named(name).penalty, method.penalty
     assert own is not None
     words = []
     if asked.direction != own.direction:
@@ -180,8 +204,24 @@ def spell(text: str, with_lam: bool = True) -> str:
     if asked.mode != own.mode:
         words.append(asked.mode)
     if with_lam and asked.lam != own.lam:
-        words.append(f"lam={asked.lam:g}")
+        short = f"{asked.lam:g}"
+        words.append(f"lam={short if float(short) == asked.lam else repr(asked.lam)}")
     return f"{name}:{','.join(words)}" if words else name
+
+
+def in_order(texts: Iterable[str]) -> list[str]:
+    """Methods in the order in which tables show them: without a penalty, then penalties from simple to rich."""
+
+    def key(text: str) -> tuple[Any, ...]:
+        method = parse_method(text)
+        bare, known = replace(method, penalty=None), [METHODS["fine-tune"], METHODS["joint"], *REPLAYS.values()]
+        replayed = known.index(bare) if bare in known else len(known)
+        p = method.penalty
+        if p is None:
+            return (False, replayed, text)
+        return (True, p.fisher != "diagonal", p.bands, p.rank, replayed, p.direction, p.slopes, p.mode, p.lam, text)
+
+    return sorted(dict.fromkeys(texts), key=key)
 
 
 class DataPlan(NamedTuple):

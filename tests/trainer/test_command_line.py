@@ -14,20 +14,24 @@ from crl_diffusion.method import METHODS
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        ([], ["Missing subcommand", "train, compare, report, diagnose"]),
+        ([], ["Missing subcommand", "train, compare, report, diagnose, list"]),
         (["tran"], ["tran"]),
-        (["train", "--method", "gd+rank2", "--out", "x"], ["--method", "'gd+rank2'", "gd+rank1"]),
+        (["train", "--method", "gd+rank0", "--out", "x"], ["method 'gd+rank0'", "rank1"]),
         (["train", "--method", "gd"], ["Missing", "--out"]),
         (["train", "--method", "gd", "--out", "x", "--step", "3"], ["Unrecognized", "--step"]),
         (["train", "--method", "gd", "--out", "x", "--steps", "many"], ["--steps", "'many'"]),
         (["train", "--method", "gd", "--out", "x", "--steps", "0"], ["--steps is 0", "at least 1"]),
-        (["train", "--method", "gd", "--out", "x", "--lam", "3"], ["--lam is 3.0", "gd has no penalty", "gd+rank1"]),
+        (["train", "--method", "gd", "--out", "x", "--lam", "3"], ["Unrecognized", "--lam"]),
+        (["train", "--method", "gd:lam=3", "--out", "x"], ["method 'gd:lam=3'", "gd has no penalty", "rank1"]),
+        (["train", "--method", "gd", "--out", "x", "--preset", "papers"], ["--preset is 'papers'", "paper-cifar10"]),
+        (["train", "--method", "gd", "--out", "x", "--preset=demo", "--preset"], ["--preset is ''"]),
+        (["report", "--preset", "demo", "x"], ["Unrecognized", "--preset"]),
         (["train", "--method", "gd", "--out", "x", "--image-size", "9"], ["--image-size is 9", "8 pixels"]),
         (["train", "--method", "gd", "--out", "x", "--data", "mnist", "--data-root", "none"], ["none/MNIST/raw"]),
         (["compare", "--out", "x", "--methods", "gd", "gd"], ["--methods is 'gd gd'", "none twice"]),
         (["compare", "--out", "x", "--seeds", "0", "-1"], ["--seed is -1"]),
         (["compare", "--out", "x", "--jobs", "-1"], ["--jobs is -1"]),
-        (["compare", "--out", "x", "--methods", "gd", "joint", "--lam", "1"], ["--lam is 1.0", "no penalty"]),
+        (["compare", "--out", "x", "--methods", "gd", "rank1:gradient", "--lams", "inf"], ["needs a finite lam"]),
         (["report", "nowhere"], ["'nowhere' is not a folder"]),
         (["report"], ["no folder"]),
     ],
@@ -52,18 +56,19 @@ def test_what_cannot_be_done_is_one_line_and_exit_code_2(
 
 
 def test_a_process_says_the_same(tmp_path: Path) -> None:
-    result = command("train", "--method", "gd", "--out", tmp_path / "x", "--clip", "0")
+    result = command("train", "--method", "gd", "--out", tmp_path / "x", "--clip", "-1")
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == "crl-diffusion: error: --clip is 0.0; it must be a finite number above 0\n"
+    assert result.stderr == "crl-diffusion: error: --clip is -1.0; it must be a finite number, 0 or more\n"
 
 
-@pytest.mark.parametrize("name", ["train", "compare", "report", "diagnose"])
+@pytest.mark.parametrize("name", ["train", "compare", "report", "diagnose", "list"])
 def test_help_explains_every_option(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         cli.main([name, "--help"])
     assert end.value.code == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    commands = {"train": cli.Train, "compare": cli.Compare, "report": cli.Report, "diagnose": cli.Diagnose}
+    commands = {"train": cli.Train, "compare": cli.Compare, "report": cli.Report}
+    commands |= {"diagnose": cli.Diagnose, "list": cli.List}
     for field in dataclasses.fields(commands[name]):
         option = f"--{field.name.replace('_', '-')} " if field.name not in ("folders", "run") else "PATH"
         assert option in text

@@ -1,0 +1,96 @@
+"""The processes of a comparison: killed cells, cells that are added later, commands, and what it will take."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from crl_diffusion import cli, compare
+from crl_diffusion.method import OptionError, RunConfig, Settings
+from crl_diffusion.records import write_json
+from rich.console import Console
+
+FINISHES = "import sys, pathlib; pathlib.Path(sys.argv[1], 'summary.json').write_text('{}')"
+DIES = "import os, signal; print('about to die', flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+
+
+def _run(work: list[compare.Cell], monkeypatch: pytest.MonkeyPatch, dying: str = "") -> tuple[list[compare.Cell], str]:
+    """Cells as processes that finish at once, or die."""
+
+    def command(cell: compare.Cell, *places: Any) -> list[str]:
+        return [sys.executable, "-c", DIES if cell.name == dying else FINISHES, str(cell.folder)]
+
+    monkeypatch.setattr(compare, "command", command)
+    monkeypatch.setattr(compare, "POLL_SECONDS", 0.01)
+    said = io.StringIO()
+    failed = compare.run(work, 2, Path("data"), Path("e"), Console(file=said, width=200), quiet=True)
+    return failed, said.getvalue()
+
+
+def test_others_go_on_when_a_cell_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = compare.cells(Settings(), ["gd", "rank1"], [0, 1], tmp_path)
+    failed, said = _run(work, monkeypatch, dying="rank1, seed 0")
+    assert [cell.name for cell in failed] == ["rank1, seed 0"]
+    assert [cell.name for cell in work if cell.finished] == [cell.name for cell in work if cell not in failed]
+    assert "rank1, seed 0: FAILED" in said
+    assert "rank1, seed 1: finished" in said
+    assert compare.tail(failed[0]).splitlines() == ["about to die", "(killed by signal 9)"]
+
+    again = compare.cells(Settings(), ["gd", "rank1"], [0, 1], tmp_path)  # the same command
+    before = {cell.name: (cell.folder / "summary.json").stat().st_mtime_ns for cell in again if cell.finished}
+    failed, said = _run(again, monkeypatch)
+    assert failed == []
+    assert said.count("already finished") == 3
+    assert all(cell.finished for cell in again)
+    assert {c.name: (c.folder / "summary.json").stat().st_mtime_ns for c in again if c.name in before} == before
+
+
+def test_more_methods_and_seeds_join_and_other_settings_do_not(tmp_path: Path) -> None:
+    for cell in compare.cells(Settings(), ["gd"], [0], tmp_path):
+        cell.folder.mkdir()
+        write_json(cell.folder / "config.json", {"run": cell.config.as_json()})
+    compare.check_others(compare.cells(Settings(), ["gd", "rank1:lam=3"], [0, 1], tmp_path), tmp_path)
+    other = compare.cells(Settings(lr=0.01), ["rank1"], [0], tmp_path)
+    with pytest.raises(OptionError, match=r"gd-seed0 \(lr 0.002 there, 0.01 asked for\); use another folder"):
+        compare.check_others(other, tmp_path)
+
+
+def test_a_cell_for_each_method_seed_and_lam(tmp_path: Path) -> None:
+    work = compare.cells(Settings(), ["gd", "rank1:gradient"], [0, 3], tmp_path, [1, 20])
+    names = {f"{m}, seed {s}" for m in ("gd", "rank1:gradient,lam=1", "rank1:gradient") for s in (0, 3)}
+    assert {cell.name for cell in work} == names  # 20 is its own
+    assert len({cell.folder for cell in work}) == len(names)
+
+
+def test_options_give_the_configuration_back() -> None:
+    config = RunConfig(method="gd+bands12:lam=0.1", seed=2, data="mnist", lr=1e-5, epochs=2, held_out="validation")
+    parsed = cli.parse(["train", "--out", "x", *compare.options(config)])
+    assert all(getattr(parsed, name) == value for name, value in vars(config).items())
+    assert compare.options(RunConfig(method="gd")) == ["--method", "gd", "--seed", "0"]
+
+
+def test_values_of_every_kind_become_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"method": "gd", "seed": 0, "betas": (0.9, 0.99), "ema": True, "clip": False}
+    default = type("Default", (), {"betas": (0.9, 0.999), "ema": False, "clip": True})
+    monkeypatch.setattr(compare, "asdict", lambda config: values)
+    monkeypatch.setattr(compare, "RunConfig", lambda method: default)
+    words = compare.options(RunConfig(method="gd"))
+    assert words == ["--method", "gd", "--seed", "0", "--betas", "0.9", "0.99", "--ema", "--no-clip"]
+
+
+def test_an_estimate_counts_what_is_left(tmp_path: Path) -> None:
+    work = compare.cells(Settings(tasks=2), ["fine-tune", "gd"], [0], tmp_path)
+    for cell in work:
+        cell.task_images = [100, 100]
+    passes = 600 * 3 * 32 + (2 + 4) * 100 * 10, 300 * 4 * 32 + 2 * 100 * 10  # fine-tune, and what gd adds
+    both, longest = 2 * passes[0] + passes[1], sum(passes)
+    said = compare.estimate(work, 1, 0.001)
+    assert said.startswith(f"estimated {both / 60_000:.0f} minutes: {both:.2g} forward passes of one image in 2 run(s)")
+    assert said.endswith(f"the longest run takes {longest / 60_000:.0f} minutes" if longest > 90_000 else "seconds")
+    done = next(cell for cell in work if cell.config.method == "gd")
+    done.folder.mkdir()
+    write_json(done.folder / "summary.json", {})
+    assert "in 1 run(s)" in compare.estimate(work, 1, 0.001)

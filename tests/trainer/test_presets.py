@@ -1,0 +1,139 @@
+"""Presets resolve to the paper's numbers, written out here once more; the written list is what the command prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import child_environment
+from crl_diffusion import cli, cost, presets
+from crl_diffusion.method import DATA_PLANS, METHODS, Penalty, RunConfig, check, parse_method, planned, spell, stages
+from crl_diffusion.presets import OURS, PRESETS, UNUSED, resolved
+
+PRESETS_FILE = Path(__file__).parents[2] / "python" / "PRESETS.md"
+# arXiv 2509.23593: data, tasks, classes a task, epochs a task, replay images a class.
+PAPER = {
+    "paper-mnist": ("mnist", 5, 2, 200, 5000),
+    "paper-fashion-mnist": ("fashion_mnist", 5, 2, 200, 5000),
+    "paper-cifar10": ("cifar10", 5, 2, 200, 5000),
+    "paper-imagenet32": ("imagenet32", 20, 50, 100, 1300),
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_a_preset_of_the_paper_has_its_numbers(name: str) -> None:
+    data, tasks, classes, epochs, pool = PAPER[name]
+    config = resolved(name, "gd")
+    assert (config.data, config.tasks, config.classes_per_task) == (data, tasks, classes)
+    assert (config.epochs, config.pool) == (epochs, pool)
+    assert (config.batch, config.lr, config.lr_schedule, config.image_size) == (128, 2e-4, "constant", 32)
+    assert (config.pool_steps, config.eval_steps, config.schedule) == (50, 50, "linear")
+    assert (config.fisher_samples, config.fisher_estimate, config.fisher_images) == (0, "in-sample", "train")
+    assert (config.model, config.class_order, config.per_class, config.held_out) == ("paper", -1, 0, "test")
+    first, *_, last = stages(config)
+    assert first.classes == tuple(range(classes))  # labels in their own order
+    assert last.classes == tuple(range(tasks * classes - classes, tasks * classes))
+    assert (PRESETS[name].seeds, PRESETS[name].extractor) == ((0, 1, 2), "inception")
+
+
+def test_the_paper_has_its_network_its_noise_and_its_optimizer() -> None:
+    import torch
+    from crl_diffusion import diffusion, loop
+    from crl_diffusion.model import MODELS
+
+    unet = MODELS["paper"]
+    assert (unet.channels, unet.layers) == ((128, 256, 256, 256), 2)
+    assert diffusion.TIMESTEPS == 1000
+    beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    torch.testing.assert_close(diffusion.ALPHA_BAR, torch.cumprod(1 - beta, 0))
+    assert type(loop.new_optimizer(torch.nn.Linear(1, 1))) is torch.optim.Adam
+
+
+def test_the_papers_methods() -> None:
+    gd, rank1 = METHODS["gd"].replays, Penalty("low_rank", 15000.0, "gradient")
+    diagonal = Penalty("diagonal", 15000.0, "gradient")
+    found = [parse_method(text) for text in presets.PAPER_METHODS.values()]
+    assert [(m.replays, m.penalty, m.curriculum) for m in found] == [
+        ((), None, "joint"),
+        ((), None, "continual"),
+        ((), diagonal, "continual"),
+        ((), rank1, "continual"),
+        (gd, None, "continual"),
+        (gd, diagonal, "continual"),
+        (gd, rank1, "continual"),
+    ]
+    code, *rank_k = presets.PAPER_VARIANTS.values()
+    assert parse_method(code).replays == METHODS["replay+gd"].replays
+    assert parse_method(code).penalty == rank1
+    assert [parse_method(text).penalty for text in rank_k] == [
+        Penalty("low_rank", 15000.0, "gradient", rank=k, direction="top") for k in (2, 3, 4, 5)
+    ]
+    for text in [*presets.PAPER_METHODS.values(), *presets.PAPER_VARIANTS.values()]:
+        assert spell(text) == text  # as folders and tables will call it
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_can_run_and_says_only_what_differs(name: str) -> None:
+    preset, default = PRESETS[name], RunConfig(method="gd")
+    for method in preset.methods:
+        check(resolved(name, method))
+    for option, value in preset.settings.items():
+        assert getattr(default, option) != value, f"{option} is the default"
+    assert preset.settings.keys() & {*UNUSED} == set()
+    assert {*OURS} <= vars(default).keys()
+
+
+def test_the_demo_is_the_defaults() -> None:
+    assert resolved("demo", "gd", 3) == planned(RunConfig(method="gd", seed=3))
+    parsed = cli.parse(["compare", "--out", "x"])
+    assert isinstance(parsed, cli.Compare)
+    assert (parsed.methods, parsed.seeds, parsed.preset) == (("fine-tune", "gd", "gd+rank1"), (0,), "demo")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_command_line_starts_from_a_preset_and_options_win(name: str) -> None:
+    asked = ["--preset", name, "--out", "x", "--batch", "7"]
+    train = cli.parse(["train", "--method", "gd", *asked])
+    compare = cli.parse(["compare", *asked, "--seeds", "4"])
+    assert isinstance(train, cli.Train)
+    assert isinstance(compare, cli.Compare)
+    for parsed in (train, compare):
+        wanted = {**PRESETS[name].settings, "batch": 7}
+        assert {option: getattr(parsed, option) for option in wanted} == wanted
+        assert parsed.preset == name
+    assert (compare.methods, compare.seeds) == (PRESETS[name].methods, (4,))
+    before = cli.parse(["train", "--batch", "7", "--method", "gd", "--out", "x", f"--preset={name}"])
+    assert before == train  # wherever the option stands
+
+
+def test_the_written_list_is_what_the_command_prints(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cli.main(["list", "--markdown"]) == 0
+    assert PRESETS_FILE.read_text(encoding="utf-8") == capsys.readouterr().out, (
+        "write it again: crl-diffusion list --markdown > python/PRESETS.md"
+    )
+    for name, value in child_environment().items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["list"]) == 0
+    said = capsys.readouterr().out
+    for name in [*PRESETS, *DATA_PLANS, "gd+rank1:gradient,lam=15000", "rank<n>", "34,433,027"]:
+        assert name in said
+
+
+def test_passes_are_counted() -> None:
+    """By hand: gd, two tasks of two classes, 100 and 50 images, 3 epochs of batches of 8."""
+    sizes = {"pool": 5, "pool_steps": 2, "eval_samples": 3, "eval_steps": 4, "batch": 8, "replay_batch": 6}
+    config = RunConfig(method="gd+rank1", tasks=2, epochs=3, fisher_samples=0, **sizes)
+    first, second = 38 * 3 * 8, 19 * (3 * 8 + (3 + 1) * 6)  # ceil(3 * 100 / 8), ceil(3 * 50 / 8)
+    evaluations = (2 + 4) * 3 * 4
+    assert cost.passes(config, [100, 50]) == first + second + evaluations + 2 * 5 * 2 + 4 * 100
+    joint = RunConfig(method="joint", tasks=2, epochs=3, **sizes)
+    assert cost.passes(joint, [100, 50]) == 57 * 3 * 8 + 4 * 3 * 4  # ceil(3 * 150 / 8)
+    fresh = RunConfig(method="masip", tasks=2, steps=10, fresh_steps=2, **sizes)
+    assert cost.passes(fresh, [100, 50]) == 20 * 3 * 8 + 10 * (3 + 1 + 2) * 6 + evaluations
+
+
+def test_times_in_words() -> None:
+    words = [cost.in_words(seconds) for seconds in (40, 600, 2.2 * 3600, 15 * 3600, 31 * 86400)]
+    assert words == ["40 seconds", "10 minutes", "2.2 hours", "15 hours", "31 days"]
