@@ -45,8 +45,8 @@ def run_of(method: str, size: int, folder: Path) -> tuple[loop.Run, data.Images]
     config = loop.resolve(RunConfig(method=method, device="cpu"))
     digits = data.load(config, Path("unused"))
     edge = (size - 8) // 2
-    images = digits.tasks[TASKS].train
-    images = images._replace(pixels=torch.nn.functional.pad(images.pixels, [edge] * 4))
+    small = digits.tasks[TASKS].train
+    images = data.Images(torch.nn.functional.pad(small.pixels, [edge] * 4), small.labels)
     run = loop.Run(config, folder, replace(digits, train=images), None, lambda line: None)  # type: ignore[arg-type]
     run.stage, run.teacher = TASKS, frozen_copy(run.model)
     old = torch.arange(2 * TASKS).repeat_interleave(config.pool)

@@ -147,7 +147,7 @@ def parse(argv: Sequence[str]) -> Command:
     if name not in PRESETS:
         raise OptionError(f"--preset is {name!r}; choose one of {', '.join(PRESETS)}")
     preset = PRESETS[name]
-    begin: dict[str, Any] = {"out": tyro.MISSING, "preset": name, **preset.settings}
+    begin: dict[str, Any] = {"out": tyro.MISSING, "preset": name, "extractor": preset.extractor, **preset.settings}
     choices = Union[  # noqa: UP007 - made of values
         Annotated[Train, tyro.conf.subcommand("train", default=Train(method=tyro.MISSING, **begin))],
         Annotated[

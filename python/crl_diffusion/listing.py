@@ -53,7 +53,9 @@ def _models() -> Listing:
         with torch.device("meta"):
             count = sum(p.numel() for p in build(name, (3, 32, 32), 10, 0).parameters())
         channels = ", ".join(map(str, preset.channels))
-        rows.append([name, channels, str(preset.layers), "yes" if preset.attention else "no", f"{count:,}"])
+        levels = ["middle", *(f"{32 >> level} pixels" for level in preset.attention or ())]
+        attention = "none" if preset.attention is None else ", ".join(levels)
+        rows.append([name, channels, str(preset.layers), attention, f"{count:,}"])
     return Listing(
         "Models",
         ("--model", "channels", "layers", "attention", "parameters"),
