@@ -1,0 +1,366 @@
+"""Pictures that compare methods: samples, R, curves, paired differences, lambda sweeps, Fisher matrices, data sets.
+
+Every picture takes as many methods as there are: one row, one panel or one cell each. Nothing here trains, samples or
+measures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from crl_diffusion import pictures, seeds
+from crl_diffusion.penalty_tables import LOW_RHO, LOW_SIGNAL, mean_of
+from crl_diffusion.pictures import COLOURS, DASHES, GREY, MARKERS, Drawing, drawing, plain_log, wrap
+from crl_diffusion.records import Row
+from crl_diffusion.report import Finished, grouped
+from crl_diffusion.tables import COMPARED, values
+
+Groups = Mapping[str, Sequence[Finished]]
+
+PANEL_COLUMNS = 3
+NAME_WIDTH = 34  # characters of a method's name in a line of its own
+
+
+def _panels(count: int, width: float, height: float, **sharing: Any) -> tuple[Figure, list[Axes]]:
+    """A grid of `count` panels of so many inches."""
+    columns = min(PANEL_COLUMNS, count)
+    rows = -(-count // columns)
+    size = (width * columns + 0.8, height * rows + 0.3)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **sharing)
+    for axis in axes.flat[count:]:
+        axis.remove()
+    return figure, list(axes.flat[:count])
+
+
+def _seeds(group: Sequence[Finished]) -> str:
+    return f" (mean of {len(group)} seeds)" if len(group) > 1 else f" (seed {group[0].seed})"
+
+
+def _rows(figure: Figure, axis: Axes, names: Sequence[str]) -> None:
+    """A row for each method, from the top."""
+    axis.set_yticks(range(len(names)), [wrap(name, NAME_WIDTH) for name in names], fontsize=9)
+    axis.set_ylim(len(names) - 0.5, -0.5)
+
+
+# Samples
+
+
+def _representatives(groups: Groups) -> dict[str, Finished]:
+    """One run of each method, of the smallest seed that most methods have."""
+    all_seeds = sorted(run.seed for group in groups.values() for run in group)
+    seed = max(dict.fromkeys(all_seeds), key=all_seeds.count)
+    return {name: next((run for run in group if run.seed == seed), group[0]) for name, group in groups.items()}
+
+
+def final_samples(groups: Groups, name: str) -> Drawing | None:
+    """What every method's model draws in the end."""
+    chosen = _representatives(groups)
+    tasks = max(len(run.summary["fid_matrix"]) for run in chosen.values())
+    kept = {run.method: found for run in chosen.values() if (found := pictures.samples_of(run.path, tasks)) is not None}
+    if not kept:
+        return None
+    classes = pictures.Classes.learnt(next(iter(kept.values()))[1], tasks)
+    rows, columns = (3, 3) if len(classes.shown) <= 10 else (2, 1)
+    strips = [(method, pictures.strip(*found, classes, rows, columns)) for method, found in kept.items()]
+    text = (
+        f"What each method draws after the last of {tasks} tasks, seed {next(iter(chosen.values())).seed}. Columns are "
+        "classes in the order learnt, all of which were learnt. All methods start from the same noise; images are the "
+        f"first of each class, not chosen.{classes.note}"
+    )
+    alt = f"Drawn images of {len(classes.shown)} classes for {len(kept)} methods."
+    return drawing(name, pictures.show_strips(strips, classes, ""), alt, text)
+
+
+def sample_grids(groups: Groups) -> dict[str, Drawing]:
+    """For each method, images of all classes after each task."""
+    result = {}
+    for name, run in _representatives(groups).items():
+        tasks = len(run.summary["fid_matrix"])
+        if (grid := pictures.grid_over_tasks(run.path, tasks)) is not None:
+            figure, classes = grid
+            text = (
+                f"{name}, seed {run.seed}: images drawn after each task. Each class starts from the same noise in "
+                f"every row; grey: not yet learnt.{classes.note}"
+            )
+            alt = f"Images drawn by {name}, rows after each task, columns classes."
+            result[name] = drawing("", figure, alt, text)
+    return result
+
+
+# R and what is derived from it
+
+
+def _mean_matrix(runs: Sequence[Finished]) -> list[list[float]]:
+    matrices = [run.summary["fid_matrix"] for run in runs]
+    return [[float(np.mean([m[i][j] for m in matrices])) for j in range(len(row))] for i, row in enumerate(matrices[0])]
+
+
+def fid_matrices(groups: Groups, name: str) -> Drawing:
+    matrices = {method: _mean_matrix(group) for method, group in groups.items()}
+    ends = pictures.limits(list(matrices.values()))
+    figure, axes = _panels(len(groups), 3.2, 3.3)
+    for axis, (method, r) in zip(axes, matrices.items(), strict=True):
+        image = pictures.heatmap(axis, r, wrap(method, NAME_WIDTH) + "\n" + _seeds(groups[method]).strip(), ends)
+    pictures.colour_bar(figure, image, axes)
+    text = (
+        "R: FID of each task (column) after learning each task (row), means over seeds, one scale for all methods. The "
+        "diagonal is quality when learnt; a column that grows darker downwards is a task that is being forgotten. "
+        "Joint training is evaluated only at the end."
+    )
+    return drawing(name, figure, f"Lower triangular heatmaps of FID for {len(groups)} methods.", text)
+
+
+def task_curves(groups: Groups, name: str) -> Drawing | None:
+    """FID of each task after each task: a panel a method, one scale."""
+    continual = {method: group for method, group in groups.items() if all(group[0].summary["fid_matrix"])}
+    if not continual:
+        return None
+    figure, axes = _panels(len(continual), 3.2, 2.7, sharey=True)
+    for k, (axis, (method, group)) in enumerate(zip(axes, continual.items(), strict=True)):
+        pictures.task_lines(axis, _mean_matrix(group))
+        plain_log(axis)
+        axis.set_title(wrap(method, NAME_WIDTH), fontsize=10)
+        if k % PANEL_COLUMNS:
+            axis.set_ylabel("")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(10, len(labels)), frameon=False, fontsize=9)
+    text = "FID of each task after each task, means over seeds, log scale. A flat line is a task that is kept."
+    return drawing(name, figure, f"Curves of FID by task for {len(continual)} methods.", text)
+
+
+def average_curves(groups: Groups, name: str) -> Drawing:
+    """Mean FID of the tasks learnt so far: all methods in one panel or, if they are many, each before the others."""
+    lines = {}
+    for method, group in groups.items():
+        matrices = [run.summary["fid_matrix"] for run in group]
+        after = [i for i, row in enumerate(matrices[0]) if row]
+        lines[method] = [i + 1 for i in after], np.array([[np.mean(m[i]) for i in after] for m in matrices])
+    tasks = max(len(group[0].summary["fid_matrix"]) for group in groups.values())
+    few = len(groups) <= len(COLOURS)
+    figure, axes = _panels(1, 7.6, 4.3) if few else _panels(len(groups), 3.2, 2.6, sharey=True, sharex=True)
+    for k, (method, (x, curves)) in enumerate(lines.items()):
+        axis = axes[0] if few else axes[k]
+        if not few:
+            for others, their in lines.values():
+                axis.plot(others, their.mean(0), color="#cccccc", linewidth=0.8, marker="." if len(others) == 1 else "")
+            axis.set_title(wrap(method, NAME_WIDTH), fontsize=10)
+        colour = COLOURS[k] if few else COLOURS[0]
+        style: dict[str, Any] = {"marker": "o", "markersize": 5}
+        if few:
+            style = {"linestyle": DASHES[k % len(DASHES)], "marker": MARKERS[k], "markersize": 6 + 2 * k}
+        if len(x) == 1 and tasks > 1:  # evaluated only at the end
+            axis.axhline(
+                curves.mean(), color=colour, linestyle=(0, (1, 2)), linewidth=1.6, label=f"{method}\n(end only)"
+            )
+            continue
+        if len(curves) > 1:
+            axis.plot(x, curves.T, color=colour, linewidth=0.7, alpha=0.6)
+        axis.plot(x, curves.mean(0), color=colour, linewidth=2, markerfacecolor="none", label=wrap(method, 26), **style)
+    for k, axis in enumerate(axes):
+        plain_log(axis)
+        axis.set_xticks(range(1, tasks + 1, 1 if tasks <= 10 else 3))
+        axis.set_xlabel("after learning task")
+        if k % PANEL_COLUMNS == 0:
+            axis.set_ylabel("mean FID so far" if not few else "mean FID of the tasks learnt so far (log scale)")
+    if few:
+        axes[0].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
+    text = (
+        "Average FID after each task: mean over the tasks learnt so far, lower is better, log scale. Thick: mean over "
+        "seeds; thin: each seed. A dotted level line was evaluated only at the end."
+        + ("" if few else " Grey: all the other methods.")
+    )
+    return drawing(name, figure, f"Average FID after each task for {len(groups)} methods.", text)
+
+
+# Differences and sweeps
+
+
+def forest(groups: Groups, baseline: str, name: str) -> Drawing | None:
+    """Paired differences to the baseline: one row a method, all seeds as dots, mean and 95 % t interval."""
+    names = [method for method in groups if method != baseline]
+    if baseline not in groups or not names:
+        return None
+    lines = sum(wrap(method, NAME_WIDTH).count("\n") + 1 for method in names)
+    size = (10, 1.1 + max(0.34 * len(names), 0.19 * lines))
+    figure, axes = plt.subplots(1, len(COMPARED), figsize=size, sharey=True, layout="constrained")
+    squeezed = False
+    for axis, column in zip(axes, COMPARED, strict=True):
+        base = values(groups[baseline], column.key)
+        found = [list(seeds.paired(values(groups[m], column.key), base).values()) for m in names]
+        for y, part in enumerate(found):
+            axis.axhspan(y - 0.5, y + 0.5, color="#f4f4f4" if y % 2 else "white", zorder=0)
+            if not part:
+                continue
+            e = seeds.estimate(part)
+            axis.plot(part, [y + 0.18] * e.n, "o", color=COLOURS[0], markersize=3.5, alpha=0.55, markeredgewidth=0)
+            if e.half is not None:
+                axis.errorbar(e.mean, y - 0.08, xerr=e.half, color="black", capsize=3, linewidth=1.4)
+                axis.plot(e.mean, y - 0.08, "D", color="black", markersize=5)
+        sizes = np.abs([d for part in found for d in part if d])
+        if len(sizes) and sizes.max() > 20 * np.median(sizes):
+            axis.set_xscale("symlog", linthresh=float(f"{np.median(sizes):.1g}"), linscale=1.5)
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.tick_params(axis="x", labelsize=8)
+            squeezed = True
+        axis.axvline(0, color=COLOURS[1], linewidth=1.2)
+        axis.set_xlabel(
+            f"{column.title[:-2]}, FID points,\nless {wrap(baseline, NAME_WIDTH)}'s (left: better)", fontsize=9
+        )
+    _rows(figure, axes[0], names)
+    text = (
+        f"Paired differences to {baseline}, the orange line: blue dots are seeds, black the mean and its 95 % t interval "
+        "(none from a single seed). An interval that crosses the line shows no difference."
+        + (" Where a few methods are far off, the axis is linear near zero and logarithmic beyond." if squeezed else "")
+    )
+    return drawing(name, figure, f"Forest plot of {len(names)} methods against {baseline}.", text)
+
+
+def without_penalty(run: Finished, groups: Groups) -> str | None:
+    """The method that replays the same and has no penalty."""
+    recipe = {**run.config["recipe"], "penalty": None}
+    return next((name for name, group in groups.items() if group[0].config["recipe"] == recipe), None)
+
+
+def sweeps(groups: Groups) -> dict[str, dict[float, Sequence[Finished]]]:
+    """Families of methods that differ in lam only, with two or more of it: their runs by lam."""
+    found: dict[str, dict[float, Sequence[Finished]]] = {}
+    for group in groups.values():
+        if group[0].lam is not None:
+            found.setdefault(group[0].family, {})[group[0].lam] = group
+    return {family: dict(sorted(runs.items())) for family, runs in found.items() if len(runs) > 1}
+
+
+def lam_sweep(groups: Groups, name: str) -> Drawing | None:
+    """Average FID and forgetting against lam: a row of panels a family."""
+    found = sweeps(groups)
+    if not found:
+        return None
+    figure, axes = plt.subplots(
+        len(found), 2, figsize=(10, 2.9 * len(found) + 0.3), squeeze=False, layout="constrained", sharex=False
+    )
+    for row, (family, runs) in zip(axes, found.items(), strict=True):
+        plain = without_penalty(next(iter(runs.values()))[0], groups)
+        place = _places(list(runs))
+        for axis, column in zip(row, COMPARED, strict=True):
+            if plain is not None and (reference := values(groups[plain], column.key)):
+                axis.axhspan(
+                    min(reference.values()), max(reference.values()), color=COLOURS[1], alpha=0.15, linewidth=0
+                )
+                mean = float(np.mean([*reference.values()]))
+                axis.axhline(mean, color=COLOURS[1], linestyle="--", label=f"no penalty: {plain}")
+            by_lam = {lam: list(values(group, column.key).values()) for lam, group in runs.items()}
+            for lam, dots in by_lam.items():
+                axis.plot([place[lam]] * len(dots), dots, "o", color=COLOURS[0], markersize=4, alpha=0.5)
+            measured = [lam for lam, dots in by_lam.items() if dots]
+            means = [float(np.mean(by_lam[lam])) for lam in measured]
+            axis.plot([place[lam] for lam in measured], means, color=COLOURS[0], label="mean over seeds")
+            axis.set_xscale("log")
+            axis.set_xticks([place[lam] for lam in runs], [f"{lam:g}" for lam in runs], fontsize=8)
+            axis.minorticks_off()
+            axis.set_xlabel("lam (log scale)")
+            axis.set_ylabel(f"{column.title[:-2]}\n(FID points, lower is better)", fontsize=9)
+            axis.set_title(wrap(family, 48), fontsize=10)
+        row[0].legend(frameon=False, fontsize=8)
+    text = (
+        "Strength of the penalty, lam, against average FID and forgetting. Dots: seeds; line: their mean; dashed: the "
+        "same replay without a penalty (band: its seeds, smallest to largest). lam = 0 and inf, where there are any, are "
+        "set one step beside the others. A strength picked here is to be tested on other seeds."
+    )
+    return drawing(name, figure, f"Average FID and forgetting against lam for {len(found)} methods.", text)
+
+
+def _places(lams: Sequence[float]) -> dict[float, float]:
+    """Where each lam stands on a log axis: 0 and inf a factor of 10 outside of the others."""
+    inner = [lam for lam in lams if 0 < lam < float("inf")] or [1.0]
+    return {lam: min(inner) / 10 if lam == 0 else min(lam, max(inner) * 10) for lam in lams}
+
+
+# Fisher matrices and data sets
+
+
+def fisher(rows: Mapping[str, Sequence[Sequence[Row]]], name: str) -> Drawing | None:
+    """kappa, rho and signal share of every method and task, means over seeds."""
+    keys = (("kappa", "κ", 0.0), ("rho", f"ρ (box: below {LOW_RHO:g})", LOW_RHO))
+    keys += (("signal_share", f"signal share (box: below {LOW_SIGNAL:g})", LOW_SIGNAL),)
+    shown = {
+        m: tasks for m, tasks in rows.items() if any(mean_of(part, k[0]) is not None for part in tasks for k in keys)
+    }
+    if not shown:
+        return None
+    tasks = max(row["task"] for parts in shown.values() for part in parts for row in part)
+    lines = sum(wrap(method, NAME_WIDTH).count("\n") + 1 for method in shown)
+    size = (10, 1.3 + max(0.34 * len(shown), 0.19 * lines))
+    figure, axes = plt.subplots(1, 3, figsize=size, sharey=True, layout="constrained")
+    for axis, (key, title, limit) in zip(axes, keys, strict=True):
+        table = np.full((len(shown), tasks), np.nan)
+        for i, parts in enumerate(shown.values()):
+            for part in parts:
+                found = mean_of(part, key)
+                table[i, part[0]["task"] - 1] = np.nan if found is None else found
+        axis.imshow(table, cmap="cividis", vmin=0, vmax=1, aspect="auto")
+        for i, j in zip(*np.nonzero(np.isfinite(table)), strict=True):
+            if tasks <= SHOWN_TASKS:
+                text = f"{table[i, j]:.2f}".replace("0.", ".").replace("-", "−")
+                axis.text(
+                    j, i, text, ha="center", va="center", fontsize=8, color="black" if table[i, j] > 0.5 else "white"
+                )
+            if table[i, j] < limit:
+                box = plt.Rectangle((j - 0.46, i - 0.44), 0.92, 0.88, fill=False, edgecolor=COLOURS[1], linewidth=1.6)
+                axis.add_patch(box)
+        axis.set_xticks(
+            range(0, tasks, 1 if tasks <= 10 else 3), [str(j + 1) for j in range(0, tasks, 1 if tasks <= 10 else 3)]
+        )
+        axis.set_xlabel("after learning task")
+        axis.set_title(title, fontsize=10)
+    _rows(figure, axes[0], list(shown))
+    text = "Each task's Fisher matrix, means over seeds; dark is 0, light is 1. Orange boxes: directions not to be relied on."
+    return drawing(name, figure, f"Heatmaps of kappa, rho and signal share for {len(shown)} methods.", text)
+
+
+SHOWN_TASKS = 6  # up to which a cell has room for its number
+
+
+def across(scores: Mapping[str, Mapping[str, Mapping[int, float]]], data: Sequence[str], name: str) -> Drawing:
+    """Normalised scores, one row a method, a marker a data set."""
+    lines = sum(wrap(method, NAME_WIDTH).count("\n") + 1 for method in scores)
+    per = 0.2 * len(data) + 0.15
+    figure, axis = plt.subplots(figsize=(9, 1.2 + max(per * len(scores), 0.19 * lines)), layout="constrained")
+    step = 0.8 / len(data)
+    for k, part in enumerate(data):
+        first = True
+        for y, found in enumerate(scores.values()):
+            if part not in found:
+                continue
+            e = seeds.estimate(list(found[part].values()))
+            at = y - 0.4 + step * (k + 0.5)
+            axis.plot(
+                list(found[part].values()), [at] * e.n, ".", color=COLOURS[k % len(COLOURS)], alpha=0.4, markersize=5
+            )
+            axis.errorbar(
+                e.mean,
+                at,
+                xerr=e.half,
+                color=COLOURS[k % len(COLOURS)],
+                capsize=2.5,
+                marker=MARKERS[k % 7],
+                markersize=5.5,
+                label=part if first else None,
+            )
+            first = False
+    for y in range(1, len(scores)):
+        axis.axhline(y - 0.5, color="#eeeeee", linewidth=1, zorder=0)
+    for x in (0, 1):
+        axis.axvline(x, color=GREY, linewidth=1, linestyle="--", zorder=0)
+    _rows(figure, axis, list(scores))
+    axis.set_xlabel("(average FID − joint) / (fine-tune − joint); dashed: 0 as joint training, 1 as fine-tuning")
+    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
+    text = (
+        "Normalised scores of each data set, paired by seed: large markers are means with 95 % t intervals, dots seeds."
+    )
+    return drawing(name, figure, f"Normalised scores of {len(scores)} methods on {len(data)} data sets.", text)
