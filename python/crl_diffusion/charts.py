@@ -18,28 +18,32 @@ from crl_diffusion import pictures, seeds
 from crl_diffusion.penalty_tables import LOW_RHO, LOW_SIGNAL, mean_of
 from crl_diffusion.pictures import COLOURS, DASHES, GREY, MARKERS, Drawing, drawing, plain_log, wrap
 from crl_diffusion.records import Row
-from crl_diffusion.report import Finished, grouped
+from crl_diffusion.report import Finished
 from crl_diffusion.tables import COMPARED, values
 
 Groups = Mapping[str, Sequence[Finished]]
 
-PANEL_COLUMNS = 3
+WIDTH = 10.2  # inches of a grid of panels
 NAME_WIDTH = 34  # characters of a method's name in a line of its own
 
 
-def _panels(count: int, width: float, height: float, **sharing: Any) -> tuple[Figure, list[Axes]]:
-    """A grid of `count` panels of so many inches."""
-    columns = min(PANEL_COLUMNS, count)
-    rows = -(-count // columns)
-    size = (width * columns + 0.8, height * rows + 0.3)
+def _panels(names: Sequence[str], height: float, x: str, y: str, **sharing: Any) -> tuple[Figure, list[Axes], int]:
+    """A grid of panels, each headed by its name, with the axes' names on the outer ones; and its number of columns."""
+    columns = min(len(names), 3 if len(names) <= 9 else 4)
+    rows = -(-len(names) // columns)
+    width = min(WIDTH / columns, 3.4)
+    titles = [wrap(name, int(NAME_WIDTH * min(width / 3.4, 1))) for name in names]
+    lines = sum(max(title.count("\n") for title in titles[i : i + columns]) for i in range(0, len(names), columns))
+    size = (width * columns + 0.6, height * width / 3.4 * rows + 0.17 * lines + 0.7)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **sharing)
-    for axis in axes.flat[count:]:
+    shown = list(axes.flat[: len(names)])
+    for k, (axis, title) in enumerate(zip(shown, titles, strict=True)):
+        axis.set_title(title, fontsize=9.5)
+        axis.set_xlabel(x if k + columns >= len(names) else "")
+        axis.set_ylabel(y if k % columns == 0 else "")
+    for axis in axes.flat[len(names) :]:
         axis.remove()
-    return figure, list(axes.flat[:count])
-
-
-def _seeds(group: Sequence[Finished]) -> str:
-    return f" (mean of {len(group)} seeds)" if len(group) > 1 else f" (seed {group[0].seed})"
+    return figure, shown, columns
 
 
 def _rows(figure: Figure, axis: Axes, names: Sequence[str]) -> None:
@@ -66,8 +70,7 @@ def final_samples(groups: Groups, name: str) -> Drawing | None:
     if not kept:
         return None
     classes = pictures.Classes.learnt(next(iter(kept.values()))[1], tasks)
-    rows, columns = (3, 3) if len(classes.shown) <= 10 else (2, 1)
-    strips = [(method, pictures.strip(*found, classes, rows, columns)) for method, found in kept.items()]
+    strips = pictures.strips_of([*kept.items()], classes)
     text = (
         f"What each method draws after the last of {tasks} tasks, seed {next(iter(chosen.values())).seed}. Columns are "
         "classes in the order learnt, all of which were learnt. All methods start from the same noise; images are the "
@@ -104,12 +107,13 @@ def _mean_matrix(runs: Sequence[Finished]) -> list[list[float]]:
 def fid_matrices(groups: Groups, name: str) -> Drawing:
     matrices = {method: _mean_matrix(group) for method, group in groups.items()}
     ends = pictures.limits(list(matrices.values()))
-    figure, axes = _panels(len(groups), 3.2, 3.3)
-    for axis, (method, r) in zip(axes, matrices.items(), strict=True):
-        image = pictures.heatmap(axis, r, wrap(method, NAME_WIDTH) + "\n" + _seeds(groups[method]).strip(), ends)
-    pictures.colour_bar(figure, image, axes)
+    figure, axes, columns = _panels(list(groups), 3.1, "FID of task", "after learning task")
+    for axis, r in zip(axes, matrices.values(), strict=True):
+        image = pictures.heatmap(axis, r, ends, 9 if columns < 4 else 7.5)
+    pictures.colour_bar(figure, image, axes[:columns])
     text = (
-        "R: FID of each task (column) after learning each task (row), means over seeds, one scale for all methods. The "
+        "R: FID of each task (column) after learning each task (row), means over the seeds of the method, one scale for "
+        "all methods. The "
         "diagonal is quality when learnt; a column that grows darker downwards is a task that is being forgotten. "
         "Joint training is evaluated only at the end."
     )
@@ -121,13 +125,10 @@ def task_curves(groups: Groups, name: str) -> Drawing | None:
     continual = {method: group for method, group in groups.items() if all(group[0].summary["fid_matrix"])}
     if not continual:
         return None
-    figure, axes = _panels(len(continual), 3.2, 2.7, sharey=True)
-    for k, (axis, (method, group)) in enumerate(zip(axes, continual.items(), strict=True)):
+    figure, axes, _ = _panels(list(continual), 2.5, "after learning task", "FID (log scale)", sharey=True)
+    for axis, group in zip(axes, continual.values(), strict=True):
         pictures.task_lines(axis, _mean_matrix(group))
         plain_log(axis)
-        axis.set_title(wrap(method, NAME_WIDTH), fontsize=10)
-        if k % PANEL_COLUMNS:
-            axis.set_ylabel("")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(10, len(labels)), frameon=False, fontsize=9)
     text = "FID of each task after each task, means over seeds, log scale. A flat line is a task that is kept."
@@ -143,13 +144,19 @@ def average_curves(groups: Groups, name: str) -> Drawing:
         lines[method] = [i + 1 for i in after], np.array([[np.mean(m[i]) for i in after] for m in matrices])
     tasks = max(len(group[0].summary["fid_matrix"]) for group in groups.values())
     few = len(groups) <= len(COLOURS)
-    figure, axes = _panels(1, 7.6, 4.3) if few else _panels(len(groups), 3.2, 2.6, sharey=True, sharex=True)
+    if few:
+        figure, axis = plt.subplots(figsize=(9.6, 4.4), layout="constrained")
+        axis.set(
+            xlabel="after learning task", ylabel="mean FID of the tasks learnt so far\n(lower is better, log scale)"
+        )
+        axes = [axis]
+    else:
+        figure, axes, _ = _panels(list(groups), 2.5, "after learning task", "mean FID so far", sharey=True)
     for k, (method, (x, curves)) in enumerate(lines.items()):
         axis = axes[0] if few else axes[k]
         if not few:
             for others, their in lines.values():
                 axis.plot(others, their.mean(0), color="#cccccc", linewidth=0.8, marker="." if len(others) == 1 else "")
-            axis.set_title(wrap(method, NAME_WIDTH), fontsize=10)
         colour = COLOURS[k] if few else COLOURS[0]
         style: dict[str, Any] = {"marker": "o", "markersize": 5}
         if few:
@@ -162,12 +169,9 @@ def average_curves(groups: Groups, name: str) -> Drawing:
         if len(curves) > 1:
             axis.plot(x, curves.T, color=colour, linewidth=0.7, alpha=0.6)
         axis.plot(x, curves.mean(0), color=colour, linewidth=2, markerfacecolor="none", label=wrap(method, 26), **style)
-    for k, axis in enumerate(axes):
+    for axis in axes:
         plain_log(axis)
         axis.set_xticks(range(1, tasks + 1, 1 if tasks <= 10 else 3))
-        axis.set_xlabel("after learning task")
-        if k % PANEL_COLUMNS == 0:
-            axis.set_ylabel("mean FID so far" if not few else "mean FID of the tasks learnt so far (log scale)")
     if few:
         axes[0].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
     text = (
@@ -202,12 +206,7 @@ def forest(groups: Groups, baseline: str, name: str) -> Drawing | None:
             if e.half is not None:
                 axis.errorbar(e.mean, y - 0.08, xerr=e.half, color="black", capsize=3, linewidth=1.4)
                 axis.plot(e.mean, y - 0.08, "D", color="black", markersize=5)
-        sizes = np.abs([d for part in found for d in part if d])
-        if len(sizes) and sizes.max() > 20 * np.median(sizes):
-            axis.set_xscale("symlog", linthresh=float(f"{np.median(sizes):.1g}"), linscale=1.5)
-            axis.xaxis.set_major_formatter("{x:g}")
-            axis.tick_params(axis="x", labelsize=8)
-            squeezed = True
+        squeezed = _squeeze(axis, "x", [d for part in found for d in part]) or squeezed
         axis.axvline(0, color=COLOURS[1], linewidth=1.2)
         axis.set_xlabel(
             f"{column.title[:-2]}, FID points,\nless {wrap(baseline, NAME_WIDTH)}'s (left: better)", fontsize=9
@@ -219,6 +218,20 @@ def forest(groups: Groups, baseline: str, name: str) -> Drawing | None:
         + (" Where a few methods are far off, the axis is linear near zero and logarithmic beyond." if squeezed else "")
     )
     return drawing(name, figure, f"Forest plot of {len(names)} methods against {baseline}.", text)
+
+
+def _squeeze(axis: Axes, which: str, found: Sequence[float]) -> bool:
+    """Where a few numbers are far from the others, make an axis linear near zero and logarithmic beyond."""
+    sizes = np.abs([d for d in found if d])
+    if not len(sizes) or sizes.max() <= 20 * np.median(sizes):
+        return False
+    linear = float(f"{np.median(sizes):.1g}")
+    getattr(axis, f"set_{which}scale")("symlog", linthresh=linear, linscale=1.5)
+    ends = [s * linear * 10**k for k in range(7) if linear * 10**k <= 1.2 * sizes.max() for s in (-1, 1)]
+    shown = [0.0, *(x for x in ends if min(found) <= x <= max(found) or abs(x) == linear)]
+    getattr(axis, f"set_{which}ticks")(shown, [f"{x:g}" for x in shown], minor=False)
+    axis.minorticks_off()
+    return True
 
 
 def without_penalty(run: Finished, groups: Groups) -> str | None:
@@ -242,13 +255,15 @@ def lam_sweep(groups: Groups, name: str) -> Drawing | None:
     if not found:
         return None
     figure, axes = plt.subplots(
-        len(found), 2, figsize=(10, 2.9 * len(found) + 0.3), squeeze=False, layout="constrained", sharex=False
+        len(found), 2, figsize=(10, 2.9 * len(found) + 0.3), squeeze=False, layout="constrained", sharey="col"
     )
     for row, (family, runs) in zip(axes, found.items(), strict=True):
         plain = without_penalty(next(iter(runs.values()))[0], groups)
         place = _places(list(runs))
         for axis, column in zip(row, COMPARED, strict=True):
-            if plain is not None and (reference := values(groups[plain], column.key)):
+            if plain is None:
+                axis.plot([], [], " ", label="no run of this replay without a penalty")
+            elif reference := values(groups[plain], column.key):
                 axis.axhspan(
                     min(reference.values()), max(reference.values()), color=COLOURS[1], alpha=0.15, linewidth=0
                 )
@@ -267,10 +282,14 @@ def lam_sweep(groups: Groups, name: str) -> Drawing | None:
             axis.set_ylabel(f"{column.title[:-2]}\n(FID points, lower is better)", fontsize=9)
             axis.set_title(wrap(family, 48), fontsize=10)
         row[0].legend(frameon=False, fontsize=8)
+    for axis, column in zip(axes[0], COMPARED, strict=True):
+        _squeeze(
+            axis, "y", [v for runs in found.values() for g in runs.values() for v in values(g, column.key).values()]
+        )
     text = (
         "Strength of the penalty, lam, against average FID and forgetting. Dots: seeds; line: their mean; dashed: the "
         "same replay without a penalty (band: its seeds, smallest to largest). lam = 0 and inf, where there are any, are "
-        "set one step beside the others. A strength picked here is to be tested on other seeds."
+        "set one step beside the others. One scale for all methods. A strength picked here is to be tested on other seeds."
     )
     return drawing(name, figure, f"Average FID and forgetting against lam for {len(found)} methods.", text)
 

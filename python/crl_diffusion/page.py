@@ -4,6 +4,7 @@ pictures from `charts.py`; here they are put in order, escaped, and told about."
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from string import Template
@@ -13,6 +14,7 @@ from crl_diffusion.pictures import Drawing
 from crl_diffusion.report import Finished, grouped
 from crl_diffusion.tables import Sheet
 
+NAMED = 6  # methods up to which a sentence names them
 OPEN_GRIDS = 4  # methods up to which all sample grids are shown unfolded
 
 PAGE = Template("""<!DOCTYPE html>
@@ -39,7 +41,7 @@ figcaption, .note { max-width: 52rem; }
 th, td { padding: .3rem .7rem; text-align: right; vertical-align: top; border-bottom: 1px solid #e4e4e4; white-space: nowrap; }
 th { font-weight: 600; vertical-align: bottom; white-space: normal; min-width: 4.5rem; border-bottom: 1px solid #555; }
 th:first-child, td:first-child, .text td, .text th { text-align: left; }
-td:first-child { overflow-wrap: anywhere; white-space: normal; min-width: 10rem; max-width: 20rem; font-weight: 500; }
+td:first-child { white-space: normal; min-width: 10rem; max-width: 20rem; font-weight: 500; }
 .text td { white-space: normal; overflow-wrap: anywhere; max-width: 34rem; }
 td small { color: #555; font-size: .92em; }
 tr.baseline td { background: #f4f4f4; }
@@ -67,8 +69,9 @@ $body
 FISHER_WORDS = (
     "κ is the squared length of the mean gradient over the mean squared length of a sample's gradient: near 0, samples "
     "pull in different ways and their mean says little. ρ is the share of the trace of the Fisher matrix F that lies "
-    "along the direction kept: how much of F a penalty on that direction can hold. Signal share is the part of the "
-    "estimated mean gradient that is not sampling noise; samples needed is the number that would make it 0.8 or more. "
+    "along the direction kept: how much of F a penalty on that direction can hold. Signal share is the expected squared "
+    "cosine between the true mean gradient and its estimate, 1 without sampling noise; samples needed is the number that "
+    "would make it 0.9. "
     "Unbiased estimates can fall below 0 where the mean gradient is no more than noise."
 )
 
@@ -111,16 +114,18 @@ def figure(drawing: Drawing) -> str:
 def sheet(table: Sheet, marked: str | None = None, text: bool = False) -> str:
     """A table that scrolls if it is wide; `marked` is the baseline's row, `text` sets cells to the left."""
 
-    def cell(content: str) -> str:
+    def cell(content: str, name: bool) -> str:
         first, *rest = content.split("\n")
+        shown = re.sub("([+:,])", r"\1<wbr>", escape(first)) if name else escape(first)
         more = "".join(f"<br><small>{escape(line)}</small>" for line in rest)
-        return f"<td>{escape(first)}{more}</td>"
+        return f"<td>{shown}{more}</td>"
 
-    head = "".join(f'<th scope="col">{escape(title)}</th>' for title in table.head)
+    kept = (re.sub("(?<=[÷−]) | (?=[−↓↑])", "\N{NO-BREAK SPACE}", title) for title in table.head)
+    head = "".join(f'<th scope="col">{escape(title)}</th>' for title in kept)
     rows = []
     for row in table.body:
         kind = ' class="baseline"' if marked is not None and row[0] == marked else ""
-        rows.append(f"<tr{kind}>{''.join(map(cell, row))}</tr>")
+        rows.append(f"<tr{kind}>{''.join(cell(content, i == 0) for i, content in enumerate(row))}</tr>")
     kind = ' class="text"' if text else ""
     body = "\n".join(rows)
     return (
@@ -187,10 +192,10 @@ def in_short(runs: Sequence[Finished], baseline: str, order: Sequence[str]) -> s
         else:
             (better if e.high < 0 else worse if e.low > 0 else unsure).append(name)
     said = [
-        f"{title}: {', '.join(names)}."
+        f"{title}: {', '.join(names) if len(names) <= NAMED else f'{len(names)} methods'}."
         for title, names in (
-            (f"Average FID below {baseline}'s, its 95 % interval on one side of zero", better),
-            (f"Above {baseline}'s likewise", worse),
+            (f"Average FID below {baseline}'s, the 95 % interval of the difference wholly below zero", better),
+            (f"Likewise above {baseline}'s", worse),
             ("Not told apart by these seeds", unsure),
             ("Fewer than two seeds in common", single),
         )
@@ -237,10 +242,11 @@ def _data_set(page: _Contents, data: str, runs: Sequence[Finished], baseline: st
         page.add(paragraph("No method here has a penalty."))
         return
     page.add(paragraph(FISHER_WORDS))
-    warnings = penalty_tables.warnings(rows)
-    if warnings:
-        items = "".join(f"<li>{escape(text)}</li>" for text in warnings)
-        page.add(f'<div class="warning"><p>Directions not to be relied on:</p><ul>{items}</ul></div>')
+    warned = penalty_tables.warnings(rows)
+    if warned:
+        items = "".join(f"<li>{escape(text)}</li>" for text in warned)
+        details = folded("Which, and how many samples would do", f"<ul>{items}</ul>", len(warned) <= 6)
+        page.add(f'<div class="warning">{paragraph(penalty_tables.warning(rows))}{details}</div>')
     page.draw(charts.fisher(rows, file + "fisher"), "Diagonal Fisher matrices have no directions to tell of.")
     page.add(folded("Every task's Fisher matrix", sheet(penalty_tables.fisher(rows)), len(rows) <= 2))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -16,12 +16,14 @@ LOW_SIGNAL, LOW_RHO = 0.8, 0.1  # below these a Fisher matrix's direction is not
 
 # Costs
 
+LIMITS = (("signal share", "signal_share", LOW_SIGNAL), ("ρ", "rho", LOW_RHO))
+
 
 def costs(runs: Sequence[Finished], order: Sequence[str] = ()) -> Sheet:
     """Time of a step and of its penalty, over the logged rows of all seeds after the first task."""
     body = []
     for name, group in grouped(runs, order).items():
-        rows = [row for run in group for row in read_rows(run.path / "timings.jsonl")]
+        rows = [row for run in group for row in read_rows(run.path / "timings.jsonl") if "step_ms" in row]
         if not rows:
             continue
         with_penalty = [row for row in rows if row.get("penalty_ms") is not None]
@@ -97,21 +99,33 @@ def _range(found: Sequence[float]) -> str:
     return (ends[0] if ends[0] == ends[1] else " to ".join(ends)).replace("-", MINUS)
 
 
+def _low(rows: Mapping[str, Sequence[Sequence[Row]]], key: str, limit: float) -> tuple[list[Row], int]:
+    """Estimates with too little of something, and the number of those that have it at all."""
+    known = [row for tasks in rows.values() for part in tasks for row in part if row.get(key) is not None]
+    return [row for row in known if row[key] < limit], len(known)
+
+
+def warning(rows: Mapping[str, Sequence[Sequence[Row]]]) -> str:
+    """One sentence for all methods together."""
+    said = []
+    for title, key, limit in LIMITS:
+        low, of = _low(rows, key, limit)
+        if low:
+            said.append(f"{title} is below {limit:g} in {len(low)} of {of} estimates")
+    return f"Directions not to be relied on: {' and '.join(said)}."
+
+
 def warnings(rows: Mapping[str, Sequence[Sequence[Row]]]) -> list[str]:
     """One sentence for each method whose directions are mostly noise or hold little of F."""
     said = []
     for name, tasks in rows.items():
-        checks: tuple[tuple[str, str, float, Callable[[Row], str]], ...] = (
-            ("signal_share", "signal share", LOW_SIGNAL, _needed),
-            ("rho", "ρ", LOW_RHO, lambda row: ""),
-        )
-        for key, title, limit, more in checks:
-            low = [row for part in tasks for row in part if row.get(key) is not None and row[key] < limit]
-            of = sum(row.get(key) is not None for part in tasks for row in part)
+        for title, key, limit in LIMITS:
+            low, of = _low({name: tasks}, key, limit)
             if low:
                 worst = min(low, key=lambda row: float(row[key]))
                 value = f"{worst[key]:.2g}".replace("-", MINUS)
-                where = f"{len(low)} of {of} estimates (smallest {value}, after task {worst['task']}{more(worst)})"
+                more = _needed(worst) if key == "signal_share" else ""
+                where = f"{len(low)} of {of} estimates (smallest {value}, after task {worst['task']}{more})"
                 said.append(f"{name}: {title} below {limit:g} in {where}.")
     return said
 

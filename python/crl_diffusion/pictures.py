@@ -22,7 +22,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from crl_diffusion.records import Row, read_json, read_rows
 from crl_diffusion.report import fid_matrix
@@ -33,7 +33,7 @@ MARKERS = "osD^vPX"
 DASHES = ("-", "--", ":", "-.")  # lines of methods that do equally well lie on one another
 GREY = "#888888"
 DPI = 150
-SHOWN_SAMPLES = 4  # images of each class in a cell of one run's picture
+SAMPLE_ROWS, SAMPLE_COLUMNS, ACROSS = 2, 6, 30  # images of a class, at most, and of all classes side by side
 SHOWN_CLASSES = 20  # columns that a page's width has room for
 SHOWN_NUMBERS = 8  # tasks up to which a matrix has room for its numbers
 
@@ -126,6 +126,14 @@ def strip(pixels: np.ndarray, labels: np.ndarray, classes: Classes, rows: int, c
     return np.concatenate(cells[:-1], axis=1)
 
 
+def strips_of(
+    kept: Sequence[tuple[str, tuple[np.ndarray, np.ndarray]]], classes: Classes
+) -> list[tuple[str, np.ndarray]]:
+    """Labelled rows of cells, with as many images of a class as fit the width."""
+    columns = min(max(ACROSS // len(classes.shown), 1), SAMPLE_COLUMNS)
+    return [(label, strip(*found, classes, SAMPLE_ROWS, columns)) for label, found in kept]
+
+
 def show_strips(strips: Sequence[tuple[str, np.ndarray]], classes: Classes, title: str) -> Figure:
     """Rows of cells under one another, each with its label on the left; columns are headed by their class."""
     height, width, _ = strips[0][1].shape
@@ -139,7 +147,7 @@ def show_strips(strips: Sequence[tuple[str, np.ndarray]], classes: Classes, titl
     figure.subplots_adjust(left / inches, foot / total, 1 - 0.15 / inches, 1 - head / total, hspace=0.1 / (row - 0.1))
     for i, (label, (_, image)) in enumerate(zip(labels, strips, strict=True)):
         axis: Axes = axes[i, 0]
-        axis.imshow(image, interpolation="nearest", aspect="auto")
+        axis.imshow(image, interpolation="nearest", aspect="equal")
         axis.set_yticks([image.shape[0] / 2 - 0.5], [label], fontsize=9)
         axis.tick_params(length=0)
         axis.set_xticks([])
@@ -176,15 +184,14 @@ def grid_over_tasks(run: Path, tasks: int, title: str = "") -> tuple[Figure, Cla
     if not kept:
         return None
     classes = Classes.learnt(kept[max(kept)][1], tasks)
-    columns = SHOWN_SAMPLES // 2 if len(classes.shown) <= 10 else 1
-    strips = [(f"after task {i}", strip(*found, classes, 2, columns)) for i, found in kept.items()]
+    strips = strips_of([(f"after task {i}", found) for i, found in kept.items()], classes)
     return show_strips(strips, classes, title), classes
 
 
 # R and curves
 
 
-def heatmap(axis: Axes, r: Sequence[Sequence[float]], title: str, limits: tuple[float, float]) -> Any:
+def heatmap(axis: Axes, r: Sequence[Sequence[float]], limits: tuple[float, float], size: float = 9) -> Any:
     tasks = len(r)
     table = np.full((tasks, tasks), np.nan)
     for i, row in enumerate(r):
@@ -194,13 +201,10 @@ def heatmap(axis: Axes, r: Sequence[Sequence[float]], title: str, limits: tuple[
     for i, j in zip(*np.nonzero(np.isfinite(table)), strict=True):
         if tasks <= SHOWN_NUMBERS:
             colour = "white" if norm(table[i, j]) > 0.5 else "black"
-            axis.text(j, i, f"{table[i, j]:.3g}", ha="center", va="center", color=colour, fontsize=9)
+            axis.text(j, i, f"{table[i, j]:.3g}", ha="center", va="center", color=colour, fontsize=size)
     shown = range(0, tasks, 1 if tasks <= 10 else 2)
     axis.set_xticks(shown, [str(j + 1) for j in shown])
     axis.set_yticks(shown, [str(i + 1) for i in shown])
-    axis.set_xlabel("FID of task")
-    axis.set_ylabel("after learning task")
-    axis.set_title(title, fontsize=10)
     return image
 
 
@@ -215,6 +219,8 @@ def plain_log(axis: Any) -> None:
 def colour_bar(figure: Figure, image: Any, axes: Any) -> None:
     low, high = image.norm.vmin, image.norm.vmax
     marks = [m * 10.0**power for power in range(-3, 7) for m in (1, 2, 3, 5, 7) if low <= m * 10.0**power <= high]
+    if high < 4 * low:
+        marks = [mark for mark in MaxNLocator(5).tick_values(low, high) if low <= mark <= high]
     bar = figure.colorbar(image, ax=axes, label="FID (lower is better, log scale)", shrink=0.8)
     bar.set_ticks(marks, labels=[f"{mark:g}" for mark in marks])
     bar.set_ticks([], minor=True)
@@ -241,8 +247,6 @@ def task_lines(axis: Axes, r: Sequence[Sequence[float]]) -> None:
             label=f"task {j + 1}",
         )
     axis.set_xticks(range(1, tasks + 1, 1 if tasks <= 10 else 3))
-    axis.set_xlabel("after learning task")
-    axis.set_ylabel("FID (lower is better)")
 
 
 def of_run(run: Path) -> list[Path]:
@@ -254,7 +258,9 @@ def of_run(run: Path) -> list[Path]:
     if (grid := grid_over_tasks(run, len(r), f"Samples of {name}")) is not None:
         drawings.append(drawing("samples", grid[0], "", ""))
     figure, axis = plt.subplots(figsize=(5.2, 4.4), layout="constrained")
-    colour_bar(figure, heatmap(axis, r, wrap(name, 50), limits([r])), axis)
+    colour_bar(figure, heatmap(axis, r, limits([r])), axis)
+    axis.set(xlabel="FID of task", ylabel="after learning task")
+    axis.set_title(wrap(name, 50), fontsize=10)
     drawings += [drawing("fid_matrix", figure, "", ""), drawing("curves", _curves(rows, r, name), "", "")]
     return [each.save(run) for each in drawings]
 
@@ -282,6 +288,7 @@ def _curves(rows: Sequence[Row], r: Sequence[Sequence[float]], name: str) -> Fig
     left.legend(frameon=False)
     task_lines(right, r)
     right.set_ylim(bottom=0)
+    right.set(xlabel="after learning task", ylabel="FID (lower is better)")
     right.set_title("FID of each task", fontsize=11)
     many = len(r) > 10
     right.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), ncols=2 if many else 1)

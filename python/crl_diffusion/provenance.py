@@ -12,7 +12,7 @@ from crl_diffusion.report import Finished, differing, grouped
 from crl_diffusion.tables import NONE, Sheet
 
 DEFAULTS = {field.name: field.default for field in fields(Settings)}
-RECORDED = ("run", "recipe")  # parts of config.json that are told of elsewhere
+RECORDED = ("run", "command")  # parts of config.json that are told of elsewhere
 
 
 def options(config: Mapping[str, Any]) -> list[str]:

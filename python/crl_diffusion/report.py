@@ -23,7 +23,7 @@ from crl_diffusion.records import Row, read_json, read_rows, write_json
 FREE = {"method", "recipe", "seed", "device", "log_every", "checkpoint_every"}
 # Options of the penalty's Fisher matrix: they may differ from method to method, and not within one.
 OF_THE_METHOD = {"recipe", "fisher_samples", "fisher_estimate", "fisher_images"}
-MEASURED_WITH = ("extractor", "samples_per_task", "sampler")
+MEASURED_WITH = ("extractor", "classifier", "samples_per_task", "sampler", "held_out_images")
 
 
 class Finished(NamedTuple):
@@ -79,7 +79,8 @@ def fid_matrix(rows: Sequence[Row], key: str = "fid") -> list[list[float]]:
     tasks = max(row["after_task"] for row in evaluations)
     matrix: list[list[float]] = [[] for _ in range(tasks)]
     for row in evaluations:
-        matrix[row["after_task"] - 1].append(row[key])
+        if key in row:  # rows of an earlier version have fewer keys
+            matrix[row["after_task"] - 1].append(row[key])
     return matrix
 
 
@@ -110,7 +111,7 @@ def summarise(run: Path) -> Row:
         "samples_per_task": last["samples"],
         "sampler": f"{last['sampler']}, {last['sampler_steps']} steps",
         "penalty_ms": float(np.median(penalty)) if penalty else None,
-        "step_ms": float(np.median([row["step_ms"] for row in timings])),
+        "step_ms": float(np.median([row["step_ms"] for row in timings if "step_ms" in row])),
         "state_bytes": fishers[-1]["state_bytes"] if fishers else 0,
     }
 
@@ -169,7 +170,8 @@ def differing(runs: Sequence[Finished]) -> list[str]:
 def comparable(runs: Sequence[Finished]) -> None:
     """Refuse to put numbers side by side that were not made and measured in the same way."""
     for key in MEASURED_WITH:
-        _same(runs, key, {run.path: run.summary.get(key) for run in runs}, "their FIDs do not compare")
+        known = [run for run in runs if run.summary.get(key) is not None]
+        _same(known, key, {run.path: run.summary[key] for run in known}, "their FIDs do not compare")
     free = FREE | OF_THE_METHOD | {"lam", "mode"}  # these two are part of the recipe, and were options once
     for key in differing(runs):
         if key not in free:

@@ -35,6 +35,7 @@ class Column(NamedTuple):
     digits: int
 
 
+DIFFERENCE_DIGITS = 2
 AVERAGE, FORGETTING = Column("average FID ↓", "average_fid", 1), Column("forgetting, ÷ (T − 1) ↓", "forgetting", 1)
 COLUMNS = (
     AVERAGE,
@@ -43,6 +44,7 @@ COLUMNS = (
     Column("incremental average FID ↓", "incremental_average_fid", 1),
     Column("conditional accuracy ↑", "accuracy", 3),
     Column("task 1 accuracy ↑", "accuracy_task_1", 3),
+    Column("accuracy forgetting ↓", "accuracy_forgetting", 3),
     Column("class-histogram KL ↓", "class_kl", 3),
 )
 COSTS = (Column("penalty ms/step", "penalty_ms", 2), Column("state bytes", "state_bytes", 0))
@@ -100,7 +102,7 @@ def caption(runs: Sequence[Finished]) -> str:
     s, m = runs[0].settings, runs[0].summary
     length = f"{s['epochs']} epochs" if s["epochs"] else f"{s['steps']} steps"
     text = (
-        f"{runs[0].data}, {s['image_size']} pixels, {s['tasks']} tasks of {s['classes_per_task']} class(es), {length} a "
+        f"{runs[0].data}, {s['image_size']} pixels, {_many(s['tasks'], 'task')} of {_many(s['classes_per_task'], 'class')}, {length} a "
         f"task, {s['held_out']} images. FID on the features of {m['extractor']}, {m['samples_per_task']} images a task, "
         f"{m['sampler']}. T is the number of tasks; forgetting is the sum over the tasks before the last of FID at the "
         "end less FID when learnt, divided by T − 1 (mean over these tasks) or by T (as the rank-1 paper has it). "
@@ -110,6 +112,10 @@ def caption(runs: Sequence[Finished]) -> str:
     if several(runs):
         return text + " ± is the standard deviation over seeds; brackets are 95 % t intervals of the mean."
     return text + " One seed: differences may be chance."
+
+
+def _many(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}{'es' if noun.endswith('s') else 's'}"
 
 
 def differences(runs: Sequence[Finished], baseline: str, order: Sequence[str] = ()) -> Sheet | None:
@@ -131,7 +137,7 @@ def differences(runs: Sequence[Finished], baseline: str, order: Sequence[str] = 
             p = NONE if test is None else f"{test.p:.2g}\nsmallest possible {test.smallest:.2g}"
             if len(row) == 1:
                 row.append(str(len(found)))
-            row += [cell(found, column.digits, plus=True), p]
+            row += [cell(found, DIFFERENCE_DIGITS, plus=True), p]
         body.append(row)
     text = (
         f"Method less {baseline}, seed by seed, then mean ± standard deviation and 95 % t interval. Below zero: better "
@@ -232,7 +238,7 @@ def for_terminal(parts: Mapping[str, Sequence[Finished]], baseline: str, order: 
             if paired:
                 base = groups[baseline]
                 pairs = [seeds.paired(values(group, c.key), values(base, c.key)) for c in COMPARED]
-                row += [NONE if name == baseline else cell(found, 1, plus=True) for found in pairs]
+                row += [NONE if name == baseline else cell(found, DIFFERENCE_DIGITS, plus=True) for found in pairs]
             body.append(row)
         shown.append(rich_table(head, body, caption(runs)))
     return Group(*shown)
