@@ -6,6 +6,7 @@ measures.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from crl_diffusion.penalty_tables import LOW_RHO, LOW_SIGNAL, mean_of
 from crl_diffusion.pictures import COLOURS, DASHES, GREY, MARKERS, Drawing, drawing, plain_log, wrap
 from crl_diffusion.records import Row
 from crl_diffusion.report import Finished
-from crl_diffusion.tables import COMPARED, values
+from crl_diffusion.tables import COMPARED, MINUS, number, values
 
 Groups = Mapping[str, Sequence[Finished]]
 
@@ -110,7 +111,7 @@ def fid_matrices(groups: Groups, name: str) -> Drawing:
     figure, axes, columns = _panels(list(groups), 3.1, "FID of task", "after learning task")
     for axis, r in zip(axes, matrices.values(), strict=True):
         image = pictures.heatmap(axis, r, ends, 9 if columns < 4 else 7.5)
-    pictures.colour_bar(figure, image, axes[:columns])
+    pictures.colour_bar(figure, image, axes, rows=-(-len(axes) // columns))
     text = (
         "R: FID of each task (column) after learning each task (row), means over the seeds of the method, one scale for "
         "all methods. The "
@@ -161,6 +162,7 @@ def average_curves(groups: Groups, name: str) -> Drawing:
         style: dict[str, Any] = {"marker": "o", "markersize": 5}
         if few:
             style = {"linestyle": DASHES[k % len(DASHES)], "marker": MARKERS[k], "markersize": 6 + 2 * k}
+            style["markevery"] = max(1, tasks // 7)
         if len(x) == 1 and tasks > 1:  # evaluated only at the end
             axis.axhline(
                 curves.mean(), color=colour, linestyle=(0, (1, 2)), linewidth=1.6, label=f"{method}\n(end only)"
@@ -193,6 +195,7 @@ def forest(groups: Groups, baseline: str, name: str) -> Drawing | None:
     lines = sum(wrap(method, NAME_WIDTH).count("\n") + 1 for method in names)
     size = (10, 1.1 + max(0.34 * len(names), 0.19 * lines))
     figure, axes = plt.subplots(1, len(COMPARED), figsize=size, sharey=True, layout="constrained")
+    figure.get_layout_engine().set(wspace=0.05)  # type: ignore[union-attr]
     squeezed = False
     for axis, column in zip(axes, COMPARED, strict=True):
         base = values(groups[baseline], column.key)
@@ -214,7 +217,7 @@ def forest(groups: Groups, baseline: str, name: str) -> Drawing | None:
     _rows(figure, axes[0], names)
     text = (
         f"Paired differences to {baseline}, the orange line: blue dots are seeds, black the mean and its 95 % t interval "
-        "(none from a single seed). An interval that crosses the line shows no difference."
+        "(none from a single seed). An interval that crosses the line does not show a difference."
         + (" Where a few methods are far off, the axis is linear near zero and logarithmic beyond." if squeezed else "")
     )
     return drawing(name, figure, f"Forest plot of {len(names)} methods against {baseline}.", text)
@@ -223,13 +226,14 @@ def forest(groups: Groups, baseline: str, name: str) -> Drawing | None:
 def _squeeze(axis: Axes, which: str, found: Sequence[float]) -> bool:
     """Where a few numbers are far from the others, make an axis linear near zero and logarithmic beyond."""
     sizes = np.abs([d for d in found if d])
-    if not len(sizes) or sizes.max() <= 20 * np.median(sizes):
+    near = float(np.quantile(sizes, 0.4)) if len(sizes) else 0.0
+    if not len(sizes) or sizes.max() <= 20 * near:
         return False
-    linear = float(f"{np.median(sizes):.1g}")
+    linear = float(f"{near:.1g}")
     getattr(axis, f"set_{which}scale")("symlog", linthresh=linear, linscale=1.5)
     ends = [s * linear * 10**k for k in range(7) if linear * 10**k <= 1.2 * sizes.max() for s in (-1, 1)]
     shown = [0.0, *(x for x in ends if min(found) <= x <= max(found) or abs(x) == linear)]
-    getattr(axis, f"set_{which}ticks")(shown, [f"{x:g}" for x in shown], minor=False)
+    getattr(axis, f"set_{which}ticks")(shown, [f"{x:g}".replace("-", MINUS) for x in shown], minor=False)
     axis.minorticks_off()
     return True
 
@@ -302,21 +306,27 @@ def _places(lams: Sequence[float]) -> dict[float, float]:
 
 # Fisher matrices and data sets
 
+SHOWN_TASKS = 6  # up to which a cell has room for its number
+FISHER_PANELS = (  # key, title, limit, digits
+    ("kappa", "κ", -math.inf, 3),
+    ("rho", f"ρ (box: below {LOW_RHO:g})", LOW_RHO, 2),
+    ("signal_share", f"signal share (box: below {LOW_SIGNAL:g})", LOW_SIGNAL, 2),
+)
+
 
 def fisher(rows: Mapping[str, Sequence[Sequence[Row]]], name: str) -> Drawing | None:
     """kappa, rho and signal share of every method and task, means over seeds."""
-    keys = (("kappa", "κ", 0.0), ("rho", f"ρ (box: below {LOW_RHO:g})", LOW_RHO))
-    keys += (("signal_share", f"signal share (box: below {LOW_SIGNAL:g})", LOW_SIGNAL),)
-    shown = {
-        m: tasks for m, tasks in rows.items() if any(mean_of(part, k[0]) is not None for part in tasks for k in keys)
-    }
+    known = [
+        column for column in FISHER_PANELS if any(mean_of(p, column[0]) is not None for t in rows.values() for p in t)
+    ]
+    shown = {m: t for m, t in rows.items() if any(mean_of(p, column[0]) is not None for p in t for column in known)}
     if not shown:
         return None
     tasks = max(row["task"] for parts in shown.values() for part in parts for row in part)
     lines = sum(wrap(method, NAME_WIDTH).count("\n") + 1 for method in shown)
-    size = (10, 1.3 + max(0.34 * len(shown), 0.19 * lines))
-    figure, axes = plt.subplots(1, 3, figsize=size, sharey=True, layout="constrained")
-    for axis, (key, title, limit) in zip(axes, keys, strict=True):
+    size = (2.6 + 2.5 * len(known), 1.3 + max(0.34 * len(shown), 0.19 * lines))
+    figure, axes = plt.subplots(1, len(known), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for axis, (key, title, limit, digits) in zip(axes[0], known, strict=True):
         table = np.full((len(shown), tasks), np.nan)
         for i, parts in enumerate(shown.values()):
             for part in parts:
@@ -325,24 +335,19 @@ def fisher(rows: Mapping[str, Sequence[Sequence[Row]]], name: str) -> Drawing | 
         axis.imshow(table, cmap="cividis", vmin=0, vmax=1, aspect="auto")
         for i, j in zip(*np.nonzero(np.isfinite(table)), strict=True):
             if tasks <= SHOWN_TASKS:
-                text = f"{table[i, j]:.2f}".replace("0.", ".").replace("-", "−")
-                axis.text(
-                    j, i, text, ha="center", va="center", fontsize=8, color="black" if table[i, j] > 0.5 else "white"
-                )
+                text = number(table[i, j], digits).replace("0.", ".")
+                colour = "black" if table[i, j] > 0.5 else "white"
+                axis.text(j, i, text, ha="center", va="center", fontsize=8, color=colour)
             if table[i, j] < limit:
                 box = plt.Rectangle((j - 0.46, i - 0.44), 0.92, 0.88, fill=False, edgecolor=COLOURS[1], linewidth=1.6)
                 axis.add_patch(box)
-        axis.set_xticks(
-            range(0, tasks, 1 if tasks <= 10 else 3), [str(j + 1) for j in range(0, tasks, 1 if tasks <= 10 else 3)]
-        )
+        ticks = range(0, tasks, 1 if tasks <= 10 else 3)
+        axis.set_xticks(ticks, [str(j + 1) for j in ticks])
         axis.set_xlabel("after learning task")
         axis.set_title(title, fontsize=10)
-    _rows(figure, axes[0], list(shown))
-    text = "Each task's Fisher matrix, means over seeds; dark is 0, light is 1. Orange boxes: directions not to be relied on."
+    _rows(figure, axes[0, 0], list(shown))
+    text = "Each task's Fisher matrix, means over seeds, no units; dark is 0, light is 1. Orange box: below the limit above."
     return drawing(name, figure, f"Heatmaps of kappa, rho and signal share for {len(shown)} methods.", text)
-
-
-SHOWN_TASKS = 6  # up to which a cell has room for its number
 
 
 def across(scores: Mapping[str, Mapping[str, Mapping[int, float]]], data: Sequence[str], name: str) -> Drawing:

@@ -16,7 +16,10 @@ LOW_SIGNAL, LOW_RHO = 0.8, 0.1  # below these a Fisher matrix's direction is not
 
 # Costs
 
-LIMITS = (("signal share", "signal_share", LOW_SIGNAL), ("ρ", "rho", LOW_RHO))
+LIMITS = (  # what is read, its key, below what, and what that means
+    ("signal share", "signal_share", LOW_SIGNAL, "directions partly noise"),
+    ("ρ", "rho", LOW_RHO, "directions that hold little of F"),
+)
 
 
 def costs(runs: Sequence[Finished], order: Sequence[str] = ()) -> Sheet:
@@ -78,18 +81,19 @@ def mean_of(rows: Sequence[Row], key: str) -> float | None:
 def fisher(rows: Mapping[str, Sequence[Sequence[Row]]]) -> Sheet:
     """Statistics of each task's Fisher matrix, means over seeds; ranges over directions and seeds."""
     body = []
+    ranged = [key for key in ("curvatures", "slopes") if any(r.get(key) for t in rows.values() for p in t for r in p)]
     for name, tasks in rows.items():
         for part in tasks:
             found = [mean_of(part, key) for key in FISHER]
             cells = [NONE if value is None else f"{value:,.0f}" if value >= 1e3 else f"{value:.3g}" for value in found]
-            ranges = [_range([x for row in part for x in row.get(key) or ()]) for key in ("curvatures", "slopes")]
+            ranges = [_range([x for row in part for x in row.get(key) or ()]) for key in ranged]
             directions = max((len(row.get("curvatures") or ()) for row in part), default=0)
             samples = mean_of(part, "num_samples")
             head = [name, str(part[0]["task"]), NONE if samples is None else f"{samples:,.0f}"]
             body.append([*head, *(c.replace("-", MINUS) for c in cells), str(directions or NONE), *ranges])
     head = ["method", "task", "samples", "κ", "ρ", "signal share", "samples needed", "trace of F"]
     text = "Means over seeds; for curvatures and slopes, smallest to largest over directions and seeds."
-    return Sheet([*head, "directions", "curvatures", "slopes"], body, text)
+    return Sheet([*head, "directions", *ranged], body, text)
 
 
 def _range(found: Sequence[float]) -> str:
@@ -108,18 +112,18 @@ def _low(rows: Mapping[str, Sequence[Sequence[Row]]], key: str, limit: float) ->
 def warning(rows: Mapping[str, Sequence[Sequence[Row]]]) -> str:
     """One sentence for all methods together."""
     said = []
-    for title, key, limit in LIMITS:
+    for title, key, limit, meaning in LIMITS:
         low, of = _low(rows, key, limit)
         if low:
-            said.append(f"{title} is below {limit:g} in {len(low)} of {of} estimates")
-    return f"Directions not to be relied on: {' and '.join(said)}."
+            said.append(f"{title} is below {limit:g} in {len(low)} of {of} estimates ({meaning})")
+    return f"Not to be relied on: {', '.join(said)}."
 
 
 def warnings(rows: Mapping[str, Sequence[Sequence[Row]]]) -> list[str]:
     """One sentence for each method whose directions are mostly noise or hold little of F."""
     said = []
     for name, tasks in rows.items():
-        for title, key, limit in LIMITS:
+        for title, key, limit, _ in LIMITS:
             low, of = _low({name: tasks}, key, limit)
             if low:
                 worst = min(low, key=lambda row: float(row[key]))

@@ -57,7 +57,10 @@ class Drawing(NamedTuple):
 
 def drawing(name: str, figure: Figure, alt: str, caption: str) -> Drawing:
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=DPI, facecolor="white", metadata={"Software": None})  # the same bits from the same runs
+    # Without matplotlib's version in it: the same bits from the same runs.
+    figure.savefig(
+        buffer, dpi=DPI, facecolor="white", bbox_inches="tight", pad_inches=0.06, metadata={"Software": None}
+    )
     plt.close(figure)
     return Drawing(name, buffer.getvalue(), alt, caption)
 
@@ -159,6 +162,10 @@ def show_strips(strips: Sequence[tuple[str, np.ndarray]], classes: Classes, titl
     named = "class " if len(shown) <= 10 else ""
     top.set_xticks([cell * (i + 0.5) - 1 for i in range(len(shown))], [f"{named}{c}" for c in shown], fontsize=9)
     top.xaxis.tick_top()
+    if len(shown) > 10:
+        for text, height, colour in (("class", 5, "black"), ("task", 19, "#555555")):
+            where = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "right", "fontsize": 9}
+            top.annotate(text, (0.0, 1.0), xytext=(-6, height), color=colour, **where)
     first = 0
     for number, part in enumerate(classes.tasks, start=1):
         if part:
@@ -216,12 +223,15 @@ def plain_log(axis: Any) -> None:
     axis.yaxis.set_minor_formatter(NullFormatter())
 
 
-def colour_bar(figure: Figure, image: Any, axes: Any) -> None:
+def colour_bar(figure: Figure, image: Any, axes: Any, rows: int = 1) -> None:
+    """As tall as about one of `rows` rows of panels, at the top."""
     low, high = image.norm.vmin, image.norm.vmax
     marks = [m * 10.0**power for power in range(-3, 7) for m in (1, 2, 3, 5, 7) if low <= m * 10.0**power <= high]
     if high < 4 * low:
         marks = [mark for mark in MaxNLocator(5).tick_values(low, high) if low <= mark <= high]
-    bar = figure.colorbar(image, ax=axes, label="FID (lower is better, log scale)", shrink=0.8)
+    bar = figure.colorbar(
+        image, ax=axes, label="FID (lower is better, log scale)", shrink=0.9 / rows, anchor=(0.0, 1.0)
+    )
     bar.set_ticks(marks, labels=[f"{mark:g}" for mark in marks])
     bar.set_ticks([], minor=True)
 
@@ -242,8 +252,9 @@ def task_lines(axis: Axes, r: Sequence[Sequence[float]]) -> None:
             [i + 1 for i in after],
             [r[i][j] for i in after],
             color=COLOURS[j] if few else plt.get_cmap("cividis")(j / tasks),
-            marker=MARKERS[j % len(MARKERS)],
+            marker=MARKERS[j] if few else "",
             markersize=5,
+            linewidth=1.5 if few else 1.1,
             label=f"task {j + 1}",
         )
     axis.set_xticks(range(1, tasks + 1, 1 if tasks <= 10 else 3))

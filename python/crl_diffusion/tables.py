@@ -134,7 +134,7 @@ def differences(runs: Sequence[Finished], baseline: str, order: Sequence[str] = 
         for column in COMPARED:
             found = seeds.paired(values(group, column.key), values(groups[baseline], column.key))
             test = seeds.sign_flip(list(found.values()))
-            p = NONE if test is None else f"{test.p:.2g}\nsmallest possible {test.smallest:.2g}"
+            p = NONE if test is None else f"{test.p:.3g}\nsmallest possible {test.smallest:.3g}"
             if len(row) == 1:
                 row.append(str(len(found)))
             row += [cell(found, DIFFERENCE_DIGITS, plus=True), p]
