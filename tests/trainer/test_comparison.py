@@ -17,6 +17,7 @@ from crl_diffusion.report import Finished
 from PIL import Image
 from scipy import stats
 
+RANK1 = "gd+rank1_lam=7-seed0"
 PICTURES = ("samples.png", "fid_matrices.png", "average_fid.png")
 
 
@@ -38,7 +39,7 @@ def test_two_methods_end_to_end(
     out = tmp_path / "comparison"
     out.mkdir()
     shutil.copy(extractor_path, out / "extractor.safetensors")
-    arguments = ["compare", "--methods", "fine-tune", "gd+rank1", "--jobs", "2", "--lam", "7", *_options(SHORT)]
+    arguments = ["compare", "--methods", "fine-tune", "gd+rank1", "--jobs", "2", "--lams", "7", *_options(SHORT)]
     arguments += ["--out", str(out)]
     assert cli.main(arguments) == 0
     said = capsys.readouterr().out
@@ -48,31 +49,31 @@ def test_two_methods_end_to_end(
     for name in PICTURES:
         assert str(out / name) in said
         assert _is_picture(out / name)
-    for cell in ("fine-tune-seed0", "gd+rank1-seed0"):
+    for cell in ("fine-tune-seed0", RANK1):
         for name in ("samples.png", "fid_matrix.png", "curves.png"):
             assert _is_picture(out / cell / name)
         assert list((out / cell / "tensorboard").iterdir())
 
     values = {run["method"]: run for run in json.loads((out / "comparison.json").read_text())["runs"]}
-    assert list(values) == ["fine-tune", "gd+rank1"]
+    assert list(values) == ["fine-tune", "gd+rank1:lam=7"]
     assert values["fine-tune"]["penalty_ms"] is None
     assert values["fine-tune"]["state_bytes"] == 0
-    assert values["gd+rank1"]["penalty_ms"] > 0
-    assert values["gd+rank1"]["state_bytes"] > 0
+    assert values["gd+rank1:lam=7"]["penalty_ms"] > 0
+    assert values["gd+rank1:lam=7"]["state_bytes"] > 0
     # Before the first old class, all methods are one.
-    assert values["fine-tune"]["fid_matrix"][0] == values["gd+rank1"]["fid_matrix"][0]
-    assert values["fine-tune"]["fid_matrix"][1] != values["gd+rank1"]["fid_matrix"][1]
-    config = json.loads((out / "gd+rank1-seed0" / "config.json").read_text())["run"]
+    assert values["fine-tune"]["fid_matrix"][0] == values["gd+rank1:lam=7"]["fid_matrix"][0]
+    assert values["fine-tune"]["fid_matrix"][1] != values["gd+rank1:lam=7"]["fid_matrix"][1]
+    config = json.loads((out / RANK1 / "config.json").read_text())["run"]
     assert config["recipe"]["penalty"]["lam"] == 7
 
     table = (out / "comparison.md").read_text()
     assert "| fine-tune |" in table
-    assert f"{values['gd+rank1']['average_fid']:,.1f}" in table
+    assert f"{values['gd+rank1:lam=7']['average_fid']:,.1f}" in table
 
     # The same command again trains nothing.
     before = {
         path: path.stat().st_mtime_ns
-        for cell in ("fine-tune-seed0", "gd+rank1-seed0")
+        for cell in ("fine-tune-seed0", RANK1)
         for path in (out / cell).rglob("*")
     }
     assert cli.main(arguments) == 0
@@ -99,12 +100,11 @@ def test_a_failed_run_is_shown_and_the_others_are_kept(
 
 
 def test_the_command_of_a_cell_gives_its_configuration(tmp_path: Path) -> None:
-    settings = Settings(steps=7, lr=0.005, mode="gradient", data="mnist")
-    for cell in compare.cells(settings, ["gd", "gd+rank1"], [0, 3], tmp_path):
+    settings = Settings(steps=7, lr=0.005, data="mnist")
+    for cell in compare.cells(settings, ["gd", "gd+rank1:gradient"], [0, 3], tmp_path):
         parsed = cli.parse(compare.command(cell, Path("data"), tmp_path / "e")[3:])
         assert isinstance(parsed, cli.Train)
         assert all(getattr(parsed, name) == value for name, value in vars(cell.config).items())
-        assert cell.config.mode == ("gradient" if cell.config.method == "gd+rank1" else None)
 
 
 def test_report_reads_a_run_folder(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
