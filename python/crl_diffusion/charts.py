@@ -47,10 +47,16 @@ def _panels(names: Sequence[str], height: float, x: str, y: str, **sharing: Any)
     return figure, shown, columns
 
 
-def _rows(figure: Figure, axis: Axes, names: Sequence[str]) -> None:
+def name_rows(axis: Axes, names: Sequence[str]) -> None:
     """A row for each method, from the top."""
     axis.set_yticks(range(len(names)), [wrap(name, NAME_WIDTH) for name in names], fontsize=9)
     axis.set_ylim(len(names) - 0.5, -0.5)
+
+
+def rows_height(names: Sequence[str], least: float = 0.34) -> float:
+    """Inches of a picture with a row for each method, in which the names' lines have room."""
+    lines = max(wrap(name, NAME_WIDTH).count("\n") + 1 for name in names)
+    return 1.2 + len(names) * max(least, 0.17 * lines)
 
 
 # Samples
@@ -192,8 +198,7 @@ def forest(groups: Groups, baseline: str, name: str) -> Drawing | None:
     names = [method for method in groups if method != baseline]
     if baseline not in groups or not names:
         return None
-    lines = sum(wrap(method, NAME_WIDTH).count("\n") + 1 for method in names)
-    size = (10, 1.1 + max(0.34 * len(names), 0.19 * lines))
+    size = (10, rows_height(names))
     figure, axes = plt.subplots(1, len(COMPARED), figsize=size, sharey=True, layout="constrained")
     figure.get_layout_engine().set(wspace=0.05)  # type: ignore[union-attr]
     squeezed = False
@@ -214,7 +219,7 @@ def forest(groups: Groups, baseline: str, name: str) -> Drawing | None:
         axis.set_xlabel(
             f"{column.title[:-2]}, FID points,\nless {wrap(baseline, NAME_WIDTH)}'s (left: better)", fontsize=9
         )
-    _rows(figure, axes[0], names)
+    name_rows(axes[0], names)
     text = (
         f"Paired differences to {baseline}, the orange line: blue dots are seeds, black the mean and its 95 % t interval "
         "(none from a single seed). An interval that crosses the line does not show a difference."
@@ -263,7 +268,7 @@ def lam_sweep(groups: Groups, name: str) -> Drawing | None:
     )
     for row, (family, runs) in zip(axes, found.items(), strict=True):
         plain = without_penalty(next(iter(runs.values()))[0], groups)
-        place = _places(list(runs))
+        place = places(list(runs))
         for axis, column in zip(row, COMPARED, strict=True):
             if plain is None:
                 axis.plot([], [], " ", label="no run of this replay without a penalty")
@@ -298,7 +303,7 @@ def lam_sweep(groups: Groups, name: str) -> Drawing | None:
     return drawing(name, figure, f"Average FID and forgetting against lam for {len(found)} methods.", text)
 
 
-def _places(lams: Sequence[float]) -> dict[float, float]:
+def places(lams: Sequence[float]) -> dict[float, float]:
     """Where each lam stands on a log axis: 0 and inf a factor of 10 outside of the others."""
     inner = [lam for lam in lams if 0 < lam < float("inf")] or [1.0]
     return {lam: min(inner) / 10 if lam == 0 else min(lam, max(inner) * 10) for lam in lams}
@@ -323,8 +328,7 @@ def fisher(rows: Mapping[str, Sequence[Sequence[Row]]], name: str) -> Drawing | 
     if not shown:
         return None
     tasks = max(row["task"] for parts in shown.values() for part in parts for row in part)
-    lines = sum(wrap(method, NAME_WIDTH).count("\n") + 1 for method in shown)
-    size = (2.6 + 2.5 * len(known), 1.3 + max(0.34 * len(shown), 0.19 * lines))
+    size = (2.6 + 2.5 * len(known), rows_height(list(shown)))
     figure, axes = plt.subplots(1, len(known), figsize=size, sharey=True, squeeze=False, layout="constrained")
     for axis, (key, title, limit, digits) in zip(axes[0], known, strict=True):
         table = np.full((len(shown), tasks), np.nan)
@@ -345,16 +349,14 @@ def fisher(rows: Mapping[str, Sequence[Sequence[Row]]], name: str) -> Drawing | 
         axis.set_xticks(ticks, [str(j + 1) for j in ticks])
         axis.set_xlabel("after learning task")
         axis.set_title(title, fontsize=10)
-    _rows(figure, axes[0, 0], list(shown))
+    name_rows(axes[0, 0], list(shown))
     text = "Each task's Fisher matrix, means over seeds, no units; dark is 0, light is 1. Orange box: below the limit above."
     return drawing(name, figure, f"Heatmaps of kappa, rho and signal share for {len(shown)} methods.", text)
 
 
 def across(scores: Mapping[str, Mapping[str, Mapping[int, float]]], data: Sequence[str], name: str) -> Drawing:
     """Normalised scores, one row a method, a marker a data set."""
-    lines = sum(wrap(method, NAME_WIDTH).count("\n") + 1 for method in scores)
-    per = 0.2 * len(data) + 0.15
-    figure, axis = plt.subplots(figsize=(9, 1.2 + max(per * len(scores), 0.19 * lines)), layout="constrained")
+    figure, axis = plt.subplots(figsize=(9, rows_height(list(scores), 0.2 * len(data) + 0.15)), layout="constrained")
     step = 0.8 / len(data)
     for k, part in enumerate(data):
         first = True
@@ -381,7 +383,7 @@ def across(scores: Mapping[str, Mapping[str, Mapping[int, float]]], data: Sequen
         axis.axhline(y - 0.5, color="#eeeeee", linewidth=1, zorder=0)
     for x in (0, 1):
         axis.axvline(x, color=GREY, linewidth=1, linestyle="--", zorder=0)
-    _rows(figure, axis, list(scores))
+    name_rows(axis, list(scores))
     axis.set_xlabel("(average FID − joint) / (fine-tune − joint); dashed: 0 as joint training, 1 as fine-tuning")
     axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
     text = (

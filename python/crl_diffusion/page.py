@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import re
+import struct
 from collections.abc import Mapping, Sequence
 from html import escape
 from string import Template
@@ -14,6 +15,7 @@ from crl_diffusion.pictures import Drawing
 from crl_diffusion.report import Finished, grouped
 from crl_diffusion.tables import Sheet
 
+SCREEN = 0.7  # screen pixels for a picture's pixel: text is as large in each of them
 NAMED = 6  # methods up to which a sentence names them
 OPEN_GRIDS = 4  # methods up to which all sample grids are shown unfolded
 
@@ -51,7 +53,7 @@ details { margin: .6rem 0; }
 summary { cursor: pointer; color: #0072b2; overflow-wrap: anywhere; }
 pre { background: #f6f6f6; padding: .7rem .9rem; font-size: .82rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 .warning { border-left: 4px solid #d55e00; background: #fdf3ec; padding: .5rem 1rem; margin: 1rem 0; }
-@media (max-width: 700px) { main { padding: .75rem .8rem 3rem; } figure img { max-width: none; width: 680px; }
+@media (max-width: 700px) { main { padding: .75rem .8rem 3rem; } figure img { max-width: 680px; }
   td:first-child { min-width: 7rem; max-width: 9rem; } }
 @media print { body { font-size: 10pt; } main { max-width: none; padding: 0; } .scroll { overflow: visible; }
   figure, tr { break-inside: avoid; } h2, h3 { break-after: avoid; } table { font-size: 7.5pt; }
@@ -107,7 +109,9 @@ def paragraph(text: str, kind: str = "") -> str:
 
 def figure(drawing: Drawing) -> str:
     source = base64.b64encode(drawing.png).decode("ascii")
-    image = f'<img src="data:image/png;base64,{source}" alt="{escape(drawing.alt)}">'
+    width, height = (round(pixels * SCREEN) for pixels in struct.unpack(">II", drawing.png[16:24]))
+    size = f'width="{width}" height="{height}"'
+    image = f'<img src="data:image/png;base64,{source}" {size} alt="{escape(drawing.alt)}">'
     return f'<figure><div class="scroll">{image}</div><figcaption>{escape(drawing.caption)}</figcaption></figure>'
 
 
