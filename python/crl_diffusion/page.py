@@ -8,9 +8,9 @@ import re
 import struct
 from collections.abc import Mapping, Sequence
 from html import escape
-from string import Template
 
-from crl_diffusion import charts, penalty_tables, provenance, seeds, tables
+from crl_diffusion import charts, effects, penalty_tables, provenance, seeds, tables
+from crl_diffusion.page_template import PAGE
 from crl_diffusion.pictures import Drawing
 from crl_diffusion.report import Finished, grouped
 from crl_diffusion.tables import Sheet
@@ -19,60 +19,13 @@ SCREEN = 0.7  # screen pixels for a picture's pixel: text is as large in each of
 NAMED = 6  # methods up to which a sentence names them
 OPEN_GRIDS = 4  # methods up to which all sample grids are shown unfolded
 
-PAGE = Template("""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
-<style>
-html { -webkit-text-size-adjust: 100%; }
-body { margin: 0; background: #fff; color: #1a1a1a; font: 16px/1.55 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; }
-main { max-width: 1080px; margin: 0 auto; padding: 1.5rem 1.25rem 4rem; }
-h1 { font-size: 1.7rem; line-height: 1.25; margin: .5rem 0; }
-h2 { font-size: 1.35rem; margin: 3rem 0 .75rem; padding-top: .75rem; border-top: 1px solid #ccc; }
-h3 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
-p, li { max-width: 46rem; overflow-wrap: anywhere; }
-a { color: #0072b2; }
-nav ul { columns: 2 18rem; padding-left: 1.2rem; margin: .5rem 0; }
-.scroll { overflow-x: auto; max-width: 100%; }
-table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; margin: .25rem 0; }
-caption, figcaption { text-align: left; caption-side: bottom; color: #444; font-size: .86rem; padding-top: .5rem; }
-figcaption, .note { max-width: 52rem; }
-.note { color: #444; font-size: .86rem; margin: .4rem 0 1rem; }
-th, td { padding: .3rem .7rem; text-align: right; vertical-align: top; border-bottom: 1px solid #e4e4e4; white-space: nowrap; }
-th { font-weight: 600; vertical-align: bottom; white-space: normal; min-width: 4.5rem; border-bottom: 1px solid #555; }
-th:first-child, td:first-child, .text td, .text th { text-align: left; }
-td:first-child { white-space: normal; min-width: 10rem; max-width: 20rem; font-weight: 500; }
-.text td { white-space: normal; overflow-wrap: anywhere; max-width: 34rem; }
-td small { color: #555; font-size: .92em; }
-tr.baseline td { background: #f4f4f4; }
-figure { margin: 1rem 0 1.75rem; }
-img { display: block; max-width: 100%; height: auto; }
-details { margin: .6rem 0; }
-summary { cursor: pointer; color: #0072b2; overflow-wrap: anywhere; }
-pre { background: #f6f6f6; padding: .7rem .9rem; font-size: .82rem; white-space: pre-wrap; overflow-wrap: anywhere; }
-.warning { border-left: 4px solid #d55e00; background: #fdf3ec; padding: .5rem 1rem; margin: 1rem 0; }
-@media (max-width: 700px) { main { padding: .75rem .8rem 3rem; } figure img { max-width: 680px; }
-  td:first-child { min-width: 7rem; max-width: 9rem; } }
-@media print { body { font-size: 10pt; } main { max-width: none; padding: 0; } .scroll { overflow: visible; }
-  figure, tr { break-inside: avoid; } h2, h3 { break-after: avoid; } table { font-size: 7.5pt; }
-  th, td { white-space: normal; padding: .2rem .35rem; min-width: 0; } td:first-child { min-width: 5rem; } }
-</style>
-</head>
-<body>
-<main>
-$body
-</main>
-</body>
-</html>
-""")
-
 FISHER_WORDS = (
     "κ is the squared length of the mean gradient over the mean squared length of a sample's gradient: near 0, samples "
     "pull in different ways and their mean says little. ρ is the share of the trace of the Fisher matrix F that lies "
-    "along the direction kept: how much of F a penalty on that direction can hold. Signal share is the expected squared "
-    "cosine between the true mean gradient and its estimate, 1 without sampling noise; samples needed is the number that "
+    "along the direction kept: how much of F a penalty on that direction can hold. Signal "
+    "share is the expected squared "
+    "cosine between the true mean gradient and its estimate, 1 without sampling noise; "
+    "samples needed is the number that "
     "would make it 0.9. "
     "Unbiased estimates can fall below 0 where the mean gradient is no more than noise."
 )
@@ -218,7 +171,7 @@ def _data_set(page: _Contents, data: str, runs: Sequence[Finished], baseline: st
     compared = tables.differences(runs, baseline, order)
     page.add(folded("Every value by seed", sheet(tables.by_seed(runs, order))))
     page.add(f"<h3>Differences to {escape(baseline)}, paired by seed</h3>")
-    page.draw(charts.forest(groups, baseline, file + "forest"), f"No other method to compare with {baseline} here.")
+    page.draw(effects.forest(groups, baseline, file + "forest"), f"No other method to compare with {baseline} here.")
     if compared is not None:
         page.add(sheet(compared))
 
@@ -233,7 +186,7 @@ def _data_set(page: _Contents, data: str, runs: Sequence[Finished], baseline: st
     for name, grid in grids.items():
         page.add(folded(f"After each task: {name}", figure(grid), len(grids) <= OPEN_GRIDS))
 
-    sweep = charts.lam_sweep(groups, file + "lam_sweep")
+    sweep = effects.lam_sweep(groups, file + "lam_sweep")
     page.heading(before + "Strength of the penalty")
     page.draw(sweep, "No method here was run with more than one lam.")
 
@@ -251,7 +204,7 @@ def _data_set(page: _Contents, data: str, runs: Sequence[Finished], baseline: st
         items = "".join(f"<li>{escape(text)}</li>" for text in warned)
         details = folded("Which, and how many samples would do", f"<ul>{items}</ul>", len(warned) <= 6)
         page.add(f'<div class="warning">{paragraph(penalty_tables.warning(rows))}{details}</div>')
-    page.draw(charts.fisher(rows, file + "fisher"), "Diagonal Fisher matrices have no directions to tell of.")
+    page.draw(effects.fisher(rows, file + "fisher"), "Diagonal Fisher matrices have no directions to tell of.")
     page.add(folded("Every task's Fisher matrix", sheet(penalty_tables.fisher(rows)), len(rows) <= 2))
 
 
@@ -260,19 +213,22 @@ def _across(page: _Contents, parts: Mapping[str, Sequence[Finished]], order: Seq
     scores = tables.across(parts, order)
     if not scores:
         page.add(paragraph("FIDs of different data sets do not compare, and a score between joint training and "
-                           "fine-tuning needs runs of both, with the seeds of the other methods: there are none."))  # fmt: skip
+                           "fine-tuning needs runs of both, with the seeds of the other "
+                           "methods: there are none."))  # fmt: skip
         return
     named = [data for data in parts if any(data in found for found in scores.values())]
-    page.draw(charts.across(scores, named, "across"))
+    page.draw(effects.across(scores, named, "across"))
     page.add(sheet(tables.across_sheet(scores, named)))
 
 
 def _made(page: _Contents, runs: Sequence[Finished]) -> None:
     m = runs[0].summary
     page.add(paragraph(
-        f"FIDs and accuracies are measured with the classifier {m['extractor']}, from {m['samples_per_task']} images drawn "
-        f"for each task by {m['sampler']}, against the {runs[0].settings['held_out']} images of that task. They compare "
-        "methods within this data set and this classifier, and nothing else. Runs of one seed see the same batches, noise, "
+        f"FIDs and accuracies are measured with the classifier {m['extractor']}, from "
+        f"{m['samples_per_task']} images drawn "
+        f"for each task by {m['sampler']}, against {tables.held_out(runs[0])} of that task. They compare "
+        "methods within this data set and this classifier, and nothing else. Runs of one seed "
+        "see the same batches, noise, "
         "timesteps, class order and evaluation latents."))  # fmt: skip
     together = provenance.compare_command(runs)
     if together:
@@ -297,18 +253,21 @@ def not_shown(runs: Sequence[Finished]) -> list[str]:
     found = [
         "One seed of each method: any difference may be chance. Run several seeds before concluding anything."
         if counts == [1]
-        else f"The replicate is the seed, and there are {said[0]} a method; tasks within a run are not independent and are "
+        else f"The replicate is the seed, and there are {said[0]} a method; tasks within a "
+        "run are not independent and are "
         f"not counted. {smallest}Intervals assume that differences over seeds are roughly normal.",
         "Intervals cover seeds: initial weights, batches, noise and evaluation latents. They do not cover another data "
         "set, model, length of training, class order or classifier for FID.",
-        "FIDs of a small classifier's features, from as many images as named above, are biased upwards and are not those "
+        "FIDs of a small classifier's features, from as many images as named above, are "
+        "biased upwards and are not those "
         "of Inception features in papers.",
         "Whoever picks the best of many methods or strengths on these numbers will find it less good on new seeds.",
     ]
     if {run.settings["held_out"] for run in runs} == {"validation"}:
         found.append("All evaluations used validation images, for choosing; they are not test results.")
     if len({run.config.get("device") for run in runs}) > 1:
-        found.append("Runs were made on different devices: their times do not compare, and their numbers are not paired "
+        found.append("Runs were made on different devices: their times do not compare, and "
+                     "their numbers are not paired "
                      "to the last bit.")  # fmt: skip
     return found
 

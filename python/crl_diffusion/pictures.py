@@ -243,7 +243,7 @@ def limits(matrices: Sequence[Sequence[Sequence[float]]]) -> tuple[float, float]
 
 
 def task_lines(axis: Axes, r: Sequence[Sequence[float]]) -> None:
-    """FID of each task after each task, a line a task: a few in colours, many from dark to light in the order learnt."""
+    """FID of each task after each task, a line a task: a few in colours, many from dark to light as learnt."""
     tasks = len(r)
     for j in range(tasks):
         after = [i for i in range(tasks) if len(r[i]) > j]

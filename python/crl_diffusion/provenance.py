@@ -78,7 +78,7 @@ def methods(runs: Sequence[Finished]) -> Sheet:
 
 
 def environment(runs: Sequence[Finished]) -> Sheet:
-    """Versions, machine, state of the repository: each value that occurs and, where there are several, in whose runs."""
+    """Versions, machine, state of the repository: each value that occurs and, of several, in whose runs."""
     flat = {run.path: _flat({k: v for k, v in run.record.items() if k not in RECORDED}) for run in runs}
     names = dict.fromkeys(name for found in flat.values() for name in found)
     body = []

@@ -102,16 +102,27 @@ def caption(runs: Sequence[Finished]) -> str:
     s, m = runs[0].settings, runs[0].summary
     length = f"{s['epochs']} epochs" if s["epochs"] else f"{s['steps']} steps"
     text = (
-        f"{runs[0].data}, {s['image_size']} pixels, {_many(s['tasks'], 'task')} of {_many(s['classes_per_task'], 'class')}, {length} a "
-        f"task, {s['held_out']} images. FID on the features of {m['extractor']}, {m['samples_per_task']} images a task, "
-        f"{m['sampler']}. T is the number of tasks; forgetting is the sum over the tasks before the last of FID at the "
+        f"{runs[0].data}, {s['image_size']} pixels, {_many(s['tasks'], 'task')} of "
+        f"{_many(s['classes_per_task'], 'class')}, {length} a "
+        f"task. FID on the features of {m['extractor']}, {m['samples_per_task']} images a task, "
+        f"{m['sampler']}, against {held_out(runs[0])} of the task. T is the number of tasks; "
+        "forgetting is the sum over the tasks before the last of FID at the "
         "end less FID when learnt, divided by T − 1 (mean over these tasks) or by T (as the rank-1 paper has it). "
-        "Conditional accuracy: share of drawn images that the extractor takes for their label. ↓ lower is better, "
+        "Conditional accuracy: share of drawn images that "
+        f"{m.get('classifier', m['extractor'])} takes for their label. ↓ lower is better, "
         "↑ higher is better."
     )
     if several(runs):
         return text + " ± is the standard deviation over seeds; brackets are 95 % t intervals of the mean."
     return text + " One seed: differences may be chance."
+
+
+def held_out(run: Finished) -> str:
+    """What images FIDs compare with: their number, where it is on record, and which part of the data they are."""
+    counts = run.summary.get("held_out_images") or []
+    counts = [n for n in (counts if isinstance(counts, list) else [counts]) if n]
+    number_said = " to ".join(map(str, dict.fromkeys((min(counts), max(counts))))) + " " if counts else "the "
+    return f"{number_said}{run.settings['held_out']} images"
 
 
 def _many(count: int, noun: str) -> str:
