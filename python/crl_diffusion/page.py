@@ -119,7 +119,7 @@ def render(
     title = f"Continual diffusion: {', '.join(parts)}"
     methods, count = len({run.method for run in runs}), len({run.seed for run in runs})
     seeds_said = f"{count} seeds" if count > 1 else f"seed {runs[0].seed} only"
-    lead = f"{len(runs)} finished runs: {methods} method{'s' * (methods != 1)}, {seeds_said}."
+    lead = f"{len(runs)} finished run{'s' * (len(runs) != 1)}: {methods} method{'s' * (methods != 1)}, {seeds_said}."
     links = "\n".join(f'<li><a href="#{anchor}">{escape(name)}</a></li>' for anchor, name in page.links)
     top = [f"<h1>{escape(title)}</h1>", paragraph(lead)]
     for data, part in parts.items():

@@ -216,9 +216,10 @@ def heatmap(axis: Axes, r: Sequence[Sequence[float]], limits: tuple[float, float
 
 
 def plain_log(axis: Any) -> None:
-    """A logarithmic y axis with ticks that read 1, 2, 5, 10, 20, ..."""
+    """A logarithmic y axis with ticks that read 1, 2, 5, 10, 20, ... or, over a short range, evenly spaced ones."""
     axis.set_yscale("log")
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axis.get_ylim()
+    axis.yaxis.set_major_locator(MaxNLocator(6) if high < 4 * low else LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_formatter(NullFormatter())
 
