@@ -322,8 +322,7 @@ def diagnose(command: Diagnose) -> int:
         raise OptionError(f"{str(command.run)!r} holds no run; give a folder that `train` has written")
     console = Console(soft_wrap=True)
 
-    from crl_diffusion import diagnosis
-    from crl_diffusion import report as reporting
+    from crl_diffusion import diagnosis, tables
 
     def say(line: str) -> None:
         console.print(line, highlight=False, markup=False)
@@ -342,7 +341,7 @@ def diagnose(command: Diagnose) -> int:
     say("\n" + "\n".join(found.verdict.sentences) + "\n")
     head, body = found.table()
     caption = f"{found.num_samples} samples at every timestep; brackets are 95 % intervals."
-    show(console, reporting.rich_table(head, body, caption), paths)
+    show(console, tables.rich_table(head, body, caption), paths)
     return 0
 
 

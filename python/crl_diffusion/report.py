@@ -1,32 +1,38 @@
-"""Reports: tables and pictures, from run folders only. Nothing here trains, samples or measures.
+"""Reports: what run folders say, which of them may be put side by side, and the files that come of it.
 
-The replicate is the seed: one run gives one number of each kind. Several seeds are shown as mean and standard deviation
-and, against a baseline, as the mean of the differences paired by seed with a 95 % Student t interval.
+Nothing here trains, samples or measures. Statistics are in `seeds.py`, tables in `tables.py`, pictures in `charts.py`,
+the HTML page in `page.py`.
 """
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from rich import box
 from rich.table import Table
 
 from crl_diffusion import metrics
-from crl_diffusion.method import OptionError
+from crl_diffusion.method import DATA_PLANS, OptionError, RunConfig, Settings, spell
 from crl_diffusion.records import Row, read_json, read_rows, write_json
+
+# Options that do not decide how a number was measured or what it cost in training: runs may differ in them.
+FREE = {"method", "recipe", "seed", "device", "log_every", "checkpoint_every"}
+# Options of the penalty's Fisher matrix: they may differ from method to method, and not within one.
+OF_THE_METHOD = {"recipe", "fisher_samples", "fisher_estimate", "fisher_images"}
+MEASURED_WITH = ("extractor", "classifier", "samples_per_task", "sampler", "held_out_images")
 
 
 class Finished(NamedTuple):
-    """One finished run."""
+    """One finished run: its folder, its configuration, its summary, and all of its config.json."""
 
     path: Path
     config: dict[str, Any]
     summary: Row
+    record: Mapping[str, Any] = {}
 
     @property
     def method(self) -> str:
@@ -35,6 +41,33 @@ class Finished(NamedTuple):
     @property
     def seed(self) -> int:
         return int(self.config["seed"])
+
+    @property
+    def data(self) -> str:
+        return str(self.config["data"])
+
+    @property
+    def lam(self) -> float | None:
+        """The strength of its penalty; None without one."""
+        penalty = self.config["recipe"]["penalty"]
+        return None if penalty is None else float(penalty["lam"])
+
+    @property
+    def family(self) -> str:
+        """Its method without lam: runs of one family differ in the strength of their penalty only."""
+        try:
+            return spell(self.method, with_lam=False)
+        except OptionError:  # a method of another version of this package, whose options are not known here
+            return self.method
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The configuration, with what a run of an earlier version does not name filled in: it had the defaults."""
+        plan, defaults = DATA_PLANS.get(self.data), {f.name: f.default for f in fields(Settings)}
+        merged = {**defaults, **self.config}
+        for name in ("image_size", "tasks", "classes_per_task"):
+            merged[name] = merged[name] or getattr(plan, name, 0)
+        return merged
 
 
 # Reading
@@ -46,7 +79,7 @@ def fid_matrix(rows: Sequence[Row], key: str = "fid") -> list[list[float]]:
     tasks = max(row["after_task"] for row in evaluations)
     matrix: list[list[float]] = [[] for _ in range(tasks)]
     for row in evaluations:
-        if key in row:  # an older version's rows have fewer keys
+        if key in row:  # rows of an earlier version have fewer keys
             matrix[row["after_task"] - 1].append(row[key])
     return matrix
 
@@ -74,7 +107,7 @@ def summarise(run: Path) -> Row:
         "held_out_images": [tasks[task].get("held_out_images") for task in sorted(tasks)],
         "sampler": f"{last['sampler']}, {last['sampler_steps']} steps",
         "penalty_ms": float(np.median(penalty)) if penalty else None,
-        "step_ms": float(np.median([row["step_ms"] for row in timings])),
+        "step_ms": float(np.median([row["step_ms"] for row in timings if "step_ms" in row])),
         "state_bytes": fishers[-1]["state_bytes"] if fishers else 0,
     }
 
@@ -89,47 +122,61 @@ def find(folders: Iterable[Path]) -> tuple[list[Finished], list[Path]]:
         for path in sorted({folder / "config.json", *folder.glob("*/config.json")}):
             run = path.parent
             if (run / "summary.json").exists():
-                runs[run.resolve()] = Finished(run, read_json(path)["run"], read_json(run / "summary.json"))
+                record = read_json(path)
+                runs[run.resolve()] = Finished(run, record["run"], read_json(run / "summary.json"), record)
             elif path.exists():
                 unfinished.append(run)
     return list(runs.values()), unfinished
 
 
-# Numbers over seeds
-
-
-def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and, from two values on, the sample standard deviation."""
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
-
-
-def paired_difference(values: dict[int, float], baseline: dict[int, float]) -> tuple[float, float, int] | None:
-    """(mean, half width of the 95 % t interval, n) of value - baseline over the seeds of both; None below two."""
-    from scipy import stats
-
-    seeds = sorted(values.keys() & baseline.keys())
-    if len(seeds) < 2:
-        return None
-    differences = np.array([values[seed] - baseline[seed] for seed in seeds])
-    error = differences.std(ddof=1) / math.sqrt(len(seeds))
-    return float(differences.mean()), float(stats.t.ppf(0.975, len(seeds) - 1) * error), len(seeds)
+# Side by side
 
 
 def grouped(runs: Sequence[Finished], order: Sequence[str] = ()) -> dict[str, list[Finished]]:
-    """Runs by method: those of `order` first, then as found."""
-    names = [name for name in order if any(run.method == name for run in runs)]
-    names += [name for name in dict.fromkeys(run.method for run in runs) if name not in names]
-    return {name: sorted((run for run in runs if run.method == name), key=lambda run: run.seed) for name in names}
+    """Runs by method, in the order of seeds: methods of `order` first, then as found; one family side by side, from
+    the smallest lam up."""
+    families = list(dict.fromkeys(run.family for run in runs))
+
+    def place(run: Finished) -> tuple[float, ...]:
+        named = [name for name in (run.method, run.method.partition(":")[0]) if name in order]
+        known = order.index(named[0]) if named else len(order)
+        return known, families.index(run.family), -1.0 if run.lam is None else run.lam, run.seed
+
+    result: dict[str, list[Finished]] = {}
+    for run in sorted(runs, key=place):
+        result.setdefault(run.method, []).append(run)
+    return result
+
+
+def by_data(runs: Sequence[Finished]) -> dict[str, list[Finished]]:
+    """Runs of each data set, in the order of `DATA_PLANS`."""
+    names = sorted(
+        {run.data for run in runs}, key=lambda name: (name not in DATA_PLANS, [*DATA_PLANS, name].index(name))
+    )
+    return {name: [run for run in runs if run.data == name] for name in names}
+
+
+def differing(runs: Sequence[Finished]) -> list[str]:
+    """Options that are not the same in all runs, in the order of RunConfig."""
+    names = [f.name for f in fields(RunConfig)]
+    names += sorted({key for run in runs for key in run.config} - set(names))
+    return [name for name in names if len({repr(run.settings.get(name)) for run in runs}) > 1]
 
 
 def comparable(runs: Sequence[Finished]) -> None:
-    """Refuse to put numbers side by side that were not measured in the same way."""
-    for key in ("extractor", "classifier", "samples_per_task", "sampler", "held_out", "held_out_images"):
-        kinds = sorted({str(run.summary[key]) for run in runs if key in run.summary})
-        if len(kinds) > 1:
-            raise OptionError(
-                f"these runs differ in their {key} ({', '.join(kinds)}): their FIDs do not compare; report them apart"
-            )
+    """Refuse to put numbers side by side that were not made and measured in the same way."""
+    for key in MEASURED_WITH:
+        known = [run for run in runs if run.summary.get(key) is not None]
+        _same(known, key, {run.path: run.summary[key] for run in known}, "their FIDs do not compare")
+    free = FREE | OF_THE_METHOD | {"lam", "mode"}  # these two are part of the recipe, and were options once
+    for key in differing(runs):
+        if key not in free:
+            _same(runs, key, {run.path: run.settings.get(key) for run in runs}, "a difference may come from that")
+    for name, group in grouped(runs).items():
+        for key in differing(group):
+            if key in OF_THE_METHOD:
+                values = {run.path: run.settings.get(key) for run in group}
+                _same(group, key, values, f"they are all called {name}, but their seeds are not replicates")
     seen: dict[tuple[str, int], Path] = {}
     for run in runs:
         twin = seen.setdefault((run.method, run.seed), run.path)
@@ -139,117 +186,44 @@ def comparable(runs: Sequence[Finished]) -> None:
             )
 
 
-class Column(NamedTuple):
-    title: str
-    key: str
-    digits: int
-    scale: float = 1.0
+def _same(runs: Sequence[Finished], key: str, values: Mapping[Path, Any], reason: str) -> None:
+    """Refuse runs that differ in `key`, saying which has what."""
+    kinds: dict[str, list[str]] = {}
+    for run in runs:
+        kinds.setdefault(str(values[run.path]), []).append(str(run.path))
+    if len(kinds) > 1:
+        named = [
+            f"{kind} in {paths[0]}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
+            for kind, paths in kinds.items()
+        ]
+        raise OptionError(f"these runs differ in their {key} ({'; '.join(named)}): {reason}; report them apart")
 
 
-COLUMNS = (
-    Column("average FID", "average_fid", 1),
-    Column("forgetting", "forgetting", 1),
-    Column("conditional accuracy", "accuracy", 3),
-    Column("task 1 accuracy", "accuracy_task_1", 3),
-    Column("penalty ms/step", "penalty_ms", 2),
-    Column("state bytes", "state_bytes", 0),
-)
-
-
-def _cell(runs: Sequence[Finished], column: Column) -> str:
-    values = [run.summary[column.key] for run in runs]
-    if any(value is None for value in values):
-        return "-"
-    mean, spread = mean_and_spread(values)
-    text = f"{mean:.{column.digits}f}"
-    # Time and size are properties of the method, not observations of it.
-    noisy = column.key not in ("penalty_ms", "state_bytes")
-    return f"{text} ± {spread:.{column.digits}f}" if spread is not None and noisy else text
-
-
-def table(runs: Sequence[Finished], baseline: str, order: Sequence[str] = ()) -> tuple[list[str], list[list[str]], str]:
-    """Headings, rows and a caption that says how the numbers were made."""
-    groups = grouped(runs, order)
-    seeds = max(len(group) for group in groups.values())
-    head = ["method", *(column.title for column in COLUMNS)]
-    paired = baseline in groups and seeds > 1 and len(groups) > 1
-    if seeds > 1:
-        head.insert(1, "seeds")
-    if paired:
-        head += [f"average FID less {baseline}'s", f"forgetting less {baseline}'s"]
-    body = []
-    for name, group in groups.items():
-        row = [name, *(_cell(group, column) for column in COLUMNS)]
-        if seeds > 1:
-            row.insert(1, str(len(group)))
-        if paired:
-            row += [_difference(group, groups[baseline], key) for key in ("average_fid", "forgetting")]
-        body.append(row)
-    first = runs[0]
-    caption = (
-        f"{first.config['data']}, {first.config['tasks']} tasks of {first.config['classes_per_task']} class(es), "
-        f"{first.config['steps']} steps a task. "
-        f"FID on the features of {first.summary['extractor']}, {first.summary['samples_per_task']} images a task "
-        f"({first.summary['sampler']}) against {_held_out(first)}; forgetting = mean over tasks before the last of FID "
-        "at the end less FID when learnt. Lower is better for both. Accuracy: images that "
-        f"{first.summary.get('classifier', first.summary['extractor'])} takes for their label."
-    )
-    if seeds > 1:
-        caption += " ± is the standard deviation over seeds"
-        caption += "; brackets are 95 % t intervals of the differences paired by seed." if paired else "."
-    else:
-        caption += " One seed: differences may be chance."
-    return head, body, caption
-
-
-def _held_out(run: Finished) -> str:
-    """What FIDs compare with, in words: "119 to 121 held-out test images"."""
-    counts = [n for n in run.summary.get("held_out_images", []) if n is not None]
-    numbers = " to ".join(map(str, dict.fromkeys((min(counts), max(counts))))) + " " if counts else ""
-    return f"{numbers}held-out {run.summary.get('held_out', 'test')} images"
-
-
-def _difference(group: Sequence[Finished], baseline: Sequence[Finished], key: str) -> str:
-    values, reference = (
-        {r.seed: r.summary[key] for r in part if r.summary[key] is not None} for part in (group, baseline)
-    )
-    result = paired_difference(values, reference)
-    if result is None or group == baseline:
-        return "-"
-    mean, half, _ = result
-    return f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]"
-
-
-def rich_table(head: Sequence[str], body: Sequence[Sequence[str]], caption: str) -> Table:
-    result = Table(caption=caption, caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for i, title in enumerate(head):
-        two_lines = "\n".join(title.rsplit(" ", 1))
-        result.add_column(two_lines, justify="left" if i == 0 else "right", overflow="fold")
-    for row in body:
-        result.add_row(*row)
-    return result
-
-
-def markdown(head: Sequence[str], body: Sequence[Sequence[str]], caption: str) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
-    lines += ["| " + " | ".join(row) + " |" for row in body]
-    return "\n".join([*lines, "", caption, ""])
+# Writing
 
 
 def write(folders: Sequence[Path], out: Path, baseline: str, order: Sequence[str] = ()) -> tuple[Table, list[Path]]:
-    """The table of all finished runs; the same as comparison.md and comparison.json, and the pictures, in `out`."""
-    from crl_diffusion import pictures
+    """All finished runs as report.html, comparison.md, comparison.json and pictures in `out`; returns the table for a
+    terminal and the files."""
+    from crl_diffusion import page, tables
 
     runs, _ = find(folders)
     if not runs:
         where = ", ".join(repr(str(folder)) for folder in folders)
         raise OptionError(f"no finished run in {where}; give folders that `train` or `compare` has written")
-    comparable(runs)
+    parts = by_data(runs)
+    for part in parts.values():
+        comparable(part)
     out.mkdir(parents=True, exist_ok=True)
-    head, body, caption = table(runs, baseline, order)
-    paths = pictures.comparison(runs, out, order)
-    (out / "comparison.md").write_text(markdown(head, body, caption), encoding="utf-8")
-    ordered = [run for group in grouped(runs, order).values() for run in group]
-    values = [{**run.summary, "folder": os.path.relpath(run.path, out)} for run in ordered]
-    write_json(out / "comparison.json", {"caption": caption, "runs": values})
-    return rich_table(head, body, caption), [*paths, out / "comparison.md", out / "comparison.json"]
+    html, drawn = page.render(parts, baseline, order)
+    paths = [drawing.save(out) for drawing in drawn if drawing.name]
+
+    sheets = [tables.markdown_sheets(part, baseline, order) for part in parts.values()]
+    for name, text in (("comparison.md", "\n".join(sheets)), ("report.html", html)):
+        (out / name).write_text(text, encoding="utf-8")
+    captions = {name: tables.caption(part) for name, part in parts.items()}
+    ordered = [run for part in parts.values() for group in grouped(part, order).values() for run in group]
+    values = [{**run.summary, "data": run.data, "folder": os.path.relpath(run.path, out)} for run in ordered]
+    write_json(out / "comparison.json", {"caption": " ".join(captions.values()), "runs": values})
+    paths += [out / "comparison.md", out / "comparison.json", out / "report.html"]
+    return tables.for_terminal(parts, baseline, order), paths

@@ -1,21 +1,17 @@
-"""Comparing runs: end to end, and the statistics and refusals of reports."""
+"""Comparing runs, end to end: training, tables, pictures, the page."""
 
 from __future__ import annotations
 
 import json
-import math
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import SHORT, child_environment
-from crl_diffusion import cli, compare, report
-from crl_diffusion.method import RunConfig, Settings
-from crl_diffusion.report import Finished
+from crl_diffusion import cli, compare
+from crl_diffusion.method import Settings
 from PIL import Image
-from scipy import stats
 
 RANK1 = "gd+rank1_lam=7-seed0"
 PICTURES = ("samples.png", "fid_matrices.png", "average_fid.png")
@@ -49,6 +45,8 @@ def test_two_methods_end_to_end(
     for name in PICTURES:
         assert str(out / name) in said
         assert _is_picture(out / name)
+    assert str(out / "report.html") in said
+    assert (out / "report.html").read_text().count("<img ") >= len(PICTURES)
     for cell in ("fine-tune-seed0", RANK1):
         for name in ("samples.png", "fid_matrix.png", "curves.png"):
             assert _is_picture(out / cell / name)
@@ -124,66 +122,3 @@ def test_report_names_what_is_unfinished(finished: Path, tmp_path: Path, capsys:
     (tmp_path / "b" / "summary.json").unlink()
     assert cli.main(["report", str(tmp_path)]) == 0
     assert f"{tmp_path / 'b'} is not finished and is left out" in capsys.readouterr().out.replace("\n", " ")
-
-
-@pytest.fixture
-def run() -> Callable[..., Finished]:
-    def make(method: str, seed: int, average_fid: float = 1.0, **summary: Any) -> Finished:
-        config = RunConfig(method=method, seed=seed).as_json()  # type: ignore[arg-type]
-        base = {
-            "average_fid": average_fid,
-            "forgetting": average_fid / 2,
-            "accuracy": 0.5,
-            "accuracy_task_1": 0.25,
-            "penalty_ms": None,
-            "step_ms": 10.0,
-            "state_bytes": 0,
-            "extractor": "e",
-            "samples_per_task": 8,
-            "sampler": "s",
-        }
-        return Finished(Path(f"{method}-{seed}"), config, {**base, **summary})
-
-    return make
-
-
-def test_differences_are_paired_by_seed_with_a_t_interval(run: Callable[..., Finished]) -> None:
-    gd = {0: 10.0, 1: 20.0, 2: 30.0, 5: 99.0}
-    rank1 = {0: 9.0, 1: 18.5, 2: 29.5, 7: -50.0}
-    result = report.paired_difference(rank1, gd)
-    assert result is not None
-    mean, half, n = result
-    differences = [-1.0, -1.5, -0.5]
-    interval = stats.ttest_1samp(differences, 0).confidence_interval(0.95)
-    assert n == 3
-    assert (mean - half, mean + half) == pytest.approx((interval.low, interval.high))
-    assert report.paired_difference({0: 1.0}, {0: 2.0}) is None
-    assert report.paired_difference({0: 1.0, 1: 2.0}, {2: 1.0, 3: 2.0}) is None
-
-    runs = [run("gd", s, v) for s, v in gd.items()] + [run("gd+rank1", s, v) for s, v in rank1.items()]
-    head, body, caption = report.table(runs, "gd", ("gd", "gd+rank1"))
-    assert head[:3] == ["method", "seeds", "average FID"]
-    assert body[1][-2] == f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]"
-    assert body[0][-2:] == ["-", "-"]
-    assert "paired by seed" in caption
-    spread = math.sqrt(sum((v - 39.75) ** 2 for v in gd.values()) / 3)
-    assert body[0][2] == f"39.8 ± {spread:.1f}"
-
-
-def test_one_seed_says_so_and_claims_no_interval(run: Callable[..., Finished]) -> None:
-    head, body, caption = report.table([run("gd", 0), run("joint", 0, forgetting=None)], "gd")
-    assert "seeds" not in head
-    assert "differences may be chance" in caption
-    assert body[1][head.index("forgetting")] == "-"
-
-
-@pytest.mark.parametrize("key", ["extractor", "samples_per_task", "sampler"])
-def test_numbers_that_do_not_compare_are_refused(run: Callable[..., Finished], key: str) -> None:
-    with pytest.raises(report.OptionError, match=f"these runs differ in their {key}"):
-        report.comparable([run("gd", 0), run("gd+rank1", 0, **{key: "another"})])
-
-
-def test_two_runs_of_one_method_and_seed_are_refused(run: Callable[..., Finished]) -> None:
-    twin = run("gd", 0)._replace(path=Path("elsewhere"))
-    with pytest.raises(report.OptionError, match="are both gd with seed 0"):
-        report.comparable([run("gd", 0), twin])

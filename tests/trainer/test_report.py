@@ -1,0 +1,404 @@
+"""Reports from run folders: the page, its numbers, and which runs may stand side by side."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Callable
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from crl_diffusion import cli, effects, page, penalty_tables, pictures, provenance, report, seeds, tables
+from crl_diffusion.compare import folder_name
+from crl_diffusion.method import RunConfig
+from crl_diffusion.report import Finished
+from matplotlib import pyplot as plt
+from run_folders import fabricate
+
+LONG = "gd+bands16:top,slopes,gradient,lam=60"
+VOID = {"meta", "img", "br", "wbr"}
+SECTIONS = ("Results", "FID after each task", "What the methods draw", "Strength of the penalty")
+SECTIONS += ("Cost of the penalty", "Fisher matrices", "How it was made", "What this page does not show")
+
+
+class Page(HTMLParser):
+    """Text, headings, table rows and pictures of a page; fails on tags that do not match."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.html = path.read_text(encoding="utf-8")
+        self.open: list[str] = []
+        self.links: list[str] = []
+        self.ids: list[str] = []
+        self.images: list[dict[str, str | None]] = []
+        self.captions: list[str] = []
+        self.headings: list[str] = []
+        self.rows: list[list[str]] = []
+        self.feed(self.html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "img":
+            self.images.append({**found, "in": " ".join(self.open)})
+        self.links += [value for key, value in attrs if key in ("src", "href", "srcset", "action", "data") and value]
+        self.ids += [value for key, value in attrs if key == "id" and value]
+        assert tag not in ("script", "link", "iframe", "object", "embed")
+        for opened, kept in (("figcaption", self.captions), ("h2", self.headings)):
+            if tag == opened:
+                kept.append("")
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, text: str) -> None:
+        if "figcaption" in self.open:
+            self.captions[-1] += text
+        if "h2" in self.open:
+            self.headings[-1] += text
+        if "td" in self.open or "th" in self.open:
+            self.rows[-1][-1] += text
+
+
+def _write(root: Path, methods: dict[str, float], chosen: tuple[int, ...], **settings: Any) -> Path:
+    for method, level in methods.items():
+        for seed in chosen:
+            fabricate(root / folder_name(method, seed), method, seed, level, **settings)
+    return root
+
+
+METHODS = {"fine-tune": 80.0, "joint": 3.0, "gd": 10.0, "gd+rank1": 9.0, "gd+rank1:lam=60": 9.5, LONG: 8.0}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six methods, three seeds."""
+    return _write(tmp_path_factory.mktemp("runs"), METHODS, (0, 1, 4), tasks=3, classes_per_task=1)
+
+
+@pytest.fixture(scope="module")
+def written(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Their report."""
+    out = tmp_path_factory.mktemp("report")
+    report.write([runs], out, "gd", ("fine-tune", "joint", "gd"))
+    return out
+
+
+def test_the_page_needs_nothing_but_itself(written: Path) -> None:
+    read = Page(written / "report.html")
+    assert all(link.startswith(("data:image/png;base64,", "#")) for link in read.links)
+    assert {link[1:] for link in read.links if link.startswith("#")} == set(read.ids)
+    assert not re.search(r"url\(|@import|https?://", read.html)
+
+
+def test_every_picture_has_a_caption_and_words_for_those_who_do_not_see_it(written: Path) -> None:
+    read = Page(written / "report.html")
+    assert len(read.images) == len(read.captions) >= 7
+    for image, caption in zip(read.images, read.captions, strict=True):
+        assert len(image["alt"] or "") > 20
+        assert "figure" in (image["in"] or "")
+        assert len(caption) > 40
+
+
+def test_the_page_has_all_sections(written: Path) -> None:
+    assert Page(written / "report.html").headings == list(SECTIONS)
+
+
+def test_numbers_on_the_page_are_those_of_the_summaries(runs: Path, written: Path) -> None:
+    read = Page(written / "report.html")
+    summaries = [json.loads(path.read_text()) for path in sorted(runs.glob("*/summary.json"))]
+    columns = {column.title: column.key for column in (*tables.COLUMNS, *tables.COSTS)}
+    head = next(row for row in read.rows if row[:2] == ["method", "seed"])
+    shown = [row for row in read.rows if len(row) == len(head)]
+    for summary in summaries:
+        row = next(row for row in shown if row[:2] == [summary["method"], str(summary["seed"])])
+        for title, text in zip(head, row, strict=True):
+            if (key := columns.get(title.replace("\N{NO-BREAK SPACE}", " "))) is not None:
+                value = summary[key]
+                assert text == tables.NONE if value is None else float(text.replace("−", "-")) == pytest.approx(value)
+
+    # Mean, standard deviation and interval over seeds, by numpy and scipy.
+    found = [summary["average_fid"] for summary in summaries if summary["method"] == LONG]
+    e = seeds.estimate(found)
+    row = next(row for row in read.rows if row[:2] == [LONG, "3"])
+    assert row[2] == f"{np.mean(found):.1f} ± {np.std(found, ddof=1):.1f}[{e.low:.1f}, {e.high:.1f}]"
+    # Both forgettings, by name.
+    heading = next(row for row in read.rows if row[:2] == ["method", "seeds"])
+    titles = [text.replace("\N{NO-BREAK SPACE}", " ") for text in heading]
+    r = [summary["fid_matrix"] for summary in summaries if summary["method"] == LONG]
+    total = np.mean([m[2][0] - m[0][0] + m[2][1] - m[1][1] for m in r])
+    for divisor, title in ((2, "forgetting, ÷ (T − 1) ↓"), (3, "forgetting, ÷ T ↓")):
+        assert row[titles.index(title)].startswith(f"{total / divisor:.1f} ")
+
+
+def test_differences_are_paired_and_their_p_value_names_its_floor(runs: Path, written: Path) -> None:
+    read = Page(written / "report.html")
+    row = next(row for row in read.rows if row[0] == LONG and "smallest possible" in row[3])
+    values = {
+        (s["method"], s["seed"]): s["average_fid"]
+        for s in (json.loads(p.read_text()) for p in runs.glob("*/summary.json"))
+    }
+    e = seeds.estimate([values[LONG, seed] - values["gd", seed] for seed in (0, 1, 4)])
+    assert e.low is not None
+    assert row[1] == "3"
+    assert row[2].startswith(f"{e.mean:+.2f} ± {e.spread:.2f}[{e.low:+.2f}, ".replace("-", "−"))
+    assert row[3] == "0.25smallest possible 0.25"
+
+
+def test_markdown_and_json_say_the_same(runs: Path, written: Path) -> None:
+    text = (written / "comparison.md").read_text()
+    saved = json.loads((written / "comparison.json").read_text())["runs"]
+    assert len(saved) == 18
+    assert all((written / run["folder"] / "summary.json").exists() for run in saved)
+    mean = np.mean([run["average_fid"] for run in saved if run["method"] == "gd"])
+    assert re.search(rf"^\| gd \| 3 \| {mean:.1f} ± ", text, re.MULTILINE)
+    assert all(
+        line.count(" | ") == 5 for line in text.splitlines() if line.startswith(f"| {LONG}") and "smallest" in line
+    )
+    assert "smallest possible 0.25" in text
+
+
+def test_what_comes_from_files_is_escaped(tmp_path: Path) -> None:
+    folder = fabricate(tmp_path / "a", "gd", 0, tasks=2, classes_per_task=1)
+    record = json.loads((folder / "config.json").read_text())
+    record["environment"]["torch"] = "<b onload=x>&"
+    record["git"] = {"commit": "0123abc", "dirty": True}
+    (folder / "config.json").write_text(json.dumps(record))
+    report.write([tmp_path], tmp_path / "out", "gd")
+    read = Page(tmp_path / "out" / "report.html")
+    assert ["torch", "<b onload=x>&"] in read.rows
+    assert ["git commit", "0123abc"] in read.rows
+    # One method, one seed: nothing is compared, and the page says why.
+    assert "One seed" in read.html
+    assert "No other method to compare with gd" in read.html
+    assert "No method here has a penalty" in read.html
+    assert "±" not in "".join(text for row in read.rows for text in row)
+
+
+def test_runs_of_an_earlier_version_are_read(tmp_path: Path) -> None:
+    for method in ("gd", "gd+rank1"):
+        folder = fabricate(tmp_path / method, method, 0, tasks=2)
+        record = json.loads((folder / "config.json").read_text())
+        for name in ("class_order", "held_out", "classes_per_task", "epochs", "ema", "precision"):
+            del record["run"][name]
+        (folder / "config.json").write_text(json.dumps({"run": record["run"]}))
+        summary = json.loads((folder / "summary.json").read_text())
+        for name in ("incremental_average_fid", "forgetting_divisor_t"):
+            del summary[name]
+        (folder / "summary.json").write_text(json.dumps(summary))
+        for images in (folder / "samples").iterdir():
+            images.unlink()
+    report.write([tmp_path], tmp_path / "out", "gd")
+    read = Page(tmp_path / "out" / "report.html")
+    assert "5 tasks" not in read.html
+    assert "2 tasks of 2 classes" in read.html
+    assert "keep no images" in read.html
+
+
+def test_several_data_sets_have_sections_of_their_own_and_a_score(tmp_path: Path) -> None:
+    methods = {"fine-tune": 80.0, "joint": 3.0, "gd": 10.0}
+    small = {"tasks": 2, "classes_per_task": 1}
+    _write(tmp_path / "a", methods, (0, 1, 2), **small)
+    _write(tmp_path / "b", methods, (0, 1), data="cifar10", channels=3, image_size=8, **small)
+    out = tmp_path / "out"
+    report.write([tmp_path / "a", tmp_path / "b"], out, "gd")
+    read = Page(out / "report.html")
+    assert read.headings[0] == "Across data sets"
+    assert [f"{data}: {title}" for data in ("digits", "cifar10") for title in SECTIONS[:6]] == read.headings[1:13]
+    saved = {(r["data"], r["method"], r["seed"]): r for r in json.loads((out / "comparison.json").read_text())["runs"]}
+
+    def score(data: str, seed: int) -> float:
+        gd, joint, tuned = (saved[data, method, seed]["average_fid"] for method in ("gd", "joint", "fine-tune"))
+        return float((gd - joint) / (tuned - joint))
+
+    row = next(row for row in read.rows[1:] if row[0] == "gd" and len(row) == 4)
+    assert row[1].startswith(f"{np.mean([score('digits', s) for s in (0, 1, 2)]):.3f} ± ")
+    both = [(score("digits", s) + score("cifar10", s)) / 2 for s in (0, 1)]
+    assert row[3].startswith(f"{np.mean(both):.3f} ± ")
+    for name in ("digits-samples.png", "cifar10-samples.png", "across.png"):
+        assert (out / name).stat().st_size > 1000
+
+
+# Many methods, long names, many classes
+
+
+def test_labels_of_many_methods_with_long_names_do_not_overlap() -> None:
+    names = [f"replay+gd+bands16:random,slopes,gradient,lam={lam}" for lam in range(24)]
+    figure, axis = plt.subplots(figsize=(10, effects.rows_height(names)), layout="constrained")
+    effects.name_rows(axis, names)
+    figure.canvas.draw()
+    boxes = [label.get_window_extent() for label in axis.get_yticklabels()]
+    plt.close(figure)
+    assert any("\n" in pictures.wrap(name, effects.NAME_WIDTH) for name in names)
+    assert all(not a.overlaps(b) for a, b in pairwise(boxes))
+    assert min(box.x0 for box in boxes) >= 0
+
+
+def test_a_name_is_broken_between_its_parts_only() -> None:
+    assert pictures.wrap(LONG, 20) == "gd+bands16:top,\nslopes,gradient,\nlam=60"
+    assert pictures.wrap("gd", 20) == "gd"
+    assert pictures.wrap(LONG, 20).replace("\n", "") == LONG
+
+
+def test_images_keep_their_colours_and_classes_their_order() -> None:
+    labels = np.array([7, 7, 2, 2])
+    pixels = np.zeros((4, 3, 8, 8), dtype=np.uint8)
+    pixels[:2, 0], pixels[2:, 2] = 255, 128  # class 7 is red, class 2 half blue
+    classes = pictures.Classes.learnt(labels, 2)
+    assert classes.tasks == [[7], [2]]
+    shown = pictures.strip(pixels, labels, classes, 1, 2)
+    assert shown[0, 0].tolist() == [1, 0, 0]
+    assert shown[0, -1].tolist() == pytest.approx([0, 0, 128 / 255])
+    assert pictures.strip(pixels[:, :1], labels, classes, 1, 2)[0, 0].tolist() == [1, 1, 1]
+    # Of a class that was not learnt yet there is a grey field.
+    assert len(np.unique(pictures.strip(pixels[:2], labels[:2], classes, 1, 2)[:, -8:])) == 1
+
+
+def test_of_many_classes_some_of_every_task_are_shown() -> None:
+    classes = pictures.Classes.learnt(np.arange(1000), 20)
+    assert len(classes.shown) == pictures.SHOWN_CLASSES
+    assert all(len(part) == 1 for part in classes.tasks)
+    assert "20 of 1000 classes" in classes.note
+
+
+# Sweeps, costs, Fisher matrices, commands
+
+
+@pytest.fixture(scope="module")
+def found(runs: Path) -> list[Finished]:
+    return report.find([runs])[0]
+
+
+def test_a_sweep_is_a_family_of_one_method_beside_its_replay_without_a_penalty(found: list[Finished]) -> None:
+    groups = report.grouped(found)
+    sweeps = effects.sweeps(groups)
+    assert {family: list(lams) for family, lams in sweeps.items()} == {"gd+rank1": [20.0, 60.0]}
+    assert effects.without_penalty(groups["gd+rank1"][0], groups) == "gd"
+    assert effects.without_penalty(groups["gd+rank1"][0], {"gd+rank1": groups["gd+rank1"]}) is None
+    # Named methods first, each beside its other strengths; then as found.
+    order = list(report.grouped(found, ("gd+rank1", "gd")))
+    assert order == ["gd+rank1", "gd+rank1:lam=60", "gd", "fine-tune", LONG, "joint"]
+
+
+def test_strengths_that_have_no_logarithm_stand_beside_the_others() -> None:
+    assert effects.places([0.0, 3.0, 30.0, float("inf")]) == {0.0: 0.3, 3.0: 3.0, 30.0: 30.0, float("inf"): 300.0}
+
+
+def test_the_cost_of_a_penalty_is_a_share_of_its_own_steps(found: list[Finished]) -> None:
+    group = [run for run in found if run.method == LONG]
+    rows = [json.loads(line) for run in group for line in (run.path / "timings.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if "penalty_ms" in row]
+    sheet = penalty_tables.costs(group)
+    share = float(np.median([100 * row["penalty_ms"] / row["step_ms"] for row in rows]))
+    assert sheet.body[0][4].split("\n")[0] == f"{share:.2f}"
+    assert sheet.body[0][5] == f"{5_737_424 / 2**20:.2f}"
+
+
+def test_weak_fisher_matrices_are_warned_of() -> None:
+    good = {"kind": "fisher", "task": 1, "rho": 0.2, "signal_share": 0.95, "num_samples": 100, "samples_needed": 90.0}
+    weak = {**good, "task": 2, "rho": 0.04, "signal_share": 0.5, "samples_needed": 900.0}
+    assert penalty_tables.warnings({"a": [[good]]}) == []
+    assert penalty_tables.warnings({"a": [[good], [weak]], "diagonal": [[{"task": 1, "rho": None}]]}) == [
+        "a: signal share below 0.8 in 1 of 2 estimates (smallest 0.5, after task 2; 100 samples, about 900 would do).",
+        "a: ρ below 0.1 in 1 of 2 estimates (smallest 0.04, after task 2).",
+    ]
+
+
+def test_commands_on_the_page_give_the_configurations_again(found: list[Finished]) -> None:
+    for run in found:
+        parsed = cli.parse(shlex.split(provenance.command(run))[1:])
+        assert isinstance(parsed, cli.Train)
+        wanted = RunConfig.from_json(run.config)
+        assert all(getattr(parsed, name) == value for name, value in vars(wanted).items())
+    together = provenance.compare_command(found)
+    assert together is not None
+    parsed = cli.parse(shlex.split(together)[1:])
+    assert isinstance(parsed, cli.Compare)
+    assert (set(parsed.methods), parsed.seeds) == ({run.method for run in found}, (0, 1, 4))
+    assert provenance.compare_command(found[:-1]) is None
+    recorded = found[0]._replace(record={"command": "python -m crl_diffusion train"})
+    assert provenance.command(recorded) == "python -m crl_diffusion train"
+
+
+# Side by side
+
+
+@pytest.fixture
+def run() -> Callable[..., Finished]:
+    def make(method: str, seed: int, summary: dict[str, Any] | None = None, **settings: Any) -> Finished:
+        config = RunConfig(method=method, seed=seed, **settings).as_json()
+        base = {"average_fid": 1.0 + seed, "extractor": "e", "samples_per_task": 8, "sampler": "s"}
+        return Finished(Path(f"{method}-{seed}"), config, {**base, **(summary or {})})
+
+    return make
+
+
+@pytest.mark.parametrize("key", ["extractor", "samples_per_task", "sampler", "held_out_images", "classifier"])
+def test_numbers_that_were_measured_otherwise_are_refused(run: Callable[..., Finished], key: str) -> None:
+    with pytest.raises(report.OptionError, match=rf"differ in their {key} \(one in gd-0; another in gd\+rank1-0\)"):
+        report.comparable([run("gd", 0, {key: "one"}), run("gd+rank1", 0, {key: "another"})])
+
+
+@pytest.mark.parametrize(
+    ("key", "one", "another"),
+    [
+        ("held_out", "test", "validation"),
+        ("image_size", 8, 16),
+        ("tasks", 5, 3),
+        ("classes_per_task", 1, 2),
+        ("class_order", -1, 3),
+        ("per_class", 0, 50),
+        ("model", "tiny", "mini"),
+        ("steps", 300, 600),
+        ("pool", 100, 16),
+        ("lr", 2e-3, 1e-3),
+    ],
+)
+def test_runs_that_were_made_otherwise_are_refused(
+    run: Callable[..., Finished], key: str, one: object, another: object
+) -> None:
+    named = rf"differ in their {key} \({one} in gd-0 and 1 more; {another} in gd\+rank1-0\)"
+    with pytest.raises(report.OptionError, match=named):
+        report.comparable(
+            [run("gd", 0, **{key: one}), run("gd", 1, **{key: one}), run("gd+rank1", 0, **{key: another})]
+        )
+
+
+def test_methods_strengths_seeds_and_fisher_samples_may_differ(run: Callable[..., Finished]) -> None:
+    report.comparable([run("gd", 0), run("gd", 1), run("gd+rank1", 0), run("gd+rank1:lam=3", 0, fisher_samples=64)])
+    report.comparable([run("gd", 0), run("gd", 1, device="cpu", log_every=7)])
+
+
+def test_within_a_method_the_fisher_matrix_may_not_differ(run: Callable[..., Finished]) -> None:
+    with pytest.raises(report.OptionError, match=r"fisher_samples .* all called gd\+rank1, but their seeds"):
+        report.comparable([run("gd+rank1", 0), run("gd+rank1", 1, fisher_samples=64)])
+
+
+def test_two_runs_of_one_method_and_seed_are_refused(run: Callable[..., Finished]) -> None:
+    twin = run("gd", 0)._replace(path=Path("elsewhere"))
+    with pytest.raises(report.OptionError, match="are both gd with seed 0"):
+        report.comparable([run("gd", 0), twin])
+
+
+def test_the_summary_in_words_claims_what_intervals_show(run: Callable[..., Finished]) -> None:
+    def level(method: str, *values: float) -> list[Finished]:
+        return [run(method, seed, {"average_fid": value}) for seed, value in enumerate(values)]
+
+    gd = level("gd", 10.0, 12.0, 11.0)
+    said = page.in_short([*gd, *level("gd+rank1", 9.0, 11.1, 9.9), *level("masip", 9.0, 14.0, 11.0)], "gd", ())
+    assert "wholly below zero: gd+rank1." in said
+    assert "Not told apart by these seeds: masip." in said
+    assert "may be chance" in page.in_short([gd[0], run("masip", 0)], "gd", ())
+    assert "'replay'" in page.in_short(gd, "replay", ())
