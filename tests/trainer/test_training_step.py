@@ -83,7 +83,7 @@ def test_a_step_of_gd(short: Short, make_run: MakeRun, clip: float) -> None:
     assert (_flat(list(run.model.parameters())) - expected).norm() <= 1e-6 * moved
 
 
-@pytest.mark.filterwarnings("ignore:only .* of the trace of the Fisher")
+@pytest.mark.filterwarnings("ignore:(only .* of the trace of the Fisher|the mean gradient is mostly noise)")
 def test_rank1_in_gradient_mode_adds_its_gradient_before_the_optimizer(short: Short, make_run: MakeRun) -> None:
     run = make_run(short("gd+rank1", steps=20, clip=1e6, mode="gradient", lam=50.0))
     _second_task(run)
@@ -101,7 +101,7 @@ def test_rank1_in_gradient_mode_adds_its_gradient_before_the_optimizer(short: Sh
     assert (_flat(list(run.model.parameters())) - expected).norm() <= 1e-6 * (expected - theta).norm()
 
 
-@pytest.mark.filterwarnings("ignore:only .* of the trace of the Fisher")
+@pytest.mark.filterwarnings("ignore:(only .* of the trace of the Fisher|the mean gradient is mostly noise)")
 def test_rank1_decoupled_is_a_proximal_step_after_the_optimizer(short: Short, make_run: MakeRun) -> None:
     run = make_run(short("gd+rank1", steps=20, clip=1e6, lam=1e4))
     _second_task(run)
