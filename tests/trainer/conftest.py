@@ -71,7 +71,8 @@ def finished(extractor_path: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     out = tmp_path_factory.mktemp("finished") / "run"
     config = RunConfig(method="gd+rank1", **SHORT)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "only .* of the trace of the Fisher|the mean gradient is mostly noise")  # from 8 samples: no wonder
+        # From 8 samples: no wonder.
+        warnings.filterwarnings("ignore", "only .* of the trace of the Fisher|the mean gradient is mostly noise")
         loop.train(config, out, extractor_path=extractor_path, say=lambda line: None)
     return out
 
