@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from crl_diffusion.method import Method, RunConfig, Settings, parse_method, spell, stages
+from crl_diffusion.method import Method, RunConfig, Settings, parse_method, spell
 from crl_diffusion.records import read_rows
 
 POLL_SECONDS = 0.5
@@ -32,6 +32,7 @@ class Cell:
     config: RunConfig
     folder: Path
     process: subprocess.Popen[bytes] | None = None
+    stage_steps: Sequence[int] = ()  # of each stage; known once the data are
 
     @property
     def name(self) -> str:
@@ -43,7 +44,7 @@ class Cell:
 
     @property
     def steps(self) -> int:
-        return self.config.steps * sum(stage.share for stage in stages(self.config))
+        return sum(self.stage_steps)
 
     @property
     def steps_done(self) -> int:
@@ -53,8 +54,7 @@ class Cell:
         rows = [row for row in read_rows(self.folder / "metrics.jsonl") if row["kind"] == "step"]
         if not rows:
             return 0
-        before = sum(stage.share for stage in stages(self.config)[: rows[-1]["stage"] - 1])
-        return int(self.config.steps * before + rows[-1]["step"])
+        return int(sum(self.stage_steps[: rows[-1]["stage"] - 1]) + rows[-1]["step"])
 
 
 def cells(

@@ -77,7 +77,7 @@ def summarise(run: Path) -> Row:
         "samples_per_task": last["samples"],
         "sampler": f"{last['sampler']}, {last['sampler_steps']} steps",
         "penalty_ms": float(np.median(penalty)) if penalty else None,
-        "step_ms": float(np.median([row["step_ms"] for row in timings])),
+        "step_ms": float(np.median([row["step_ms"] for row in timings if "step_ms" in row])),
         "state_bytes": fishers[-1]["state_bytes"] if fishers else 0,
     }
 
