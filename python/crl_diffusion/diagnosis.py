@@ -63,9 +63,8 @@ def of_run(
     # The model, and images in random order.
     where = torch.device(loop.resolve_device(device))
     schedule = diffusion.SCHEDULES[config.schedule]
-    model = build(config.model, data.shape, data.classes, config.seed).to(
-        dtype=Precision(config.precision, where).parameters
-    )
+    precision = Precision(config.precision, where)
+    model = precision.of(build(config.model, data.shape, data.classes, config.seed))
     model.load_state_dict(saved.part("model"))
     model.to(where)
     order = torch.randperm(len(images.labels), generator=diffusion.stream(seed, "diagnosis images"))[:samples]

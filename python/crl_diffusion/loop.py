@@ -129,8 +129,7 @@ class Run:
         self.schedule = diffusion.SCHEDULES[config.schedule]
         self.device = torch.device(config.device)
         self.precision = Precision(config.precision, self.device)
-        model = build(config.model, data.shape, data.classes, config.seed)
-        self.model = model.to(self.device, self.precision.parameters)
+        self.model = self.precision.of(build(config.model, data.shape, data.classes, config.seed)).to(self.device)
         self.like = next(self.model.parameters())
         self.average: dict[str, Tensor] | None = None  # of the weights, within a stage
         self.teacher: nn.Module | None = None
@@ -367,7 +366,7 @@ def train(
     data_root: Path = Path("data"),
     extractor_path: Path | None = None,
     say: Say = print,
-    advance: Advance = lambda done: None,
+    advance: Advance = lambda done, total: None,
 ) -> Row:
     """Run `config` in the folder `out` from wherever it stands, and return its summary."""
     config = resolve(config)
@@ -533,6 +532,8 @@ class StepClock:
         run, seconds = self.run, (time.perf_counter() - self.begun) / TIMED_STEPS
         left = forecast.seconds_left(run.config, run.stages, run.stage_steps, self.stage, run.step, seconds)
         steps = sum(run.stage_steps) - steps_done(run)
+        if not steps:
+            return
         whole = "this run" if steps_done(run) == 1 + TIMED_STEPS else "the rest of this run"
         run.say(f"about {forecast.spoken(left)} for {whole} ({steps} steps, now at {1e3 * seconds:.0f} ms, and images)")
 

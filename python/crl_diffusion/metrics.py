@@ -156,7 +156,8 @@ def fid(features: Extractor, real: Tensor, generated: Tensor) -> float:
     # torchmetrics takes a second to import; commands that only read results do without it.
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    metric = FrechetInceptionDistance(feature=features, normalize=True)
+    # One process measures alone: torchmetrics would wait for the others.
+    metric = FrechetInceptionDistance(feature=features, normalize=True, sync_on_compute=False)
     for pixels, is_real in ((real, True), (generated, False)):
         for part in pixels.split(1000):
             metric.update(to_float(part), real=is_real)

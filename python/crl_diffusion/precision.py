@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -15,10 +15,14 @@ class Precision:
     """What a step does differently in each arithmetic; nothing in fp32 and fp64."""
 
     def __init__(self, name: str, device: torch.device) -> None:
-        self.parameters = torch.float64 if name == "fp64" else torch.float32
+        self._double = name == "fp64"
         self._device, self._autocast = device, AUTOCAST.get(name)
         # fp16 has no numbers below 6e-8: the loss is scaled up so that gradients do not vanish.
         self.scaler = torch.amp.GradScaler(device.type) if name == "fp16" else None
+
+    def of(self, model: nn.Module) -> nn.Module:
+        """The model with parameters of this precision."""
+        return model.double() if self._double else model
 
     def autocast(self) -> AbstractContextManager[object]:
         """For forward passes."""

@@ -7,12 +7,11 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from conftest import SHORT, command, python
-from crl_diffusion import checkpoint, loop
+from conftest import SHORT, command, options, python, same_end
+from crl_diffusion import loop
 from crl_diffusion.method import OptionError, RunConfig
 from crl_diffusion.records import read_rows
 from safetensors import safe_open
@@ -38,25 +37,9 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def _options(settings: dict[str, Any]) -> list[str]:
-    return [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-
-
-def _same_end(a: Path, b: Path) -> None:
-    """Equal metrics, byte by byte, and equal checkpoints of every finished stage, bit by bit."""
-    assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
-    for stage in range(1, SHORT["tasks"] + 1):
-        first, second = (checkpoint.load(run / "checkpoints" / f"{stage:02d}-00000000.safetensors") for run in (a, b))
-        assert first.tensors.keys() == second.tensors.keys()
-        for name, tensor in first.tensors.items():
-            assert torch.equal(tensor, second.tensors[name]), name
-    samples = f"samples/after-task-{SHORT['tasks']}.safetensors"
-    assert (a / samples).read_bytes() == (b / samples).read_bytes()
-
-
 def test_sigkill_in_mid_task_and_the_same_command_again(finished: Path, extractor_path: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    arguments = ["train", "--method", "gd+rank1", *_options(SHORT), "--out", out, "--extractor", extractor_path]
+    arguments = ["train", "--method", "gd+rank1", *options(SHORT), "--out", out, "--extractor", extractor_path]
 
     # In the 6th and last step of the second task, with a checkpoint after the 4th.
     script = KILLED.format(module="loop", name="training_step", call=12)
@@ -76,7 +59,7 @@ def test_sigkill_in_mid_task_and_the_same_command_again(finished: Path, extracto
     again = command(*arguments)
     assert again.returncode == 0, again.stderr
     assert "resuming after 1 finished stage(s) and 4 steps" in again.stdout
-    _same_end(finished, out)
+    same_end(finished, out)
 
     # A finished run is left alone.
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
@@ -109,12 +92,12 @@ def test_a_damaged_checkpoint_falls_back_and_says_so(
     loop.train(short(), out, extractor_path=extractor_path, say=said.append)
     assert any("02-00000000.safetensors is damaged" in line for line in said)
     assert any("resuming after 1 finished stage(s) and 6 steps" in line for line in said)
-    _same_end(finished, out)
+    same_end(finished, out)
 
 
 @pytest.mark.filterwarnings("ignore:(only .* of the trace of the Fisher|the mean gradient is mostly noise)")
 @pytest.mark.parametrize("left", ["nothing", "the first stage's steps", "the first stage"])
-def test_from_any_checkpoint_to_the_same_end(
+def test_from_any_checkpoint_to_thesame_end(
     finished: Path, extractor_path: Path, tmp_path: Path, short: Short, left: str
 ) -> None:
     out = tmp_path / "run"
@@ -123,7 +106,7 @@ def test_from_any_checkpoint_to_the_same_end(
     keep = {"nothing": [], "the first stage's steps": all_of_them[:1], "the first stage": all_of_them[:2]}[left]
     _unfinish(finished, out, [name for name in all_of_them if name not in keep])
     loop.train(short(), out, extractor_path=extractor_path, say=lambda line: None)
-    _same_end(finished, out)
+    same_end(finished, out)
 
 
 def test_a_folder_of_another_run_is_refused_with_what_differs(finished: Path, short: Short) -> None:
@@ -151,8 +134,12 @@ def test_rows_are_complete_and_in_order(finished: Path) -> None:
 def test_times_are_kept_apart(finished: Path) -> None:
     assert "ms" not in (finished / "metrics.jsonl").read_text()
     timings = read_rows(finished / "timings.jsonl")
+    start, *timings = timings
+    assert start["started"].startswith("20")
+    assert start["processes"] == 1
     assert all(row["step_ms"] > 0 for row in timings)
     assert ["penalty_ms" in row for row in timings] == [False] * 3 + [True] * 3
+    assert "started" not in (finished / "metrics.jsonl").read_text()
     config = json.loads((finished / "config.json").read_text())
     assert config["environment"]["torch"] == torch.__version__
     penalty = config["run"]["recipe"]["penalty"]
