@@ -126,6 +126,22 @@ def test_a_crash_before_the_rename_leaves_the_old_checkpoint(tmp_path: Path, mon
     assert not list(tmp_path.glob("*.tmp"))
 
 
+@pytest.mark.parametrize("call", ["replace", "fsync"])
+def test_a_full_disk_leaves_the_old_checkpoint_and_no_part_of_the_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    checkpoint.save(tmp_path, _make(0, 100))
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, call, full)
+        with pytest.raises(checkpoint.WriteError, match=r"00-00000200.*cannot be written.*No space left on device"):
+            checkpoint.save(tmp_path, _make(0, 200))
+    assert [path.name for path in tmp_path.iterdir()] == ["00-00000100.safetensors"]
+
+
 def test_no_checkpoint_is_no_complaint(tmp_path: Path) -> None:
     assert checkpoint.latest(tmp_path / "missing") == (None, [])
 
