@@ -32,7 +32,7 @@ test: install
 	@echo "csrc/core and the CPU loops under AddressSanitizer and UBSan: make test-all"
 
 test-all: test
-	$(RUN)/pytest -n 2 -m sanitizers
+	$(RUN)/pytest -n 2 -m "sanitizers or slow"
 
 bench: install
 	$(RUN)/pytest benchmarks

@@ -25,6 +25,7 @@ import torch
 from crl_diffusion import data, loop
 from crl_diffusion.method import RunConfig
 from crl_diffusion.model import frozen_copy
+from crl_diffusion.precision import Precision
 from torch import Tensor
 
 import crl_kernels
@@ -127,9 +128,9 @@ def rank1_on(model_name: str, batch: int, rounds: int) -> dict[str, Any]:
     label = torch.arange(batch) % 10
     x, weight = torch.randn(batch, 3, 32, 32), torch.full((batch,), 1 / batch)
     noised = NoisedBatch(x, torch.arange(batch) * 90, label, torch.randn_like(x), weight)
-    optimizer = loop.new_optimizer(model)
+    optimizer, precision = loop.new_optimizer(model), Precision("fp32", torch.device("cpu"))
     calls: dict[str, Callable[[], object]] = {
-        "plain step": lambda: loop.training_step(model, optimizer, noised, None, 2e-4, 0.0)
+        "plain step": lambda: loop.training_step(model, optimizer, noised, None, 2e-4, 0.0, precision)
     }
     for mode in ("decoupled", "gradient"):
         for tasks in (1, TASKS):

@@ -1,17 +1,20 @@
-"""Checkpoints: one safetensors file each, written so that a crash at any moment leaves the last good one in place.
+"""Checkpoints: safetensors files, written so that a crash at any moment leaves the last good one in place.
 
 `02-00000300.safetensors` was taken with two stages finished and 300 steps of the third. The end of stage i is
-`<i+1>-00000000`; those are kept, of the others only the last two. A file is written beside its final name, synced to
-the disk and then renamed, and it carries a digest of its contents: what is torn or altered is noticed and passed over.
+`<i+1>-00000000`; those are kept, of the others only the last two. What does not change within a stage (teacher, pool,
+penalties: with fifty directions a task many times the model) is in the file of the stage's start alone, and the later
+ones name that file's digest. A file is written beside its final name, synced to the disk and then renamed, and it
+carries a digest of its contents and the run that it belongs to: what is torn, altered or out of place is noticed and
+passed over. Digests guard against accidents; they are no signatures.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,6 +22,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 KEPT_WITHIN_A_STAGE = 2
+MEMORY = "memory/"  # names of tensors that do not change within a stage begin so
+
+
+class WriteError(RuntimeError):
+    """A checkpoint could not be written; those before it are as they were."""
 
 
 class Checkpoint(NamedTuple):
@@ -28,10 +36,14 @@ class Checkpoint(NamedTuple):
     step: int
     rows: dict[str, int]
     tensors: dict[str, Tensor]
+    run: str = ""  # what only this run's checkpoints say, such as a digest of its configuration
 
     def part(self, name: str) -> dict[str, Tensor]:
         """Tensors whose name begins with `name/`, without that beginning."""
         return {key[len(name) + 1 :]: value for key, value in self.tensors.items() if key.startswith(f"{name}/")}
+
+
+Check = Callable[[Checkpoint], Any]  # raises ValueError or KeyError if a checkpoint does not fit
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
@@ -42,43 +54,95 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def _path(folder: Path, stage: int, step: int) -> Path:
+    return folder / f"{stage:02d}-{step:08d}.safetensors"
+
+
 def save(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Write one checkpoint and drop those that are no longer needed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in checkpoint.tensors.items()}
-    rows = {f"rows/{name}": str(count) for name, count in checkpoint.rows.items()}
-    metadata = {"stage": str(checkpoint.stage), "step": str(checkpoint.step), "digest": _digest(tensors), **rows}
-    path = folder / f"{checkpoint.stage:02d}-{checkpoint.step:08d}.safetensors"
+    """Write one checkpoint and drop those that are no longer needed. WriteError if the disk is full, say."""
+    stage, step = checkpoint.stage, checkpoint.step
+    path = _path(folder, stage, step)
     temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary, metadata)
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(folder)
-    _prune(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        metadata = {"stage": str(stage), "step": str(step), "run": checkpoint.run}
+        metadata.update({f"rows/{name}": str(count) for name, count in checkpoint.rows.items()})
+        kept = checkpoint.tensors
+        if stage and step:
+            kept = {name: value for name, value in kept.items() if not name.startswith(MEMORY)}
+            metadata["start"] = _metadata(_path(folder, stage, 0))["digest"]
+        tensors = {name: value.detach().cpu().contiguous().clone() for name, value in kept.items()}
+        metadata["digest"] = _digest(tensors)
+        save_file(tensors, temporary, metadata)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(folder)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise WriteError(f"the checkpoint {str(path)!r} cannot be written ({error})") from error
+    _prune(folder, path)
     return path
 
 
-def latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest good checkpoint, and one line for each newer one that is not good."""
+def latest(folder: Path, check: Check = lambda checkpoint: None) -> tuple[Checkpoint | None, list[str]]:
+    """The newest good checkpoint that passes `check`, and one line for each newer one that is not good."""
     complaints: list[str] = []
     for path in sorted(folder.glob("*.safetensors"), reverse=True):
         try:
-            return load(path), complaints
+            found = load(path)
+            check(found)
+            return found, complaints
         except (SafetensorError, OSError, ValueError, KeyError) as error:
-            complaints.append(f"checkpoint {path.name} is damaged ({error}); going back to the one before it")
+            said = f"no {error}" if isinstance(error, KeyError) else error
+            complaints.append(f"checkpoint {path.name} is damaged ({said}); going back to the one before it")
     return None, complaints
 
 
 def load(path: Path) -> Checkpoint:
-    """Read one checkpoint; ValueError if its contents are not those that were written."""
+    """Read one checkpoint, with what the file of its stage's start holds for it; ValueError if its contents are not
+    those that were written, or not under this name."""
+    metadata, tensors = _read(path)
+    stage, step = int(metadata["stage"]), int(metadata["step"])
+    if path.name != _path(path.parent, stage, step).name:
+        raise ValueError(f"it was taken after {stage} stages and {step} steps, which is not what its name says")
+    if "start" in metadata:
+        start = _path(path.parent, stage, 0)
+        try:
+            start_metadata, start_tensors = _read(start)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ValueError(f"it needs {start.name}, which is damaged: {error}") from None
+        if start_metadata["digest"] != metadata["start"]:
+            raise ValueError(f"it was taken after another {start.name}")
+        tensors.update({name: value for name, value in start_tensors.items() if name.startswith(MEMORY)})
+    rows = {name[5:]: int(count) for name, count in metadata.items() if name.startswith("rows/")}
+    return Checkpoint(stage, step, rows, tensors, metadata["run"])
+
+
+def require_like(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], what: str) -> None:
+    """ValueError unless `tensors` have the names, shapes and dtypes of `wanted`."""
+    if odd := tensors.keys() ^ wanted.keys():
+        raise ValueError(f"its {what} lacks or has too many: {', '.join(sorted(odd)[:3])}")
+    for name, tensor in tensors.items():
+        if (tensor.shape, tensor.dtype) != (wanted[name].shape, wanted[name].dtype):
+            raise ValueError(
+                f"its {what} has {tensor.dtype} {tuple(tensor.shape)} for {name}, and not {wanted[name].dtype} "
+                f"{tuple(wanted[name].shape)}"
+            )
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    with safe_open(path, framework="pt", device="cpu") as file:
+        return dict(file.metadata() or {})
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     with safe_open(path, framework="pt", device="cpu") as file:
         metadata = dict(file.metadata() or {})
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is not a mapping
     if metadata.get("digest") != _digest(tensors):
         raise ValueError("its contents do not match its digest")
-    rows = {name[5:]: int(count) for name, count in metadata.items() if name.startswith("rows/")}
-    return Checkpoint(int(metadata["stage"]), int(metadata["step"]), rows, tensors)
+    return metadata, tensors
 
 
 def sync_folder(folder: Path) -> None:
@@ -91,8 +155,9 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _prune(folder: Path) -> None:
-    within = sorted(p for p in folder.glob("*.safetensors") if not p.stem.endswith("-00000000"))
+def _prune(folder: Path, newest: Path) -> None:
+    # Files of later moments are those that were passed over: they are overwritten when the run gets there.
+    within = sorted(p for p in folder.glob("*.safetensors") if not p.stem.endswith("-00000000") and p <= newest)
     for path in within[:-KEPT_WITHIN_A_STAGE]:
         path.unlink()
     for path in folder.glob("*.tmp"):

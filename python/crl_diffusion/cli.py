@@ -206,7 +206,6 @@ def train(command: Train) -> int:
 
     # torch and diffusers take seconds to import: not before the options are known to be good.
     from crl_diffusion import evaluation, loop
-    from crl_diffusion.method import stages
 
     if (command.out / "summary.json").exists():
         loop.check_folder(config, command.out)
@@ -214,25 +213,29 @@ def train(command: Train) -> int:
         console.print(f"{command.out} is finished already", highlight=False)
         return 0
 
-    total = config.steps * sum(stage.share for stage in stages(config))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"))
     clock = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-    with Progress(*columns, *clock, console=console, disable=quiet_output(console)) as progress:
-        bar = progress.add_task(f"{config.method}, seed {config.seed}", total=total)
+    # Of torchrun's processes the first one speaks for all.
+    first = os.environ.get("RANK", "0") == "0"
+    with Progress(*columns, *clock, console=console, disable=quiet_output(console) or not first) as progress:
+        bar = progress.add_task(f"{config.method}, seed {config.seed}", total=None)
 
         def say(line: str) -> None:
             console.print(line, highlight=False, markup=False)
 
-        def advance(done: int) -> None:
-            progress.update(bar, completed=done)
+        def advance(done: int, total: int) -> None:
+            progress.update(bar, completed=done, total=total)
 
         try:
             summary = loop.train(
                 config, command.out, command.data_root, command.extractor, command.extractor_folder, say, advance
             )
         except loop.TrainingError as error:
-            print(f"crl-diffusion: {error}", file=sys.stderr)
+            if first:
+                print(f"crl-diffusion: {error}", file=sys.stderr)
             return 1
+    if not first:
+        return 0
     forgotten = "-" if summary["forgetting"] is None else f"{summary['forgetting']:.1f}"
     quality = f"conditional accuracy {summary['accuracy']:.3f}"
     say(f"average FID {summary['average_fid']:.1f}, forgetting {forgotten}, {quality}")
@@ -248,6 +251,8 @@ def compare(command: Compare) -> int:
             raise OptionError(f"--{name} is {' '.join(map(str, values))!r}; give at least one, and none twice")
     if command.jobs < 0:
         raise OptionError(f"--jobs is {command.jobs}; it must be 0 or more")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise OptionError("compare starts its own processes; start it without torchrun, which is for train")
     work = comparison.cells(command, command.methods, command.seeds, command.out, command.lams)
     for cell in work:
         check(cell.config)
@@ -265,7 +270,7 @@ def compare(command: Compare) -> int:
     comparison.check_others(work, command.out)
     images = data.load(work[0].config, command.data_root)
     for cell in work:
-        cell.task_images = [len(task.train) for task in images.tasks]
+        cell.stage_steps = loop.stage_steps(cell.config, images)
     folder = command.extractor_folder or command.out
     tools = evaluation.instruments(command.extractor, images, folder, loop.resolve_device(command.device))
     for line in tools.about(work[0].config, images):

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from crl_diffusion import cost
-from crl_diffusion.method import Method, OptionError, RunConfig, Settings, parse_method, spell, stages
+from crl_diffusion.method import Method, OptionError, RunConfig, Settings, parse_method, spell
 from crl_diffusion.records import read_json, read_rows
 
 POLL_SECONDS = 0.5
@@ -34,7 +34,7 @@ class Cell:
 
     config: RunConfig
     folder: Path
-    task_images: Sequence[int] = ()  # training images of each task; needed where epochs count
+    stage_steps: Sequence[int] = ()  # of each stage; known once the data are
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -47,7 +47,7 @@ class Cell:
 
     @property
     def steps(self) -> int:
-        return sum(self._stage_steps())
+        return sum(self.stage_steps)
 
     @property
     def steps_done(self) -> int:
@@ -57,10 +57,7 @@ class Cell:
         rows = [row for row in read_rows(self.folder / "metrics.jsonl") if row["kind"] == "step"]
         if not rows:
             return 0
-        return int(sum(self._stage_steps()[: rows[-1]["stage"] - 1]) + rows[-1]["step"])
-
-    def _stage_steps(self) -> list[int]:
-        return [cost.stage_steps(self.config, stage, self.task_images) for stage in stages(self.config)]
+        return int(sum(self.stage_steps[: rows[-1]["stage"] - 1]) + rows[-1]["step"])
 
 
 def cells(
@@ -186,7 +183,7 @@ def tail(cell: Cell) -> str:
 
 def estimate(work: Sequence[Cell], jobs: int, seconds_per_pass: float) -> str:
     """What is still to be done, in words, from the time that one image takes."""
-    left = [cost.passes(cell.config, cell.task_images) * (1 - cell.steps_done / cell.steps) for cell in work]
+    left = [cost.passes(cell.config, cell.stage_steps) * (1 - cell.steps_done / cell.steps) for cell in work]
     longest, total = max(left) * seconds_per_pass, sum(left) * seconds_per_pass
     wall = max(longest, total / min(jobs, len(work)))
     return (

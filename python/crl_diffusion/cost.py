@@ -1,13 +1,13 @@
-"""What a run costs before it is begun: passes through the network, and how long they take on this machine.
+"""How long a run takes: passes through the network, before it is begun and from the time of a few of its own steps.
 
 The unit is one image's forward pass; a backward pass counts as two. Counted are training with its replays, the
 pool's and the evaluations' sampling, and the estimation of Fisher matrices, where a sample's gradient and its square
-norm or projection cost about four forward passes. Penalties' steps, FIDs and checkpoints are not counted.
+norm or projection cost about four forward passes. Not counted: FIDs, checkpoints, Fisher matrices that are estimated
+from every image of a task once, and penalties' steps, but for those that a timed step has in it.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 
@@ -17,35 +17,43 @@ FISHER_PASSES = 4
 TIMED_IMAGES = 4  # of one forward and backward pass on a CPU
 
 
-def stage_steps(config: RunConfig, stage: Stage, task_images: Sequence[int]) -> int:
-    """Optimization steps of a stage; `task_images` are the numbers of training images of the run's tasks."""
-    if not config.epochs:
-        return stage.share * config.steps
-    images = sum(task_images) if stage.share > 1 else task_images[stage.number]
-    return math.ceil(config.epochs * images / config.batch)
-
-
-def passes(config: RunConfig, task_images: Sequence[int]) -> int:
-    """Forward passes of one image that a run takes, all in all."""
-    method, plan = config.recipe, stages(config)
-    sources = {replay.source for replay in method.replays}
-    a_step = 3 * config.batch
-    replays = 0
-    for replay in method.replays:
+def step_passes(config: RunConfig, stage: Stage) -> int:
+    """Of one step: forwards and backwards on all images, the teacher's targets, and images drawn on the spot."""
+    total = 3 * config.batch
+    for replay in config.recipe.replays if stage.number else ():
         drawing = config.fresh_steps if replay.source == "fresh" else 0
-        teaching = 1 if replay.target == "teacher" else 0
-        replays += (3 + drawing + teaching) * config.replay_batch
-    total, classes = 0, 0
-    for stage in plan:
-        classes += len(stage.classes)
-        total += stage_steps(config, stage, task_images) * (a_step + (replays if stage.number else 0))
-        total += classes * config.eval_samples * config.eval_steps
-        if stage.number + 1 < len(plan):
-            if "pool" in sources:
-                total += classes * config.pool * config.pool_steps
-            if method.penalty is not None:
-                total += FISHER_PASSES * (config.fisher_samples or task_images[stage.number])
+        total += (3 + drawing + (replay.target == "teacher")) * config.replay_batch
     return total
+
+
+def end_passes(config: RunConfig, plan: Sequence[Stage], stage: Stage) -> int:
+    """After a stage's steps: images of the evaluation and of the pool, and the Fisher matrix."""
+    known = sum(len(earlier.classes) for earlier in plan[: stage.number + 1])
+    total = known * config.eval_samples * config.eval_steps
+    if stage.number + 1 < len(plan):
+        if any(replay.source == "pool" for replay in config.recipe.replays):
+            total += known * config.pool * config.pool_steps
+        if config.recipe.penalty is not None:
+            total += FISHER_PASSES * config.fisher_samples
+    return total
+
+
+def passes(config: RunConfig, steps: Sequence[int]) -> int:
+    """Of a whole run, whose stages have so many steps."""
+    plan = stages(config)
+    return sum(
+        n * step_passes(config, stage) + end_passes(config, plan, stage) for n, stage in zip(steps, plan, strict=True)
+    )
+
+
+def seconds_left(
+    config: RunConfig, plan: Sequence[Stage], steps: Sequence[int], stage: Stage, step: int, step_seconds: float
+) -> float:
+    """From `step` of `stage` to the run's end, when a step of this stage takes `step_seconds`."""
+    left = (steps[stage.number] - step) * step_passes(config, stage) + end_passes(config, plan, stage)
+    for later in plan[stage.number + 1 :]:
+        left += steps[later.number] * step_passes(config, later) + end_passes(config, plan, later)
+    return step_seconds * left / step_passes(config, stage)
 
 
 def seconds_per_pass(config: RunConfig, shape: tuple[int, int, int], classes: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,24 +11,21 @@ from torch import Tensor, nn
 
 from crl_diffusion import checkpoint, diffusion, loop
 from crl_diffusion.data import load, to_float
+from crl_diffusion.diffusion import Schedule
 from crl_diffusion.loop import Say
 from crl_diffusion.method import Device, OptionError, RunConfig, stages
 from crl_diffusion.model import build
+from crl_diffusion.precision import Precision
 from crl_diffusion.records import read_json
 from crl_kernels.diagnostics import Diagnosis
 from crl_kernels.diagnostics import diagnose as look
 
 
-def per_sample_loss_at(model: nn.Module, batch: Sequence[Tensor], t: Tensor) -> Tensor:
+def per_sample_loss_at(schedule: Schedule, model: nn.Module, batch: Sequence[Tensor], t: Tensor) -> Tensor:
     """The trainer's loss at given timesteps, with new noise: (images, label), (N,) -> (N,)."""
     images, label = batch
     noise = torch.randn_like(images)
-    return loop.per_sample_loss(model, (diffusion.add_noise(images, noise, t), t, label, noise))
-
-
-def snr(t: int) -> float:
-    """Signal-to-noise ratio abar_t / (1 - abar_t)."""
-    return float(diffusion.ALPHA_BAR[t] / (1 - diffusion.ALPHA_BAR[t]))
+    return loop.per_sample_loss(model, (schedule.add_noise(images, noise, t), t, label, noise))
 
 
 def of_run(
@@ -64,23 +62,26 @@ def of_run(
 
     # The model, and images in random order.
     where = torch.device(loop.resolve_device(device))
-    model = build(config.model, data.shape, data.classes, config.seed)
+    schedule = diffusion.SCHEDULES[config.schedule]
+    precision = Precision(config.precision, where)
+    model = precision.of(build(config.model, data.shape, data.classes, config.seed))
     model.load_state_dict(saved.part("model"))
     model.to(where)
-    order = torch.randperm(len(images.labels), generator=diffusion.stream(seed, "diagnosis images"))[:samples]
+    order = torch.randperm(len(images), generator=diffusion.stream(seed, "diagnosis images"))[:samples]
+    dtype = next(model.parameters()).dtype
     drawn = images.take(order)
-    batch = (to_float(drawn.pixels).to(where), drawn.labels.to(where))
+    batch = (to_float(drawn.pixels, dtype).to(where), drawn.labels.to(where))
 
     moment = f"{saved.stage} finished stage(s)" + (f" and {saved.step} steps of the next" if saved.step else "")
     say(f"{config.method} on {config.data}, seed {config.seed}, after {moment}; {samples} images")
     found = look(
         model,
-        per_sample_loss_at,
+        partial(per_sample_loss_at, schedule),
         [batch],
         list(timesteps) or None,
         num_timesteps=diffusion.TIMESTEPS,
         samples=samples,
-        snr=snr,
+        snr=schedule.snr,
         generator=diffusion.stream(seed, "diagnosis noise"),
         progress=say,
     )

@@ -1,24 +1,58 @@
-"""Diffusion: the noising process, the per-sample loss, DDIM sampling, and named random streams.
+"""Diffusion: noise schedules, the noising process, the per-sample loss, DDIM sampling, and named random streams.
 
-Forward process (DDPM, T = 1000, beta linear from 1e-4 to 0.02), with abar_t the product of (1 - beta) up to t:
+Forward process (T = 1000), with abar_t the product of (1 - beta) up to t:
     x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise
+linear: beta from 1e-4 to 0.02 (DDPM). cosine (Nichol & Dhariwal, arXiv 2102.09672):
+    beta_t = min(1 - f(t + 1) / f(t), 0.999),   f(t) = cos^2(((t / T + s) / (1 + s)) pi / 2),   s = 0.008
 Loss of one sample: the MEAN over C*H*W of (prediction - target)^2. Penalties' lam belongs to this convention.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 TIMESTEPS = 1000
-_BETA = torch.linspace(1e-4, 0.02, TIMESTEPS, dtype=torch.float64)
-ALPHA_BAR = torch.cumprod(1 - _BETA, 0)  # (T,), float64
-_SIGNAL, _SIGMA = ALPHA_BAR.sqrt(), (1 - ALPHA_BAR).sqrt()  # in float32, 1 - abar would lose four digits at t = 0
+COSINE_OFFSET, COSINE_LARGEST_BETA = 0.008, 0.999
 
 Predictor = Callable[[Tensor, Tensor, Tensor], Tensor]  # noised (B, C, H, W), t (B,), label (B,) -> noise (B, C, H, W)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How much of an image is left at each timestep: abar, (T,), float64."""
+
+    alpha_bar: Tensor
+
+    def add_noise(self, images: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t, (B, C, H, W), from images in [-1, 1] and timesteps t, (B,)."""
+        # From float64: in float32, 1 - abar would lose four digits at t = 0.
+        tables = (self.alpha_bar.sqrt(), (1 - self.alpha_bar).sqrt())
+        signal, sigma = (table.to(images)[t].view(-1, 1, 1, 1) for table in tables)
+        return signal * images + sigma * noise
+
+    def snr(self, t: int) -> float:
+        """Signal-to-noise ratio abar_t / (1 - abar_t)."""
+        return float(self.alpha_bar[t] / (1 - self.alpha_bar[t]))
+
+
+def _linear() -> Schedule:
+    return Schedule(torch.cumprod(1 - torch.linspace(1e-4, 0.02, TIMESTEPS, dtype=torch.float64), 0))
+
+
+def _cosine() -> Schedule:
+    t = torch.arange(TIMESTEPS + 1, dtype=torch.float64) / TIMESTEPS
+    f = ((t + COSINE_OFFSET) / (1 + COSINE_OFFSET) * math.pi / 2).cos().square()
+    beta = (1 - f[1:] / f[:-1]).clamp(max=COSINE_LARGEST_BETA)
+    return Schedule(torch.cumprod(1 - beta, 0))
+
+
+SCHEDULES: dict[str, Schedule] = {"linear": _linear(), "cosine": _cosine()}
 
 
 def stream(seed: int, purpose: str, task: int = 0, step: int = 0) -> torch.Generator:
@@ -29,12 +63,6 @@ def stream(seed: int, purpose: str, task: int = 0, step: int = 0) -> torch.Gener
     """
     name = f"{seed}/{purpose}/{task}/{step}".encode()
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name).digest()[:8], "little") >> 1)
-
-
-def add_noise(images: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """x_t, (B, C, H, W), from images in [-1, 1] and timesteps t, (B,)."""
-    signal, sigma = (table.to(images)[t].view(-1, 1, 1, 1) for table in (_SIGNAL, _SIGMA))
-    return signal * images + sigma * noise
 
 
 def draw_noise(generator: torch.Generator, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -59,20 +87,22 @@ def draw_latents(seed: int, purpose: str, label: Tensor, shape: tuple[int, int, 
 
 
 @torch.no_grad()
-def ddim(predict: Predictor, latents: Tensor, label: Tensor, steps: int, batch: int = 256) -> Tensor:
+def ddim(
+    predict: Predictor, schedule: Schedule, latents: Tensor, label: Tensor, steps: int, batch: int = 256
+) -> Tensor:
     """Deterministic DDIM (eta = 0): latents (N, C, H, W) and labels (N,) -> images (N, C, H, W) in [-1, 1].
 
     Timesteps are 0, s, 2s, ... with s = T // steps, walked downwards. At each of them
         x_0 = clip((x_t - sqrt(1 - abar_t) e) / sqrt(abar_t), -1, 1),   e = predict(x_t, t, label)
         x_{t-s} = sqrt(abar_{t-s}) x_0 + sqrt(1 - abar_{t-s}) e,        abar = 1 below t = 0.
     """
-    stride = TIMESTEPS // steps
+    stride, alpha_bar = TIMESTEPS // steps, schedule.alpha_bar
     walk = [stride * i for i in reversed(range(steps))]
     images = []
     for x, y in zip(latents.split(batch), label.split(batch), strict=True):
         for t in walk:
-            abar = ALPHA_BAR[t].item()
-            abar_next = ALPHA_BAR[t - stride].item() if t >= stride else 1.0
+            abar = alpha_bar[t].item()
+            abar_next = alpha_bar[t - stride].item() if t >= stride else 1.0
             noise = predict(x, torch.full_like(y, t), y)
             clean = ((x - (1 - abar) ** 0.5 * noise) / abar**0.5).clamp(-1, 1)
             x = abar_next**0.5 * clean + (1 - abar_next) ** 0.5 * noise

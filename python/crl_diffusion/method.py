@@ -271,7 +271,8 @@ class Settings:
     steps: int = 300
     """Optimization steps a task."""
     epochs: int = 0
-    """Passes over the images of a task, instead of --steps; 0 means that --steps counts."""
+    """Passes over the images of a task, the last batch of each rounded up, instead of --steps; 0 means that --steps
+    counts."""
     batch: int = 32
     """Real images a step."""
     replay_batch: int = 32
@@ -283,10 +284,13 @@ class Settings:
     clip: float = 1.0
     """Largest norm of the gradient; a longer one is scaled down to it. 0 means no limit."""
     ema: float = 0.0
-    """Decay of an exponential moving average of the weights; 0 means none. At the end of a task the average becomes the
-    model: it is evaluated, it is the teacher and the penalty's anchor, and the next task starts from it."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Arithmetic of the network's forward and backward pass (autocast); parameters are float32."""
+    """Decay of an exponential moving average of the weights; 0 means none. After step n of a task the decay is at most
+    n / (n + 9), so that a task's first weights are soon forgotten. At the end of a task the average becomes the model:
+    it is evaluated, it is the teacher and the penalty's anchor, and the next task starts from it."""
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
+    """Arithmetic of the network in training and in drawing images: bf16 and fp16 through autocast, with float32
+    parameters, and with a gradient scaler for fp16; fp64 also for the parameters. Fisher matrices are estimated in the
+    parameters' own precision."""
     pool: int = 100
     """Images that the teacher draws for each old class after every task."""
     pool_steps: int = 10

@@ -58,9 +58,10 @@ def build(name: str, shape: tuple[int, int, int], classes: int, seed: int) -> nn
 
 
 def predict(model: nn.Module, noised: Tensor, t: Tensor, label: Tensor) -> Tensor:
-    """Predicted noise, (B, C, S, S), for noised images (B, C, S, S), timesteps (B,) and labels (B,)."""
+    """Predicted noise, (B, C, S, S), for noised images (B, C, S, S), timesteps (B,) and labels (B,); in the dtype of
+    the images, also under autocast."""
     prediction: Tensor = model(noised, t, class_labels=label, return_dict=False)[0]
-    return prediction
+    return prediction.to(noised.dtype)
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from crl_diffusion import processes
 from crl_diffusion.diffusion import TIMESTEPS
 from crl_diffusion.method import Penalty
 from crl_kernels import DiagonalFisher, DiagonalHistory, LowRankFisher, LowRankHistory, estimate_fisher
@@ -83,7 +84,14 @@ class PenaltyState:
     ) -> LowRankFisher | DiagonalFisher:
         spec = self.spec
         if spec.fisher == "diagonal":
-            return estimate_fisher(self.model, per_sample_loss, batches, kind="diagonal", generator=generator)
+            return estimate_fisher(
+                self.model,
+                per_sample_loss,
+                batches,
+                kind="diagonal",
+                generator=generator,
+                process_group=processes.group(),
+            )
 
         def banded(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
             """Each sample's band of timesteps beside its loss; batch is (noised, t, label, noise)."""
@@ -98,6 +106,7 @@ class PenaltyState:
             direction="top" if spec.direction == "top" or spec.rank > 1 else "mean",
             unbiased=not self.in_sample,
             generator=generator,
+            process_group=processes.group(),
         )
 
     def _timed(self, call: Callable[[], Any]) -> None:

@@ -70,19 +70,24 @@ class Log:
 
 
 class TensorBoard:
-    """Scalars for TensorBoard; `purge_step` hides what an interrupted run had written beyond its checkpoint."""
+    """Scalars for TensorBoard; `purge_step` hides what an interrupted run had written beyond its checkpoint. Without a
+    folder, nothing is written."""
 
-    def __init__(self, folder: Path, purge_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+    def __init__(self, folder: Path | None, purge_step: int) -> None:
+        self.writer = None
+        if folder is not None:
+            from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder), purge_step=purge_step)
+            self.writer = SummaryWriter(str(folder), purge_step=purge_step)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
+        if self.writer is not None:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)
 
     def __enter__(self) -> TensorBoard:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.writer.close()
+        if self.writer is not None:
+            self.writer.close()

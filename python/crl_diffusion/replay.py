@@ -13,8 +13,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from crl_diffusion import diffusion
+from crl_diffusion import diffusion, processes
 from crl_diffusion.data import Images, to_float, to_pixels
+from crl_diffusion.diffusion import Schedule
 from crl_diffusion.method import Method, RunConfig
 from crl_diffusion.model import predict
 
@@ -60,7 +61,7 @@ class Source(Protocol):
         """A task has been learnt: `classes` are all old ones, and the stage has the number `stage`."""
 
     def draw(self, teacher: nn.Module, n: int, generator: torch.Generator) -> Images:
-        """n images of old classes."""
+        """This process's share of n images of old classes."""
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint must hold of this source."""
@@ -73,18 +74,19 @@ class Pool:
 
     def __init__(self, config: RunConfig, shape: tuple[int, int, int]) -> None:
         self.seed, self.shape, self.per_class, self.steps = config.seed, shape, config.pool, config.pool_steps
+        self.schedule = diffusion.SCHEDULES[config.schedule]
         self.images = Images(torch.empty(0, *shape, dtype=torch.uint8), torch.empty(0, dtype=torch.int64))
 
     def refill(self, teacher: nn.Module, classes: Sequence[int], stage: int) -> None:
         """Draw `per_class` images of each class with DDIM."""
         label = torch.tensor(classes).repeat_interleave(self.per_class)
         latents = diffusion.draw_latents(self.seed, "pool", label, self.shape, stage)
-        pixels = to_pixels(draw_images(teacher, latents, label, self.steps))
+        pixels = to_pixels(draw_images(teacher, self.schedule, latents, label, self.steps))
         self.images = Images(pixels, label)
 
     def draw(self, teacher: nn.Module, n: int, generator: torch.Generator) -> Images:
         """n images, uniformly and with replacement."""
-        return self.images.take(torch.randint(len(self.images), (n,), generator=generator))
+        return self.images.take(torch.randint(len(self.images), (n,), generator=generator)[processes.share(n)])
 
     def state(self) -> dict[str, Tensor]:
         return {"pixels": self.images.pixels, "labels": self.images.labels}
@@ -98,6 +100,7 @@ class Fresh:
 
     def __init__(self, config: RunConfig, shape: tuple[int, int, int]) -> None:
         self.shape, self.steps = shape, config.fresh_steps
+        self.schedule = diffusion.SCHEDULES[config.schedule]
         self.classes = torch.empty(0, dtype=torch.int64)
 
     def refill(self, teacher: nn.Module, classes: Sequence[int], stage: int) -> None:
@@ -106,7 +109,8 @@ class Fresh:
     def draw(self, teacher: nn.Module, n: int, generator: torch.Generator) -> Images:
         label = self.classes[torch.randint(len(self.classes), (n,), generator=generator)]
         latents = torch.randn(n, *self.shape, generator=generator)
-        return Images(to_pixels(draw_images(teacher, latents, label, self.steps)), label)
+        label, latents = label[processes.share(n)], latents[processes.share(n)]
+        return Images(to_pixels(draw_share(teacher, self.schedule, latents, label, self.steps)), label)
 
     def state(self) -> dict[str, Tensor]:
         return {"classes": self.classes}
@@ -118,14 +122,20 @@ class Fresh:
 SOURCES: dict[str, type[Source]] = {"pool": Pool, "fresh": Fresh}
 
 
-def draw_images(model: nn.Module, latents: Tensor, label: Tensor, steps: int) -> Tensor:
-    """DDIM samples of a model, (N, C, H, W) in [-1, 1], on the CPU."""
+def draw_images(model: nn.Module, schedule: Schedule, latents: Tensor, label: Tensor, steps: int) -> Tensor:
+    """DDIM samples of a model, (N, C, H, W) in [-1, 1], on the CPU; the processes of a run share the work."""
+    mine = processes.share(len(label))
+    return processes.gather(draw_share(model, schedule, latents[mine], label[mine], steps))
+
+
+def draw_share(model: nn.Module, schedule: Schedule, latents: Tensor, label: Tensor, steps: int) -> Tensor:
+    """The same in this process alone."""
     like = next(model.parameters())
 
     def noise(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return predict(model, x, t, y)
 
-    return diffusion.ddim(noise, latents.to(like), label.to(like.device), steps).cpu()
+    return diffusion.ddim(noise, schedule, latents.to(like), label.to(like.device), steps).cpu()
 
 
 class Moment(NamedTuple):
@@ -148,20 +158,34 @@ def shares(method: Method, stage: int) -> tuple[float, tuple[float, ...]]:
     return 1 / tasks, tuple(weight * (1 - 1 / tasks) for weight in weights)
 
 
-def real_batch(images: Images, n: int, weight: float, moment: Moment, like: Tensor) -> NoisedBatch:
-    """The step's real images, in epochs, weighing weight / n each; device and dtype are those of `like`."""
-    noised, t, label, noise = noise_up(epoch_batch(images, n, moment), moment.stream("noise"), like)
-    return NoisedBatch(noised, t, label, noise, _weights(weight, label, like))
+def real_batch(images: Images, n: int, weight: float, schedule: Schedule, moment: Moment, like: Tensor) -> NoisedBatch:
+    """This process's share of the step's n real images, in epochs, weighing weight / n each; device and dtype are those
+    of `like`."""
+    whole = epoch_batch(images, n, moment)
+    chosen = whole.take(torch.arange(n)[processes.share(n)])
+    t, noise = _share_of_noise(chosen, n, moment.stream("noise"))
+    noised, t, label, noise = noise_up(chosen, t, noise, schedule, like)
+    return NoisedBatch(noised, t, label, noise, _weights(weight / n, label, like))
 
 
 def replay_batch(
-    target: str, position: int, weight: float, source: Source, teacher: nn.Module, n: int, moment: Moment, like: Tensor
+    target: str,
+    position: int,
+    weight: float,
+    source: Source,
+    teacher: nn.Module,
+    n: int,
+    schedule: Schedule,
+    moment: Moment,
+    like: Tensor,
 ) -> NoisedBatch:
-    """The step's images of one replay, weighing weight / n each; `position` is its place in the method."""
+    """This process's share of the step's n images of one replay, weighing weight / n each; `position` is its place in
+    the method."""
     chosen = source.draw(teacher, n, moment.stream(f"replay {position}"))
-    noised, t, label, noise = noise_up(chosen, moment.stream(f"replay noise {position}"), like)
+    t, noise = _share_of_noise(chosen, n, moment.stream(f"replay noise {position}"))
+    noised, t, label, noise = noise_up(chosen, t, noise, schedule, like)
     return NoisedBatch(
-        noised, t, label, TARGETS[target](teacher, noised, t, label, noise), _weights(weight, label, like)
+        noised, t, label, TARGETS[target](teacher, noised, t, label, noise), _weights(weight / n, label, like)
     )
 
 
@@ -180,13 +204,20 @@ def _shuffled(total: int, seed: int, purpose: str, stage: int, epoch: int) -> Te
     return torch.randperm(total, generator=diffusion.stream(seed, purpose, stage, epoch))
 
 
-def noise_up(images: Images, generator: torch.Generator, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _share_of_noise(images: Images, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Timesteps and noise for images that are this process's share of n: its share of those drawn for all n."""
+    t, noise = diffusion.draw_noise(generator, (n, *images.pixels.shape[1:]))
+    return t[processes.share(n)], noise[processes.share(n)]
+
+
+def noise_up(
+    images: Images, t: Tensor, noise: Tensor, schedule: Schedule, like: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Noised images (B, C, H, W), timesteps (B,), labels (B,), noise (B, C, H, W); device and dtype those of `like`."""
-    t, noise = diffusion.draw_noise(generator, tuple(images.pixels.shape))
     t, noise = t.to(like.device), noise.to(like)
     clean = to_float(images.pixels, like.dtype).to(like.device)
-    return diffusion.add_noise(clean, noise, t), t, images.labels.to(like.device), noise
+    return schedule.add_noise(clean, noise, t), t, images.labels.to(like.device), noise
 
 
-def _weights(total: float, label: Tensor, like: Tensor) -> Tensor:
-    return torch.full((len(label),), total / len(label), dtype=like.dtype, device=like.device)
+def _weights(each: float, label: Tensor, like: Tensor) -> Tensor:
+    return torch.full((len(label),), each, dtype=like.dtype, device=like.device)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from crl_diffusion import data, evaluation, extractors, loop
+from crl_diffusion import checkpoint, data, evaluation, extractors, loop
 from crl_diffusion.method import RunConfig
 
 SHORT: dict[str, Any] = {
@@ -90,6 +90,23 @@ def make_run(extractor_folder: Path, tmp_path: Path) -> Callable[[RunConfig], lo
         )
 
     return make
+
+
+def options(settings: dict[str, Any]) -> list[str]:
+    """Settings as a command line has them."""
+    return [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def same_end(a: Path, b: Path, said: str = "") -> None:
+    """Equal metrics, byte by byte, and equal checkpoints of every finished stage, bit by bit."""
+    assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes(), said
+    for stage in range(1, SHORT["tasks"] + 1):
+        first, second = (checkpoint.load(run / "checkpoints" / f"{stage:02d}-00000000.safetensors") for run in (a, b))
+        assert first.tensors.keys() == second.tensors.keys(), said
+        for name, tensor in first.tensors.items():
+            assert torch.equal(tensor, second.tensors[name]), f"{name}\n{said}"
+    samples = f"samples/after-task-{SHORT['tasks']}.safetensors"
+    assert (a / samples).read_bytes() == (b / samples).read_bytes(), said
 
 
 def child_environment() -> dict[str, str]:

@@ -72,19 +72,10 @@ def test_options_give_the_configuration_back() -> None:
     assert compare.options(RunConfig(method="gd")) == ["--method", "gd", "--seed", "0"]
 
 
-def test_values_of_every_kind_become_options(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = {"method": "gd", "seed": 0, "betas": (0.9, 0.99), "ema": True, "clip": False}
-    default = type("Default", (), {"betas": (0.9, 0.999), "ema": False, "clip": True})
-    monkeypatch.setattr(compare, "asdict", lambda config: values)
-    monkeypatch.setattr(compare, "RunConfig", lambda method: default)
-    words = compare.options(RunConfig(method="gd"))
-    assert words == ["--method", "gd", "--seed", "0", "--betas", "0.9", "0.99", "--ema", "--no-clip"]
-
-
 def test_an_estimate_counts_what_is_left(tmp_path: Path) -> None:
     work = compare.cells(Settings(tasks=2), ["fine-tune", "gd"], [0], tmp_path)
     for cell in work:
-        cell.task_images = [100, 100]
+        cell.stage_steps = [300, 300]
     passes = 600 * 3 * 32 + (2 + 4) * 100 * 10, 300 * 4 * 32 + 2 * 100 * 10  # fine-tune, and what gd adds
     both, longest = 2 * passes[0] + passes[1], sum(passes)
     said = compare.estimate(work, 1, 0.001)

@@ -11,27 +11,73 @@ from crl_diffusion import checkpoint
 from crl_diffusion.checkpoint import Checkpoint
 from crl_diffusion.method import OptionError
 from crl_diffusion.records import Log, read_json, read_rows, write_json
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 
 def _make(stage: int, step: int) -> Checkpoint:
     tensors = {
         "model/w": torch.full((2, 3), 10.0 * stage + step),
         "optimizer/step/w": torch.tensor(float(step)),
-        "source/pool/pixels": torch.zeros(0, 1, 8, 8, dtype=torch.uint8),
+        "memory/source/pool/pixels": torch.zeros(0, 1, 8, 8, dtype=torch.uint8),
+        "memory/teacher/w": torch.full((64, 64), 1.0 * stage),
     }
-    return Checkpoint(stage, step, {"metrics": 7}, tensors)
+    return Checkpoint(stage, step, {"metrics": 7}, tensors, "this run")
 
 
 def test_what_is_saved_comes_back(tmp_path: Path) -> None:
-    saved = _make(1, 30)
+    saved = _make(1, 0)
     found = checkpoint.load(checkpoint.save(tmp_path, saved))
-    assert found[:3] == saved[:3]
+    assert (found[:3], found.run) == (saved[:3], saved.run)
     assert found.tensors.keys() == saved.tensors.keys()
     for name, tensor in saved.tensors.items():
         assert torch.equal(found.tensors[name], tensor)
         assert found.tensors[name].dtype == tensor.dtype
     assert list(found.part("model")) == ["w"]
     assert list(found.part("optimizer")) == ["step/w"]
+
+
+def test_what_a_stage_keeps_is_written_once_and_read_with_every_checkpoint_of_it(tmp_path: Path) -> None:
+    start = checkpoint.save(tmp_path, _make(1, 0))
+    later = checkpoint.save(tmp_path, _make(1, 30))
+    assert start.stat().st_size > 64 * 64 * 4 > later.stat().st_size
+    found, whole = checkpoint.load(later), _make(1, 30)
+    assert found[:3] == whole[:3]
+    assert found.tensors.keys() == whole.tensors.keys()
+    for name, tensor in whole.tensors.items():
+        assert torch.equal(found.tensors[name], tensor)
+
+    # Without its stage's start, or with another one, it is no checkpoint.
+    with safe_open(start, framework="pt") as file:
+        metadata = file.metadata()
+    content = start.read_bytes()
+    start.write_bytes(content[:-1])
+    with pytest.raises(ValueError, match=r"it needs 01-00000000.safetensors, which is damaged"):
+        checkpoint.load(later)
+    other = {name: tensor + 1 for name, tensor in _make(1, 0).tensors.items()}
+    save_file(other, start, {**metadata, "digest": checkpoint._digest(other)})
+    with pytest.raises(ValueError, match=r"taken after another 01-00000000.safetensors"):
+        checkpoint.load(later)
+
+
+def test_a_file_under_another_name_is_refused(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, _make(0, 100))
+    path.rename(tmp_path / "04-00000000.safetensors")
+    newest, complaints = checkpoint.latest(tmp_path)
+    assert newest is None
+    assert "04-00000000.safetensors is damaged (it was taken after 0 stages and 100 steps" in complaints[0]
+
+
+def test_what_was_passed_over_does_not_push_out_what_is_new(tmp_path: Path) -> None:
+    for step in (100, 200, 300):
+        path = checkpoint.save(tmp_path, _make(0, step))
+    for step in (200, 300):
+        path = tmp_path / f"00-{step:08d}.safetensors"
+        path.write_bytes(path.read_bytes()[:-1])
+    checkpoint.save(tmp_path, _make(0, 150))
+    newest, complaints = checkpoint.latest(tmp_path)
+    assert newest is not None
+    assert (newest.step, len(complaints)) == (150, 2)
 
 
 def test_ends_of_stages_are_kept_and_two_others(tmp_path: Path) -> None:
@@ -78,6 +124,22 @@ def test_a_crash_before_the_rename_leaves_the_old_checkpoint(tmp_path: Path, mon
     assert (newest.step, complaints) == (100, [])
     checkpoint.save(tmp_path, _make(0, 300))
     assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("call", ["replace", "fsync"])
+def test_a_full_disk_leaves_the_old_checkpoint_and_no_part_of_the_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    checkpoint.save(tmp_path, _make(0, 100))
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, call, full)
+        with pytest.raises(checkpoint.WriteError, match=r"00-00000200.*cannot be written.*No space left on device"):
+            checkpoint.save(tmp_path, _make(0, 200))
+    assert [path.name for path in tmp_path.iterdir()] == ["00-00000100.safetensors"]
 
 
 def test_no_checkpoint_is_no_complaint(tmp_path: Path) -> None:

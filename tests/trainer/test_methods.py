@@ -157,7 +157,7 @@ def test_the_pool_is_drawn_from_the_teacher_for_every_old_class(short: Short, ma
 
         latents = diffusion.draw_latents(0, "pool", label, (1, 8, 8), task=1)
         assert run.teacher is not None
-        return data.to_pixels(replay.draw_images(run.teacher, latents, label, 2))
+        return data.to_pixels(replay.draw_images(run.teacher, run.schedule, latents, label, 2))
 
     assert torch.equal(images.of([2]).pixels[:1], draw())
     with torch.no_grad():
@@ -169,7 +169,7 @@ def test_the_pool_is_drawn_from_the_teacher_for_every_old_class(short: Short, ma
 def test_the_fisher_matrix_sees_its_task_and_the_samples_asked_for(short: Short, make_run: MakeRun) -> None:
     run = make_run(short("rank1", fisher_samples=70))
     stage = run.stages[1]
-    batches = loop.fisher_batches(run.data.train.of(stage.classes), stage, run.config, run.like)
+    batches = loop.fisher_batches(run.data.train.of(stage.classes), stage, run.config, run.schedule, run.like)
     assert [len(batch[0]) for batch in batches] == [32, 32, 6]
     noised, t, label, noise = (torch.cat(parts) for parts in zip(*batches, strict=True))
     assert set(label.tolist()) == set(stage.classes)

@@ -122,16 +122,15 @@ def test_the_written_list_is_what_the_command_prints(
 
 
 def test_passes_are_counted() -> None:
-    """By hand: gd, two tasks of two classes, 100 and 50 images, 3 epochs of batches of 8."""
+    """By hand: two tasks of two classes."""
     sizes = {"pool": 5, "pool_steps": 2, "eval_samples": 3, "eval_steps": 4, "batch": 8, "replay_batch": 6}
-    config = RunConfig(method="gd+rank1", tasks=2, epochs=3, fisher_samples=0, **sizes)
-    first, second = 38 * 3 * 8, 19 * (3 * 8 + (3 + 1) * 6)  # ceil(3 * 100 / 8), ceil(3 * 50 / 8)
+    config = RunConfig(method="gd+rank1", tasks=2, fisher_samples=100, **sizes)
     evaluations = (2 + 4) * 3 * 4
-    assert cost.passes(config, [100, 50]) == first + second + evaluations + 2 * 5 * 2 + 4 * 100
-    joint = RunConfig(method="joint", tasks=2, epochs=3, **sizes)
-    assert cost.passes(joint, [100, 50]) == 57 * 3 * 8 + 4 * 3 * 4  # ceil(3 * 150 / 8)
-    fresh = RunConfig(method="masip", tasks=2, steps=10, fresh_steps=2, **sizes)
-    assert cost.passes(fresh, [100, 50]) == 20 * 3 * 8 + 10 * (3 + 1 + 2) * 6 + evaluations
+    expected = 38 * 3 * 8 + 19 * (3 * 8 + (3 + 1) * 6) + evaluations + 2 * 5 * 2 + 4 * 100
+    assert cost.passes(config, [38, 19]) == expected
+    assert cost.passes(RunConfig(method="joint", tasks=2, **sizes), [57]) == 57 * 3 * 8 + 4 * 3 * 4
+    fresh = RunConfig(method="masip", tasks=2, fresh_steps=2, **sizes)
+    assert cost.passes(fresh, [10, 10]) == 20 * 3 * 8 + 10 * (3 + 1 + 2) * 6 + evaluations
 
 
 def test_times_in_words() -> None:

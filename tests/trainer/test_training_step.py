@@ -252,8 +252,8 @@ def test_once_is_one_pull_at_the_end_of_a_task_and_none_in_its_steps(
     run.stage, run.step = 1, STEP
     model = copy.deepcopy(run.model)
     batch = run.batch(run.data.train.of((2, 3)), run.stages[1])
-    loop.training_step(model, loop.new_optimizer(model), batch, None, 1e-3, 0.0)
-    loop.training_step(run.model, run.optimizer, batch, run.penalty, 1e-3, 0.0)
+    loop.training_step(model, loop.new_optimizer(model), batch, None, 1e-3, 0.0, run.precision)
+    loop.training_step(run.model, run.optimizer, batch, run.penalty, 1e-3, 0.0, run.precision)
     for p, q in zip(run.model.parameters(), model.parameters(), strict=True):
         assert torch.equal(p, q)
 

@@ -1,0 +1,54 @@
+"""Where a run comes from: versions of packages, the state of the source code, the command."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("crl-kernels", "diffusers", "torchmetrics", "torchvision", "scikit-learn", "numpy")
+
+
+def environment() -> dict[str, Any]:
+    """Versions of Python, torch and the packages that decide numbers, and the number of threads."""
+    versions: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
+    versions["torch"] = torch.__version__
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    versions["threads"] = torch.get_num_threads()
+    return versions
+
+
+def command() -> str:
+    """The command line of this process, for a shell."""
+    return shlex.join(sys.orig_argv)
+
+
+def git_state(file: Path = Path(__file__)) -> dict[str, Any] | None:
+    """The commit that a source file belongs to, and whether its folder differs from it; None unless git keeps it.
+
+    An installed copy is none of git's, even if its environment lies in somebody's checkout.
+    """
+    if _git(file, "ls-files", "--error-unmatch", file.name) is None:
+        return None
+    commit, changes = _git(file, "rev-parse", "HEAD"), _git(file, "status", "--porcelain", "--", ":/*.py", ":/csrc")
+    return None if commit is None or changes is None else {"commit": commit, "dirty": bool(changes)}
+
+
+def _git(file: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(file.resolve().parent), *arguments], capture_output=True, text=True, check=False
+        )
+    except OSError:  # no git
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

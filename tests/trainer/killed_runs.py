@@ -1,0 +1,110 @@
+"""A script: trains with the options given, in forks of itself, each but the last killed at a moment of its own.
+
+    python killed_runs.py SEED KILLS train --out ...
+
+SIGKILL comes just before or just after one call of a traced function: in steps, while tensors are saved, between a
+write and its rename, in evaluations, in the Fisher's estimation, while pictures and the summary are made. First an
+uninterrupted run, into <out>-whole, counts these moments; each kill takes one at random out of those that are left to
+the run. Prints a line for each kill and ends with the exit code of the last run. Torch is imported once, by a process
+that computes nothing, so that its forks are as good as new processes and begin at once.
+"""
+
+import os
+import random
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# What runs import late.
+import matplotlib.pyplot  # noqa: F401
+import sklearn.datasets  # noqa: F401
+import torch
+import torch._dynamo
+import torch.utils.tensorboard
+import torchmetrics.image.fid  # noqa: F401
+from crl_diffusion import checkpoint, cli, loop, metrics, penalties, pictures, records, replay, report
+from crl_diffusion.replay import Pool
+
+TRACED: list[tuple[Any, str]] = [
+    (loop, "training_step"),
+    (torch.optim.Adam, "step"),
+    (replay, "draw_images"),
+    (Pool, "refill"),
+    (penalties, "estimate_fisher"),
+    (metrics, "fid"),
+    (loop, "save_file"),
+    (loop, "claim"),
+    (checkpoint, "save_file"),
+    (checkpoint, "_prune"),
+    (os, "fsync"),
+    (os, "replace"),
+    (records.Log, "append"),
+    (records.Log, "keep"),
+    (pictures, "of_run"),
+    (report, "summarise"),
+    (loop, "write_json"),
+]
+
+
+class Moments:
+    """Counts moments, and kills the process at one of them."""
+
+    def __init__(self, last: int | None) -> None:
+        self.count, self.last = 0, last
+        for owner, name in TRACED:
+            setattr(owner, name, self.around(getattr(owner, name), f"{getattr(owner, '__name__', owner)}.{name}"))
+
+    def around(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def traced(*arguments: Any, **named: Any) -> Any:
+            self.pass_by(f"before {name}")
+            result = function(*arguments, **named)
+            self.pass_by(f"after {name}")
+            return result
+
+        return traced
+
+    def pass_by(self, what: str) -> None:
+        self.count += 1
+        if self.count == self.last:
+            print(f"killed at moment {self.count}, {what}", flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def forked(arguments: list[str], last: int | None, tell: Path) -> int:
+    """The exit status of a run that is killed at the moment `last`; the number of its moments goes to `tell`."""
+    child = os.fork()
+    if child == 0:
+        moments = Moments(last)
+        code = cli.main(arguments)
+        tell.write_text(str(moments.count))
+        sys.stdout.flush()
+        os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def main(seed: int, kills: int, arguments: list[str]) -> int:
+    chosen = random.Random(seed)
+    place = arguments.index("--out") + 1
+    out = Path(arguments[place])
+    tell = out.with_name(f"{out.name}-moments")
+    whole = [*arguments[:place], f"{out}-whole", *arguments[place + 1 :]]
+    if code := forked(whole, None, tell):
+        return code
+    moments = int(tell.read_text())
+    done = 0
+    while done < kills:
+        moment = chosen.randint(1, moments)
+        code = forked(arguments, moment, tell)
+        if code == -signal.SIGKILL:
+            done += 1
+        elif code == 0:  # so late a moment that what was left of the run had fewer
+            break
+        else:
+            return code
+    return forked(arguments, None, tell)
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]))

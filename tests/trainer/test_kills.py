@@ -1,0 +1,36 @@
+"""Runs that are killed again and again, wherever they are, end with the bits of those that are not."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+import pytest
+from conftest import SHORT, options, python, same_end
+
+SCRIPT = Path(__file__).with_name("killed_runs.py")
+
+
+def _killed_again_and_again(method: str, seed: int, kills: int, extractor_folder: Path, out: Path) -> None:
+    settings = {**SHORT, "ema": 0.9}
+    arguments = ["train", "--method", method, *options(settings), "--out", out, "--extractor", extractor_folder]
+    done = python(SCRIPT, seed, kills, *arguments)
+    said = f"python {SCRIPT.name} {seed} {kills} ...\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    assert done.returncode == 0, said
+    assert "killed at moment" in done.stdout, said
+    same_end(out.with_name(f"{out.name}-whole"), out, said)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="os.fork is missing")
+def test_three_kills_at_random_moments(extractor_folder: Path, tmp_path: Path) -> None:
+    seed = secrets.randbelow(2**31)
+    _killed_again_and_again("gd+rank1", seed, 3, extractor_folder, tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="os.fork is missing")
+@pytest.mark.parametrize("method", ["gd+rank1", "gd+bands8:slopes,gradient", "replay+gd+diagonal", "masip"])
+def test_ten_kills_at_random_moments(method: str, extractor_folder: Path, tmp_path: Path) -> None:
+    seed = secrets.randbelow(2**31)
+    _killed_again_and_again(method, seed, 10, extractor_folder, tmp_path / "run")
