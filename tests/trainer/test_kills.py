@@ -14,7 +14,7 @@ SCRIPT = Path(__file__).with_name("killed_runs.py")
 
 def _killed_again_and_again(method: str, seed: int, kills: int, extractor_folder: Path, out: Path) -> None:
     settings = {**SHORT, "ema": 0.9}
-    arguments = ["train", "--method", method, *options(settings), "--out", out, "--extractor", extractor_folder]
+    arguments = ["train", "--method", method, *options(settings), "--out", out, "--extractor-folder", extractor_folder]
     done = python(SCRIPT, seed, kills, *arguments)
     said = f"python {SCRIPT.name} {seed} {kills} ...\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     assert done.returncode == 0, said

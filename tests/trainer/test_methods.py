@@ -54,7 +54,7 @@ def latents(monkeypatch: pytest.MonkeyPatch) -> Callable[[loop.Run], list[float]
         class Enough(Exception):
             pass
 
-        def ddim(predict: object, noise: Tensor, *rest: object) -> Tensor:
+        def ddim(predict: object, schedule: object, noise: Tensor, *rest: object) -> Tensor:
             found.extend(noise.flatten().tolist())
             raise Enough
 

@@ -45,7 +45,7 @@ def test_the_paper_has_its_network_its_noise_and_its_optimizer() -> None:
     assert (unet.channels, unet.layers) == ((128, 256, 256, 256), 2)
     assert diffusion.TIMESTEPS == 1000
     beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
-    torch.testing.assert_close(diffusion.ALPHA_BAR, torch.cumprod(1 - beta, 0))
+    torch.testing.assert_close(diffusion.SCHEDULES["linear"].alpha_bar, torch.cumprod(1 - beta, 0))
     assert type(loop.new_optimizer(torch.nn.Linear(1, 1))) is torch.optim.Adam
 
 

@@ -28,7 +28,7 @@ def _numbers(value: Any) -> list[float]:
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch.distributed is missing")
 def test_two_processes_equal_one_and_one_resumes_what_two_began(extractor_folder: Path, tmp_path: Path) -> None:
-    arguments = ["train", "--method", "gd+rank1", *options(SETTINGS), "--extractor", extractor_folder]
+    arguments = ["train", "--method", "gd+rank1", *options(SETTINGS), "--extractor-folder", extractor_folder]
     done = _torchrun(*arguments, "--out", tmp_path / "two")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("after task 2: task 2 has FID") == 1  # one process speaks

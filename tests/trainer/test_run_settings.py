@@ -228,7 +228,7 @@ def test_a_full_disk_is_said_and_the_same_command_goes_on(
 ) -> None:
     out = tmp_path / "run"
     arguments = ["train", "--method", "gd+rank1", *options(SHORT), "--out", str(out)]
-    arguments += ["--extractor", str(extractor_folder)]
+    arguments += ["--extractor-folder", str(extractor_folder)]
     calls = 0
 
     def full(original: Callable[..., Any], last: int) -> Callable[..., Any]:
