@@ -36,7 +36,7 @@ def problem(preset: str, size: int, samples: int, device: torch.device) -> tuple
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(samples, *shape, generator=generator) * 2 - 1
     t, noise = diffusion.draw_noise(generator, (samples, *shape))
-    batch = (diffusion.add_noise(images, noise, t), t, torch.arange(samples) % classes, noise)
+    batch = (diffusion.SCHEDULES["linear"].add_noise(images, noise, t), t, torch.arange(samples) % classes, noise)
     noised, t, label, noise = (part.to(device) for part in batch)
     return model.build(preset, shape, classes, seed=0).to(device), (noised, t, label, noise)
 

@@ -75,7 +75,8 @@ def _metric(extractor: Extractor):  # type: ignore[no-untyped-def]  # its type i
     # torchmetrics takes a second to import; commands that only read results do without it.
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    return FrechetInceptionDistance(feature=extractor, normalize=True)
+    # One process measures for all of a run: a metric that waited for the others' states would wait for ever.
+    return FrechetInceptionDistance(feature=extractor, normalize=True, sync_on_compute=False)
 
 
 def _update(metric, extractor: Extractor, pixels: Tensor, real: bool) -> None:  # type: ignore[no-untyped-def]

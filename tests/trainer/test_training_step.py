@@ -292,7 +292,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_step_and_a_cause(short: Short,
     stage = run.stages[0]
     run.step = 6
     losses = [torch.tensor([loss, 0.0, 1.0]) for loss in (1.0, float("nan"), float("inf"))]
-    with pytest.raises(loop.TrainingError, match=r"not finite at step 5 of stage 1; .*learning rate.*--lr"):
+    with pytest.raises(loop.TrainingError, match=r"not finite at step 5 of stage 1 .*learning rate.*--lr"):
         loop.log_losses(run, stage, losses, 0.1, board=None)  # type: ignore[arg-type]
     stiff = make_run(short("rank1:gradient,lam=1e9"))
     stiff.step = 1
