@@ -24,7 +24,7 @@ import torch
 import torch._dynamo
 import torch.utils.tensorboard
 import torchmetrics.image.fid  # noqa: F401
-from crl_diffusion import checkpoint, cli, loop, metrics, penalties, pictures, records, replay, report
+from crl_diffusion import checkpoint, cli, evaluation, loop, penalties, pictures, records, replay, report
 from crl_diffusion.replay import Pool
 
 TRACED: list[tuple[Any, str]] = [
@@ -33,8 +33,8 @@ TRACED: list[tuple[Any, str]] = [
     (replay, "draw_images"),
     (Pool, "refill"),
     (penalties, "estimate_fisher"),
-    (metrics, "fid"),
-    (loop, "save_file"),
+    (evaluation, "measure"),
+    (evaluation, "save_file"),
     (loop, "claim"),
     (checkpoint, "save_file"),
     (checkpoint, "_prune"),
