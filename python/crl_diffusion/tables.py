@@ -122,7 +122,7 @@ def held_out(run: Finished) -> str:
     counts = run.summary.get("held_out_images") or []
     counts = [n for n in (counts if isinstance(counts, list) else [counts]) if n]
     number_said = " to ".join(map(str, dict.fromkeys((min(counts), max(counts))))) + " " if counts else "the "
-    return f"{number_said}{run.settings['held_out']} images"
+    return f"{number_said}held-out {run.settings['held_out']} images"
 
 
 def _many(count: int, noun: str) -> str:

@@ -26,7 +26,7 @@ def _run(work: list[compare.Cell], monkeypatch: pytest.MonkeyPatch, dying: str =
     monkeypatch.setattr(compare, "command", command)
     monkeypatch.setattr(compare, "POLL_SECONDS", 0.01)
     said = io.StringIO()
-    failed = compare.run(work, 2, Path("data"), Path("e"), Console(file=said, width=200), quiet=True)
+    failed = compare.run(work, 2, Path("data"), "cnn", Path("e"), Console(file=said, width=200), quiet=True)
     return failed, said.getvalue()
 
 

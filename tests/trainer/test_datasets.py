@@ -22,6 +22,7 @@ import pytest
 import torch
 from crl_diffusion import cache, data, loop, replay
 from crl_diffusion.datasets import CIFAR10_CLASSES
+from crl_diffusion.diffusion import SCHEDULES
 from crl_diffusion.method import OptionError, RunConfig
 from crl_diffusion.records import read_rows
 from PIL import Image
@@ -269,7 +270,7 @@ def test_a_step_of_a_mapped_set_reads_little_more_than_its_own_images(tmp_path: 
     assert len(loaded.train) == count
     assert resident() == 0
     task = loaded.tasks[1]
-    batch = replay.real_batch(task.train, 32, 1.0, replay.Moment(0, 0, 3), torch.zeros(()))
+    batch = replay.real_batch(task.train, 32, 1.0, SCHEDULES["linear"], replay.Moment(0, 0, 3), torch.zeros(()))
     assert batch.noised.shape == (32, 3, side, side)
     assert 0 < resident() <= loaded.train.storage.numel() // 4  # 32 of 5,461 images, in pages or runs of pages
     assert len(task.train.pixels) == 1000  # that is what it is not: reading a whole task

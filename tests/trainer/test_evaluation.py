@@ -175,7 +175,7 @@ def test_a_run_goes_on_with_the_classifier_it_was_begun_with(finished: Path, tmp
     config = json.loads((finished / "config.json").read_text())
     (out / "config.json").write_text(json.dumps(config))
     names = {"extractor": config["extractor"], "classifier": config["classifier"]}
-    loop.claim(short(), out, names)
+    loop.claim(short(), out, "digits", names)
     for key in names:
         with pytest.raises(OptionError, match=f"the {key} is another, but .* was begun with cnn32-digits-8px-"):
-            loop.claim(short(), out, {**names, key: "another"})
+            loop.claim(short(), out, "digits", {**names, key: "another"})
