@@ -22,10 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from crl_diffusion import data, loop
+from crl_diffusion import data
 from crl_diffusion.method import RunConfig
 from crl_diffusion.model import frozen_copy
 from crl_diffusion.precision import Precision
+from crl_diffusion.run_folder import resolve
+from crl_diffusion.state import Run
+from crl_diffusion.steps import new_optimizer, training_step
 from torch import Tensor
 
 import crl_kernels
@@ -41,14 +44,14 @@ METHODS = [PLAIN, "replay", "gd", "replay+gd", "masip", *(m + mode for m in PENA
 SIZES = (8, 16)  # pixels: digits as they are, and as large as the trainer's MNIST
 
 
-def run_of(method: str, size: int, folder: Path) -> tuple[loop.Run, data.Images]:
+def run_of(method: str, size: int, folder: Path) -> tuple[Run, data.Images]:
     """A run at the beginning of its fifth task, and that task's images."""
-    config = loop.resolve(RunConfig(method=method, device="cpu"))
+    config = resolve(RunConfig(method=method, device="cpu"))
     digits = data.load(config, Path("unused"))
     edge = (size - 8) // 2
     small = digits.tasks[TASKS].train
     images = data.Images(torch.nn.functional.pad(small.pixels, [edge] * 4), small.labels)
-    run = loop.Run(config, folder, replace(digits, train=images), None, lambda line: None)  # type: ignore[arg-type]
+    run = Run(config, folder, replace(digits, train=images), None, lambda line: None)  # type: ignore[arg-type]
     run.stage, run.teacher = TASKS, frozen_copy(run.model)
     old = torch.arange(2 * TASKS).repeat_interleave(config.pool)
     for source in run.sources.values():
@@ -60,7 +63,7 @@ def run_of(method: str, size: int, folder: Path) -> tuple[loop.Run, data.Images]
     return run, images
 
 
-def fisher_of(run: loop.Run) -> LowRankFisher | DiagonalFisher:
+def fisher_of(run: Run) -> LowRankFisher | DiagonalFisher:
     """Of one task, at random."""
     spec = run.method.penalty
     assert spec is not None
@@ -73,7 +76,7 @@ def fisher_of(run: loop.Run) -> LowRankFisher | DiagonalFisher:
     return LowRankFisher(directions, 1e-3 * torch.rand(terms, dtype=torch.float64), parameters)
 
 
-def step_of(run: loop.Run, images: data.Images) -> Callable[[], object]:
+def step_of(run: Run, images: data.Images) -> Callable[[], object]:
     def step() -> None:
         run.step %= run.config.steps // 2  # before the learning rate has come down to 0
         run.take_step(images, run.stages[TASKS])
@@ -128,9 +131,9 @@ def rank1_on(model_name: str, batch: int, rounds: int) -> dict[str, Any]:
     label = torch.arange(batch) % 10
     x, weight = torch.randn(batch, 3, 32, 32), torch.full((batch,), 1 / batch)
     noised = NoisedBatch(x, torch.arange(batch) * 90, label, torch.randn_like(x), weight)
-    optimizer, precision = loop.new_optimizer(model), Precision("fp32", torch.device("cpu"))
+    optimizer, precision = new_optimizer(model), Precision("fp32", torch.device("cpu"))
     calls: dict[str, Callable[[], object]] = {
-        "plain step": lambda: loop.training_step(model, optimizer, noised, None, 2e-4, 0.0, precision)
+        "plain step": lambda: training_step(model, optimizer, noised, None, 2e-4, 0.0, precision)
     }
     for mode in ("decoupled", "gradient"):
         for tasks in (1, TASKS):

@@ -20,7 +20,6 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from torch import Tensor
 from crl_diffusion.checkpoint import sync_folder
 from crl_diffusion.images import Images
 from crl_diffusion.method import OptionError
+from crl_diffusion.records import locked
 
 FORMAT = 1  # of the copies; part of the key
 PARTS = ("train", "test")
@@ -85,7 +85,7 @@ def _home(root: Path) -> Path:
 
 def _make(folder: Path, name: str, size: int, decode: Callable[[str], Chunks]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(folder.parent / ".lock"):
+    with locked(folder.parent / ".lock"):
         if folder.is_dir():  # another process was faster
             return
         print(f"decoding {name} at {size} pixels, once, into {folder}", file=sys.stderr, flush=True)
@@ -131,16 +131,3 @@ def _mapped(part: Path, count: int, size: int) -> Images:
     )
     labels = torch.from_file(str(part.with_suffix(".labels")), shared=False, size=count, dtype=torch.int64)
     return Images(pixels.view(count, 3, size, size), labels.clone())
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One process at a time; the others wait. The lock goes with the process, however it ends."""
-    try:
-        import fcntl
-    except ImportError:  # not a POSIX system
-        yield
-        return
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

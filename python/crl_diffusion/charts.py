@@ -103,11 +103,9 @@ def fid_matrices(groups: Groups, name: str) -> Drawing:
         image = pictures.heatmap(axis, r, ends, 9 if columns < 4 else 7.5)
     pictures.colour_bar(figure, image, axes, rows=-(-len(axes) // columns))
     text = (
-        "R: FID of each task (column) after learning each task (row), means over the seeds of "
-        "the method, one scale for "
-        "all methods. The "
-        "diagonal is quality when learnt; a column that grows darker downwards is a task that is being forgotten. "
-        "Joint training is evaluated only at the end."
+        "R: FID of each task (column) after learning each task (row), means over the seeds of the method, one scale "
+        "for all methods. The diagonal is quality when learnt; a column that grows darker downwards is a task that is "
+        "being forgotten. Joint training is evaluated only at the end."
     )
     return drawing(name, figure, f"Lower triangular heatmaps of FID for {len(groups)} methods.", text)
 

@@ -206,9 +206,11 @@ def train(command: Train) -> int:
 
     # torch and diffusers take seconds to import: not before the options are known to be good.
     from crl_diffusion import evaluation, loop
+    from crl_diffusion.run_folder import check_folder
+    from crl_diffusion.state import TrainingError
 
     if (command.out / "summary.json").exists():
-        loop.check_folder(config, command.out)
+        check_folder(config, command.out)
         evaluation.check_finished(command.extractor, command.out)
         console.print(f"{command.out} is finished already", highlight=False)
         return 0
@@ -230,7 +232,7 @@ def train(command: Train) -> int:
             summary = loop.train(
                 config, command.out, command.data_root, command.extractor, command.extractor_folder, say, advance
             )
-        except loop.TrainingError as error:
+        except TrainingError as error:
             if first:
                 print(f"crl-diffusion: {error}", file=sys.stderr)
             return 1
@@ -258,21 +260,23 @@ def compare(command: Compare) -> int:
         check(cell.config)
     console = Console(soft_wrap=True)
 
-    from crl_diffusion import cost, data, evaluation, loop
+    from crl_diffusion import cost, data, evaluation
     from crl_diffusion import report as reporting
+    from crl_diffusion.run_folder import check_folder, resolve, resolve_device
+    from crl_diffusion.state import stage_steps
 
-    on_cpu = loop.resolve_device(command.device) == "cpu"
+    on_cpu = resolve_device(command.device) == "cpu"
     for cell in work:
-        cell.config = loop.resolve(cell.config)
-        loop.check_folder(cell.config, cell.folder)
+        cell.config = resolve(cell.config)
+        check_folder(cell.config, cell.folder)
         if cell.finished:
             evaluation.check_finished(command.extractor, cell.folder)
     comparison.check_others(work, command.out)
     images = data.load(work[0].config, command.data_root)
     for cell in work:
-        cell.stage_steps = loop.stage_steps(cell.config, images)
+        cell.stage_steps = stage_steps(cell.config, images)
     folder = command.extractor_folder or command.out
-    tools = evaluation.instruments(command.extractor, images, folder, loop.resolve_device(command.device))
+    tools = evaluation.instruments(command.extractor, images, folder, resolve_device(command.device))
     for line in tools.about(work[0].config, images):
         console.print(line, highlight=False, markup=False)
     evaluation.prepare(tools, work[0].config, images)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from crl_diffusion import checkpoint, diffusion, loop
+from crl_diffusion import checkpoint, diffusion
 from crl_diffusion.data import load, to_float
 from crl_diffusion.diffusion import Schedule
 from crl_diffusion.loop import Say
@@ -17,6 +17,8 @@ from crl_diffusion.method import Device, OptionError, RunConfig, stages
 from crl_diffusion.model import build
 from crl_diffusion.precision import Precision
 from crl_diffusion.records import read_json
+from crl_diffusion.run_folder import resolve_device
+from crl_diffusion.state import per_sample_loss
 from crl_kernels.diagnostics import Diagnosis
 from crl_kernels.diagnostics import diagnose as look
 
@@ -25,7 +27,7 @@ def per_sample_loss_at(schedule: Schedule, model: nn.Module, batch: Sequence[Ten
     """The trainer's loss at given timesteps, with new noise: (images, label), (N,) -> (N,)."""
     images, label = batch
     noise = torch.randn_like(images)
-    return loop.per_sample_loss(model, (schedule.add_noise(images, noise, t), t, label, noise))
+    return per_sample_loss(model, (schedule.add_noise(images, noise, t), t, label, noise))
 
 
 def of_run(
@@ -61,7 +63,7 @@ def of_run(
         raise OptionError(f"--samples is {samples}, but there are only {len(images)} images; ask for fewer")
 
     # The model, and images in random order.
-    where = torch.device(loop.resolve_device(device))
+    where = torch.device(resolve_device(device))
     schedule = diffusion.SCHEDULES[config.schedule]
     precision = Precision(config.precision, where)
     model = precision.of(build(config.model, data.shape, data.classes, config.seed))

@@ -64,9 +64,8 @@ def forest(groups: Groups, baseline: str, name: str) -> Drawing | None:
         )
     name_rows(axes[0], names)
     text = (
-        f"Paired differences to {baseline}, the orange line: blue dots are seeds, black the "
-        "mean and its 95 % t interval "
-        "(none from a single seed). An interval that crosses the line does not show a difference."
+        f"Paired differences to {baseline}, the orange line: blue dots are seeds, black the mean and its 95 % t "
+        "interval (none from a single seed). An interval that crosses the line does not show a difference."
         + (" Where a few methods are far off, the axis is linear near zero and logarithmic beyond." if squeezed else "")
     )
     return drawing(name, figure, f"Forest plot of {len(names)} methods against {baseline}.", text)
@@ -141,10 +140,9 @@ def lam_sweep(groups: Groups, name: str) -> Drawing | None:
         )
     text = (
         "Strength of the penalty, lam, against average FID and forgetting. Dots: seeds; line: their mean; dashed: the "
-        "same replay without a penalty (band: its seeds, smallest to largest). lam = 0 and "
-        "inf, where there are any, are "
-        "set one step beside the others. One scale for all methods. A strength picked here is "
-        "to be tested on other seeds."
+        "same replay without a penalty (band: its seeds, smallest to largest). lam = 0 and inf, where there are any, "
+        "are set one step beside the others. One scale for all methods. A strength picked here is to be tested on "
+        "other seeds."
     )
     return drawing(name, figure, f"Average FID and forgetting against lam for {len(found)} methods.", text)
 

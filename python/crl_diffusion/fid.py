@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from crl_diffusion.data import to_float
 from crl_diffusion.extractors import Extractor, digest, write
+
+if TYPE_CHECKING:
+    from torchmetrics.image.fid import FrechetInceptionDistance
 
 
 class Statistics(NamedTuple):
@@ -71,7 +74,7 @@ def _read(path: Path, made_for: dict[str, str]) -> Statistics | None:
     return found if metadata == {**made_for, "digest": digest(*found)} else None
 
 
-def _metric(extractor: Extractor):  # type: ignore[no-untyped-def]  # its type is only known once it is imported
+def _metric(extractor: Extractor) -> FrechetInceptionDistance:
     # torchmetrics takes a second to import; commands that only read results do without it.
     from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -79,6 +82,6 @@ def _metric(extractor: Extractor):  # type: ignore[no-untyped-def]  # its type i
     return FrechetInceptionDistance(feature=extractor, normalize=True, sync_on_compute=False)
 
 
-def _update(metric, extractor: Extractor, pixels: Tensor, real: bool) -> None:  # type: ignore[no-untyped-def]
+def _update(metric: FrechetInceptionDistance, extractor: Extractor, pixels: Tensor, real: bool) -> None:
     for part in pixels.split(extractor.part):
         metric.update(to_float(part), real=real)

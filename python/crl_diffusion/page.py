@@ -20,14 +20,12 @@ NAMED = 6  # methods up to which a sentence names them
 OPEN_GRIDS = 4  # methods up to which all sample grids are shown unfolded
 
 FISHER_WORDS = (
-    "κ is the squared length of the mean gradient over the mean squared length of a sample's gradient: near 0, samples "
-    "pull in different ways and their mean says little. ρ is the share of the trace of the Fisher matrix F that lies "
-    "along the direction kept: how much of F a penalty on that direction can hold. Signal "
-    "share is the expected squared "
-    "cosine between the true mean gradient and its estimate, 1 without sampling noise; "
-    "samples needed is the number that "
-    "would make it 0.9. "
-    "Unbiased estimates can fall below 0 where the mean gradient is no more than noise."
+    "κ is the squared length of the mean gradient over the mean squared length of a sample's gradient: near 0, "
+    "samples pull in different ways and their mean says little. ρ is the share of the trace of the Fisher matrix F "
+    "that lies along the direction kept: how much of F a penalty on that direction can hold. Signal share is the "
+    "expected squared cosine between the true mean gradient and its estimate, 1 without sampling noise; samples "
+    "needed is the number that would make it 0.9. Unbiased estimates can fall below 0 where the mean gradient is no "
+    "more than noise."
 )
 
 
@@ -212,9 +210,11 @@ def _across(page: _Contents, parts: Mapping[str, Sequence[Finished]], order: Seq
     page.heading("Across data sets")
     scores = tables.across(parts, order)
     if not scores:
-        page.add(paragraph("FIDs of different data sets do not compare, and a score between joint training and "
-                           "fine-tuning needs runs of both, with the seeds of the other "
-                           "methods: there are none."))  # fmt: skip
+        why = (
+            "FIDs of different data sets do not compare, and a score between joint training and fine-tuning needs runs "
+            "of both, with the seeds of the other methods: there are none."
+        )
+        page.add(paragraph(why))
         return
     named = [data for data in parts if any(data in found for found in scores.values())]
     page.draw(effects.across(scores, named, "across"))
@@ -223,13 +223,13 @@ def _across(page: _Contents, parts: Mapping[str, Sequence[Finished]], order: Seq
 
 def _made(page: _Contents, runs: Sequence[Finished]) -> None:
     m = runs[0].summary
-    page.add(paragraph(
-        f"FIDs and accuracies are measured with the classifier {m['extractor']}, from "
-        f"{m['samples_per_task']} images drawn "
-        f"for each task by {m['sampler']}, against {tables.held_out(runs[0])} of that task. They compare "
-        "methods within this data set and this classifier, and nothing else. Runs of one seed "
-        "see the same batches, noise, "
-        "timesteps, class order and evaluation latents."))  # fmt: skip
+    measured = (
+        f"FIDs are measured on the features of {m['extractor']}, from {m['samples_per_task']} images drawn for each "
+        f"task by {m['sampler']}, against {tables.held_out(runs[0])} of that task; accuracies by "
+        f"{m.get('classifier', m['extractor'])}. They compare methods within this data set and this extractor, and "
+        "nothing else. Runs of one seed see the same batches, noise, timesteps, class order and evaluation latents."
+    )
+    page.add(paragraph(measured))
     together = provenance.compare_command(runs)
     if together:
         page.add(paragraph("One command makes these runs again:"), f"<pre>{escape(together)}</pre>")
@@ -253,22 +253,21 @@ def not_shown(runs: Sequence[Finished]) -> list[str]:
     found = [
         "One seed of each method: any difference may be chance. Run several seeds before concluding anything."
         if counts == [1]
-        else f"The replicate is the seed, and there are {said[0]} a method; tasks within a "
-        "run are not independent and are "
-        f"not counted. {smallest}Intervals assume that differences over seeds are roughly normal.",
+        else f"The replicate is the seed, and there are {said[0]} a method; tasks within a run are not independent and "
+        f"are not counted. {smallest}Intervals assume that differences over seeds are roughly normal.",
         "Intervals cover seeds: initial weights, batches, noise and evaluation latents. They do not cover another data "
-        "set, model, length of training, class order or classifier for FID.",
-        "FIDs of a small classifier's features, from as many images as named above, are "
-        "biased upwards and are not those "
-        "of Inception features in papers.",
+        "set, model, length of training, class order or extractor for FID.",
+        "FIDs from as many images as named above are biased upwards, and those on another network's features than "
+        "Inception's are not those of papers.",
         "Whoever picks the best of many methods or strengths on these numbers will find it less good on new seeds.",
     ]
     if {run.settings["held_out"] for run in runs} == {"validation"}:
         found.append("All evaluations used validation images, for choosing; they are not test results.")
     if len({run.config.get("device") for run in runs}) > 1:
-        found.append("Runs were made on different devices: their times do not compare, and "
-                     "their numbers are not paired "
-                     "to the last bit.")  # fmt: skip
+        found.append(
+            "Runs were made on different devices: their times do not compare, and their numbers are not paired to the "
+            "last bit."
+        )
     return found
 
 

@@ -41,12 +41,10 @@ def costs(runs: Sequence[Finished], order: Sequence[str] = ()) -> Sheet:
         body.append([name, str(len(later)), *cells, f"{size / 2**20:,.2f}" if size else NONE])
     head = ["method", "rows", "step, ms", "penalty, ms", "penalty, % of the step", "state, MiB"]
     text = (
-        "Median and, in brackets, 20th to 80th percentile over logged rows of all seeds, "
-        "after the first task: a row is "
-        "the mean step time since the row before it, and the median of its penalty times. The "
-        "step includes the penalty. "
-        "Wall-clock times, taken beside whatever else the machine was doing. State: what the penalty keeps of "
-        "all past tasks in the end; 1 MiB = 2²⁰ bytes."
+        "Median and, in brackets, 20th to 80th percentile over logged rows of all seeds, after the first task: a row "
+        "is the mean step time since the row before it, and the median of its penalty times. The step includes the "
+        "penalty. Wall-clock times, taken beside whatever else the machine was doing. State: what the penalty keeps "
+        "of all past tasks in the end; 1 MiB = 2²⁰ bytes."
     )
     return Sheet(head, body, text)
 

@@ -1,9 +1,11 @@
-"""A run's records on disk: JSON written whole or not at all, and logs of JSON lines that a crash cannot confuse."""
+"""Records on disk: JSON written whole or not at all, logs of JSON lines that a crash cannot confuse, and locks."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -91,3 +93,20 @@ class TensorBoard:
     def __exit__(self, *_: object) -> None:
         if self.writer is not None:
             self.writer.close()
+
+
+@contextmanager
+def locked(path: Path, refusal: str | None = None) -> Iterator[None]:
+    """One process at a time holds the lock file; the others wait or, with a refusal, raise an OptionError that says it.
+    The lock goes with the process, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system
+        yield
+        return
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if refusal else 0))
+        except BlockingIOError:
+            raise OptionError(refusal) from None
+        yield

@@ -103,14 +103,12 @@ def caption(runs: Sequence[Finished]) -> str:
     length = f"{s['epochs']} epochs" if s["epochs"] else f"{s['steps']} steps"
     text = (
         f"{runs[0].data}, {s['image_size']} pixels, {_many(s['tasks'], 'task')} of "
-        f"{_many(s['classes_per_task'], 'class')}, {length} a "
-        f"task. FID on the features of {m['extractor']}, {m['samples_per_task']} images a task, "
-        f"{m['sampler']}, against {held_out(runs[0])} of the task. T is the number of tasks; "
-        "forgetting is the sum over the tasks before the last of FID at the "
-        "end less FID when learnt, divided by T − 1 (mean over these tasks) or by T (as the rank-1 paper has it). "
-        "Conditional accuracy: share of drawn images that "
-        f"{m.get('classifier', m['extractor'])} takes for their label. ↓ lower is better, "
-        "↑ higher is better."
+        f"{_many(s['classes_per_task'], 'class')}, {length} a task. FID on the features of {m['extractor']}, "
+        f"{m['samples_per_task']} images a task, {m['sampler']}, against {held_out(runs[0])} of the task. T is the "
+        "number of tasks; forgetting is the sum over the tasks before the last of FID at the end less FID when "
+        "learnt, divided by T − 1 (mean over these tasks) or by T (as the rank-1 paper has it). Conditional "
+        f"accuracy: share of drawn images that {m.get('classifier', m['extractor'])} takes for their label. ↓ lower "
+        "is better, ↑ higher is better."
     )
     if several(runs):
         return text + " ± is the standard deviation over seeds; brackets are 95 % t intervals of the mean."

@@ -14,6 +14,8 @@ import pytest
 import torch
 from crl_diffusion import checkpoint, data, evaluation, extractors, loop
 from crl_diffusion.method import RunConfig
+from crl_diffusion.run_folder import resolve
+from crl_diffusion.state import Run
 
 SHORT: dict[str, Any] = {
     "tasks": 2,
@@ -79,13 +81,13 @@ def finished(extractor_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture
-def make_run(extractor_folder: Path, tmp_path: Path) -> Callable[[RunConfig], loop.Run]:
+def make_run(extractor_folder: Path, tmp_path: Path) -> Callable[[RunConfig], Run]:
     """A run that has not taken a step."""
 
-    def make(config: RunConfig) -> loop.Run:
-        config = loop.resolve(config)
+    def make(config: RunConfig) -> Run:
+        config = resolve(config)
         images = data.load(config, Path("unused"))
-        return loop.Run(
+        return Run(
             config, tmp_path, images, evaluation.instruments("cnn", images, extractor_folder), say=lambda line: None
         )
 

@@ -24,11 +24,23 @@ import torch
 import torch._dynamo
 import torch.utils.tensorboard
 import torchmetrics.image.fid  # noqa: F401
-from crl_diffusion import checkpoint, cli, evaluation, loop, penalties, pictures, records, replay, report
+from crl_diffusion import (
+    checkpoint,
+    cli,
+    evaluation,
+    loop,
+    penalties,
+    pictures,
+    records,
+    replay,
+    report,
+    run_folder,
+    state,
+)
 from crl_diffusion.replay import Pool
 
 TRACED: list[tuple[Any, str]] = [
-    (loop, "training_step"),
+    (state, "training_step"),
     (torch.optim.Adam, "step"),
     (replay, "draw_images"),
     (Pool, "refill"),
@@ -45,6 +57,7 @@ TRACED: list[tuple[Any, str]] = [
     (pictures, "of_run"),
     (report, "summarise"),
     (loop, "write_json"),
+    (run_folder, "write_json"),
 ]
 
 

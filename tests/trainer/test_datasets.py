@@ -327,13 +327,13 @@ def test_two_that_need_a_copy_at_once_make_one(
 ) -> None:
     pytest.importorskip("fcntl", reason="the lock is POSIX's")
     write_tree(tmp_path, ("a", "b"))
-    both_found_none, locked = threading.Barrier(2, timeout=60), cache._locked
+    both_found_none, locked = threading.Barrier(2, timeout=60), cache.locked
 
     def late(path: Path) -> Any:
         both_found_none.wait()
         return locked(path)
 
-    monkeypatch.setattr(cache, "_locked", late)
+    monkeypatch.setattr(cache, "locked", late)
     with ThreadPoolExecutor(2) as threads:  # flock is between openings of a file: threads stand for processes
         one, other = threads.map(lambda _: load("folder", tmp_path, tasks=1), range(2))
     assert torch.equal(one.train.pixels, other.train.pixels)

@@ -10,14 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SHORT
-from crl_diffusion import cli, data, diffusion, evaluation, fid, loop
+from crl_diffusion import cli, data, diffusion, evaluation, fid
 from crl_diffusion.data import Images
 from crl_diffusion.extractors import Classifier
 from crl_diffusion.method import OptionError, RunConfig
 from crl_diffusion.records import Row, read_rows
+from crl_diffusion.run_folder import claim
+from crl_diffusion.state import Run
 from torch import Tensor
 
-MakeRun = Callable[[RunConfig], loop.Run]
+MakeRun = Callable[[RunConfig], Run]
 Short = Callable[..., RunConfig]
 
 
@@ -57,7 +59,7 @@ def test_a_row_by_hand(extractor: Classifier, extractor_folder: Path, digits: da
 
 
 @pytest.fixture
-def run(make_run: MakeRun, short: Short) -> loop.Run:
+def run(make_run: MakeRun, short: Short) -> Run:
     """Its network has weights that draw something: as initialised it predicts zeros."""
     made = make_run(short("fine-tune", tasks=1, eval_samples=20, eval_steps=4))
     generator = torch.Generator().manual_seed(0)
@@ -68,7 +70,7 @@ def run(make_run: MakeRun, short: Short) -> loop.Run:
     return made
 
 
-def test_evaluation_does_not_depend_on_the_samplers_batches(run: loop.Run) -> None:
+def test_evaluation_does_not_depend_on_the_samplers_batches(run: Run) -> None:
     drawn: dict[int, Tensor] = {}
 
     def rows(batch: int) -> list[Row]:
@@ -100,7 +102,7 @@ def test_more_samples_begin_with_the_same_images() -> None:
     assert torch.equal(few[3:], many[9:12])
 
 
-def test_real_images_are_looked_at_once(run: loop.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_real_images_are_looked_at_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     first = run.evaluate(run.stages[0])
 
     def never(*_: object) -> None:
@@ -110,7 +112,7 @@ def test_real_images_are_looked_at_once(run: loop.Run, monkeypatch: pytest.Monke
     assert run.evaluate(run.stages[0]) == first
 
 
-def test_a_process_without_instruments_only_draws(run: loop.Run) -> None:
+def test_a_process_without_instruments_only_draws(run: Run) -> None:
     asked: list[Tensor] = []
 
     def draw(latents: Tensor, label: Tensor) -> Tensor:
@@ -175,7 +177,7 @@ def test_a_run_goes_on_with_the_classifier_it_was_begun_with(finished: Path, tmp
     config = json.loads((finished / "config.json").read_text())
     (out / "config.json").write_text(json.dumps(config))
     names = {"extractor": config["extractor"], "classifier": config["classifier"]}
-    loop.claim(short(), out, "digits", names)
+    claim(short(), out, "digits", names)
     for key in names:
         with pytest.raises(OptionError, match=f"the {key} is another, but .* was begun with cnn32-digits-8px-"):
-            loop.claim(short(), out, "digits", {**names, key: "another"})
+            claim(short(), out, "digits", {**names, key: "another"})

@@ -12,7 +12,7 @@ from dataclasses import replace
 import hypothesis
 import pytest
 import torch
-from crl_diffusion import diffusion, loop, method, replay
+from crl_diffusion import diffusion, method, replay
 from crl_diffusion.data import Data
 from crl_diffusion.method import (
     METHODS,
@@ -29,14 +29,15 @@ from crl_diffusion.method import (
     task_classes,
 )
 from crl_diffusion.model import predict
+from crl_diffusion.state import Run, fisher_batches, per_sample_loss
 from hypothesis import strategies as st
 from torch import Tensor
 
-MakeRun = Callable[[RunConfig], loop.Run]
+MakeRun = Callable[[RunConfig], Run]
 Short = Callable[..., RunConfig]
 
 
-def _batches(run: loop.Run, stage: Stage) -> list[replay.NoisedBatch]:
+def _batches(run: Run, stage: Stage) -> list[replay.NoisedBatch]:
     images = run.data.train.of(stage.classes)
     batches = []
     for run.step in range(4):
@@ -45,10 +46,10 @@ def _batches(run: loop.Run, stage: Stage) -> list[replay.NoisedBatch]:
 
 
 @pytest.fixture
-def latents(monkeypatch: pytest.MonkeyPatch) -> Callable[[loop.Run], list[float]]:
+def latents(monkeypatch: pytest.MonkeyPatch) -> Callable[[Run], list[float]]:
     """What a run's evaluation starts from."""
 
-    def seen(run: loop.Run) -> list[float]:
+    def seen(run: Run) -> list[float]:
         found: list[float] = []
 
         class Enough(Exception):
@@ -69,7 +70,7 @@ def latents(monkeypatch: pytest.MonkeyPatch) -> Callable[[loop.Run], list[float]
 
 @pytest.mark.parametrize("name", [name for name, value in METHODS.items() if value.curriculum == "continual"])
 def test_methods_of_one_seed_see_the_same_real_data(
-    name: str, short: Short, make_run: MakeRun, latents: Callable[[loop.Run], list[float]]
+    name: str, short: Short, make_run: MakeRun, latents: Callable[[Run], list[float]]
 ) -> None:
     plain, run = make_run(short("fine-tune", model="mini")), make_run(short(name, model="mini"))
     run.penalty = None  # batches are looked at, and 8 samples have no 50 directions
@@ -169,7 +170,7 @@ def test_the_pool_is_drawn_from_the_teacher_for_every_old_class(short: Short, ma
 def test_the_fisher_matrix_sees_its_task_and_the_samples_asked_for(short: Short, make_run: MakeRun) -> None:
     run = make_run(short("rank1", fisher_samples=70))
     stage = run.stages[1]
-    batches = loop.fisher_batches(run.data.train.of(stage.classes), stage, run.config, run.schedule, run.like)
+    batches = fisher_batches(run.data.train.of(stage.classes), stage, run.config, run.schedule, run.like)
     assert [len(batch[0]) for batch in batches] == [32, 32, 6]
     noised, t, label, noise = (torch.cat(parts) for parts in zip(*batches, strict=True))
     assert set(label.tolist()) == set(stage.classes)
@@ -177,7 +178,7 @@ def test_the_fisher_matrix_sees_its_task_and_the_samples_asked_for(short: Short,
     trained = _batches(run, stage)[0].noised.flatten(1)
     assert torch.cdist(noised.flatten(1), trained).min() > 0.1  # not what it was trained on
     expected = (noise - predict(run.model, noised, t, label)).square().mean((1, 2, 3))
-    torch.testing.assert_close(loop.per_sample_loss(run.model, (noised, t, label, noise)), expected)
+    torch.testing.assert_close(per_sample_loss(run.model, (noised, t, label, noise)), expected)
 
 
 def test_joint_has_one_stage_of_all_classes_and_all_steps(short: Short) -> None:

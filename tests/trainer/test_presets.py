@@ -9,6 +9,7 @@ from conftest import child_environment
 from crl_diffusion import cli, cost, presets
 from crl_diffusion.method import DATA_PLANS, METHODS, Penalty, RunConfig, check, parse_method, planned, spell, stages
 from crl_diffusion.presets import OURS, PRESETS, UNUSED, resolved
+from crl_diffusion.steps import new_optimizer
 
 PRESETS_FILE = Path(__file__).parents[2] / "python" / "PRESETS.md"
 # arXiv 2509.23593: data, tasks, classes a task, epochs a task, replay images a class.
@@ -38,7 +39,7 @@ def test_a_preset_of_the_paper_has_its_numbers(name: str) -> None:
 
 def test_the_paper_has_its_network_its_noise_and_its_optimizer() -> None:
     import torch
-    from crl_diffusion import diffusion, loop
+    from crl_diffusion import diffusion
     from crl_diffusion.model import MODELS
 
     unet = MODELS["paper"]
@@ -46,7 +47,7 @@ def test_the_paper_has_its_network_its_noise_and_its_optimizer() -> None:
     assert diffusion.TIMESTEPS == 1000
     beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
     torch.testing.assert_close(diffusion.SCHEDULES["linear"].alpha_bar, torch.cumprod(1 - beta, 0))
-    assert type(loop.new_optimizer(torch.nn.Linear(1, 1))) is torch.optim.Adam
+    assert type(new_optimizer(torch.nn.Linear(1, 1))) is torch.optim.Adam
 
 
 def test_the_papers_methods() -> None:

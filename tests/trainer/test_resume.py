@@ -14,6 +14,7 @@ from conftest import SHORT, command, options, python, same_end
 from crl_diffusion import loop
 from crl_diffusion.method import OptionError, RunConfig
 from crl_diffusion.records import read_rows
+from crl_diffusion.run_folder import writing
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -43,7 +44,7 @@ def test_sigkill_in_mid_task_and_the_same_command_again(finished: Path, extracto
     arguments = ["train", "--method", "gd+rank1", *options(SHORT), "--out", out, "--extractor-folder", extractor_folder]
 
     # In the 6th and last step of the second task, with a checkpoint after the 4th.
-    script = KILLED.format(module="loop", name="training_step", call=12)
+    script = KILLED.format(module="state", name="training_step", call=12)
     assert python("-c", script, *arguments).returncode == -signal.SIGKILL
     assert sorted(path.stem for path in (out / "checkpoints").iterdir())[-1] == "01-00000004"
     assert not (out / "summary.json").exists()
@@ -144,7 +145,7 @@ def test_two_processes_do_not_write_to_one_folder(short: Short, tmp_path: Path, 
     pytest.importorskip("fcntl", reason="file locks are a POSIX thing")
     out = tmp_path / "run"
     out.mkdir()
-    with loop.locked(out), pytest.raises(OptionError, match="is being written by another process"):
+    with writing(out), pytest.raises(OptionError, match="is being written by another process"):
         loop.train(short(), out, extractor_folder=extractor_folder)
 
 

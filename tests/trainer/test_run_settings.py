@@ -19,10 +19,14 @@ from crl_diffusion import checkpoint, cli, cost, loop, origin
 from crl_diffusion.checkpoint import Checkpoint
 from crl_diffusion.method import RunConfig
 from crl_diffusion.precision import Precision
-from crl_diffusion.records import read_json, read_rows
+from crl_diffusion.records import Log, read_json, read_rows
+from crl_diffusion.replay import NoisedBatch
+from crl_diffusion.run_folder import resolve
+from crl_diffusion.state import Run
+from crl_diffusion.steps import training_step
 from torch import Tensor, nn
 
-MakeRun = Callable[[RunConfig], loop.Run]
+MakeRun = Callable[[RunConfig], Run]
 Short = Callable[..., RunConfig]
 quiet = pytest.mark.filterwarnings("ignore:(only .* of the trace of the Fisher|the mean gradient is mostly noise)")
 
@@ -126,9 +130,9 @@ class _Penalty:
         self.steps += 1
 
 
-def _batch(target: float) -> loop.NoisedBatch:
+def _batch(target: float) -> NoisedBatch:
     zeros = torch.zeros(2, 1, 4, 4)
-    return loop.NoisedBatch(zeros, torch.zeros(2).long(), torch.zeros(2).long(), zeros + target, torch.full((2,), 0.5))
+    return NoisedBatch(zeros, torch.zeros(2).long(), torch.zeros(2).long(), zeros + target, torch.full((2,), 0.5))
 
 
 def test_a_scaled_loss_and_an_unscaled_penalty_add_up_and_an_overflow_skips_both() -> None:
@@ -138,7 +142,7 @@ def test_a_scaled_loss_and_an_unscaled_penalty_add_up_and_an_overflow_skips_both
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
 
     # Loss (shift + 1)^2 with gradient 2, and the penalty's 3.
-    taken = loop.training_step(model, optimizer, _batch(-1.0), penalty, 0.1, 0.0, precision)
+    taken = training_step(model, optimizer, _batch(-1.0), penalty, 0.1, 0.0, precision)
     assert taken.moved
     assert taken.norm.item() == pytest.approx(5)
     assert model.shift.item() == pytest.approx(-0.5)
@@ -147,12 +151,12 @@ def test_a_scaled_loss_and_an_unscaled_penalty_add_up_and_an_overflow_skips_both
 
     # Clipped after the sum.
     model.shift.data.zero_()
-    loop.training_step(model, optimizer, _batch(-1.0), penalty, 0.1, 1.0, precision)
+    training_step(model, optimizer, _batch(-1.0), penalty, 0.1, 1.0, precision)
     assert model.shift.item() == pytest.approx(-0.1, rel=1e-4)
 
     # 65536 * 1e35 is infinite in float32.
     before, scale = model.shift.item(), precision.state()["scale"].item()
-    taken = loop.training_step(model, optimizer, _batch(-1e35), penalty, 0.1, 0.0, precision)
+    taken = training_step(model, optimizer, _batch(-1e35), penalty, 0.1, 0.0, precision)
     assert not taken.moved
     assert (model.shift.item(), penalty.steps) == (before, 2)
     assert precision.state()["scale"].item() == scale / 2
@@ -245,7 +249,7 @@ def test_a_full_disk_is_said_and_the_same_command_goes_on(
         if fails == "a checkpoint":  # in the first stage's end
             patched.setattr(checkpoint, "save_file", full(checkpoint.save_file, 3))
         else:
-            patched.setattr(loop.Log, "append", full(loop.Log.append, 9))
+            patched.setattr(Log, "append", full(Log.append, 9))
         assert cli.main(arguments) == 1
     complaint = capsys.readouterr().err
     assert complaint.startswith("crl-diffusion: ")
@@ -307,7 +311,7 @@ def test_a_forged_checkpoint_is_passed_over(
     for kept in names[: names.index(name) + 1]:
         (folder / f"{kept}.safetensors").write_bytes((finished / "checkpoints" / f"{kept}.safetensors").read_bytes())
     _forge(folder / f"{name}.safetensors", change)
-    config = loop.resolve(short())
+    config = resolve(short())
     run = make_run(config)
     newest, complaints = checkpoint.latest(folder, run.require_fits)
     assert f"checkpoint {name}.safetensors is damaged" in complaints[0]

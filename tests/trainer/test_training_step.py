@@ -11,9 +11,11 @@ import torch
 from crl_diffusion import loop, penalties
 from crl_diffusion.diffusion import stream
 from crl_diffusion.method import RunConfig, Stage
+from crl_diffusion.state import Run, TrainingError
+from crl_diffusion.steps import new_optimizer, one_cycle, training_step
 from torch import Tensor, nn
 
-MakeRun = Callable[[RunConfig], loop.Run]
+MakeRun = Callable[[RunConfig], Run]
 Short = Callable[..., RunConfig]
 pytestmark = [  # from 24 samples: no wonder
     pytest.mark.filterwarnings("ignore:only .* of the trace of the Fisher"),
@@ -42,7 +44,7 @@ def _flat(tensors: Any) -> Tensor:
     return torch.cat([tensor.detach().flatten() for tensor in tensors])
 
 
-def _double(run: loop.Run) -> list[Learnt]:
+def _double(run: Run) -> list[Learnt]:
     """The run in float64; what its penalty learns is noted in the list."""
     run.model.double().eval()
     run.like = next(run.model.parameters())
@@ -59,7 +61,7 @@ def _double(run: loop.Run) -> list[Learnt]:
     return learnt
 
 
-def _third_task(run: loop.Run) -> list[Learnt]:
+def _third_task(run: Run) -> list[Learnt]:
     """At a step of the third task, away from where the first two ended."""
     learnt = _double(run)
     generator = torch.Generator().manual_seed(0)
@@ -68,7 +70,7 @@ def _third_task(run: loop.Run) -> list[Learnt]:
         with torch.no_grad():
             for p in run.model.parameters():
                 p.add_(0.01 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
-    run.optimizer = loop.new_optimizer(run.model)
+    run.optimizer = new_optimizer(run.model)
     run.stage, run.step = 2, STEP
     return learnt
 
@@ -81,7 +83,7 @@ def _noised(seed: int, pixels: Tensor, purpose: str, stage: int) -> tuple[Tensor
     return a**0.5 * (pixels.double() / 255 * 2 - 1) + (1 - a) ** 0.5 * noise, t, noise
 
 
-def _drawn_anew(run: loop.Run, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _drawn_anew(run: Run, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Two DDIM steps of the teacher, at t = 500 and t = 0, as pixels."""
     assert run.teacher is not None
     old = torch.tensor([0, 1, 2, 3])
@@ -95,7 +97,7 @@ def _drawn_anew(run: loop.Run, generator: torch.Generator) -> tuple[Tensor, Tens
     return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8), label
 
 
-def _plain_gradient(run: loop.Run, model: nn.Module, name: str, stage: Stage) -> Tensor:
+def _plain_gradient(run: Run, model: nn.Module, name: str, stage: Stage) -> Tensor:
     """Of the weighted mean squared errors on real and on replayed images."""
     config, seed = run.config, run.config.seed
     weight, replays = REPLAYED[name]
@@ -127,7 +129,7 @@ def _adam(theta: Tensor, gradient: Tensor, clip: float, lr: float) -> Tensor:
     return theta - lr * gradient / (gradient.abs() + 1e-8)
 
 
-def _terms(run: loop.Run, learnt: list[Learnt], slopes: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _terms(run: Run, learnt: list[Learnt], slopes: bool) -> tuple[Tensor, Tensor, Tensor]:
     """u (K, P), a (K,) and b (K,) of all tasks; b from the parameters at the time, less s / a."""
     names = [name for name, _ in run.model.named_parameters()]
     assert run.penalty is not None
@@ -148,7 +150,7 @@ def _pull(theta: Tensor, u: Tensor, a: Tensor, b: Tensor, strength: float) -> Te
     return theta + q @ (after - before)
 
 
-def _expected(run: loop.Run, learnt: list[Learnt], model: nn.Module, name: str, lr: float) -> tuple[Tensor, Tensor]:
+def _expected(run: Run, learnt: list[Learnt], model: nn.Module, name: str, lr: float) -> tuple[Tensor, Tensor]:
     """Parameters after the step, and after the same step without the penalty."""
     theta, clip, spec = _flat(model.parameters()), run.config.clip, run.method.penalty
     gradient = _plain_gradient(run, model, name, run.stages[2])
@@ -174,7 +176,7 @@ def _lr(schedule: str, peak: float) -> float:
     return peak * {"one-cycle": shape, "constant": 1.0}[schedule]
 
 
-def _check(run: loop.Run, name: str, schedule: str) -> None:
+def _check(run: Run, name: str, schedule: str) -> None:
     learnt = _third_task(run)
     model = copy.deepcopy(run.model)
     theta = _flat(model.parameters())
@@ -243,17 +245,17 @@ def test_once_is_one_pull_at_the_end_of_a_task_and_none_in_its_steps(
     after = _flat(run.model.parameters())
     (task,) = learnt  # appended after the pull, but measured before it
     u, a, b = _terms(run, [task._replace(theta=before)], slopes=True)
-    rates = [loop.one_cycle(step, STEPS, run.config.lr) for step in range(STEPS)]
+    rates = [one_cycle(step, STEPS, run.config.lr) for step in range(STEPS)]
     expected = _pull(before, u, a, b, 3 * sum(rates))
     assert (expected - before).norm() > 0
     assert (after - expected).norm() <= 1e-8 * (expected - before).norm()
 
-    run.optimizer = loop.new_optimizer(run.model)
+    run.optimizer = new_optimizer(run.model)
     run.stage, run.step = 1, STEP
     model = copy.deepcopy(run.model)
     batch = run.batch(run.data.train.of((2, 3)), run.stages[1])
-    loop.training_step(model, loop.new_optimizer(model), batch, None, 1e-3, 0.0, run.precision)
-    loop.training_step(run.model, run.optimizer, batch, run.penalty, 1e-3, 0.0, run.precision)
+    training_step(model, new_optimizer(model), batch, None, 1e-3, 0.0, run.precision)
+    training_step(run.model, run.optimizer, batch, run.penalty, 1e-3, 0.0, run.precision)
     for p, q in zip(run.model.parameters(), model.parameters(), strict=True):
         assert torch.equal(p, q)
 
@@ -278,13 +280,13 @@ def test_random_directions_have_the_curvatures_and_slopes_of_those_they_replace(
 
 
 def test_the_learning_rate_rises_falls_and_never_leaves_its_range() -> None:
-    rates = [loop.one_cycle(step, 100, 1e-3) for step in range(100)]
+    rates = [one_cycle(step, 100, 1e-3) for step in range(100)]
     assert max(rates) == pytest.approx(1e-3)
     assert 8 <= rates.index(max(rates)) <= 11
     assert rates == sorted(rates[:10]) + sorted(rates[10:], reverse=True)
     assert all(0 < rate <= 1e-3 for rate in rates)
     assert rates[-1] < 1e-5
-    assert loop.one_cycle(0, 1, 1e-3) > 0
+    assert one_cycle(0, 1, 1e-3) > 0
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_step_and_a_cause(short: Short, make_run: MakeRun) -> None:
@@ -292,9 +294,9 @@ def test_a_loss_that_is_not_finite_stops_with_its_step_and_a_cause(short: Short,
     stage = run.stages[0]
     run.step = 6
     losses = [torch.tensor([loss, 0.0, 1.0]) for loss in (1.0, float("nan"), float("inf"))]
-    with pytest.raises(loop.TrainingError, match=r"not finite at step 5 of stage 1 .*learning rate.*--lr"):
+    with pytest.raises(TrainingError, match=r"not finite at step 5 of stage 1 .*learning rate.*--lr"):
         loop.log_losses(run, stage, losses, 0.1, board=None)  # type: ignore[arg-type]
     stiff = make_run(short("rank1:gradient,lam=1e9"))
     stiff.step = 1
-    with pytest.raises(loop.TrainingError, match=r"step 1 of stage 2; .*lam=1e\+08 or the decoupled mode"):
+    with pytest.raises(TrainingError, match=r"step 1 of stage 2; .*lam=1e\+08 or the decoupled mode"):
         loop.log_losses(stiff, stiff.stages[1], [torch.tensor([float("nan"), 0.0, 1.0])], 0.1, board=None)  # type: ignore[arg-type]

@@ -1,0 +1,66 @@
+"""A run's folder: which run it belongs to, and that one process at a time writes to it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from crl_diffusion import origin
+from crl_diffusion.method import Device, OptionError, RunConfig, planned
+from crl_diffusion.records import locked, read_json, write_json
+
+
+def resolve(config: RunConfig) -> RunConfig:
+    """The configuration with what depends on the machine and the data set filled in."""
+    return replace(planned(config), device=resolve_device(config.device))
+
+
+def resolve_device(device: Device) -> Device:
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise OptionError("--device is cuda, but torch finds no CUDA device; use --device cpu")
+    return device
+
+
+def digest_of(config: RunConfig) -> str:
+    """Of everything that decides a run's numbers: what a checkpoint says of the run that it belongs to."""
+    return hashlib.sha256(json.dumps(config.as_json(), sort_keys=True).encode()).hexdigest()
+
+
+def claim(config: RunConfig, out: Path, data_name: str, measured_with: dict[str, str]) -> None:
+    """Write config.json, or see that the run goes on with the data, and being measured with what it was begun with."""
+    path, kept = out / "config.json", {"data_name": data_name, **measured_with}
+    if not path.exists():
+        made = {"environment": origin.environment(), "git": origin.git_state(), "command": origin.command()}
+        write_json(path, {"run": config.as_json(), **kept, **made})
+        return
+    begun = read_json(path)
+    for key, name in kept.items():
+        if begun.get(key, name) != name:
+            raise OptionError(
+                f"the {key} is {name}, but the run in {str(out)!r} was begun with {begun[key]}; choose that one with "
+                "--data-root, --extractor and --extractor-folder"
+            )
+
+
+def check_folder(config: RunConfig, out: Path) -> None:
+    """Refuse a folder whose run is another one, naming the options that differ."""
+    path = out / "config.json"
+    if not path.exists():
+        return
+    saved, wanted = read_json(path)["run"], resolve(config).as_json()
+    differ = sorted(key for key in saved.keys() | wanted.keys() if saved.get(key) != wanted.get(key))
+    if differ:
+        what = ", ".join(f"{key} {saved.get(key)!r} there, {wanted.get(key)!r} asked for" for key in differ)
+        raise OptionError(f"--out {str(out)!r} holds another run ({what}); use another folder, or delete this one")
+
+
+def writing(out: Path) -> AbstractContextManager[None]:
+    """While a process writes to the folder, another one is refused."""
+    return locked(out / ".lock", f"--out {str(out)!r} is being written by another process; wait for it, or use another")

@@ -1,0 +1,304 @@
+"""The state of a run: what a step needs, what is remembered of a task, what a checkpoint holds."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from crl_diffusion import checkpoint, diffusion, evaluation, processes, replay
+from crl_diffusion.checkpoint import MEMORY, Checkpoint, require_like
+from crl_diffusion.data import Data, Images, join
+from crl_diffusion.evaluation import Instruments
+from crl_diffusion.method import Method, RunConfig, Stage, stages
+from crl_diffusion.model import build, frozen_copy, predict
+from crl_diffusion.penalties import PenaltyState
+from crl_diffusion.precision import Precision
+from crl_diffusion.records import Log, Row
+from crl_diffusion.replay import Moment, NoisedBatch
+from crl_diffusion.run_folder import digest_of
+from crl_diffusion.steps import LR_SCHEDULES, new_optimizer, training_step
+
+Say = Callable[[str], None]
+FISHER_BATCH = 32
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; says at which step and why that is likely."""
+
+
+class Run:
+    """The state of a run: everything that a checkpoint holds, and the folder that it is written to."""
+
+    def __init__(self, config: RunConfig, out: Path, data: Data, tools: Instruments | None, say: Say) -> None:
+        """`tools` measure images; only the first process needs them."""
+        self.config, self.out, self.data, self.tools, self.say = config, out, data, tools, say
+        self.method: Method = config.recipe
+        self.stages: list[Stage] = stages(config)
+        self.stage_steps = stage_steps(config, data)
+        self.schedule = diffusion.SCHEDULES[config.schedule]
+        self.device = torch.device(config.device)
+        self.precision = Precision(config.precision, self.device)
+        self.model = self.precision.of(build(config.model, data.shape, data.classes, config.seed)).to(self.device)
+        self.like = next(self.model.parameters())
+        self.average: dict[str, Tensor] | None = None  # of the weights, within a stage
+        self.teacher: nn.Module | None = None
+        self.optimizer = new_optimizer(self.model)
+        self.sources = self.new_sources()
+        self.penalty = self.new_penalty()
+        self.stage, self.step = 0, 0
+        names = ("metrics", "timings") if processes.is_first() else ()
+        self.logs = {name: Log(out / f"{name}.jsonl") for name in names}
+
+    def new_sources(self) -> dict[str, replay.Source]:
+        names = dict.fromkeys(part.source for part in self.method.replays)
+        return {name: replay.SOURCES[name](self.config, self.data.shape) for name in names}
+
+    def new_penalty(self) -> PenaltyState | None:
+        in_sample = self.config.fisher_estimate == "in-sample"
+        return PenaltyState(self.method.penalty, self.model, in_sample) if self.method.penalty else None
+
+    def lr(self, step: int, steps: int) -> float:
+        return LR_SCHEDULES[self.config.lr_schedule](step, steps, self.config.lr)
+
+    # One step
+
+    def batch(self, images: Images, stage: Stage) -> NoisedBatch:
+        """The step's real images and, once there are old classes, its replayed ones."""
+        moment = Moment(self.config.seed, stage.number, self.step)
+        real, weights = replay.shares(self.method, stage.number)
+        batches = [replay.real_batch(images, self.config.batch, real, self.schedule, moment, self.like)]
+        if self.teacher is not None:
+            for position, (part, weight) in enumerate(zip(self.method.replays, weights, strict=True)):
+                source, n = self.sources[part.source], self.config.replay_batch
+                with self.precision.autocast():
+                    replayed = replay.replay_batch(
+                        part.target, position, weight, source, self.teacher, n, self.schedule, moment, self.like
+                    )
+                batches.append(replayed)
+        return replay.concatenate(batches)
+
+    def take_step(self, images: Images, stage: Stage) -> Tensor:
+        """Returns this process's share of the mean loss of the real batch and of the sum over replays of their weighted
+        mean losses, and the norm of the gradient, (3,)."""
+        if self.config.ema and self.average is None:
+            self.average = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        lr = self.lr(self.step, self.stage_steps[stage.number])
+        batch = self.batch(images, stage)
+        taken = training_step(self.model, self.optimizer, batch, self.penalty, lr, self.config.clip, self.precision)
+        if self.average is not None and taken.moved:
+            decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
+            with torch.no_grad():
+                for name, p in self.model.named_parameters():
+                    self.average[name].lerp_(p, 1 - decay)
+        self.step += 1
+        mine = processes.share(self.config.batch)
+        real = taken.losses[: mine.stop - mine.start].sum()
+        norm = taken.norm if taken.moved else torch.zeros_like(taken.norm)  # an overflow was dealt with
+        return torch.stack([real, taken.losses.sum() - real, norm.to(real)])
+
+    def adopt_average(self) -> None:
+        """The average of the weights becomes the model."""
+        if self.average is not None:
+            with torch.no_grad():
+                for name, p in self.model.named_parameters():
+                    p.copy_(self.average[name])
+            self.average = None
+
+    # The end of a stage
+
+    def draw(self, latents: Tensor, label: Tensor) -> Tensor:
+        """Images of the model for an evaluation."""
+        with self.precision.autocast():
+            return replay.draw_images(self.model, self.schedule, latents, label, self.config.eval_steps)
+
+    def evaluate(self, stage: Stage) -> list[Row]:
+        """One row of R, see evaluation.py. All processes draw, the first one measures; the others get no rows."""
+        return evaluation.evaluate(self.draw, self.tools, self.data, self.config, stage.learnt, self.out)
+
+    def remember(self, stage: Stage) -> None:
+        """Freeze the teacher, refill the pools and measure the Fisher matrix: all that later tasks are held to."""
+        learnt = [c for task in self.data.tasks[: stage.learnt] for c in task.classes]
+        if self.method.replays:
+            self.teacher = frozen_copy(self.model)
+            with self.precision.autocast():
+                for source in self.sources.values():
+                    source.refill(self.teacher, learnt, stage.number)
+        if self.penalty is not None:
+            images = self.task_images(stage, self.config.fisher_images)
+            batches = fisher_batches(images, stage, self.config, self.schedule, self.like)
+            generator = diffusion.stream(self.config.seed, "fisher", stage.number)
+            steps = self.stage_steps[stage.number]
+            task_lr = sum(self.lr(step, steps) for step in range(steps))
+            statistics = self.penalty.learn(per_sample_loss, batches, generator, task_lr)
+            self.log({"kind": "fisher", "task": stage.learnt, **statistics, "state_bytes": self.penalty.nbytes})
+
+    def task_images(self, stage: Stage, part: str) -> Images:
+        """Training or validation images of the classes of a stage."""
+        return join([getattr(task, part) for task in self.data.tasks if set(task.classes) <= set(stage.classes)])
+
+    # Records
+
+    def log(self, row: Row, name: str = "metrics") -> None:
+        if processes.is_first():
+            self.logs[name].append(row)
+
+    def save(self) -> None:
+        """A checkpoint of this moment."""
+        self.require_same_weights()
+        if not processes.is_first():
+            return
+        for log in self.logs.values():
+            log.sync()
+        tensors = {f"model/{name}": value for name, value in self.model.state_dict().items()}
+        tensors.update({f"scaler/{name}": value for name, value in self.precision.state().items()})
+        if self.step:
+            for name, parameter in self.model.named_parameters():
+                for key, value in self.optimizer.state[parameter].items():
+                    tensors[f"optimizer/{key}/{name}"] = value
+        if self.average is not None:
+            tensors.update({f"average/{name}": value for name, value in self.average.items()})
+
+        # What does not change within a stage: there is none before the first task's end, and none is needed after the
+        # last's.
+        memory: dict[str, Tensor] = {}
+        if self.teacher is not None:
+            memory.update({f"teacher/{name}": value for name, value in self.teacher.state_dict().items()})
+        for source_name, source in self.sources.items():
+            memory.update({f"source/{source_name}/{name}": value for name, value in source.state().items()})
+        if self.penalty is not None:
+            memory.update({f"penalty/{name}": value for name, value in self.penalty.state().items()})
+        if 0 < self.stage < len(self.stages):
+            tensors.update({f"{MEMORY}{name}": value for name, value in memory.items()})
+        rows = {name: log.count for name, log in self.logs.items()}
+        saved = Checkpoint(self.stage, self.step, rows, tensors, digest_of(self.config))
+        checkpoint.save(self.out / "checkpoints", saved)
+
+    def require_same_weights(self) -> None:
+        """All processes take the same steps; where one does not, every number from there on would be wrong."""
+        if processes.count() == 1:
+            return
+        digest = hashlib.sha256()
+        for value in self.model.state_dict().values():
+            digest.update(value.detach().cpu().flatten().view(torch.uint8).numpy().data)
+        if len(set(processes.everyone(digest.hexdigest()))) > 1:
+            raise TrainingError(
+                f"the processes' models differ at step {self.step} of stage {self.stage + 1}: one of them computes "
+                "otherwise, through a defect, or another version of a library or kind of device; take equal ones, and "
+                "give the same command again to go on from the last checkpoint"
+            )
+
+    def resume(self) -> None:
+        """Go back to the newest good checkpoint, or to the start if there is none."""
+        saved: Checkpoint | None = None
+        if processes.is_first():
+            saved, complaints = checkpoint.latest(self.out / "checkpoints", self.require_fits)
+            for line in complaints:
+                self.say(line)
+            for name, log in self.logs.items():
+                log.keep(saved.rows[name] if saved is not None else 0)
+        saved = processes.from_first(saved)
+        if saved is not None:
+            self.restore(saved)
+            self.say(f"resuming after {self.stage} finished stage(s) and {self.step} steps of the next")
+
+    def require_fits(self, saved: Checkpoint) -> None:
+        """ValueError or KeyError unless this is a checkpoint of this run and has all that it must; changes nothing."""
+        if saved.run != digest_of(self.config):
+            raise ValueError("it belongs to a run of another configuration")
+        if not (saved.stage < len(self.stages) and saved.step <= self.stage_steps[saved.stage]) and (
+            (saved.stage, saved.step) != (len(self.stages), 0)
+        ):
+            raise ValueError(f"this run has no step {saved.step} after {saved.stage} stages")
+        weights = {name: value.cpu() for name, value in self.model.state_dict().items()}
+        require_like(saved.part("model"), weights, "model")
+        parameters = {name: weights[name] for name, _ in self.model.named_parameters()}
+        moments = {f"{key}/{name}": p for name, p in parameters.items() for key in ("exp_avg", "exp_avg_sq")}
+        moments.update({f"step/{name}": torch.zeros(()) for name in parameters})
+        require_like(saved.part("optimizer"), moments if saved.step else {}, "optimizer")
+        require_like(saved.part("average"), parameters if self.config.ema and saved.step else {}, "average")
+        require_like(saved.part("scaler"), self.precision.state(), "scaler")
+        for name in self.logs:
+            saved.rows[name]
+
+        # Memory is there once a task has been learnt, and not after the last.
+        if 0 < saved.stage < len(self.stages):
+            require_like(saved.part(f"{MEMORY}teacher"), weights if self.method.replays else {}, "teacher")
+            for name, source in self.new_sources().items():
+                source.load_state(saved.part(f"{MEMORY}source/{name}"))
+            penalty = self.new_penalty()
+            if penalty is not None:
+                penalty.load_state(saved.part(f"{MEMORY}penalty"))
+                if not len(penalty.history):
+                    raise KeyError("penalty")
+
+    def restore(self, saved: Checkpoint) -> None:
+        """Everything as it was at a checkpoint of this run."""
+        self.stage, self.step = saved.stage, saved.step
+        self.model.load_state_dict(saved.part("model"))
+        self.precision.load_state(saved.part("scaler"))
+        moments = saved.part("optimizer")
+        for name, parameter in self.model.named_parameters():
+            if self.step:
+                self.optimizer.state[parameter] = {
+                    key: moments[f"{key}/{name}"].to(self.device) for key in ("step", "exp_avg", "exp_avg_sq")
+                }
+        if average := saved.part("average"):
+            self.average = {name: value.to(self.device) for name, value in average.items()}
+        if teacher := saved.part(f"{MEMORY}teacher"):
+            self.teacher = frozen_copy(self.model)
+            self.teacher.load_state_dict(teacher)
+        if 0 < self.stage < len(self.stages):
+            for name, source in self.sources.items():
+                source.load_state(saved.part(f"{MEMORY}source/{name}"))
+            if self.penalty is not None:
+                self.penalty.load_state(saved.part(f"{MEMORY}penalty"))
+
+
+def steps_done(run: Run) -> int:
+    return sum(run.stage_steps[: run.stage]) + run.step
+
+
+def stage_steps(config: RunConfig, data: Data) -> list[int]:
+    """Steps of each stage: --steps for each of its tasks, or --epochs over its images."""
+    plan = stages(config)
+    if not config.epochs:
+        return [stage.share * config.steps for stage in plan]
+    images = [sum(len(t.train) for t in data.tasks if set(t.classes) <= set(s.classes)) for s in plan]
+    return [config.epochs * math.ceil(n / config.batch) for n in images]
+
+
+def per_sample_loss(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
+    """The loss whose gradients make the Fisher matrix: (noised, t, label, noise) -> (N,)."""
+    noised, t, label, noise = batch
+    return diffusion.per_sample_loss(predict(model, noised, t, label), noise)
+
+
+def fisher_batches(
+    images: Images, stage: Stage, config: RunConfig, schedule: diffusion.Schedule, like: Tensor
+) -> list[tuple[Tensor, ...]]:
+    """This process's share of `fisher_samples` images of the task, in shuffled epochs, each with its own timestep and
+    noise."""
+    batches: list[tuple[Tensor, ...]] = []
+    samples = config.fisher_samples or len(images)
+    for number, start in enumerate(range(0, samples, FISHER_BATCH)):
+        moment = Moment(config.seed, stage.number, number)
+        chosen = replay.epoch_batch(images, FISHER_BATCH, moment, "fisher epoch")
+        n = min(FISHER_BATCH, samples - start)
+        part = chosen.take(torch.arange(n))
+        t, noise = diffusion.draw_noise(moment.stream("fisher noise"), tuple(part.pixels.shape))
+        batches.append(replay.noise_up(part, t, noise, schedule, like))
+    return batches if processes.count() == 1 else fisher_share(batches)
+
+
+def fisher_share(batches: Sequence[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
+    """Of each half of the samples, every count-th one: each process's first half is then its part of the first half of
+    all, from which directions come."""
+    whole = [torch.cat(parts) for parts in zip(*batches, strict=True)]
+    half, rank, count = len(whole[0]) // 2, processes.rank(), processes.count()
+    mine = [torch.cat([part[:half][rank::count], part[half:][rank::count]]) for part in whole]
+    return list(zip(*(part.split(FISHER_BATCH) for part in mine), strict=True))
