@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from crl_diffusion.method import RunConfig, Stage, stages
 
 FISHER_PASSES = 4
-TIMED_IMAGES = 4  # of one forward and backward pass on a CPU
+FEW_IMAGES, LONG = 4, 10.0  # how many are timed where a whole batch would take longer than so many seconds
 
 
 def step_passes(config: RunConfig, stage: Stage) -> int:
@@ -64,21 +64,28 @@ def seconds_per_pass(config: RunConfig, shape: tuple[int, int, int], classes: in
     from crl_diffusion.model import build, predict
 
     device, threads = torch.device(config.device), torch.get_num_threads()
-    n = TIMED_IMAGES if device.type == "cpu" else config.batch
     model = build(config.model, shape, classes, config.seed).to(device)
-    images = torch.zeros(n, *shape, device=device)
-    t, label = torch.zeros(n, dtype=torch.int64, device=device), torch.zeros(n, dtype=torch.int64, device=device)
-    try:
-        torch.set_num_threads(1)
-        for _ in range(2):  # the second counts
+
+    def timed(n: int) -> float:
+        """Seconds of the second pass of n images forwards and backwards."""
+        images = torch.zeros(n, *shape, device=device)
+        t = label = torch.zeros(n, dtype=torch.int64, device=device)
+        for _ in range(2):
             start = time.perf_counter()
             predict(model, images, t, label).square().mean().backward()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             took = time.perf_counter() - start
+        return took
+
+    try:
+        torch.set_num_threads(1)
+        few = timed(FEW_IMAGES)
+        if few * config.batch / FEW_IMAGES > LONG:
+            return few / (3 * FEW_IMAGES)
+        return timed(config.batch) / (3 * config.batch)  # in small networks much of a pass is not about its images
     finally:
         torch.set_num_threads(threads)
-    return took / (3 * n)
 
 
 def in_words(seconds: float) -> str:
