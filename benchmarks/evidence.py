@@ -18,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,6 +26,8 @@ import tyro
 from crl_diffusion.method import spell
 from crl_diffusion.records import read_json, write_json
 from crl_diffusion.report import find
+
+from .measure import processor
 
 DOMINATED = 1.0  # FID points
 
@@ -98,7 +101,7 @@ class Command:
     experiment: Annotated[str, tyro.conf.Positional]
     """Its name."""
     out: Path = Path("runs/evidence")
-    """Folder of all experiments; each has one in it, with tuning/, final/ and choice.json."""
+    """Folder of all experiments; each has one in it, with tuning/, final/, coarse.md and choice.json."""
     stage: Literal["all", "coarse", "fine", "final"] = "all"
     """Which stage to run; each needs those before it."""
     jobs: int = 0
@@ -169,6 +172,27 @@ class Tuning:
         return chosen
 
 
+def markdown(experiment: str, tuning: Tuning, screened: dict[str, dict[str, Any]]) -> str:
+    """The coarse tuning as a table."""
+    seed = tuning.experiment.tuning_seeds[0]
+    baselines = dict.fromkeys(baseline(name) for name in screened)
+    without = ", ".join(f"{name} {tuning.values(name, [seed])[0]:.2f}" for name in baselines)
+    lines = [
+        f"# {experiment}: the coarse tuning",
+        "",
+        f"`python -m benchmarks.evidence {experiment} --stage coarse`, {date.today()}, {processor()}.",
+        f"Average FID on validation images, one tuning seed ({seed}): a screening without error bars, not a result.",
+        f"Without a penalty on the same seed: {without}.",
+        "",
+        "| method | lam: average FID | best, less the same replay without a penalty | goes on |",
+        "|---|---|---:|---|",
+    ]
+    for name, row in screened.items():
+        values = ", ".join(f"{lam}: {value:.2f}" for lam, value in row["coarse"].items())
+        lines.append(f"| `{name}` | {values} | {row['excess']:+.2f} | {'yes' if row['kept'] else 'no'} |")
+    return "\n".join([*lines, ""])
+
+
 def fine_grid(lam: float) -> tuple[float, float, float]:
     return float(f"{lam / 3:.2g}"), lam, 3 * lam
 
@@ -182,6 +206,8 @@ def main(command: Command) -> None:
     if command.stage in ("all", "coarse"):
         methods = [with_lam(name, lam) for name, lams in experiment.grids.items() for lam in lams]
         compare(tuning, experiment, [*baselines, *methods], seeds[:1], command)
+        found = Tuning(tuning, experiment)
+        (folder / "coarse.md").write_text(markdown(command.experiment, found, found.screen()), encoding="utf-8")
     if command.stage in ("all", "fine"):
         kept = {name: row for name, row in Tuning(tuning, experiment).screen().items() if row["kept"]}
         methods = [with_lam(name, lam) for name, row in kept.items() for lam in fine_grid(row["best_coarse"])]
