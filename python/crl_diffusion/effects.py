@@ -107,7 +107,7 @@ def lam_sweep(groups: Groups, name: str) -> Drawing | None:
     if not found:
         return None
     figure, axes = plt.subplots(
-        len(found), 2, figsize=(10, 2.9 * len(found) + 0.3), squeeze=False, layout="constrained", sharey="col"
+        len(found), 2, figsize=(10, 2.9 * len(found) + 0.3), squeeze=False, layout="constrained"
     )
     for row, (family, runs) in zip(axes, found.items(), strict=True):
         plain = without_penalty(next(iter(runs.values()))[0], groups)
@@ -134,14 +134,10 @@ def lam_sweep(groups: Groups, name: str) -> Drawing | None:
             axis.set_ylabel(f"{column.title[:-2]}\n(FID points, lower is better)", fontsize=9)
             axis.set_title(wrap(family, 48), fontsize=10)
         row[0].legend(frameon=False, fontsize=8)
-    for axis, column in zip(axes[0], COMPARED, strict=True):
-        _squeeze(
-            axis, "y", [v for runs in found.values() for g in runs.values() for v in values(g, column.key).values()]
-        )
     text = (
         "Strength of the penalty, lam, against average FID and forgetting. Dots: seeds; line: their mean; dashed: the "
         "same replay without a penalty (band: its seeds, smallest to largest). lam = 0 and inf, where there are any, "
-        "are set one step beside the others. One scale for all methods. A strength picked here is to be tested on "
+        "are set one step beside the others. Every panel has its own scale. A strength picked here is to be tested on "
         "other seeds."
     )
     return drawing(name, figure, f"Average FID and forgetting against lam for {len(found)} methods.", text)

@@ -11,7 +11,7 @@ PAGE = Template("""<!DOCTYPE html>
 <style>
 html { -webkit-text-size-adjust: 100%; }
 body { margin: 0; background: #fff; color: #1a1a1a; font: 16px/1.55 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; }
-main { max-width: 1080px; margin: 0 auto; padding: 1.5rem 1.25rem 4rem; }
+main { max-width: 1200px; margin: 0 auto; padding: 1.5rem 1.25rem 4rem; }
 h1 { font-size: 1.7rem; line-height: 1.25; margin: .5rem 0; }
 h2 { font-size: 1.35rem; margin: 3rem 0 .75rem; padding-top: .75rem; border-top: 1px solid #ccc; }
 h3 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
