@@ -64,7 +64,7 @@ _PAPER: dict[str, Any] = {
     "checkpoint_every": 1000,
 }
 # Settings whose number in the paper presets is ours. As many images are drawn for a class as it has held-out ones.
-OURS = ("replay_batch", "clip", "ema", "precision", "eval_samples", "log_every", "checkpoint_every")
+OURS = ("replay_batch", "lr_schedule", "clip", "ema", "precision", "eval_samples", "log_every", "checkpoint_every")
 # Read by methods that the paper has not, or replaced by another setting: left out of the table of the presets.
 UNUSED = ("steps", "fresh_steps", "device")
 
