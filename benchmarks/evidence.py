@@ -1,14 +1,16 @@
 """Does a penalty help on top of distillation? Lambda tuned on other seeds, then frozen; then paired differences.
 
-    python -m benchmarks.evidence digits-drift --out runs/evidence            # hours; resumes where it stood
-    python -m benchmarks.evidence digits-drift --out runs/evidence --stage coarse
+    python -m benchmarks.evidence digits-drift     # hours; the same command goes on where it stood, on any machine
 
 Tuning runs are measured against validation images, on seeds that are not shown afterwards, and every candidate gets the
-same number of them. Coarse: each candidate with each lambda of its grid, on the first tuning seed. One whose best
-lambda is worse than its baseline (the same replay without a penalty) by more than `DOMINATED` goes no further, unless
-the experiment requires it. Fine: a third of the best lambda, itself, and three times it, on all tuning seeds; the one
-with the lowest mean average FID is kept. Final: what is left, and the references, on the other seeds against test
-images. Nothing is chosen after that.
+same number of them. Coarse: each candidate with each lambda of its grid, on one seed. Fine: a third of the best lambda,
+itself, and three times it, on another seed; the one with the lowest average FID is kept. A candidate that is not better
+than its baseline (the same replay without a penalty) by the experiment's margin, in either, goes no further, unless the
+experiment requires it. Final: what is left, its controls and the references, on the other seeds against test images,
+one seed after another, so that an unfinished experiment has whole seeds. Nothing is chosen after that.
+
+Every finished run is a line of RESULTS/EXPERIMENT.jsonl (`ledger.py`), and the networks that FIDs are measured on are
+kept in RESULTS/extractors, so that runs of several machines compare.
 """
 
 from __future__ import annotations
@@ -16,94 +18,36 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, NamedTuple
 
 import tyro
-from crl_diffusion.method import spell
-from crl_diffusion.records import read_json, write_json
-from crl_diffusion.report import find
+from crl_diffusion import effects, tables
+from crl_diffusion.method import in_order, spell
+from crl_diffusion.records import read_rows
+from crl_diffusion.report import comparable, find, grouped
 
-from .measure import processor
+from . import ledger
+from .experiments import EXPERIMENTS, Experiment
 
-DOMINATED = 1.0  # FID points
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """A setting, what is compared in it, and how lambda is chosen."""
-
-    options: tuple[str, ...]  # of every run
-    tuning: tuple[str, ...]  # of the tuning runs only
-    grids: dict[str, tuple[float, ...]]  # candidate -> its coarse lambdas
-    required: tuple[str, ...]  # candidates that are never dropped
-    references: tuple[str, ...]  # run without tuning
-    tuning_seeds: tuple[int, ...]
-    seeds: tuple[int, ...]
-
-
-LOW_RANK, BANDS, DIAGONAL = (10.0, 100.0, 1000.0), (30.0, 300.0, 3000.0), (300.0, 3000.0, 30000.0)
-CANDIDATES = {
-    **dict.fromkeys(("gd+diagonal", "gd+diagonal:gradient"), DIAGONAL),
-    **dict.fromkeys(
-        (
-            *("gd+rank1", "gd+rank1:gradient", "gd+rank1:slopes", "gd+rank1:slopes,gradient"),
-            *("gd+rank10", "gd+rank10:gradient", "gd+rank10:slopes", "gd+rank10:slopes,gradient"),
-            *("gd+rank50", "gd+rank50:gradient", "gd+rank50:slopes"),
-        ),
-        LOW_RANK,
-    ),
-    **dict.fromkeys(
-        (
-            *("gd+bands8", "gd+bands8:gradient", "gd+bands8:slopes", "gd+bands8:slopes,gradient"),
-            *("gd+bands8:top", "gd+bands8:top,slopes", "gd+bands8:top,slopes,gradient"),
-            *("gd+bands16", "gd+bands16:slopes", "gd+bands16:top,slopes"),
-        ),
-        BANDS,
-    ),
-    **dict.fromkeys(("rank1", "rank1:gradient", "rank10", "rank50"), LOW_RANK),
-    **dict.fromkeys(("diagonal", "diagonal:gradient"), DIAGONAL),
-}
-PAIRS = ("gd+diagonal", "gd+diagonal:gradient", "gd+rank1", "gd+rank1:gradient")
-DIGITS = ("--data", "digits", "--model", "mini", "--batch", "16", "--replay-batch", "16", "--fisher-samples", "2000")
-EXPERIMENTS = {
-    "digits-drift": Experiment(
-        options=(
-            *DIGITS,
-            "--tasks",
-            "10",
-            "--classes-per-task",
-            "1",
-            "--steps",
-            "200",
-            "--pool",
-            "4",
-            "--pool-steps",
-            "2",
-        ),
-        tuning=("--tasks", "4", "--eval-samples", "50"),
-        grids=CANDIDATES,
-        required=(*PAIRS, "rank1", "rank10", "diagonal", "gd+bands8:slopes"),
-        references=("fine-tune", "joint", "gd"),
-        tuning_seeds=(100, 101),
-        seeds=(0, 1, 2, 3, 4, 5),
-    ),
-}
+BASELINE = "gd"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """Run one experiment, or one stage of it. To resume, give the same command again."""
+    """Run one experiment. To resume, give the same command again."""
 
     experiment: Annotated[str, tyro.conf.Positional]
     """Its name."""
     out: Path = Path("runs/evidence")
-    """Folder of all experiments; each has one in it, with tuning/, final/, coarse.md and choice.json."""
-    stage: Literal["all", "coarse", "fine", "final"] = "all"
-    """Which stage to run; each needs those before it."""
+    """Folder of the runs: EXPERIMENT/{coarse,fine,final}/RUN."""
+    results: Path = Path("benchmarks/results/evidence")
+    """Folder of what is kept: lines of finished runs, extractors, the report."""
+    report_only: bool = False
+    """Take up what has finished, write the report, and run nothing."""
     jobs: int = 0
     """Runs at a time; 0 means one a CPU core."""
     data_root: Path = Path("data")
@@ -116,109 +60,169 @@ def with_lam(name: str, lam: float) -> str:
 
 def baseline(name: str) -> str:
     """The same replay without a penalty."""
-    return "gd" if name.startswith("gd+") else "fine-tune"
-
-
-def compare(
-    folder: Path, experiment: Experiment, methods: Sequence[str], seeds: Sequence[int], command: Command
-) -> None:
-    """One comparison. Finished cells are kept; a cell that fails (a loss that is not finite) does not stop the rest."""
-    arguments = ["compare", "--out", str(folder), *experiment.options]
-    if folder.name == "tuning":
-        arguments += ["--held-out", "validation", *experiment.tuning]
-    arguments += ["--methods", *dict.fromkeys(methods), "--seeds", *map(str, seeds), "--baseline", "gd"]
-    arguments += ["--jobs", str(command.jobs), "--data-root", str(command.data_root)]
-    print("crl-diffusion", *arguments, flush=True)
-    subprocess.run([sys.executable, "-m", "crl_diffusion", *arguments], check=False)
-
-
-class Tuning:
-    """Average FIDs of the tuning runs, and what follows from them."""
-
-    def __init__(self, folder: Path, experiment: Experiment) -> None:
-        self.experiment = experiment
-        self.found: dict[tuple[str, int], float] = {}
-        for run in find([folder])[0]:
-            self.found[run.method, run.seed] = run.summary["average_fid"]
-
-    def values(self, method: str, seeds: Sequence[int]) -> list[float]:
-        """Average FIDs; infinite where a run failed."""
-        return [self.found.get((method, seed), math.inf) for seed in seeds]
-
-    def best(self, name: str, lams: Sequence[float], seeds: Sequence[int]) -> float:
-        return min(lams, key=lambda lam: sum(self.values(with_lam(name, lam), seeds)))
-
-    def screen(self) -> dict[str, dict[str, Any]]:
-        """For each candidate the best coarse lambda, its excess over the baseline, and whether it goes on."""
-        first = self.experiment.tuning_seeds[:1]
-        screened = {}
-        for name, lams in self.experiment.grids.items():
-            lam = self.best(name, lams, first)
-            excess = self.values(with_lam(name, lam), first)[0] - self.values(baseline(name), first)[0]
-            kept = excess <= DOMINATED or name in self.experiment.required
-            coarse = {f"{x:g}": self.values(with_lam(name, x), first)[0] for x in lams}
-            screened[name] = {"coarse": coarse, "best_coarse": lam, "excess": excess, "kept": kept}
-        return screened
-
-    def choose(self) -> dict[str, dict[str, Any]]:
-        """The screening, and for each kept candidate its values on the fine grid and the lambda that is frozen."""
-        seeds = self.experiment.tuning_seeds
-        chosen = self.screen()
-        for name, row in chosen.items():
-            if row["kept"]:
-                lams = fine_grid(row["best_coarse"])
-                row["fine"] = {f"{lam:g}": self.values(with_lam(name, lam), seeds) for lam in lams}
-                row["lam"] = self.best(name, lams, seeds)
-        return chosen
-
-
-def markdown(experiment: str, tuning: Tuning, screened: dict[str, dict[str, Any]]) -> str:
-    """The coarse tuning as a table."""
-    seed = tuning.experiment.tuning_seeds[0]
-    baselines = dict.fromkeys(baseline(name) for name in screened)
-    without = ", ".join(f"{name} {tuning.values(name, [seed])[0]:.2f}" for name in baselines)
-    lines = [
-        f"# {experiment}: the coarse tuning",
-        "",
-        f"`python -m benchmarks.evidence {experiment} --stage coarse`, {date.today()}, {processor()}.",
-        f"Average FID on validation images, one tuning seed ({seed}): a screening without error bars, not a result.",
-        f"Without a penalty on the same seed: {without}.",
-        "",
-        "| method | lam: average FID | best, less the same replay without a penalty | goes on |",
-        "|---|---|---:|---|",
-    ]
-    for name, row in screened.items():
-        values = ", ".join(f"{lam}: {value:.2f}" for lam, value in row["coarse"].items())
-        lines.append(f"| `{name}` | {values} | {row['excess']:+.2f} | {'yes' if row['kept'] else 'no'} |")
-    return "\n".join([*lines, ""])
+    return BASELINE if name.startswith(f"{BASELINE}+") else "fine-tune"
 
 
 def fine_grid(lam: float) -> tuple[float, float, float]:
     return float(f"{lam / 3:.2g}"), lam, 3 * lam
 
 
+class Sweep(NamedTuple):
+    """One candidate's runs of one seed: average FIDs by lambda, NaN where no run has finished, and the best one's
+    excess over the baseline."""
+
+    values: Mapping[float, float]
+    lam: float
+    excess: float
+
+
+class Screened(NamedTuple):
+    """One candidate's tuning."""
+
+    coarse: Sweep
+    fine: Sweep | None  # None if the coarse one has ended it
+    lam: float | None  # what is frozen; None if the fine one has ended it
+
+
+class Tuning:
+    """What the tuning runs say. `stage` is coarse or fine; each has one seed."""
+
+    def __init__(self, folder: Path, experiment: Experiment) -> None:
+        self.experiment = experiment
+        self.found: dict[tuple[str, str], float] = {}
+        for stage in ("coarse", "fine"):
+            if (folder / stage).is_dir():
+                for run in find([folder / stage])[0]:
+                    self.found[stage, run.method] = run.summary["average_fid"]
+
+    def sweep(self, stage: str, name: str, lams: Sequence[float]) -> Sweep:
+        values = {lam: self.found.get((stage, with_lam(name, lam)), math.nan) for lam in lams}
+        best = min(lams, key=lambda lam: math.inf if math.isnan(values[lam]) else values[lam])
+        return Sweep(values, best, values[best] - self.found.get((stage, baseline(name)), math.nan))
+
+    def goes_on(self, name: str, sweep: Sweep) -> bool:
+        margin = self.experiment.margin
+        return margin is None or name in self.experiment.required or sweep.excess <= -margin
+
+    def screened(self, name: str) -> Screened:
+        coarse = self.sweep("coarse", name, self.experiment.grid[name])
+        if not self.goes_on(name, coarse):
+            return Screened(coarse, None, None)
+        fine = self.sweep("fine", name, fine_grid(coarse.lam))
+        return Screened(coarse, fine, fine.lam if self.goes_on(name, fine) else None)
+
+    def screening(self) -> dict[str, Screened]:
+        return {name: self.screened(name) for name in self.experiment.grid}
+
+
+def stages(experiment: Experiment, folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Methods and seeds of each stage, separated by blanks; those of the later ones follow from what has been found."""
+    screening = Tuning(folder, experiment).screening()
+    references = dict.fromkeys(baseline(name) for name in experiment.grid)
+    coarse = [with_lam(name, lam) for name, row in screening.items() for lam in row.coarse.values]
+    fine = [with_lam(name, lam) for name, row in screening.items() if row.fine for lam in row.fine.values]
+    kept = {name: row.lam for name, row in screening.items() if row.lam is not None}
+    final = [with_lam(name, lam) for name, lam in kept.items()]
+    controls = [with_lam(name, kept[of]) for name, of in experiment.controls.items() if of in kept]
+    return {
+        "coarse": (" ".join([*references, *coarse]), (experiment.coarse_seed,)),
+        "fine": (" ".join([*references, *fine]), (experiment.fine_seed,)),
+        "final": (" ".join([*experiment.references, *final, *controls]), experiment.seeds),
+    }
+
+
+def compare_arguments(experiment: Experiment, stage: str, methods: str, seed: int) -> list[str]:
+    words = [*experiment.options.split()]
+    if stage != "final":
+        words += ["--held-out", "validation", *experiment.tuning.split()]
+    return [*words, "--methods", *dict.fromkeys(methods.split()), "--seeds", str(seed), "--baseline", BASELINE]
+
+
+def run(experiment: Experiment, folder: Path, lines: Path, command: Command) -> None:
+    """All stages. A run that fails (a loss that is not finite) does not stop the others."""
+    for stage in ("coarse", "fine", "final"):
+        for seed in stages(experiment, folder)[stage][1]:
+            methods = stages(experiment, folder)[stage][0]
+            arguments = compare_arguments(experiment, stage, methods, seed)
+            print("crl-diffusion compare", *arguments, flush=True)
+            places = ["--out", folder / stage, "--extractor-folder", command.results / "extractors"]
+            places += ["--data-root", command.data_root, "--jobs", command.jobs]
+            words = [sys.executable, "-m", "crl_diffusion", "compare", *map(str, places), *arguments]
+            subprocess.run(words, check=False)
+            ledger.record(lines, folder)
+
+
+# The report
+
+
+def tuning_sheet(experiment: Experiment, screening: Mapping[str, Screened]) -> tables.Sheet:
+    def said(sweep: Sweep | None) -> list[str]:
+        if sweep is None:
+            return [tables.NONE, tables.NONE]
+        known = {lam: value for lam, value in sweep.values.items() if not math.isnan(value)}
+        values = ", ".join(f"{lam:g}: {tables.number(value, 2)}" for lam, value in known.items())
+        return [values, tables.number(sweep.excess, 2, plus=True)] if known else ["not run", tables.NONE]
+
+    head = ["candidate", "coarse, lam: average FID", "best less baseline"]
+    head += ["fine, lam: average FID", "best less baseline", "lam kept"]
+    body = []
+    for name, row in screening.items():
+        kept = "dropped" if row.lam is None else f"{row.lam:g}"
+        body.append([f"`{name}`", *said(row.coarse), *said(row.fine), kept])
+    text = (
+        f"Average FID on validation images, one run each: coarse on seed {experiment.coarse_seed}, fine on seed "
+        f"{experiment.fine_seed}. Baseline: the same replay without a penalty"
+        + (
+            "."
+            if experiment.margin is None
+            else f"; dropped: not better than it by {experiment.margin:g}, unless required."
+        )
+        + " These are choices, not results."
+    )
+    return tables.Sheet(head, body, text)
+
+
+def write_report(name: str, experiment: Experiment, folder: Path, lines: Path, results: Path) -> None:
+    """RESULTS/NAME.md and its picture, from the runs that have finished."""
+    screening, rows = Tuning(folder, experiment).screening(), read_rows(lines)
+    machines = dict.fromkeys(row["record"]["environment"].get("processor", "unknown") for row in rows)
+    parts = [
+        f"# {name}",
+        f"`python -m benchmarks.evidence {name}`; {len(rows)} runs, {min(row['date'] for row in rows)} to "
+        f"{max(row['date'] for row in rows)}, {', '.join(machines)}; this page: {date.today()}. Every run's values: "
+        f"[{lines.name}]({lines.name}).",
+        f"Final runs: `crl-diffusion compare {experiment.options}`. Tuning runs: the same with `--held-out validation "
+        f"{experiment.tuning}`.",
+    ]
+    final = folder / "final"
+    runs = find([final])[0] if final.is_dir() else []
+    wanted, seeds = stages(experiment, folder)["final"]
+    missing = len(set(wanted.split())) * len(seeds) - len(runs)
+    if missing > 0:
+        parts.append(f"**Not finished**: {missing} of the final runs have not been run.")
+    if runs:
+        comparable(runs)
+        order = in_order(run.method for run in runs)
+        parts += ["## Result", tables.markdown_sheets(runs, BASELINE, order)]
+        picture = effects.forest(grouped(runs, order), BASELINE, name) if tables.several(runs) else None
+        if picture is not None:
+            picture.save(results)
+            parts += [f"![{picture.alt}]({name}.png)", picture.caption]
+    parts += ["## How lambda was chosen", tables.markdown(tuning_sheet(experiment, screening))]
+    (results / f"{name}.md").write_text("\n\n".join(part.strip() for part in parts) + "\n", encoding="utf-8")
+
+
 def main(command: Command) -> None:
     if command.experiment not in EXPERIMENTS:
         sys.exit(f"experiment {command.experiment!r} is not known; choose one of {', '.join(EXPERIMENTS)}")
     experiment, folder = EXPERIMENTS[command.experiment], command.out / command.experiment
-    tuning, seeds = folder / "tuning", experiment.tuning_seeds
-    baselines = [baseline(name) for name in experiment.grids]
-    if command.stage in ("all", "coarse"):
-        methods = [with_lam(name, lam) for name, lams in experiment.grids.items() for lam in lams]
-        compare(tuning, experiment, [*baselines, *methods], seeds[:1], command)
-        found = Tuning(tuning, experiment)
-        (folder / "coarse.md").write_text(markdown(command.experiment, found, found.screen()), encoding="utf-8")
-    if command.stage in ("all", "fine"):
-        kept = {name: row for name, row in Tuning(tuning, experiment).screen().items() if row["kept"]}
-        methods = [with_lam(name, lam) for name, row in kept.items() for lam in fine_grid(row["best_coarse"])]
-        compare(tuning, experiment, [*baselines, *methods], seeds, command)
-        choice = Tuning(tuning, experiment)
-        references = {name: choice.values(name, seeds) for name in dict.fromkeys(baselines)}
-        write_json(folder / "choice.json", {"tuning_seeds": seeds, **references, "candidates": choice.choose()})
-    if command.stage in ("all", "final"):
-        candidates = read_json(folder / "choice.json")["candidates"]
-        methods = [with_lam(name, row["lam"]) for name, row in candidates.items() if row["kept"]]
-        compare(folder / "final", experiment, [*experiment.references, *methods], experiment.seeds, command)
+    lines = command.results / f"{command.experiment}.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
+    ledger.restore(lines, folder)
+    ledger.record(lines, folder)
+    if not command.report_only:
+        run(experiment, folder, lines, command)
+    write_report(command.experiment, experiment, folder, lines, command.results)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,63 @@
+"""The experiments of `benchmarks.evidence`: settings, what is compared in them, and how lambda is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+Grid = Mapping[str, tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A setting and its candidates. Seeds of the tuning are not among those that are shown afterwards."""
+
+    options: str  # of `crl-diffusion compare`, in every run
+    tuning: str  # options of the tuning runs only
+    grid: Grid  # candidate -> its coarse lambdas
+    seeds: tuple[int, ...]
+    margin: float | None = None  # FID points that a candidate must better its baseline by to go on; None: all go on
+    required: tuple[str, ...] = ()  # candidates that always go on
+    controls: Mapping[str, str] = field(default_factory=dict)  # control -> the candidate whose lambda it is run with
+    references: tuple[str, ...] = ("fine-tune", "joint", "gd")  # run without tuning
+    coarse_seed: int = 100
+    fine_seed: int = 101
+
+
+LOW_RANK, BANDS, DIAGONAL = (10.0, 100.0, 1000.0), (30.0, 300.0, 3000.0), (300.0, 3000.0, 30000.0)
+
+
+def grid(**lams_of: tuple[tuple[float, ...], str]) -> Grid:
+    """Candidates by family: the lambdas of each, and the names of those that take them."""
+    return {name: lams for lams, names in lams_of.values() for name in names.split()}
+
+
+EVERYTHING = grid(
+    diagonal=(DIAGONAL, "gd+diagonal gd+diagonal:gradient diagonal diagonal:gradient"),
+    low_rank=(
+        LOW_RANK,
+        "gd+rank1 gd+rank1:gradient gd+rank1:slopes gd+rank1:slopes,gradient "
+        "gd+rank10 gd+rank10:gradient gd+rank10:slopes gd+rank10:slopes,gradient "
+        "gd+rank50 gd+rank50:gradient gd+rank50:slopes rank1 rank1:gradient rank10 rank50",
+    ),
+    bands=(
+        BANDS,
+        "gd+bands8 gd+bands8:gradient gd+bands8:slopes gd+bands8:slopes,gradient "
+        "gd+bands8:top gd+bands8:top,slopes gd+bands8:top,slopes,gradient "
+        "gd+bands16 gd+bands16:slopes gd+bands16:top,slopes",
+    ),
+)
+DIGITS = "--data digits --fisher-samples 2000"
+EXPERIMENTS = {
+    # Ten tasks of one class, little training, few and poor replay images: distillation alone forgets.
+    "digits-drift": Experiment(
+        options=f"{DIGITS} --model mini --batch 16 --replay-batch 16 --tasks 10 --classes-per-task 1 --steps 200 "
+        "--pool 4 --pool-steps 2",
+        tuning="--tasks 4 --eval-samples 50",
+        grid=EVERYTHING,
+        seeds=(0, 1, 2, 3, 4, 5),
+        margin=0.3,
+        required=("gd+diagonal", "gd+diagonal:gradient", "gd+rank1", "gd+rank1:gradient", "gd+bands8"),
+        controls={"gd+bands8:random,slopes": "gd+bands8:slopes", "gd+bands8:slopes,once": "gd+bands8:slopes"},
+    ),
+}

@@ -1,0 +1,70 @@
+"""Finished runs in one file: a line of JSON each, from which their run folders can be made again on another machine.
+
+A line holds what a report needs of a run and no more: its configuration and origin, its summary, and the numbers that
+say how well its Fisher matrices are known. Checkpoints, images and losses are left out, and so is what would name the
+machine. `compare` takes a folder made from a line for what it is, a finished run, and does not run it again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from crl_diffusion.penalties import STATISTICS
+from crl_diffusion.records import Row, read_rows, write_json
+from crl_diffusion.report import Finished, find
+
+from .measure import processor
+
+ORIGIN = ("run", "data_name", "extractor", "classifier", "git")  # parts of config.json, with the environment's versions
+FISHER = ("kind", "task", *STATISTICS, "state_bytes")
+
+
+def as_line(run: Finished, folder: str) -> Row:
+    environment = {key: value for key, value in run.record.get("environment", {}).items() if key != "platform"}
+    environment.setdefault("processor", processor())
+    record = {key: run.record[key] for key in ORIGIN if key in run.record}
+    rows = [row for row in read_rows(run.path / "metrics.jsonl") if row["kind"] == "fisher"]
+    return {
+        "folder": folder,
+        "date": date.today().isoformat(),
+        "record": record | {"environment": environment},
+        "summary": run.summary,
+        "fisher": [{key: row[key] for key in FISHER if key in row} for row in rows],
+    }
+
+
+def record(ledger: Path, root: Path) -> int:
+    """Append the finished runs of `root`/STAGE/RUN that have no line yet; returns how many."""
+    known = {row["folder"] for row in read_rows(ledger)}
+    lines = []
+    for stage in sorted(path for path in root.iterdir() if path.is_dir()):
+        for run in find([stage])[0]:
+            folder = str(run.path.relative_to(root))
+            if folder not in known:
+                lines.append(json.dumps(as_line(run, folder)) + "\n")
+    ledger.parent.mkdir(parents=True, exist_ok=True)
+    with open(ledger, "a", encoding="utf-8") as file:
+        file.write("".join(lines))
+        file.flush()
+        os.fsync(file.fileno())
+    return len(lines)
+
+
+def restore(ledger: Path, root: Path) -> int:
+    """Make the folders of all lines that are not in `root`; returns how many."""
+    made = 0
+    for row in read_rows(ledger):
+        folder = root / row["folder"]
+        if (folder / "summary.json").exists():
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        rows: list[Any] = row["fisher"]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(part) + "\n" for part in rows), encoding="utf-8")
+        write_json(folder / "config.json", row["record"])
+        write_json(folder / "summary.json", row["summary"])  # last: it marks the run as finished
+        made += 1
+    return made

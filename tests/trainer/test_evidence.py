@@ -1,0 +1,144 @@
+"""``benchmarks.evidence``: what is chosen from fabricated runs, what is kept of runs, and what the page says of them."""
+
+import json
+import math
+import shutil
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+from crl_diffusion import cli, report
+from crl_diffusion.method import RunConfig, Settings, check
+from run_folders import fabricate
+
+sys.path.insert(0, str(Path(__file__).parent.parent.parent))  # benchmarks are run from a checkout, not installed
+
+from benchmarks import evidence, ledger
+from benchmarks.experiments import EXPERIMENTS, Experiment
+
+SMALL = Experiment(
+    options="--data digits --tasks 3 --steps 20",
+    tuning="--eval-samples 50",
+    grid={"gd+rank1": (10.0, 100.0), "gd+bands8:slopes": (30.0, 300.0), "gd+diagonal": (300.0,), "rank1": (10.0,)},
+    seeds=(0, 1),
+    margin=0.3,
+    required=("gd+diagonal",),
+    controls={"gd+bands8:random,slopes": "gd+bands8:slopes"},
+)
+# Average FIDs of the tuning; what is not listed has the baseline's.
+BASELINES = {"gd": 13.0, "fine-tune": 80.0}
+COARSE = {
+    **{"gd+rank1:lam=10": 12.9, "gd+rank1:lam=100": 12.5, "rank1:lam=10": 79.9},
+    **{"gd+bands8:slopes,lam=30": 12.0, "gd+bands8:slopes,lam=300": 20.0, "gd+diagonal:lam=300": 14.0},
+}
+FINE = {
+    **{"gd+rank1:lam=33": 12.9, "gd+rank1:lam=100": 12.95, "gd+rank1:lam=300": 15.0},
+    **{"gd+bands8:slopes,lam=10": 12.6, "gd+bands8:slopes,lam=30": 12.5, "gd+bands8:slopes,lam=90": 12.3},
+    **{"gd+diagonal:lam=100": 13.2, "gd+diagonal:lam=300": 13.6, "gd+diagonal:lam=900": 14.2},
+}
+
+
+def tune(folder: Path, stage: str, fids: dict[str, float]) -> None:
+    for method, fid in fids.items():
+        run = fabricate(folder / stage / method.replace(":", "_"), method, 100, tasks=3, held_out="validation")
+        summary = json.loads((run / "summary.json").read_text())
+        (run / "summary.json").write_text(json.dumps({**summary, "average_fid": fid}))
+
+
+def final(folder: Path, methods: str, seeds: tuple[int, ...]) -> None:
+    for seed in seeds:
+        for method in methods.split():
+            fabricate(folder / "final" / f"{method.replace(':', '_')}-seed{seed}", method, seed, tasks=3)
+
+
+@pytest.fixture()
+def tuned(tmp_path):
+    folder = tmp_path / "runs"
+    tune(folder, "coarse", BASELINES | COARSE)
+    tune(folder, "fine", BASELINES | FINE)
+    return folder
+
+
+def test_lambda_is_the_best_of_the_fine_runs_and_the_dominated_are_dropped(tuned):
+    screening = evidence.Tuning(tuned, SMALL).screening()
+    bands, diagonal, rank1 = screening["gd+bands8:slopes"], screening["gd+diagonal"], screening["gd+rank1"]
+    assert (bands.coarse.lam, bands.lam) == (30.0, 90.0)
+    assert bands.coarse.excess == pytest.approx(-1.0)
+    assert diagonal.coarse.excess > 0
+    assert diagonal.lam == 100.0  # required
+    assert rank1.coarse.lam == 100.0
+    assert rank1.fine is not None
+    assert rank1.lam is None  # -0.1 is within the margin
+    assert screening["rank1"].fine is None  # against fine-tuning, whose replay it shares
+
+
+def test_stages_follow_from_what_was_found(tuned):
+    stages = evidence.stages(SMALL, tuned)
+    assert "rank1:lam=10" in stages["coarse"][0].split()
+    assert set(stages["fine"][0].split()) == {"gd", "fine-tune", *FINE}
+    assert stages["final"] == (
+        "fine-tune joint gd gd+bands8:slopes,lam=90 gd+diagonal:lam=100 gd+bands8:random,slopes,lam=90",
+        (0, 1),
+    )
+
+
+def test_before_any_run_everything_goes_into_the_coarse_stage(tmp_path):
+    methods = evidence.stages(SMALL, tmp_path)["coarse"][0].split()
+    assert set(methods) == {*BASELINES, *COARSE}
+    sweep = evidence.Tuning(tmp_path, SMALL).sweep("coarse", "gd+rank1", (10.0, 100.0))
+    assert all(math.isnan(value) for value in sweep.values.values())
+
+
+def test_without_a_margin_every_candidate_goes_on(tuned):
+    screening = evidence.Tuning(tuned, replace(SMALL, margin=None)).screening()
+    assert all(row.lam is not None for row in screening.values())
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_commands_of_the_experiments_are_understood(name, tmp_path):
+    experiment = EXPERIMENTS[name]
+    assert not {experiment.coarse_seed, experiment.fine_seed} & set(experiment.seeds)
+    assert {*experiment.required, *experiment.controls.values()} <= set(experiment.grid)
+    for stage, (methods, seeds) in evidence.stages(experiment, tmp_path).items():
+        arguments = evidence.compare_arguments(experiment, stage, methods, seeds[0])
+        command = cli.parse(["compare", "--out", str(tmp_path), *arguments])
+        assert command.held_out == ("test" if stage == "final" else "validation")
+        for method in command.methods:
+            settings = {field.name: getattr(command, field.name) for field in fields(Settings)}
+            check(RunConfig(method=method, **settings))
+
+
+def test_a_ledger_gives_back_what_a_report_needs(tuned, tmp_path):
+    final(tuned, evidence.stages(SMALL, tuned)["final"][0], (0, 1))
+    lines, elsewhere = tmp_path / "results" / "small.jsonl", tmp_path / "elsewhere"
+    count = ledger.record(lines, tuned)
+    assert count == len(BASELINES) * 2 + len(COARSE) + len(FINE) + 12
+    assert ledger.record(lines, tuned) == 0
+    assert str(tmp_path) not in lines.read_text()
+
+    assert ledger.restore(lines, elsewhere) == count
+    assert ledger.restore(lines, elsewhere) == 0
+    before, after = (report.find([root / "final"])[0] for root in (tuned, elsewhere))
+    assert [(run.config, run.summary) for run in before] == [(run.config, run.summary) for run in after]
+    assert ledger.record(lines, elsewhere) == 0
+    pages = []
+    for root in (tuned, elsewhere):
+        evidence.write_report("small", SMALL, root, lines, lines.parent)
+        pages.append((lines.parent / "small.md").read_text())
+        (lines.parent / "small.png").unlink()
+    assert pages[0] == pages[1]
+    assert "Not finished" not in pages[0]
+    assert "| `gd+rank1` | 10: 12.90, 100: 12.50 | −0.50 |" in pages[0]
+    assert pages[0].count("gd+bands8:slopes,lam=90") == 2  # headline and differences
+
+
+def test_an_unfinished_experiment_says_so(tuned, tmp_path):
+    methods = evidence.stages(SMALL, tuned)["final"][0]
+    final(tuned, methods, (0,))
+    ledger.record(tmp_path / "small.jsonl", tuned)
+    evidence.write_report("small", SMALL, tuned, tmp_path / "small.jsonl", tmp_path)
+    assert "**Not finished**: 6 of the final runs have not been run" in (tmp_path / "small.md").read_text()
+    shutil.rmtree(tuned / "final")
+    evidence.write_report("small", SMALL, tuned, tmp_path / "small.jsonl", tmp_path)
+    assert "12 of the final runs" in (tmp_path / "small.md").read_text()
