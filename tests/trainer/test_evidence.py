@@ -1,4 +1,4 @@
-"""``benchmarks.evidence``: what is chosen from fabricated runs, what is kept of runs, and what the page says of them."""
+"""`benchmarks.evidence`: what is chosen from fabricated runs, what is kept of them, what the page says of them."""
 
 import json
 import math
@@ -52,7 +52,7 @@ def final(folder: Path, methods: str, seeds: tuple[int, ...]) -> None:
             fabricate(folder / "final" / f"{method.replace(':', '_')}-seed{seed}", method, seed, tasks=3)
 
 
-@pytest.fixture()
+@pytest.fixture
 def tuned(tmp_path):
     folder = tmp_path / "runs"
     tune(folder, "coarse", BASELINES | COARSE)
