@@ -102,6 +102,8 @@ class Tuning:
 
     def goes_on(self, name: str, sweep: Sweep) -> bool:
         margin = self.experiment.margin
+        if name in self.experiment.ended:
+            return False
         return margin is None or name in self.experiment.required or sweep.excess <= -margin
 
     def screened(self, name: str) -> Screened:
@@ -167,7 +169,7 @@ def tuning_sheet(experiment: Experiment, screening: Mapping[str, Screened]) -> t
     head += ["fine, lam: average FID", "best less baseline", "lam kept"]
     body = []
     for name, row in screening.items():
-        kept = "dropped" if row.lam is None else f"{row.lam:g}"
+        kept = f"{row.lam:g}" if row.lam is not None else experiment.ended.get(name, "dropped")
         body.append([f"`{name}`", *said(row.coarse), *said(row.fine), kept])
     text = (
         f"Average FID on validation images, one run each: coarse on seed {experiment.coarse_seed}, fine on seed "

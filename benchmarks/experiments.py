@@ -18,6 +18,7 @@ class Experiment:
     seeds: tuple[int, ...]
     margin: float | None = None  # FID points that a candidate must better its baseline by to go on; None: all go on
     required: tuple[str, ...] = ()  # candidates that always go on
+    ended: Mapping[str, str] = field(default_factory=dict)  # candidate -> why it goes no further in spite of the above
     controls: Mapping[str, str] = field(default_factory=dict)  # control -> the candidate whose lambda it is run with
     references: tuple[str, ...] = ("fine-tune", "joint", "gd")  # run without tuning
     coarse_seed: int = 100
@@ -58,6 +59,11 @@ EXPERIMENTS = {
         seeds=(0, 1, 2, 3, 4, 5),
         margin=0.3,
         required=("gd+diagonal", "gd+diagonal:gradient", "gd+rank1", "gd+rank1:gradient", "gd+bands8"),
+        ended={
+            "gd+rank50:gradient": "no better than rank 10, and its Fisher costs 60 backward passes a batch",
+            "rank10": "within 1 % of fine-tuning, and its Fisher costs 20 backward passes a batch",
+            "rank50": "within 1 % of fine-tuning, and its Fisher costs 60 backward passes a batch",
+        },
         controls={"gd+bands8:random,slopes": "gd+bands8:slopes", "gd+bands8:slopes,once": "gd+bands8:slopes"},
     ),
 }

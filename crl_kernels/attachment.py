@@ -26,6 +26,14 @@ class _History(Protocol):
     def decoupled_step_(self, lam: float | Tensor, lr: Sequence[Mapping[str, Any]]) -> None: ...
 
 
+def innermost(optimizer: Optimizer) -> Optimizer:
+    """The optimizer that moves parameters. accelerate wraps it in another, which steps it once gradients are complete
+    and has no hooks of its own."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    return optimizer
+
+
 class Attachment:
     """What ``history.attach`` does to an optimizer, until ``remove``."""
 

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from typing_extensions import Self
 
 from . import storage
-from .attachment import Attachment
+from .attachment import Attachment, innermost
 from .binding import Binding, Layout, join_names
 from .fisher import DiagonalFisher, LowRankFisher
 from .flat_parameters import FlatRun
@@ -106,7 +106,7 @@ class History(ABC, Generic[_Fisher]):
         parameter group with its present learning rate; not when a GradScaler has made the optimizer skip.
 
         Args:
-            optimizer: any torch optimizer that has all bound parameters.
+            optimizer: any torch optimizer that has all bound parameters, or what accelerate has made of one.
             lam: strength; a 0-dim tensor may be changed in place between steps.
             decoupled: the proximal step of :meth:`decoupled_step_` instead of the gradient.
 
@@ -122,6 +122,7 @@ class History(ABC, Generic[_Fisher]):
             raise TypeError(f"optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer.")
         if self._attachment is not None:
             raise RuntimeError("this history is attached to an optimizer already; call detach() first.")
+        optimizer = innermost(optimizer)
         if any(group.get("maximize") for group in optimizer.param_groups):
             raise ValueError("optimizer maximizes its objective (maximize=True), and would maximize the penalty too.")
         self._binding.rates(optimizer.param_groups)

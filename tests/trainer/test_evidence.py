@@ -95,6 +95,13 @@ def test_without_a_margin_every_candidate_goes_on(tuned):
     assert all(row.lam is not None for row in screening.values())
 
 
+def test_what_an_experiment_ends_goes_no_further(tuned):
+    ended = replace(SMALL, ended={"gd+bands8:slopes": "too dear"})
+    assert evidence.Tuning(tuned, ended).screening()["gd+bands8:slopes"].fine is None
+    assert "bands8" not in evidence.stages(ended, tuned)["final"][0]
+    assert evidence.tuning_sheet(ended, evidence.Tuning(tuned, ended).screening()).body[1][-1] == "too dear"
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_commands_of_the_experiments_are_understood(name, tmp_path):
     experiment = EXPERIMENTS[name]

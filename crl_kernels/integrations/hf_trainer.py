@@ -1,0 +1,66 @@
+"""Hugging Face's Trainer: the penalty as a callback.
+
+    history = LowRankHistory.load("task1.safetensors", model)
+    trainer = Trainer(model, arguments, train_dataset=data, callbacks=[EWCCallback(history, lam=100.0)])
+    trainer.train()
+    history.append(estimate_fisher(model, per_sample_loss, loader))  # after the task
+
+Trainer clips gradients before the optimizer's step, and the penalty comes within it: the penalty is **not** clipped, and
+its gradient is not in the logged ``grad_norm``.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..diagonal_history import DiagonalHistory
+from ..low_rank_history import LowRankHistory
+
+HISTORY_FILE = "ewc_history.safetensors"
+
+
+class EWCCallback(TrainerCallback):  # type: ignore[misc]
+    """Attaches a history to the Trainer's optimizer while it trains, and saves it beside every checkpoint.
+
+    Args:
+        history: bound to the model that is trained; with adapters (peft) it holds what requires a gradient, so the
+            adapters only.
+        lam, decoupled: see ``LowRankHistory.attach``.
+
+    A checkpoint's folder holds the history as ``ewc_history.safetensors``. To resume, load it from there and give
+    ``resume_from_checkpoint`` as ever.
+
+    Raises:
+        TypeError, ValueError: what ``attach`` refuses, when training begins.
+    """
+
+    def __init__(
+        self, history: LowRankHistory | DiagonalHistory, lam: float | Tensor, *, decoupled: bool = False
+    ) -> None:
+        self._history, self._lam, self._decoupled = history, lam, decoupled
+        self._attached = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._detach()  # from a training that an exception has ended
+        optimizer: Optimizer = kwargs["optimizer"]
+        self._history.attach(optimizer, self._lam, decoupled=self._decoupled)
+        self._attached = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self._history.save(Path(args.output_dir or ".") / f"checkpoint-{state.global_step}" / HISTORY_FILE)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._detach()
+
+    def _detach(self) -> None:
+        if self._attached:
+            self._history.detach()
+            self._attached = False

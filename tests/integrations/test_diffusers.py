@@ -1,0 +1,146 @@
+"""Fine-tuning as diffusers' DreamBooth scripts do it, with prior preservation, on a small text-conditioned UNet: the whole
+network, and LoRA adapters through peft, where the penalty is on the adapters, which is all that moves."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import crl_kernels as ck
+
+diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed (extra trainer)")
+peft = pytest.importorskip("peft", reason="peft is not installed (extra integrations)")
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:only .* of the trace of the Fisher:UserWarning", "ignore:the mean gradient is mostly noise:UserWarning"
+)
+LAM, STEPS, LR = 50.0, 30, 1e-3
+
+
+def unet(lora: bool) -> nn.Module:
+    torch.manual_seed(0)
+    model = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=8,
+        attention_head_dim=4,
+        norm_num_groups=4,
+    )
+    if lora:
+        model.requires_grad_(False)
+        model.add_adapter(
+            peft.LoraConfig(
+                r=2, lora_alpha=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False
+            )
+        )
+    return model
+
+
+class Concept:
+    """Latents and text embeddings that look like one subject's."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.latent, self.text = self._normal(1, 4, 8, 8), self._normal(1, 3, 8)
+
+    def _normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator)
+
+    def batch(self, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(noised latents, timesteps, text embeddings, noise)."""
+        noise, t = self._normal(size, 4, 8, 8), torch.randint(1000, (size,), generator=self.generator)
+        signal = (1 - t / 1000).view(-1, 1, 1, 1)
+        return signal * self.latent + (1 - signal) * noise, t, self.text.expand(size, -1, -1), noise
+
+
+def per_sample_loss(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+    noised, t, text, noise = batch
+    return (model(noised, t, encoder_hidden_states=text).sample - noise).square().flatten(1).mean(1)
+
+
+def prior_preserving_loss(model: nn.Module, concept: Concept, prior: Concept) -> Tensor:
+    """The subject's images and the class's in one batch, as DreamBooth stacks them."""
+    both = [torch.cat(parts) for parts in zip(concept.batch(2), prior.batch(2), strict=True)]
+    losses = per_sample_loss(model, tuple(both))
+    return losses[:2].mean() + 1.0 * losses[2:].mean()
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def fine_tune(model: nn.Module, lam: float, by_hand: bool) -> tuple[list[float], ck.LowRankHistory]:
+    history = ck.LowRankHistory(model)
+    seen = Concept(1)
+    history.append(ck.estimate_fisher(model, per_sample_loss, [seen.batch(4) for _ in range(8)], direction="top"))
+    with torch.no_grad():
+        for i, p in enumerate(trained(model)):
+            p.add_(0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+    optimizer = torch.optim.AdamW(trained(model), lr=LR)
+    if not by_hand:
+        history.attach(optimizer, lam)
+    subject, prior, losses = Concept(2), Concept(1), []
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        loss = prior_preserving_loss(model, subject, prior)
+        losses.append(loss.item())
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained(model), 1.0)
+        if by_hand:
+            # The penalty written out: u and b from the history, its gradient by autograd.
+            (u,) = history.directions()
+            named = {name.replace("/", "."): p for name, p in model.named_parameters() if p.requires_grad}
+            dot = sum((u[name].double() * p.double()).sum() for name, p in named.items())
+            value = 0.5 * lam * history.curvatures[0] * (dot - history.anchor_projections[0]) ** 2
+            for p, g in zip(named.values(), torch.autograd.grad(value, list(named.values())), strict=True):
+                p.grad += g
+        optimizer.step()
+    return losses, history
+
+
+def flat(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
+def test_30_steps_equal_the_penalty_written_out(lora):
+    model, plain, free = unet(lora), unet(lora), unet(lora)
+    losses, history = fine_tune(model, LAM, by_hand=False)
+    expected, beside = fine_tune(plain, LAM, by_hand=True)
+    assert losses == pytest.approx(expected, rel=1e-4)
+    torch.testing.assert_close(flat(model), flat(plain), rtol=1e-4, atol=1e-5)
+    assert history.penalty(LAM).item() == pytest.approx(beside.penalty(LAM).item(), rel=1e-2)
+    assert all(("lora" in name) == lora for name in history.names)
+    fine_tune(free, 0.0, by_hand=False)
+    assert float((flat(free) - flat(model)).norm()) > 10 * float((flat(plain) - flat(model)).norm())
+
+
+def test_adapters_go_to_a_file_and_back(tmp_path):
+    """The base network is not in the history: it may be anyone's copy of the same checkpoint."""
+    model = unet(lora=True)
+    _, history = fine_tune(model, LAM, by_hand=False)
+    history.detach()
+    history.save(tmp_path / "history.safetensors")
+    model.save_lora_adapter(tmp_path / "adapter")
+    assert history.nbytes < 5 * sum(p.numel() for p in trained(model))
+
+    again = unet(lora=False)
+    again.requires_grad_(False)
+    again.load_lora_adapter(tmp_path / "adapter", prefix=None)
+    for name, p in again.named_parameters():
+        p.requires_grad_("lora" in name)
+    loaded = ck.LowRankHistory.load(tmp_path / "history.safetensors", again)
+    torch.testing.assert_close(loaded.drift(), history.drift(), rtol=1e-9, atol=1e-12)
+
+
+def test_prior_preservation_draws_the_same_batches_for_all():
+    first, second = (prior_preserving_loss(unet(False), Concept(2), Concept(1)) for _ in range(2))
+    assert torch.equal(first, second)
+    assert not torch.equal(
+        functional.mse_loss(*Concept(1).batch(2)[::3]), functional.mse_loss(*Concept(2).batch(2)[::3])
+    )

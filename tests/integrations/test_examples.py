@@ -1,0 +1,67 @@
+"""The example as a user meets it: a diffusers and accelerate loop, and the five lines that add rank-1 EWC to it."""
+
+import difflib
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed (extra trainer)")
+pytest.importorskip("diffusers", reason="diffusers is not installed (extra trainer)")
+pytest.importorskip("sklearn", reason="scikit-learn is not installed (extra trainer)")
+
+EXAMPLES = Path(__file__).parent.parent.parent / "python" / "examples"
+SMALL = ["--tasks", "2", "--steps", "12", "--batch", "16", "--pool", "4"]
+
+
+@pytest.fixture(autouse=True)
+def one_accelerator_a_test() -> Iterator[None]:
+    yield
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def example(name: str):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def code(name: str) -> list[str]:
+    """Its lines after the docstring."""
+    return (EXAMPLES / f"{name}.py").read_text().split('"""\n', 1)[1].splitlines()
+
+
+def test_five_lines_and_no_more_add_the_penalty():
+    changes = [
+        line for line in difflib.ndiff(code("continual_unet"), code("continual_unet_ewc")) if line[:2] in ("+ ", "- ")
+    ]
+    assert all(line.startswith("+ ") for line in changes)
+    assert len([line for line in changes if line[2:].strip()]) == 5
+
+
+@pytest.mark.filterwarnings("ignore:only .* of the trace of the Fisher:UserWarning")
+@pytest.mark.filterwarnings("ignore:the mean gradient is mostly noise:UserWarning")
+def test_both_run_and_differ_in_the_second_task_only(tmp_path, capsys):
+    said, weights = {}, {}
+    for name in ("continual_unet", "continual_unet_ewc"):
+        model = example(name).main([*SMALL, "--out", str(tmp_path / name)])
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+        said[name] = capsys.readouterr().out.splitlines()
+        weights[name] = torch.cat([p.detach().flatten() for p in model.parameters()])
+        assert (tmp_path / name / "diffusion_pytorch_model.safetensors").exists()
+    plain, held = said.values()
+    assert [line.partition(":")[0] for line in held] == ["task 1", "task 2"]
+    assert plain[0] == held[0]  # the first task has no past
+    assert not torch.equal(*weights.values())
+    assert all(w.isfinite().all() for w in weights.values())
+
+
+def test_help(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["continual_unet_ewc.py", "--help"])
+    with pytest.raises(SystemExit):
+        example("continual_unet_ewc").main()
+    assert "--pool" in capsys.readouterr().out

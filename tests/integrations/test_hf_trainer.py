@@ -1,0 +1,164 @@
+"""Hugging Face's Trainer on a small causal language model: the same training as a plain loop, and resumed as ever."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+import crl_kernels as ck
+
+pytestmark = pytest.mark.filterwarnings("ignore:only .* of the trace of the Fisher:UserWarning")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra integrations)")
+
+from crl_kernels.integrations.hf_trainer import HISTORY_FILE, EWCCallback
+
+LAM, STEPS, BATCH, CLIP = 30.0, 30, 4, 0.1
+
+
+def language_model() -> nn.Module:
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=40,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            max_position_embeddings=16,
+            attention_dropout=0.0,
+        )
+    )
+
+
+def tokens(seed: int, count: int) -> Tensor:
+    return torch.randint(40, (count, 12), generator=torch.Generator().manual_seed(seed))
+
+
+class Stream(IterableDataset):
+    """Samples in a fixed order, so that a plain loop can see the same."""
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for ids in tokens(1, STEPS * BATCH):
+            yield {"input_ids": ids, "labels": ids}
+
+
+def per_sample_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    ids = batch["input_ids"]
+    logits = model(input_ids=ids).logits[:, :-1]
+    return nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").mean(1)
+
+
+def after_one_task(model: nn.Module, kind: str = "low_rank") -> ck.LowRankHistory | ck.DiagonalHistory:
+    """A history of one task, away from whose optimum the model then moves, so that the penalty pulls from step 1 on."""
+    history = ck.LowRankHistory(model) if kind == "low_rank" else ck.DiagonalHistory(model)
+    loader = DataLoader([{"input_ids": ids} for ids in tokens(2, 64)], batch_size=16)
+    options = {"direction": "top"} if kind == "low_rank" else {}
+    history.append(ck.estimate_fisher(model, per_sample_loss, loader, kind=kind, **options))
+    with torch.no_grad():
+        for i, p in enumerate(model.parameters()):
+            p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+    return history
+
+
+def trainer_of(model: nn.Module, folder: Path, *callbacks: EWCCallback, steps: int = STEPS):
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=BATCH,
+        learning_rate=3e-3,
+        lr_scheduler_type="constant",
+        max_grad_norm=CLIP,
+        optim="adamw_torch",
+        save_steps=15,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    return transformers.Trainer(model, arguments, train_dataset=Stream(), callbacks=list(callbacks))
+
+
+def flat(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().double().flatten() for p in model.parameters()])
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize("kind", ["low_rank", "diagonal"])
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_30_steps_equal_a_plain_loop_whose_penalty_is_not_clipped(tmp_path, kind, decoupled):
+    model = language_model()
+    history = after_one_task(model, kind)
+    trainer = trainer_of(model, tmp_path, EWCCallback(history, LAM, decoupled=decoupled))
+    trainer.train()
+    logged = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+    plain = language_model()
+    beside = after_one_task(plain, kind)
+    start, losses = flat(plain), []
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=3e-3, weight_decay=0.0)
+    for ids in tokens(1, STEPS * BATCH).split(BATCH):
+        loss = plain(input_ids=ids, labels=ids).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(plain.parameters(), CLIP)
+        if not decoupled:
+            beside.add_penalty_grad_(LAM)
+        optimizer.step()
+        if decoupled:
+            beside.decoupled_step_(LAM, 3e-3)
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert logged == pytest.approx(losses, rel=1e-4)  # as far as Trainer rounds them
+    assert difference(flat(model), flat(plain)) < 1e-6
+    assert difference(flat(model), start) > 1e-2
+    assert history.penalty(LAM).item() == pytest.approx(beside.penalty(LAM).item(), rel=1e-4)
+
+    free = language_model()
+    after_one_task(free, kind)
+    trainer_of(free, tmp_path / "free").train()
+    assert difference(flat(free), flat(model)) > 1e-4  # the penalty has done something
+    history.attach(torch.optim.SGD(model.parameters(), lr=0.1), LAM)  # detached when training ended
+    history.detach()
+
+
+def test_a_resumed_training_is_the_uninterrupted_one(tmp_path):
+    whole = language_model()
+    trainer_of(whole, tmp_path / "whole", EWCCallback(after_one_task(whole), LAM)).train()
+
+    checkpoint = tmp_path / "whole" / "checkpoint-15"
+    resumed = language_model()
+    history = ck.LowRankHistory.load(checkpoint / HISTORY_FILE, resumed)
+    trainer = trainer_of(resumed, tmp_path / "resumed", EWCCallback(history, LAM))
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert trainer.state.global_step == STEPS
+    assert torch.equal(flat(resumed), flat(whole))
+
+
+def test_a_training_that_an_exception_ended_can_be_begun_again(tmp_path):
+    model = language_model()
+    callback = EWCCallback(after_one_task(model), LAM)
+    trainer = trainer_of(model, tmp_path, callback, steps=2)
+
+    def broken(*arguments, **options):
+        raise KeyError("broken")
+
+    step, trainer.training_step = trainer.training_step, broken
+    with pytest.raises(KeyError, match="broken"):
+        trainer.train()
+    trainer.training_step = step
+    trainer.train()
+
+
+def test_a_history_of_another_model_is_refused_before_anything_moves(tmp_path):
+    model, other = language_model(), language_model()
+    before = flat(model)
+    trainer = trainer_of(model, tmp_path, EWCCallback(after_one_task(other), LAM), steps=2)
+    with pytest.raises(ValueError, match="are in no parameter group of the optimizer"):
+        trainer.train()
+    assert torch.equal(flat(model), before)
