@@ -5,8 +5,8 @@
     trainer.train()
     history.append(estimate_fisher(model, per_sample_loss, loader))  # after the task
 
-Trainer clips gradients before the optimizer's step, and the penalty comes within it: the penalty is **not** clipped, and
-its gradient is not in the logged ``grad_norm``.
+Trainer clips gradients before the optimizer's step, and the penalty comes within it: the penalty is **not** clipped,
+and its gradient is not in the logged ``grad_norm``.
 """
 
 from pathlib import Path
@@ -22,7 +22,7 @@ from ..low_rank_history import LowRankHistory
 HISTORY_FILE = "ewc_history.safetensors"
 
 
-class EWCCallback(TrainerCallback):  # type: ignore[misc]
+class EWCCallback(TrainerCallback):
     """Attaches a history to the Trainer's optimizer while it trains, and saves it beside every checkpoint.
 
     Args:

@@ -1,5 +1,5 @@
-"""A class-conditional diffusion model on diffusers and accelerate that learns handwritten digits two by two, and replays
-what its old self draws of earlier ones. `continual_unet_ewc.py` is this file and five lines more.
+"""A class-conditional diffusion model on diffusers and accelerate that learns handwritten digits two by two, and
+replays what its old self draws of earlier ones. `continual_unet_ewc.py` is this file and five lines more.
 
     python continual_unet.py --steps 300            # or: accelerate launch continual_unet.py
 """

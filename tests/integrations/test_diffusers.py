@@ -1,5 +1,5 @@
-"""Fine-tuning as diffusers' DreamBooth scripts do it, with prior preservation, on a small text-conditioned UNet: the whole
-network, and LoRA adapters through peft, where the penalty is on the adapters, which is all that moves."""
+"""Fine-tuning as diffusers' DreamBooth scripts do it, with prior preservation, on a small text-conditioned UNet: the
+whole network, and LoRA adapters through peft, where the penalty is on the adapters, which is all that moves."""
 
 import pytest
 import torch
@@ -131,7 +131,9 @@ def test_adapters_go_to_a_file_and_back(tmp_path):
 
     again = unet(lora=False)
     again.requires_grad_(False)
-    again.load_lora_adapter(tmp_path / "adapter", prefix=None)
+    again.load_lora_adapter(
+        tmp_path / "adapter", adapter_name="default", prefix=None, weight_name="pytorch_lora_weights.safetensors"
+    )
     for name, p in again.named_parameters():
         p.requires_grad_("lora" in name)
     loaded = ck.LowRankHistory.load(tmp_path / "history.safetensors", again)

@@ -13,7 +13,7 @@ import crl_kernels as ck
 pytestmark = pytest.mark.filterwarnings("ignore:only .* of the trace of the Fisher:UserWarning")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra integrations)")
 
-from crl_kernels.integrations.hf_trainer import HISTORY_FILE, EWCCallback
+from crl_kernels.integrations.hf_trainer import HISTORY_FILE, EWCCallback  # noqa: E402 - it imports transformers
 
 LAM, STEPS, BATCH, CLIP = 30.0, 30, 4, 0.1
 
@@ -122,7 +122,8 @@ def test_30_steps_equal_a_plain_loop_whose_penalty_is_not_clipped(tmp_path, kind
     free = language_model()
     after_one_task(free, kind)
     trainer_of(free, tmp_path / "free").train()
-    assert difference(flat(free), flat(model)) > 1e-4  # the penalty has done something
+    moved = difference(flat(free), flat(model))
+    assert moved > 30 * difference(flat(plain), flat(model))  # the penalty has done something
     history.attach(torch.optim.SGD(model.parameters(), lr=0.1), LAM)  # detached when training ended
     history.detach()
 
