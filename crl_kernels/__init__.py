@@ -14,6 +14,7 @@ from .fisher import DiagonalFisher, FisherStatistics, LowRankFisher, load_fisher
 from .flat_parameters import flatten_parameters
 from .forward_mode import jvp_projections
 from .low_rank_history import LowRankHistory
+from .optim import FusedAdamW
 from .penalty import diagonal_ewc_penalty, rank1_ewc_penalty
 from .sample_gradients import SampleGradients
 from .sample_matrix import (
@@ -30,6 +31,7 @@ __all__ = [
     "DiagonalFisher",
     "DiagonalHistory",
     "FisherStatistics",
+    "FusedAdamW",
     "LowRankFisher",
     "LowRankHistory",
     "SampleGradientStats",

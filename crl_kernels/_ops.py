@@ -17,7 +17,7 @@ which knows reverse mode, forward mode and vmap; a rule that is registered with 
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +35,10 @@ SCHEMAS = (
     "diagonal_accumulate_(Tensor(a!)[] targets, Tensor[] params, Tensor[] fisher, Tensor[] anchor, Tensor coefficient)"
     " -> Tensor",
     "diagonal_shrink_(Tensor(a!)[] params, Tensor[] fisher, Tensor[] anchor, Tensor strength) -> ()",
+    "low_rank_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
+    " Tensor settings, Tensor? found_inf, Tensor[] directions, Tensor coefficients, bool decoupled) -> Tensor",
+    "diagonal_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
+    " Tensor settings, Tensor? found_inf, Tensor[] fisher, Tensor[] anchor, bool decoupled) -> Tensor",
     "sample_weight_gradients(Tensor input, Tensor grad_output, int[] kernel_size, int[] stride, int[] padding,"
     " int[] dilation, int groups, Tensor? directions, bool gram, bool squares)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -63,6 +67,10 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "diagonal_gradient": lambda params, fisher, anchor, coefficient: [p.new_empty(p.shape) for p in params],
     "diagonal_accumulate_": lambda targets, params, fisher, anchor, coefficient: _float64(params, ()),
     "diagonal_shrink_": lambda params, fisher, anchor, strength: None,
+    "low_rank_adamw_": lambda params, grads, m, v, settings, found_inf, directions, coefficients, decoupled: _float64(
+        params, (coefficients.numel(),)
+    ),
+    "diagonal_adamw_": lambda params, *arguments: _float64(params, ()),
     "sample_weight_gradients": lambda *arguments: _fake_sample_weight_gradients(*arguments),
     "sample_gradient_stats": lambda grads, directions, diagonal: _fake_stats(grads, directions, diagonal),
     "sample_gram": lambda grads: _float64([grads], (grads.shape[0], grads.shape[0])),
@@ -424,3 +432,37 @@ def diagonal_shrink_(
     """theta <- theta - w (theta - m), w = strength S / (1 + strength S), under ``torch.no_grad``."""
     _ops.diagonal_shrink_(params, fisher, anchor, strength)
     torch.autograd.graph.increment_version(params)
+
+
+class AdamWState(NamedTuple):
+    """What AdamW moves, what it reads, and how: the first arguments of its operators (see ``reference.py``)."""
+
+    params: Sequence[Tensor]
+    grads: Sequence[Tensor]
+    exp_avgs: Sequence[Tensor]
+    exp_avg_sqs: Sequence[Tensor]
+    settings: Tensor
+    found_inf: Tensor | None
+
+    def _increment_versions(self) -> None:
+        torch.autograd.graph.increment_version([*self.params, *self.exp_avgs, *self.exp_avg_sqs])
+
+
+def low_rank_adamw_(
+    state: AdamWState, directions: Sequence[Tensor], coefficients: Tensor, decoupled: bool
+) -> Tensor:
+    """A step of AdamW with sum_k c_k u_k in the gradient, or, decoupled, added before, under ``torch.no_grad``; returns
+    u_k . theta after it, (K,) float64."""
+    projections: Tensor = _ops.low_rank_adamw_(*state, directions, coefficients, decoupled)
+    state._increment_versions()
+    return projections
+
+
+def diagonal_adamw_(
+    state: AdamWState, fisher: Sequence[Tensor], anchor: Sequence[Tensor], decoupled: bool
+) -> Tensor:
+    """A step of AdamW with the diagonal penalty's gradient, or, decoupled, its proximal step before, under
+    ``torch.no_grad``; returns sum S (theta - m)^2 before it, 0-dim float64."""
+    value: Tensor = _ops.diagonal_adamw_(*state, fisher, anchor, decoupled)
+    state._increment_versions()
+    return value

@@ -309,8 +309,9 @@ class History(ABC, Generic[_Fisher]):
             return value.detach().to(dtype=torch.float64, device=self._device)
         return torch.full((), value, dtype=torch.float64, device=self._device)
 
-    def _groups(self, lr: Rate) -> tuple[Groups, float | Tensor]:
-        """Which parameters move at which share of the largest learning rate, and that rate."""
+    def _groups(self, lr: Rate, moving: tuple[int, ...] | None = None) -> tuple[Groups, float | Tensor]:
+        """Which parameters, of those that move (None: all), do so at which share of the largest learning rate, and that
+        rate."""
         if isinstance(lr, (int, float, Tensor)):
             check_strength("lr", lr)
             return ALL, lr
@@ -319,8 +320,11 @@ class History(ABC, Generic[_Fisher]):
         rates = self._binding.rates(lr)
         for rate in rates:
             check_strength("lr", rate)
+        if moving is not None:
+            kept = {rate: [i for i in members if i in set(moving)] for rate, members in rates.items()}
+            rates = {rate: members for rate, members in kept.items() if members}
         if len(rates) == 1:
-            return ALL, next(iter(rates))
+            return ((1.0, moving),), next(iter(rates))
         largest = max(float(rate) for rate in rates)
         # Rounded, so that a schedule which scales all rates alike does not change the groups.
         shares = ((round(float(rate) / (largest or 1.0), 12), tuple(members)) for rate, members in rates.items())

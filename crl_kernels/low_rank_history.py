@@ -114,15 +114,20 @@ class LowRankHistory(History[LowRankFisher]):
         if not self._directions or not groups:
             return
         params = self._trainable_params()
-        eigenvalues, modes = self._spectrum(groups)
         run = self._run_or_list(params)
-        residual = modes.T @ self._constant_drift(run)
-        steps = -modes @ (residual / (1 / strength + eigenvalues))
+        steps = self._proximal_coefficients(groups, strength, self._constant_drift(run))
         for ratio, members in groups:
             targets = run if members is None else [params[i] for i in members]
             _ops.low_rank_accumulate_(targets, self._pieces(self._directions, members), ratio * steps)
         if run is not params:
             torch.autograd.graph.increment_version(params)
+
+    def _proximal_coefficients(self, groups: Groups, strength: Tensor, drift: Tensor) -> Tensor:
+        """What the proximal step adds u_k times to the parameters, for a group's share of 1: (K,)."""
+        if not groups:  # all rates are 0
+            return torch.zeros_like(drift)
+        eigenvalues, modes = self._spectrum(groups)
+        return -modes @ (modes.T @ drift / (1 / strength + eigenvalues))
 
     @torch.no_grad()
     def drift(self) -> Tensor:

@@ -3,6 +3,7 @@
 // Python checks the user's input and says what is wrong with it; the checks here only keep memory safe.
 #pragma once
 
+#include <optional>
 #include <vector>
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -11,6 +12,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include "core/adamw_math.h"
 #include "core/segments.h"
 
 namespace crl {
@@ -143,6 +145,15 @@ inline Tensor coefficient_of(const Tensor& tensor, const Tensor& same_device_as)
   return coefficients_of(tensor, same_device_as);
 }
 
+// Where a GradScaler's flag is, on the device of the other operands; null without one.
+inline const float* flag_of(const std::optional<Tensor>& flag, const Tensor& same_device_as) {
+  if (!flag) return nullptr;
+  STD_TORCH_CHECK(flag->numel() == 1 && flag->scalar_type() == ScalarType::Float &&
+                      device_code_of(*flag) == device_code_of(same_device_as),
+                  "crl_kernels: found_inf is one float32 on the device of the parameters");
+  return flag->const_data_ptr<float>();
+}
+
 inline Tensors empty_like_all(const Tensors& tensors) {
   Tensors result;
   result.reserve(tensors.size());
@@ -169,5 +180,39 @@ inline void check_state_dtypes(const Tensors& fisher, const Tensors& anchor) {
                     "crl_kernels: the diagonal Fisher and its anchor are both float32 or both float64");
   }
 }
+
+// AdamW's operands along a table: what it moves, and what it reads.
+struct AdamWOperands {
+  Target theta, m, v;
+  Operand gradient;
+  Tensor settings;  // (segments, kSettings)
+
+  AdamWOperands(const SegmentTable& table, const Tensors& params, const Tensors& grads, const Tensors& exp_avgs,
+                const Tensors& exp_avg_sqs, const Tensor& settings)
+      : theta(table, params),
+        m(table, exp_avgs),
+        v(table, exp_avg_sqs),
+        gradient(table, grads, params[0]),
+        settings(coefficients_of(settings, params[0])) {
+    check_targets(exp_avgs, params);
+    check_targets(exp_avg_sqs, params);
+    STD_TORCH_CHECK(grads.size() == params.size(), "crl_kernels: expected one gradient for each parameter");
+    for (size_t i = 0; i < params.size(); ++i) {
+      const DType dtype = dtype_of(params[i]), of_gradient = dtype_of(grads[i]);
+      STD_TORCH_CHECK(dtype == DType::kFloat32 || dtype == DType::kFloat64,
+                      "crl_kernels: AdamW moves float32 and float64 tensors");
+      STD_TORCH_CHECK(of_gradient == dtype || (dtype == DType::kFloat32 && size_of(of_gradient) == 2),
+                      "crl_kernels: a gradient has its parameter's dtype, or 16 bits beside float32");
+    }
+    STD_TORCH_CHECK(settings.numel() == table.segments() * kSettings, "crl_kernels: expected ", kSettings,
+                    " settings for each parameter");
+  }
+
+  void write_back() const {
+    theta.write_back();
+    m.write_back();
+    v.write_back();
+  }
+};
 
 }  // namespace crl

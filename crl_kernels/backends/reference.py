@@ -101,11 +101,86 @@ def diagonal_shrink_(
     params: Sequence[Tensor], fisher: Sequence[Tensor], anchor: Sequence[Tensor], strength: Tensor
 ) -> None:
     """theta <- theta - w (theta - m), w = strength S / (1 + strength S); w = 0 where S = 0, 1 where it is infinite."""
-    largest = torch.finfo(torch.float64).max
     for theta, s, m in zip(params, _pieces(fisher, params), _pieces(anchor, params), strict=True):
-        x = torch.where(s == 0, 0.0, s * strength).clamp(max=largest)
-        value = theta.double()
-        theta.copy_(value - x / (1 + x) * (value - m))
+        theta.copy_(_shrunk(theta.double(), s, m, strength))
+
+
+def _shrunk(theta: Tensor, s: Tensor, m: Tensor, strength: Tensor) -> Tensor:
+    x = torch.where(s == 0, 0.0, s * strength).clamp(max=torch.finfo(torch.float64).max)
+    return theta - x / (1 + x) * (theta - m)
+
+
+def _adamw_(
+    state: Sequence[Tensor], start: Tensor, gradient: Tensor, settings: Tensor, found_inf: Tensor | None
+) -> None:
+    """Moves (theta, m, v) from ``start`` along ``gradient``, which have theta's dtype, as has all arithmetic."""
+    theta, m, v = state
+    _, beta1, beta2, decay, step_size, root_scale, eps, _ = settings
+    first, second = m + (1 - beta1) * (gradient - m), beta2 * v + (1 - beta2) * gradient * gradient
+    moved = decay * start - step_size * (first / (root_scale * second.sqrt() + eps))
+    for target, value in zip(state, (moved, first, second), strict=True):
+        target.copy_(value if found_inf is None else torch.where(found_inf > 0, target, value))
+
+
+def low_rank_adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    settings: Tensor,
+    found_inf: Tensor | None,
+    directions: Sequence[Tensor],
+    coefficients: Tensor,
+    decoupled: bool,
+) -> Tensor:
+    """A step of AdamW, with the pull q = share * sum_k c_k u_k, K >= 0, rounded to theta's dtype:
+
+        theta <- theta + q if decoupled         g = factor * grad, + q if not decoupled
+        m <- m + (1 - beta1) (g - m)            v <- beta2 v + (1 - beta2) g^2
+        theta <- decay * theta - step_size * m / (root_scale * sqrt(v) + eps)
+
+    in the arithmetic of theta's dtype, float32 or float64, which m and v have too; a gradient has it, or 16 bits
+    beside float32. ``settings``: a row (factor, beta1, beta2, decay, step_size, root_scale, eps, share) of float64 for
+    each parameter. Nothing is written where ``found_inf``, one float32, is above 0.
+
+    Returns u_k . theta for theta as it then is: (K,) float64.
+    """
+    num_terms = coefficients.numel()
+    terms = zip(*_terms(directions, num_terms, params), strict=True) if num_terms else [()] * len(params)
+    for theta, grad, m, v, pieces, row in zip(params, grads, exp_avgs, exp_avg_sqs, terms, settings, strict=True):
+        pull = row[7] * sum((c * u for c, u in zip(coefficients, pieces, strict=True)), torch.zeros_like(row[7]))
+        pull, gradient = pull.to(theta.dtype), row[0] * grad.to(theta.dtype)
+        start, gradient = (theta + pull, gradient) if decoupled else (theta, gradient + pull)
+        _adamw_((theta, m, v), start, gradient, row, found_inf)
+    return low_rank_projections(params, directions, num_terms) if num_terms else torch.empty_like(coefficients)
+
+
+def diagonal_adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    settings: Tensor,
+    found_inf: Tensor | None,
+    fisher: Sequence[Tensor],
+    anchor: Sequence[Tensor],
+    decoupled: bool,
+) -> Tensor:
+    """The same step with a diagonal penalty: q = share * S (theta - anchor) in the gradient; or, decoupled, first the
+    move of ``diagonal_shrink_`` with strength = share. Either is taken in float64 and rounded to theta's dtype.
+
+    Returns sum S (theta - anchor)^2 before the step, 0-dim float64.
+    """
+    value = diagonal_quadratic(params, fisher, anchor)
+    penalty = zip(_pieces(fisher, params), _pieces(anchor, params), settings, strict=True)
+    for theta, grad, m, v, (s, a, row) in zip(params, grads, exp_avgs, exp_avg_sqs, penalty, strict=True):
+        start, gradient = theta, row[0] * grad.to(theta.dtype)
+        if decoupled:
+            start = _shrunk(theta.double(), s, a, row[7]).to(theta.dtype)
+        else:
+            gradient = gradient + (row[7] * s * (theta.double() - a)).to(theta.dtype)
+        _adamw_((theta, m, v), start, gradient, row, found_inf)
+    return value
 
 
 def mean_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -13,6 +13,13 @@
 
 namespace crl {
 
+// What AdamW moves and reads: theta, m and v all float32 or all float64; the gradient of that dtype, or of 16 bits
+// beside float32; a row of settings (see core/adamw_math.h).
+struct AdamWPiece {
+  Pointer theta, gradient, m, v;
+  const double* settings;
+};
+
 struct Kernels {
   const char* name;
   // lanes[k * kLanes ...] += x * u[k], for each of the terms k
@@ -26,6 +33,16 @@ struct Kernels {
                              double c, bool overwrite, double* lanes);
   // theta = theta - w (theta - m), w = proximal_weight(S, strength)
   void (*shrink)(Pointer theta, Pointer fisher, Pointer anchor, int64_t n, double strength);
+  // A step of AdamW.
+  void (*adamw)(AdamWPiece piece, int64_t n);
+  // The same with q = share sum_k c[k] u[k], added to the gradient, or to theta before the step if decoupled; and
+  // lanes[k * kLanes ...] += theta * u[k] after it.
+  void (*low_rank_adamw)(AdamWPiece piece, const Pointer* u, const double* c, int64_t terms, bool decoupled,
+                         int64_t index, int64_t n, double* lanes);
+  // The same with the gradient share S (theta - m), or the proximal step of that strength before, if decoupled; and
+  // lanes += S (theta - m)^2 before it.
+  void (*diagonal_adamw)(AdamWPiece piece, Pointer fisher, Pointer anchor, bool decoupled, int64_t index, int64_t n,
+                         double* lanes);
   // sums[j] += sum_i g_ij, sq_norms[i] += sum_j g_ij^2 and, unless null, squares[j] += sum_i g_ij^2, in one read.
   // `sums` and `squares` hold sample_columns(n) elements. If not in_float64, short sums are taken in float32.
   void (*sample_sums)(Pointer rows, int64_t stride, int64_t num_rows, int64_t n, int64_t ahead, bool in_float64,

@@ -12,6 +12,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include "core/adamw_math.h"
 #include "core/penalty_math.h"
 #include "core/segments.h"
 #include "cpu/kernels.h"

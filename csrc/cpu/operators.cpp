@@ -1,12 +1,14 @@
 // CPU implementations of the operators whose schemas and meanings are in crl_kernels/_ops.py.
 
 #include <algorithm>
+#include <optional>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "core/adamw_math.h"
 #include "core/penalty_math.h"
 #include "core/segments.h"
 #include "cpu/kernels.h"
@@ -31,11 +33,11 @@ void pieces_at(const std::vector<Operand>& u, int64_t segment, int64_t index, Po
   for (const Operand& term : u) *pieces++ = term.at(segment, index);
 }
 
-// projections[k] = u_k . theta
-void project(const SegmentTable& table, const Operand& theta, const std::vector<Operand>& u, double* projections) {
+// projections[k] = the sum of what piece(segment, begin, n, pieces, lanes) adds to the lanes of term k; `pieces` are
+// the terms' elements there.
+template <class Piece>
+void project_pieces(const SegmentTable& table, const std::vector<Operand>& u, double* projections, const Piece& piece) {
   const int64_t num_terms = static_cast<int64_t>(u.size());
-  const Kernels& loops = kernels();
-
   std::vector<double> partial(table.chunks() * num_terms);  // (chunk, term)
   parallel_over_chunks(table, [&](int64_t first, int64_t last) {
     std::vector<double> lanes(num_terms * kLanes);
@@ -44,13 +46,24 @@ void project(const SegmentTable& table, const Operand& theta, const std::vector<
       std::fill(lanes.begin(), lanes.end(), 0.0);
       table.for_each_piece(chunk, [&](int64_t segment, int64_t begin, int64_t end) {
         pieces_at(u, segment, begin, pieces.data());
-        loops.dot(theta.at(segment, begin), pieces.data(), num_terms, begin, end - begin, lanes.data());
+        piece(segment, begin, end - begin, pieces.data(), lanes.data());
       });
       for (int64_t k = 0; k < num_terms; ++k) partial[chunk * num_terms + k] = lane_sum(lanes.data() + k * kLanes);
     }
   });
 
   for (int64_t k = 0; k < num_terms; ++k) projections[k] = ordered_sum(partial.data() + k, table.chunks(), num_terms);
+}
+
+// projections[k] = u_k . theta
+template <class Theta>
+void project(const SegmentTable& table, const Theta& theta, const std::vector<Operand>& u, double* projections) {
+  const Kernels& loops = kernels();
+  const int64_t num_terms = static_cast<int64_t>(u.size());
+  project_pieces(table, u, projections,
+                 [&](int64_t segment, int64_t begin, int64_t n, const Pointer* pieces, double* lanes) {
+                   loops.dot(theta.at(segment, begin), pieces, num_terms, begin, n, lanes);
+                 });
 }
 
 Tensor low_rank_projections(const Tensors params, const Tensors directions, int64_t num_terms) {
@@ -198,6 +211,60 @@ void diagonal_shrink_(const Tensors params, const Tensors fisher, const Tensors 
   theta.write_back();
 }
 
+bool is_skipped(const std::optional<Tensor>& found_inf, const Tensor& same_device_as) {
+  const float* flag = flag_of(found_inf, same_device_as);
+  return flag != nullptr && *flag > 0.0f;
+}
+
+AdamWPiece piece_at(const AdamWOperands& operands, int64_t segment, int64_t index) {
+  return {operands.theta.at(segment, index), operands.gradient.at(segment, index), operands.m.at(segment, index),
+          operands.v.at(segment, index), operands.settings.const_data_ptr<double>() + segment * kSettings};
+}
+
+Tensor low_rank_adamw_(const Tensors params, const Tensors grads, const Tensors exp_avgs, const Tensors exp_avg_sqs,
+                       const Tensor settings, const std::optional<Tensor> found_inf, const Tensors directions,
+                       const Tensor coefficients, bool decoupled) {
+  const SegmentTable table = segment_table(params);
+  const AdamWOperands operands(table, params, grads, exp_avgs, exp_avg_sqs, settings);
+  const Tensor c_tensor = coefficients_of(coefficients, params[0]);
+  const int64_t num_terms = c_tensor.numel();
+  std::vector<Operand> u;
+  if (num_terms) u = directions_of(table, directions, num_terms, params[0]);
+  const double* c = c_tensor.const_data_ptr<double>();
+  const Kernels& loops = kernels();
+  Tensor result = empty_float64({num_terms});
+  double* projections = result.mutable_data_ptr<double>();
+  if (is_skipped(found_inf, params[0])) {
+    if (num_terms) project(table, operands.theta, u, projections);
+    return result;
+  }
+  project_pieces(table, u, projections,
+                 [&](int64_t segment, int64_t begin, int64_t n, const Pointer* pieces, double* lanes) {
+                   const AdamWPiece piece = piece_at(operands, segment, begin);
+                   num_terms ? loops.low_rank_adamw(piece, pieces, c, num_terms, decoupled, begin, n, lanes)
+                             : loops.adamw(piece, n);
+                 });
+  operands.write_back();
+  return result;
+}
+
+Tensor diagonal_adamw_(const Tensors params, const Tensors grads, const Tensors exp_avgs, const Tensors exp_avg_sqs,
+                       const Tensor settings, const std::optional<Tensor> found_inf, const Tensors fisher,
+                       const Tensors anchor, bool decoupled) {
+  check_state_dtypes(fisher, anchor);
+  const SegmentTable table = segment_table(params);
+  const AdamWOperands operands(table, params, grads, exp_avgs, exp_avg_sqs, settings);
+  const Operand s(table, fisher, params[0]), m(table, anchor, params[0]);
+  if (is_skipped(found_inf, params[0])) return diagonal_quadratic(params, fisher, anchor);
+  const Kernels& loops = kernels();
+  Tensor value = reduce_pieces(table, [&](int64_t segment, int64_t begin, int64_t n, double* lanes) {
+    loops.diagonal_adamw(piece_at(operands, segment, begin), s.at(segment, begin), m.at(segment, begin), decoupled,
+                         begin, n, lanes);
+  });
+  operands.write_back();
+  return value;
+}
+
 STABLE_TORCH_LIBRARY_IMPL(crl_kernels, CPU, m) {
   m.impl("low_rank_projections", TORCH_BOX(&low_rank_projections));
   m.impl("low_rank_combine", TORCH_BOX(&low_rank_combine));
@@ -207,6 +274,8 @@ STABLE_TORCH_LIBRARY_IMPL(crl_kernels, CPU, m) {
   m.impl("diagonal_gradient", TORCH_BOX(&diagonal_gradient));
   m.impl("diagonal_accumulate_", TORCH_BOX(&diagonal_accumulate_));
   m.impl("diagonal_shrink_", TORCH_BOX(&diagonal_shrink_));
+  m.impl("low_rank_adamw_", TORCH_BOX(&low_rank_adamw_));
+  m.impl("diagonal_adamw_", TORCH_BOX(&diagonal_adamw_));
 }
 
 }  // namespace

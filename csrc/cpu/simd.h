@@ -158,6 +158,9 @@ inline Singles load_singles(const BFloat16* source) {
 inline Singles load_singles(const Half* source) { return (Singles)_mm512_cvtph_ps(load_bits<__m256i>(source)); }
 inline Floats low(Singles value) { return (Floats)_mm512_castps512_ps256((__m512)value); }
 inline Floats high(Singles value) { return (Floats)_mm512_extractf32x8_ps((__m512)value, 1); }
+inline Singles joined(Floats low, Floats high) {
+  return (Singles)_mm512_insertf32x8(_mm512_castps256_ps512((__m256)low), (__m256)high, 1);
+}
 inline Singles fused_multiply_add(Singles a, Singles b, Singles c) {
   return (Singles)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 }
@@ -168,6 +171,7 @@ inline Singles load_singles(const BFloat16* source) {
 inline Singles load_singles(const Half* source) { return (Singles)_mm256_cvtph_ps(load_bits<__m128i>(source)); }
 inline Floats low(Singles value) { return (Floats)_mm256_castps256_ps128((__m256)value); }
 inline Floats high(Singles value) { return (Floats)_mm256_extractf128_ps((__m256)value, 1); }
+inline Singles joined(Floats low, Floats high) { return (Singles)_mm256_set_m128((__m128)high, (__m128)low); }
 inline Singles fused_multiply_add(Singles a, Singles b, Singles c) {
   return (Singles)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 }
@@ -187,16 +191,40 @@ inline Floats high(Singles value) { return load_bits<Floats>(reinterpret_cast<co
 inline Singles fused_multiply_add(Singles a, Singles b, Singles c) { return a * b + c; }
 #endif
 inline Singles load_singles(const float* source) { return load_bits<Singles>(source); }
+inline Singles load_singles(const double* source) {
+  return joined(narrow(load_bits<Doubles>(source)), narrow(load_bits<Doubles>(source + kWidth)));
+}
 
 template <class Bits>
 inline void store_bits(void* target, Bits bits) {
   std::memcpy(target, &bits, sizeof(bits));
 }
 
+inline float square_root(float value) { return std::sqrt(value); }
+inline double square_root(double value) { return std::sqrt(value); }
+#if defined(CRL_AVX512)
+inline Singles square_root(Singles value) { return (Singles)_mm512_sqrt_ps((__m512)value); }
+inline Doubles square_root(Doubles value) { return (Doubles)_mm512_sqrt_pd((__m512d)value); }
+#elif defined(CRL_AVX2)
+inline Singles square_root(Singles value) { return (Singles)_mm256_sqrt_ps((__m256)value); }
+inline Doubles square_root(Doubles value) { return (Doubles)_mm256_sqrt_pd((__m256d)value); }
+#elif defined(__SSE2__)
+inline Singles square_root(Singles value) { return (Singles)_mm_sqrt_ps((__m128)value); }
+inline Doubles square_root(Doubles value) { return (Doubles)_mm_sqrt_pd((__m128d)value); }
+#else
+template <class Vector>
+inline Vector square_root(Vector value) {
+  for (size_t i = 0; i < sizeof(value) / sizeof(value[0]); ++i) value[i] = std::sqrt(value[i]);
+  return value;
+}
+#endif
+
 inline void store(double* target, Doubles value) { store_bits(target, value); }
 inline void store(float* target, Doubles value) { store_bits(target, narrow(value)); }
 inline void store(BFloat16* target, Doubles value) { store_bits(target, to_bfloat16(narrow(value))); }
 inline void store(Half* target, Doubles value) { store_bits(target, to_half(narrow(value))); }
+
+inline void store(float* target, Singles value) { store_bits(target, value); }
 
 inline void store(double* target, double value) { *target = value; }
 template <class T>

@@ -1,0 +1,349 @@
+"""AdamW with an EWC penalty inside: the penalty is a part of the pass that moves the parameters, and almost free."""
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import _ops
+from .diagonal_history import DiagonalHistory
+from .folded_penalty import FoldedDiagonal, FoldedLowRank, FoldedPenalty
+from .history import check_strength
+from .low_rank_history import LowRankHistory
+
+_HALF = (torch.float16, torch.bfloat16)
+# sign, beta1, beta2, lr, eps, weight_decay, ratio: of one parameter.
+_Row = tuple[float, ...]
+
+
+class FusedAdamW(Optimizer):
+    """AdamW (decoupled weight decay) with an EWC penalty folded into its step.
+
+        g <- grad + lam sum_k a_k (u_k . theta - b_k) u_k      or   grad + lam S (theta - m)      (gradient mode)
+        theta <- argmin |theta' - theta|^2 / (2 lr) + penalty(theta')                             (decoupled mode)
+        m <- beta1 m + (1 - beta1) g,   v <- beta2 v + (1 - beta2) g^2
+        theta <- (1 - lr weight_decay) theta - lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
+
+    The same as torch's AdamW with ``history.add_penalty_grad_(lam)`` just before its step, or, decoupled,
+    ``history.decoupled_step_(lam, optimizer.param_groups)`` just before its step; but the gradient mode leaves ``.grad``
+    as it is. Decoupled training is best finished with one ``history.decoupled_step_``.
+
+    Traffic, in bytes per float32 parameter and step: 28, which are AdamW's own, and 4 for each term (2 for bfloat16
+    directions), or 8 for a diagonal history. A low-rank term's projection u_k . theta is carried: the pass that writes
+    theta sums it, in float64, for the next step. It is read from the parameters once, and again after the history or
+    this optimizer's state was loaded, terms were appended, parameters were frozen or freed, and after any write from
+    outside that the parameters' version counters show. Writes through ``.data`` do not show: call :meth:`resync`.
+
+    Clipping. The penalty is not clipped, since it comes after. To have it clipped, use ``FusedAdamW`` without a history
+    and call ``history.add_penalty_grad_(lam)`` before clipping.
+
+    float16 and bfloat16 parameters have a float32 master copy, ``"master"`` in their state, as well as moments in
+    float32. It is what moves, and what the projections are of; the parameter is its rounding. A write from outside is
+    taken over where it differs from that.
+
+    ``state_dict`` and ``load_state_dict`` exchange ``step``, ``exp_avg`` and ``exp_avg_sq`` with torch's AdamW, in both
+    directions. torch ignores ``"master"`` and keeps moments in the parameter's dtype; without a master copy, one is
+    made of the parameter. The history, ``lam`` and the options after it are not in the state.
+
+    A GradScaler's scale and its skipped steps are honoured on the device, as by torch's ``fused=True``. Nothing waits
+    for the device, but for ``verify_every`` and, decoupled, learning rates that differ by group and are tensors on it.
+
+    A bound parameter without a gradient moves by the penalty; as in torch, any other stays. One that requires no
+    gradient any more stays where it is, and its part of the penalty counts.
+
+    Args:
+        params: as for any torch optimizer; groups may have their own ``lr``, ``betas``, ``eps``, ``weight_decay``.
+        lr: learning rate, a float or a 0-dim tensor.
+        betas, eps, weight_decay, maximize: as for torch's AdamW.
+        history: a LowRankHistory or DiagonalHistory of some or all of these parameters; others get no penalty. Terms
+            may be appended between steps.
+        lam: strength, a float or a 0-dim tensor; may be changed between steps, in place or through ``optimizer.lam``.
+            One for all groups, because anything else is the gradient of no penalty.
+        decoupled: the proximal step before AdamW's own, each group with its learning rate, in place of the gradient.
+            ``lam`` may be infinite then.
+        verify_every: read the projections anew every so many steps, and warn if they had changed; 0: never.
+
+    Attributes:
+        last_penalty: the penalty before the last step, a 0-dim float64 tensor on the device.
+
+    Raises:
+        TypeError, ValueError: amsgrad, ``lam`` in a group, complex parameters, hyperparameters out of range, a history
+            of parameters that are not the optimizer's or one that is attached; ``maximize`` with a history. In a step,
+            before anything is written: sparse gradients, parameters that were replaced, ``lam`` out of range.
+    """
+
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        maximize: bool = False,
+        history: LowRankHistory | DiagonalHistory | None = None,
+        lam: float | Tensor = 0.0,
+        decoupled: bool = False,
+        verify_every: int = 0,
+    ) -> None:
+        check_strength("lam", lam, finite=not decoupled)
+        if not isinstance(verify_every, int) or verify_every < 0:
+            raise ValueError(f"verify_every is {verify_every!r}; expected an integer >= 0, where 0 is never.")
+        self.lam, self._decoupled, self._verify_every = lam, decoupled, verify_every
+        self._penalty = _fold(history, decoupled)
+        self._steps_taken = 0
+        self._versions: list[int] | None = None  # of watched parameters after the last step; None: read them anew
+        self._uploaded: dict[Any, Tensor] = {}
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "amsgrad": False,
+        }
+        super().__init__(params, defaults)
+        if history is not None:
+            history._binding.rates(self.param_groups)  # which says what is missing
+        self.last_penalty = torch.zeros((), dtype=torch.float64, device=self.param_groups[0]["params"][0].device)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        try:
+            self._check_group(self.param_groups[-1])
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over the state of a FusedAdamW or of torch's AdamW; nothing changes if it has used amsgrad."""
+        for group in state_dict["param_groups"]:
+            self._check_options(group)
+        super().load_state_dict(state_dict)
+        saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        for saved, parameter in zip(saved_ids, chain.from_iterable(group["params"] for group in self.param_groups), strict=True):
+            state, given = self.state.get(parameter), state_dict["state"].get(saved)
+            if state and given:
+                state["step"] = torch.as_tensor(state["step"]).to(parameter.device, torch.float32)
+                if parameter.dtype in _HALF:  # torch has rounded these
+                    for key in given.keys() & {"exp_avg", "exp_avg_sq", "master"}:
+                        state[key] = given[key].to(parameter.device, torch.float32)
+                    state.setdefault("master", parameter.detach().float())
+        self.resync()
+
+    def resync(self) -> None:
+        """Makes the next step read the parameters anew: call it after writing to them through ``.data``."""
+        self._versions = None
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Takes one step. A closure, as in torch, computes the loss and the gradients first, and its loss is returned.
+
+        Warns:
+            UserWarning: ``verify_every`` has found the parameters changed.
+        """
+        if closure is not None and not callable(closure):
+            raise TypeError(f"closure is a {type(closure).__name__}; expected a function that computes the loss.")
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            self._step()
+        return loss
+
+    def _step(self) -> None:
+        group_of = {parameter: group for group in self.param_groups for parameter in group["params"]}
+        self._check_gradients(group_of)
+        check_strength("lam", self.lam, finite=not self._decoupled)
+        penalty = self._penalty if self._penalty is not None and len(self._penalty.history) else None
+        bound = penalty.history._params() if penalty is not None else []
+        halves = [parameter for parameter in group_of if parameter.dtype in _HALF]
+        watched = bound + halves
+        if self._versions != [parameter._version for parameter in watched]:
+            self._versions = None
+        if penalty is not None:
+            self._carry(penalty, bound, halves)
+        elif self._versions is None:
+            self._adopt_writes(halves)
+
+        penalized, moved = set(bound), [parameter for parameter in bound if parameter.requires_grad]
+        if penalty is not None:
+            prepare = partial(self._operands, moved, group_of)
+            self.last_penalty = penalty.step_(prepare, self.lam, self.param_groups)
+        others: dict[torch.device, list[Tensor]] = {}
+        for parameter in group_of:
+            if parameter not in penalized and parameter.requires_grad and parameter.grad is not None:
+                others.setdefault(parameter.device, []).append(parameter)
+        for device, params in others.items():
+            nothing = torch.zeros(0, dtype=torch.float64, device=device)
+            state = self._operands(params, group_of, [0.0] * len(params), nothing.new_zeros(()))
+            _ops.low_rank_adamw_(state, [], nothing, False)
+            moved += params
+        if rounded := [parameter for parameter in moved if parameter.dtype in _HALF]:
+            torch._foreach_copy_(rounded, [self.state[parameter]["master"] for parameter in rounded])
+        self._versions = [parameter._version for parameter in watched]
+        self._steps_taken += 1
+
+    def _carry(self, penalty: FoldedPenalty[Any], bound: list[Tensor], halves: list[Tensor]) -> None:
+        """Sees to it that what the penalty carries belongs to the parameters as they are."""
+        moving = tuple(i for i, parameter in enumerate(bound) if parameter.requires_grad)
+        fits = self._versions is not None and penalty.is_current(moving)
+        due = self._verify_every and self._steps_taken % self._verify_every == 0
+        if fits and not due:
+            return
+        self._adopt_writes(halves)
+        params = [self.state.get(parameter, {}).get("master", parameter) for parameter in bound]
+        if not fits:
+            penalty.read(params, moving)
+        elif difference := penalty.find_difference(params, moving):
+            warnings.warn(
+                f"parameters were changed behind FusedAdamW's back: {difference}. It goes on with the new ones; call "
+                "resync() after writing to parameters through .data.",
+                stacklevel=5,
+            )
+
+    def _adopt_writes(self, halves: list[Tensor]) -> None:
+        """Takes over, into the master copies, what was written to parameters from outside."""
+        for parameter in halves:
+            if (master := self.state.get(parameter, {}).get("master")) is not None:
+                same = master.to(parameter.dtype) == parameter
+                master.copy_(torch.where(same, master, parameter.float()))
+
+    def _operands(
+        self, params: list[Tensor], group_of: Mapping[Tensor, Mapping[str, Any]], ratios: list[float], share: Tensor
+    ) -> _ops.AdamWState:
+        """The operands of one pass over some parameters, each with its ratio of the penalty's share.
+
+        AdamW leaves a parameter without a gradient alone, and so, decoupled, only the penalty moves it: a learning rate
+        of 0 on moments that are thrown away.
+        """
+        rows: list[_Row] = []
+        states = []
+        for parameter, ratio in zip(params, ratios, strict=True):
+            group, state = group_of[parameter], self._state_of(parameter)
+            if idle := parameter.grad is None and self._decoupled:
+                state = _new_state(parameter) | {key: state[key] for key in state.keys() & {"master"}}
+            states.append(state)
+            rows.append((*_IDLE, ratio) if idle else _row(group, ratio))
+        stepped = [state["step"] for state in states]
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None:
+            found_inf = found_inf.to(share.device)
+        torch._foreach_add_(stepped, 1 if found_inf is None else (found_inf <= 0).float())
+        thetas = [state.get("master", p) for state, p in zip(states, params, strict=True)]
+        return _ops.AdamWState(
+            thetas,
+            [torch.zeros_like(t) if p.grad is None else p.grad for t, p in zip(thetas, params, strict=True)],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            self._settings(rows, [group_of[p]["lr"] for p in params], stepped, share),
+            found_inf,
+        )
+
+    def _settings(self, rows: list[_Row], lrs: list[float | Tensor], steps: list[Tensor], share: Tensor) -> Tensor:
+        """The pass's settings, (number of parameters, 8): see the operators' definition in ``reference.py``."""
+        sign, beta1, beta2, lr, eps, weight_decay, ratio = self._upload(tuple(rows), share.device).unbind(1)
+        if any(isinstance(rate, Tensor) and rate.device.type != "cpu" for rate in lrs):
+            lr = torch.stack([torch.as_tensor(rate, dtype=torch.float64, device=share.device) for rate in lrs])
+        t = torch.stack(steps).double()
+        scale = getattr(self, "grad_scale", None)
+        columns = [
+            sign if scale is None else sign / scale.to(share.device, torch.float64),
+            beta1,
+            beta2,
+            1 - lr * weight_decay,
+            lr / (1 - beta1**t),
+            (1 - beta2**t).rsqrt(),
+            eps,
+            torch.where(ratio == 0, ratio, ratio * share),  # the share may be infinite
+        ]
+        return torch.stack(columns, dim=1)
+
+    def _upload(self, rows: tuple[_Row, ...], device: torch.device) -> Tensor:
+        """The rows on the device, without waiting for it; kept while they stay the same."""
+        if (numbers := self._uploaded.get((rows, device))) is None:
+            numbers = torch.tensor(rows, dtype=torch.float64)
+            if device.type == "cuda":
+                numbers = numbers.pin_memory()  # torch keeps it until the copy is done
+            numbers = numbers.to(device, non_blocking=True)
+            if len(self._uploaded) >= 16:  # a schedule
+                self._uploaded.clear()
+            self._uploaded[rows, device] = numbers
+        return numbers
+
+    def _state_of(self, parameter: Tensor) -> dict[str, Any]:
+        state: dict[str, Any] = self.state[parameter]
+        if not state:
+            state.update(_new_state(parameter))
+        return state
+
+    def _check_gradients(self, params: Iterable[Tensor]) -> None:
+        for i, parameter in enumerate(params):
+            gradient = parameter.grad
+            if gradient is not None and gradient.layout != torch.strided:
+                raise RuntimeError(
+                    f"the gradient of parameter {i}, of shape {tuple(parameter.shape)}, is {gradient.layout}; FusedAdamW "
+                    "takes dense ones. Make its layer's gradient dense (nn.Embedding(sparse=False)), or leave it to "
+                    "another optimizer."
+                )
+
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        self._check_options(group)
+        for parameter in group["params"]:
+            if not parameter.is_floating_point():
+                raise TypeError(f"a parameter is {parameter.dtype}; expected a real floating-point dtype.")
+        for argument in ("lr", "eps", "weight_decay"):
+            check_strength(argument, group[argument])
+        betas = group["betas"]
+        if len(betas) != 2 or not all(0 <= float(beta) < 1 for beta in betas):
+            raise ValueError(f"betas is {betas!r}; expected two numbers >= 0 and < 1.")
+
+    def _check_options(self, group: Mapping[str, Any]) -> None:
+        if group.get("amsgrad"):
+            raise ValueError("amsgrad=True is not supported; use torch.optim.AdamW with history.attach(optimizer, lam).")
+        if "lam" in group:
+            raise ValueError(
+                "lam is in a parameter group; there is one for all, because anything else is the gradient of no penalty. "
+                "Pass lam= to FusedAdamW."
+            )
+        if group.get("maximize") and self._penalty is not None:
+            raise ValueError("maximize=True would maximize the penalty too; negate the loss instead.")
+
+
+_IDLE = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+
+
+def _row(group: Mapping[str, Any], ratio: float) -> _Row:
+    (beta1, beta2), lr = group["betas"], group["lr"]
+    on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"  # to look at it would wait for the device
+    sign = -1.0 if group.get("maximize") else 1.0
+    rate = 0.0 if on_device else float(lr)
+    return sign, float(beta1), float(beta2), rate, float(group["eps"]), float(group["weight_decay"]), ratio
+
+
+def _new_state(parameter: Tensor) -> dict[str, Tensor]:
+    half = parameter.dtype in _HALF
+    theta = parameter.detach().float() if half else parameter
+    state = {
+        "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+        "exp_avg": torch.zeros_like(theta, memory_format=torch.preserve_format),
+        "exp_avg_sq": torch.zeros_like(theta, memory_format=torch.preserve_format),
+    }
+    return state | {"master": theta} if half else state
+
+
+def _fold(history: LowRankHistory | DiagonalHistory | None, decoupled: bool) -> FoldedPenalty[Any] | None:
+    if history is None:
+        return None
+    if not isinstance(history, LowRankHistory | DiagonalHistory):
+        raise TypeError(f"history is a {type(history).__name__}; expected a LowRankHistory or a DiagonalHistory.")
+    if history._attachment is not None:
+        raise ValueError("history is attached to an optimizer, and its penalty would count twice; call detach() first.")
+    return (FoldedLowRank if isinstance(history, LowRankHistory) else FoldedDiagonal)(history, decoupled)
