@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .sharding import Shards
+
 # Wrappers that put themselves into parameter names: torch.compile, activation checkpointing, FSDP; at the front, DDP.
 _ANYWHERE = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 _FRONT = "module."
@@ -111,6 +113,7 @@ class Binding:
         self.params = list(trainable.values())
         self.layout = Layout(list(trainable), [parameter.shape for parameter in self.params])
         self._shapes = list(self.layout.shapes)
+        self.shards = Shards(self.layout.names, self.params)
         self._widest = next((p for p in self.params if p.dtype == torch.float64), self.params[0])
         # Where each parameter hangs in the model, to notice when another takes its place.
         places = {
@@ -154,15 +157,17 @@ class Binding:
         params = self.params
         return (
             params[0].device == device
-            and all(map(is_, map(dict.get, self._owners, self._attributes), params))
+            and (not self.shards.whole or all(map(is_, map(dict.get, self._owners, self._attributes), params)))
             and [parameter.shape for parameter in params] == self._shapes
             and (not all_devices or len(set(map(Tensor.get_device, params))) == 1)
         )
 
     def _refuse_changes(self, state_device: torch.device) -> None:
-        compiling = torch.compiler.is_compiling()  # then Dynamo's guards notice a parameter that was replaced
+        # While compiling, Dynamo's guards notice a parameter that was replaced; and FSDP replaces sharded ones by whole
+        # ones from a module's forward to its backward.
+        unknowable = torch.compiler.is_compiling() or not self.shards.whole
         places = zip(self._owners, self._attributes, self.layout.names, self.params, strict=True)
-        for owner, attribute, name, parameter in () if compiling else places:
+        for owner, attribute, name, parameter in () if unknowable else places:
             if owner.get(attribute) is not parameter:
                 raise ValueError(
                     f"parameter {name!r} is no longer the object that the history was bound to: something replaced "

@@ -35,7 +35,8 @@ class DiagonalHistory(History[DiagonalFisher]):
         decay: float = 1.0,
     ) -> None:
         super().__init__(model, include, exclude, decay)
-        fisher = torch.zeros(self._binding.layout.numel, dtype=self._binding.dtype, device=self._device)
+        numel = sum(self._binding.shards.lengths)
+        fisher = torch.zeros(numel, dtype=self._binding.dtype, device=self._device)
         self._set_vectors(fisher, torch.zeros_like(fisher), fisher.new_zeros((), dtype=torch.float64))
 
     def __len__(self) -> int:
@@ -47,8 +48,8 @@ class DiagonalHistory(History[DiagonalFisher]):
         check_strength("lam", lam)
         if not self._num_tasks:
             return self._zero()
-        total = _ops.diagonal_quadratic(self._params(), [self._fisher], [self._anchor]) + self._residual
-        return self._value(total, lam)
+        local = _ops.diagonal_quadratic(self._params(), [self._fisher], [self._anchor])
+        return self._value(self._binding.shards.sum(local) + self._residual, lam)
 
     @torch.no_grad()
     def add_penalty_grad_(self, lam: float | Tensor) -> Tensor:
@@ -64,7 +65,7 @@ class DiagonalHistory(History[DiagonalFisher]):
             return self._float64(0.0)
         state = [self._fisher], [self._anchor], self._float64(lam)
         total = self._accumulate(lambda grads, params: _ops.diagonal_accumulate_(grads, params, *state))
-        return (total + self._residual) * (0.5 * lam)
+        return (self._binding.shards.sum_(total) + self._residual) * (0.5 * lam)
 
     @torch.no_grad()
     def decoupled_step_(self, lam: float | Tensor, lr: Rate) -> None:
@@ -86,30 +87,30 @@ class DiagonalHistory(History[DiagonalFisher]):
             pieces = self._pieces([self._fisher, self._anchor], members)
             half = len(pieces) // 2
             _ops.diagonal_shrink_(targets, pieces[:half], pieces[half:], ratio * strength)
-        if run is not params:
-            torch.autograd.graph.increment_version(params)
+        self._count_writes(params, run)
 
     def _add_terms(self, fisher: DiagonalFisher, layout: Layout) -> None:
         new, anchor = (self._bound(layout, flat).double() for flat in (fisher.fisher_diagonal, fisher.anchor))
         old, distance = self._decay * self._fisher.double(), anchor - self._anchor.double()
         total = old + new
         share = torch.where(total > 0, new / total, 0.0)
+        left = self._binding.shards.sum_((old * share * distance.square()).sum())
         dtype = self._fisher.dtype
         self._set_vectors(
             total.to(dtype),
             (self._anchor + share * distance).to(dtype),
-            self._decay * self._residual + (old * share * distance.square()).sum(),
+            self._decay * self._residual + left,
         )
 
     def _set_vectors(self, fisher: Tensor, anchor: Tensor, residual: Tensor) -> None:
         self._fisher, self._anchor, self._residual = fisher, anchor, residual
         self._parts = {}
-        self._curvature = float(fisher.max()) if fisher.numel() else 0.0
+        largest = fisher.max() if fisher.numel() else fisher.new_zeros(())
+        self._curvature = float(self._binding.shards.max_(largest))
 
     def _state(self) -> dict[str, Tensor]:
-        layout = self._binding.layout
-        tensors = {f"fisher_diagonal.{name}": tensor for name, tensor in layout.split(self._fisher).items()}
-        tensors |= {f"anchor.{name}": tensor for name, tensor in layout.split(self._anchor).items()}
+        tensors = {f"fisher_diagonal.{name}": tensor for name, tensor in self._named(self._fisher).items()}
+        tensors |= {f"anchor.{name}": tensor for name, tensor in self._named(self._anchor).items()}
         return tensors | {"residual": self._residual}
 
     def _set_state(self, state: Mapping[str, Tensor], origin: str) -> None:

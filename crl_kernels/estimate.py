@@ -134,6 +134,11 @@ def estimate_fisher(
             "loader can be read only once, and unbiased=False reads it twice; give a DataLoader or a list."
         )
     binding = Binding(model, include, exclude)
+    if not binding.shards.whole:
+        raise ValueError(
+            f"model has sharded parameters, such as {binding.layout.names[0]!r}, of which no process has whole per-sample "
+            "gradients. Estimate on a whole copy of it, in all processes with process_group=, or before sharding."
+        )
     processes = Processes(model, process_group, binding.device)
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module

@@ -5,6 +5,7 @@ Ways to use a history in a trainer: add ``rank1_ewc_penalty(history, lam=...)`` 
 ``attach(optimizer, lam)`` do one of the last two.
 """
 
+import itertools
 import math
 import os
 from abc import ABC, abstractmethod
@@ -21,6 +22,7 @@ from .attachment import Attachment, innermost
 from .binding import Binding, Layout, join_names
 from .fisher import DiagonalFisher, LowRankFisher
 from .flat_parameters import FlatRun
+from .sharding import gathered, local_part
 
 _Fisher = TypeVar("_Fisher", LowRankFisher, DiagonalFisher)
 # A learning rate for all parameters, or an optimizer's param_groups, each with its own.
@@ -72,7 +74,7 @@ class History(ABC, Generic[_Fisher]):
         self._curvature = 0.0  # see stiffness
         self._attachment: Attachment | None = None
         self._parts: dict[tuple[int, ...], list[Tensor]] = {}  # what _pieces has cut, until the state changes
-        self._parameter_run, self._gradient_run = (FlatRun(self._binding.layout.lengths) for _ in range(2))
+        self._parameter_run, self._gradient_run = (FlatRun(self._binding.shards.lengths) for _ in range(2))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -153,8 +155,15 @@ class History(ABC, Generic[_Fisher]):
         return self
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes :meth:`state_dict` to a safetensors file, with the history's options."""
-        storage.write(path, type(self).__name__, self.state_dict(), self._options())
+        """Writes :meth:`state_dict` to a safetensors file, with the history's options.
+
+        Of sharded parameters all processes call it, tensors are gathered one by one, and the first process writes.
+        """
+        tensors = {name: gathered(tensor) for name, tensor in self.state_dict().items()}
+        if self._binding.shards.whole or torch.distributed.get_rank() == 0:
+            storage.write(path, type(self).__name__, tensors, self._options())
+        if not self._binding.shards.whole:
+            torch.distributed.barrier()
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: nn.Module) -> Self:
@@ -172,7 +181,8 @@ class History(ABC, Generic[_Fisher]):
         return history
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The state as tensors by parameter name, for a trainer's own checkpoints. They share memory with the state.
+        """The state as tensors by parameter name, for a trainer's own checkpoints. They share memory with the state,
+        and are sharded as the parameters are.
 
         Options (``include``, ``decay`` and so on) and what :meth:`attach` did are not in it.
         """
@@ -188,8 +198,8 @@ class History(ABC, Generic[_Fisher]):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of state."""
-        return sum(tensor.nbytes for tensor in self._state().values())
+        """Bytes of state, in this process."""
+        return sum(local_part(tensor).nbytes for tensor in self._state().values())
 
     def __repr__(self) -> str:
         layout = self._binding.layout
@@ -224,8 +234,26 @@ class History(ABC, Generic[_Fisher]):
         return {"include": self._binding.include, "exclude": self._binding.exclude, "decay": self._decay}
 
     def _bound(self, layout: Layout, flat: Tensor) -> Tensor:
-        """A flat tensor of another layout in the order, and on the device, of this history."""
-        return self._binding.layout.reorder(flat, layout).to(self._device)
+        """A flat (..., P) tensor of another layout in the order, and on the device, of this history; of sharded
+        parameters, this process's part."""
+        ordered = self._binding.layout.reorder(flat, layout)
+        if not self._binding.shards.whole:
+            ordered = self._cut(self._binding.layout.split(ordered))
+        return ordered.to(self._device)
+
+    def _cut(self, named: Mapping[str, Tensor]) -> Tensor:
+        """This process's part of tensors by parameter name, each (..., *shape), as a flat tensor."""
+        shards, names = self._binding.shards, self.names
+        leading = named[names[0]].shape[: named[names[0]].dim() - len(self._binding.layout.shapes[0])]
+        rows = [shards.cut([named[name][row] for name in names]) for row in itertools.product(*map(range, leading))]
+        flat = [torch.cat([part.reshape(-1) for part in row]) for row in rows]
+        return torch.stack(flat).view(*leading, -1)
+
+    def _named(self, flat: Tensor) -> dict[str, Tensor]:
+        """A vector of the state by parameter name: views, sharded as the parameters are."""
+        if self._binding.shards.whole:
+            return self._binding.layout.split(flat)
+        return dict(zip(self.names, self._binding.shards.join(flat), strict=True))
 
     def _vector_of(self, state: Mapping[str, Tensor], prefix: str, origin: str) -> Tensor:
         """The flat vector whose parts a state holds as ``prefix`` + parameter name, checked against the model."""
@@ -233,6 +261,8 @@ class History(ABC, Generic[_Fisher]):
         stored = Layout(list(named), [tensor.shape for tensor in named.values()])
         layout = self._binding.rename(stored)
         self._binding.layout.require_same_parameters(layout, "the model", origin)
+        if not self._binding.shards.whole:
+            return self._cut(dict(zip(layout.names, named.values(), strict=True))).to(self._device)
         return self._bound(layout, stored.flatten(named))
 
     def _scalars_of(self, state: Mapping[str, Tensor], origin: str, *keys: str) -> list[Tensor]:
@@ -241,9 +271,9 @@ class History(ABC, Generic[_Fisher]):
         return [state[key].to(self._device) for key in keys]
 
     def _params(self) -> list[Tensor]:
-        """The bound parameters, checked."""
+        """The bound parameters, checked; of sharded ones, this process's parts."""
         self._binding.check(self._device)
-        return list(self._binding.params)
+        return self._binding.shards.local(self._binding.params)
 
     def _run_or_list(self, params: list[Tensor]) -> list[Tensor]:
         """The parameters as kernels best take them: as one flat tensor after flatten_parameters, else as they are."""
@@ -279,30 +309,37 @@ class History(ABC, Generic[_Fisher]):
     def _accumulate(self, accumulate: Callable[[list[Tensor], list[Tensor]], Tensor]) -> Tensor:
         """Runs ``accumulate(gradients, params)``, on flat tensors where both lie in one run."""
         self._binding.check(self._device, all_devices=False)
-        params: list[Tensor] = list(self._binding.params)
-        gradients, missing = self._gradients(params)
+        bound: list[Tensor] = list(self._binding.params)
+        shards = self._binding.shards
+        found, missing = self._gradients(bound)
         try:
+            gradients, params = shards.local_gradients(self.names, found), shards.local(bound)
             run = self._run_or_list(params)
             if run is params or (gradient_run := self._gradient_run.of(gradients)) is None:
                 return accumulate(gradients, params)
             value = accumulate([gradient_run], run)
-        except RuntimeError:
+        except (RuntimeError, ValueError):
             for i in missing:
-                params[i].grad = None
+                bound[i].grad = None
             self._binding.check(self._device)
-            self._require_dense(gradients, params)
+            self._require_dense(found, bound)
             raise
         torch.autograd.graph.increment_version(gradients)
         return value
 
     def _trainable_params(self) -> list[Tensor]:
         params = self._params()
-        if frozen := [name for name, p in zip(self.names, params, strict=True) if not p.requires_grad]:
+        if frozen := [name for name, p in zip(self.names, self._binding.params, strict=True) if not p.requires_grad]:
             raise ValueError(
                 f"{join_names(frozen)} no longer require a gradient, and a decoupled step would move them. "
                 "Bind a new history with exclude=."
             )
         return params
+
+    def _count_writes(self, params: list[Tensor], run: list[Tensor]) -> None:
+        """Tells autograd, and whoever reads version counters, of what was written through other tensors than these."""
+        if run is not params or not self._binding.shards.whole:
+            torch.autograd.graph.increment_version(self._binding.params)
 
     def _float64(self, value: float | Tensor) -> Tensor:
         if isinstance(value, Tensor):
@@ -341,7 +378,7 @@ class History(ABC, Generic[_Fisher]):
         if members is None:
             return vectors
         if members not in self._parts:
-            split = [vector.split(self._binding.layout.lengths) for vector in vectors]
+            split = [vector.split(self._binding.shards.lengths) for vector in vectors]
             self._parts[members] = [parts[i] for parts in split for i in members]
         return self._parts[members]
 

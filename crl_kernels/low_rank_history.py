@@ -70,14 +70,15 @@ class LowRankHistory(History[LowRankFisher]):
 
     def directions(self) -> list[dict[str, Tensor]]:
         """u_k by parameter name, one dict per term: views of the state."""
-        return [self._binding.layout.split(u) for u in self._directions]
+        return [self._named(u) for u in self._directions]
 
     def penalty(self, lam: float | Tensor) -> Tensor:
         """(lam / 2) sum_k a_k (u_k . theta - b_k)^2; see :func:`crl_kernels.rank1_ewc_penalty`."""
         check_strength("lam", lam)
         if not self._directions:
             return self._zero()
-        projections = _ops.low_rank_projections(self._params(), self._directions, len(self))
+        local = _ops.low_rank_projections(self._params(), self._directions, len(self))
+        projections = self._binding.shards.sum(local)
         return self._value((self._curvatures * (projections - self._anchor_projections).square()).sum(), lam)
 
     @torch.no_grad()
@@ -92,8 +93,18 @@ class LowRankHistory(History[LowRankFisher]):
         check_strength("lam", lam)
         if not self._directions:
             return self._float64(0.0)
-        state = self._directions, self._curvatures, self._anchor_projections, self._float64(lam)
+        strength = self._float64(lam)
+        if not self._binding.shards.whole:
+            return self._accumulate(lambda grads, params: self._accumulate_shards(grads, params, strength))
+        state = self._directions, self._curvatures, self._anchor_projections, strength
         return self._accumulate(lambda grads, params: _ops.low_rank_penalty_accumulate_(grads, params, *state))
+
+    def _accumulate_shards(self, gradients: list[Tensor], params: list[Tensor], strength: Tensor) -> Tensor:
+        """What the operator above does, with the exchange of projections between its two halves."""
+        drift = self._constant_drift(params)
+        force = strength * (self._curvatures * drift)
+        _ops.low_rank_accumulate_(gradients, self._directions, force)
+        return 0.5 * (force * drift).sum()
 
     @torch.no_grad()
     def decoupled_step_(self, lam: float | Tensor, lr: Rate) -> None:
@@ -119,8 +130,7 @@ class LowRankHistory(History[LowRankFisher]):
         for ratio, members in groups:
             targets = run if members is None else [params[i] for i in members]
             _ops.low_rank_accumulate_(targets, self._pieces(self._directions, members), ratio * steps)
-        if run is not params:
-            torch.autograd.graph.increment_version(params)
+        self._count_writes(params, run)
 
     def _proximal_coefficients(self, groups: Groups, strength: Tensor, drift: Tensor) -> Tensor:
         """What the proximal step adds u_k times to the parameters, for a group's share of 1: (K,)."""
@@ -135,7 +145,10 @@ class LowRankHistory(History[LowRankFisher]):
         return self._constant_drift(self._params()) if self._directions else self._curvatures.clone()
 
     def _constant_drift(self, params: list[Tensor]) -> Tensor:
-        return _ops.constant_projections(params, self._directions, len(self)) - self._anchor_projections
+        return self._constant_projections(params, self._directions) - self._anchor_projections
+
+    def _constant_projections(self, params: list[Tensor], directions: list[Tensor]) -> Tensor:
+        return self._binding.shards.sum_(_ops.constant_projections(params, directions, len(directions)))
 
     def _add_terms(self, fisher: LowRankFisher, layout: Layout) -> None:
         anchor_projections = fisher.anchor_projections
@@ -168,7 +181,7 @@ class LowRankHistory(History[LowRankFisher]):
         mixing = (modes[:, kept] / eigenvalues[kept].sqrt()).T.contiguous()
         directions = [_ops.low_rank_combine(self._directions, row, self._directions[:1])[0] for row in mixing]
         # c_i belongs to v_i as it is stored, rounded, so that the drift of the present parameters stays what it was.
-        projections = _ops.constant_projections(params, directions, len(directions))
+        projections = self._constant_projections(params, directions)
         self._set_terms(directions, eigenvalues[kept], projections - mixing @ self._constant_drift(params))
 
     def _set_terms(self, directions: list[Tensor], curvatures: Tensor, anchor_projections: Tensor) -> None:
@@ -184,7 +197,7 @@ class LowRankHistory(History[LowRankFisher]):
             pieces, count = self._pieces(self._directions, members), len(self)
             size = len(pieces) // count
             rows = [_ops.constant_projections(pieces[k * size : (k + 1) * size], pieces, count) for k in range(count)]
-            gram = torch.stack(rows).cpu()
+            gram = self._binding.shards.sum_(torch.stack(rows)).cpu()
             self._grams[members] = (gram + gram.T) / 2
         return self._grams[members]
 

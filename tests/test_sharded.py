@@ -1,0 +1,298 @@
+"""Histories of sharded models, FSDP2's and HSDP's, and DDP's: the same numbers as in one process, one exchange of K
+numbers a step, state in proportion to the shards; checkpoints from n processes to m. Processes talk through gloo."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import crl_kernels as ck
+
+LAM, LR, STEPS = 1.5, 0.05, 20
+KINDS = ("low_rank", "diagonal")
+
+
+def network() -> nn.Module:
+    """Sizes that neither two nor four processes divide; one bias is smaller than four."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 5), nn.GELU(), nn.Linear(5, 3)).double()
+
+
+def history_of(model: nn.Module, kind: str, **options):
+    """Two past tasks, whole, in every process; their anchors lie away from where the model stands."""
+    generator = torch.Generator().manual_seed(1)
+    history = (ck.LowRankHistory if kind == "low_rank" else ck.DiagonalHistory)(model, **options)
+    names = set(history.names)
+    for _ in range(2):
+        gradient, anchor = (
+            {
+                n: torch.randn(p.shape, generator=generator, dtype=torch.float64)
+                for n, p in network().named_parameters()
+                if n in names
+            }
+            for _ in range(2)
+        )
+        if kind == "low_rank":
+            history.append(ck.LowRankFisher.from_mean_gradient(gradient, 0.02, anchor))
+        else:
+            history.append(ck.DiagonalFisher({n: 0.1 * g**2 for n, g in gradient.items()}, anchor))
+    return history
+
+
+def loss_of(model: nn.Module, step: int, rank: int, count: int) -> Tensor:
+    """This process's share of the step's samples."""
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(step), dtype=torch.float64)[rank::count]
+    return (model(x) - x[:, :3].sin()).square().mean()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def train(model: nn.Module, kind: str, mode: str, rank: int = 0, count: int = 1) -> tuple[list[float], Tensor]:
+    """(values of the penalty, parameters at the end) of 20 steps."""
+    history = history_of(model, kind)
+    penalty = ck.rank1_ewc_penalty if kind == "low_rank" else ck.diagonal_ewc_penalty
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
+    if mode in ("attached", "decoupled"):
+        history.attach(optimizer, LAM, decoupled=mode == "decoupled")
+    values = []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss = loss_of(model, step, rank, count)
+        if mode == "loss":
+            loss = loss + penalty(history, lam=LAM)
+        loss.backward()
+        if mode == "gradient":
+            values.append(float(history.add_penalty_grad_(LAM)))
+        else:
+            values.append(float(history.penalty(LAM).detach()))
+        optimizer.step()
+    return values, torch.cat([whole(p.detach()).flatten() for p in model.parameters()])
+
+
+MODES = ("loss", "gradient", "attached", "decoupled")
+
+
+def sharded(count: int, kind: str = "fsdp", model: nn.Module | None = None) -> nn.Module:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+
+    model = network() if model is None else model
+    if kind == "ddp":
+        return nn.parallel.DistributedDataParallel(model)
+    shape, names = ((2, count // 2), ("replicate", "shard")) if kind == "hsdp" else ((count,), ("shard",))
+    options = {"mesh": init_device_mesh("cpu", shape, mesh_dim_names=names)}
+    if kind == "offload":
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
+    fully_shard(model[0], **options)
+    return fully_shard(model, **options)
+
+
+def in_process(rank: int, count: int, folder: str, name: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=count)
+    try:
+        found = globals()[name](rank, count, Path(folder))
+        (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def processes(count: int, body: Callable, folder: Path) -> list:
+    """Runs ``body(rank, count, folder)`` in so many processes; returns what each of them has returned."""
+    folder.mkdir(exist_ok=True)
+    torch.multiprocessing.spawn(in_process, (count, str(folder), body.__name__), nprocs=count)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(count)]
+
+
+@pytest.fixture(autouse=True)
+def findable_by_spawned_processes(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *sys.path]))
+
+
+# Numbers
+
+
+def trainings(rank: int, count: int, folder: Path) -> dict:
+    kinds = ("hsdp",) if count == 4 else ("fsdp", "ddp")
+    return {
+        f"{wrapped} {kind} {mode}": [values, end.tolist()]
+        for wrapped in kinds
+        for kind in KINDS
+        for mode in MODES
+        for values, end in [train(sharded(count, wrapped), kind, mode, rank, count)]
+    }
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_training_in_several_processes_is_training_in_one(tmp_path, count):
+    found = processes(count, trainings, tmp_path)
+    for name, (values, end) in found[0].items():
+        _, kind, mode = name.split()
+        expected, whole_end = train(network(), kind, mode)
+        end = torch.tensor(end, dtype=torch.float64)
+        assert float((end - whole_end).norm() / whole_end.norm()) < 1e-6, name
+        assert values == pytest.approx(expected, rel=1e-6), name
+        assert all(other[name] == found[0][name] for other in found)
+
+
+def one_step(rank: int, count: int, folder: Path) -> dict:
+    """Exchanges while a step of a history is taken, and its bytes of state."""
+    calls: list[int] = []
+    original = dist.all_reduce
+
+    def counted(tensor, *arguments, **options):
+        calls.append(tensor.numel())
+        assert tensor.dtype == torch.float64
+        return original(tensor, *arguments, **options)
+
+    found = {}
+    for kind in KINDS:
+        history = history_of(sharded(count), kind)
+        dist.all_reduce = counted
+        history.add_penalty_grad_(LAM)
+        history.decoupled_step_(LAM, LR)
+        dist.all_reduce = original
+        found[kind] = [list(calls), history.nbytes]
+        calls.clear()
+    return found
+
+
+def test_one_exchange_of_k_numbers_a_step_and_state_in_proportion(tmp_path):
+    found = processes(2, one_step, tmp_path)
+    for rank in found:
+        assert rank["low_rank"][0] == [2, 2]  # once for the gradient, once for the decoupled step
+        assert rank["diagonal"][0] == [1]  # for the value; the step needs nothing of others
+    for kind, vectors, scalars in (("low_rank", 2, 4 * 8), ("diagonal", 2, 8)):
+        padding = 8 * (6 + 1 + 5 + 1)  # at most a row of each parameter more than its half
+        assert history_of(network(), kind).nbytes == vectors * 8 * 53 + scalars
+        for rank in found:
+            assert rank[kind][1] <= vectors * (8 * 53 // 2 + padding) + scalars
+
+
+def offloaded(rank: int, count: int, folder: Path) -> list:
+    values, end = train(sharded(count, "offload"), "low_rank", "attached", rank, count)
+    return [values, end.tolist()]
+
+
+def test_parameters_that_are_kept_on_the_cpu(tmp_path):
+    values, end = processes(2, offloaded, tmp_path)[0]
+    expected, whole_end = train(network(), "low_rank", "attached")
+    assert values == pytest.approx(expected, rel=1e-6)
+    torch.testing.assert_close(torch.tensor(end, dtype=torch.float64), whole_end, rtol=1e-6, atol=1e-9)
+
+
+def merged(rank: int, count: int, folder: Path) -> list:
+    history = history_of(sharded(count), "low_rank", max_terms=1, decay=0.5, first_order=True)
+    return [history.drift().tolist(), float(history.penalty(LAM).detach()), history.stiffness(LAM, LR)]
+
+
+def test_options_of_a_history_mean_the_same(tmp_path):
+    history = history_of(network(), "low_rank", max_terms=1, decay=0.5, first_order=True)
+    drift, value, stiffness = processes(2, merged, tmp_path)[0]
+    assert [abs(x) for x in drift] == pytest.approx([abs(x) for x in history.drift().tolist()], rel=1e-9)
+    assert value == pytest.approx(float(history.penalty(LAM).detach()), rel=1e-9)
+    assert stiffness == pytest.approx(history.stiffness(LAM, LR), rel=1e-9)
+
+
+# Files and checkpoints
+
+
+def bits(history) -> dict[str, list]:
+    return {name: whole(tensor).double().tolist() for name, tensor in history.state_dict().items()}
+
+
+def saving(rank: int, count: int, folder: Path) -> dict:
+    import torch.distributed.checkpoint as dcp
+
+    found = {}
+    for kind in KINDS:
+        history = history_of(sharded(count), kind)
+        history.save(folder / f"{kind}.safetensors")
+        dcp.save({"history": history.state_dict()}, checkpoint_id=folder / kind)
+        found[kind] = bits(history)
+    return found
+
+
+def loading(rank: int, count: int, folder: Path) -> dict:
+    from crl_kernels.integrations.distributed_checkpoint import load_history
+
+    source, found = folder.parent / "saved", {}
+    for kind in KINDS:
+        cls = ck.LowRankHistory if kind == "low_rank" else ck.DiagonalHistory
+        model = sharded(count, "hsdp" if count == 4 else "fsdp")
+        history = cls(model)
+        load_history(history, source / kind)
+        found[kind] = [bits(history), bits(cls.load(source / f"{kind}.safetensors", model))]
+        if kind == "low_rank":
+            try:
+                load_history(history, source / kind, key="absent")
+            except ValueError as error:
+                found["absent"] = str(error)
+    return found
+
+
+def test_saved_by_two_loaded_by_four_and_by_one_bit_for_bit(tmp_path):
+    saved = processes(2, saving, tmp_path / "saved")
+    loaded = processes(4, loading, tmp_path / "loaded")
+    alone = processes(1, loading, tmp_path / "alone")
+    for kind in KINDS:
+        assert saved[0][kind] == bits(history_of(network(), kind))
+        for rank in loaded + alone:
+            assert rank[kind] == [saved[0][kind]] * 2
+        cls = ck.LowRankHistory if kind == "low_rank" else ck.DiagonalHistory
+        assert bits(cls.load(tmp_path / "saved" / f"{kind}.safetensors", network())) == saved[0][kind]
+    assert "has nothing under key='absent'" in loaded[0]["absent"]
+
+
+# Wrong use
+
+
+def refusals(rank: int, count: int, folder: Path) -> list[str]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Replicate
+
+    said = []
+
+    def expect(call: Callable[[], object]) -> None:
+        with pytest.raises((TypeError, ValueError)) as error:
+            call()
+        said.append(str(error.value))
+
+    mesh = init_device_mesh("cpu", (count,))
+    partly = network()
+    fully_shard(partly[0], mesh=mesh)
+    expect(lambda: ck.LowRankHistory(partly))
+    assert ck.LowRankHistory(partly, include=["0"]).names == ("0.weight", "0.bias")
+
+    model = sharded(count)
+    history = history_of(model, "low_rank")
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    weight = model[0].weight
+    weight.grad = weight.grad.redistribute(placements=[Replicate()])
+    before = [whole(p.grad).clone() for p in model.parameters()]
+    expect(lambda: history.add_penalty_grad_(LAM))
+    assert all(torch.equal(whole(p.grad), g) for p, g in zip(model.parameters(), before, strict=True))
+
+    x = torch.randn(8, 6, dtype=torch.float64)
+    expect(lambda: ck.estimate_fisher(model, lambda m, batch: m(batch).square().mean(1), [x, x]))
+    return said
+
+
+def test_wrong_use_gives_one_clear_error(tmp_path):
+    said = processes(2, refusals, tmp_path)[0]
+    assert said[0].startswith("parameter '2.weight' is whole and others are sharded. Bind a history to each kind")
+    assert said[1].startswith(
+        "the gradient of '0.weight' is placed as (Replicate(),) and the parameter as (Shard(dim=0),)"
+    )
+    assert said[2].startswith("model has sharded parameters, such as '0.weight'")
