@@ -80,6 +80,19 @@ class Layout:
 _SAME_MODEL = "Use the same model, and the same include= and exclude=, everywhere."
 
 
+def matching(argument: str, patterns: Iterable[str] | None, names: Iterable[str]) -> set[str]:
+    """The names that any of the patterns matches. Raises ValueError for a pattern that matches none."""
+    known, found = list(names), set()
+    for pattern in _patterns(argument, patterns) or ():
+        matched = {name for name in known if _matches(name, pattern)}
+        if not matched:
+            raise ValueError(
+                f"{argument} pattern {pattern!r} matches none of the model's parameters: {join_names(known)}."
+            )
+        found |= matched
+    return found
+
+
 class Binding:
     """The parameters of one model that a history speaks about.
 
@@ -115,13 +128,8 @@ class Binding:
         self._shapes = list(self.layout.shapes)
         self.shards = Shards(self.layout.names, self.params)
         self._widest = next((p for p in self.params if p.dtype == torch.float64), self.params[0])
-        # Where each parameter hangs in the model, to notice when another takes its place.
-        places = {
-            id(parameter): (module._parameters, attribute)
-            for module in model.modules()
-            for attribute, parameter in module._parameters.items()
-        }
-        self._owners, self._attributes = zip(*(places[id(parameter)] for parameter in self.params), strict=True)
+        self._model = model
+        self._find_places()
         # A shared parameter may be stored under any of its names.
         self._name_of = {id(p): name for name, p in trainable.items()}
         self._aliases = {
@@ -129,6 +137,30 @@ class Binding:
             for alias, parameter in model.named_parameters(remove_duplicate=False)
             if id(parameter) in self._name_of
         }
+
+    def _find_places(self) -> list[str]:
+        """Notes where each parameter hangs in the model, to notice when another, or another module, takes its place.
+        Returns the names of those that hang nowhere, and then notes nothing."""
+        places, above = {}, {}
+        for module in self._model.modules():
+            for attribute, parameter in module._parameters.items():
+                places[id(parameter)] = (module, attribute)
+            for attribute, child in module._modules.items():
+                if child is not None:
+                    above[child] = (module, attribute)
+        if lost := [name for name, p in zip(self.layout.names, self.params, strict=True) if id(p) not in places]:
+            return lost
+        hung = [places[id(parameter)] for parameter in self.params]
+        self._owners, self._attributes = [module._parameters for module, _ in hung], [name for _, name in hung]
+        chain: dict[nn.Module, None] = {}  # the modules between them and the model, each once
+        for module, _ in hung:
+            while module in above and module not in chain:
+                chain[module] = None
+                module = above[module][0]
+        self._chain = list(chain)
+        self._parents = [above[module][0]._modules for module in chain]
+        self._children = [above[module][1] for module in chain]
+        return []
 
     @property
     def device(self) -> torch.device:
@@ -157,28 +189,30 @@ class Binding:
         params = self.params
         return (
             params[0].device == device
-            and (not self.shards.whole or all(map(is_, map(dict.get, self._owners, self._attributes), params)))
+            and (not self.shards.whole or self._all_in_place())
             and [parameter.shape for parameter in params] == self._shapes
             and (not all_devices or len(set(map(Tensor.get_device, params))) == 1)
         )
 
+    def _all_in_place(self) -> bool:
+        return all(map(is_, map(dict.get, self._owners, self._attributes), self.params)) and all(
+            map(is_, map(dict.get, self._parents, self._children), self._chain)
+        )
+
     def _refuse_changes(self, state_device: torch.device) -> None:
         # While compiling, Dynamo's guards notice a parameter that was replaced; and FSDP replaces sharded ones by whole
-        # ones from a module's forward to its backward.
-        unknowable = torch.compiler.is_compiling() or not self.shards.whole
-        places = zip(self._owners, self._attributes, self.layout.names, self.params, strict=True)
-        for owner, attribute, name, parameter in () if unknowable else places:
-            if owner.get(attribute) is not parameter:
-                raise ValueError(
-                    f"parameter {name!r} is no longer the object that the history was bound to: something replaced "
-                    "it (sharding, pruning, functional_call, a move to another kind of device). Bind after that, "
-                    "with save() and load(path, model) to keep the terms."
-                )
+        # ones from a module's forward to its backward. A module may be wrapped in another, with the same parameters.
+        if not torch.compiler.is_compiling() and self.shards.whole and (lost := self._find_places()):
+            raise ValueError(
+                f"parameter {lost[0]!r} is no longer the object that the history was bound to: something replaced it "
+                "or its module (a larger embedding, sharding, pruning, functional_call, a move to another kind of "
+                "device). Call history.rebind(model) after that, which keeps the terms."
+            )
         for name, shape, parameter in zip(self.layout.names, self.layout.shapes, self.params, strict=True):
             if parameter.shape != shape:
                 raise ValueError(
                     f"parameter {name!r} has shape {tuple(parameter.shape)} now and had {tuple(shape)} when the "
-                    "history was bound. Make a new history for the resized model."
+                    "history was bound. Call history.rebind(model, grown=[...]) if it has got more rows."
                 )
             if parameter.device != state_device:
                 raise ValueError(
@@ -234,15 +268,8 @@ def _matches(name: str, pattern: str) -> bool:
 def _select(
     named: Iterable[tuple[str, nn.Parameter]], include: tuple[str, ...] | None, exclude: tuple[str, ...] | None
 ) -> Iterator[tuple[str, nn.Parameter]]:
-    parameters = list(named)
-    for argument, patterns in (("include", include), ("exclude", exclude)):
-        for pattern in patterns or ():
-            if not any(_matches(name, pattern) for name, _ in parameters):
-                raise ValueError(
-                    f"{argument} pattern {pattern!r} matches none of the model's parameters: "
-                    f"{join_names(name for name, _ in parameters)}."
-                )
-    for name, parameter in parameters:
-        included = include is None or any(_matches(name, pattern) for pattern in include)
-        if included and not any(_matches(name, pattern) for pattern in exclude or ()):
+    parameters = dict(named)
+    included, excluded = matching("include", include, parameters), matching("exclude", exclude, parameters)
+    for name, parameter in parameters.items():
+        if (include is None or name in included) and name not in excluded:
             yield name, parameter

@@ -1,6 +1,6 @@
 """The exact sum of all past tasks' diagonal penalties, in the state of one."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -113,9 +113,9 @@ class DiagonalHistory(History[DiagonalFisher]):
         tensors |= {f"anchor.{name}": tensor for name, tensor in self._named(self._anchor).items()}
         return tensors | {"residual": self._residual}
 
-    def _set_state(self, state: Mapping[str, Tensor], origin: str) -> None:
+    def _set_state(self, state: Mapping[str, Tensor], origin: str, grown: Container[str] = ()) -> None:
         residual, num_tasks = self._scalars_of(state, origin, "residual", "num_tasks")
-        fisher, anchor = (self._vector_of(state, prefix, origin) for prefix in ("fisher_diagonal.", "anchor."))
+        fisher, anchor = (self._vector_of(state, prefix, origin, grown) for prefix in ("fisher_diagonal.", "anchor."))
         self._set_vectors(fisher, anchor, residual)
         self._num_tasks = int(num_tasks)
 

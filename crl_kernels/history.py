@@ -9,7 +9,7 @@ import itertools
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any, Generic, TypeVar, cast
 
 import torch
@@ -19,7 +19,7 @@ from typing_extensions import Self
 
 from . import storage
 from .attachment import Attachment, innermost
-from .binding import Binding, Layout, join_names
+from .binding import Binding, Layout, join_names, matching
 from .fisher import DiagonalFisher, LowRankFisher
 from .flat_parameters import FlatRun
 from .sharding import gathered, local_part
@@ -55,6 +55,14 @@ def check_strength(argument: str, value: float | Tensor, *, finite: bool = True)
         raise TypeError(f"{argument} is a {type(value).__name__}; expected a float or a 0-dim tensor.")
     if not number >= 0 or (finite and number == math.inf):  # comparisons: a float may be symbolic in compiled code
         raise ValueError(f"{argument} is {number}; expected a {'finite ' if finite else ''}value >= 0.")
+
+
+def _with_rows(tensor: Tensor, shape: torch.Size) -> Tensor:
+    """``tensor`` with zeros appended to its first dimension, if that is all that it lacks of ``shape``."""
+    if tensor.dim() != len(shape) or tensor.shape[1:] != shape[1:] or len(tensor) >= shape[0]:
+        return tensor
+    whole = gathered(tensor)
+    return torch.cat([whole, whole.new_zeros(shape[0] - len(whole), *shape[1:])])
 
 
 class History(ABC, Generic[_Fisher]):
@@ -166,8 +174,12 @@ class History(ABC, Generic[_Fisher]):
             torch.distributed.barrier()
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], model: nn.Module) -> Self:
+    def load(cls, path: str | os.PathLike[str], model: nn.Module, *, grown: Iterable[str] = ()) -> Self:
         """Reads what :meth:`save` wrote and binds it to ``model``, by name, on the model's device.
+
+        Args:
+            path, model: the file, and a model with the same parameters.
+            grown: see :meth:`rebind`.
 
         Raises:
             FileNotFoundError: no such file.
@@ -177,8 +189,34 @@ class History(ABC, Generic[_Fisher]):
         if kind != cls.__name__:
             raise ValueError(f"path {os.fspath(path)!r} holds a {kind}; expected a {cls.__name__}.")
         history = cls(model, **options)
-        history._set_state(tensors, f"the file {os.fspath(path)!r}")
+        history._set_state(tensors, f"the file {os.fspath(path)!r}", history._grown(grown))
         return history
+
+    def rebind(self, model: nn.Module, *, grown: Iterable[str] = ()) -> None:
+        """Binds the history to a model whose parameters are other objects than before, by name: one that was sharded,
+        pruned or moved to another kind of device, or that has grown for new classes.
+
+        Parameters that ``grown`` names may have more rows (a larger first dimension), such as a class embedding
+        after ``nn.Embedding(20, width)`` has taken the place of ``nn.Embedding(10, width)``. The rows that the history
+        knows are the first ones. New rows are free: directions are zero there, so old terms mean what they meant, and
+        a later task's Fisher has its own rows. All other parameters must be as they were.
+
+        Args:
+            model: the model as it is now.
+            grown: patterns, as those of ``include``.
+
+        Raises:
+            RuntimeError: attached to an optimizer.
+            ValueError: parameters that are missing, unknown or of another shape, by name. Nothing has changed then.
+        """
+        if self._attachment is not None:
+            raise RuntimeError("this history is attached to an optimizer; call detach() first.")
+        other = type(self)(model, **self._options())
+        other._set_state(self.state_dict(), "the history", other._grown(grown))
+        self.__dict__ = other.__dict__
+
+    def _grown(self, patterns: Iterable[str]) -> set[str]:
+        return matching("grown", patterns, self.names)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The state as tensors by parameter name, for a trainer's own checkpoints. They share memory with the state,
@@ -224,7 +262,7 @@ class History(ABC, Generic[_Fisher]):
     def _state(self) -> dict[str, Tensor]: ...
 
     @abstractmethod
-    def _set_state(self, state: Mapping[str, Tensor], origin: str) -> None: ...
+    def _set_state(self, state: Mapping[str, Tensor], origin: str, grown: Container[str] = ()) -> None: ...
 
     @abstractmethod
     def _move_state(self, device: torch.device) -> None: ...
@@ -255,9 +293,13 @@ class History(ABC, Generic[_Fisher]):
             return self._binding.layout.split(flat)
         return dict(zip(self.names, self._binding.shards.join(flat), strict=True))
 
-    def _vector_of(self, state: Mapping[str, Tensor], prefix: str, origin: str) -> Tensor:
-        """The flat vector whose parts a state holds as ``prefix`` + parameter name, checked against the model."""
+    def _vector_of(self, state: Mapping[str, Tensor], prefix: str, origin: str, grown: Container[str]) -> Tensor:
+        """The flat vector whose parts a state holds as ``prefix`` + parameter name, checked against the model; those of
+        parameters that have ``grown`` get rows of zeros."""
         named = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+        for name, shape in zip(self.names, self._binding.layout.shapes, strict=True):
+            if name in grown and name in named:
+                named[name] = _with_rows(named[name], shape)
         stored = Layout(list(named), [tensor.shape for tensor in named.values()])
         layout = self._binding.rename(stored)
         self._binding.layout.require_same_parameters(layout, "the model", origin)

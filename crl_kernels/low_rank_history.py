@@ -1,7 +1,7 @@
 """The low-rank terms of all past tasks."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -225,11 +225,11 @@ class LowRankHistory(History[LowRankFisher]):
         tensors = {f"directions.{k}.{name}": u for k, term in enumerate(self.directions()) for name, u in term.items()}
         return tensors | {"curvatures": self._curvatures, "anchor_projections": self._anchor_projections}
 
-    def _set_state(self, state: Mapping[str, Tensor], origin: str) -> None:
+    def _set_state(self, state: Mapping[str, Tensor], origin: str, grown: Container[str] = ()) -> None:
         curvatures, anchor_projections, num_tasks = self._scalars_of(
             state, origin, "curvatures", "anchor_projections", "num_tasks"
         )
-        directions = [self._vector_of(state, f"directions.{k}.", origin) for k in range(len(curvatures))]
+        directions = [self._vector_of(state, f"directions.{k}.", origin, grown) for k in range(len(curvatures))]
         self._set_terms(directions, curvatures, anchor_projections)
         self._num_tasks = int(num_tasks)
 

@@ -65,8 +65,8 @@ class Shards:
             found = gradient.placements if is_sharded(gradient) else "a whole tensor"
             if found != placements:
                 raise ValueError(
-                    f"the gradient of {name!r} is placed as {found} and the parameter as {placements}; redistribute it, "
-                    "or add rank1_ewc_penalty or diagonal_ewc_penalty to the loss instead."
+                    f"the gradient of {name!r} is placed as {found} and the parameter as {placements}; redistribute "
+                    "it, or add rank1_ewc_penalty or diagonal_ewc_penalty to the loss instead."
                 )
         return self.local(gradients)
 

@@ -10,8 +10,9 @@ import os
 import re
 
 import torch
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from ..diagonal_history import DiagonalHistory
 from ..low_rank_history import LowRankHistory
@@ -25,7 +26,7 @@ def load_history(history: LowRankHistory | DiagonalHistory, path: str | os.PathL
     Raises:
         ValueError: nothing under that key, or the history of another model, by name.
     """
-    found = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    found = FileSystemReader(path).read_metadata().state_dict_metadata
     mine = {name.removeprefix(f"{key}."): entry for name, entry in found.items() if name.startswith(f"{key}.")}
     if not mine:
         raise ValueError(f"the checkpoint {os.fspath(path)!r} has nothing under key={key!r}.")
@@ -41,5 +42,5 @@ def load_history(history: LowRankHistory | DiagonalHistory, path: str | os.PathL
     for (prefix, dtype), names in vectors.items():
         blank = history._named(torch.empty(sum(history._binding.shards.lengths), dtype=dtype, device=history._device))
         state |= {f"{prefix}{name}": tensor for name, tensor in blank.items() if name in names}
-    dcp.load({key: state}, checkpoint_id=path)
+    load({key: state}, checkpoint_id=path)
     history.load_state_dict(state)
