@@ -79,6 +79,8 @@ def test_opcheck(flat):
     coefficients = torch.tensor([0.3, -2.0], dtype=torch.float64)
     one = torch.tensor(0.3, dtype=torch.float64)
     state = (FISHER, ANCHOR)
+    moments = [[t.abs() for t in random_list(seed)] for seed in (5, 6)]
+    adamw = (random_list(0), random_list(4), *moments, torch.rand(len(SHAPES), 8, dtype=torch.float64))
     operators = torch.ops.crl_kernels
     checks = {
         operators.low_rank_projections: (params, directions, 2),
@@ -96,6 +98,8 @@ def test_opcheck(flat):
         operators.diagonal_gradient: (params, *state, one.clone().requires_grad_()),
         operators.diagonal_accumulate_: (random_list(4), random_list(0), *state, one),
         operators.diagonal_shrink_: (random_list(4), *state, one),
+        operators.low_rank_adamw_: (*adamw, None if flat else torch.zeros(()), directions, coefficients, flat),
+        operators.diagonal_adamw_: (*adamw, None if flat else torch.zeros(()), *state, flat),
         operators.sample_gradient_stats: (MATRIX, MATRIX[:2] if flat else None, flat),
         operators.sample_gram: (MATRIX,),
         operators.sample_weight_gradients: (

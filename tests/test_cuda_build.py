@@ -21,6 +21,8 @@ STREAMING = {
     "quadratic_kernel": False,
     "quadratic_gradient_kernel": True,
     "shrink_kernel": True,
+    "low_rank_adamw_kernel": True,
+    "diagonal_adamw_kernel": True,
 }
 
 

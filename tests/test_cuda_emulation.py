@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.cpp_extension import include_paths, library_paths
 
+from crl_kernels.backends import reference
+
 TESTS = Path(__file__).parent
 COMPILER = shutil.which("g++")
 LIBRARY = os.environ.get("CRL_TEST_LIBRARY")
@@ -181,6 +183,14 @@ def test_sixteen_bytes_at_a_time_where_addresses_allow(device, dtype):
     expected = (2 * units + 2 * state_units, 0)
     assert device.count(lambda: ops.diagonal_gradient(*diagonal, c), *events) == expected
     assert device.count(lambda: ops.diagonal_shrink_(*diagonal, c), *events) == expected
+    wide = [[t.abs().to(state_dtype) for t in theta] for _ in range(3)]
+    adamw = (wide[0], targets, *wide[1:], torch.rand(len(theta), 8, dtype=torch.float64), None)
+    read_and_written = 6 * state_units + units  # and a direction is read twice
+    assert device.count(lambda: ops.low_rank_adamw_(*adamw, [], c[None][:0], False), *events) == (read_and_written, 0)
+    expected = (read_and_written + 4 * units, 0)
+    assert device.count(lambda: ops.low_rank_adamw_(*adamw, u + u, c.expand(2), True), *events) == expected
+    expected = (read_and_written + 2 * state_units, 0)
+    assert device.count(lambda: ops.diagonal_adamw_(*adamw, state, state, False), *events) == expected
 
     shifted = [torch.cat([t[:1], t])[1:] for t in theta]  # at addresses that are not divisible by 16
     read = device.count(lambda: ops.low_rank_projections(shifted, u, 1), *events)
@@ -232,6 +242,23 @@ def test_value_and_gradient_both_ways(device, cooperative_launch, l2_bytes, num_
 
 
 @needs_emulation
+@pytest.mark.parametrize("num_terms", [31, 32, 33, 70])
+def test_adamw_with_more_terms_than_a_warp_has_lanes(num_terms):
+    generator = torch.Generator().manual_seed(0)
+    lengths = [1000, 1, 0, 33, 2048, 5]
+    state = [[t.abs() for t in parameters(lengths, seed=seed)] for seed in range(4)]
+    matrix = torch.randn(num_terms, sum(lengths), generator=generator)
+    c = torch.randn(num_terms, generator=generator, dtype=torch.float64)
+    rows = torch.rand(len(lengths), 8, generator=generator, dtype=torch.float64)
+    expected = [[t.clone() for t in tensors] for tensors in state]
+    reference.low_rank_adamw_(*expected, rows, None, list(matrix), c, False)
+    projections = ops.low_rank_adamw_(*state, rows, None, list(matrix), c, False)
+    theta = torch.cat(state[0]).double()
+    torch.testing.assert_close(projections, matrix.double() @ theta, rtol=0, atol=1e-10)
+    torch.testing.assert_close(state, expected, rtol=1e-4, atol=1e-5)
+
+
+@needs_emulation
 def test_bitwise_the_same_flat_or_in_a_list_whatever_the_addresses(device):
     lengths = [7001, 1, 0, 33, 4096, 30_000, 17, 6553]
     flat, u, gradient = parameters([sum(lengths)] * 3)
@@ -249,7 +276,12 @@ def test_bitwise_the_same_flat_or_in_a_list_whatever_the_addresses(device):
             targets = [t.clone() for t in gradient.split([t.numel() for t in theta])]
             value = ops.low_rank_penalty_accumulate_(targets, theta, directions, one, one, one[0])
             quadratic = ops.diagonal_accumulate_(targets, theta, directions, directions, one[0])
-            results.append(torch.cat([value[None], quadratic[None], *targets]))
+            moments = [[t.abs() for t in targets] for _ in range(2)]
+            adamw = (targets, [t.clone() for t in targets], *moments)
+            rows = one.expand(len(theta), 8) / 2
+            moved = ops.low_rank_adamw_(*adamw, rows, None, directions, one, False)
+            squares = ops.diagonal_adamw_(*adamw, rows, None, directions, directions, True)
+            results.append(torch.cat([value[None], quadratic[None], moved, squares[None], *targets, *sum(moments, [])]))
         for result in results[1:]:
             assert torch.equal(result, results[0])
 

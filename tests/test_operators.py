@@ -190,6 +190,129 @@ def test_diagonal_operators(backend, case, state_dtype, flat, seed):
         assert_rounded_once(moved, theta - share * distance, theta.abs() + anchor[0].abs())
 
 
+def adamw_settings(count: int, seed: int) -> Tensor:
+    """A row for each tensor: factor, beta1, beta2, decay, step_size, root_scale, eps, share."""
+    low = torch.tensor([-2.0, 0.5, 0.5, 0.9, 0.0, 1.0, 1e-3, 0.0], dtype=torch.float64)
+    high = torch.tensor([2.0, 0.999, 0.999, 1.0, 0.1, 9.0, 1e-2, 2.0], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    return low + (high - low) * torch.rand(count, 8, generator=generator, dtype=torch.float64)
+
+
+adamw_lists = st.lists(
+    st.tuples(
+        length, st.sampled_from(["float32", "float64"]), layout, st.sampled_from(["same", "bfloat16", "float16"])
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+def adamw_state(case, seed: int) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """(parameters, gradients, first moments, second moments)"""
+    params = [(n, dtype, kind) for n, dtype, kind, _ in case]
+    half = [dtype == "float32" and gradient != "same" for _, dtype, _, gradient in case]
+    grads = [(n, g if h else dtype, kind) for h, (n, dtype, kind, g) in zip(half, case, strict=True)]
+    theta, m, v = random_lists(params, seed, count=3, writable=True)
+    (gradients,) = random_lists(grads, seed + 9)
+    for tensor in v:
+        tensor.abs_()
+    return theta, gradients, m, v
+
+
+def assert_adamw(state, before, start: Tensor, pull: Tensor, penalty_size: Tensor, rows: Tensor) -> None:
+    """Each element is the float64 formula's, to a few roundings of its dtype of the terms that were added."""
+    (theta, _, m, v), (_, grad, old_m, old_v) = state, before
+    factor, beta1, beta2, decay, step_size, root_scale, eps, _ = rows.T
+    g, size = factor * grad + pull, (factor * grad).abs() + penalty_size
+    first, second = old_m + (1 - beta1) * (g - old_m), beta2 * old_v + (1 - beta2) * g.square()
+    root = root_scale * second.sqrt() + eps
+    moved = decay * start - step_size * first / root
+    ulp = torch.cat([torch.full((t.numel(),), 2 * ROUNDING[t.dtype], dtype=torch.float64) for t in theta])
+    moment_size = old_m.abs() + size
+    assert bool(((flat64(m) - first).abs() <= 8 * ulp * moment_size).all())
+    assert bool(((flat64(v) - second).abs() <= 8 * ulp * (old_v + size.square())).all())
+    # sqrt(v) is off by half of what v is, relative to it
+    root_error = root_scale * (old_v + size.square()) / second.sqrt().clamp(min=1e-300)
+    step_error = step_size * (moment_size + first.abs() * root_error / root) / root
+    bound = 16 * ulp * (start.abs() + penalty_size + step_error)
+    assert bool(((flat64(theta) - moved).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(deadline=None, max_examples=EXAMPLES)
+@given(
+    case=adamw_lists,
+    num_terms=st.integers(0, 3),
+    dtype=st.sampled_from(["float32", "bfloat16", "float64", "float16"]),
+    flat=st.booleans(),
+    decoupled=st.booleans(),
+    seed=st.integers(0, 2**30),
+)
+def test_low_rank_adamw(backend, case, num_terms, dtype, flat, decoupled, seed):
+    state, rows = adamw_state(case, seed), adamw_settings(len(case), seed)
+    params, before = state[0], [flat64(tensors) for tensors in state]
+    directions, matrix = directions_like(params, num_terms, DTYPES[dtype], flat, seed + 1)
+    c = torch.randn(num_terms, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    lengths = torch.tensor([p.numel() for p in params])
+
+    poison()
+    kept = backend.low_rank_adamw_(*state, rows, torch.ones(()), directions, c, decoupled)
+    for tensors, was in zip(state, before, strict=True):
+        assert torch.equal(flat64(tensors), was)
+    assert_sum_close(kept, matrix @ before[0], matrix.abs() @ before[0].abs())
+
+    found_inf = torch.zeros(1) if seed % 2 else None
+    poison()
+    projections = backend.low_rank_adamw_(*state, rows, found_inf, directions, c, decoupled)
+    assert projections.dtype == torch.float64
+    assert projections.shape == (num_terms,)
+    theta = flat64(params)
+    assert_sum_close(projections, matrix @ theta, matrix.abs() @ theta.abs())
+    assert torch.equal(flat64(state[1]), before[1])
+    rows = rows.repeat_interleave(lengths, 0)
+    pull, size = rows[:, 7] * (c @ matrix), rows[:, 7] * (c.abs() @ matrix.abs())
+    start = before[0] + pull if decoupled else before[0]
+    assert_adamw(state, before, start, 0 * pull if decoupled else pull, size, rows)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(deadline=None, max_examples=EXAMPLES)
+@given(
+    case=adamw_lists,
+    state_dtype=st.sampled_from(["float32", "float64"]),
+    flat=st.booleans(),
+    decoupled=st.booleans(),
+    infinite=st.booleans(),
+    seed=st.integers(0, 2**30),
+)
+def test_diagonal_adamw(backend, case, state_dtype, flat, decoupled, infinite, seed):
+    state, rows = adamw_state(case, seed), adamw_settings(len(case), seed)
+    if decoupled and infinite:
+        rows[0, 7] = float("inf")
+    params, before = state[0], [flat64(tensors) for tensors in state]
+    (f, fisher), (a, anchor) = (directions_like(params, 1, DTYPES[state_dtype], flat, seed + i) for i in (1, 2))
+    f, fisher = [t.abs() for t in f], fisher[0].abs()
+    distance = before[0] - anchor[0]
+    expected = (fisher * distance.square()).sum()
+
+    poison()
+    kept = backend.diagonal_adamw_(*state, rows, torch.ones(()), f, a, decoupled)
+    for tensors, was in zip(state, before, strict=True):
+        assert torch.equal(flat64(tensors), was)
+    poison()
+    value = backend.diagonal_adamw_(*state, rows, None, f, a, decoupled)
+    for sum_ in (kept, value):
+        assert_sum_close(sum_, expected, expected)
+    rows = rows.repeat_interleave(torch.tensor([p.numel() for p in params]), 0)
+    if decoupled:
+        x = torch.where(fisher == 0, 0.0, fisher * rows[:, 7])
+        share = torch.where(x.isinf(), 1.0, x / (1 + x))
+        start, pull, size = before[0] - share * distance, 0 * distance, before[0].abs() + anchor[0].abs()
+    else:
+        start, pull, size = before[0], rows[:, 7] * fisher * distance, rows[:, 7] * fisher * distance.abs()
+    assert_adamw(state, before, start, pull, size, rows)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_lists_of_many_tiny_and_empty_tensors(backend):
     lists = [
@@ -211,6 +334,14 @@ def test_lists_of_many_tiny_and_empty_tensors(backend):
         coefficients = torch.tensor([2.0, -1.0], dtype=torch.float64)
         backend.low_rank_accumulate_(targets, directions, coefficients)
         assert_rounded_once(targets, coefficients @ matrix, coefficients.abs() @ matrix.abs())
+        if len(lengths) < CHUNK:
+            state = [[torch.rand(n) for n in lengths] for _ in range(4)]
+            before, rows = [flat64(tensors) for tensors in state], adamw_settings(len(lengths), 0)
+            moved = backend.low_rank_adamw_(*state, rows, None, directions, coefficients, False)
+            assert_sum_close(moved, matrix @ flat64(state[0]), matrix.abs() @ flat64(state[0]).abs())
+            rows = rows.repeat_interleave(torch.tensor(lengths), 0)
+            pull, size = rows[:, 7] * (coefficients @ matrix), rows[:, 7] * (coefficients.abs() @ matrix.abs())
+            assert_adamw(state, before, before[0], pull, size, rows)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -254,6 +385,14 @@ def test_bitwise_the_same_flat_or_in_a_list_and_for_any_number_of_threads():
                 projections = torch.ops.crl_kernels.low_rank_projections(theta, directions, 2)
                 value = torch.ops.crl_kernels.diagonal_quadratic(theta, [s.abs()], [u])
                 results.append(torch.cat([projections, value[None]]))
+                for num_terms in (1, 2):
+                    state = [[t.clone() for t in theta], theta, [t.clone() for t in theta], [t.abs() for t in theta]]
+                    terms = directions[: len(directions) // 2 * num_terms]
+                    c = torch.ones(num_terms, dtype=torch.float64)
+                    rows = adamw_settings(1, 0).expand(len(theta), 8)
+                    moved = torch.ops.crl_kernels.low_rank_adamw_(*state, rows, None, terms, c, False)
+                    value = torch.ops.crl_kernels.diagonal_adamw_(*state, rows, None, [s.abs()], [u], True)
+                    results[-1] = torch.cat([results[-1], moved, value[None], *map(flat64, state)])
         finally:
             torch.set_num_threads(1)
     for result in results[1:]:
@@ -281,7 +420,20 @@ def test_what_is_written_is_bitwise_the_same_flat_or_in_a_list(dtype):
         combined = ops.low_rank_combine(terms, numbers, params)
         slopes = ops.diagonal_gradient(params, [s], [m], one)
         ops.diagonal_shrink_(params, [s], [m], one.abs())
-        return [torch.cat(list(tensors)) for tensors in (*targets, combined, slopes, params)]
+        wide = torch.promote_types(dtype, torch.float32)
+        moved = []
+        for decoupled, count in ((False, 0), (False, 1), (True, 1), (False, 4), (True, 4), (False, None), (True, None)):
+            grads = list(gradient.split(lengths)) if split else [gradient]
+            rows = adamw_settings(1, 0).expand(len(grads), 8)
+            state = [t.to(wide) for t in (theta, s, s)]
+            x, *moments = ([*t.clone().split(lengths)] if split else [t.clone()] for t in state)
+            if count is None:
+                ops.diagonal_adamw_(x, grads, *moments, rows, None, [s], [m], decoupled)
+            else:
+                c = torch.ones(count, dtype=torch.float64)
+                ops.low_rank_adamw_(x, grads, *moments, rows, None, terms[:count], c, decoupled)
+            moved += [x, *moments]
+        return [torch.cat(list(tensors)) for tensors in (*targets, combined, slopes, params, *moved)]
 
     for flat, pieces in zip(written(False), written(True), strict=True):
         assert torch.equal(flat, pieces)
@@ -420,6 +572,11 @@ def test_operators_refuse_what_would_read_or_write_elsewhere():
     ops = torch.ops.crl_kernels
     params, state, none = [torch.ones(3)], ([torch.ones(3)], [torch.ones(3)]), torch.ones(0, dtype=torch.float64)
     one = torch.ones((), dtype=torch.float64)
+    half = ([torch.ones(3).half()], [torch.ones(3).half()])
+
+    def adamw(theta, grads, moments=params, rows=torch.ones(1, 8).double(), found_inf=None, directions=(), c=none):  # noqa: B008
+        ops.low_rank_adamw_(theta, grads, moments, moments, rows, found_inf, directions, c, False)
+
     for call in (
         lambda: ops.low_rank_projections(params, [torch.ones(2)], 1),
         lambda: ops.low_rank_projections(params, [torch.ones(3)] * 3, 2),
@@ -433,6 +590,16 @@ def test_operators_refuse_what_would_read_or_write_elsewhere():
         lambda: ops.diagonal_accumulate_([], params, *state, one),
         lambda: ops.diagonal_accumulate_([torch.ones(3)], params, *state, none),
         lambda: ops.diagonal_shrink_(params, *state, none),
+        lambda: adamw(params, [torch.ones(2)]),
+        lambda: adamw(params, []),
+        lambda: adamw(params, [torch.ones(3).double()]),
+        lambda: adamw([torch.ones(3).half()], [torch.ones(3).half()]),
+        lambda: adamw(params, params, moments=[torch.ones(3).double()]),
+        lambda: adamw(params, params, rows=torch.ones(7, dtype=torch.float64)),
+        lambda: adamw(params, params, found_inf=torch.ones(2)),
+        lambda: adamw(params, params, found_inf=one),
+        lambda: adamw(params, params, directions=[torch.ones(2)], c=one),
+        lambda: ops.diagonal_adamw_(params, params, params, params, torch.ones(1, 8).double(), None, *half, False),
     ):
         with pytest.raises(RuntimeError, match="crl_kernels: "):
             call()

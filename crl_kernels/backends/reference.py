@@ -149,7 +149,7 @@ def low_rank_adamw_(
     terms = zip(*_terms(directions, num_terms, params), strict=True) if num_terms else [()] * len(params)
     for theta, grad, m, v, pieces, row in zip(params, grads, exp_avgs, exp_avg_sqs, terms, settings, strict=True):
         pull = row[7] * sum((c * u for c, u in zip(coefficients, pieces, strict=True)), torch.zeros_like(row[7]))
-        pull, gradient = pull.to(theta.dtype), row[0] * grad.to(theta.dtype)
+        pull, gradient = pull.to(theta.dtype), row[0] * grad.to(theta.dtype).reshape(theta.shape)
         start, gradient = (theta + pull, gradient) if decoupled else (theta, gradient + pull)
         _adamw_((theta, m, v), start, gradient, row, found_inf)
     return low_rank_projections(params, directions, num_terms) if num_terms else torch.empty_like(coefficients)
@@ -174,7 +174,7 @@ def diagonal_adamw_(
     value = diagonal_quadratic(params, fisher, anchor)
     penalty = zip(_pieces(fisher, params), _pieces(anchor, params), settings, strict=True)
     for theta, grad, m, v, (s, a, row) in zip(params, grads, exp_avgs, exp_avg_sqs, penalty, strict=True):
-        start, gradient = theta, row[0] * grad.to(theta.dtype)
+        start, gradient = theta, row[0] * grad.to(theta.dtype).reshape(theta.shape)
         if decoupled:
             start = _shrunk(theta.double(), s, a, row[7]).to(theta.dtype)
         else:

@@ -11,6 +11,7 @@
 
 #include <cooperative_groups.h>
 
+#include "core/adamw_math.h"
 #include "core/penalty_math.h"
 #include "cuda/octets.cuh"
 
@@ -57,16 +58,31 @@ __device__ double total_of(const double* partial, int64_t count) {
   return warp_sum(sum);
 }
 
-// partial[k * gridDim.x + block] = u_k . theta over the block's tiles, from the first to the last.
+// partial[k * gridDim.x + block] for the terms k from `first` on, at most a warp of them: lane j of each warp has the
+// warp's sum of term first + j.
+__device__ void write_term_sums(double sum, int first, int terms, double* partial) {
+  __shared__ double sums[kWarps][kWarp];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  __syncthreads();  // the previous use of `sums` is over
+  sums[warp][lane] = sum;
+  __syncthreads();
+  if (warp == 0 && lane < terms) {
+    double total = 0.0;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) total += sums[w][lane];
+    partial[int64_t{first + lane} * gridDim.x + blockIdx.x] = total;
+  }
+}
+
+// partial[k * gridDim.x + block] = u_k . theta over the block's tiles, from the first to the last, for k >= begin.
 //
 // Lane j of each warp keeps the warp's sum of term j, so that 32 terms need one register and one reading of theta. More
 // terms read theta again for each 32: at most 1/32 more than the directions themselves in float32.
 template <class Widest>
 __device__ void project(const DeviceTable& table, const View& theta, const View& directions, int num_terms,
-                        double* partial) {
-  __shared__ double sums[kWarps][kWarp];
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  for (int first = 0; first < num_terms; first += kWarp) {
+                        double* partial, int begin = 0) {
+  const int lane = threadIdx.x % kWarp;
+  for (int first = begin; first < num_terms; first += kWarp) {
     const int terms = num_terms - first < kWarp ? num_terms - first : kWarp;
     double sum = 0.0;
     for (int64_t tile = blockIdx.x; tile < table.tiles(); tile += gridDim.x) {
@@ -97,15 +113,7 @@ __device__ void project(const DeviceTable& table, const View& theta, const View&
         }
       }
     }
-    __syncthreads();  // the previous use of `sums` is over
-    sums[warp][lane] = sum;
-    __syncthreads();
-    if (warp == 0 && lane < terms) {
-      double total = 0.0;
-#pragma unroll
-      for (int w = 0; w < kWarps; ++w) total += sums[w][lane];
-      partial[int64_t{first + lane} * gridDim.x + blockIdx.x] = total;
-    }
+    write_term_sums(sum, first, terms, partial);
   }
 }
 
@@ -284,6 +292,145 @@ __global__ void __launch_bounds__(kThreads, resident<Widest>(3))
     for (int j = 0; j < kOctet; ++j) theta.set(j, proximal_step(theta[j], fisher[j], anchor[j], eta_lambda));
     write(table, diagonal.theta, place, theta);
   }
+}
+
+// What a step of AdamW moves and reads. `found_inf` may be null.
+struct Optimizer {
+  View theta, gradient, m, v;
+  const double* settings;
+  const float* found_inf;
+
+  __device__ bool skips() const { return found_inf != nullptr && *found_inf > 0.0f; }
+};
+
+// A thread's octets of theta, its gradient and its moments. Arithmetic is float where no tensor of the lists is
+// float64.
+template <class Widest>
+struct OptimizerOctets {
+  Octet<Widest> theta, gradient, m, v;
+
+  __device__ OptimizerOctets(const DeviceTable& table, const Optimizer& optimizer, const Place& place)
+      : theta(read<Widest>(table, optimizer.theta, place)),
+        gradient(read<Widest>(table, optimizer.gradient, place)),
+        m(read<Widest>(table, optimizer.m, place)),
+        v(read<Widest>(table, optimizer.v, place)) {}
+
+  __device__ void convert_all() {
+    convert(theta);
+    convert(gradient);
+    convert(m);
+    convert(v);
+  }
+
+  // Moves all eight, where penalize(j, share, start, gradient) puts the penalty into one element's start or gradient.
+  template <class Penalize>
+  __device__ void step(const DeviceTable& table, const Optimizer& optimizer, const Place& place,
+                       const Penalize& penalize) {
+    int segment = place.segment;
+    int64_t end = __ldg(table.begins + segment + 1);
+    const double* row = optimizer.settings + segment * kSettings;
+    AdamW<Widest> adamw(row);
+#pragma unroll
+    for (int j = 0; j < kOctet; ++j) {
+      if (!place.whole) {
+        const int64_t index = place.index + j;
+        while (index >= end && index < table.numel) end = __ldg(table.begins + ++segment + 1);
+        row = optimizer.settings + segment * kSettings;
+        adamw = AdamW<Widest>(row);
+      }
+      Widest start = static_cast<Widest>(theta[j]), g = adamw.factor * static_cast<Widest>(gradient[j]);
+      penalize(j, penalty_share(row), start, g);
+      const Widest first = first_moment(adamw, static_cast<Widest>(m[j]), g);
+      const Widest second = second_moment(adamw, static_cast<Widest>(v[j]), g);
+      Widest moved = adamw_step(adamw, start, first, static_cast<Widest>(sqrt(second)));
+      if constexpr (sizeof(Widest) == 8) {  // what is projected is what is stored
+        const bool narrow = table.at(optimizer.theta, 0, segment, place.index + j).dtype == DType::kFloat32;
+        if (narrow) moved = static_cast<float>(moved);
+      }
+      theta.set(j, moved);
+      m.set(j, first);
+      v.set(j, second);
+    }
+    write(table, optimizer.theta, place, theta);
+    write(table, optimizer.m, place, m);
+    write(table, optimizer.v, place, v);
+  }
+};
+
+// A step of AdamW with share * sum_k coefficients[k] u_k, in the gradient or, decoupled, added to theta before, and
+// partial[k * gridDim.x + block] = u_k . theta after it. A direction's second reading finds the tile in L1 or L2.
+//
+// As in project(), lane j of each warp keeps the sum of term j, for the first 32 terms; more terms read theta again.
+template <class Widest, bool kDecoupled>
+__global__ void __launch_bounds__(kThreads, resident<Widest>(2))
+    low_rank_adamw_kernel(DeviceTable table, Optimizer optimizer, View directions, int num_terms,
+                          const double* coefficients, double* partial) {
+  const int lane = threadIdx.x % kWarp, terms = num_terms < kWarp ? num_terms : kWarp;
+  const bool skip = optimizer.skips();
+  double sum = 0.0;
+  for (int64_t tile = blockIdx.x; tile < table.tiles(); tile += gridDim.x) {
+    const Place place = table.place(tile);
+    OptimizerOctets<Widest> octets(table, optimizer, place);
+    double pull[kOctet] = {};
+    for (int k = 0; k < num_terms; ++k) {
+      Octet<Widest> u = read<Widest, Caching::kKeep>(table, directions, place, k);
+      const double c = coefficients[k];
+      convert(u);
+#pragma unroll
+      for (int j = 0; j < kOctet; ++j) pull[j] = fma(c, u[j], pull[j]);
+    }
+    octets.convert_all();
+    if (!skip) {
+      octets.step(table, optimizer, place, [&](int j, double share, Widest& start, Widest& gradient) {
+        (kDecoupled ? start : gradient) += static_cast<Widest>(share * pull[j]);
+      });
+    }
+    for (int k = 0; k < terms; ++k) {
+      Octet<Widest> u = read<Widest, Caching::kKeep>(table, directions, place, k);
+      convert(u);
+      double dot = 0.0;
+#pragma unroll
+      for (int j = 0; j < kOctet; ++j) dot = fma(octets.theta[j], u[j], dot);
+      dot = warp_sum(dot);
+      if (lane == k) sum += dot;
+    }
+  }
+  write_term_sums(sum, 0, terms, partial);
+  project<Widest>(table, optimizer.theta, directions, num_terms, partial, kWarp);
+}
+
+// The same with share S (theta - m), or the proximal step of that strength, and partial[block] = sum S (theta - m)^2
+// before it.
+template <class Widest, bool kDecoupled>
+__global__ void __launch_bounds__(kThreads, resident<Widest>(kDecoupled ? 1 : 2))
+    diagonal_adamw_kernel(DeviceTable table, Optimizer optimizer, View fisher_view, View anchor_view, double* partial) {
+  const bool skip = optimizer.skips();
+  double sum = 0.0;
+  for (int64_t tile = blockIdx.x; tile < table.tiles(); tile += gridDim.x) {
+    const Place place = table.place(tile);
+    OptimizerOctets<Widest> octets(table, optimizer, place);
+    Octet<Widest> fisher = read<Widest>(table, fisher_view, place);
+    Octet<Widest> anchor = read<Widest>(table, anchor_view, place);
+    octets.convert_all();
+    convert(fisher);
+    convert(anchor);
+#pragma unroll
+    for (int j = 0; j < kOctet; ++j) {
+      const double distance = octets.theta[j] - anchor[j];
+      sum = fma(fisher[j] * distance, distance, sum);
+    }
+    if (!skip) {
+      octets.step(table, optimizer, place, [&](int j, double share, Widest& start, Widest& gradient) {
+        if (kDecoupled) {
+          start = static_cast<Widest>(proximal_step(octets.theta[j], fisher[j], anchor[j], share));
+        } else {
+          gradient += static_cast<Widest>(share * (fisher[j] * (octets.theta[j] - anchor[j])));
+        }
+      });
+    }
+  }
+  const double total = block_sum(sum);
+  if (threadIdx.x == 0) partial[blockIdx.x] = total;
 }
 
 }  // namespace

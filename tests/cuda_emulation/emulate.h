@@ -32,6 +32,7 @@
 #define __shared__ static __attribute__((section("shared_memory")))
 extern "C" char __start_shared_memory[], __stop_shared_memory[];
 using std::fma;
+using std::sqrt;
 
 namespace emulation {
 

@@ -32,6 +32,8 @@ _REGISTERS = {
     "quadratic_kernel": 64,
     "gradient_kernel": 128,
     "shrink_kernel": 128,
+    "low_rank_adamw_kernel": 128,
+    "diagonal_adamw_kernel": 128,
 }
 
 
@@ -304,6 +306,14 @@ def gradient_kernel(
         tl.store(partial + chunk, tl.sum(slope * distance, axis=0))
 
 
+@triton.jit
+def _proximal_weight(s: tl.tensor, strength: tl.tensor) -> tl.tensor:
+    """strength S / (1 + strength S); 0 where S = 0, 1 where it is infinite."""
+    x = tl.where(s == 0.0, 0.0, s * strength)
+    x = tl.where(x > 1.7976931348623157e308, 1.7976931348623157e308, x)  # NaN is kept
+    return x / (1.0 + x)
+
+
 @_kernel
 def shrink_kernel(
     begins: tl.tensor,
@@ -320,14 +330,174 @@ def shrink_kernel(
     STATE: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """theta <- theta - w (theta - m), w = strength S / (1 + strength S); w = 0 where S = 0, 1 where it is infinite."""
+    """theta <- theta - w (theta - m), with the proximal weight w."""
     place = locate(begins, firsts, numel, tl.program_id(0).to(tl.int64), BLOCK)
     theta = _read(parameters, parameters_stride, place, PARAMS, BLOCK).to(tl.float64)
     s = _read(fisher, fisher_stride, place, STATE, BLOCK).to(tl.float64)
     m = _read(anchor, anchor_stride, place, STATE, BLOCK).to(tl.float64)
-    x = tl.where(s == 0.0, 0.0, s * tl.load(strength))
-    x = tl.where(x > 1.7976931348623157e308, 1.7976931348623157e308, x)  # NaN is kept
-    _write(parameters, parameters_stride, place, theta - x / (1.0 + x) * (theta - m), PARAMS, BLOCK)
+    w = _proximal_weight(s, tl.load(strength))
+    _write(parameters, parameters_stride, place, theta - w * (theta - m), PARAMS, BLOCK)
+
+
+# AdamW. A tensor has one row of settings, so a chunk goes from segment to segment: one, but for small tensors.
+
+
+@triton.jit
+def _segments_of(firsts: tl.tensor, place: tl.tuple) -> tl.tuple:
+    """The first and the last segment that a chunk touches."""
+    whole, first, segment, start, inside = place
+    last = first
+    if whole == 0:
+        last = tl.load(firsts + tl.program_id(0).to(tl.int64) + 1)
+    return first, last
+
+
+@triton.jit
+def _within(place: tl.tuple, index: tl.tensor) -> tl.tuple:
+    """The part of a place that lies in one segment, and which lanes these are."""
+    whole, first, segment, start, inside = place
+    mine = inside & (segment == index)
+    return (whole, first, segment, start, mine), mine
+
+
+@triton.jit
+def _adamw(row: tl.tensor, theta: tl.tensor, gradient: tl.tensor, m: tl.tensor, v: tl.tensor) -> tl.tuple:
+    """(theta, m, v) after a step along ``gradient``, in theta's dtype; see ``reference.low_rank_adamw_``."""
+    beta1, beta2 = tl.load(row + 1), tl.load(row + 2)
+    first = m + (1 - beta1).to(m.dtype) * (gradient - m)
+    second = beta2.to(v.dtype) * v + (1 - beta2).to(v.dtype) * gradient * gradient
+    root = tl.load(row + 5).to(v.dtype) * tl.sqrt(second) + tl.load(row + 6).to(v.dtype)
+    moved = tl.load(row + 3).to(theta.dtype) * theta - tl.load(row + 4).to(theta.dtype) * (first / root)
+    return moved, first, second
+
+
+@_kernel
+def low_rank_adamw_kernel(
+    begins: tl.tensor,
+    firsts: tl.tensor,
+    numel: tl.tensor,
+    parameters: tl.tensor,
+    parameters_stride: tl.tensor,
+    gradients: tl.tensor,
+    gradients_stride: tl.tensor,
+    exp_avgs: tl.tensor,
+    exp_avgs_stride: tl.tensor,
+    exp_avg_sqs: tl.tensor,
+    exp_avg_sqs_stride: tl.tensor,
+    settings: tl.tensor,
+    found_inf: tl.tensor,
+    directions: tl.tensor,
+    directions_stride: tl.tensor,
+    pieces: tl.tensor,
+    num_terms: tl.tensor,
+    coefficients: tl.tensor,
+    partial: tl.tensor,
+    PARAMS: tl.constexpr,
+    GRADIENTS: tl.constexpr,
+    DIRECTIONS: tl.constexpr,
+    DECOUPLED: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """A step of AdamW, and partial[k, chunk] = u_k . theta after it. What is read of u_k the second time is in L2."""
+    chunk = tl.program_id(0).to(tl.int64)
+    chunks = tl.num_programs(0)
+    place = locate(begins, firsts, numel, chunk, BLOCK)
+    keep = tl.load(found_inf) > 0
+    total = tl.zeros([BLOCK], tl.float64)
+    term = directions
+    for k in range(num_terms):
+        u = _read(term, directions_stride, place, DIRECTIONS, BLOCK)
+        total += tl.load(coefficients + k) * u.to(tl.float64)
+        term += pieces
+
+    result = _zeros(PARAMS, BLOCK)
+    index, last = _segments_of(firsts, place)
+    while index <= last:
+        here, mine = _within(place, index)
+        theta = _read(parameters, parameters_stride, here, PARAMS, BLOCK)
+        gradient = _read(gradients, gradients_stride, here, GRADIENTS, BLOCK).to(theta.dtype)
+        m = _read(exp_avgs, exp_avgs_stride, here, PARAMS, BLOCK)
+        v = _read(exp_avg_sqs, exp_avg_sqs_stride, here, PARAMS, BLOCK)
+        row = settings + index.to(tl.int64) * 8
+        pull = (tl.load(row + 7) * total).to(theta.dtype)
+        gradient = tl.load(row).to(theta.dtype) * gradient
+        if DECOUPLED:
+            moved, m, v = _adamw(row, theta + pull, gradient, m, v)
+        else:
+            moved, m, v = _adamw(row, theta, gradient + pull, m, v)
+        if PARAMS == 3:  # in float64, as the widest; what is projected is what is stored
+            stored = moved.to(tl.float32).to(tl.float64)
+            moved = tl.where((tl.load(parameters + index * parameters_stride) & 3) == 0, stored, moved)
+        moved = tl.where(keep, theta, moved)
+        result = tl.where(mine, moved, result)
+        if keep == 0:
+            _write(parameters, parameters_stride, here, moved, PARAMS, BLOCK)
+            _write(exp_avgs, exp_avgs_stride, here, m, PARAMS, BLOCK)
+            _write(exp_avg_sqs, exp_avg_sqs_stride, here, v, PARAMS, BLOCK)
+        index += 1
+
+    for _ in range(num_terms):
+        u = _read(directions, directions_stride, place, DIRECTIONS, BLOCK)
+        tl.store(partial + chunk, tl.sum(result.to(tl.float64) * u.to(tl.float64), axis=0))
+        directions += pieces
+        partial += chunks
+
+
+@_kernel
+def diagonal_adamw_kernel(
+    begins: tl.tensor,
+    firsts: tl.tensor,
+    numel: tl.tensor,
+    parameters: tl.tensor,
+    parameters_stride: tl.tensor,
+    gradients: tl.tensor,
+    gradients_stride: tl.tensor,
+    exp_avgs: tl.tensor,
+    exp_avgs_stride: tl.tensor,
+    exp_avg_sqs: tl.tensor,
+    exp_avg_sqs_stride: tl.tensor,
+    settings: tl.tensor,
+    found_inf: tl.tensor,
+    fisher: tl.tensor,
+    fisher_stride: tl.tensor,
+    anchor: tl.tensor,
+    anchor_stride: tl.tensor,
+    partial: tl.tensor,
+    PARAMS: tl.constexpr,
+    GRADIENTS: tl.constexpr,
+    STATE: tl.constexpr,
+    DECOUPLED: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """A step of AdamW with the diagonal penalty, and partial[chunk] = sum S (theta - m)^2 before it."""
+    chunk = tl.program_id(0).to(tl.int64)
+    place = locate(begins, firsts, numel, chunk, BLOCK)
+    keep = tl.load(found_inf) > 0
+    squares = tl.zeros([BLOCK], tl.float64)
+    index, last = _segments_of(firsts, place)
+    while index <= last:
+        here, mine = _within(place, index)
+        theta = _read(parameters, parameters_stride, here, PARAMS, BLOCK)
+        gradient = _read(gradients, gradients_stride, here, GRADIENTS, BLOCK).to(theta.dtype)
+        m = _read(exp_avgs, exp_avgs_stride, here, PARAMS, BLOCK)
+        v = _read(exp_avg_sqs, exp_avg_sqs_stride, here, PARAMS, BLOCK)
+        s = _read(fisher, fisher_stride, here, STATE, BLOCK).to(tl.float64)
+        distance = theta.to(tl.float64) - _read(anchor, anchor_stride, here, STATE, BLOCK).to(tl.float64)
+        slope = s * distance
+        squares = tl.where(mine, slope * distance, squares)
+        row = settings + index.to(tl.int64) * 8
+        gradient = tl.load(row).to(theta.dtype) * gradient
+        if DECOUPLED:
+            start = theta.to(tl.float64) - _proximal_weight(s, tl.load(row + 7)) * distance
+            moved, m, v = _adamw(row, start.to(theta.dtype), gradient, m, v)
+        else:
+            moved, m, v = _adamw(row, theta, gradient + (tl.load(row + 7) * slope).to(theta.dtype), m, v)
+        if keep == 0:
+            _write(parameters, parameters_stride, here, moved, PARAMS, BLOCK)
+            _write(exp_avgs, exp_avgs_stride, here, m, PARAMS, BLOCK)
+            _write(exp_avg_sqs, exp_avg_sqs_stride, here, v, PARAMS, BLOCK)
+        index += 1
+    tl.store(partial + chunk, tl.sum(squares, axis=0))
 
 
 # The second stage of reductions: one program for each row of partial sums.

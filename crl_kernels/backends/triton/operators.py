@@ -262,3 +262,117 @@ def diagonal_shrink_(
         STATE=s.dtypes,
     )
     theta.write_back()
+
+
+class _AdamW:
+    """The operands of a step of AdamW, as kernels take them."""
+
+    def __init__(
+        self,
+        flat: Flat,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        exp_avgs: Sequence[Tensor],
+        exp_avg_sqs: Sequence[Tensor],
+        settings: Tensor,
+        found_inf: Tensor | None,
+    ) -> None:
+        check(len(grads) == len(params), "expected one gradient for each parameter")
+        for parameter, gradient in zip(params, grads, strict=True):
+            check(parameter.dtype in (torch.float32, torch.float64), "AdamW moves float32 and float64 tensors")
+            check(
+                gradient.dtype == parameter.dtype or (parameter.dtype == torch.float32 and gradient.itemsize == 2),
+                "a gradient has its parameter's dtype, or 16 bits beside float32",
+            )
+        _check_targets(exp_avgs, params)
+        _check_targets(exp_avg_sqs, params)
+        if found_inf is None:
+            found_inf = torch.zeros((), dtype=torch.float32, device=params[0].device)
+        check(
+            found_inf.numel() == 1 and found_inf.dtype == torch.float32 and found_inf.device == params[0].device,
+            "found_inf is one float32 on the device of the parameters",
+        )
+        self._targets = [_Target(flat, tensors) for tensors in (params, exp_avgs, exp_avg_sqs)]
+        theta, m, v = (target.view for target in self._targets)
+        self.grads = flat.view(grads)
+        self.theta = theta
+        views = (theta, self.grads, m, v)
+        self.arguments = [
+            *(part for view in views for part in (view.entries, view.stride)),
+            flat.numbers(settings, 8 * len(params)),
+            found_inf,
+        ]
+
+    def write_back(self) -> None:
+        for target in self._targets:
+            target.write_back()
+
+
+@_on_device_of_first
+def low_rank_adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    settings: Tensor,
+    found_inf: Tensor | None,
+    directions: Sequence[Tensor],
+    coefficients: Tensor,
+    decoupled: bool,
+) -> Tensor:
+    flat = Flat(params)
+    num_terms = coefficients.numel()
+    adamw = _AdamW(flat, params, grads, exp_avgs, exp_avg_sqs, settings, found_inf)
+    u = flat.view(directions, num_terms) if num_terms else adamw.theta
+    partial = flat.empty_float64(num_terms, flat.chunks)
+    flat.run(
+        kernels.low_rank_adamw_kernel,
+        *adamw.arguments,
+        u.entries,
+        u.stride,
+        u.pieces,
+        num_terms,
+        flat.numbers(coefficients, num_terms),
+        partial,
+        PARAMS=adamw.theta.dtypes,
+        GRADIENTS=adamw.grads.dtypes,
+        DIRECTIONS=u.dtypes,
+        DECOUPLED=decoupled,
+    )
+    adamw.write_back()
+    result = flat.empty_float64(num_terms)
+    return _finish(flat, partial, result) if num_terms else result
+
+
+@_on_device_of_first
+def diagonal_adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    settings: Tensor,
+    found_inf: Tensor | None,
+    fisher: Sequence[Tensor],
+    anchor: Sequence[Tensor],
+    decoupled: bool,
+) -> Tensor:
+    _check_state(fisher, anchor)
+    flat = Flat(params)
+    adamw = _AdamW(flat, params, grads, exp_avgs, exp_avg_sqs, settings, found_inf)
+    s, m = flat.view(fisher), flat.view(anchor)
+    partial = flat.empty_float64(flat.chunks)
+    flat.run(
+        kernels.diagonal_adamw_kernel,
+        *adamw.arguments,
+        s.entries,
+        s.stride,
+        m.entries,
+        m.stride,
+        partial,
+        PARAMS=adamw.theta.dtypes,
+        GRADIENTS=adamw.grads.dtypes,
+        STATE=s.dtypes,
+        DECOUPLED=decoupled,
+    )
+    adamw.write_back()
+    return _finish(flat, partial, flat.empty_float64())

@@ -1,0 +1,683 @@
+"""FusedAdamW against torch's AdamW with the penalty added by hand, and what it carries from step to step."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import crl_kernels as ck
+from crl_kernels.backends import registry
+
+STEPS = 20 if registry.INTERPRETED else 1000
+LAM = 1.5
+MODES = pytest.mark.parametrize("decoupled", [False, True], ids=["gradient", "decoupled"])
+KINDS = pytest.mark.parametrize("kind", ["1", "3", "10", "diagonal"])
+
+
+class Network(nn.Module):
+    """Layers of several shapes, one parameter without elements and one that the loss does not use."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.convolution = nn.Conv2d(2, 3, 3)
+        self.first, self.second = nn.Linear(12, 17), nn.Linear(17, 3)
+        self.empty, self.unused = nn.Parameter(torch.zeros(0)), nn.Parameter(torch.randn(5))
+        self.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(self.convolution(x).flatten(1)).tanh())
+
+
+def task_loss(model: Network, step: int) -> Tensor:
+    generator = torch.Generator().manual_seed(step % 7)
+    x = torch.randn(8, 2, 4, 4, generator=generator, dtype=torch.float64).to(model.unused.dtype)
+    return (model(x) - x[:, 0, 0, :3].sin()).square().mean()
+
+
+def fisher_of(model: nn.Module, seed: int, kind: str, storage_dtype: torch.dtype | None = None):
+    """A task whose anchor lies away from where the model stands."""
+    generator = torch.Generator().manual_seed(seed)
+    gradient, anchor = (
+        {n: torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p) for n, p in model.named_parameters()}
+        for _ in range(2)
+    )
+    if kind == "diagonal":
+        return ck.DiagonalFisher({n: 0.1 * g**2 for n, g in gradient.items()}, anchor)
+    return ck.LowRankFisher.from_mean_gradient(gradient, 0.02, anchor, storage_dtype=storage_dtype)
+
+
+def history_of(model: nn.Module, kind: str, exclude: list[str] | None = None):
+    history = (ck.DiagonalHistory if kind == "diagonal" else ck.LowRankHistory)(model, exclude=exclude)
+    for seed in range(2 if kind == "diagonal" else int(kind)):
+        fisher = fisher_of(model, seed, kind)
+        if exclude:
+            bound = set(history.names)
+            parts = {
+                name: tensor for name, tensor in fisher_tensors(model, seed) if name in bound
+            }
+            fisher = ck.LowRankFisher.from_mean_gradient(parts, 0.02, {n: t + 1 for n, t in parts.items()})
+        history.append(fisher)
+    return history
+
+
+def fisher_tensors(model: nn.Module, seed: int):
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        yield name, torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter)
+
+
+def groups_of(model: Network) -> list[dict]:
+    """Groups with hyperparameters of their own, in another order than the model's."""
+    params = list(reversed(list(model.parameters())))
+    return [
+        {"params": [p for p in params if p.dim() > 1], "lr": 3e-3},
+        {"params": [p for p in params if p.dim() <= 1], "lr": 1e-3, "weight_decay": 0.0, "betas": (0.8, 0.99)},
+    ]
+
+
+def flat(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().double().flatten() for p in model.parameters()])
+
+
+def distance(one: Tensor, other: Tensor) -> float:
+    return float((one - other).norm() / other.norm())
+
+
+class ByHand:
+    """What FusedAdamW is to equal: AdamW with history.add_penalty_grad_ or decoupled_step_ just before its step."""
+
+    def __init__(self, params, history, lam, decoupled: bool, **options) -> None:
+        self.optimizer = torch.optim.AdamW(params, **options)
+        self.history, self.lam, self.decoupled = history, lam, decoupled
+        self.param_groups = self.optimizer.param_groups
+
+    def step(self) -> None:
+        params = [p for group in self.param_groups for p in group["params"]]
+        missing = [p for p in params if p.grad is None]
+        if self.decoupled:
+            self.history.decoupled_step_(self.lam, self.param_groups)
+        else:
+            self.history.add_penalty_grad_(self.lam)
+        self.optimizer.step()
+        for parameter in missing:
+            parameter.grad = None
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad()
+
+
+def carried(optimizer: ck.FusedAdamW) -> Tensor:
+    return optimizer._penalty._carried()
+
+
+def assert_carries_the_projections(optimizer: ck.FusedAdamW, history: ck.LowRankHistory) -> None:
+    """A fresh sum in plain float64."""
+    theta = torch.cat([p.detach().double().flatten() for p in history._binding.params])
+    fresh = torch.stack([u.double() @ theta for u in history._directions])
+    torch.testing.assert_close(carried(optimizer), fresh, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-6)], ids=str)
+@pytest.mark.parametrize("maximize", [False, True])
+def test_without_a_history_it_is_torchs_adamw(dtype, bound, maximize):
+    ends = []
+    for make in (torch.optim.AdamW, ck.FusedAdamW):
+        model = Network(dtype)
+        optimizer = make(groups_of(model), weight_decay=0.1, maximize=maximize)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            loss = task_loss(model, step)
+            (-loss if maximize else loss).backward()
+            optimizer.step()
+            schedule.step()
+        ends.append(flat(model))
+    assert distance(ends[1], ends[0]) <= bound
+
+
+@KINDS
+@MODES
+def test_with_a_history_it_is_adamw_and_the_penalty_by_hand(kind, decoupled):
+    """Groups, a schedule of rates that changes their ratio, a task that is appended and one parameter without a
+    gradient."""
+    ends = []
+    for fused in (False, True):
+        model = Network()
+        history = history_of(model, kind)
+        if fused:
+            optimizer = ck.FusedAdamW(groups_of(model), history=history, lam=LAM, decoupled=decoupled)
+        else:
+            optimizer = ByHand(groups_of(model), history, LAM, decoupled)
+        for step in range(STEPS):
+            if step == STEPS // 2:
+                history.append(fisher_of(model, 99, kind))
+            if step % 10 == 0:
+                optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / STEPS)
+            optimizer.zero_grad()
+            task_loss(model, step).backward()
+            value = float(history.penalty(LAM).detach())
+            optimizer.step()
+            if fused:
+                assert abs(float(optimizer.last_penalty) - value) <= 1e-9 * value
+        ends.append(flat(model))
+    assert distance(ends[1], ends[0]) <= 1e-9
+    assert distance(flat(Network()), ends[0]) > 0.1
+    if kind != "diagonal":
+        assert_carries_the_projections(optimizer, history)
+
+
+@MODES
+@pytest.mark.parametrize("storage_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_float32_parameters_and_both_ways_to_store_a_direction(storage_dtype, decoupled):
+    ends = []
+    for fused in (False, True):
+        model = Network(torch.float32)
+        history = ck.LowRankHistory(model)
+        history.append(fisher_of(model, 0, "1", storage_dtype))
+        if fused:
+            optimizer = ck.FusedAdamW(groups_of(model), history=history, lam=LAM, decoupled=decoupled)
+        else:
+            optimizer = ByHand(groups_of(model), history, LAM, decoupled)
+        for step in range(min(STEPS, 200)):
+            optimizer.zero_grad()
+            task_loss(model, step).backward()
+            optimizer.step()
+        ends.append(flat(model))
+    assert distance(ends[1], ends[0]) <= 1e-5
+    assert_carries_the_projections(optimizer, history)
+
+
+@pytest.mark.parametrize("kind", ["3", "diagonal"])
+def test_an_infinite_lam_holds_what_can_be_held(kind):
+    ends = []
+    for fused in (False, True):
+        model = Network()
+        history = history_of(model, kind)
+        if fused:
+            optimizer = ck.FusedAdamW(groups_of(model), history=history, lam=float("inf"), decoupled=True)
+        else:
+            optimizer = ByHand(groups_of(model), history, float("inf"), True)
+        for step in range(20):
+            optimizer.param_groups[1]["lr"] = 0.0 if step < 10 else 1e-3
+            optimizer.zero_grad()
+            task_loss(model, step).backward()
+            optimizer.step()
+        ends.append(flat(model))
+    assert distance(ends[1], ends[0]) <= 1e-9
+
+
+def test_lam_is_a_number_or_a_tensor_and_may_change():
+    ends = []
+    for form in ("by hand", "tensor", "number"):
+        model = Network()
+        history = history_of(model, "3")
+        lam = torch.tensor(1.0) if form == "tensor" else 1.0
+        if form == "by hand":
+            optimizer = ByHand(groups_of(model), history, lam, False)
+        else:
+            optimizer = ck.FusedAdamW(groups_of(model), history=history, lam=lam)
+        for step in range(20):
+            optimizer.lam = lam.fill_(step / 10) if form == "tensor" else step / 10
+            optimizer.zero_grad()
+            task_loss(model, step).backward()
+            optimizer.step()
+        ends.append(flat(model))
+    for end in ends[1:]:
+        assert distance(end, ends[0]) <= 1e-7  # a float32 lam
+    assert distance(ends[2], ends[0]) <= 1e-12
+
+
+@KINDS
+@MODES
+def test_a_grad_scaler_changes_nothing_but_skipped_steps(kind, decoupled):
+    """A scaled run equals an unscaled one in which the steps with infinite gradients are left out; the carried
+    projections survive them, bit for bit."""
+    ends = {}
+    for scaled in (False, True):
+        model = Network()
+        history = history_of(model, kind)
+        optimizer = ck.FusedAdamW(groups_of(model), history=history, lam=LAM, decoupled=decoupled)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=scaled)
+        for step in range(40):
+            overflow = step % 9 == 3 or step == 0
+            if overflow and not scaled:
+                continue
+            optimizer.zero_grad()
+            for micro in range(2):  # accumulated
+                scaler.scale(task_loss(model, 2 * step + micro)).backward()
+            before = flat(model)
+            if overflow:
+                model.first.bias.grad[2] = float("inf")
+            if step % 3 == 2:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(model.parameters(), 0.3)
+            kept = carried(optimizer) if overflow and step else None
+            scaler.step(optimizer)
+            scaler.update()
+            assert torch.equal(before, flat(model)) == overflow
+            if kept is not None:
+                assert torch.equal(carried(optimizer), kept)
+        ends[scaled] = flat(model)
+        steps = {float(optimizer.state[p]["step"]) for p in (model.first.weight, model.second.bias)}
+        assert steps == {40.0 - sum(s % 9 == 3 or s == 0 for s in range(40))}
+    assert distance(ends[True], ends[False]) <= 1e-12
+
+
+@MODES
+@pytest.mark.parametrize("storage", ["cpu steps", "fused"])
+def test_state_goes_to_torchs_adamw_and_back(decoupled, storage):
+    """Every 25 steps the other optimizer goes on from a copy of the state."""
+    ends = []
+    for changing in (False, True):
+        model = Network()
+        history = history_of(model, "3")
+        by_hand = ByHand(groups_of(model), history, LAM, decoupled, fused=storage == "fused")
+        fused = ck.FusedAdamW(groups_of(model), history=history, lam=LAM, decoupled=decoupled)
+        now, then = (by_hand.optimizer, fused)
+        for step in range(200):
+            if changing and step % 25 == 24:
+                now, then = then, now
+                now.load_state_dict(copy.deepcopy(then.state_dict()))
+                assert set(now.state_dict()["state"][0]) == {"step", "exp_avg", "exp_avg_sq"}
+            optimizer = fused if now is fused else by_hand
+            by_hand.param_groups = by_hand.optimizer.param_groups
+            now.zero_grad()
+            task_loss(model, step).backward()
+            optimizer.step()
+        ends.append(flat(model))
+    assert distance(ends[1], ends[0]) <= 1e-9
+
+
+def run_with(write, decoupled: bool, verify_every: int = 0, resync: bool = False) -> list[Tensor]:
+    """60 steps by hand and fused, with ``write(model, history, optimizer)`` before step 20 and 40."""
+    ends = []
+    for fused in (False, True):
+        model = Network()
+        history = history_of(model, "3")
+        if fused:
+            optimizer = ck.FusedAdamW(
+                groups_of(model), history=history, lam=LAM, decoupled=decoupled, verify_every=verify_every
+            )
+        else:
+            optimizer = ByHand(groups_of(model), history, LAM, decoupled)
+        for step in range(60):
+            if step in (20, 40):
+                write(model, history)
+                if fused and resync:
+                    optimizer.resync()
+            optimizer.zero_grad()
+            task_loss(model, step).backward()
+            optimizer.step()
+        ends.append(flat(model))
+    if fused and not verify_every:
+        assert_carries_the_projections(optimizer, history)
+    return ends
+
+
+def copied(model, history) -> None:
+    with torch.no_grad():
+        model.second.weight.copy_(model.second.weight * 1.5 + 1)
+
+
+WRITES = {
+    "in place": copied,
+    "load_state_dict": lambda model, history: model.load_state_dict(
+        {name: tensor + 0.3 for name, tensor in model.state_dict().items()}
+    ),
+    "our own operators": lambda model, history: history.decoupled_step_(3.0, 0.5),
+    "of the history": lambda model, history: history.load_state_dict(
+        {key: t * 1.1 if t.is_floating_point() else t for key, t in history.state_dict().items()}
+    ),
+    "history.to": lambda model, history: history.to("cpu"),
+}
+
+
+@MODES
+@pytest.mark.parametrize("write", WRITES)
+def test_writes_from_outside_are_noticed_at_once(write, decoupled):
+    by_hand, fused = run_with(WRITES[write], decoupled)
+    assert distance(fused, by_hand) <= 1e-9
+
+
+def through_data(model, history) -> None:
+    model.second.weight.data.mul_(1.5).add_(1)
+
+
+@MODES
+def test_writes_through_data_are_seen_after_resync(decoupled):
+    by_hand, fused = run_with(through_data, decoupled, resync=True)
+    assert distance(fused, by_hand) <= 1e-9
+    model = Network()
+    optimizer = ck.FusedAdamW(groups_of(model), history=history_of(model, "1"), lam=LAM, decoupled=decoupled)
+    optimizer.step()
+    through_data(model, None)
+    before = carried(optimizer)
+    optimizer.step()
+    assert distance(carried(optimizer), before) > 0.01  # the pass itself sums what is there, so one step is wrong
+
+
+@MODES
+def test_writes_through_data_are_seen_and_said_by_verify_every(decoupled):
+    with pytest.warns(UserWarning, match=r"changed behind FusedAdamW's back: the projections u_k . theta were") as told:
+        by_hand, fused = run_with(through_data, decoupled, verify_every=20)
+    assert len(told) == 2
+    assert all("test_optim" in warning.filename for warning in told)
+    assert distance(fused, by_hand) <= 1e-9
+
+
+@pytest.mark.parametrize("kind", ["3", "diagonal"])
+def test_verify_every_is_silent_where_nothing_was_written(kind):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = Network()
+        optimizer = ck.FusedAdamW(groups_of(model), history=history_of(model, kind), lam=LAM, verify_every=3)
+        model.first.weight.requires_grad_(False)
+        for step in range(20):
+            optimizer.zero_grad()
+            task_loss(model, step).backward()
+            optimizer.step()
+
+
+@KINDS
+@MODES
+def test_parameters_that_are_frozen_on_the_way_stay_and_count(kind, decoupled):
+    """By hand: frozen parameters have the rate 0."""
+    ends = []
+    for fused in (False, True):
+        model = Network()
+        history = history_of(model, kind)
+        frozen = [model.first.weight, model.unused]
+        rest = [p for p in reversed(list(model.parameters())) if not any(p is f for f in frozen)]
+        groups = [{"params": rest, "lr": 2e-3}, {"params": frozen, "lr": 1e-3}]
+        if fused:
+            optimizer = ck.FusedAdamW(groups, history=history, lam=LAM, decoupled=decoupled)
+        else:
+            optimizer = ByHand(groups, history, LAM, decoupled)
+        for step in range(60):
+            freeze = 20 <= step < 40
+            optimizer.zero_grad()
+            if fused:
+                for parameter in frozen:
+                    parameter.requires_grad_(not freeze)
+            else:
+                optimizer.param_groups[1]["lr"] = 0.0 if freeze else 1e-3
+            task_loss(model, step).backward()
+            if not fused and freeze:
+                kept = [copy.deepcopy(optimizer.optimizer.state[p]) for p in frozen]
+            before = torch.cat([p.detach().flatten() for p in frozen])
+            optimizer.step()
+            if freeze:
+                assert torch.equal(before, torch.cat([p.detach().flatten() for p in frozen]))
+                if not fused:
+                    for parameter, state in zip(frozen, kept, strict=True):
+                        optimizer.optimizer.state[parameter] = state
+            if fused:
+                expected = float(history.penalty(LAM).detach())
+                optimizer.resync()
+        ends.append(flat(model))
+    assert distance(ends[1], ends[0]) <= 1e-9
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    optimizer.step()
+    assert abs(float(optimizer.last_penalty) - expected) <= 1e-9 * expected
+    assert torch.equal(flat(model), ends[1])
+
+
+@MODES
+def test_parameters_that_the_history_excludes_have_no_penalty(decoupled):
+    ends = []
+    for fused in (False, True):
+        model = Network()
+        history = history_of(model, "3", exclude=["second", "*.bias"])
+        if fused:
+            optimizer = ck.FusedAdamW(groups_of(model), history=history, lam=LAM, decoupled=decoupled)
+        else:
+            optimizer = ByHand(groups_of(model), history, LAM, decoupled)
+        for step in range(60):
+            optimizer.zero_grad()
+            task_loss(model, step).backward()
+            optimizer.step()
+        ends.append(flat(model))
+    assert distance(ends[1], ends[0]) <= 1e-9
+
+
+@MODES
+def test_a_history_without_terms_and_gradients_that_are_missing(decoupled):
+    """As in torch, what has no gradient and no penalty is left alone, and has no state."""
+    ends = []
+    for fused in (False, True):
+        model = Network()
+        history = ck.LowRankHistory(model)
+        if fused:
+            optimizer = ck.FusedAdamW(model.parameters(), history=history, lam=LAM, decoupled=decoupled)
+        else:
+            optimizer = ByHand(model.parameters(), history, LAM, decoupled)
+        for step in range(60):
+            if step == 30:
+                history.append(fisher_of(model, 0, "1"))
+            optimizer.zero_grad()
+            if step % 4 != 1:
+                task_loss(model, step).backward()
+            optimizer.step()
+            if step == 29:
+                assert torch.equal(model.unused, Network().unused)
+                assert not fused or model.unused not in optimizer.state
+        ends.append(flat(model))
+        assert model.unused.grad is None
+    assert distance(ends[1], ends[0]) <= 1e-9
+
+
+@MODES
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_parameters_are_roundings_of_a_master_copy(dtype, decoupled):
+    """They go the way of float32 parameters that are given the same gradients, by steps too small for their dtype."""
+    half, full = Network(dtype), Network(torch.float32)
+    full.load_state_dict({name: tensor.float() for name, tensor in half.state_dict().items()})
+    histories = [ck.LowRankHistory(model) for model in (half, full)]
+    histories[1].append(fisher_of(full, 0, "1", torch.float32))
+    histories[0].append(fisher_of(full, 0, "1", torch.float32))
+    optimizers = [
+        ck.FusedAdamW(groups_of(model), lr=1e-5, history=history, lam=LAM, decoupled=decoupled)
+        for model, history in zip((half, full), histories, strict=True)
+    ]
+    for optimizer in optimizers:
+        optimizer.param_groups[0]["lr"] = 1e-5
+    for step in range(30):
+        half.zero_grad()
+        task_loss(half, step).backward()
+        for p, q in zip(half.parameters(), full.parameters(), strict=True):
+            q.grad = None if p.grad is None else p.grad.float()
+        if step == 15:  # taken over where it differs, and only there
+            with torch.no_grad():
+                half.first.weight[0] += 0.5
+                full.first.weight[0] = half.first.weight[0].float()
+        if step == 20:
+            optimizers[0].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+        for optimizer in optimizers:
+            optimizer.step()
+        for p, q in zip(half.parameters(), full.parameters(), strict=True):
+            assert torch.equal(optimizers[0].state[p]["master"], q)
+            assert torch.equal(p, q.to(dtype))
+    torch.testing.assert_close(carried(optimizers[0]), carried(optimizers[1]), rtol=1e-12, atol=0)
+    state = optimizers[0].state[half.first.weight]
+    assert {key: tensor.dtype for key, tensor in state.items()} == dict.fromkeys(
+        ("step", "exp_avg", "exp_avg_sq", "master"), torch.float32
+    )
+
+
+def test_half_state_goes_to_torchs_adamw_and_back():
+    model = Network(torch.bfloat16)
+    optimizer = ck.FusedAdamW(model.parameters())
+    torchs = torch.optim.AdamW(model.parameters())
+    for step, (now, then) in enumerate([(optimizer, torchs), (torchs, optimizer), (optimizer, torchs)]):
+        model.zero_grad()
+        task_loss(model, step).backward()
+        now.step()
+        then.load_state_dict(copy.deepcopy(now.state_dict()))
+    state = optimizer.state[model.first.weight]
+    assert float(state["step"]) == 3
+    assert all(tensor.dtype == torch.float32 for tensor in state.values())
+    assert torch.equal(state["master"].bfloat16(), model.first.weight)
+
+
+@MODES
+def test_channels_last_flat_buffers_and_mixed_dtypes(decoupled):
+    """Other memory than row-major tensors of one dtype."""
+    ends = []
+    for form in ("by hand", "fused", "channels_last", "flat"):
+        model = Network()
+        history = history_of(model, "3")
+        if form == "channels_last":
+            model.to(memory_format=torch.channels_last)
+        if form == "flat":
+            ck.flatten_parameters(model)
+        if form == "by hand":
+            optimizer = ByHand(groups_of(model), history, LAM, decoupled)
+        else:
+            optimizer = ck.FusedAdamW(groups_of(model), history=history, lam=LAM, decoupled=decoupled)
+        for step in range(30):
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.zero_()
+            generator = torch.Generator().manual_seed(step)
+            for parameter in model.parameters():
+                gradient = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                if form == "flat":
+                    parameter.grad.copy_(gradient)
+                else:
+                    parameter.grad = gradient.to(memory_format=torch.preserve_format)
+            optimizer.step()
+        ends.append(flat(model))
+    assert distance(ends[1], ends[0]) <= 1e-9
+    assert torch.equal(ends[2], ends[1])
+    assert torch.equal(ends[3], ends[1])
+
+    mixed = Network(torch.float32)
+    mixed.first.double()
+    history = history_of(mixed, "3")
+    optimizer = ck.FusedAdamW(groups_of(mixed), history=history, lam=LAM, decoupled=decoupled)
+    for parameter in mixed.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert_carries_the_projections(optimizer, history)
+
+
+def test_gradients_stay_as_they_are_and_closures_are_called_first():
+    model = Network()
+    optimizer = ck.FusedAdamW(model.parameters(), history=history_of(model, "1"), lam=LAM)
+    task_loss(model, 0).backward()
+    gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    optimizer.step()
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        assert (parameter.grad is None) == (gradient is None)
+        assert gradient is None or torch.equal(parameter.grad, gradient)
+
+    ends = []
+    for by_closure in (False, True):
+        model = Network()
+        optimizer = ck.FusedAdamW(model.parameters(), history=history_of(model, "1"), lam=LAM)
+
+        def closure(model=model, optimizer=optimizer) -> Tensor:
+            optimizer.zero_grad()
+            loss = task_loss(model, 0)
+            loss.backward()
+            return loss
+
+        if by_closure:
+            loss = optimizer.step(closure)
+        else:
+            loss = closure()
+            optimizer.step()
+        ends.append(torch.cat([flat(model), loss.detach()[None]]))
+    assert torch.equal(ends[0], ends[1])
+
+
+def test_a_step_in_compiled_code():
+    model = Network()
+    optimizer = ck.FusedAdamW(model.parameters(), history=history_of(model, "1"), lam=LAM)
+
+    @torch.compile(backend="eager")
+    def train(step: int) -> Tensor:
+        loss = task_loss(model, step)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    before = flat(model)
+    train(0)
+    assert_carries_the_projections(optimizer, optimizer._penalty.history)
+    assert not torch.equal(flat(model), before)
+
+
+def test_what_cannot_be_is_refused():
+    model = Network()
+    history = history_of(model, "1")
+    params = list(model.parameters())
+    cases = [
+        (ValueError, r"lam is in a parameter group; .* Pass lam= to FusedAdamW", lambda: ck.FusedAdamW(
+            [{"params": params, "lam": 3.0}], history=history)),
+        (ValueError, r"amsgrad=True is not supported; use torch.optim.AdamW with history.attach", lambda: ck.FusedAdamW(
+            [{"params": params, "amsgrad": True}])),
+        (TypeError, "a parameter is torch.complex64; expected a real floating-point dtype", lambda: ck.FusedAdamW(
+            [nn.Parameter(torch.zeros(2, dtype=torch.complex64))])),
+        (ValueError, r"'second.weight', 'second.bias', which the history has, are in no parameter group",
+         lambda: ck.FusedAdamW([p for n, p in model.named_parameters() if "second" not in n], history=history)),
+        (ValueError, "maximize=True would maximize the penalty too", lambda: ck.FusedAdamW(
+            params, maximize=True, history=history)),
+        (TypeError, "history is a Network; expected a LowRankHistory or a DiagonalHistory", lambda: ck.FusedAdamW(
+            params, history=model)),
+        (ValueError, "lam is inf; expected a finite value >= 0", lambda: ck.FusedAdamW(
+            params, history=history, lam=float("inf"))),
+        (ValueError, "lam is -1", lambda: ck.FusedAdamW(params, history=history, lam=-1.0, decoupled=True)),
+        (ValueError, "lr is -1", lambda: ck.FusedAdamW(params, lr=-1.0)),
+        (ValueError, r"betas is \(0.9, 1.0\); expected two numbers >= 0 and < 1", lambda: ck.FusedAdamW(
+            params, betas=(0.9, 1.0))),
+        (ValueError, "eps is -1", lambda: ck.FusedAdamW(params, eps=-1.0)),
+        (ValueError, "weight_decay is -1", lambda: ck.FusedAdamW(params, weight_decay=-1.0)),
+        (ValueError, "verify_every is -1; expected an integer >= 0", lambda: ck.FusedAdamW(params, verify_every=-1)),
+    ]  # fmt: skip
+    for error, message, call in cases:
+        with pytest.raises(error, match=message):
+            call()
+    history.attach(torch.optim.SGD(params, lr=0.1), 1.0)
+    with pytest.raises(ValueError, match=r"history is attached to an optimizer, .* call detach\(\) first"):
+        ck.FusedAdamW(params, history=history)
+
+
+@pytest.mark.parametrize("kind", ["1", "diagonal"])
+def test_a_step_that_is_refused_writes_nothing(kind):
+    model = Network()
+    history = history_of(model, kind)
+    optimizer = ck.FusedAdamW(model.parameters(), history=history, lam=LAM)
+    task_loss(model, 0).backward()
+    optimizer.step()
+    before, state = flat(model), copy.deepcopy(optimizer.state_dict()["state"])
+
+    def refused(error, message, call=optimizer.step) -> None:
+        with pytest.raises(error, match=message):
+            call()
+        assert torch.equal(flat(model), before)
+        now = optimizer.state_dict()["state"]
+        for index, tensors in state.items():
+            for key, tensor in tensors.items():
+                assert torch.equal(now[index][key], tensor), (index, key)
+
+    refused(TypeError, "closure is a float; expected a function that computes the loss", lambda: optimizer.step(1.0))
+    optimizer.lam = -2.0
+    refused(ValueError, "lam is -2.0")
+    optimizer.lam = LAM
+    dense = model.second.weight.grad
+    model.second.weight.grad = dense.to_sparse()
+    refused(RuntimeError, r"the gradient of parameter 6, of shape \(3, 17\), is torch.sparse_coo; FusedAdamW")
+    model.second.weight.grad = dense
+    amsgrad = torch.optim.AdamW(model.parameters(), amsgrad=True).state_dict()
+    refused(ValueError, "amsgrad=True is not supported", lambda: optimizer.load_state_dict(amsgrad))
+    parameter = model.second.weight
+    model.second.weight = nn.Parameter(parameter.detach().clone())
+    refused(ValueError, "parameter 'second.weight' is no longer the object that the history was bound to")
+    model.second.weight = parameter
+    optimizer.step()
+    assert not torch.equal(flat(model), before)
