@@ -19,6 +19,7 @@ from . import _ops
 from .diagonal_history import DiagonalHistory
 from .history import Groups, Rate
 from .low_rank_history import LowRankHistory
+from .sharding import Shards
 
 _SAME = 1e-12  # what sums of one vector in two orders may differ by, relative to |u| |theta|
 
@@ -35,6 +36,10 @@ class FoldedPenalty(ABC, Generic[_History]):
         self._terms: object = None
         self._moving: tuple[int, ...] = ()
 
+    @property
+    def _shards(self) -> Shards:
+        return self.history._binding.shards
+
     def is_current(self, moving: tuple[int, ...]) -> bool:
         """Whether what is carried still fits: no terms were appended, loaded or moved, nothing was frozen or freed."""
         return self._terms is self._state() and self._moving == moving
@@ -49,8 +54,8 @@ class FoldedPenalty(ABC, Generic[_History]):
         """Reads anew; says in words how far what was carried had gone from it, if it had. Waits for the device."""
         before = self._carried()
         self.read(params, moving)
-        norm = torch.stack([p.detach().double().norm() for p in params]).norm()
-        return self._difference(before, self._carried(), norm)
+        squares = torch.stack([p.detach().double().square().sum() for p in params]).sum()
+        return self._difference(before, self._carried(), self._shards.sum_(squares).sqrt())
 
     @abstractmethod
     def step_(self, prepare: Prepare, lam: float | Tensor, lr: Sequence[Mapping[str, Any]]) -> Tensor:
@@ -100,7 +105,8 @@ class FoldedLowRank(FoldedPenalty[LowRankHistory]):
     def _project(self, params: list[Tensor], members: tuple[int, ...] | None) -> Tensor:
         if not params:
             return torch.zeros_like(self.history.curvatures)
-        return _ops.constant_projections(params, self._pieces(members), len(self.history))
+        projections = _ops.constant_projections(params, self._pieces(members), len(self.history))
+        return self._shards.sum_(projections)
 
     def _pieces(self, members: tuple[int, ...] | None) -> list[Tensor]:
         return self.history._pieces(self.history._directions, members)
@@ -126,7 +132,8 @@ class FoldedLowRank(FoldedPenalty[LowRankHistory]):
         if self._moving:
             state = prepare(ratios, history._float64(1.0))
             directions = self._pieces(self._members(self._moving))
-            self._projections = _ops.low_rank_adamw_(state, directions, coefficients, self._decoupled)
+            projections = _ops.low_rank_adamw_(state, directions, coefficients, self._decoupled)
+            self._projections = self._shards.sum_(projections)
         return 0.5 * (force * drift).sum()
 
 
@@ -139,7 +146,7 @@ class FoldedDiagonal(FoldedPenalty[DiagonalHistory]):
     ) -> None:
         self._of_still = self.history._float64(0.0)
         if still:
-            self._of_still = _ops.diagonal_quadratic(still, *self._pieces(others))
+            self._of_still = self._shards.sum_(_ops.diagonal_quadratic(still, *self._pieces(others)))
 
     def _pieces(self, members: tuple[int, ...] | None) -> tuple[list[Tensor], list[Tensor]]:
         pieces = self.history._pieces([self.history._fisher, self.history._anchor], members)
@@ -162,5 +169,6 @@ class FoldedDiagonal(FoldedPenalty[DiagonalHistory]):
         total = self._of_still + history._residual
         if self._moving:
             pieces = self._pieces(self._members(self._moving))
-            total = total + _ops.diagonal_adamw_(prepare(ratios, strength), *pieces, self._decoupled)
+            moved = _ops.diagonal_adamw_(prepare(ratios, strength), *pieces, self._decoupled)
+            total = total + self._shards.sum_(moved)
         return total * (0.5 * history._float64(lam))

@@ -312,10 +312,14 @@ class History(ABC, Generic[_Fisher]):
             raise ValueError(f"{origin} lacks {join_names(missing)}; expected what {type(self).__name__} saved.")
         return [state[key].to(self._device) for key in keys]
 
-    def _params(self) -> list[Tensor]:
-        """The bound parameters, checked; of sharded ones, this process's parts."""
+    def _bound_params(self) -> list[Tensor]:
+        """The bound parameters, checked."""
         self._binding.check(self._device)
-        return self._binding.shards.local(self._binding.params)
+        return list(self._binding.params)
+
+    def _params(self) -> list[Tensor]:
+        """The same; of sharded ones, this process's parts."""
+        return self._binding.shards.local(self._bound_params())
 
     def _run_or_list(self, params: list[Tensor]) -> list[Tensor]:
         """The parameters as kernels best take them: as one flat tensor after flatten_parameters, else as they are."""

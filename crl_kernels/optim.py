@@ -15,6 +15,7 @@ from .diagonal_history import DiagonalHistory
 from .folded_penalty import FoldedDiagonal, FoldedLowRank, FoldedPenalty
 from .history import check_strength
 from .low_rank_history import LowRankHistory
+from .sharding import is_sharded, local_part
 
 _HALF = (torch.float16, torch.bfloat16)
 # sign, beta1, beta2, lr, eps, weight_decay, ratio: of one parameter.
@@ -116,6 +117,7 @@ class FusedAdamW(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
+        self._sharded = any(is_sharded(p) for group in self.param_groups for p in group["params"])
         try:
             self._check_group(self.param_groups[-1])
         except (TypeError, ValueError):
@@ -163,10 +165,10 @@ class FusedAdamW(Optimizer):
         self._check_gradients(group_of)
         check_strength("lam", self.lam, finite=not self._decoupled)
         penalty = self._penalty if self._penalty is not None and len(self._penalty.history) else None
-        bound = penalty.history._params() if penalty is not None else []
+        bound = penalty.history._bound_params() if penalty is not None else []
         halves = [parameter for parameter in group_of if parameter.dtype in _HALF]
         watched = bound + halves
-        if self._versions != [parameter._version for parameter in watched]:
+        if self._versions != self._versions_of(watched):
             self._versions = None
         if penalty is not None:
             self._carry(penalty, bound, halves)
@@ -187,9 +189,19 @@ class FusedAdamW(Optimizer):
             _ops.low_rank_adamw_(state, [], nothing, False)
             moved += params
         if rounded := [parameter for parameter in moved if parameter.dtype in _HALF]:
-            torch._foreach_copy_(rounded, [self.state[parameter]["master"] for parameter in rounded])
-        self._versions = [parameter._version for parameter in watched]
+            masters = [self.state[parameter]["master"] for parameter in rounded]
+            torch._foreach_copy_(self._local(rounded), self._local(masters))
+        self._versions = self._versions_of(watched)
         self._steps_taken += 1
+
+    def _versions_of(self, params: list[Tensor]) -> list[int]:
+        """Their version counters; a sharded one's part in this process has a counter of its own."""
+        versions = [parameter._version for parameter in params]
+        return versions + [local_part(parameter)._version for parameter in params] if self._sharded else versions
+
+    def _local(self, tensors: list[Tensor]) -> list[Tensor]:
+        """This process's parts of parameters, gradients or moments."""
+        return list(map(local_part, tensors)) if self._sharded else tensors
 
     def _carry(self, penalty: FoldedPenalty[Any], bound: list[Tensor], halves: list[Tensor]) -> None:
         """Sees to it that what the penalty carries belongs to the parameters as they are."""
@@ -199,8 +211,9 @@ class FusedAdamW(Optimizer):
         if fits and not due:
             return
         self._adopt_writes(halves)
-        params = [self.state.get(parameter, {}).get("master", parameter) for parameter in bound]
+        params = self._local([self.state.get(parameter, {}).get("master", parameter) for parameter in bound])
         if not fits:
+            penalty.history._binding.rates(self.param_groups)  # the history may have been rebound
             penalty.read(params, moving)
         elif difference := penalty.find_difference(params, moving):
             warnings.warn(
@@ -213,6 +226,7 @@ class FusedAdamW(Optimizer):
         """Takes over, into the master copies, what was written to parameters from outside."""
         for parameter in halves:
             if (master := self.state.get(parameter, {}).get("master")) is not None:
+                master, parameter = self._local([master, parameter])
                 same = master.to(parameter.dtype) == parameter
                 master.copy_(torch.where(same, master, parameter.float()))
 
@@ -238,11 +252,12 @@ class FusedAdamW(Optimizer):
             found_inf = found_inf.to(share.device)
         torch._foreach_add_(stepped, 1 if found_inf is None else (found_inf <= 0).float())
         thetas = [state.get("master", p) for state, p in zip(states, params, strict=True)]
+        grads = [torch.zeros_like(t) if p.grad is None else p.grad for t, p in zip(thetas, params, strict=True)]
         return _ops.AdamWState(
-            thetas,
-            [torch.zeros_like(t) if p.grad is None else p.grad for t, p in zip(thetas, params, strict=True)],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
+            self._local(thetas),
+            self._local(grads),
+            self._local([state["exp_avg"] for state in states]),
+            self._local([state["exp_avg_sq"] for state in states]),
             self._settings(rows, [group_of[p]["lr"] for p in params], stepped, share),
             found_inf,
         )

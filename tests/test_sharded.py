@@ -59,7 +59,12 @@ def train(model: nn.Module, kind: str, mode: str, rank: int = 0, count: int = 1)
     """(values of the penalty, parameters at the end) of 20 steps."""
     history = history_of(model, kind)
     penalty = ck.rank1_ewc_penalty if kind == "low_rank" else ck.diagonal_ewc_penalty
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
+    if mode.startswith("inside"):
+        optimizer = ck.FusedAdamW(
+            model.parameters(), lr=LR, history=history, lam=LAM, decoupled=mode == "inside-decoupled"
+        )
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
     if mode in ("attached", "decoupled"):
         history.attach(optimizer, LAM, decoupled=mode == "decoupled")
     values = []
@@ -77,7 +82,7 @@ def train(model: nn.Module, kind: str, mode: str, rank: int = 0, count: int = 1)
     return values, torch.cat([whole(p.detach()).flatten() for p in model.parameters()])
 
 
-MODES = ("loss", "gradient", "attached", "decoupled")
+MODES = ("loss", "gradient", "attached", "decoupled", "inside", "inside-decoupled")
 
 
 def sharded(count: int, kind: str = "fsdp", model: nn.Module | None = None) -> nn.Module:
@@ -163,6 +168,20 @@ def one_step(rank: int, count: int, folder: Path) -> dict:
         dist.all_reduce = original
         found[kind] = [list(calls), history.nbytes]
         calls.clear()
+
+        model = sharded(count)
+        optimizer = ck.FusedAdamW(model.parameters(), history=history_of(model, kind), lam=LAM)
+        for step in range(2):
+            loss_of(model, step, rank, count).backward()
+            if step:  # the first step also reads the projections that are carried from then on
+                dist.all_reduce = counted
+            optimizer.step()
+            dist.all_reduce = original
+        moments = [
+            p.to_local().nbytes for state in optimizer.state.values() for p in (state["exp_avg"], state["exp_avg_sq"])
+        ]
+        found[kind] += [list(calls), sum(moments)]
+        calls.clear()
     return found
 
 
@@ -171,11 +190,13 @@ def test_one_exchange_of_k_numbers_a_step_and_state_in_proportion(tmp_path):
     for rank in found:
         assert rank["low_rank"][0] == [2, 2]  # once for the gradient, once for the decoupled step
         assert rank["diagonal"][0] == [1]  # for the value; the step needs nothing of others
+        assert (rank["low_rank"][2], rank["diagonal"][2]) == ([2], [1])  # with the penalty inside AdamW
     for kind, vectors, scalars in (("low_rank", 2, 4 * 8), ("diagonal", 2, 8)):
         padding = 8 * (6 + 1 + 5 + 1)  # at most a row of each parameter more than its half
         assert history_of(network(), kind).nbytes == vectors * 8 * 53 + scalars
         for rank in found:
             assert rank[kind][1] <= vectors * (8 * 53 // 2 + padding) + scalars
+            assert rank[kind][3] <= 2 * (8 * 53 // 2 + padding)
 
 
 def offloaded(rank: int, count: int, folder: Path) -> list:
