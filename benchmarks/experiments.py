@@ -58,7 +58,10 @@ EXPERIMENTS = {
         grid=EVERYTHING,
         seeds=(0, 1, 2, 3, 4, 5),
         margin=0.3,
-        required=("gd+diagonal", "gd+diagonal:gradient", "gd+rank1", "gd+rank1:gradient", "gd+bands8"),
+        required=(
+            *("gd+diagonal", "gd+diagonal:gradient", "gd+rank1", "gd+rank1:gradient", "gd+rank1:slopes"),
+            *("gd+bands8", "gd+bands8:slopes"),
+        ),
         ended={
             "gd+rank50:gradient": "no better than rank 10, and its Fisher costs 60 backward passes a batch",
             "rank10": "within 1 % of fine-tuning, and its Fisher costs 20 backward passes a batch",
