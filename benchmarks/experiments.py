@@ -48,6 +48,11 @@ EVERYTHING = grid(
         "gd+bands16 gd+bands16:slopes gd+bands16:top,slopes",
     ),
 )
+FEW = grid(
+    diagonal=((100.0, 1000.0, 10000.0), "gd+diagonal"),
+    low_rank=((3.0, 30.0, 300.0), "gd+rank1 gd+rank1:slopes"),
+    bands=((10.0, 100.0, 1000.0), "gd+bands8:slopes"),
+)
 DIGITS = "--data digits --fisher-samples 2000"
 EXPERIMENTS = {
     # Ten tasks of one class, little training, few and poor replay images: distillation alone forgets.
@@ -58,7 +63,10 @@ EXPERIMENTS = {
         grid=EVERYTHING,
         seeds=(0, 1, 2, 3, 4, 5),
         margin=0.3,
-        required=("gd+diagonal", "gd+diagonal:gradient", "gd+rank1", "gd+rank1:gradient", "gd+bands8"),
+        required=(
+            *("gd+diagonal", "gd+diagonal:gradient", "gd+rank1", "gd+rank1:gradient", "gd+rank1:slopes"),
+            *("gd+bands8", "gd+bands8:slopes"),
+        ),
         ended={
             "gd+rank50:gradient": "no better than rank 10, and its Fisher costs 60 backward passes a batch",
             "rank10": "within 1 % of fine-tuning, and its Fisher costs 20 backward passes a batch",
@@ -66,4 +74,22 @@ EXPERIMENTS = {
         },
         controls={"gd+bands8:random,slopes": "gd+bands8:slopes", "gd+bands8:slopes,once": "gd+bands8:slopes"},
     ),
+    # Five tasks of two classes and a good pool: what distillation alone leaves to prevent.
+    "digits-easy": Experiment(
+        options=f"{DIGITS} --model mini --batch 16 --replay-batch 16",
+        tuning="--tasks 3 --eval-samples 50",
+        grid=FEW,
+        seeds=(0, 1, 2, 3, 4, 5),
+    ),
+    **{
+        name: Experiment(
+            options=f"--data {data} --model mini --batch 16 --replay-batch 16 --steps 1000 --eval-steps 20 "
+            "--fisher-samples 4000",
+            tuning="--tasks 3 --eval-samples 50",
+            grid=FEW,
+            seeds=(0, 1, 2),
+            references=("fine-tune", "gd"),
+        )
+        for name, data in (("mnist", "mnist"), ("fashion-mnist", "fashion_mnist"))
+    },
 }
