@@ -128,7 +128,9 @@ class FusedAdamW(Optimizer):
             self._check_options(group)
         super().load_state_dict(state_dict)
         saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        for saved, parameter in zip(saved_ids, chain.from_iterable(group["params"] for group in self.param_groups), strict=True):
+        for saved, parameter in zip(
+            saved_ids, chain.from_iterable(group["params"] for group in self.param_groups), strict=True
+        ):
             state, given = self.state.get(parameter), state_dict["state"].get(saved)
             if state and given:
                 state["step"] = torch.as_tensor(state["step"]).to(parameter.device, torch.float32)
@@ -307,7 +309,9 @@ class FusedAdamW(Optimizer):
 
     def _check_options(self, group: Mapping[str, Any]) -> None:
         if group.get("amsgrad"):
-            raise ValueError("amsgrad=True is not supported; use torch.optim.AdamW with history.attach(optimizer, lam).")
+            raise ValueError(
+                "amsgrad=True is not supported; use torch.optim.AdamW with history.attach(optimizer, lam)."
+            )
         if "lam" in group:
             raise ValueError(
                 "lam is in a parameter group; there is one for all, because anything else is the gradient of no penalty. "

@@ -55,9 +55,7 @@ def history_of(model: nn.Module, kind: str, exclude: list[str] | None = None):
         fisher = fisher_of(model, seed, kind)
         if exclude:
             bound = set(history.names)
-            parts = {
-                name: tensor for name, tensor in fisher_tensors(model, seed) if name in bound
-            }
+            parts = {name: tensor for name, tensor in fisher_tensors(model, seed) if name in bound}
             fisher = ck.LowRankFisher.from_mean_gradient(parts, 0.02, {n: t + 1 for n, t in parts.items()})
         history.append(fisher)
     return history

@@ -35,10 +35,19 @@ _REGISTERS = {
     "low_rank_adamw_kernel": 128,
     "diagonal_adamw_kernel": 128,
 }
+_MOST_REGISTERS = 255
+
+
+def block(kernel: str) -> int:
+    """Elements of a chunk. Half as many for AdamW, which holds four or more tensors' at a time."""
+    return BLOCK // 2 if "adamw" in kernel else BLOCK
 
 
 def registers(kernel: str, constants: Mapping[str, int]) -> int:
-    """For a kernel with these constants: a sum into tensors of several dtypes needs more."""
+    """For a kernel with these constants: a sum into tensors of several dtypes needs more, and AdamW in float64 or with a
+    proximal step, which is float64."""
+    if "adamw" in kernel and (constants["PARAMS"] != 1 or ("STATE" in constants and constants["DECOUPLED"])):
+        return _MOST_REGISTERS
     mixed = any(constants[view].bit_count() > 1 for view in ("TARGETS", "DIRECTIONS") if view in constants)
     return 128 if kernel == "combine_kernel" and mixed else _REGISTERS[kernel]
 
