@@ -1,5 +1,5 @@
-"""``python -m benchmarks.optimizer``: a step of FusedAdamW with a penalty inside, beside torch's AdamW(fused=True) without
-one, and beside that and a Python loop for diagonal EWC.
+"""``python -m benchmarks.optimizer``: a step of FusedAdamW with a penalty inside, beside torch's AdamW(fused=True)
+without one, and beside that and a Python loop for diagonal EWC.
 
 Steps take turns, medians are taken, and ratios within the same rounds. With one thread the clock is process CPU time;
 with more it is wall time. All optimizers share their gradients; ``limit`` is the ratio of the bytes
@@ -139,8 +139,8 @@ def markdown(result: dict[str, Any]) -> str:
         "# A step of AdamW with an EWC penalty inside\n",
         f"`python -m benchmarks.optimizer`, {result['date']}, commit {result['commit']}, {result['processor']}, "
         f"{result['threads']} thread(s), {result['clock']} time, torch {result['torch']}, {result['kernels']} kernels; "
-        f"{result['parameters']:,} float32 parameters in {result['tensors']} tensors; median [20th, 80th percentile] of "
-        f"{result['rounds']} rounds.\n",
+        f"{result['parameters']:,} float32 parameters in {result['tensors']} tensors; median [20th, 80th percentile] "
+        f"of {result['rounds']} rounds.\n",
         f"Limit: bytes that the step has to move, over AdamW's {ADAMW_BYTES}. Targets: one rank-1 term at most "
         f"{TARGETS['one term']:.2f} times AdamW(fused=True), and {TARGETS['Python loop']:.0f} times faster than the "
         "Python loop.\n",

@@ -31,7 +31,8 @@ class FoldedPenalty(ABC, Generic[_History]):
     """What is carried belongs to a state of the history and to the parameters that moved; both are remembered."""
 
     def __init__(self, history: _History, decoupled: bool) -> None:
-        self.history, self._decoupled = history, decoupled
+        self.history: _History = history
+        self._decoupled = decoupled
         self._terms: object = None
         self._moving: tuple[int, ...] = ()
 

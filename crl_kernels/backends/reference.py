@@ -114,7 +114,7 @@ def _adamw_(
     state: Sequence[Tensor], start: Tensor, gradient: Tensor, settings: Tensor, found_inf: Tensor | None
 ) -> None:
     """Moves (theta, m, v) from ``start`` along ``gradient``, which have theta's dtype, as has all arithmetic."""
-    theta, m, v = state
+    _, m, v = state
     _, beta1, beta2, decay, step_size, root_scale, eps, _ = settings
     first, second = m + (1 - beta1) * (gradient - m), beta2 * v + (1 - beta2) * gradient * gradient
     moved = decay * start - step_size * (first / (root_scale * second.sqrt() + eps))

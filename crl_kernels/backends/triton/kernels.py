@@ -33,9 +33,8 @@ _REGISTERS = {
     "gradient_kernel": 128,
     "shrink_kernel": 128,
     "low_rank_adamw_kernel": 128,
-    "diagonal_adamw_kernel": 128,
+    "diagonal_adamw_kernel": 255,
 }
-_MOST_REGISTERS = 255
 
 
 def block(kernel: str) -> int:
@@ -44,10 +43,9 @@ def block(kernel: str) -> int:
 
 
 def registers(kernel: str, constants: Mapping[str, int]) -> int:
-    """For a kernel with these constants: a sum into tensors of several dtypes needs more, and AdamW in float64 or with a
-    proximal step, which is float64."""
-    if "adamw" in kernel and (constants["PARAMS"] != 1 or ("STATE" in constants and constants["DECOUPLED"])):
-        return _MOST_REGISTERS
+    """For a kernel with these constants: a sum into tensors of several dtypes needs more, and AdamW in float64."""
+    if kernel == "low_rank_adamw_kernel" and constants["PARAMS"] != 1:
+        return 255
     mixed = any(constants[view].bit_count() > 1 for view in ("TARGETS", "DIRECTIONS") if view in constants)
     return 128 if kernel == "combine_kernel" and mixed else _REGISTERS[kernel]
 
@@ -354,7 +352,7 @@ def shrink_kernel(
 @triton.jit
 def _segments_of(firsts: tl.tensor, place: tl.tuple) -> tl.tuple:
     """The first and the last segment that a chunk touches."""
-    whole, first, segment, start, inside = place
+    whole, first, _, _, _ = place
     last = first
     if whole == 0:
         last = tl.load(firsts + tl.program_id(0).to(tl.int64) + 1)
