@@ -292,8 +292,8 @@ class FusedAdamW(Optimizer):
             if gradient is not None and gradient.layout != torch.strided:
                 raise RuntimeError(
                     f"the gradient of parameter {i}, of shape {tuple(parameter.shape)}, is {gradient.layout}; "
-                    "FusedAdamW takes dense ones. Make its layer's gradient dense (nn.Embedding(sparse=False)), or leave "
-                    "it to another optimizer."
+                    "FusedAdamW takes dense ones. Make its layer's gradient dense (nn.Embedding(sparse=False)), or "
+                    "leave it to another optimizer."
                 )
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
