@@ -2,7 +2,7 @@
 
 Lists of tensors are read as one flat vector of P elements in list order, each tensor in row-major order. Every sum and
 product is taken in float64; a result that is written to a tensor is rounded once, to that tensor's dtype (through
-float32 for 16-bit dtypes, as PyTorch does).
+float32 for 16-bit dtypes, as PyTorch does). Only AdamW's own arithmetic is in its parameters' dtype.
 
 ``directions`` holds K vectors of P elements: K flat tensors, or, term by term, K lists of one tensor per parameter.
 ``fisher`` and ``anchor`` hold one such vector each: one flat tensor, or one tensor per parameter.

@@ -1,4 +1,5 @@
-"""The Triton kernels: one program for each chunk of the flat vector, all arithmetic in float64.
+"""The Triton kernels: one program for each chunk of the flat vector, all arithmetic in float64, but for
+AdamW's own, which is in its parameters' dtype.
 
 A chunk is BLOCK consecutive flat elements, whatever tensors they lie in. Lane j of a program holds flat element
 chunk * BLOCK + j and is multiplied, added and summed in the same place for a list and for a flat tensor. Reductions
