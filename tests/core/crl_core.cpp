@@ -1,9 +1,8 @@
 // csrc/core and the loops of csrc/cpu as a Python module, for the tests beside it. It is never shipped.
 //
 // A numpy array stands for a Pointer or a double*: its first element and its dtype, with uint16 for bfloat16, and None
-// for a null double*; a list of arrays stands for a const Pointer*, five arrays for an AdamWPiece, and four integers for
-// a Walk. Nothing here checks
-// lengths, so that AddressSanitizer has something to find.
+// for a null double*; a list of arrays stands for a const Pointer*, five arrays for an AdamWPiece, and four integers
+// for a Walk. Nothing here checks lengths, so that AddressSanitizer has something to find.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
