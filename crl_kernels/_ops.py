@@ -448,9 +448,7 @@ class AdamWState(NamedTuple):
         torch.autograd.graph.increment_version([*self.params, *self.exp_avgs, *self.exp_avg_sqs])
 
 
-def low_rank_adamw_(
-    state: AdamWState, directions: Sequence[Tensor], coefficients: Tensor, decoupled: bool
-) -> Tensor:
+def low_rank_adamw_(state: AdamWState, directions: Sequence[Tensor], coefficients: Tensor, decoupled: bool) -> Tensor:
     """A step of AdamW with sum_k c_k u_k in the gradient, or, decoupled, added before, under ``torch.no_grad``; returns
     u_k . theta after it, (K,) float64."""
     projections: Tensor = _ops.low_rank_adamw_(*state, directions, coefficients, decoupled)
@@ -458,9 +456,7 @@ def low_rank_adamw_(
     return projections
 
 
-def diagonal_adamw_(
-    state: AdamWState, fisher: Sequence[Tensor], anchor: Sequence[Tensor], decoupled: bool
-) -> Tensor:
+def diagonal_adamw_(state: AdamWState, fisher: Sequence[Tensor], anchor: Sequence[Tensor], decoupled: bool) -> Tensor:
     """A step of AdamW with the diagonal penalty's gradient, or, decoupled, its proximal step before, under
     ``torch.no_grad``; returns sum S (theta - m)^2 before it, 0-dim float64."""
     value: Tensor = _ops.diagonal_adamw_(*state, fisher, anchor, decoupled)

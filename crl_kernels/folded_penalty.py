@@ -32,7 +32,8 @@ class FoldedPenalty(ABC, Generic[_History]):
     """What is carried belongs to a state of the history and to the parameters that moved; both are remembered."""
 
     def __init__(self, history: _History, decoupled: bool) -> None:
-        self.history, self._decoupled = history, decoupled
+        self.history: _History = history
+        self._decoupled = decoupled
         self._terms: object = None
         self._moving: tuple[int, ...] = ()
 
@@ -47,7 +48,7 @@ class FoldedPenalty(ABC, Generic[_History]):
     def read(self, params: Sequence[Tensor], moving: tuple[int, ...]) -> None:
         """Computes what is carried from the bound parameters; those at ``moving`` will be moved."""
         self._terms, self._moving = self._state(), moving
-        still = tuple(i for i in range(len(params)) if i not in set(moving))
+        still = tuple(sorted(set(range(len(params))) - set(moving)))
         self._read([params[i] for i in moving], self._members(moving), [params[i] for i in still], still)
 
     def find_difference(self, params: Sequence[Tensor], moving: tuple[int, ...]) -> str | None:

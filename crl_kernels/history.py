@@ -404,7 +404,7 @@ class History(ABC, Generic[_Fisher]):
         for rate in rates:
             check_strength("lr", rate)
         if moving is not None:
-            kept = {rate: [i for i in members if i in set(moving)] for rate, members in rates.items()}
+            kept = {rate: sorted(set(members) & set(moving)) for rate, members in rates.items()}
             rates = {rate: members for rate, members in kept.items() if members}
         if len(rates) == 1:
             return ((1.0, moving),), next(iter(rates))

@@ -30,9 +30,9 @@ class FusedAdamW(Optimizer):
         m <- beta1 m + (1 - beta1) g,   v <- beta2 v + (1 - beta2) g^2
         theta <- (1 - lr weight_decay) theta - lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
 
-    The same as torch's AdamW with ``history.add_penalty_grad_(lam)`` just before its step, or, decoupled,
-    ``history.decoupled_step_(lam, optimizer.param_groups)`` just before its step; but the gradient mode leaves ``.grad``
-    as it is. Decoupled training is best finished with one ``history.decoupled_step_``.
+    The same as torch's AdamW with ``history.add_penalty_grad_(lam)`` or, decoupled,
+    ``history.decoupled_step_(lam, optimizer.param_groups)`` just before its step; but ``.grad`` stays as it is.
+    Decoupled training is best finished with one ``history.decoupled_step_``.
 
     Traffic, in bytes per float32 parameter and step: 28, which are AdamW's own, and 4 for each term (2 for bfloat16
     directions), or 8 for a diagonal history. A low-rank term's projection u_k . theta is carried: the pass that writes
@@ -130,7 +130,9 @@ class FusedAdamW(Optimizer):
             self._check_options(group)
         super().load_state_dict(state_dict)
         saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        for saved, parameter in zip(saved_ids, chain.from_iterable(group["params"] for group in self.param_groups), strict=True):
+        for saved, parameter in zip(
+            saved_ids, chain.from_iterable(group["params"] for group in self.param_groups), strict=True
+        ):
             state, given = self.state.get(parameter), state_dict["state"].get(saved)
             if state and given:
                 state["step"] = torch.as_tensor(state["step"]).to(parameter.device, torch.float32)
@@ -304,9 +306,9 @@ class FusedAdamW(Optimizer):
             gradient = parameter.grad
             if gradient is not None and gradient.layout != torch.strided:
                 raise RuntimeError(
-                    f"the gradient of parameter {i}, of shape {tuple(parameter.shape)}, is {gradient.layout}; FusedAdamW "
-                    "takes dense ones. Make its layer's gradient dense (nn.Embedding(sparse=False)), or leave it to "
-                    "another optimizer."
+                    f"the gradient of parameter {i}, of shape {tuple(parameter.shape)}, is {gradient.layout}; "
+                    "FusedAdamW takes dense ones. Make its layer's gradient dense (nn.Embedding(sparse=False)), or "
+                    "leave it to another optimizer."
                 )
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
@@ -322,11 +324,13 @@ class FusedAdamW(Optimizer):
 
     def _check_options(self, group: Mapping[str, Any]) -> None:
         if group.get("amsgrad"):
-            raise ValueError("amsgrad=True is not supported; use torch.optim.AdamW with history.attach(optimizer, lam).")
+            raise ValueError(
+                "amsgrad=True is not supported; use torch.optim.AdamW with history.attach(optimizer, lam)."
+            )
         if "lam" in group:
             raise ValueError(
-                "lam is in a parameter group; there is one for all, because anything else is the gradient of no penalty. "
-                "Pass lam= to FusedAdamW."
+                "lam is in a parameter group; there is one for all, because anything else is the gradient of no "
+                "penalty. Pass lam= to FusedAdamW."
             )
         if group.get("maximize") and self._penalty is not None:
             raise ValueError("maximize=True would maximize the penalty too; negate the loss instead.")
@@ -361,4 +365,6 @@ def _fold(history: LowRankHistory | DiagonalHistory | None, decoupled: bool) -> 
         raise TypeError(f"history is a {type(history).__name__}; expected a LowRankHistory or a DiagonalHistory.")
     if history._attachment is not None:
         raise ValueError("history is attached to an optimizer, and its penalty would count twice; call detach() first.")
-    return (FoldedLowRank if isinstance(history, LowRankHistory) else FoldedDiagonal)(history, decoupled)
+    if isinstance(history, LowRankHistory):
+        return FoldedLowRank(history, decoupled)
+    return FoldedDiagonal(history, decoupled)

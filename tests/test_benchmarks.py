@@ -12,7 +12,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # benchmarks are run from a checkout, and are not installed
 
-from benchmarks import penalty  # noqa: E402
+from benchmarks import optimizer, penalty  # noqa: E402
 from benchmarks.contenders import CONTENDERS, YARDSTICKS  # noqa: E402
 from benchmarks.operators import OPERATORS  # noqa: E402
 from benchmarks.problem import Unavailable  # noqa: E402
@@ -46,6 +46,18 @@ def test_penalty_writes_what_was_asked_for(tmp_path):
     ours, paper = by_name["rank-1, add_penalty_grad_"], by_name["rank-1, the paper's way"]
     assert ours["paper_over_this"] == paper["times_limit"] / ours["times_limit"]
     assert (tmp_path / "roofline_cpu_1thread.png").stat().st_size > 0
+
+
+def test_optimizer_writes_a_row_for_each_step(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.optimizer", "--parameters", "5000", "--tensors", "7", "--rounds", "2"]
+    done = subprocess.run([*command, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "optimizer_cpu_1thread.json").read_text())["rows"]
+    assert len(rows) == 3 + 2 * len(optimizer.HISTORIES)
+    assert all(row["ms_p20"] <= row["ms"] <= row["ms_p80"] for row in rows)
+    assert (rows[0]["times_adamw"], rows[-1]["loop_over_this"]) == (1, 1)
+    text = (tmp_path / "optimizer_cpu_1thread.md").read_text()
+    assert all(f"\n| {row['name']} |" in text for row in rows)
 
 
 def test_summary_is_made_of_rows_of_the_table():

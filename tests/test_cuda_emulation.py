@@ -281,7 +281,9 @@ def test_bitwise_the_same_flat_or_in_a_list_whatever_the_addresses(device):
             rows = one.expand(len(theta), 8) / 2
             moved = ops.low_rank_adamw_(*adamw, rows, None, directions, one, False)
             squares = ops.diagonal_adamw_(*adamw, rows, None, directions, directions, True)
-            results.append(torch.cat([value[None], quadratic[None], moved, squares[None], *targets, *sum(moments, [])]))
+            results.append(
+                torch.cat([value[None], quadratic[None], moved, squares[None], *targets, *moments[0], *moments[1]])
+            )
         for result in results[1:]:
             assert torch.equal(result, results[0])
 

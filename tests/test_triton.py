@@ -97,6 +97,14 @@ def test_bitwise_the_same_flat_or_in_a_list(monkeypatch):
             operators.diagonal_accumulate_(targets, theta, *state, one)[None],
         ]
         operators.diagonal_shrink_(targets, *state, one)
+        moments = [[tensor.abs() for tensor in theta] for _ in range(2)]
+        adamw = (targets, theta, *moments, one.expand(len(theta), 8) / 2, None)
+        parts += [
+            operators.low_rank_adamw_(*adamw, directions, ones, False),
+            operators.diagonal_adamw_(*adamw, *state, True)[None],
+            *moments[0],
+            *moments[1],
+        ]
         results.append(torch.cat([*parts, *targets]))
     for result in results[1:]:
         assert torch.equal(result, results[0])

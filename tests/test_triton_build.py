@@ -34,10 +34,25 @@ READS = {
     "quadratic_kernel": ("PARAMS", "STATE", "STATE"),
     "gradient_kernel": ("PARAMS", "PARAMS", "STATE", "STATE"),
     "shrink_kernel": ("PARAMS", "STATE", "STATE"),
+    "low_rank_adamw_kernel": ("PARAMS", "GRADIENTS", "PARAMS", "PARAMS", "DIRECTIONS", "DIRECTIONS"),
+    "diagonal_adamw_kernel": ("PARAMS", "GRADIENTS", "PARAMS", "PARAMS", "STATE", "STATE"),
 }
-WRITES = {"combine_kernel": "TARGETS", "gradient_kernel": "PARAMS", "shrink_kernel": "PARAMS"}
-TYPES = {"firsts": "*i32", "numel": "i64", "count": "i32", "num_terms": "i32", "pieces": "i32"}
-TABLES = ("begins", "parameters", "targets", "directions", "fisher", "anchor")
+WRITES = {
+    "combine_kernel": ("TARGETS",),
+    "gradient_kernel": ("PARAMS",),
+    "shrink_kernel": ("PARAMS",),
+    "low_rank_adamw_kernel": ("PARAMS",) * 3,
+    "diagonal_adamw_kernel": ("PARAMS",) * 3,
+}
+TYPES = {
+    "firsts": "*i32",
+    "numel": "i64",
+    "count": "i32",
+    "num_terms": "i32",
+    "pieces": "i32",
+    "found_inf": "*fp32",
+}
+TABLES = ("begins", "parameters", "targets", "directions", "fisher", "anchor", "gradients", "exp_avgs", "exp_avg_sqs")
 
 
 def low_rank(values: int, directions: int):
@@ -53,10 +68,26 @@ def diagonal(values: int, state: int):
     yield "shrink_kernel", {"PARAMS": values, "STATE": state}
 
 
+def adamw(values: int, gradients: int, directions: int, state: int):
+    for decoupled in (False, True):
+        constants = {"PARAMS": values, "GRADIENTS": gradients, "DECOUPLED": decoupled}
+        yield "low_rank_adamw_kernel", constants | {"DIRECTIONS": directions}
+        yield "diagonal_adamw_kernel", constants | {"STATE": state}
+
+
 USUAL = [*low_rank(F32, F32), *low_rank(F32, BF16), *low_rank(BF16, BF16), *diagonal(F32, F32), *diagonal(BF16, F32)]
+USUAL += [*adamw(F32, F32, F32, F32), *adamw(F32, BF16, BF16, F32)]
 ALL = F32 | F64 | BF16 | F16
 MIXED = [*low_rank(F32 | BF16, BF16), *low_rank(F16, F64), *diagonal(F32 | BF16 | F64, F64)]
-WIDEST = [*low_rank(F64, F64), *low_rank(ALL, ALL), *diagonal(F64, F64), *diagonal(ALL, F64)]
+MIXED += [*adamw(F32 | F64, F32 | BF16 | F64, F64, F64)]
+WIDEST = [
+    *adamw(F64, F64, F64, F64),
+    *adamw(F32 | F64, ALL, ALL, F64),
+    *low_rank(F64, F64),
+    *low_rank(ALL, ALL),
+    *diagonal(F64, F64),
+    *diagonal(ALL, F64),
+]
 
 
 def name_of(case) -> str:
@@ -66,7 +97,7 @@ def name_of(case) -> str:
 
 def compiled(kernel: str, constants: dict[str, int], target: str):
     function = getattr(kernels, kernel)
-    constants = constants | {"BLOCK": kernels.BLOCK}
+    constants = constants | {"BLOCK": kernels.block(kernel)}
 
     def type_of(parameter: str) -> str:
         if parameter in constants:
@@ -82,23 +113,24 @@ def compiled(kernel: str, constants: dict[str, int], target: str):
     return triton.compile(source, target=TARGETS[target], options=options)
 
 
-def wide_accesses(constants: dict[str, int], views: tuple[str, ...], threads: int) -> int:
-    """How many 16-byte accesses of one thread cover a chunk of these views, one for each dtype in a view."""
+def wide_accesses(block: int, constants: dict[str, int], views: tuple[str, ...], threads: int) -> int:
+    """How many 16-byte accesses of one thread cover a chunk of these views, one for each dtype in a view; none where a
+    thread has fewer bytes of it."""
     dtypes = [bit for view in views for bit in BYTES if constants[view] & bit]
-    return sum(kernels.BLOCK * BYTES[bit] // (16 * threads) for bit in dtypes)
+    return sum(block * BYTES[bit] // (16 * threads) for bit in dtypes)
 
 
 @pytest.mark.parametrize("case", [*USUAL, *MIXED], ids=name_of)
 def test_sm_90_reads_and_writes_16_bytes_at_a_time(case):
     kernel, constants = case
     ptx = compiled(kernel, constants, "sm_90").asm["ptx"]
-    reads, writes = READS[kernel], (WRITES[kernel],) if kernel in WRITES else ()
+    reads, writes = READS[kernel], WRITES.get(kernel, ())
     if constants.get("OVERWRITE"):
         reads = reads[1:]
     threads = 32 * kernels.NUM_WARPS
     for access, views in (("ld", reads), ("st", writes)):
         wide = re.findall(rf"\b{access}\.global\S*\.v(?:4\.[bfu]32|2\.[bfu]64)\b", ptx)
-        assert len(wide) == wide_accesses(constants, views, threads)
+        assert len(wide) == wide_accesses(kernels.block(kernel), constants, views, threads)
 
 
 def tool(name: str) -> str:
@@ -209,6 +241,10 @@ for params in ([flat], list(flat.split([3000, 1, 1999])), [torch.randn(4097)[1:]
     operators.diagonal_gradient(params, [u], [u], one)
     operators.diagonal_accumulate_(targets, params, [u], [u], one)
     operators.diagonal_shrink_(params, [u], [u], one)
+    adamw = (params, targets, targets, targets, torch.ones(len(params), 8, dtype=torch.float64))
+    operators.low_rank_adamw_(*adamw, None, [u], c, False)
+    operators.low_rank_adamw_(*adamw, torch.ones(()), [u], c, False)
+    operators.diagonal_adamw_(*adamw, None, [u], [u], False)
 print(*sorted(f"{name}={len(hashes)}" for name, hashes in binaries.items()))
 """
 

@@ -2,7 +2,7 @@
 
 Lists of tensors are read as one flat vector of P elements in list order, each tensor in row-major order. Every sum and
 product is taken in float64; a result that is written to a tensor is rounded once, to that tensor's dtype (through
-float32 for 16-bit dtypes, as PyTorch does).
+float32 for 16-bit dtypes, as PyTorch does). Only AdamW's own arithmetic is in its parameters' dtype.
 
 ``directions`` holds K vectors of P elements: K flat tensors, or, term by term, K lists of one tensor per parameter.
 ``fisher`` and ``anchor`` hold one such vector each: one flat tensor, or one tensor per parameter.
@@ -114,7 +114,7 @@ def _adamw_(
     state: Sequence[Tensor], start: Tensor, gradient: Tensor, settings: Tensor, found_inf: Tensor | None
 ) -> None:
     """Moves (theta, m, v) from ``start`` along ``gradient``, which have theta's dtype, as has all arithmetic."""
-    theta, m, v = state
+    _, m, v = state
     _, beta1, beta2, decay, step_size, root_scale, eps, _ = settings
     first, second = m + (1 - beta1) * (gradient - m), beta2 * v + (1 - beta2) * gradient * gradient
     moved = decay * start - step_size * (first / (root_scale * second.sqrt() + eps))

@@ -2,7 +2,8 @@
 //
 // GCC and Clang vector extensions: the same lines become AVX-512, AVX2, SSE2 or NEON, in registers of their own width,
 // according to the target that is in force where this file is included (see kernels.inc for CRL_ISA, CRL_AVX2 and
-// CRL_AVX512). All arithmetic is float64, so every dtype goes through the same loops.
+// CRL_AVX512). Arithmetic is float64, so every dtype goes through the same loops; AdamW's is its
+// parameters' own.
 //
 // load<Real>(source) and store(target, value) move one double or kWidth of them, with the same rounding.
 #pragma once

@@ -1,4 +1,5 @@
-// The CUDA kernels: a grid of resident blocks that walk the tiles of the flat vector, all arithmetic in float64.
+// The CUDA kernels: a grid of resident blocks that walk the tiles of the flat vector, all arithmetic in float64 but
+// for AdamW's own.
 //
 // Reductions have two stages and no atomics: each block writes one sum of all its tiles for each term, and those are
 // added in a fixed order. Which elements a thread owns follows from flat indices and the grid alone, so results are

@@ -1,8 +1,8 @@
 // csrc/core and the loops of csrc/cpu as a Python module, for the tests beside it. It is never shipped.
 //
 // A numpy array stands for a Pointer or a double*: its first element and its dtype, with uint16 for bfloat16, and None
-// for a null double*; a list of arrays stands for a const Pointer*, and four integers for a Walk. Nothing here checks
-// lengths, so that AddressSanitizer has something to find.
+// for a null double*; a list of arrays stands for a const Pointer*, five arrays for an AdamWPiece, and four integers
+// for a Walk. Nothing here checks lengths, so that AddressSanitizer has something to find.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -83,6 +83,15 @@ struct Argument<const Pointer*> {
   }
 };
 
+template <>
+struct Argument<AdamWPiece> {
+  using Python = std::array<py::array, 5>;
+  AdamWPiece value;
+  explicit Argument(const Python& arrays)
+      : value{pointer(arrays[0]), pointer(arrays[1]), pointer(arrays[2]), pointer(arrays[3]),
+              Argument<double*>(arrays[4]).value} {}
+};
+
 template <class... T>
 py::cpp_function loop(void (*function)(T...)) {
   return py::cpp_function(
@@ -125,6 +134,9 @@ py::dict loops(const Kernels& table, const WeightGradientLoops& weight_gradient_
   dict["quadratic"] = loop(table.quadratic);
   dict["quadratic_gradient"] = loop(table.quadratic_gradient);
   dict["shrink"] = loop(table.shrink);
+  dict["adamw"] = loop(table.adamw);
+  dict["low_rank_adamw"] = loop(table.low_rank_adamw);
+  dict["diagonal_adamw"] = loop(table.diagonal_adamw);
   dict["sample_sums"] = loop(table.sample_sums);
   dict["sample_dots"] = loop(table.sample_dots);
   dict["divide"] = loop(table.divide);

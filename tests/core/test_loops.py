@@ -233,6 +233,106 @@ def test_shrink(loops, dtype, state_dtype):
         assert theta.holds(after[:n]), (n, offset)
 
 
+# A row of AdamW's settings: factor, beta1, beta2, decay, step_size, root_scale, eps, share.
+SETTINGS = np.array([0.7, 0.9, 0.99, 0.999, 0.01, 1.3, 1e-3, 0.6])
+adamw_dtypes = pytest.mark.parametrize(
+    ("dtype", "gradient_dtype"),
+    [("float32", "float32"), ("float32", "bfloat16"), ("float32", "float16"), ("float64", "float64")],
+)
+
+
+def adamw_inputs(dtype: str, gradient_dtype: str) -> list[np.ndarray]:
+    """theta, gradient, m and v."""
+    theta, m, v = (anywhere(dtype, seed, max(LENGTHS)) for seed in (30, 31, 32))
+    return [theta, anywhere(gradient_dtype, 33, max(LENGTHS)), m, np.abs(v)]
+
+
+def adamw_outputs(inputs: list[np.ndarray], start: np.ndarray, pull: np.ndarray) -> list[np.ndarray]:
+    """theta, m and v after a step, one operation after the other in theta's own arithmetic."""
+    theta, gradient, m, v = inputs
+    real = theta.dtype.type
+    factor, beta1, beta2, decay, step_size, root_scale, eps, _ = SETTINGS
+    g = real(factor) * widen(gradient).astype(real) + pull
+    first = m + real(1 - beta1) * (g - m)
+    second = real(beta2) * v + real(1 - beta2) * g * g
+    root = real(root_scale) * np.sqrt(second) + real(eps)
+    return [real(decay) * start - real(step_size) * (first / root), first, second]
+
+
+def adamw_slices(inputs: list[np.ndarray], n: int, offset: int, tail: int) -> list[Slice]:
+    return [Slice(array[:n], (offset + 3 * i) % 8, tail) for i, array in enumerate(inputs)]
+
+
+def piece_of(slices: list[Slice]) -> list[np.ndarray]:
+    return [*(each.elements for each in slices), Slice(SETTINGS, 0).elements]
+
+
+@adamw_dtypes
+def test_adamw(loops, dtype, gradient_dtype):
+    inputs = adamw_inputs(dtype, gradient_dtype)
+    after = adamw_outputs(inputs, inputs[0], inputs[0] * 0)
+    for n, _, offset, tail in fewer_placements():
+        theta, gradient, m, v = adamw_slices(inputs, n, offset, tail)
+        loops["adamw"](piece_of([theta, gradient, m, v]), n)
+        for found, expected in zip((theta, m, v), after, strict=True):
+            assert found.holds(expected[:n]), (n, offset)
+        assert gradient.holds(inputs[1][:n])
+
+
+@adamw_dtypes
+@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize("terms", [["float32"], ["bfloat16"], ["float64"], ["float16"], ["float32"] * 3 + ["bfloat16"]])
+def test_low_rank_adamw(core, loops, dtype, gradient_dtype, terms, decoupled):
+    """The step in theta's arithmetic, and lanes as test_dot has them, of theta as it is written."""
+    inputs, real = adamw_inputs(dtype, gradient_dtype), DTYPES[dtype]
+    u = [anywhere(other_dtype, 40 + k, max(LENGTHS)) for k, other_dtype in enumerate(terms)]
+    c, share = np.linspace(-0.3, 0.4, len(terms)), SETTINGS[7]
+    if len(terms) == 1:
+        pull = real(share * c[0]) * widen(u[0]).astype(real)
+    else:
+        total = np.empty(max(LENGTHS), real)
+        loops["combine"](total, u, c, len(terms), total.size, True)
+        pull = real(share) * total
+    nothing = pull * 0
+    after = adamw_outputs(inputs, inputs[0] + (pull if decoupled else 0), nothing if decoupled else pull)
+    before = np.arange(len(terms) * core.LANES) / 8
+    for n, index, offset, tail in fewer_placements():
+        theta, gradient, m, v = adamw_slices(inputs, n, offset, tail)
+        directions, lanes = slices(u, n), Slice(before, 0)
+        piece = piece_of([theta, gradient, m, v])
+        loops["low_rank_adamw"](piece, directions, c, len(terms), decoupled, index, n, lanes.elements)
+        for found, expected in zip((theta, m, v), after, strict=True):
+            assert found.holds(expected[:n]), (n, offset)
+        expected_lanes = before.copy()
+        loops["dot"](after[0][:n].copy(), directions, len(terms), index, n, expected_lanes)
+        assert lanes.holds(expected_lanes), (n, offset)
+
+
+@adamw_dtypes
+@state_dtype
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_diagonal_adamw(core, loops, dtype, gradient_dtype, state_dtype, decoupled):
+    """The step in theta's arithmetic, the penalty in float64, and lanes as test_quadratic has them."""
+    inputs, real = adamw_inputs(dtype, gradient_dtype), DTYPES[dtype]
+    fisher, anchor = np.abs(anywhere(state_dtype, 34, max(LENGTHS))), anywhere(state_dtype, 35, max(LENGTHS))
+    start, nothing = inputs[0].copy(), inputs[0] * 0
+    loops["shrink"](start, fisher, anchor, start.size, SETTINGS[7])
+    slope = widen(fisher) * (widen(inputs[0]) - widen(anchor))
+    pull = (SETTINGS[7] * slope).astype(real)
+    after = adamw_outputs(inputs, start, nothing) if decoupled else adamw_outputs(inputs, inputs[0], pull)
+    before = np.arange(core.LANES) / 8
+    for n, index, offset, tail in fewer_placements():
+        theta, gradient, m, v = adamw_slices(inputs, n, offset, tail)
+        state, lanes = slices([fisher, anchor], n), Slice(before, 0)
+        piece = piece_of([theta, gradient, m, v])
+        loops["diagonal_adamw"](piece, *state, decoupled, index, n, lanes.elements)
+        for found, expected in zip((theta, m, v), after, strict=True):
+            assert found.holds(expected[:n]), (n, offset)
+        expected_lanes = before.copy()
+        loops["quadratic"](inputs[0][:n].copy(), *state, index, n, expected_lanes)
+        assert lanes.holds(expected_lanes), (n, offset)
+
+
 # Any float64 values: what the arithmetic may cost.
 
 

@@ -1,4 +1,5 @@
-"""The Triton kernels: one program for each chunk of the flat vector, all arithmetic in float64.
+"""The Triton kernels: one program for each chunk of the flat vector, all arithmetic in float64, but for
+AdamW's own, which is in its parameters' dtype.
 
 A chunk is BLOCK consecutive flat elements, whatever tensors they lie in. Lane j of a program holds flat element
 chunk * BLOCK + j and is multiplied, added and summed in the same place for a list and for a flat tensor. Reductions
@@ -33,12 +34,19 @@ _REGISTERS = {
     "gradient_kernel": 128,
     "shrink_kernel": 128,
     "low_rank_adamw_kernel": 128,
-    "diagonal_adamw_kernel": 128,
+    "diagonal_adamw_kernel": 255,
 }
 
 
+def block(kernel: str) -> int:
+    """Elements of a chunk. Half as many for AdamW, which holds four or more tensors' at a time."""
+    return BLOCK // 2 if "adamw" in kernel else BLOCK
+
+
 def registers(kernel: str, constants: Mapping[str, int]) -> int:
-    """For a kernel with these constants: a sum into tensors of several dtypes needs more."""
+    """For a kernel with these constants: a sum into tensors of several dtypes needs more, and AdamW in float64."""
+    if kernel == "low_rank_adamw_kernel" and constants["PARAMS"] != 1:
+        return 255
     mixed = any(constants[view].bit_count() > 1 for view in ("TARGETS", "DIRECTIONS") if view in constants)
     return 128 if kernel == "combine_kernel" and mixed else _REGISTERS[kernel]
 
@@ -345,7 +353,7 @@ def shrink_kernel(
 @triton.jit
 def _segments_of(firsts: tl.tensor, place: tl.tuple) -> tl.tuple:
     """The first and the last segment that a chunk touches."""
-    whole, first, segment, start, inside = place
+    whole, first, _, _, _ = place
     last = first
     if whole == 0:
         last = tl.load(firsts + tl.program_id(0).to(tl.int64) + 1)

@@ -320,7 +320,7 @@ def low_rank_adamw_(
     coefficients: Tensor,
     decoupled: bool,
 ) -> Tensor:
-    flat = Flat(params)
+    flat = Flat(params, kernels.block("low_rank_adamw_kernel"))
     num_terms = coefficients.numel()
     adamw = _AdamW(flat, params, grads, exp_avgs, exp_avg_sqs, settings, found_inf)
     u = flat.view(directions, num_terms) if num_terms else adamw.theta
@@ -357,7 +357,7 @@ def diagonal_adamw_(
     decoupled: bool,
 ) -> Tensor:
     _check_state(fisher, anchor)
-    flat = Flat(params)
+    flat = Flat(params, kernels.block("diagonal_adamw_kernel"))
     adamw = _AdamW(flat, params, grads, exp_avgs, exp_avg_sqs, settings, found_inf)
     s, m = flat.view(fisher), flat.view(anchor)
     partial = flat.empty_float64(flat.chunks)

@@ -113,15 +113,16 @@ _cached_view = functools.lru_cache(maxsize=TABLES)(_view)
 class Flat:
     """A list of tensors as one flat vector, and what it takes to run kernels along it."""
 
-    def __init__(self, like: Sequence[Tensor]) -> None:
+    def __init__(self, like: Sequence[Tensor], block: int | None = None) -> None:
         check(len(like) > 0, "expected at least one tensor")
         self._like = like
+        self._block = block or kernels.BLOCK
         self.lengths = tuple([tensor.numel() for tensor in like])
-        self.chunks = -(-sum(self.lengths) // kernels.BLOCK)
+        self.chunks = -(-sum(self.lengths) // self._block)
         self._index = like[0].get_device()
         self._place = Place.of(like[0])
         segments = _segments if self._place.capturing else _cached_segments
-        self._begins, self._firsts = segments(self.lengths, kernels.BLOCK, self._place)
+        self._begins, self._firsts = segments(self.lengths, self._block, self._place)
         self._copies: list[Sequence[Tensor]] = []
 
     def view(self, tensors: Sequence[Tensor], num_terms: int = 1) -> View:
@@ -165,6 +166,6 @@ class Flat:
             sum(self.lengths),
             *arguments,
             **constants,
-            BLOCK=kernels.BLOCK,
+            BLOCK=self._block,
             num_warps=kernels.NUM_WARPS,
         )

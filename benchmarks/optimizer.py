@@ -1,0 +1,180 @@
+"""``python -m benchmarks.optimizer``: a step of FusedAdamW with a penalty inside, beside torch's AdamW(fused=True)
+without one, and beside that and a Python loop for diagonal EWC.
+
+Steps take turns, medians are taken, and ratios within the same rounds. With one thread the clock is process CPU time;
+with more it is wall time. All optimizers share their gradients; ``limit`` is the ratio of the bytes
+that a step has to move, so no step that is limited by memory can be below it.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import crl_kernels as ck
+from crl_kernels.backends import registry
+
+from . import allocator, peers
+from .contenders import CONTENDERS
+from .measure import commit, interleaved, percentiles, processor, require_memory
+from .problem import Problem
+
+ADAMW, LOOP = "AdamW(fused=True)", "AdamW(fused=True) + diagonal, Python loop"
+ADAMW_BYTES = 28  # theta, m and v are read and written, the gradient is read
+LAM = 1.0
+TARGETS = {"one term": 1.20, "Python loop": 4.0}
+BYTES = 350  # per parameter, of everything at once
+
+
+class Model(nn.Module):
+    """Parameters of one optimizer's own, because a write by another would be noticed; gradients are the problem's."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__()
+        self.held = nn.ParameterList(parameter.detach().clone() for parameter in problem.params)
+        for parameter, gradient in zip(self.held, problem.grads, strict=True):
+            parameter.grad = gradient
+
+
+def low_rank_history(model: Model, terms: int, dtype: torch.dtype) -> ck.LowRankHistory:
+    """Of random directions, set from a state: tasks would take three times as much memory."""
+    history = ck.LowRankHistory(model)
+    state = {"curvatures": torch.ones(terms).double(), "anchor_projections": torch.zeros(terms).double()}
+    for k in range(terms):
+        for name, parameter in model.named_parameters():
+            state[f"directions.{k}.{name}"] = torch.randn_like(parameter).div_(1000).to(dtype)
+    history.load_state_dict(state | {"num_tasks": torch.tensor(terms)})
+    return history
+
+
+def diagonal_history(model: Model) -> ck.DiagonalHistory:
+    history = ck.DiagonalHistory(model)
+    state = {"residual": torch.zeros((), dtype=torch.float64), "num_tasks": torch.tensor(1)}
+    for name, parameter in model.named_parameters():
+        state |= {f"fisher_diagonal.{name}": torch.rand_like(parameter), f"anchor.{name}": parameter.detach() + 0.01}
+    history.load_state_dict(state)
+    return history
+
+
+# (name, bytes per parameter beyond AdamW's, how to make the history)
+HISTORIES = (
+    ("one term, fp32", 4, lambda model: low_rank_history(model, 1, torch.float32)),
+    ("one term, bf16", 2, lambda model: low_rank_history(model, 1, torch.bfloat16)),
+    ("3 terms, fp32", 12, lambda model: low_rank_history(model, 3, torch.float32)),
+    ("10 terms, fp32", 40, lambda model: low_rank_history(model, 10, torch.float32)),
+    ("diagonal", 8, diagonal_history),
+)
+
+
+def steps(problem: Problem) -> dict[str, tuple[int, Callable[[], object]]]:
+    """(bytes per parameter, step) by name."""
+    for gradient in problem.grads:
+        gradient.normal_(std=1e-3)
+    adamw = torch.optim.AdamW(Model(problem).parameters(), fused=True)
+    before_loop = torch.optim.AdamW(problem.params, fused=True)
+    penalize = peers.diagonal_python_loop(1)(problem)
+
+    def loop() -> None:
+        penalize()
+        before_loop.step()
+
+    found: dict[str, tuple[int, Callable[[], object]]] = {
+        ADAMW: (ADAMW_BYTES, adamw.step),
+        "FusedAdamW, no penalty": (ADAMW_BYTES, ck.FusedAdamW(Model(problem).parameters()).step),
+    }
+    for name, more, make in HISTORIES:
+        for mode in ("gradient", "decoupled"):
+            model = Model(problem)
+            optimizer = ck.FusedAdamW(model.parameters(), history=make(model), lam=LAM, decoupled=mode == "decoupled")
+            found[f"FusedAdamW, {name}, {mode}"] = (ADAMW_BYTES + more, optimizer.step)
+    found[LOOP] = (ADAMW_BYTES + CONTENDERS["diagonal, Python loop"].bytes, loop)
+    return found
+
+
+def measure(numel: int, tensors: int, rounds: int) -> dict[str, Any]:
+    require_memory(numel * BYTES, torch.device("cpu"))
+    problem = Problem(numel, tensors)
+    found = steps(problem)
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    seconds = interleaved({name: call for name, (_, call) in found.items()}, rounds, clock)
+
+    def ratio(name: str, other: str) -> float:
+        return statistics.median(a / b for a, b in zip(seconds[name], seconds[other], strict=True))
+
+    rows = [
+        {
+            "name": name,
+            "bytes_per_parameter": bytes_,
+            "limit": bytes_ / ADAMW_BYTES,
+            "times_adamw": ratio(name, ADAMW),
+            "loop_over_this": ratio(LOOP, name),
+            **percentiles(seconds[name]),
+        }
+        for name, (bytes_, _) in found.items()
+    ]
+    return {
+        "date": str(date.today()),
+        "commit": commit(),
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "clock": "process CPU" if clock is time.process_time else "wall",
+        "torch": torch.__version__,
+        "kernels": registry.implementation("cpu", "low_rank_adamw_"),
+        "parameters": numel,
+        "tensors": tensors,
+        "rounds": rounds,
+        "rows": rows,
+    }
+
+
+def markdown(result: dict[str, Any]) -> str:
+    lines = [
+        "# A step of AdamW with an EWC penalty inside\n",
+        f"`python -m benchmarks.optimizer`, {result['date']}, commit {result['commit']}, {result['processor']}, "
+        f"{result['threads']} thread(s), {result['clock']} time, torch {result['torch']}, {result['kernels']} kernels; "
+        f"{result['parameters']:,} float32 parameters in {result['tensors']} tensors; median [20th, 80th percentile] "
+        f"of {result['rounds']} rounds.\n",
+        f"Limit: bytes that the step has to move, over AdamW's {ADAMW_BYTES}. Targets: one rank-1 term at most "
+        f"{TARGETS['one term']:.2f} times AdamW(fused=True), and {TARGETS['Python loop']:.0f} times faster than the "
+        "Python loop.\n",
+        "| step | ms | bytes / parameter | limit | × AdamW(fused=True) | Python loop / this |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        lines.append(
+            f"| {row['name']} | {row['ms']:.1f} [{row['ms_p20']:.1f}, {row['ms_p80']:.1f}] "
+            f"| {row['bytes_per_parameter']} | {row['limit']:.2f} | {row['times_adamw']:.2f} "
+            f"| {row['loop_over_this']:.1f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parameters", type=int, default=25_000_000)
+    parser.add_argument("--tensors", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="folder for optimizer_cpu_Nthread.json and .md")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    allocator.keep_freed_memory()
+    result = measure(arguments.parameters, arguments.tensors, arguments.rounds)
+    text = markdown(result)
+    print(text)
+    if arguments.out is not None:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        file = arguments.out / f"optimizer_cpu_{arguments.threads}thread"
+        file.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+        file.with_suffix(".md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()
