@@ -136,8 +136,8 @@ def estimate_fisher(
     binding = Binding(model, include, exclude)
     if not binding.shards.whole:
         raise ValueError(
-            f"model has sharded parameters, such as {binding.layout.names[0]!r}, of which no process has whole per-sample "
-            "gradients. Estimate on a whole copy of it, in all processes with process_group=, or before sharding."
+            f"model has sharded parameters, such as {binding.layout.names[0]!r}, and no process has whole per-sample "
+            "gradients of them. Estimate on a whole copy, in all processes with process_group=, or before sharding."
         )
     processes = Processes(model, process_group, binding.device)
     if isinstance(model, nn.parallel.DistributedDataParallel):

@@ -157,7 +157,7 @@ def test_wrapping_a_module_changes_nothing_and_replacing_it_is_noticed():
     assert history.penalty(LAM).item() == value
     inner = model[0][0]
     model[0] = nn.Sequential(nn.Sequential(nn.Linear(3, 3).double()))
-    with pytest.raises(ValueError, match="parameter '0.0.weight' is no longer the object"):
+    with pytest.raises(ValueError, match=r"parameter '0\.0\.weight' is no longer the object"):
         history.add_penalty_grad_(LAM)
     assert model[1].weight.grad is None
     model[0] = inner
