@@ -1,4 +1,4 @@
-"""AdamW with an EWC penalty inside: the penalty is a part of the pass that moves the parameters, and almost free."""
+"""AdamW with an EWC penalty inside: the penalty is a part of the pass that moves the parameters."""
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
