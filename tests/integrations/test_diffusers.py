@@ -94,7 +94,7 @@ def fine_tune(model: nn.Module, lam: float, by_hand: bool) -> tuple[list[float],
         if by_hand:
             # The penalty written out: u and b from the history, its gradient by autograd.
             (u,) = history.directions()
-            named = {name.replace("/", "."): p for name, p in model.named_parameters() if p.requires_grad}
+            named = {name: p for name, p in model.named_parameters() if p.requires_grad}
             dot = sum((u[name].double() * p.double()).sum() for name, p in named.items())
             value = 0.5 * lam * history.curvatures[0] * (dot - history.anchor_projections[0]) ** 2
             for p, g in zip(named.values(), torch.autograd.grad(value, list(named.values())), strict=True):
