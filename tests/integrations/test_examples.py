@@ -2,6 +2,8 @@
 
 import difflib
 import importlib.util
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,6 +60,19 @@ def test_both_run_and_differ_in_the_second_task_only(tmp_path, capsys):
     assert plain[0] == held[0]  # the first task has no past
     assert not torch.equal(*weights.values())
     assert all(w.isfinite().all() for w in weights.values())
+
+
+def test_the_sharded_loop_runs_in_two_processes(tmp_path):
+    script, out = EXAMPLES / "sharded_loop.py", tmp_path / "checkpoint"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+    launch += ["--rdzv-endpoint", "localhost:0", str(script), "--epochs", "2", "--out", str(out)]
+    done = subprocess.run(launch, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    first, second = [line for line in done.stdout.splitlines() if line.startswith("task")]
+    assert "penalty 0, LowRankHistory(tasks=1" in first
+    assert "LowRankHistory(tasks=2" in second
+    assert "penalty 0," not in second
+    assert (out / ".metadata").exists()
 
 
 def test_help(capsys, monkeypatch):
