@@ -5,7 +5,6 @@ Ways to use a history in a trainer: add ``rank1_ewc_penalty(history, lam=...)`` 
 ``attach(optimizer, lam)`` do one of the last two.
 """
 
-import itertools
 import math
 import os
 from abc import ABC, abstractmethod
@@ -276,16 +275,14 @@ class History(ABC, Generic[_Fisher]):
         parameters, this process's part."""
         ordered = self._binding.layout.reorder(flat, layout)
         if not self._binding.shards.whole:
-            ordered = self._cut(self._binding.layout.split(ordered))
+            rows = ordered.reshape(-1, self._binding.layout.numel)
+            parts = [self._cut(self._binding.layout.split(row)) for row in rows]
+            ordered = torch.stack(parts).view(*ordered.shape[:-1], sum(self._binding.shards.lengths))
         return ordered.to(self._device)
 
     def _cut(self, named: Mapping[str, Tensor]) -> Tensor:
-        """This process's part of tensors by parameter name, each (..., *shape), as a flat tensor."""
-        shards, names = self._binding.shards, self.names
-        leading = named[names[0]].shape[: named[names[0]].dim() - len(self._binding.layout.shapes[0])]
-        rows = [shards.cut([named[name][row] for name in names]) for row in itertools.product(*map(range, leading))]
-        flat = [torch.cat([part.reshape(-1) for part in row]) for row in rows]
-        return torch.stack(flat).view(*leading, -1)
+        """This process's part of a vector by parameter name, flat."""
+        return torch.cat([part.reshape(-1) for part in self._binding.shards.cut([named[n] for n in self.names])])
 
     def _named(self, flat: Tensor) -> dict[str, Tensor]:
         """A vector of the state by parameter name: views, sharded as the parameters are."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def is_sharded(tensor: Tensor) -> "TypeIs[DTensor]":
-    """Whether it is a DTensor. Who has one has imported the module, which takes a third of a second."""
+    """Whether it is a DTensor. Who has one has imported its module, which is slow to import for the others."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 

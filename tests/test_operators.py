@@ -579,7 +579,9 @@ def test_operators_refuse_what_would_read_or_write_elsewhere():
     one = torch.ones((), dtype=torch.float64)
     half = ([torch.ones(3).half()], [torch.ones(3).half()])
 
-    def adamw(theta, grads, moments=params, rows=torch.ones(1, 8).double(), found_inf=None, directions=(), c=none):  # noqa: B008
+    row = torch.ones(1, 8, dtype=torch.float64)
+
+    def adamw(theta, grads, moments=params, rows=row, found_inf=None, directions=(), c=none):
         ops.low_rank_adamw_(theta, grads, moments, moments, rows, found_inf, directions, c, False)
 
     for call in (

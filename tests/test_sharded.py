@@ -224,6 +224,36 @@ def test_options_of_a_history_mean_the_same(tmp_path):
     assert stiffness == pytest.approx(history.stiffness(LAM, LR), rel=1e-9)
 
 
+def small_bias(rank: int, count: int, folder: Path) -> dict:
+    """One parameter of three numbers on four processes: the last one has none of them."""
+    found = {}
+    for kind in KINDS:
+        model = sharded(count)
+        history = history_of(model, kind, include=["2.bias"])
+        value = float(history.add_penalty_grad_(LAM))
+        history.decoupled_step_(LAM, LR)
+        optimizer = ck.FusedAdamW(model.parameters(), lr=LR, history=history, lam=LAM)
+        optimizer.step()
+        local = history.nbytes
+        found[kind] = [value, whole(model[2].bias.detach()).tolist(), bits(history), local]
+    return found
+
+
+def test_a_process_may_have_nothing_of_what_is_bound(tmp_path):
+    found = processes(4, small_bias, tmp_path)
+    for kind in KINDS:
+        model = network()
+        history = history_of(model, kind, include=["2.bias"])
+        value = float(history.add_penalty_grad_(LAM))
+        history.decoupled_step_(LAM, LR)
+        ck.FusedAdamW(model.parameters(), lr=LR, history=history, lam=LAM).step()
+        assert found[3][kind][3] == history.nbytes - 2 * 3 * 8  # scalars alone
+        for rank in found:
+            assert rank[kind][0] == pytest.approx(value, rel=1e-9)
+            assert rank[kind][1] == pytest.approx(model[2].bias.tolist(), rel=1e-9)
+            assert rank[kind][2] == bits(history)
+
+
 # Files and checkpoints
 
 
