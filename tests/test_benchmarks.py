@@ -53,7 +53,7 @@ def test_optimizer_writes_a_row_for_each_step(tmp_path):
     done = subprocess.run([*command, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((tmp_path / "optimizer_cpu_1thread.json").read_text())["rows"]
-    assert len(rows) == 3 + 3 * len(optimizer.HISTORIES)  # inside in both modes, and before
+    assert len(rows) == 4 + 3 * len(optimizer.HISTORIES)  # inside in both modes, and before
     assert all(row["ms_p20"] <= row["ms"] <= row["ms_p80"] for row in rows)
     assert (rows[0]["times_adamw"], rows[-1]["loop_over_this"]) == (1, 1)
     text = (tmp_path / "optimizer_cpu_1thread.md").read_text()
