@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import _ops
+from .attachment import StiffnessWarning
 from .diagonal_history import DiagonalHistory
 from .folded_penalty import FoldedDiagonal, FoldedLowRank, FoldedPenalty
 from .history import check_strength
@@ -99,6 +100,9 @@ class FusedAdamW(Optimizer):
             raise ValueError(f"verify_every is {verify_every!r}; expected an integer >= 0, where 0 is never.")
         self.lam, self._decoupled, self._verify_every = lam, decoupled, verify_every
         self._penalty = _fold(history, decoupled)
+        self._stiffness: StiffnessWarning | None = None
+        if history is not None and not decoupled:
+            self._stiffness = StiffnessWarning(history, "FusedAdamW(decoupled=True)")
         self._steps_taken = 0
         self._versions: list[int] | None = None  # of watched parameters after the last step; None: read them anew
         self._uploaded: dict[Any, Tensor] = {}
@@ -150,7 +154,8 @@ class FusedAdamW(Optimizer):
         """Takes one step. A closure, as in torch, computes the loss and the gradients first, and its loss is returned.
 
         Warns:
-            UserWarning: ``verify_every`` has found the parameters changed.
+            UserWarning: ``verify_every`` has found the parameters changed; once, when the penalty is too stiff to be a
+                gradient (``history.stiffness``).
         """
         if closure is not None and not callable(closure):
             raise TypeError(f"closure is a {type(closure).__name__}; expected a function that computes the loss.")
@@ -162,6 +167,8 @@ class FusedAdamW(Optimizer):
             self._step()
         return loss
 
+    # It watches version counters, which cannot be traced: compiled code calls it as it is.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _step(self) -> None:
         group_of = {parameter: group for group in self.param_groups for parameter in group["params"]}
         self._check_gradients(group_of)
@@ -177,6 +184,8 @@ class FusedAdamW(Optimizer):
         elif self._versions is None:
             self._adopt_writes(halves)
 
+        if self._stiffness is not None:
+            self._stiffness.look(self.lam, self.param_groups)
         penalized, moved = set(bound), [parameter for parameter in bound if parameter.requires_grad]
         if penalty is not None:
             prepare = partial(self._operands, moved, group_of)

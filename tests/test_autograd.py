@@ -299,3 +299,55 @@ def test_compiled_code_around_the_in_place_entry_points(kind, penalty):
             history.decoupled_step_(0.1, 0.01)
         ends.append([value, *(p.detach() for p in model.net.parameters())])
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-6, atol=1e-7)
+
+
+def whole_step(entry: str):
+    """(parameters, a training step with the penalty in it by that entry point, or with none)."""
+    model = Histories()
+    history = model.low_rank
+    optimizer = torch.optim.AdamW(model.net.parameters(), lr=0.01)
+    if entry.startswith("FusedAdamW"):
+        decoupled = "decoupled" in entry
+        optimizer = ck.FusedAdamW(model.net.parameters(), lr=0.01, history=history, lam=0.1, decoupled=decoupled)
+    elif entry.startswith("attach"):
+        history.attach(optimizer, 0.1, decoupled="decoupled" in entry)
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = model.net(x).square().mean()
+        if entry == "rank1_ewc_penalty":
+            loss = loss + ck.rank1_ewc_penalty(history, lam=0.1)
+        loss.backward()
+        if entry == "add_penalty_grad_":
+            history.add_penalty_grad_(0.1)
+        optimizer.step()
+        if entry == "decoupled_step_":
+            history.decoupled_step_(0.1, optimizer.param_groups)
+        return loss
+
+    return list(model.net.parameters()), step
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        *("rank1_ewc_penalty", "add_penalty_grad_", "decoupled_step_"),
+        *("attach", "attach, decoupled", "FusedAdamW", "FusedAdamW, decoupled"),
+    ],
+)
+def test_a_compiled_training_step_breaks_only_where_torch_breaks(entry):
+    """At loss.backward() and at the optimizer's step, as without a penalty; and it is the same step."""
+    batches = [torch.randn(5, 4, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    _, step = whole_step(entry)
+    step(batches[0])  # whose moments and projections exist from now on
+    torch._dynamo.reset()
+    for reason in torch._dynamo.explain(step)(batches[0]).break_reasons:
+        torchs_optimizer = reason.user_stack[-1].filename.endswith("torch/optim/optimizer.py")
+        assert "Tensor.backward()" in reason.reason or torchs_optimizer, reason
+
+    ends = []
+    for compiled in (False, True):
+        params, step = whole_step(entry)
+        call = torch.compile(step, backend="aot_eager") if compiled else step
+        ends.append([*(call(x).detach() for x in batches), *(p.detach() for p in params)])
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-5, atol=1e-6)
