@@ -705,6 +705,14 @@ def sample_gradients_speed(device: str, small: bool) -> dict[str, Any]:
     return found
 
 
+def trainers(device: str, small: bool) -> dict[str, Any]:
+    """What the penalty adds to a training step, by each way to put it there."""
+    from .trainers import DEFAULT, measure
+
+    rounds, passes = (2, 1) if small else (30, 10)
+    return {name: measure(name, rounds, passes, device) for name in (["transformer-tiny"] if small else DEFAULT)}
+
+
 STAGES = {
     "correctness": correctness,
     "races": races,
@@ -714,6 +722,7 @@ STAGES = {
     "roofline": roofline,
     "training_step": training_step,
     "optimizer": optimizer,
+    "trainers": trainers,
     "sample_operators": sample_operators,
     "sample_gradients": sample_gradients,
     "sample_gradients_speed": sample_gradients_speed,
@@ -790,6 +799,8 @@ def build_where_missing() -> None:
 
 
 def markdown(record: dict[str, Any]) -> str:
+    from .trainers import table
+
     facts = ", ".join(f"{key} {value}" for key, value in record["machine"].items())
     lines = [
         f"# GPU: correctness and speed\n\n`python -m benchmarks.gpu`, {facts}.\n",
@@ -813,6 +824,10 @@ def markdown(record: dict[str, Any]) -> str:
             lines += ["", f"## {key}, {numel:,} parameters", "", "| | ms | × AdamW(fused=True) |", "|---|---|---|"]
             for name, row in stage["result"]["times"].items():
                 lines.append(f"| {name} | {row['ms']:.3f} | {row['times_adamw']:.2f} |")
+    for key, stage in record["stages"].items():
+        if stage["status"] == "ok" and key.endswith("trainers"):
+            for part in stage["result"].values():
+                lines += ["", f"## {key}", "", *table(part)]
     for key, stage in record["stages"].items():
         if stage["status"] != "ok" or not key.endswith("roofline"):
             continue

@@ -46,7 +46,7 @@ class Model(nn.Module):
             parameter.grad = gradient
 
 
-def low_rank_history(model: Model, terms: int, dtype: torch.dtype) -> ck.LowRankHistory:
+def low_rank_history(model: nn.Module, terms: int, dtype: torch.dtype) -> ck.LowRankHistory:
     """Of random directions, set from a state: tasks would take three times as much memory."""
     history = ck.LowRankHistory(model)
     state = {"curvatures": torch.ones(terms).double(), "anchor_projections": torch.zeros(terms).double()}
@@ -57,7 +57,7 @@ def low_rank_history(model: Model, terms: int, dtype: torch.dtype) -> ck.LowRank
     return history
 
 
-def diagonal_history(model: Model) -> ck.DiagonalHistory:
+def diagonal_history(model: nn.Module) -> ck.DiagonalHistory:
     history = ck.DiagonalHistory(model)
     state = {"residual": torch.zeros((), dtype=torch.float64), "num_tasks": torch.tensor(1)}
     for name, parameter in model.named_parameters():

@@ -12,7 +12,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # benchmarks are run from a checkout, and are not installed
 
-from benchmarks import optimizer, penalty  # noqa: E402
+from benchmarks import optimizer, penalty, trainers  # noqa: E402
 from benchmarks.contenders import CONTENDERS, YARDSTICKS  # noqa: E402
 from benchmarks.operators import OPERATORS  # noqa: E402
 from benchmarks.problem import Unavailable  # noqa: E402
@@ -58,6 +58,20 @@ def test_optimizer_writes_a_row_for_each_step(tmp_path):
     assert (rows[0]["times_adamw"], rows[-1]["loop_over_this"]) == (1, 1)
     text = (tmp_path / "optimizer_cpu_1thread.md").read_text()
     assert all(f"\n| {row['name']} |" in text for row in rows)
+
+
+def test_trainers_writes_a_row_for_each_way_and_history(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.trainers", "--models", "transformer-tiny", "--rounds", "2"]
+    done = subprocess.run([*command, "--passes", "1", "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (part,) = json.loads((tmp_path / "trainers_cpu_1thread.json").read_text())["models"]
+    rows = part["rows"]
+    assert len(rows) == len(trainers.WAYS) * len(trainers.HISTORIES) + len(trainers.DIAGONAL_WAYS) + 1
+    state = {row["past_tasks"]: round(row["state_bytes_per_parameter"]) for row in rows if "diagonal" not in row["way"]}
+    assert state == {"1, fp32": 4, "1, bf16": 2, "4, fp32": 16}
+    assert {round(row["state_bytes_per_parameter"]) for row in rows if "diagonal" in row["way"]} == {8}
+    text = (tmp_path / "trainers_cpu_1thread.md").read_text()
+    assert all(f"\n| {row['way']} | {row['past_tasks']} | {row['extra_ms']:.2f} |" in text for row in rows)
 
 
 def test_summary_is_made_of_rows_of_the_table():
