@@ -23,6 +23,7 @@ from .sample_matrix import (
     sample_gradient_stats,
     sample_gram,
 )
+from .sharding import whole_parameters
 
 __version__ = "0.1.0"
 
@@ -46,4 +47,5 @@ __all__ = [
     "rank1_ewc_penalty",
     "sample_gradient_stats",
     "sample_gram",
+    "whole_parameters",
 ]

@@ -162,6 +162,14 @@ class Binding:
         self._children = [above[module][1] for module in chain]
         return []
 
+    def require_whole(self) -> None:
+        """Raises ValueError if parameters are sharded: no process has whole per-sample gradients of them."""
+        if not self.shards.whole:
+            raise ValueError(
+                f"model has sharded parameters, such as {self.layout.names[0]!r}, of which no process has whole "
+                "per-sample gradients. Look at them in a block of crl_kernels.whole_parameters(model)."
+            )
+
     @property
     def device(self) -> torch.device:
         return self.params[0].device

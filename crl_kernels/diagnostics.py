@@ -25,6 +25,7 @@ from .batches import batch_size, slice_batch
 from .binding import Binding
 from .preserved import preserved
 from .sample_gradients import SampleGradients
+from .sharding import whole_parameters
 from .spectrum import GROUPS, Estimate, Spectrum, share_of_bands, spectrum_of, top_coefficients
 from .verdict import Verdict, judge, short
 
@@ -239,20 +240,21 @@ def diagnose(
     timesteps = sorted(timesteps)
     if samples < 3 * GROUPS:
         raise ValueError(f"samples is {samples}; expected at least {3 * GROUPS}, to be cut into {GROUPS} groups.")
-    binding = Binding(model, include, exclude)
     say = progress or (lambda line: None)
-    with preserved(model, binding.device), torch.enable_grad():
-        if generator is not None:
-            torch.manual_seed(int(torch.randint(2**62, (), generator=generator, device=generator.device)))
-        batch = _one_batch(loader, samples)
-        look = _Look(model, binding, per_sample_loss_at, batch)
-        views = []
-        for t in timesteps:
-            say(f"t = {t}")
-            views.append(look.at(torch.full((look.count,), t, device=binding.device)))
-        say("t uniform")
-        tops = torch.stack([top for view in views for top in view.tops]) if len(views) > 1 else None
-        views.append(look.at(torch.randint(num_timesteps, (look.count,)).to(binding.device), tops))
+    with whole_parameters(model):
+        binding = Binding(model, include, exclude)
+        with preserved(model, binding.device), torch.enable_grad():
+            if generator is not None:
+                torch.manual_seed(int(torch.randint(2**62, (), generator=generator, device=generator.device)))
+            batch = _one_batch(loader, samples)
+            look = _Look(model, binding, per_sample_loss_at, batch)
+            views = []
+            for t in timesteps:
+                say(f"t = {t}")
+                views.append(look.at(torch.full((look.count,), t, device=binding.device)))
+            say("t uniform")
+            tops = torch.stack([top for view in views for top in view.tops]) if len(views) > 1 else None
+            views.append(look.at(torch.randint(num_timesteps, (look.count,)).to(binding.device), tops))
 
     uniform = views[-1].spectrum
     at = {t: view.spectrum for t, view in zip(timesteps, views, strict=False)}

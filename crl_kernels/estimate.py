@@ -22,6 +22,7 @@ from .held_out import MeanProjections, curvature_of, statistics_of
 from .preserved import preserved, same_random_numbers
 from .processes import Processes
 from .sample_gradients import SampleGradients
+from .sharding import whole_parameters
 
 PerSampleLoss = Callable[[nn.Module, Any], Tensor | tuple[Tensor, Tensor]]
 
@@ -73,9 +74,11 @@ def estimate_fisher(
     The model is in evaluation mode meanwhile. Its mode, gradients, buffers and the global random state are left as they
     were, also when the loss raises.
 
-    Several processes: if the model is in a DistributedDataParallel (the loss is then given the module inside), or with
-    ``process_group=``, each process estimates from its own loader, sums and per-sample numbers are exchanged once after
-    each half, and all processes return the same Fisher, that of all their samples.
+    Several processes: if the model is in a DistributedDataParallel (the loss is then given the module inside) or
+    sharded (FSDP2, HSDP), or with ``process_group=``, each process estimates from its own loader, sums and per-sample
+    numbers are exchanged once after each half, and all processes return the same Fisher, that of all their samples. Of
+    a sharded model each process has the whole parameters meanwhile, see :func:`whole_parameters`, and the Fisher that
+    it returns is whole; a history that it is appended to keeps this process's shards of it.
 
     Args:
         model: the model at the end of its task. Its forward is called once by each call of the loss.
@@ -133,34 +136,30 @@ def estimate_fisher(
         raise ValueError(
             "loader can be read only once, and unbiased=False reads it twice; give a DataLoader or a list."
         )
-    binding = Binding(model, include, exclude)
-    if not binding.shards.whole:
-        raise ValueError(
-            f"model has sharded parameters, such as {binding.layout.names[0]!r}, and no process has whole per-sample "
-            "gradients of them. Estimate on a whole copy, in all processes with process_group=, or before sharding."
-        )
-    processes = Processes(model, process_group, binding.device)
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        model = model.module
-    source = _Source(model, per_sample_loss, binding)
-    with preserved(model, binding.device), torch.enable_grad():
-        if generator is not None:
-            seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-            torch.manual_seed(seed + processes.rank)
-        if kind == "diagonal":
-            return _estimate_diagonal(source, shown(limited(loader, max_samples), "diagonal", progress), processes)
-        direction = direction or ("mean" if rank == 1 else "top")
-        estimate = _LowRankEstimate(source, processes, rank, direction, storage_dtype or binding.dtype)
-        if unbiased:
-            parts = halves(loader, max_samples)
-            estimate.find_directions(shown(next(parts), "directions", progress))
-            samples, _ = estimate.look_along_them(shown(next(parts), "curvatures", progress))
-        else:
-            with same_random_numbers(binding.device, generators_of(loader)):
-                first = estimate.find_directions(shown(limited(loader, max_samples), "directions", progress))
-            samples, second = estimate.look_along_them(shown(limited(loader, max_samples), "curvatures", progress))
-            _require_same_losses(first, second)
-        fisher = estimate.fisher(samples, held_out=unbiased)
+    with whole_parameters(model) as sharing:
+        binding = Binding(model, include, exclude)
+        processes = Processes(model, sharing if process_group is None else process_group)
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        source = _Source(model, per_sample_loss, binding)
+        with preserved(model, binding.device), torch.enable_grad():
+            if generator is not None:
+                seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+                torch.manual_seed(seed + processes.rank)
+            if kind == "diagonal":
+                return _estimate_diagonal(source, shown(limited(loader, max_samples), "diagonal", progress), processes)
+            direction = direction or ("mean" if rank == 1 else "top")
+            estimate = _LowRankEstimate(source, processes, rank, direction, storage_dtype or binding.dtype)
+            if unbiased:
+                parts = halves(loader, max_samples)
+                estimate.find_directions(shown(next(parts), "directions", progress))
+                samples, _ = estimate.look_along_them(shown(next(parts), "curvatures", progress))
+            else:
+                with same_random_numbers(binding.device, generators_of(loader)):
+                    first = estimate.find_directions(shown(limited(loader, max_samples), "directions", progress))
+                samples, second = estimate.look_along_them(shown(limited(loader, max_samples), "curvatures", progress))
+                _require_same_losses(first, second)
+            fisher = estimate.fisher(samples, held_out=unbiased)
     _warn(fisher.statistics, rank, direction)
     return fisher
 

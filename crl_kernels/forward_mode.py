@@ -59,6 +59,7 @@ def jvp_projections(
         NotImplementedError: by PyTorch, for a function without forward mode, naming it.
     """
     binding = Binding(model, include, exclude)
+    binding.require_whole()
     single, rows = rows_of(direction, binding)
     holder = _Holder(model, per_sample_loss, batch)
     of = {id(parameter): name for name, parameter in holder.named_parameters()}

@@ -2,7 +2,6 @@
 
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, distributed, nn
 
 T = TypeVar("T")
@@ -11,7 +10,7 @@ T = TypeVar("T")
 class Processes:
     """Those of ``group``; else those of a model in a DistributedDataParallel; else this one alone."""
 
-    def __init__(self, model: nn.Module, group: Any, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, group: Any) -> None:
         if group is not None and not (distributed.is_available() and distributed.is_initialized()):
             raise ValueError(
                 "process_group is given, but torch.distributed is not initialised; initialise it or drop it."

@@ -108,7 +108,8 @@ class SampleGradients:
         include, exclude: patterns that choose parameters, as in :class:`LowRankHistory`.
 
     Raises:
-        TypeError, ValueError: for arguments that do not fit, naming them; a BatchNorm in training mode.
+        TypeError, ValueError: for arguments that do not fit, naming them; a BatchNorm in training mode; a sharded model
+            outside of :func:`whole_parameters`.
         RuntimeError: no backward pass in the block, or two.
         NotImplementedError: a parameter is used in a way that neither has a rule nor can be vectorised, by name.
 
@@ -130,6 +131,7 @@ class SampleGradients:
         if loss_reduction not in ("sum", "mean"):
             raise ValueError(f"loss_reduction is {loss_reduction!r}; expected 'sum' or 'mean'.")
         self._binding = Binding(model, include, exclude)
+        self._binding.require_whole()
         self._model, self._reduction = model, loss_reduction
         self._want_gram, self._want_diagonal = gram, diagonal
         self._single_direction, self._directions = True, None

@@ -6,10 +6,12 @@ a step for FSDP, and for HSDP, whose other dimension holds copies.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, contextmanager
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 from typing_extensions import TypeIs
 
 if TYPE_CHECKING:
@@ -136,3 +138,93 @@ def _require_like(first: "DTensor", name: str, parameter: Tensor) -> tuple[Any, 
             f"{first.placements} on {first.device_mesh}. {where}"
         )
     return parameter.placements, parameter.shape, parameter.stride()
+
+
+# A sharded model as a whole one
+
+_FSDP = "torch.distributed.fsdp"
+
+
+@contextmanager
+def whole_parameters(model: nn.Module) -> Generator[Any, None, None]:
+    """In the block, a sharded model (FSDP2, HSDP) is a whole one in every process: per-sample gradients of a process's
+    own samples exist there, and processes need not keep step. All of them enter it together.
+
+    ::
+
+        with whole_parameters(model), SampleGradients(model) as sg:
+            per_sample_loss(model, batch).sum().backward()
+
+    Parameters are gathered, and what ``fully_shard`` has put around the model's forward is left out, mixed precision
+    among it. Afterwards all is as it was; changes and gradients of the whole parameters are lost. ``estimate_fisher``
+    and ``diagnose`` do this by themselves. A model that is whole is left alone.
+
+    Memory: the whole parameters, in every process.
+
+    Yields:
+        The process group of those that share the model; None if it is whole.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; expected a torch.nn.Module.")
+    fsdp = sys.modules.get(_FSDP)
+    wrapped = [module for module in model.modules() if fsdp is not None and isinstance(module, fsdp.FSDPModule)]
+    for module in wrapped:
+        module.reshard()  # a forward without a backward pass leaves whole parameters in their places
+    places: list[tuple[nn.Module, str, Any]] = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and is_sharded(parameter)
+    ]
+    fully_sharded = {parameter for module in wrapped for parameter in module.parameters()}
+    for module, name, parameter in places:
+        if parameter not in fully_sharded or sum(_cuts(parameter)) > 1:
+            raise ValueError(
+                f"parameter {name!r} of a {type(module).__name__} is placed as {parameter.placements}, and not by "
+                "fully_shard alone. Tensor-parallel layers cannot be made whole here: use a whole copy of the model."
+            )
+    whole: dict[nn.Parameter, nn.Parameter] = {}  # a tied one once
+    with ExitStack() as stack:
+        for module in wrapped:
+            stack.enter_context(_without_fsdp(module))
+        try:
+            for module, name, parameter in places:
+                if parameter not in whole:
+                    value = gathered(parameter.detach())
+                    whole[parameter] = nn.Parameter(value, requires_grad=parameter.requires_grad)
+                setattr(module, name, whole[parameter])
+            yield _group_of(places[0][2]) if places else None
+        finally:
+            for module, name, parameter in places:
+                setattr(module, name, parameter)
+
+
+def _group_of(parameter: "DTensor") -> Any:
+    mesh = parameter.device_mesh
+    return (mesh if mesh.ndim == 1 else mesh._flatten()).get_group()
+
+
+@contextmanager
+def _without_fsdp(module: nn.Module) -> Generator[None, None, None]:
+    """In the block, neither its forward nor any other method that was registered for it calls FSDP."""
+    hooks: list[dict[int, Any]] = [module._forward_pre_hooks, module._forward_hooks]
+    before = [hook.copy() for hook in hooks]
+    methods = {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, MethodType) and value.__func__.__globals__["__name__"].startswith(_FSDP)
+    }
+    for registered in hooks:
+        for key, hook in list(registered.items()):
+            if getattr(hook, "__module__", "").startswith(_FSDP):
+                del registered[key]
+    for name, method in methods.items():
+        vars(module)[name] = method.__func__.__wrapped__  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for registered, old in zip(hooks, before, strict=True):
+            new = {key: hook for key, hook in registered.items() if key not in old}
+            registered.clear()
+            registered.update(old | new)
+        vars(module).update(methods)

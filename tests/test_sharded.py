@@ -304,6 +304,145 @@ def test_saved_by_two_loaded_by_four_and_by_one_bit_for_bit(tmp_path):
     assert "has nothing under key='absent'" in loaded[0]["absent"]
 
 
+# Estimates
+
+
+class Tied(nn.Module):
+    """A tied weight, a frozen one, a hook of its own, and a method besides forward that FSDP is told of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.middle, self.last = nn.Linear(6, 5), nn.Linear(5, 6), nn.Linear(6, 5)
+        self.last.weight, self.first.bias.requires_grad = self.first.weight, False
+        self.middle.register_forward_hook(lambda module, args, output: output * 2)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.middle(self.first(x).tanh()))
+
+    def halved(self, x: Tensor) -> Tensor:
+        return self(x) / 2
+
+
+def losses_of(model: nn.Module, x: Tensor) -> Tensor:
+    y = model(x) if not isinstance(model, Tied) else model.halved(x)
+    return (y - x[:, : y.shape[1]].sin()).square().mean(1)
+
+
+def strata_of(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    return losses_of(model, x), (x[:, 0] > 0).long()
+
+
+def at_timestep(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
+    return losses_of(model, x) * (1 + t / 1000)
+
+
+def batches_of(rank: int) -> list[Tensor]:
+    """Of one process; the first has one more."""
+    generator = torch.Generator().manual_seed(rank)
+    return [torch.randn(12, 6, generator=generator, dtype=torch.float64) for _ in range(5 if rank else 6)]
+
+
+ESTIMATES = {
+    "mean": (losses_of, {}),
+    "top 2": (losses_of, {"rank": 2}),
+    "strata, bfloat16": (strata_of, {"storage_dtype": torch.bfloat16}),
+    "in-sample": (losses_of, {"unbiased": False}),
+    "a part": (losses_of, {"include": ["*.weight"]}),
+    "diagonal": (losses_of, {"kind": "diagonal"}),
+}
+
+
+def same_bits(one: object, other: object) -> bool:
+    if isinstance(one, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same_bits(value, other[key]) for key, value in one.items())
+    return repr(one) == repr(other) if isinstance(one, ck.FisherStatistics) else one == other  # it may have NaN
+
+
+def everything_of(model: nn.Module) -> tuple[list, list]:
+    """(objects, bits) that an estimate must leave alone."""
+    objects = [id(p) for p in model.parameters()]
+    for module in model.modules():
+        objects += [module.training, *module._forward_pre_hooks.items(), *module._forward_hooks.items()]
+        objects += [value for value in vars(module).values() if callable(value)]
+    return objects, [whole(t.detach()).tolist() for p in model.parameters() for t in (p, p.grad) if t is not None]
+
+
+def estimates(rank: int, count: int, folder: Path) -> list[str]:
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    wrong = []
+    for make in (network, Tied):
+        if make is network:
+            model = sharded(count, "hsdp" if count == 4 else "fsdp")
+        else:
+            model = Tied()
+            fully_shard([model.first, model.last])  # which share a parameter
+            fully_shard(model)
+            register_fsdp_forward_method(model, "halved")
+        batches = batches_of(rank)
+        loss = losses_of(model, batches[0]).mean()
+        loss.backward()
+        before = everything_of(model)
+        history = ck.LowRankHistory(model)
+        with torch.no_grad():
+            losses_of(model, batches[0])  # leaves the root's parameters whole
+        for name, (loss, options) in ESTIMATES.items():
+            fisher = ck.estimate_fisher(model, loss, batches, **options)
+            expected = ck.estimate_fisher(make(), loss, batches, process_group=dist.group.WORLD, **options)
+            if not same_bits(vars(fisher), vars(expected)):
+                wrong.append(f"{make.__name__}: {name}")
+        history.append(ck.estimate_fisher(model, losses_of, batches))
+        of_whole = make()
+        history_of_whole = ck.LowRankHistory(of_whole)
+        history_of_whole.append(ck.estimate_fisher(make(), losses_of, batches, process_group=dist.group.WORLD))
+        saved = [p.detach().clone() for p in model.parameters()]
+        with torch.no_grad():
+            for parameter in (*model.parameters(), *of_whole.parameters()):
+                parameter.add_(0.1)
+        if abs(float(history.penalty(LAM)) / float(history_of_whole.penalty(LAM)) - 1) > 1e-12:
+            wrong.append(f"{make.__name__}: history")
+        with torch.no_grad():
+            for parameter, value in zip(model.parameters(), saved, strict=True):
+                parameter.copy_(value)
+
+        diagnosis = ck.diagnose(model, at_timestep, batches, samples=48, timesteps=[0, 500])
+        if diagnosis != ck.diagnose(make(), at_timestep, batches, samples=48, timesteps=[0, 500]):
+            wrong.append(f"{make.__name__}: diagnosis")
+        with ck.whole_parameters(model), ck.SampleGradients(model) as sg:
+            losses_of(model, batches[0]).sum().backward()
+        with ck.SampleGradients(alone := make()) as expected:
+            losses_of(alone, batches[0]).sum().backward()
+        if not same_bits(sg.mean, expected.mean) or not torch.equal(sg.sq_norms, expected.sq_norms):
+            wrong.append(f"{make.__name__}: sample gradients")
+
+        def fails(model: nn.Module, x: Tensor) -> Tensor:
+            raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            ck.estimate_fisher(model, fails, batches)
+        for module in model.modules():
+            if hasattr(module, "reshard"):
+                module.reshard()
+        if everything_of(model)[0] != before[0]:
+            wrong.append(f"{make.__name__}: something is not as it was")
+        loss = losses_of(model, batches[0]).mean()
+        loss.backward()
+        if not all(p.grad is not None for p in model.parameters() if p.requires_grad):
+            wrong.append(f"{make.__name__}: no training afterwards")
+    return wrong
+
+
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.filterwarnings("ignore:only .* of the trace", "ignore:the mean gradient.* is mostly noise")
+def test_a_sharded_models_fisher_is_that_of_the_whole_one(tmp_path, count):
+    """Bit for bit, from loaders of unequal lengths; afterwards the model is as it was, and trains."""
+    assert processes(count, estimates, tmp_path) == [[]] * count
+
+
 # Wrong use
 
 
@@ -311,6 +450,7 @@ def refusals(rank: int, count: int, folder: Path) -> list[str]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
     said = []
 
@@ -335,8 +475,12 @@ def refusals(rank: int, count: int, folder: Path) -> list[str]:
     expect(lambda: history.add_penalty_grad_(LAM))
     assert all(torch.equal(whole(p.grad), g) for p, g in zip(model.parameters(), before, strict=True))
 
-    x = torch.randn(8, 6, dtype=torch.float64)
-    expect(lambda: ck.estimate_fisher(model, lambda m, batch: m(batch).square().mean(1), [x, x]))
+    direction = {"0.weight": torch.ones(5, 6, dtype=torch.float64)}
+    expect(lambda: ck.SampleGradients(model))
+    expect(lambda: ck.jvp_projections(model, losses_of, torch.zeros(2, 6, dtype=torch.float64), direction))
+
+    tensor_parallel = parallelize_module(network(), mesh, {"0": ColwiseParallel()})
+    expect(lambda: ck.estimate_fisher(tensor_parallel, losses_of, [torch.zeros(4, 6).double()] * 2))
     return said
 
 
@@ -346,4 +490,9 @@ def test_wrong_use_gives_one_clear_error(tmp_path):
     assert said[1].startswith(
         "the gradient of '0.weight' is placed as (Replicate(),) and the parameter as (Shard(dim=0),)"
     )
-    assert said[2].startswith("model has sharded parameters, such as '0.weight'")
+    for message in said[2:4]:
+        assert message.startswith("model has sharded parameters, such as '0.weight'")
+        assert message.endswith("in a block of crl_kernels.whole_parameters(model).")
+    assert said[4].startswith(
+        "parameter 'weight' of a Linear is placed as (Shard(dim=0),), and not by fully_shard alone"
+    )

@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 sharded_loop.py
 
-Per-sample gradients need whole parameters, so the Fisher of a task is estimated on a whole copy of the model, by all
-processes, each on its share of the data. The history itself is sharded as the parameters are.
+The history is sharded as the parameters are. The Fisher of a task is estimated by all processes, each on its share of
+the data; while that lasts, each of them has the whole parameters.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from sklearn.datasets import load_digits
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 
 from crl_kernels import FusedAdamW, LowRankHistory, estimate_fisher
@@ -80,9 +80,7 @@ def main(arguments=None):
                 optimizer.step()
                 optimizer.zero_grad()
 
-        whole = Denoiser().to(device)
-        whole.load_state_dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))
-        history.append(estimate_fisher(whole, per_sample_loss, batches, process_group=dist.group.WORLD))
+        history.append(estimate_fisher(model, per_sample_loss, batches))
         if dist.get_rank() == 0:
             print(f"task {task + 1}: loss {loss.item():.4f}, penalty {optimizer.last_penalty.item():.3g}, {history}")
 
