@@ -145,6 +145,8 @@ def run(experiment: Experiment, folder: Path, lines: Path, command: Command) -> 
     for stage in ("coarse", "fine", "final"):
         for seed in stages(experiment, folder)[stage][1]:
             methods = stages(experiment, folder)[stage][0]
+            if not methods:
+                continue
             arguments = compare_arguments(experiment, stage, methods, seed)
             print("crl-diffusion compare", *arguments, flush=True)
             places = ["--out", folder / stage, "--extractor-folder", command.results / "extractors"]
@@ -193,8 +195,8 @@ def write_report(name: str, experiment: Experiment, folder: Path, lines: Path, r
         f"`python -m benchmarks.evidence {name}`; {len(rows)} runs, {min(row['date'] for row in rows)} to "
         f"{max(row['date'] for row in rows)}, {', '.join(machines)}; this page: {date.today()}. Every run's values: "
         f"[{lines.name}]({lines.name}).",
-        f"Final runs: `crl-diffusion compare {experiment.options}`. Tuning runs: the same with `--held-out validation "
-        f"{experiment.tuning}`.",
+        f"Final runs: `crl-diffusion compare {experiment.options}`."
+        + (f" Tuning runs: the same with `--held-out validation {experiment.tuning}`." if screening else ""),
     ]
     final = folder / "final"
     runs = find([final])[0] if final.is_dir() else []
@@ -210,7 +212,8 @@ def write_report(name: str, experiment: Experiment, folder: Path, lines: Path, r
         if picture is not None:
             picture.save(results)
             parts += [f"![{picture.alt}]({name}.png)", picture.caption]
-    parts += ["## How lambda was chosen", tables.markdown(tuning_sheet(experiment, screening))]
+    if screening:
+        parts += ["## How lambda was chosen", tables.markdown(tuning_sheet(experiment, screening))]
     (results / f"{name}.md").write_text("\n\n".join(part.strip() for part in parts) + "\n", encoding="utf-8")
 
 

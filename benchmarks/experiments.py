@@ -13,9 +13,9 @@ class Experiment:
     """A setting and its candidates. Seeds of the tuning are not among those that are shown afterwards."""
 
     options: str  # of `crl-diffusion compare`, in every run
-    tuning: str  # options of the tuning runs only
-    grid: Grid  # candidate -> its coarse lambdas
     seeds: tuple[int, ...]
+    tuning: str = ""  # options of the tuning runs only
+    grid: Grid = field(default_factory=dict)  # candidate -> its coarse lambdas
     margin: float | None = None  # FID points that a candidate must better its baseline by to go on; None: all go on
     required: tuple[str, ...] = ()  # candidates that always go on
     ended: Mapping[str, str] = field(default_factory=dict)  # candidate -> why it goes no further in spite of the above
@@ -54,11 +54,11 @@ FEW = grid(
     bands=((10.0, 100.0, 1000.0), "gd+bands8:slopes"),
 )
 DIGITS = "--data digits --fisher-samples 2000"
+DRIFT = f"{DIGITS} --model mini --batch 16 --replay-batch 16 --tasks 10 --classes-per-task 1 --pool 4 --pool-steps 2"
 EXPERIMENTS = {
     # Ten tasks of one class, little training, few and poor replay images: distillation alone forgets.
     "digits-drift": Experiment(
-        options=f"{DIGITS} --model mini --batch 16 --replay-batch 16 --tasks 10 --classes-per-task 1 --steps 200 "
-        "--pool 4 --pool-steps 2",
+        options=f"{DRIFT} --steps 200",
         tuning="--tasks 4 --eval-samples 50",
         grid=EVERYTHING,
         seeds=(0, 1, 2, 3, 4, 5),
@@ -73,6 +73,15 @@ EXPERIMENTS = {
             "rank50": "within 1 % of fine-tuning, and its Fisher costs 60 backward passes a batch",
         },
         controls={"gd+bands8:random,slopes": "gd+bands8:slopes", "gd+bands8:slopes,once": "gd+bands8:slopes"},
+    ),
+    # Controls of digits-drift, with the lambdas that it froze. What a Fisher costs, spent on more distillation: 2,000
+    # samples are 125 batches.
+    "digits-drift-longer": Experiment(options=f"{DRIFT} --steps 325", seeds=(0, 1, 2, 3, 4, 5), references=("gd",)),
+    # Directions and slopes of images that the model was not trained on. There are fewer to train on, so gd is here too.
+    "digits-drift-held-out": Experiment(
+        options=f"{DRIFT} --steps 200 --fisher-images validation",
+        seeds=(0, 1, 2, 3, 4, 5),
+        references=("gd", "gd+rank1:slopes,lam=33", "gd+bands8:slopes,lam=10"),
     ),
     # Five tasks of two classes and a good pool: what distillation alone leaves to prevent.
     "digits-easy": Experiment(

@@ -108,6 +108,9 @@ def test_commands_of_the_experiments_are_understood(name, tmp_path):
     assert not {experiment.coarse_seed, experiment.fine_seed} & set(experiment.seeds)
     assert {*experiment.required, *experiment.controls.values()} <= set(experiment.grid)
     for stage, (methods, seeds) in evidence.stages(experiment, tmp_path).items():
+        if not methods:
+            assert not experiment.grid  # and nothing to tune
+            continue
         arguments = evidence.compare_arguments(experiment, stage, methods, seeds[0])
         command = cli.parse(["compare", "--out", str(tmp_path), *arguments])
         assert command.held_out == ("test" if stage == "final" else "validation")
@@ -149,3 +152,23 @@ def test_an_unfinished_experiment_says_so(tuned, tmp_path):
     shutil.rmtree(tuned / "final")
     evidence.write_report("small", SMALL, tuned, tmp_path / "small.jsonl", tmp_path)
     assert "12 of the final runs" in (tmp_path / "small.md").read_text()
+
+
+def test_an_experiment_without_candidates_has_nothing_to_tune(tmp_path, monkeypatch):
+    untuned = Experiment(
+        options="--data digits --tasks 3 --steps 20", seeds=(0, 1), references=("gd", "gd+rank1:lam=33")
+    )
+    ran = []
+    monkeypatch.setattr(
+        evidence.subprocess, "run", lambda words, check: ran.append(words[words.index("--methods") + 1 :])
+    )
+    command = evidence.Command(experiment="untuned", out=tmp_path, results=tmp_path)
+    evidence.run(untuned, tmp_path, tmp_path / "untuned.jsonl", command)
+    expected = ["gd", "gd+rank1:lam=33", "--seeds", "{}", "--baseline", "gd"]
+    assert ran == [[word.format(seed) for word in expected] for seed in untuned.seeds]
+    final(tmp_path, "gd gd+rank1:lam=33", untuned.seeds)
+    ledger.record(tmp_path / "untuned.jsonl", tmp_path)
+    evidence.write_report("untuned", untuned, tmp_path, tmp_path / "untuned.jsonl", tmp_path)
+    text = (tmp_path / "untuned.md").read_text()
+    assert "Tuning" not in text
+    assert "lambda was chosen" not in text
