@@ -150,7 +150,7 @@ def in_short(runs: Sequence[Finished], baseline: str, order: Sequence[str]) -> s
         f"{title}: {', '.join(names) if len(names) <= NAMED else f'{len(names)} methods'}."
         for title, names in (
             (f"Average FID below {baseline}'s, the 95 % interval of the difference wholly below zero", better),
-            (f"Likewise above {baseline}'s", worse),
+            (f"Average FID above {baseline}'s, the interval wholly above zero", worse),
             ("Not told apart by these seeds", unsure),
             ("Fewer than two seeds in common", single),
         )
