@@ -707,10 +707,17 @@ def sample_gradients_speed(device: str, small: bool) -> dict[str, Any]:
 
 def trainers(device: str, small: bool) -> dict[str, Any]:
     """What the penalty adds to a training step, by each way to put it there."""
+    from .problem import Unavailable
     from .trainers import DEFAULT, measure
 
     rounds, passes = (2, 1) if small else (30, 10)
-    return {name: measure(name, rounds, passes, device) for name in (["transformer-tiny"] if small else DEFAULT)}
+    found: dict[str, Any] = {}
+    for name in ["transformer-tiny"] if small else DEFAULT:
+        try:
+            found[name] = measure(name, rounds, passes, device)
+        except Unavailable as reason:
+            found[name] = {"skipped": str(reason)}
+    return found
 
 
 STAGES = {
@@ -826,8 +833,8 @@ def markdown(record: dict[str, Any]) -> str:
                 lines.append(f"| {name} | {row['ms']:.3f} | {row['times_adamw']:.2f} |")
     for key, stage in record["stages"].items():
         if stage["status"] == "ok" and key.endswith("trainers"):
-            for part in stage["result"].values():
-                lines += ["", f"## {key}", "", *table(part)]
+            for name, part in stage["result"].items():
+                lines += ["", f"## {key}, {name}", "", *([part["skipped"]] if "skipped" in part else table(part))]
     for key, stage in record["stages"].items():
         if stage["status"] != "ok" or not key.endswith("roofline"):
             continue

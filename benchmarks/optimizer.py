@@ -4,8 +4,8 @@ without one, with ``add_penalty_grad_`` before it, and with a Python loop for di
 Steps take turns, medians are taken, and ratios within the same rounds. With one thread the clock is process CPU time;
 with more it is wall time. All optimizers share their gradients; ``limit`` is the ratio of the bytes that a step has to
 move. Where a core waits for what it reads rather than for the memory's bandwidth, as one alone often does, reading
-counts for more than writing, and AdamW's 28 bytes are 16 read and 12 written: the row with one more vector read, and
-nothing done with it but a sum, shows what a term costs at least on that machine.
+counts for more than writing, and AdamW's 28 bytes are 16 read and 12 written: the row that reads one float32 vector
+more, after the step and for a sum alone, is there to compare a float32 term with.
 """
 
 import argparse

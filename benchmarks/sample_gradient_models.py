@@ -131,13 +131,13 @@ class Transformer(nn.Module):
 class Diffusers(nn.Module):
     """The reference trainer's model, called as the others are."""
 
-    def __init__(self, preset: str) -> None:
+    def __init__(self, preset: str, shape: tuple[int, int, int] = (1, SIZE, SIZE)) -> None:
         super().__init__()
         try:
             from crl_diffusion.model import build
         except ModuleNotFoundError as error:
             raise Unavailable(f"not installed: {error}") from error
-        self.unet = build(preset, (1, SIZE, SIZE), CLASSES, seed=0)
+        self.unet = build(preset, shape, CLASSES, seed=0)
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
         return self.unet(x, t, class_labels=label, return_dict=False)[0]

@@ -28,25 +28,11 @@ from . import allocator, peers
 from .measure import Call, commit, interleaved, processor, require_memory
 from .optimizer import diagonal_history, low_rank_history
 from .problem import Task
-from .sample_gradient_models import CLASSES, SIZE, TIMESTEPS, TINY, Transformer
+from .sample_gradient_models import CLASSES, SIZE, TIMESTEPS, TINY, Diffusers, Transformer
 
 LAM, LR = 1.0, 1e-4
 BYTES = 120  # per parameter, of the hungriest row: two models, their moments, a loop's temporaries
 History = ck.LowRankHistory | ck.DiagonalHistory
-
-
-def paper_unet() -> nn.Module:
-    from crl_diffusion.model import build
-
-    class PaperUNet(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.unet = build("paper", (3, 32, 32), CLASSES, seed=0)
-
-        def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
-            return self.unet(x, t, class_labels=label, return_dict=False)[0]
-
-    return PaperUNet()
 
 
 @dataclass(frozen=True)
@@ -58,7 +44,7 @@ class Subject:
 
 
 SUBJECTS = {
-    "paper's UNet": Subject(paper_unet, (8, 3, 32, 32)),
+    "paper's UNet": Subject(lambda: Diffusers("paper", (3, 32, 32)), (8, 3, 32, 32)),
     "transformer": Subject(lambda: Transformer(512, 8, 8), (32, 1, SIZE, SIZE)),
     **{name: Subject(make, (2, 1, SIZE, SIZE)) for name, make in TINY.items()},
 }

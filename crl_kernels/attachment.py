@@ -34,35 +34,12 @@ def innermost(optimizer: Optimizer) -> Optimizer:
     return optimizer
 
 
-class StiffnessWarning:
-    """Warns, once, of a penalty that is too stiff to be a gradient."""
-
-    def __init__(self, history: _History, remedy: str) -> None:
-        self._history, self._remedy = history, remedy
-        self._warned = False
-
-    def look(self, lam: float | Tensor, groups: Sequence[Mapping[str, Any]]) -> None:
-        """At the largest learning rate of the groups; numbers that are on a device would have to be waited for, and are
-        not looked at."""
-        rates = [group["lr"] for group in groups]
-        if self._warned or any(isinstance(x, Tensor) and x.device.type != "cpu" for x in (lam, *rates)):
-            return
-        stiffness = float(self._history.stiffness(lam, max(float(rate) for rate in rates)))
-        if stiffness > _UNSTABLE:
-            self._warned = True
-            warnings.warn(
-                f"the penalty is stiff: lr * lam * curvature = {stiffness:.3g}, and as a gradient it overshoots above "
-                f"{_UNSTABLE:.0f}. Use a smaller lam, or {self._remedy}, which is stable at every lam.",
-                stacklevel=2,
-            )
-
-
 class Attachment:
     """What ``history.attach`` does to an optimizer, until ``remove``."""
 
     def __init__(self, history: _History, optimizer: Optimizer, lam: float | Tensor, decoupled: bool) -> None:
         self._history, self._lam = history, lam
-        self._stiffness = StiffnessWarning(history, "attach with decoupled=True")
+        self._warned = False
         register = optimizer.register_step_post_hook if decoupled else optimizer.register_step_pre_hook
         self._handle: RemovableHandle = register(self._after_step if decoupled else self._before_step)
 
@@ -77,7 +54,7 @@ class Attachment:
                 "Add rank1_ewc_penalty or diagonal_ewc_penalty to the loss inside the closure instead, or attach with "
                 "decoupled=True."
             )
-        self._stiffness.look(lam=self._lam, groups=optimizer.param_groups)
+        self._warn_if_stiff(optimizer)
         scale = getattr(optimizer, "grad_scale", None)
         self._history.add_penalty_grad_(self._lam if scale is None else scale.double() * self._lam)
 
@@ -89,3 +66,16 @@ class Attachment:
             strength = lam if isinstance(lam, Tensor) else torch.full_like(found_inf, lam, dtype=torch.float64)
             lam = torch.where(found_inf > 0, 0.0, strength)
         self._history.decoupled_step_(lam, optimizer.param_groups)
+
+    def _warn_if_stiff(self, optimizer: Optimizer) -> None:
+        rates = [group["lr"] for group in optimizer.param_groups]
+        if self._warned or any(isinstance(x, Tensor) and x.device.type != "cpu" for x in (self._lam, *rates)):
+            return  # looking at a device's number would wait for it
+        stiffness = float(self._history.stiffness(self._lam, max(float(rate) for rate in rates)))
+        if stiffness > _UNSTABLE:
+            self._warned = True
+            warnings.warn(
+                f"the penalty is stiff: lr * lam * curvature = {stiffness:.3g}, and as a gradient it overshoots above "
+                f"{_UNSTABLE:.0f}. Use a smaller lam, or attach with decoupled=True, which is stable at every lam.",
+                stacklevel=2,
+            )

@@ -212,7 +212,8 @@ def diagnose(
     diagonal; and G, P floats for each of sixteen groups.
 
     The model is in evaluation mode meanwhile. Its mode, gradients, buffers, hooks and the global random state are left
-    as they were, also when the loss raises.
+    as they were, also when the loss raises. Of a sharded model (FSDP2, HSDP) all processes call this together, have the
+    whole parameters meanwhile, and each returns the diagnosis of its own loader's samples.
 
     Args:
         model: the model at the end of its task.

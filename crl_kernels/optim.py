@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import _ops
-from .attachment import StiffnessWarning
 from .diagonal_history import DiagonalHistory
 from .folded_penalty import FoldedDiagonal, FoldedLowRank, FoldedPenalty
 from .history import check_strength
@@ -80,6 +79,8 @@ class FusedAdamW(Optimizer):
     """
 
     _step_supports_amp_scaling = True
+    # Version counters, which a step watches, cannot be traced: compiled code calls it as it is.
+    _untraced_step: Any = None
 
     def __init__(
         self,
@@ -100,9 +101,6 @@ class FusedAdamW(Optimizer):
             raise ValueError(f"verify_every is {verify_every!r}; expected an integer >= 0, where 0 is never.")
         self.lam, self._decoupled, self._verify_every = lam, decoupled, verify_every
         self._penalty = _fold(history, decoupled)
-        self._stiffness: StiffnessWarning | None = None
-        if history is not None and not decoupled:
-            self._stiffness = StiffnessWarning(history, "FusedAdamW(decoupled=True)")
         self._steps_taken = 0
         self._versions: list[int] | None = None  # of watched parameters after the last step; None: read them anew
         self._uploaded: dict[Any, Tensor] = {}
@@ -115,6 +113,8 @@ class FusedAdamW(Optimizer):
             "amsgrad": False,
         }
         super().__init__(params, defaults)
+        if FusedAdamW._untraced_step is None:  # with the first optimizer, because it imports torch._dynamo, for seconds
+            FusedAdamW._untraced_step = torch.compiler.disable(FusedAdamW._step)
         if history is not None:
             history._binding.rates(self.param_groups)  # which says what is missing
         self.last_penalty = torch.zeros((), dtype=torch.float64, device=self.param_groups[0]["params"][0].device)
@@ -154,8 +154,7 @@ class FusedAdamW(Optimizer):
         """Takes one step. A closure, as in torch, computes the loss and the gradients first, and its loss is returned.
 
         Warns:
-            UserWarning: ``verify_every`` has found the parameters changed; once, when the penalty is too stiff to be a
-                gradient (``history.stiffness``).
+            UserWarning: ``verify_every`` has found the parameters changed.
         """
         if closure is not None and not callable(closure):
             raise TypeError(f"closure is a {type(closure).__name__}; expected a function that computes the loss.")
@@ -164,11 +163,9 @@ class FusedAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad():
-            self._step()
+            self._untraced_step()
         return loss
 
-    # It watches version counters, which cannot be traced: compiled code calls it as it is.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _step(self) -> None:
         group_of = {parameter: group for group in self.param_groups for parameter in group["params"]}
         self._check_gradients(group_of)
@@ -184,8 +181,6 @@ class FusedAdamW(Optimizer):
         elif self._versions is None:
             self._adopt_writes(halves)
 
-        if self._stiffness is not None:
-            self._stiffness.look(self.lam, self.param_groups)
         penalized, moved = set(bound), [parameter for parameter in bound if parameter.requires_grad]
         if penalty is not None:
             prepare = partial(self._operands, moved, group_of)
@@ -230,7 +225,7 @@ class FusedAdamW(Optimizer):
             warnings.warn(
                 f"parameters were changed behind FusedAdamW's back: {difference}. It goes on with the new ones; call "
                 "resync() after writing to parameters through .data.",
-                stacklevel=5,
+                stacklevel=6,
             )
 
     def _adopt_writes(self, halves: list[Tensor]) -> None:

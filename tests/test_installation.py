@@ -72,6 +72,12 @@ for warning in caught:
     print(warning.message)
 """
 
+
+def test_importing_does_not_import_what_takes_seconds():
+    result = run("-c", "import crl_kernels, sys; print({'torch._dynamo', 'triton', 'matplotlib'} & set(sys.modules))")
+    assert result.stdout == "set()\n", result.stdout + result.stderr
+
+
 needs_triton = pytest.mark.skipif(not registry.TRITON.loaded, reason=f"no Triton: {registry.TRITON.reason}")
 
 

@@ -602,21 +602,6 @@ def test_a_step_in_compiled_code():
     assert not torch.equal(flat(model), before)
 
 
-@pytest.mark.parametrize("kind", ["1", "diagonal"])
-def test_a_stiff_penalty_is_warned_of_once(kind):
-    model = Network()
-    history = history_of(model, kind)
-    lam = 2.5 / history.stiffness(1.0, 0.1)
-    optimizer = ck.FusedAdamW(model.parameters(), lr=0.1, history=history, lam=lam)
-    with pytest.warns(UserWarning, match=r"lr \* lam \* curvature = 2.5, .* FusedAdamW\(decoupled=True\)"):
-        optimizer.step()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        optimizer.step()
-        ck.FusedAdamW(model.parameters(), lr=0.1, history=history, lam=lam, decoupled=True).step()
-        ck.FusedAdamW(model.parameters(), lr=0.1, history=history, lam=0.5 * lam).step()
-
-
 def test_what_cannot_be_is_refused():
     model = Network()
     history = history_of(model, "1")

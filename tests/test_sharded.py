@@ -371,68 +371,82 @@ def everything_of(model: nn.Module) -> tuple[list, list]:
     return objects, [whole(t.detach()).tolist() for p in model.parameters() for t in (p, p.grad) if t is not None]
 
 
-def estimates(rank: int, count: int, folder: Path) -> list[str]:
+def sharded_for_estimates(rank: int, count: int, name: str) -> tuple[nn.Module, object]:
+    """A model, and the group of the processes that share it."""
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+    if name == "tied":
+        model = Tied()
+        fully_shard([model.first, model.last])  # which share a parameter
+        fully_shard(model)
+        register_fsdp_forward_method(model, "halved")
+        model.bring = model.unshard  # a method of FSDP's that wraps nothing
+        return model, dist.group.WORLD
+    if name == "part":  # of four processes, two pairs of whole copies
+        mesh = init_device_mesh("cpu", (2, 2, 1), mesh_dim_names=("pair", "replicate", "shard"))
+        pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+        return fully_shard(network(), mesh=mesh["replicate", "shard"]), pairs[rank // 2]
+    return sharded(count, name), dist.group.WORLD
+
+
+def estimates(rank: int, count: int, folder: Path) -> list[str]:
     wrong = []
-    for make in (network, Tied):
-        if make is network:
-            model = sharded(count, "hsdp" if count == 4 else "fsdp")
-        else:
-            model = Tied()
-            fully_shard([model.first, model.last])  # which share a parameter
-            fully_shard(model)
-            register_fsdp_forward_method(model, "halved")
+    for name in ("fsdp", "tied") if count == 2 else ("hsdp", "offload", "part"):
+        model, group = sharded_for_estimates(rank, count, name)
+        make = Tied if name == "tied" else network
         batches = batches_of(rank)
-        loss = losses_of(model, batches[0]).mean()
-        loss.backward()
+        losses_of(model, batches[0]).mean().backward()
+        gradients = [whole(p.grad) for p in model.parameters() if p.grad is not None]
         before = everything_of(model)
         history = ck.LowRankHistory(model)
         with torch.no_grad():
             losses_of(model, batches[0])  # leaves the root's parameters whole
-        for name, (loss, options) in ESTIMATES.items():
-            fisher = ck.estimate_fisher(model, loss, batches, **options)
-            expected = ck.estimate_fisher(make(), loss, batches, process_group=dist.group.WORLD, **options)
-            if not same_bits(vars(fisher), vars(expected)):
-                wrong.append(f"{make.__name__}: {name}")
-        history.append(ck.estimate_fisher(model, losses_of, batches))
-        of_whole = make()
-        history_of_whole = ck.LowRankHistory(of_whole)
-        history_of_whole.append(ck.estimate_fisher(make(), losses_of, batches, process_group=dist.group.WORLD))
-        saved = [p.detach().clone() for p in model.parameters()]
-        with torch.no_grad():
-            for parameter in (*model.parameters(), *of_whole.parameters()):
-                parameter.add_(0.1)
-        if abs(float(history.penalty(LAM)) / float(history_of_whole.penalty(LAM)) - 1) > 1e-12:
-            wrong.append(f"{make.__name__}: history")
-        with torch.no_grad():
-            for parameter, value in zip(model.parameters(), saved, strict=True):
-                parameter.copy_(value)
 
+        def compare(what: str, found: object, expected: object, name: str = name) -> None:
+            if not same_bits(found, expected):
+                wrong.append(f"{name}: {what}")
+
+        def fisher_of(loss: Callable, make: Callable = make, group: object = group, **options) -> object:
+            return ck.estimate_fisher(make(), loss, batches_of(rank), process_group=group, **options)
+
+        for what, (loss, options) in ESTIMATES.items():
+            found = ck.estimate_fisher(model, loss, batches, **options)
+            compare(what, vars(found), vars(fisher_of(loss, **options)))
+        with ck.whole_parameters(model), ck.whole_parameters(model):
+            found = ck.estimate_fisher(model, losses_of, batches)
+            with torch.no_grad():
+                next(model.parameters()).add_(1)  # is lost
+        compare("in a block", vars(found), vars(fisher_of(losses_of)))
         diagnosis = ck.diagnose(model, at_timestep, batches, samples=48, timesteps=[0, 500])
-        if diagnosis != ck.diagnose(make(), at_timestep, batches, samples=48, timesteps=[0, 500]):
-            wrong.append(f"{make.__name__}: diagnosis")
+        compare("diagnosis", diagnosis, ck.diagnose(make(), at_timestep, batches, samples=48, timesteps=[0, 500]))
         with ck.whole_parameters(model), ck.SampleGradients(model) as sg:
             losses_of(model, batches[0]).sum().backward()
         with ck.SampleGradients(alone := make()) as expected:
             losses_of(alone, batches[0]).sum().backward()
-        if not same_bits(sg.mean, expected.mean) or not torch.equal(sg.sq_norms, expected.sq_norms):
-            wrong.append(f"{make.__name__}: sample gradients")
-
-        def fails(model: nn.Module, x: Tensor) -> Tensor:
-            raise ZeroDivisionError
-
+        compare("mean", sg.mean, expected.mean)
+        compare("norms", sg.sq_norms, expected.sq_norms)
         with pytest.raises(ZeroDivisionError):
-            ck.estimate_fisher(model, fails, batches)
-        for module in model.modules():
-            if hasattr(module, "reshard"):
-                module.reshard()
-        if everything_of(model)[0] != before[0]:
-            wrong.append(f"{make.__name__}: something is not as it was")
-        loss = losses_of(model, batches[0]).mean()
-        loss.backward()
-        if not all(p.grad is not None for p in model.parameters() if p.requires_grad):
-            wrong.append(f"{make.__name__}: no training afterwards")
+            ck.estimate_fisher(model, lambda model, x: 1 / 0, batches)
+        compare("what must be as it was", everything_of(model), before)
+
+        # The history of it, and training.
+        history.append(ck.estimate_fisher(model, losses_of, batches))
+        history_of_whole = ck.LowRankHistory(alone)
+        history_of_whole.append(fisher_of(losses_of))
+        with torch.no_grad():
+            for parameter in (*model.parameters(), *alone.parameters()):
+                parameter.add_(0.1)
+        if abs(float(history.penalty(LAM)) / float(history_of_whole.penalty(LAM)) - 1) > 1e-12:
+            wrong.append(f"{name}: history")
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.sub_(0.1)
+        model.zero_grad()
+        losses_of(model, batches[0]).mean().backward()
+        for found, expected in zip((p.grad for p in model.parameters() if p.requires_grad), gradients, strict=True):
+            if not torch.allclose(whole(found), expected, rtol=1e-9, atol=1e-12):
+                wrong.append(f"{name}: gradients afterwards")
     return wrong
 
 
@@ -479,8 +493,25 @@ def refusals(rank: int, count: int, folder: Path) -> list[str]:
     expect(lambda: ck.SampleGradients(model))
     expect(lambda: ck.jvp_projections(model, losses_of, torch.zeros(2, 6, dtype=torch.float64), direction))
 
+    batches = [torch.zeros(4, 6, dtype=torch.float64)] * 2
     tensor_parallel = parallelize_module(network(), mesh, {"0": ColwiseParallel()})
-    expect(lambda: ck.estimate_fisher(tensor_parallel, losses_of, [torch.zeros(4, 6).double()] * 2))
+    expect(lambda: ck.estimate_fisher(tensor_parallel, losses_of, batches))
+    both = init_device_mesh("cpu", (1, count), mesh_dim_names=("data", "tensor"))
+    two_ways = parallelize_module(network(), both["tensor"], {"0": ColwiseParallel()})
+    fully_shard(two_ways, mesh=both["data"])
+    expect(lambda: ck.estimate_fisher(two_ways, losses_of, batches))
+    two_meshes = network()
+    fully_shard(two_meshes[0], mesh=init_device_mesh("cpu", (1, count), mesh_dim_names=("copies", "shards")))
+    fully_shard(two_meshes, mesh=mesh)
+    expect(lambda: ck.estimate_fisher(two_meshes, losses_of, batches))
+    expect(lambda: ck.estimate_fisher("model", losses_of, batches))
+
+    failed = fully_shard(network(), mesh=mesh)
+    failed[1].register_forward_hook(lambda module, args, output: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        losses_of(failed, batches[0])
+    with pytest.raises(RuntimeError, match="a forward pass that failed has left them so"):
+        ck.estimate_fisher(failed, losses_of, batches)
     return said
 
 
@@ -493,6 +524,8 @@ def test_wrong_use_gives_one_clear_error(tmp_path):
     for message in said[2:4]:
         assert message.startswith("model has sharded parameters, such as '0.weight'")
         assert message.endswith("in a block of crl_kernels.whole_parameters(model).")
-    assert said[4].startswith(
-        "parameter 'weight' of a Linear is placed as (Shard(dim=0),), and not by fully_shard alone"
-    )
+    for message in said[4:6]:
+        assert "of a Linear is placed as" in message
+        assert "not by fully_shard alone" in message
+    assert "of a Linear is on DeviceMesh" in said[6]
+    assert said[7].startswith("model is a str")
