@@ -75,7 +75,8 @@ class Attachment:
         if stiffness > _UNSTABLE:
             self._warned = True
             warnings.warn(
-                f"the penalty is stiff: lr * lam * curvature = {stiffness:.3g}, and as a gradient it overshoots above "
-                f"{_UNSTABLE:.0f}. Use a smaller lam, or attach with decoupled=True, which is stable at every lam.",
+                f"the penalty is stiff: lr * lam * curvature = {stiffness:.3g}. As a gradient it diverges above "
+                f"{_UNSTABLE:.0f} under plain SGD, and what Adam makes of it can drown the task's own. Use a smaller "
+                "lam, or attach with decoupled=True, which is stable at every lam.",
                 stacklevel=2,
             )

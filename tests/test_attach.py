@@ -243,7 +243,7 @@ def test_a_stiff_penalty_is_warned_of_once(kind):
     lam = 2.5 / history.stiffness(1.0, 0.1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     history.attach(optimizer, lam)
-    with pytest.warns(UserWarning, match=r"lr \* lam \* curvature = 2.5, .* decoupled=True"):
+    with pytest.warns(UserWarning, match=r"lr \* lam \* curvature = 2.5\. .* decoupled=True"):
         optimizer.step()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
