@@ -65,7 +65,7 @@ def in_the_loss(model: nn.Module, history: History) -> Call:
     penalty = ck.rank1_ewc_penalty if isinstance(history, ck.LowRankHistory) else ck.diagonal_ewc_penalty
 
     def rest() -> None:
-        penalty(history, lam=LAM).backward()  # type: ignore[arg-type]  # adds to the gradients, as in one backward pass
+        penalty(history, lam=LAM).backward()  # adds to the gradients, as in one backward pass
         optimizer.step()
 
     return rest
@@ -112,7 +112,7 @@ def python_loop(model: nn.Module) -> Call:
 
     task = Task(flat, flat.square(), flat.clone())
     problem = SimpleNamespace(device=flat.device, params=params, task=task, split=split)
-    penalize = peers.diagonal_python_loop(1)(problem)  # type: ignore[arg-type]
+    penalize = peers.diagonal_python_loop(1)(problem)
     optimizer = adamw(model)
 
     def rest() -> None:

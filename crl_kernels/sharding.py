@@ -80,9 +80,20 @@ class Shards:
         return self.local(gradients)
 
     def cut(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """This process's parts of tensors like the parameters, each of them whole, or sharded in whatever way."""
+        """This process's parts of tensors like the parameters, each whole, or sharded in whatever way on their mesh.
+
+        Raises:
+            ValueError: one that is sharded over other processes than the parameters are.
+        """
         from torch.distributed.tensor import distribute_tensor
 
+        for tensor in tensors:
+            if is_sharded(tensor) and tensor.device_mesh != self._mesh:
+                raise ValueError(
+                    f"a tensor is sharded over {tensor.device_mesh}, and the model over {self._mesh}. From another "
+                    "number of processes load a file of save(), or a distributed checkpoint, with load_history of "
+                    "crl_kernels.integrations.distributed_checkpoint."
+                )
         parts = []
         for tensor, (placements, _, _) in zip(tensors, self._like, strict=True):
             if not is_sharded(tensor):  # cut here, without an exchange

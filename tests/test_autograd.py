@@ -352,6 +352,15 @@ def test_a_compiled_training_step_breaks_no_more_than_without_a_penalty(entry):
     assert plain > 0
     assert breaks(entry) <= plain
 
+    _, step = whole_step(entry)
+    step(batches[0])
+    torch._dynamo.reset()
+    reasons = torch._dynamo.explain(step)(batches[0]).break_reasons
+    assert reasons
+    for reason in reasons:
+        torchs_optimizer = reason.user_stack[-1].filename.endswith("torch/optim/optimizer.py")
+        assert "Tensor.backward()" in reason.reason or torchs_optimizer, reason
+
     ends = []
     for compiled in (False, True):
         params, step = whole_step(entry)

@@ -461,9 +461,9 @@ def test_a_sharded_models_fisher_is_that_of_the_whole_one(tmp_path, count):
 
 
 def refusals(rank: int, count: int, folder: Path) -> list[str]:
-    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
     from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor import Replicate, distribute_tensor
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
     said = []
@@ -488,6 +488,16 @@ def refusals(rank: int, count: int, folder: Path) -> list[str]:
     before = [whole(p.grad).clone() for p in model.parameters()]
     expect(lambda: history.add_penalty_grad_(LAM))
     assert all(torch.equal(whole(p.grad), g) for p, g in zip(model.parameters(), before, strict=True))
+
+    # A state as it lies in other processes, and one process's part of it.
+    state = history.state_dict()
+    kept = {name: whole(tensor).clone() for name, tensor in state.items()}
+    other = DeviceMesh("cpu", [0])
+    elsewhere = {n: distribute_tensor(t, other, src_data_rank=None) if t.dim() else t for n, t in kept.items()}
+    pieces = {n: t.to_local() if hasattr(t, "to_local") else t for n, t in state.items()}
+    for wrong in (elsewhere, pieces):
+        expect(lambda wrong=wrong: history.load_state_dict(wrong))
+        assert all(torch.equal(whole(tensor), kept[name]) for name, tensor in history.state_dict().items())
 
     direction = {"0.weight": torch.ones(5, 6, dtype=torch.float64)}
     expect(lambda: ck.SampleGradients(model))
@@ -521,11 +531,13 @@ def test_wrong_use_gives_one_clear_error(tmp_path):
     assert said[1].startswith(
         "the gradient of '0.weight' is placed as (Replicate(),) and the parameter as (Shard(dim=0),)"
     )
-    for message in said[2:4]:
+    assert said[2].startswith("a tensor is sharded over DeviceMesh")
+    assert "'0.weight' has shape (3, 6) in the state and (5, 6) in the model" in said[3]
+    for message in said[4:6]:
         assert message.startswith("model has sharded parameters, such as '0.weight'")
         assert message.endswith("in a block of crl_kernels.whole_parameters(model).")
-    for message in said[4:6]:
+    for message in said[6:8]:
         assert "of a Linear is placed as" in message
         assert "not by fully_shard alone" in message
-    assert "of a Linear is on DeviceMesh" in said[6]
-    assert said[7].startswith("model is a str")
+    assert "of a Linear is on DeviceMesh" in said[8]
+    assert said[9].startswith("model is a str")
