@@ -23,7 +23,7 @@ from .sample_matrix import (
     sample_gradient_stats,
     sample_gram,
 )
-from .sharding import whole_parameters
+from .unsharded import whole_parameters
 
 __version__ = "0.1.0"
 

@@ -25,8 +25,8 @@ from .batches import batch_size, slice_batch
 from .binding import Binding
 from .preserved import preserved
 from .sample_gradients import SampleGradients
-from .sharding import whole_parameters
 from .spectrum import GROUPS, Estimate, Spectrum, share_of_bands, spectrum_of, top_coefficients
+from .unsharded import whole_parameters
 from .verdict import Verdict, judge, short
 
 PerSampleLossAt = Callable[[nn.Module, Any, Tensor], Tensor]

@@ -22,7 +22,7 @@ from .held_out import MeanProjections, curvature_of, statistics_of
 from .preserved import preserved, same_random_numbers
 from .processes import Processes
 from .sample_gradients import SampleGradients
-from .sharding import whole_parameters
+from .unsharded import whole_parameters
 
 PerSampleLoss = Callable[[nn.Module, Any], Tensor | tuple[Tensor, Tensor]]
 
