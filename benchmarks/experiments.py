@@ -72,7 +72,12 @@ EXPERIMENTS = {
             "rank10": "within 1 % of fine-tuning, and its Fisher costs 20 backward passes a batch",
             "rank50": "within 1 % of fine-tuning, and its Fisher costs 60 backward passes a batch",
         },
-        controls={"gd+bands8:random,slopes": "gd+bands8:slopes", "gd+bands8:slopes,once": "gd+bands8:slopes"},
+        controls={
+            "gd+bands8:random,slopes": "gd+bands8:slopes",
+            "gd+bands8:slopes,once": "gd+bands8:slopes",
+            "gd+bands8:slopes,alone": "gd+bands8:slopes",
+            "gd+rank1:slopes,alone": "gd+rank1:slopes",
+        },
     ),
     # Controls of digits-drift, with the lambdas that it froze. What a Fisher costs, spent on more distillation: 2,000
     # samples are 125 batches.

@@ -98,6 +98,7 @@ def _options() -> Listing:
         ["decoupled", "its own proximal step after the optimizer's, at the same learning rate"],
         ["gradient", "its gradient is added to the loss's, before clipping, as the paper has it"],
         ["once", "control: one proximal step at the end of a task, no penalty afterwards"],
+        ["alone", "control: the slopes' pull alone, fading as they would be used up, and nothing that holds"],
         ["lam=NUMBER", "strength, for a loss that is the mean over C*H*W; inf (not as a gradient) pins the directions"],
         ["top", "directions: top eigenvectors of the Fisher matrix"],
         ["mean", "direction: the mean gradient (not with rank<n>)"],

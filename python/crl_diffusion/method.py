@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 DataName = Literal["digits", "mnist", "fashion_mnist", "cifar10", "imagenet32", "folder"]
 ModelName = Literal["mini", "tiny", "small", "paper"]
-Mode = Literal["decoupled", "gradient", "once"]
+Mode = Literal["decoupled", "gradient", "once", "alone"]
 Direction = Literal["mean", "top", "random"]
 Device = Literal["auto", "cpu", "cuda"]
 ExtractorName = Literal["cnn", "lenet", "inception"]
@@ -144,6 +144,8 @@ def parse_method(text: str) -> Method:
         penalty = _with_option(penalty, option, text)
     if penalty.mode == "gradient" and math.isinf(penalty.lam):
         raise OptionError(f"method {text!r}: a gradient needs a finite lam; give one, or the decoupled mode")
+    if penalty.mode == "alone" and not (penalty.slopes and math.isfinite(penalty.lam)):
+        raise OptionError(f"method {text!r}: alone is the slopes' pull alone; it needs slopes and a finite lam")
     return replace(method, penalty=penalty)
 
 

@@ -5,18 +5,21 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from crl_diffusion import processes
+from crl_diffusion.controls import SlopesAlone, along_random_directions
 from crl_diffusion.diffusion import TIMESTEPS
 from crl_diffusion.method import Penalty
 from crl_kernels import DiagonalFisher, DiagonalHistory, LowRankFisher, LowRankHistory, estimate_fisher
 
 PerSampleLoss = Callable[[nn.Module, Any], Tensor]
 STATISTICS = ("num_samples", "kappa", "rho", "trace", "signal_share", "samples_needed")
+SLOPES_ALONE = "slopes_alone"  # beside the names of a history's state
 
 
 class PenaltyState:
@@ -25,6 +28,7 @@ class PenaltyState:
     def __init__(self, spec: Penalty, model: nn.Module, in_sample: bool = False) -> None:
         self.spec, self.model, self.in_sample = spec, model, in_sample
         self.history: LowRankHistory | DiagonalHistory = self._new_history()
+        self.slopes_alone = SlopesAlone(model, spec.lam) if spec.mode == "alone" else None
         self.seconds: list[float] = []  # time of each call since it was last read
 
     def after_backward(self) -> None:
@@ -34,8 +38,12 @@ class PenaltyState:
 
     def after_step(self, lr: float) -> None:
         """Decoupled mode: the penalty's own proximal step, with the optimizer's learning rate of this step."""
-        if self.spec.mode == "decoupled" and len(self.history):
+        if not len(self.history):
+            return
+        if self.spec.mode == "decoupled":
             self._timed(lambda: self.history.decoupled_step_(self.spec.lam, lr))
+        elif self.slopes_alone is not None:
+            self._timed(partial(self.slopes_alone.step_, lr))
 
     def learn(
         self,
@@ -48,13 +56,15 @@ class PenaltyState:
         this kind of matrix does not have. `task_lr` is the sum of a task's learning rates."""
         fisher = self._estimate(per_sample_loss, batches, generator)
         if self.spec.direction == "random":
-            fisher = _along_random_directions(fisher, self.model, generator)
+            fisher = along_random_directions(fisher, self.model, generator)
         if self.spec.mode == "once":
             # A control: the whole pull of one task, in one proximal step at its end, and no penalty afterwards.
             once = self._new_history()
             once.append(fisher)
             once.decoupled_step_(self.spec.lam, task_lr)
         self.history.append(fisher)
+        if self.slopes_alone is not None:
+            self.slopes_alone.learn(self.history, fisher, task_lr)
         found = {name: getattr(fisher.statistics, name, math.nan) for name in STATISTICS}
         statistics: dict[str, Any] = {name: x if math.isfinite(x) else None for name, x in found.items()}
         if isinstance(fisher, LowRankFisher):
@@ -67,12 +77,20 @@ class PenaltyState:
         return int(self.history.nbytes)
 
     def state(self) -> dict[str, Tensor]:
-        """The history's state; nothing before the first task."""
-        return self.history.state_dict() if len(self.history) else {}
+        """The history's state, and beside it what a control keeps; nothing before the first task."""
+        if not len(self.history):
+            return {}
+        control = {} if self.slopes_alone is None else {SLOPES_ALONE: self.slopes_alone.slopes}
+        return self.history.state_dict() | control
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        if state:
-            self.history.load_state_dict(state)
+        if not state:
+            return
+        state = dict(state)
+        slopes = None if self.slopes_alone is None else state.pop(SLOPES_ALONE)
+        self.history.load_state_dict(state)
+        if self.slopes_alone is not None:
+            self.slopes_alone.set(self.history, slopes)
 
     def _new_history(self) -> LowRankHistory | DiagonalHistory:
         if self.spec.fisher == "diagonal":
@@ -121,16 +139,3 @@ class PenaltyState:
         device = next(self.model.parameters()).device
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-
-
-def _along_random_directions(fisher: Any, model: nn.Module, generator: torch.Generator) -> LowRankFisher:
-    """A control: the same curvatures and slopes along unit directions that know nothing of the data."""
-    parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    terms = len(fisher)
-    drawn = {name: torch.randn(terms, *p.shape, generator=generator) for name, p in parameters.items()}
-    lengths = sum(d.flatten(1).double().square().sum(1) for d in drawn.values()).sqrt()
-    directions = {
-        name: (d / lengths.to(d.dtype).view(terms, *[1] * (d.dim() - 1))).to(parameters[name])
-        for name, d in drawn.items()
-    }
-    return LowRankFisher(directions, fisher.curvatures, parameters, slopes=fisher.slopes, statistics=fisher.statistics)

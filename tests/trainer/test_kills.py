@@ -30,7 +30,9 @@ def test_three_kills_at_random_moments(extractor_folder: Path, tmp_path: Path) -
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="os.fork is missing")
-@pytest.mark.parametrize("method", ["gd+rank1", "gd+bands8:slopes,gradient", "replay+gd+diagonal", "masip"])
+@pytest.mark.parametrize(
+    "method", ["gd+rank1", "gd+bands8:slopes,gradient", "replay+gd+diagonal", "masip", "bands2:slopes,alone"]
+)
 def test_ten_kills_at_random_moments(method: str, extractor_folder: Path, tmp_path: Path) -> None:
     seed = secrets.randbelow(2**31)
     _killed_again_and_again(method, seed, 10, extractor_folder, tmp_path / "run")

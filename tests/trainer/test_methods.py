@@ -215,7 +215,7 @@ NAMES = st.one_of(
 @hypothesis.given(
     name=NAMES,
     lam=st.none() | st.floats(0, allow_nan=False),
-    mode=st.sampled_from([None, "decoupled", "gradient", "once"]),
+    mode=st.sampled_from([None, "decoupled", "gradient", "once", "alone"]),
     direction=st.sampled_from([None, "mean", "top", "random"]),
     slopes=st.booleans(),
     order=st.randoms(use_true_random=False),
@@ -232,7 +232,8 @@ def test_spelling_round_trips(
         if direction and not (direction == "mean" and penalty.rank > 1):
             words.append(direction)
         words += ["slopes"] if slopes else []
-    hypothesis.assume(not (mode == "gradient" and lam == math.inf))
+    hypothesis.assume(not (mode in ("gradient", "alone") and lam == math.inf))
+    hypothesis.assume(mode != "alone" or "slopes" in words)
     order.shuffle(words)
     text = ":".join([name, *([",".join(words)] if words else [])])
     asked = parse_method(text)
@@ -264,9 +265,15 @@ def test_spelling_round_trips(
         ("rank1:lam=nan", "lam must be a number, 0 or more"),
         ("rank1:lam=much", "'lam=much'; lam must be a number"),
         ("rank1:gradient,lam=inf", "a gradient needs a finite lam"),
-        ("diagonal:slopes", "'slopes' is not an option of its penalty; choose among decoupled, gradient, once, lam="),
+        ("rank1:alone", "alone is the slopes' pull alone; it needs slopes"),
+        ("rank1:slopes,alone,lam=inf", "it needs slopes and a finite lam"),
+        ("diagonal:alone", "it needs slopes"),
+        (
+            "diagonal:slopes",
+            "'slopes' is not an option of its penalty; choose among decoupled, gradient, once, alone, ",
+        ),
         ("rank3:mean", "'mean' is not an option of its penalty"),
-        ("rank1:Top", "choose among decoupled, gradient, once, lam=NUMBER, slopes, top, random, mean"),
+        ("rank1:Top", "choose among decoupled, gradient, once, alone, lam=NUMBER, slopes, top, random, mean"),
     ],
 )
 def test_what_is_no_method_is_refused(text: str, message: str) -> None:

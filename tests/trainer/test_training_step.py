@@ -19,7 +19,7 @@ MakeRun = Callable[[RunConfig], Run]
 Short = Callable[..., RunConfig]
 pytestmark = [  # from 24 samples: no wonder
     pytest.mark.filterwarnings("ignore:only .* of the trace of the Fisher"),
-    pytest.mark.filterwarnings("ignore:the mean gradient is mostly noise"),
+    pytest.mark.filterwarnings("ignore:the mean gradient .*is mostly noise"),
 ]
 STEPS, STEP = 20, 2  # of a task, and the one that is looked at
 ABAR = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
@@ -166,6 +166,11 @@ def _expected(run: Run, learnt: list[Learnt], model: nn.Module, name: str, lr: f
     u, a, b = _terms(run, learnt, spec.slopes)
     if spec.mode == "gradient":
         return _adam(theta, gradient + spec.lam * (a * (u @ theta - b)) @ u, clip, lr), free
+    if spec.mode == "alone":  # of slopes that are two tasks old, and one
+        task_lr = sum(one_cycle(step, STEPS, run.config.lr) for step in range(STEPS))
+        age = torch.cat([torch.full_like(task.fisher.slopes, 2 - i) for i, task in enumerate(learnt)])
+        weights = (1 + spec.lam * task_lr * a) ** -age
+        return free - lr * spec.lam * (weights * torch.cat([task.fisher.slopes for task in learnt])) @ u, free
     return _pull(free, u, a, b, lr * spec.lam), free
 
 
@@ -220,6 +225,31 @@ def test_a_step_with_a_penalty(
     method = f"{penalty},{mode}" if name == "fine-tune" else f"{name}+{penalty},{mode}"
     settings = {"model": "mini", "tasks": 3, "steps": STEPS, "clip": clip, "lr_schedule": schedule}
     _check(make_run(short(method, fisher_samples=24, **settings)), name, schedule)
+
+
+@pytest.mark.parametrize("method", ["rank1:slopes,alone,lam=50", "gd+bands2:slopes,alone,lam=3000"])
+def test_a_step_with_the_slopes_alone(short: Short, make_run: MakeRun, method: str) -> None:
+    run = make_run(short(method, model="mini", tasks=3, steps=STEPS, fisher_samples=24))
+    _check(run, "gd" if method.startswith("gd") else "fine-tune", "one-cycle")
+
+
+def test_slopes_alone_go_on_from_a_saved_state(short: Short, make_run: MakeRun) -> None:
+    run = make_run(short("bands2:slopes,alone,lam=50", model="mini", tasks=3, steps=STEPS, fisher_samples=24))
+    _third_task(run)
+    assert run.penalty is not None
+    model = copy.deepcopy(run.model)
+    before = _flat(model.parameters())
+    other = penalties.PenaltyState(run.penalty.spec, model)
+    other.load_state(run.penalty.state())
+    for penalty in (run.penalty, other):
+        penalty.after_step(1e-3)
+    assert not torch.equal(_flat(model.parameters()), before)
+    assert torch.equal(_flat(model.parameters()), _flat(run.model.parameters()))
+    saved = run.penalty.state()
+    with pytest.raises(ValueError, match="1 slopes and 4 terms"):
+        other.load_state({**saved, penalties.SLOPES_ALONE: torch.ones(1)})
+    with pytest.raises(KeyError, match=penalties.SLOPES_ALONE):
+        other.load_state({name: value for name, value in saved.items() if name != penalties.SLOPES_ALONE})
 
 
 def test_a_step_of_joint_training_is_one_of_fine_tuning_on_all_classes(short: Short, make_run: MakeRun) -> None:

@@ -1,0 +1,58 @@
+"""What a sceptic asks of the slopes: the same without the data's directions, and without the curvature that holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from crl_kernels import LowRankFisher, LowRankHistory
+
+
+class SlopesAlone:
+    """The pull of past slopes with nothing that holds: each step moves theta by -lr lam sum_k w_k s_k u_k.
+
+    Left to itself, a decoupled penalty comes closer to a slope's lowest point by 1 / (1 + lr lam a_k) in each step, and
+    pulls the less. w_k is that of whole tasks: it is divided by 1 + lam a_k (sum of a task's lr) with every task that
+    has begun since. Where training takes the parameters does not matter to it.
+    """
+
+    def __init__(self, model: nn.Module, lam: float) -> None:
+        self.parameters, self.lam = dict(model.named_parameters()), lam
+        self.slopes = torch.zeros(0, dtype=torch.float64)  # w_k s_k
+        self._pull: dict[str, Tensor] = {}  # sum_k w_k s_k u_k, by parameter
+
+    def learn(self, history: LowRankHistory, fisher: LowRankFisher, task_lr: float) -> None:
+        """Take up the slopes of a task whose terms are the history's last; `task_lr` is the sum of a task's rates."""
+        assert fisher.slopes is not None
+        slopes = torch.cat([self.slopes.to(fisher.slopes), fisher.slopes])
+        self.set(history, slopes / (1 + self.lam * task_lr * history.curvatures))
+
+    def set(self, history: LowRankHistory, slopes: Tensor) -> None:
+        if slopes.shape != history.curvatures.shape:
+            raise ValueError(f"{len(slopes)} slopes and {len(history)} terms")
+        self.slopes = slopes.to(history.curvatures)
+        pull = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in self.parameters.items()}
+        for slope, direction in zip(self.slopes.tolist(), history.directions(), strict=True):
+            for name, part in direction.items():
+                pull[name].add_(part, alpha=slope)
+        self._pull = {name: value.to(self.parameters[name].dtype) for name, value in pull.items()}
+
+    @torch.no_grad()
+    def step_(self, lr: float) -> None:
+        for name, pull in self._pull.items():
+            self.parameters[name].sub_(pull, alpha=lr * self.lam)
+
+
+def along_random_directions(fisher: Any, model: nn.Module, generator: torch.Generator) -> LowRankFisher:
+    """The same curvatures and slopes along unit directions that know nothing of the data."""
+    parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    terms = len(fisher)
+    drawn = {name: torch.randn(terms, *p.shape, generator=generator) for name, p in parameters.items()}
+    lengths = sum(d.flatten(1).double().square().sum(1) for d in drawn.values()).sqrt()
+    directions = {
+        name: (d / lengths.to(d.dtype).view(terms, *[1] * (d.dim() - 1))).to(parameters[name])
+        for name, d in drawn.items()
+    }
+    return LowRankFisher(directions, fisher.curvatures, parameters, slopes=fisher.slopes, statistics=fisher.statistics)
