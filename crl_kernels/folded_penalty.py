@@ -24,8 +24,8 @@ from .sharding import Shards
 _SAME = 1e-12  # what sums of one vector in two orders may differ by, relative to |u| |theta|
 
 _History = TypeVar("_History", LowRankHistory, DiagonalHistory)
-# From each moving parameter's share, as a number, and what all are multiplied by, to the operands of the pass.
-Prepare = Callable[[list[float], Tensor], _ops.AdamWState]
+# From each moving parameter's share, as a number, and what all are multiplied by, if not 1, to the pass's operands.
+Prepare = Callable[[list[float], Tensor | None], _ops.AdamWState]
 
 
 class FoldedPenalty(ABC, Generic[_History]):
@@ -131,7 +131,7 @@ class FoldedLowRank(FoldedPenalty[LowRankHistory]):
         else:
             coefficients, ratios = force, [1.0] * len(self._moving)
         if self._moving:
-            state = prepare(ratios, history._float64(1.0))
+            state = prepare(ratios, None)
             directions = self._pieces(self._members(self._moving))
             projections = _ops.low_rank_adamw_(state, directions, coefficients, self._decoupled)
             self._projections = self._shards.sum_(projections)

@@ -1,10 +1,11 @@
 """AdamW with an EWC penalty inside: the penalty is a part of the pass that moves the parameters."""
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import chain
-from typing import Any
+from operator import is_
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +19,28 @@ from .low_rank_history import LowRankHistory
 from .sharding import is_sharded, local_part
 
 _HALF = (torch.float16, torch.bfloat16)
-# sign, beta1, beta2, lr, eps, weight_decay, ratio: of one parameter.
+# A group's row of the settings, but for what each parameter's number of steps and its share add:
+# sign, beta1, beta2, 1 - lr * weight_decay, lr, 1, eps, 1.
 _Row = tuple[float, ...]
+
+
+class _Roles(NamedTuple):
+    """The optimizer's parameters, group by group, and what each one is to a step; kept while they stay the same."""
+
+    params: list[Tensor]
+    group_sizes: list[int]
+    bound: list[Tensor]  # the history's
+    others: list[Tensor]
+    halves: list[Tensor]
+    group_of: dict[Tensor, int]
+
+    @staticmethod
+    def of(params: list[Tensor], group_sizes: list[int], bound: list[Tensor]) -> "_Roles":
+        penalized = set(bound)
+        others = [parameter for parameter in params if parameter not in penalized]
+        halves = [parameter for parameter in params if parameter.dtype in _HALF]
+        groups = chain.from_iterable([number] * size for number, size in enumerate(group_sizes))
+        return _Roles(params, group_sizes, bound, others, halves, dict(zip(params, groups, strict=True)))
 
 
 class FusedAdamW(Optimizer):
@@ -103,6 +124,7 @@ class FusedAdamW(Optimizer):
         self._penalty = _fold(history, decoupled)
         self._steps_taken = 0
         self._versions: list[int] | None = None  # of watched parameters after the last step; None: read them anew
+        self._roles = _Roles([], [], [], [], [], {})
         self._uploaded: dict[Any, Tensor] = {}
         defaults = {
             "lr": lr,
@@ -167,38 +189,43 @@ class FusedAdamW(Optimizer):
         return loss
 
     def _step(self) -> None:
-        group_of = {parameter: group for group in self.param_groups for parameter in group["params"]}
-        self._check_gradients(group_of)
         check_strength("lam", self.lam, finite=not self._decoupled)
         penalty = self._penalty if self._penalty is not None and len(self._penalty.history) else None
         bound = penalty.history._bound_params() if penalty is not None else []
-        halves = [parameter for parameter in group_of if parameter.dtype in _HALF]
-        watched = bound + halves
+        roles = self._roles = self._find_roles(bound)
+        self._check_gradients(roles.params)
+        watched = bound + roles.halves
         if self._versions != self._versions_of(watched):
             self._versions = None
         if penalty is not None:
-            self._carry(penalty, bound, halves)
+            self._carry(penalty, bound, roles.halves)
         elif self._versions is None:
-            self._adopt_writes(halves)
+            self._adopt_writes(roles.halves)
 
-        penalized, moved = set(bound), [parameter for parameter in bound if parameter.requires_grad]
+        moved = [parameter for parameter in bound if parameter.requires_grad]
         if penalty is not None:
-            prepare = partial(self._operands, moved, group_of)
+            prepare = partial(self._operands, moved)
             self.last_penalty = penalty.step_(prepare, self.lam, self.param_groups)
         others: dict[torch.device, list[Tensor]] = {}
-        for parameter in group_of:
-            if parameter not in penalized and parameter.requires_grad and parameter.grad is not None:
+        for parameter in roles.others:
+            if parameter.requires_grad and parameter.grad is not None:
                 others.setdefault(parameter.device, []).append(parameter)
         for device, params in others.items():
             nothing = torch.zeros(0, dtype=torch.float64, device=device)
-            state = self._operands(params, group_of, [0.0] * len(params), nothing.new_zeros(()))
-            _ops.low_rank_adamw_(state, [], nothing, False)
+            _ops.low_rank_adamw_(self._operands(params, [0.0] * len(params), None), [], nothing, False)
             moved += params
         if rounded := [parameter for parameter in moved if parameter.dtype in _HALF]:
             masters = [self.state[parameter]["master"] for parameter in rounded]
             torch._foreach_copy_(self._local(rounded), self._local(masters))
         self._versions = self._versions_of(watched)
         self._steps_taken += 1
+
+    def _find_roles(self, bound: list[Tensor]) -> _Roles:
+        kept, params = self._roles, [parameter for group in self.param_groups for parameter in group["params"]]
+        group_sizes = [len(group["params"]) for group in self.param_groups]
+        if group_sizes == kept.group_sizes and _same(params, kept.params) and _same(bound, kept.bound):
+            return kept
+        return _Roles.of(params, group_sizes, bound)
 
     def _versions_of(self, params: list[Tensor]) -> list[int]:
         """Their version counters; a sharded one's part in this process has a counter of its own."""
@@ -236,78 +263,81 @@ class FusedAdamW(Optimizer):
                 same = master.to(parameter.dtype) == parameter
                 master.copy_(torch.where(same, master, parameter.float()))
 
-    def _operands(
-        self, params: list[Tensor], group_of: Mapping[Tensor, Mapping[str, Any]], ratios: list[float], share: Tensor
-    ) -> _ops.AdamWState:
-        """The operands of one pass over some parameters, each with its ratio of the penalty's share.
+    def _operands(self, params: list[Tensor], ratios: list[float], share: Tensor | None) -> _ops.AdamWState:
+        """The operands of one pass over some parameters, each with its ratio of the penalty's share (None: of 1).
 
         AdamW leaves a parameter without a gradient alone, and so, decoupled, only the penalty moves it: a learning rate
         of 0 on moments that are thrown away.
         """
-        rows: list[_Row] = []
-        states, lrs = [], []
-        row_of = {id(group): _row(group) for group in self.param_groups}
-        for parameter, ratio in zip(params, ratios, strict=True):
-            group, state = group_of[parameter], self.state[parameter]
+        device = params[0].device
+        states = [self.state[parameter] for parameter in params]
+        for parameter, state in zip(params, states, strict=True):
             if not state:
                 state.update(_new_state(parameter))
-            if idle := parameter.grad is None and self._decoupled:
-                state = _new_state(parameter) | {key: state[key] for key in state.keys() & {"master"}}
-            states.append(state)
-            rows.append((*(_IDLE if idle else row_of[id(group)]), ratio))
-            lrs.append(group["lr"])
+        thetas = [state.get("master", parameter) for parameter, state in zip(params, states, strict=True)]
+        found = [parameter.grad for parameter in params]
+        grads = [g if g is not None else torch.zeros_like(theta) for g, theta in zip(found, thetas, strict=True)]
+        rows = [self._roles.group_of[parameter] for parameter in params]
+        if self._decoupled and not _same(grads, found):
+            for i, gradient in enumerate(found):
+                if gradient is None:
+                    states[i], rows[i] = _new_state(params[i]), len(self.param_groups)  # beyond them is _IDLE
         stepped = [state["step"] for state in states]
         found_inf = getattr(self, "found_inf", None)
-        taken = torch.ones((), device=share.device)
+        taken = torch.ones((), device=device)
         if found_inf is not None:
-            found_inf = found_inf.to(share.device)
+            found_inf = found_inf.to(device)
             taken = (found_inf <= 0).float()
         torch._foreach_add_(stepped, taken, alpha=1)  # without alpha, or with a number, it takes 4 times as long
-        thetas = [state.get("master", p) for state, p in zip(states, params, strict=True)]
-        grads = [torch.zeros_like(t) if p.grad is None else p.grad for t, p in zip(thetas, params, strict=True)]
         return _ops.AdamWState(
             self._local(thetas),
             self._local(grads),
             self._local([state["exp_avg"] for state in states]),
             self._local([state["exp_avg_sq"] for state in states]),
-            self._settings(rows, lrs, stepped, share),
+            self._settings(rows, ratios, stepped, share, device),
             found_inf,
         )
 
-    def _settings(self, rows: list[_Row], lrs: list[float | Tensor], steps: list[Tensor], share: Tensor) -> Tensor:
+    def _settings(
+        self, rows: list[int], ratios: list[float], steps: list[Tensor], share: Tensor | None, device: torch.device
+    ) -> Tensor:
         """The pass's settings, (number of parameters, 8): see the operators' definition in ``reference.py``."""
-        sign, beta1, beta2, lr, eps, weight_decay, ratio = self._upload(tuple(rows), share.device).unbind(1)
-        if any(isinstance(rate, Tensor) and rate.device.type != "cpu" for rate in lrs):
-            lr = torch.stack([torch.as_tensor(rate, dtype=torch.float64, device=share.device) for rate in lrs])
-        t = torch.stack(steps).double()
-        scale = getattr(self, "grad_scale", None)
-        columns = [
-            sign if scale is None else sign / scale.to(share.device, torch.float64),
-            beta1,
-            beta2,
-            1 - lr * weight_decay,
-            lr / (1 - beta1**t),
-            (1 - beta2**t).rsqrt(),
-            eps,
-            torch.where(ratio == 0, ratio, ratio * share),  # the share may be infinite
-        ]
-        return torch.stack(columns, dim=1)
+        table = self._upload((*map(_row, self.param_groups), _IDLE), torch.float64, device)
+        rates = [group["lr"] for group in self.param_groups]
+        if any(map(_on_device, rates)):
+            weight_decays = tuple(float(group["weight_decay"]) for group in self.param_groups)
+            lr = torch.stack([torch.as_tensor(rate, dtype=torch.float64, device=device) for rate in (*rates, 0.0)])
+            table = table.clone()
+            table[:, 3] = 1 - lr * self._upload((*weight_decays, 0.0), torch.float64, device)
+            table[:, 4] = lr
+        settings = table[self._upload(tuple(rows), torch.int64, device)]
+        if (scale := getattr(self, "grad_scale", None)) is not None:
+            settings[:, 0] /= scale.to(device, torch.float64)
+        corrections = 1 - settings[:, 1:3] ** torch.stack(steps).double().unsqueeze(1)
+        settings[:, 4] /= corrections[:, 0]
+        settings[:, 5] = corrections[:, 1].rsqrt()
+        ratio = self._upload(tuple(ratios), torch.float64, device)
+        settings[:, 7] = ratio if share is None else torch.where(ratio == 0, ratio, ratio * share)  # it may be infinite
+        return settings
 
-    def _upload(self, rows: tuple[_Row, ...], device: torch.device) -> Tensor:
-        """The rows on the device, without waiting for it; kept while they stay the same."""
-        if (numbers := self._uploaded.get((rows, device))) is None:
-            numbers = torch.tensor(rows, dtype=torch.float64)
+    def _upload(self, numbers: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Numbers on the device, without waiting for it; kept while they stay the same."""
+        key = numbers, dtype, device
+        if (kept := self._uploaded.get(key)) is None:
+            kept = torch.tensor(numbers, dtype=dtype)
             if device.type == "cuda":
-                numbers = numbers.pin_memory()  # torch keeps it until the copy is done
-            numbers = numbers.to(device, non_blocking=True)
+                kept = kept.pin_memory()  # torch keeps it until the copy is done
+            kept = kept.to(device, non_blocking=True)
             if len(self._uploaded) >= 16:  # a schedule
                 self._uploaded.clear()
-            self._uploaded[rows, device] = numbers
-        return numbers
+            self._uploaded[key] = kept
+        return kept
 
-    def _check_gradients(self, params: Iterable[Tensor]) -> None:
-        for i, parameter in enumerate(params):
-            gradient = parameter.grad
+    def _check_gradients(self, params: list[Tensor]) -> None:
+        gradients = [parameter.grad for parameter in params]
+        if {gradient.layout for gradient in gradients if gradient is not None} <= {torch.strided}:
+            return
+        for i, (parameter, gradient) in enumerate(zip(params, gradients, strict=True)):
             if gradient is not None and gradient.layout != torch.strided:
                 raise RuntimeError(
                     f"the gradient of parameter {i}, of shape {tuple(parameter.shape)}, is {gradient.layout}; "
@@ -340,15 +370,24 @@ class FusedAdamW(Optimizer):
             raise ValueError("maximize=True would maximize the penalty too; negate the loss instead.")
 
 
-_IDLE = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+_IDLE = (1.0, 0.0, 0.0, 1.0, 0.0, 1.0, 1.0, 1.0)
 
 
 def _row(group: Mapping[str, Any]) -> _Row:
     (beta1, beta2), lr = group["betas"], group["lr"]
-    on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"  # to look at it would wait for the device
     sign = -1.0 if group.get("maximize") else 1.0
-    rate = 0.0 if on_device else float(lr)
-    return sign, float(beta1), float(beta2), rate, float(group["eps"]), float(group["weight_decay"])
+    rate = 0.0 if _on_device(lr) else float(lr)  # to look at it would wait for the device
+    decay = 1 - rate * float(group["weight_decay"])
+    return sign, float(beta1), float(beta2), decay, rate, 1.0, float(group["eps"]), 1.0
+
+
+def _on_device(rate: float | Tensor) -> bool:
+    return isinstance(rate, Tensor) and rate.device.type != "cpu"
+
+
+def _same(tensors: list[Any], others: list[Any]) -> bool:
+    """Whether these are the same objects."""
+    return len(tensors) == len(others) and all(map(is_, tensors, others))
 
 
 def _new_state(parameter: Tensor) -> dict[str, Tensor]:
