@@ -221,6 +221,7 @@ class FusedAdamW(Optimizer):
         self._steps_taken += 1
 
     def _find_roles(self, bound: list[Tensor]) -> _Roles:
+        """Those that are kept, or new ones if a parameter has joined, left or changed its group."""
         kept, params = self._roles, [parameter for group in self.param_groups for parameter in group["params"]]
         group_sizes = [len(group["params"]) for group in self.param_groups]
         if group_sizes == kept.group_sizes and _same(params, kept.params) and _same(bound, kept.bound):
@@ -275,13 +276,12 @@ class FusedAdamW(Optimizer):
             if not state:
                 state.update(_new_state(parameter))
         thetas = [state.get("master", parameter) for parameter, state in zip(params, states, strict=True)]
-        found = [parameter.grad for parameter in params]
-        grads = [g if g is not None else torch.zeros_like(theta) for g, theta in zip(found, thetas, strict=True)]
+        grads = [torch.zeros_like(x) if p.grad is None else p.grad for x, p in zip(thetas, params, strict=True)]
         rows = [self._roles.group_of[parameter] for parameter in params]
-        if self._decoupled and not _same(grads, found):
-            for i, gradient in enumerate(found):
-                if gradient is None:
-                    states[i], rows[i] = _new_state(params[i]), len(self.param_groups)  # beyond them is _IDLE
+        if self._decoupled:
+            for i, parameter in enumerate(params):
+                if parameter.grad is None:
+                    states[i], rows[i] = _new_state(parameter), len(self.param_groups)  # the row after theirs is _IDLE
         stepped = [state["step"] for state in states]
         found_inf = getattr(self, "found_inf", None)
         taken = torch.ones((), device=device)

@@ -41,3 +41,14 @@ def test_tables_are_those_that_the_benchmarks_wrote(result):
     rows = [line for line in written.splitlines() if line.startswith("|")]
     assert len(rows) >= 4
     assert "\n".join(rows) in README
+
+
+def test_differences_are_those_that_the_experiment_wrote():
+    """A row of the README's is a row of the report's, less standard deviations and p values."""
+    report = (ROOT / "benchmarks" / "results" / "evidence" / "digits-drift.md").read_text()
+    written = {tuple(re.findall(r"([+−][\d.]+) ± [\d.]+ (\[[^]]+\])", line)) for line in report.splitlines()}
+    section = README.partition("## Does it help?")[2].partition("\n## ")[0]
+    rows = [tuple(re.findall(r"([+−][\d.]+) (\[[^]]+\])", row)) for row in section.splitlines() if row.startswith("|")]
+    rows = [row for row in rows if row]
+    assert len(rows) >= 10
+    assert set(rows) <= written

@@ -37,7 +37,8 @@ class PenaltyState:
             self._timed(lambda: self.history.add_penalty_grad_(self.spec.lam))
 
     def after_step(self, lr: float) -> None:
-        """Decoupled mode: the penalty's own proximal step, with the optimizer's learning rate of this step."""
+        """What does not go through the gradient: the penalty's own proximal step, or the slopes' pull alone, with the
+        optimizer's learning rate of this step."""
         if not len(self.history):
             return
         if self.spec.mode == "decoupled":
@@ -86,11 +87,9 @@ class PenaltyState:
     def load_state(self, state: dict[str, Tensor]) -> None:
         if not state:
             return
-        state = dict(state)
-        slopes = None if self.slopes_alone is None else state.pop(SLOPES_ALONE)
-        self.history.load_state_dict(state)
+        self.history.load_state_dict({name: value for name, value in state.items() if name != SLOPES_ALONE})
         if self.slopes_alone is not None:
-            self.slopes_alone.set(self.history, slopes)
+            self.slopes_alone.set(self.history, state[SLOPES_ALONE])
 
     def _new_history(self) -> LowRankHistory | DiagonalHistory:
         if self.spec.fisher == "diagonal":
