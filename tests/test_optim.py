@@ -220,6 +220,48 @@ def test_lam_is_a_number_or_a_tensor_and_may_change():
     assert distance(ends[2], ends[0]) <= 1e-12
 
 
+def test_parameters_may_join_and_change_their_group_between_steps():
+    """In torch's AdamW the same changes are made: of the groups' sizes only, too, and not of them."""
+    ends = []
+    for make in (torch.optim.AdamW, ck.FusedAdamW):
+        model = Network()
+        first, second = groups_of(model)
+        joins = first["params"].pop()
+        optimizer = make([first, second])
+        for step in range(30):
+            params = [group["params"] for group in optimizer.param_groups]
+            if step == 10:
+                optimizer.add_param_group({"params": [joins], "lr": 5e-3})
+            elif step == 15:
+                params[0][0], params[1][0] = params[1][0], params[0][0]
+            elif step == 20:
+                params[1].insert(0, params[0].pop())
+            optimizer.zero_grad()
+            task_loss(model, step).backward()
+            optimizer.step()
+        ends.append(flat(model))
+    assert distance(ends[1], ends[0]) <= 1e-12
+
+
+def test_learning_rates_on_a_device_are_not_looked_at(monkeypatch):
+    """On a CPU, by taking every tensor for one on a device."""
+    ends = []
+    for on_device in (False, True):
+        if on_device:
+            monkeypatch.setattr("crl_kernels.optim._on_device", lambda rate: isinstance(rate, Tensor))
+        model = Network()
+        groups = groups_of(model)
+        groups[0]["lr"] = torch.tensor(groups[0]["lr"], dtype=torch.float64)
+        optimizer = ck.FusedAdamW(groups, history=history_of(model, "3"), lam=LAM)
+        for step in range(20):
+            groups[0]["lr"].mul_(0.9)
+            optimizer.zero_grad()
+            task_loss(model, step).backward()
+            optimizer.step()
+        ends.append(flat(model))
+    assert torch.equal(ends[1], ends[0])
+
+
 @KINDS
 @MODES
 def test_a_grad_scaler_changes_nothing_but_skipped_steps(kind, decoupled):
