@@ -124,7 +124,7 @@ class FusedAdamW(Optimizer):
         self._penalty = _fold(history, decoupled)
         self._steps_taken = 0
         self._versions: list[int] | None = None  # of watched parameters after the last step; None: read them anew
-        self._roles = _Roles([], [], [], [], [], {})
+        self._roles = _Roles.of([], [], [])
         self._uploaded: dict[Any, Tensor] = {}
         defaults = {
             "lr": lr,

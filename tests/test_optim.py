@@ -221,7 +221,7 @@ def test_lam_is_a_number_or_a_tensor_and_may_change():
 
 
 def test_parameters_may_join_and_change_their_group_between_steps():
-    """In torch's AdamW the same changes are made: of the groups' sizes only, too, and not of them."""
+    """As in torch's AdamW: one joins, two change places, which leaves the groups' sizes, and one moves."""
     ends = []
     for make in (torch.optim.AdamW, ck.FusedAdamW):
         model = Network()

@@ -44,11 +44,21 @@ def test_tables_are_those_that_the_benchmarks_wrote(result):
 
 
 def test_differences_are_those_that_the_experiment_wrote():
-    """A row of the README's is a row of the report's, less standard deviations and p values."""
+    """A row of the README's is a method's two rows of the report's, less standard deviations and p values."""
     report = (ROOT / "benchmarks" / "results" / "evidence" / "digits-drift.md").read_text()
-    written = {tuple(re.findall(r"([+−][\d.]+) ± [\d.]+ (\[[^]]+\])", line)) for line in report.splitlines()}
+    result, differences, *_ = (
+        [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+        for table in re.findall(r"(?:^\|.*\n)+", report, re.MULTILINE)
+    )
+    accuracy = {row[0]: row[6].partition(" ")[0] for row in result}
+    written = set()
+    for method, _, *cells in differences:
+        fid, forgetting = (re.sub(r" ± [\d.]+", "", cell) for cell in (cells[0], cells[2]))
+        all_alike = cells[1] == "0.0312 smallest possible 0.0312"
+        sign = ("better" if fid.startswith("−") else "worse") if all_alike else "no"
+        written.add((fid, sign, forgetting, accuracy[method]))
     section = README.partition("## Does it help?")[2].partition("\n## ")[0]
-    rows = [tuple(re.findall(r"([+−][\d.]+) (\[[^]]+\])", row)) for row in section.splitlines() if row.startswith("|")]
-    rows = [row for row in rows if row]
-    assert len(rows) >= 10
-    assert set(rows) <= written
+    rows = [tuple(row.split(" | ")[1:]) for row in re.findall(r"^\| (.*) \|$", section, re.MULTILINE)]
+    shown = [row for row in rows if row[0].startswith(("+", "−"))]
+    assert len(shown) >= 10
+    assert set(shown) <= written
