@@ -29,6 +29,7 @@ DTYPES = {
 ROUNDING = {torch.float32: 2**-24, torch.float64: 2**-53, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 CHUNK = 4096
 EXAMPLES = 20 if registry.INTERPRETED else 60
+MANY = 70 if registry.INTERPRETED else 700  # tensors in a chunk, which a program visits one after another
 
 needs_cpu_library = pytest.mark.skipif(not registry.CPU.loaded, reason=f"no C++ kernels: {registry.CPU.reason}")
 
@@ -318,11 +319,11 @@ def test_lists_of_many_tiny_and_empty_tensors(backend):
     lists = [
         [0],
         [0, 0, 0],
-        [1] * 700,
-        [0, 5] * 300,
+        [1] * MANY,
+        [0, 5] * (MANY // 2),
         [1] * CHUNK + [0] * 3 + [1] * (CHUNK + 1),
         [0] * 1000 + [3],
-        [3] + [0] * 1000 + [CHUNK],
+        [3] + [0] * MANY + [CHUNK],
         [CHUNK, 0, 1, 2 * CHUNK, 0],
     ]
     for lengths in lists:
