@@ -126,7 +126,13 @@ def extensions():
         cuda_module.libraries = [name for name in cuda_module.libraries if name != "cudart"]
         cuda_module.libraries += ["cudart_static", "dl", "rt", "pthread"]
         modules.append(cuda_module)
-    return modules, {"build_ext": BuildExtension}
+
+    class Build(BuildExtension):
+        def finalize_options(self):
+            super().finalize_options()
+            self.build_temp = "build/objects"  # kept, so that the next build compiles what has changed
+
+    return modules, {"build_ext": Build}
 
 
 ext_modules, cmdclass = extensions()
