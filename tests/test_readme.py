@@ -9,6 +9,11 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+TABLE = r"(?:^\|.*\n)+"
+
+
+def cells(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()]
 
 
 def test_python_blocks_run_one_after_the_other():
@@ -43,22 +48,19 @@ def test_tables_are_those_that_the_benchmarks_wrote(result):
     assert "\n".join(rows) in README
 
 
-def test_differences_are_those_that_the_experiment_wrote():
+@pytest.mark.parametrize(("experiment", "rows"), [("digits-drift", 12), ("digits-easy", 4)])
+def test_differences_are_those_that_the_experiment_wrote(experiment, rows):
     """A row of the README's is a method's two rows of the report's, less standard deviations and p values."""
-    report = (ROOT / "benchmarks" / "results" / "evidence" / "digits-drift.md").read_text()
-    result, differences, *_ = (
-        [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
-        for table in re.findall(r"(?:^\|.*\n)+", report, re.MULTILINE)
-    )
+    report = (ROOT / "benchmarks" / "results" / "evidence" / f"{experiment}.md").read_text()
+    result, differences, *_ = map(cells, re.findall(TABLE, report, re.MULTILINE))
     accuracy = {row[0]: row[6].partition(" ")[0] for row in result}
     written = set()
-    for method, _, *cells in differences:
-        fid, forgetting = (re.sub(r" ± [\d.]+", "", cell) for cell in (cells[0], cells[2]))
-        all_alike = cells[1] == "0.0312 smallest possible 0.0312"
+    for method, _, fid, fid_p, forgetting, _ in differences:
+        fid, forgetting = (re.sub(r" ± [\d.]+", "", cell) for cell in (fid, forgetting))
+        all_alike = re.fullmatch(r"(\S+) smallest possible \1", fid_p)
         sign = ("better" if fid.startswith("−") else "worse") if all_alike else "no"
         written.add((fid, sign, forgetting, accuracy[method]))
-    section = README.partition("## Does it help?")[2].partition("\n## ")[0]
-    rows = [tuple(row.split(" | ")[1:]) for row in re.findall(r"^\| (.*) \|$", section, re.MULTILINE)]
-    shown = [row for row in rows if row[0].startswith(("+", "−"))]
-    assert len(shown) >= 10
+    after = README.partition(f"`python -m benchmarks.evidence {experiment}`")[2]
+    shown = [tuple(row[1:]) for row in cells(re.search(TABLE, after, re.MULTILINE)[0])[2:]]
+    assert len(shown) == rows
     assert set(shown) <= written
