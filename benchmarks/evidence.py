@@ -7,7 +7,8 @@ same number of them. Coarse: each candidate with each lambda of its grid, on one
 itself, and three times it, on another seed; the one with the lowest average FID is kept. A candidate that is not better
 than its baseline (the same replay without a penalty) by the experiment's margin, in either, goes no further, unless the
 experiment requires it. Final: what is left, its controls and the references, on the other seeds against test images,
-one seed after another, so that an unfinished experiment has whole seeds. Nothing is chosen after that.
+one seed after another, so that an unfinished experiment has whole seeds. No lambda is chosen after that; exceptions and
+controls that were thought of on the way are named in `experiments.py`.
 
 Every finished run is a line of RESULTS/EXPERIMENT.jsonl (`ledger.py`), and the networks that FIDs are measured on are
 kept in RESULTS/extractors, so that runs of several machines compare.
@@ -28,12 +29,13 @@ import tyro
 from crl_diffusion import effects, tables
 from crl_diffusion.method import in_order, spell
 from crl_diffusion.records import read_rows
-from crl_diffusion.report import comparable, find, grouped
+from crl_diffusion.report import Finished, comparable, find, grouped
 
 from . import ledger
 from .experiments import EXPERIMENTS, Experiment
 
 BASELINE = "gd"
+SOME_FAILED = 1  # exit code of `crl-diffusion compare`: all runs have been tried, and some could not go on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +83,7 @@ class Screened(NamedTuple):
 
     coarse: Sweep
     fine: Sweep | None  # None if the coarse one has ended it
-    lam: float | None  # what is frozen; None if the fine one has ended it
+    lam: float | None  # what is frozen; None if the fine one has ended it, or neither has been run
 
 
 class Tuning:
@@ -90,10 +92,9 @@ class Tuning:
     def __init__(self, folder: Path, experiment: Experiment) -> None:
         self.experiment = experiment
         self.found: dict[tuple[str, str], float] = {}
-        for stage in ("coarse", "fine"):
-            if (folder / stage).is_dir():
-                for run in find([folder / stage])[0]:
-                    self.found[stage, run.method] = run.summary["average_fid"]
+        for stage, seed in (("coarse", experiment.coarse_seed), ("fine", experiment.fine_seed)):
+            runs = finished(folder / stage, [seed])
+            self.found |= {(stage, run.method): run.summary["average_fid"] for run in runs}
 
     def sweep(self, stage: str, name: str, lams: Sequence[float]) -> Sweep:
         values = {lam: self.found.get((stage, with_lam(name, lam)), math.nan) for lam in lams}
@@ -102,7 +103,7 @@ class Tuning:
 
     def goes_on(self, name: str, sweep: Sweep) -> bool:
         margin = self.experiment.margin
-        if name in self.experiment.ended:
+        if name in self.experiment.ended or math.isnan(sweep.excess):
             return False
         return margin is None or name in self.experiment.required or sweep.excess <= -margin
 
@@ -115,6 +116,13 @@ class Tuning:
 
     def screening(self) -> dict[str, Screened]:
         return {name: self.screened(name) for name in self.experiment.grid}
+
+
+def finished(folder: Path, seeds: Sequence[int]) -> list[Finished]:
+    """The finished runs of a stage's folder with these seeds, which must be comparable."""
+    runs = [run for run in find([folder])[0] if run.seed in seeds] if folder.is_dir() else []
+    comparable(runs)
+    return runs
 
 
 def stages(experiment: Experiment, folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -141,7 +149,8 @@ def compare_arguments(experiment: Experiment, stage: str, methods: str, seed: in
 
 
 def run(experiment: Experiment, folder: Path, lines: Path, command: Command) -> None:
-    """All stages. A run that fails (a loss that is not finite) does not stop the others."""
+    """All stages. A run that fails (a loss that is not finite) does not stop the others; an interrupted stage ends the
+    program, since the next one would choose from what happens to have finished."""
     for stage in ("coarse", "fine", "final"):
         for seed in stages(experiment, folder)[stage][1]:
             methods = stages(experiment, folder)[stage][0]
@@ -152,8 +161,10 @@ def run(experiment: Experiment, folder: Path, lines: Path, command: Command) -> 
             places = ["--out", folder / stage, "--extractor-folder", command.results / "extractors"]
             places += ["--data-root", command.data_root, "--jobs", command.jobs]
             words = [sys.executable, "-m", "crl_diffusion", "compare", *map(str, places), *arguments]
-            subprocess.run(words, check=False)
+            code = subprocess.run(words, check=False).returncode
             ledger.record(lines, folder)
+            if code not in (0, SOME_FAILED):
+                sys.exit(f"the {stage} stage ended early (exit code {code}); to resume, give the same command again")
 
 
 # The report
@@ -165,13 +176,16 @@ def tuning_sheet(experiment: Experiment, screening: Mapping[str, Screened]) -> t
             return [tables.NONE, tables.NONE]
         known = {lam: value for lam, value in sweep.values.items() if not math.isnan(value)}
         values = ", ".join(f"{lam:g}: {tables.number(value, 2)}" for lam, value in known.items())
-        return [values, tables.number(sweep.excess, 2, plus=True)] if known else ["not run", tables.NONE]
+        excess = tables.NONE if math.isnan(sweep.excess) else tables.number(sweep.excess, 2, plus=True)
+        return [values or "not run", excess]
 
     head = ["candidate", "coarse, lam: average FID", "best less baseline"]
     head += ["fine, lam: average FID", "best less baseline", "lam kept"]
     body = []
     for name, row in screening.items():
-        kept = f"{row.lam:g}" if row.lam is not None else experiment.ended.get(name, "dropped")
+        last = row.fine or row.coarse
+        why = "not tuned yet" if math.isnan(last.excess) else experiment.ended.get(name, "dropped")
+        kept = why if row.lam is None else f"{row.lam:g}"
         body.append([f"`{name}`", *said(row.coarse), *said(row.fine), kept])
     text = (
         f"Average FID on validation images, one run each: coarse on seed {experiment.coarse_seed}, fine on seed "
@@ -186,6 +200,22 @@ def tuning_sheet(experiment: Experiment, screening: Mapping[str, Screened]) -> t
     return tables.Sheet(head, body, text)
 
 
+def final_runs(experiment: Experiment, folder: Path) -> tuple[list[Finished], list[str]]:
+    """The final runs that the tuning has chosen, and remarks on what is missing and what has been left out."""
+    chosen: list[Finished] = []
+    remarks: list[str] = []
+    for stage, (methods, seeds) in stages(experiment, folder).items():
+        found = finished(folder / stage, seeds)
+        chosen = [run for run in found if run.method in methods.split()]
+        missing = len(set(methods.split())) * len(seeds) - len(chosen)
+        if missing and not remarks:
+            later = "" if stage == "final" else ", and what follows from them"
+            remarks.append(f"**Not finished**: {missing} of the {stage} runs{later}.")
+        if stage == "final" and len(found) > len(chosen):
+            remarks.append(f"**Left out**: {len(found) - len(chosen)} final runs, not chosen by the tuning.")
+    return chosen, remarks
+
+
 def write_report(name: str, experiment: Experiment, folder: Path, lines: Path, results: Path) -> None:
     """RESULTS/NAME.md and its picture, from the runs that have finished."""
     screening, rows = Tuning(folder, experiment).screening(), read_rows(lines)
@@ -198,14 +228,9 @@ def write_report(name: str, experiment: Experiment, folder: Path, lines: Path, r
         f"Final runs: `crl-diffusion compare {experiment.options}`."
         + (f" Tuning runs: the same with `--held-out validation {experiment.tuning}`." if screening else ""),
     ]
-    final = folder / "final"
-    runs = find([final])[0] if final.is_dir() else []
-    wanted, seeds = stages(experiment, folder)["final"]
-    missing = len(set(wanted.split())) * len(seeds) - len(runs)
-    if missing > 0:
-        parts.append(f"**Not finished**: {missing} of the final runs have not been run.")
+    runs, remarks = final_runs(experiment, folder)
+    parts += remarks
     if runs:
-        comparable(runs)
         order = in_order(run.method for run in runs)
         parts += ["## Result", tables.markdown_sheets(runs, BASELINE, order)]
         picture = effects.forest(grouped(runs, order), BASELINE, name) if tables.several(runs) else None

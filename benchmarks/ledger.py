@@ -8,13 +8,13 @@ machine. `compare` takes a folder made from a line for what it is, a finished ru
 from __future__ import annotations
 
 import json
-import os
+import sys
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 from crl_diffusion.penalties import STATISTICS
-from crl_diffusion.records import Row, read_rows, write_json
+from crl_diffusion.records import Log, Row, read_rows, write_json
 from crl_diffusion.report import Finished, find
 
 from .measure import processor
@@ -38,20 +38,24 @@ def as_line(run: Finished, folder: str) -> Row:
 
 
 def record(ledger: Path, root: Path) -> int:
-    """Append the finished runs of `root`/STAGE/RUN that have no line yet; returns how many."""
-    known = {row["folder"] for row in read_rows(ledger)}
-    lines = []
+    """Append the finished runs of `root`/STAGE/RUN that have no line yet; returns how many.
+
+    A run that its line contradicts ends the program: one of the two is not what was reported."""
+    ledger.parent.mkdir(parents=True, exist_ok=True)
+    rows, log = {row["folder"]: row for row in read_rows(ledger)}, Log(ledger)
+    log.keep(len(rows))  # without what a crash has left of a line
     for stage in sorted(path for path in root.iterdir() if path.is_dir()):
         for run in find([stage])[0]:
             folder = str(run.path.relative_to(root))
-            if folder not in known:
-                lines.append(json.dumps(as_line(run, folder)) + "\n")
-    ledger.parent.mkdir(parents=True, exist_ok=True)
-    with open(ledger, "a", encoding="utf-8") as file:
-        file.write("".join(lines))
-        file.flush()
-        os.fsync(file.fileno())
-    return len(lines)
+            if folder not in rows:
+                log.append(as_line(run, folder))
+            elif differing := [key for key, value in rows[folder]["summary"].items() if run.summary.get(key) != value]:
+                sys.exit(
+                    f"{str(run.path)!r} and its line in {str(ledger)!r} differ in {', '.join(differing)}; remove the "
+                    "line if the run was made anew, or the folder to have it made again from the line"
+                )
+    log.sync()
+    return log.count - len(rows)
 
 
 def restore(ledger: Path, root: Path) -> int:

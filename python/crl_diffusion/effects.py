@@ -18,7 +18,7 @@ from crl_diffusion.penalty_tables import LOW_RHO, LOW_SIGNAL, mean_of
 from crl_diffusion.pictures import COLOURS, GREY, MARKERS, Drawing, drawing, wrap
 from crl_diffusion.records import Row
 from crl_diffusion.report import Finished
-from crl_diffusion.tables import COMPARED, MINUS, number, values
+from crl_diffusion.tables import AVERAGE, FORGETTING, HEADLINE, LEARNT, MINUS, number, values
 
 
 def name_rows(axis: Axes, names: Sequence[str]) -> None:
@@ -41,11 +41,11 @@ def forest(groups: Groups, baseline: str, name: str) -> Drawing | None:
     names = [method for method in groups if method != baseline]
     if baseline not in groups or not names:
         return None
-    size = (10, rows_height(names))
-    figure, axes = plt.subplots(1, len(COMPARED), figsize=size, sharey=True, layout="constrained")
+    columns, size = (AVERAGE, LEARNT, FORGETTING), (10, rows_height(names))
+    figure, axes = plt.subplots(1, len(columns), figsize=size, sharey=True, layout="constrained")
     figure.get_layout_engine().set(wspace=0.05)  # type: ignore[union-attr]
     squeezed = False
-    for axis, column in zip(axes, COMPARED, strict=True):
+    for axis, column in zip(axes, columns, strict=True):
         base = values(groups[baseline], column.key)
         found = [list(seeds.paired(values(groups[m], column.key), base).values()) for m in names]
         for y, part in enumerate(found):
@@ -112,7 +112,7 @@ def lam_sweep(groups: Groups, name: str) -> Drawing | None:
     for row, (family, runs) in zip(axes, found.items(), strict=True):
         plain = without_penalty(next(iter(runs.values()))[0], groups)
         place = places(list(runs))
-        for axis, column in zip(row, COMPARED, strict=True):
+        for axis, column in zip(row, HEADLINE, strict=True):
             if plain is None:
                 axis.plot([], [], " ", label="no run of this replay without a penalty")
             elif reference := values(groups[plain], column.key):

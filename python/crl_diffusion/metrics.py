@@ -3,9 +3,11 @@
 R[i][j], j <= i, is the FID of task j's images after learning task i, lower is better; A[i][j] is their conditional
 accuracy, the share that a classifier takes for the class that was asked for. T is the number of tasks.
     average FID                    mean_j R[T-1][j]
+    FID when learnt                mean_j R[j][j]
     incremental average            mean_i mean_{j<=i} R[i][j]
     forgetting                     sum_{j<T-1} (R[T-1][j] - R[j][j]) / (T - 1);  positive is worse
-    forgetting, divisor T          the same sum divided by T, as the rank-1 paper (arXiv 2509.23593) has it
+    forgetting, divisor T          the same sum divided by T, as the rank-1 paper (arXiv 2509.23593) has it: what the
+                                   average FID is above the FID when learnt
     accuracy forgetting            sum_{j<T-1} (A[j][j] - A[T-1][j]) / (T - 1);  positive is worse
     class KL                       see `class_kl`
 FIDs themselves are in `fid.py`, the networks in `extractors.py`. Nothing here needs torch.
@@ -24,16 +26,19 @@ def average_fid(r: Matrix) -> float:
     return _mean(r[-1])
 
 
+def fid_when_learnt(r: Matrix) -> float | None:
+    """mean_j R[j][j]; None where some task was not followed by an evaluation, as in joint training."""
+    return _mean([row[-1] for row in r]) if all(r) else None
+
+
 def incremental_average_fid(r: Matrix) -> float | None:
     """None where some task was not followed by an evaluation, as in joint training."""
-    if any(not row for row in r):
-        return None
-    return sum(_mean(row) for row in r) / len(r)
+    return _mean([_mean(row) for row in r]) if all(r) else None
 
 
 def forgetting(r: Matrix, divisor: int) -> float | None:
     """sum_j (R[T-1][j] - R[j][j]) / divisor; None for a single task, or where some R[j][j] was not measured."""
-    if len(r) < 2 or any(not row for row in r):
+    if len(r) < 2 or not all(r):
         return None
     return sum(r[-1][j] - r[j][j] for j in range(len(r) - 1)) / divisor
 
@@ -64,6 +69,7 @@ def headlines(r: Matrix, accuracy: Matrix, kl: Matrix) -> dict[str, Any]:
     forgotten = forgetting(accuracy, len(accuracy) - 1)
     return {
         "average_fid": average_fid(r),
+        "fid_when_learnt": fid_when_learnt(r),
         "incremental_average_fid": incremental_average_fid(r),
         "forgetting": forgetting(r, len(r) - 1),
         "forgetting_divisor_t": forgetting(r, len(r)),

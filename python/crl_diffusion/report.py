@@ -122,8 +122,9 @@ def find(folders: Iterable[Path]) -> tuple[list[Finished], list[Path]]:
         for path in sorted({folder / "config.json", *folder.glob("*/config.json")}):
             run = path.parent
             if (run / "summary.json").exists():
-                record = read_json(path)
-                runs[run.resolve()] = Finished(run, record["run"], read_json(run / "summary.json"), record)
+                record, summary = read_json(path), read_json(run / "summary.json")
+                learnt = metrics.fid_when_learnt(summary["fid_matrix"])  # summaries of an earlier version lack it
+                runs[run.resolve()] = Finished(run, record["run"], {"fid_when_learnt": learnt, **summary}, record)
             elif path.exists():
                 unfinished.append(run)
     return list(runs.values()), unfinished

@@ -34,29 +34,38 @@ class Column(NamedTuple):
     key: str
     digits: int
 
+    @property
+    def digits_of_differences(self) -> int:
+        return max(self.digits, 2)
 
-DIFFERENCE_DIGITS = 2
-AVERAGE, FORGETTING = Column("average FID ↓", "average_fid", 1), Column("forgetting, ÷ (T − 1) ↓", "forgetting", 1)
+
+AVERAGE = Column("average FID ↓", "average_fid", 1)
+LEARNT = Column("FID when learnt ↓", "fid_when_learnt", 1)
+FORGETTING = Column("forgetting, ÷ (T − 1) ↓", "forgetting", 1)
+ACCURACY = Column("conditional accuracy ↑", "accuracy", 3)
+TASK_1_ACCURACY = Column("task 1 accuracy ↑", "accuracy_task_1", 3)
 COLUMNS = (
     AVERAGE,
+    LEARNT,
     FORGETTING,
     Column("forgetting, ÷ T ↓", "forgetting_divisor_t", 1),
     Column("incremental average FID ↓", "incremental_average_fid", 1),
-    Column("conditional accuracy ↑", "accuracy", 3),
-    Column("task 1 accuracy ↑", "accuracy_task_1", 3),
+    ACCURACY,
+    TASK_1_ACCURACY,
     Column("accuracy forgetting ↓", "accuracy_forgetting", 3),
     Column("class-histogram KL ↓", "class_kl", 3),
 )
 COSTS = (Column("penalty ms/step", "penalty_ms", 2), Column("state bytes", "state_bytes", 0))
-TERMINAL = (AVERAGE, FORGETTING, COLUMNS[4], COLUMNS[5], *COSTS)
-COMPARED = (AVERAGE, FORGETTING)  # what is compared by paired differences
+TERMINAL = (AVERAGE, FORGETTING, ACCURACY, TASK_1_ACCURACY, *COSTS)
+HEADLINE = (AVERAGE, FORGETTING)  # where there is room for two
+COMPARED = (AVERAGE, LEARNT, FORGETTING, ACCURACY)  # by paired differences
 
 
 def number(value: float, digits: int, plus: bool = False) -> str:
-    """1,234.5 with a real minus sign, and never a negative zero."""
-    text = f"{value:+,.{digits}f}" if plus else f"{value:,.{digits}f}"
-    if float(text.replace(",", "")) == 0:
-        text = text.replace("-", "+" if plus else "")
+    """1,234.5 with a real minus sign. What rounds to zero has a sign only with `plus`, and 0 itself has none."""
+    text = f"{value:{'+' if plus else ''},.{digits}f}"
+    if float(text.replace(",", "")) == 0 and (not plus or value == 0):
+        text = text.lstrip("+-")
     return text.replace("-", MINUS)
 
 
@@ -146,11 +155,12 @@ def differences(runs: Sequence[Finished], baseline: str, order: Sequence[str] = 
             p = NONE if test is None else f"{test.p:.3g}\nsmallest possible {test.smallest:.3g}"
             if len(row) == 1:
                 row.append(str(len(found)))
-            row += [cell(found, DIFFERENCE_DIGITS, plus=True), p]
+            row += [cell(found, column.digits_of_differences, plus=True), p]
         body.append(row)
     text = (
-        f"Method less {baseline}, seed by seed, then mean ± standard deviation and 95 % t interval. Below zero: better "
-        f"than {baseline}. Sign-flip p: exact and two-sided, the share of all 2ⁿ choices of signs of the n differences "
+        f"Method less {baseline}, seed by seed, then mean ± standard deviation and 95 % t interval. Average FID is FID "
+        f"when learnt plus forgetting times (T − 1)/T. Better than {baseline}: FIDs and forgetting below 0, accuracy "
+        "above 0. Sign-flip p: exact and two-sided, the share of all 2ⁿ choices of signs of the n differences "
         "with a mean at least as far from zero; with n seeds it cannot be below 2/2ⁿ. Intervals and p values hold for "
         "one comparison each: among many methods some differ by chance (one in twenty intervals misses its value)."
     )
@@ -233,7 +243,7 @@ def for_terminal(parts: Mapping[str, Sequence[Finished]], baseline: str, order: 
         columns, groups = present(runs, TERMINAL), grouped(runs, order)
         paired = baseline in groups and several(runs) and len(groups) > 1
         head = ["method", *(column.title for column in columns)]
-        head += [f"{column.title.split(',')[0].rstrip(' ↓')} less {baseline}'s" for column in COMPARED] * paired
+        head += [f"{column.title.split(',')[0].rstrip(' ↓')} less {baseline}'s" for column in HEADLINE] * paired
         body = []
         for name, group in groups.items():
             row = [name]
@@ -246,8 +256,9 @@ def for_terminal(parts: Mapping[str, Sequence[Finished]], baseline: str, order: 
                     row.append(number(float(np.mean([*found.values()])), column.digits))
             if paired:
                 base = groups[baseline]
-                pairs = [seeds.paired(values(group, c.key), values(base, c.key)) for c in COMPARED]
-                row += [NONE if name == baseline else cell(found, DIFFERENCE_DIGITS, plus=True) for found in pairs]
+                for column in HEADLINE:
+                    found = seeds.paired(values(group, column.key), values(base, column.key))
+                    row.append(NONE if name == baseline else cell(found, column.digits_of_differences, plus=True))
             body.append(row)
         shown.append(rich_table(head, body, caption(runs)))
     return Group(*shown)

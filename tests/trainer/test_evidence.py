@@ -6,10 +6,11 @@ import shutil
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from crl_diffusion import cli, report
-from crl_diffusion.method import RunConfig, Settings, check
+from crl_diffusion.method import OptionError, RunConfig, Settings, check
 from run_folders import fabricate
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))  # benchmarks are run from a checkout, not installed
@@ -39,9 +40,16 @@ FINE = {
 }
 
 
+class Ended(NamedTuple):
+    """A process that has ended, as far as anything asks."""
+
+    returncode: int
+
+
 def tune(folder: Path, stage: str, fids: dict[str, float]) -> None:
     for method, fid in fids.items():
-        run = fabricate(folder / stage / method.replace(":", "_"), method, 100, tasks=3, held_out="validation")
+        seed = SMALL.coarse_seed if stage == "coarse" else SMALL.fine_seed
+        run = fabricate(folder / stage / method.replace(":", "_"), method, seed, tasks=3, held_out="validation")
         summary = json.loads((run / "summary.json").read_text())
         (run / "summary.json").write_text(json.dumps({**summary, "average_fid": fid}))
 
@@ -83,6 +91,27 @@ def test_stages_follow_from_what_was_found(tuned):
     )
 
 
+def test_nothing_is_chosen_from_runs_that_are_not_there(tuned, tmp_path):
+    assert {row.lam for row in evidence.Tuning(tmp_path, SMALL).screening().values()} == {None}
+    always = replace(SMALL, margin=None)
+    for gone in ("fine/gd+rank1_lam=*", "coarse/gd"):  # a candidate's own runs; its baseline
+        for run in tuned.glob(gone):
+            shutil.rmtree(run)
+        screened = evidence.Tuning(tuned, always).screening()
+        assert screened["gd+rank1"].lam is None
+        assert evidence.tuning_sheet(always, screened).body[0][-1] == "not tuned yet"
+        assert "gd+rank1" not in evidence.stages(always, tuned)["final"][0]
+
+
+def test_only_runs_of_the_tuning_s_own_seeds_count_and_only_comparable_ones(tuned):
+    before = evidence.Tuning(tuned, SMALL).found
+    fabricate(tuned / "coarse" / "other", "gd", 999, tasks=3, held_out="validation")
+    assert evidence.Tuning(tuned, SMALL).found == before
+    fabricate(tuned / "coarse" / "shorter", "gd+rank1:lam=7", SMALL.coarse_seed, tasks=3, steps=5)
+    with pytest.raises(OptionError, match="these runs differ in their"):
+        evidence.Tuning(tuned, SMALL)
+
+
 def test_before_any_run_everything_goes_into_the_coarse_stage(tmp_path):
     methods = evidence.stages(SMALL, tmp_path)["coarse"][0].split()
     assert set(methods) == {*BASELINES, *COARSE}
@@ -91,8 +120,11 @@ def test_before_any_run_everything_goes_into_the_coarse_stage(tmp_path):
 
 
 def test_without_a_margin_every_candidate_goes_on(tuned):
+    tune(tuned, "fine", {"rank1:lam=3.3": 81.0, "rank1:lam=10": 82.0, "rank1:lam=30": 83.0})
     screening = evidence.Tuning(tuned, replace(SMALL, margin=None)).screening()
-    assert all(row.lam is not None for row in screening.values())
+    assert {name: row.lam for name, row in screening.items()} == {
+        "gd+rank1": 33.0, "gd+bands8:slopes": 90.0, "gd+diagonal": 100.0, "rank1": 3.3
+    }  # fmt: skip
 
 
 def test_what_an_experiment_ends_goes_no_further(tuned):
@@ -143,15 +175,63 @@ def test_a_ledger_gives_back_what_a_report_needs(tuned, tmp_path):
     assert pages[0].count("gd+bands8:slopes,lam=90") == 2  # headline and differences
 
 
+def test_a_ledger_survives_a_line_cut_short_and_refuses_runs_that_contradict_it(tuned, tmp_path):
+    lines = tmp_path / "small.jsonl"
+    count = ledger.record(lines, tuned)
+    whole = lines.read_bytes()
+    lines.write_bytes(whole[:-40])
+    assert ledger.record(lines, tuned) == 1
+    assert lines.read_bytes() == whole
+    assert ledger.record(lines, tuned) == 0
+
+    changed = tuned / "coarse" / "gd" / "summary.json"
+    changed.write_text(json.dumps({**json.loads(changed.read_text()), "accuracy": 0.1}))
+    with pytest.raises(SystemExit, match="differ in accuracy"):
+        ledger.record(lines, tuned)
+    assert lines.read_bytes() == whole
+    assert len(whole.splitlines()) == count
+
+
+def test_final_runs_that_are_not_chosen_are_left_out(tuned, tmp_path):
+    chosen = evidence.stages(SMALL, tuned)["final"][0]
+    final(tuned, f"{chosen} gd+bands8:slopes,lam=30", (0, 1))
+    shutil.rmtree(next(tuned.glob("final/gd+diagonal*-seed1")))
+    runs, remarks = evidence.final_runs(SMALL, tuned)
+    assert {run.method for run in runs} == set(chosen.split())
+    assert remarks == [
+        "**Not finished**: 1 of the final runs.",
+        "**Left out**: 2 final runs, not chosen by the tuning.",
+    ]
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, -15])
+def test_an_interrupted_stage_ends_the_experiment_and_failed_runs_do_not(tmp_path, monkeypatch, code):
+    ran = []
+    monkeypatch.setattr(evidence.subprocess, "run", lambda words, check: ran.append(words) or Ended(code))
+    command = evidence.Command(experiment="small", out=tmp_path, results=tmp_path)
+    if code in (0, 1):
+        evidence.run(SMALL, tmp_path, tmp_path / "small.jsonl", command)
+        assert len(ran) == 4  # coarse, fine, two final seeds
+    else:
+        with pytest.raises(SystemExit, match=f"coarse stage ended early .exit code {code}.; to resume"):
+            evidence.run(SMALL, tmp_path, tmp_path / "small.jsonl", command)
+        assert len(ran) == 1
+
+
 def test_an_unfinished_experiment_says_so(tuned, tmp_path):
     methods = evidence.stages(SMALL, tuned)["final"][0]
     final(tuned, methods, (0,))
     ledger.record(tmp_path / "small.jsonl", tuned)
     evidence.write_report("small", SMALL, tuned, tmp_path / "small.jsonl", tmp_path)
-    assert "**Not finished**: 6 of the final runs have not been run" in (tmp_path / "small.md").read_text()
+    assert "**Not finished**: 6 of the final runs." in (tmp_path / "small.md").read_text()
     shutil.rmtree(tuned / "final")
     evidence.write_report("small", SMALL, tuned, tmp_path / "small.jsonl", tmp_path)
     assert "12 of the final runs" in (tmp_path / "small.md").read_text()
+    shutil.rmtree(tuned / "fine")
+    evidence.write_report("small", SMALL, tuned, tmp_path / "small.jsonl", tmp_path)
+    text = (tmp_path / "small.md").read_text()
+    assert f"**Not finished**: {len(BASELINES) + len(FINE)} of the fine runs, and what follows from them." in text
+    assert "nan" not in text
 
 
 def test_an_experiment_without_candidates_has_nothing_to_tune(tmp_path, monkeypatch):
@@ -160,7 +240,7 @@ def test_an_experiment_without_candidates_has_nothing_to_tune(tmp_path, monkeypa
     )
     ran = []
     monkeypatch.setattr(
-        evidence.subprocess, "run", lambda words, check: ran.append(words[words.index("--methods") + 1 :])
+        evidence.subprocess, "run", lambda words, check: ran.append(words[words.index("--methods") + 1 :]) or Ended(0)
     )
     command = evidence.Command(experiment="untuned", out=tmp_path, results=tmp_path)
     evidence.run(untuned, tmp_path, tmp_path / "untuned.jsonl", command)

@@ -24,6 +24,13 @@ def test_incremental_average_is_the_mean_of_all_rows_means() -> None:
     assert metrics.incremental_average_fid(R) == pytest.approx((10 + (14 + 20) / 2 + (19 + 22 + 30) / 3) / 3)
 
 
+def test_average_fid_is_fid_when_learnt_and_what_was_forgotten() -> None:
+    learnt, forgotten = metrics.fid_when_learnt(R), metrics.forgetting(R, divisor=3)
+    assert learnt == (10 + 20 + 30) / 3
+    assert forgotten is not None
+    assert learnt + forgotten == pytest.approx(metrics.average_fid(R))
+
+
 def test_forgetting_under_both_divisors() -> None:
     assert metrics.forgetting(R, divisor=2) == pytest.approx(((19 - 10) + (22 - 20)) / 2)
     assert metrics.forgetting(R, divisor=3) == pytest.approx(((19 - 10) + (22 - 20)) / 3)
@@ -32,13 +39,14 @@ def test_forgetting_under_both_divisors() -> None:
 def test_what_was_not_measured_is_none() -> None:
     assert metrics.average_fid(JOINT) == 2.0
     assert metrics.forgetting(JOINT, 2) is None
-    assert metrics.incremental_average_fid(JOINT) is None
+    assert metrics.incremental_average_fid(JOINT) is metrics.fid_when_learnt(JOINT) is None
     assert metrics.forgetting([[1.0]], 1) is None
 
 
 def test_headlines_name_every_number() -> None:
     found = metrics.headlines(R, A, [[0.1], [0.2, 0.3], [0.4, 0.5, 0.9]])
     assert found["average_fid"] == metrics.average_fid(R)
+    assert found["fid_when_learnt"] == metrics.fid_when_learnt(R)
     assert found["incremental_average_fid"] == metrics.incremental_average_fid(R)
     assert (found["forgetting"], found["forgetting_divisor_t"]) == pytest.approx((11 / 2, 11 / 3))
     assert found["accuracy"] == pytest.approx((0.5 + 0.8 + 0.95) / 3)

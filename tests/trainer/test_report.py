@@ -157,6 +157,11 @@ def test_differences_are_paired_and_their_p_value_names_its_floor(runs: Path, wr
     assert row[3] == "0.25smallest possible 0.25"
 
 
+def test_a_difference_that_rounds_to_zero_keeps_its_sign() -> None:
+    assert [tables.number(x, 2, plus=True) for x in (-0.002, 0.002, 0.0, -0.0)] == ["−0.00", "+0.00", "0.00", "0.00"]
+    assert [tables.number(x, 1) for x in (-0.04, 0.04, -1234.5)] == ["0.0", "0.0", "−1,234.5"]
+
+
 def test_markdown_and_json_say_the_same(runs: Path, written: Path) -> None:
     text = (written / "comparison.md").read_text()
     saved = json.loads((written / "comparison.json").read_text())["runs"]
@@ -165,7 +170,7 @@ def test_markdown_and_json_say_the_same(runs: Path, written: Path) -> None:
     mean = np.mean([run["average_fid"] for run in saved if run["method"] == "gd"])
     assert re.search(rf"^\| gd \| 3 \| {mean:.1f} ± ", text, re.MULTILINE)
     assert all(
-        line.count(" | ") == 5 for line in text.splitlines() if line.startswith(f"| {LONG}") and "smallest" in line
+        line.count(" | ") == 9 for line in text.splitlines() if line.startswith(f"| {LONG}") and "smallest" in line
     )
     assert "smallest possible 0.25" in text
 
