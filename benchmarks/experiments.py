@@ -103,15 +103,17 @@ EXPERIMENTS = {
         grid=FEW,
         seeds=(0, 1, 2, 3, 4, 5),
     ),
+    # Images that a person reads; decoupled was the better mode of each penalty on digits. Tuning takes 180 core-minutes
+    # on MNIST and final runs 220, so that of FashionMNIST is shorter.
     **{
         name: Experiment(
             options=f"--data {data} --model mini --batch 16 --replay-batch 16 --steps 1000 --eval-steps 20 "
             "--fisher-samples 4000",
-            tuning="--tasks 3 --eval-samples 50",
+            tuning=f"--tasks {tasks} --eval-samples 50",
             grid=FEW,
             seeds=(0, 1, 2),
             references=("fine-tune", "gd"),
         )
-        for name, data in (("mnist", "mnist"), ("fashion-mnist", "fashion_mnist"))
+        for name, data, tasks in (("mnist", "mnist", 3), ("fashion-mnist", "fashion_mnist", 2))
     },
 }
