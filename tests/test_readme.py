@@ -48,6 +48,32 @@ def test_tables_are_those_that_the_benchmarks_wrote(result):
     assert "\n".join(rows) in README
 
 
+INSTEAD = {
+    "distillation alone, as above": "digits-drift",
+    "60 steps a task more, which look at as many images as a Fisher of 2,000": "digits-drift-matched",
+    "125 steps a task more": "digits-drift-longer",
+    "32 replay images a class, not 4": "digits-drift-pool",
+}
+
+
+def evidence(name: str) -> str:
+    return (ROOT / "benchmarks" / "results" / "evidence" / f"{name}.md").read_text()
+
+
+def without_deviations(row: list[str]) -> list[str]:
+    return [re.sub(r" ± [\d.]+", "", cell) for cell in row]
+
+
+def test_controls_are_what_their_experiments_wrote():
+    table = re.search(TABLE, "".join(README.partition("| instead, in the first")[1:]), re.MULTILINE)[0]
+    shown = {label: row for label, *row in cells(table)[2:]}
+    assert shown.keys() == INSTEAD.keys()
+    for label, row in shown.items():
+        report = cells(re.search(TABLE, evidence(INSTEAD[label]), re.MULTILINE)[0])
+        (written,) = (line for line in report if line[:2] == ["gd", "6"])
+        assert row == without_deviations(written[2:5])
+
+
 LABELS = {
     "diagonal, decoupled": "gd+diagonal",
     "diagonal, in the gradient": "gd+diagonal:gradient",
@@ -67,11 +93,10 @@ LABELS = {
 @pytest.mark.parametrize(("experiment", "rows"), [("digits-drift", 12), ("digits-easy", 4)])
 def test_differences_are_those_that_the_experiment_wrote(experiment, rows):
     """A row of the README's is the report's, less standard deviations and p values."""
-    report = (ROOT / "benchmarks" / "results" / "evidence" / f"{experiment}.md").read_text()
-    _, differences, *_ = map(cells, re.findall(TABLE, report, re.MULTILINE))
+    _, differences, *_ = map(cells, re.findall(TABLE, evidence(experiment), re.MULTILINE))
     written = {}
     for method, _, *row in differences[2:]:
-        fid, learnt, forgetting, accuracy = (re.sub(r" ± [\d.]+", "", cell) for cell in row[::2])
+        fid, learnt, forgetting, accuracy = without_deviations(row[::2])
         all_alike = re.fullmatch(r"(\S+) smallest possible \1", row[1])
         sign = ("better" if fid.startswith("−") else "worse") if all_alike else "no"
         written[re.sub(r"[:,]lam=[^,]*", "", method)] = [fid, sign, learnt, forgetting, accuracy]
