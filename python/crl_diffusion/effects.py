@@ -35,6 +35,8 @@ def rows_height(names: Sequence[str], least: float = 0.34) -> float:
 
 # Differences and sweeps
 
+DECADES_WITH_ROOM = 6  # on one of three axes side by side, for a tick at each
+
 
 def forest(groups: Groups, baseline: str, name: str) -> Drawing | None:
     """Paired differences to the baseline: one row a method, all seeds as dots, mean and 95 % t interval."""
@@ -57,7 +59,7 @@ def forest(groups: Groups, baseline: str, name: str) -> Drawing | None:
             if e.half is not None:
                 axis.errorbar(e.mean, y - 0.08, xerr=e.half, color="black", capsize=3, linewidth=1.4)
                 axis.plot(e.mean, y - 0.08, "D", color="black", markersize=5)
-        squeezed = _squeeze(axis, "x", [d for part in found for d in part]) or squeezed
+        squeezed = squeeze(axis, "x", [d for part in found for d in part]) or squeezed
         axis.axvline(0, color=COLOURS[1], linewidth=1.2)
         axis.set_xlabel(
             f"{column.title[:-2]}, FID points,\nless {wrap(baseline, NAME_WIDTH)}'s (left: better)", fontsize=9
@@ -71,15 +73,17 @@ def forest(groups: Groups, baseline: str, name: str) -> Drawing | None:
     return drawing(name, figure, f"Forest plot of {len(names)} methods against {baseline}.", text)
 
 
-def _squeeze(axis: Axes, which: str, found: Sequence[float]) -> bool:
+def squeeze(axis: Axes, which: str, found: Sequence[float]) -> bool:
     """Where a few numbers are far from the others, make an axis linear near zero and logarithmic beyond."""
     sizes = np.abs([d for d in found if d])
     near = float(np.quantile(sizes, 0.4)) if len(sizes) else 0.0
     if not len(sizes) or sizes.max() <= 20 * near:
         return False
-    linear = float(f"{near:.1g}")
-    getattr(axis, f"set_{which}scale")("symlog", linthresh=linear, linscale=1.5)
-    ends = [s * linear * 10**k for k in range(7) if linear * 10**k <= 1.2 * sizes.max() for s in (-1, 1)]
+    linear, linear_decades = float(f"{near:.1g}"), 1.5
+    getattr(axis, f"set_{which}scale")("symlog", linthresh=linear, linscale=linear_decades)
+    decades = sum(math.log10(max(linear, end) / linear) + linear_decades for end in (max(found), -min(found)))
+    apart = 1 if decades <= DECADES_WITH_ROOM else 2
+    ends = [s * linear * 10**k for k in range(0, 7, apart) if linear * 10**k <= 1.2 * sizes.max() for s in (-1, 1)]
     shown = [0.0, *(x for x in ends if min(found) <= x <= max(found) or abs(x) == linear)]
     getattr(axis, f"set_{which}ticks")(shown, [f"{x:g}".replace("-", MINUS) for x in shown], minor=False)
     axis.minorticks_off()

@@ -141,9 +141,7 @@ def differences(runs: Sequence[Finished], baseline: str, order: Sequence[str] = 
     groups = grouped(runs, order)
     if baseline not in groups or len(groups) < 2:
         return None
-    head = ["method", "paired seeds"]
-    for column in COMPARED:
-        head += [f"{column.title[:-2]}, difference", "sign-flip p"]
+    head = ["method", "paired seeds", *(f"{column.title[:-2]}, difference" for column in COMPARED)]
     body = []
     for name, group in groups.items():
         if name == baseline:
@@ -152,15 +150,14 @@ def differences(runs: Sequence[Finished], baseline: str, order: Sequence[str] = 
         for column in COMPARED:
             found = seeds.paired(values(group, column.key), values(groups[baseline], column.key))
             test = seeds.sign_flip(list(found.values()))
-            p = NONE if test is None else f"{test.p:.3g}\nsmallest possible {test.smallest:.3g}"
             if len(row) == 1:
-                row.append(str(len(found)))
-            row += [cell(found, column.digits_of_differences, plus=True), p]
+                row.append(str(len(found)) + (f"\np ≥ {test.smallest:.3g}" if test else ""))
+            row.append(cell(found, column.digits_of_differences, plus=True) + (f", p {test.p:.3g}" if test else ""))
         body.append(row)
     text = (
         f"Method less {baseline}, seed by seed, then mean ± standard deviation and 95 % t interval. Average FID is FID "
         f"when learnt plus forgetting times (T − 1)/T. Better than {baseline}: FIDs and forgetting below 0, accuracy "
-        "above 0. Sign-flip p: exact and two-sided, the share of all 2ⁿ choices of signs of the n differences "
+        "above 0. p, of an exact two-sided sign-flip test: the share of all 2ⁿ choices of signs of the n differences "
         "with a mean at least as far from zero; with n seeds it cannot be below 2/2ⁿ. Intervals and p values hold for "
         "one comparison each: among many methods some differ by chance (one in twenty intervals misses its value)."
     )
