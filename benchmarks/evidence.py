@@ -213,7 +213,7 @@ def final_runs(experiment: Experiment, folder: Path) -> tuple[list[Finished], li
             remarks.append(f"**Not finished**: {missing} of the {stage} runs{later}.")
         if stage == "final" and len(found) > len(chosen):
             remarks.append(f"**Left out**: {len(found) - len(chosen)} final runs, not chosen by the tuning.")
-    return chosen, remarks
+    return chosen, remarks  # `chosen` is the last stage's
 
 
 def write_report(name: str, experiment: Experiment, folder: Path, lines: Path, results: Path) -> None:

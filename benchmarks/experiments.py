@@ -82,8 +82,9 @@ EXPERIMENTS = {
             "gd+rank1:slopes,alone": "gd+rank1:slopes",
         },
     ),
-    # Controls of digits-drift, with the lambdas that it froze. More distillation instead of a Fisher: 60 steps more
-    # look at 1,920 images, old and new, where a Fisher looks at 2,000; 125 steps more at twice as many.
+    # Controls of digits-drift, with the lambdas that it froze; thought of after its first final runs. More distillation
+    # instead of a Fisher: 60 steps more look at 1,920 images, old and new, where a Fisher looks at 2,000; 125 steps
+    # more at twice as many.
     "digits-drift-matched": Experiment(options=f"{DRIFT} --steps 260", seeds=(0, 1, 2, 3, 4, 5), references=("gd",)),
     "digits-drift-longer": Experiment(options=f"{DRIFT} --steps 325", seeds=(0, 1, 2, 3, 4, 5), references=("gd",)),
     # More replay images instead: 18 KB more, where 8 bands of directions are 46 MB.
@@ -103,8 +104,8 @@ EXPERIMENTS = {
         grid=FEW,
         seeds=(0, 1, 2, 3, 4, 5),
     ),
-    # Images that a person reads; decoupled was the better mode of each penalty on digits. Tuning takes 180 core-minutes
-    # on MNIST and final runs 220, so that of FashionMNIST is shorter.
+    # Images that a person reads; decoupled was the better mode of each penalty on digits. Tuning takes about
+    # 180 core-minutes on MNIST, so that of FashionMNIST is shorter.
     **{
         name: Experiment(
             options=f"--data {data} --model mini --batch 16 --replay-batch 16 --steps 1000 --eval-steps 20 "
