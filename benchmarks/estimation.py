@@ -47,6 +47,13 @@ def per_sample_loss(model: nn.Module, batch: Batch) -> Tensor:
     return (prediction - noise).square().flatten(1).mean(1)
 
 
+def banded_loss(bands: int) -> Callable[[nn.Module, Batch], Any]:
+    """The loss, and beside it each sample's band of timesteps, if there are any."""
+    if not bands:
+        return per_sample_loss
+    return lambda model, batch: (per_sample_loss(model, batch), batch[1] * bands // 1000)
+
+
 def paper(model: nn.Module, batch: Batch) -> LowRankFisher:
     """mu and c* with float64 sums, one backward pass a sample and pass."""
     model.eval()
@@ -69,11 +76,13 @@ def paper(model: nn.Module, batch: Batch) -> LowRankFisher:
 
 
 def contenders(batch_size: int) -> dict[str, dict[str, Any]]:
-    """Options of estimate_fisher by row."""
+    """By row, the options of estimate_fisher; "strata" is how many bands of timesteps get their own direction."""
     return {
         f"estimate_fisher, batch size {batch_size}": {},
         f"estimate_fisher, unbiased=False, batch size {batch_size}": {"unbiased": False},
+        f"estimate_fisher, 8 strata, batch size {batch_size}": {"strata": 8},
         f"estimate_fisher, direction='top', batch size {batch_size}": {"direction": "top"},
+        f"estimate_fisher, rank=10, batch size {batch_size}": {"rank": 10},
         f"estimate_fisher, kind='diagonal', batch size {batch_size}": {"kind": "diagonal"},
     }
 
@@ -94,7 +103,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
     calls = {PAPER: finished(lambda: paper(model, batch))}
     for name, options in contenders(args.batch_size).items():
-        calls[name] = finished(lambda o=options: estimate_fisher(model, per_sample_loss, batches, **o))
+        loss = banded_loss(options.pop("strata", 0))
+        calls[name] = finished(lambda f=loss, o=options: estimate_fisher(model, f, batches, **o))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the model is not trained, and nobody uses what is estimated
         ours, theirs = estimate_fisher(model, per_sample_loss, batches, unbiased=False), paper(model, batch)

@@ -70,9 +70,9 @@ EXPERIMENTS = {
             *("gd+bands8", "gd+bands8:slopes"),
         ),
         ended={
-            "gd+rank50:gradient": "no better than rank 10, and its Fisher costs 60 backward passes a batch",
-            "rank10": "within 1 % of fine-tuning, and its Fisher costs 20 backward passes a batch",
-            "rank50": "within 1 % of fine-tuning, and its Fisher costs 60 backward passes a batch",
+            "gd+rank50:gradient": "no better than rank 10, and its Fisher cost 60 backward passes a batch then",
+            "rank10": "within 1 % of fine-tuning, and its Fisher cost 20 backward passes a batch then",
+            "rank50": "within 1 % of fine-tuning, and its Fisher cost 60 backward passes a batch then",
         },
         # "alone" was thought of after four of the final seeds.
         controls={

@@ -2,9 +2,10 @@
 
 Steps of all methods take turns in one process, in the fifth task: pools are full, and penalties hold four past tasks
 (random directions and curvatures: a step's cost does not depend on their values). Memory is the peak of one step beyond
-what was there before it, each method in a process of its own; the state is what a penalty keeps. Then rank-1 alone on
-the rank-1 paper's UNet: its own calls against the plain step beside them. One thread, process CPU time, medians with
-the 20th and 80th percentile: the machine may be busy, so only ratios are worth reading.
+what was there before it, each method in a process of its own; the state is what a penalty keeps. A Fisher matrix, which
+a penalty estimates once a task, takes turns with plain steps. Then rank-1 alone on the rank-1 paper's UNet:
+its own calls against the plain step beside them. One thread, process CPU time, medians with the 20th and 80th
+percentile: the machine may be busy, so only ratios are worth reading.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import date
@@ -25,9 +27,10 @@ import torch
 from crl_diffusion import data
 from crl_diffusion.method import RunConfig
 from crl_diffusion.model import frozen_copy
+from crl_diffusion.penalties import PenaltyState
 from crl_diffusion.precision import Precision
 from crl_diffusion.run_folder import resolve
-from crl_diffusion.state import Run
+from crl_diffusion.state import Run, fisher_batches, per_sample_loss
 from crl_diffusion.steps import new_optimizer, training_step
 from torch import Tensor
 
@@ -42,6 +45,7 @@ PLAIN, TASKS = "fine-tune", 4
 PENALISED = [f"gd+{p}" for p in ("diagonal", "rank1", "rank10", "rank50", "bands8")]
 METHODS = [PLAIN, "replay", "gd", "replay+gd", "masip", *(m + mode for m in PENALISED for mode in ("", ":gradient"))]
 SIZES = (8, 16)  # pixels: digits as they are, and as large as the trainer's MNIST
+FISHER_SAMPLES, PLAIN_STEPS, FISHER_ROUNDS = 512, 10, 3
 
 
 def run_of(method: str, size: int, folder: Path) -> tuple[Run, data.Images]:
@@ -84,10 +88,28 @@ def step_of(run: Run, images: data.Images) -> Callable[[], object]:
     return step
 
 
+def estimate_of(run: Run, images: data.Images) -> Callable[[], object]:
+    """Of a Fisher matrix, which is thrown away."""
+    assert run.penalty is not None
+    penalty = PenaltyState(run.penalty.spec, run.model)
+    config = replace(run.config, fisher_samples=FISHER_SAMPLES)
+    batches = fisher_batches(images, run.stages[TASKS], config, run.schedule, run.like)
+
+    def estimate() -> None:
+        penalty.learn(per_sample_loss, batches, torch.Generator().manual_seed(0), 0.0)
+
+    return estimate
+
+
 def steps(size: int, rounds: int, methods: list[str]) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # these models are not trained, and nobody uses their Fisher matrices
         runs = {method: run_of(method, size, Path(folder)) for method in methods}
         seconds = interleaved({m: step_of(*run) for m, run in runs.items()}, rounds, time.process_time)
+        estimates = {m: estimate_of(*run) for m, run in runs.items() if run[0].penalty is not None}
+        step = step_of(*runs[PLAIN])
+        beside = {PLAIN: lambda: [step() for _ in range(PLAIN_STEPS)]}
+        fishers = interleaved(beside | estimates, FISHER_ROUNDS, time.process_time)
     rows = []
     for method, (run, _) in runs.items():
         ratios = [a / b for a, b in zip(seconds[method], seconds[PLAIN], strict=True)]
@@ -97,6 +119,10 @@ def steps(size: int, rounds: int, methods: list[str]) -> dict[str, Any]:
         row["steps_per_s_to_plain"] = 1 / row["times_plain"]
         row["state_bytes"] = run.penalty.nbytes if run.penalty is not None else 0
         row["peak_bytes"] = None
+        row["fisher_steps"] = None
+        if method in estimates:
+            took = statistics.median(fishers[method]) / statistics.median(fishers[PLAIN])
+            row["fisher_steps"] = PLAIN_STEPS * took * 1000 / FISHER_SAMPLES
         rows.append(row)
     parameters = sum(p.numel() for p in runs[PLAIN][0].model.parameters())
     return {"size": size, "rounds": rounds, "parameters": parameters, "rows": rows}
@@ -123,7 +149,6 @@ def peak(method: str, size: int) -> int | None:
 def rank1_on(model_name: str, batch: int, rounds: int) -> dict[str, Any]:
     """Rank-1's own calls beside the plain step of a UNet on 3 x 32 x 32 images, with 1 and 4 past tasks."""
     from crl_diffusion.model import build
-    from crl_diffusion.penalties import PenaltyState
     from crl_diffusion.replay import NoisedBatch
 
     model = build(model_name, (3, 32, 32), 10, 0)
@@ -163,22 +188,25 @@ def markdown(result: dict[str, Any]) -> str:
         f"`{result['command']}`, {result['date']}, {result['machine']}, 1 thread, process CPU time, torch "
         f"{result['torch']}; medians [20th, 80th percentile] of rounds in which all take turns. Other processes ran on "
         "the machine: read the ratios only. Replays add as many images to a step as it has real ones, which is most of "
-        "what replaying methods cost; penalties hold four past tasks.",
+        "what replaying methods cost; penalties hold four past tasks. *A Fisher*: of 1,000 samples, in steps of "
+        f"fine-tune with {RunConfig().batch} images each; one is estimated after each task.",
     ]
     for part in result["sizes"]:
         lines += [
             "",
             f"## {part['size']} x {part['size']} pixels, {part['parameters']:,} parameters, {part['rounds']} rounds",
             "",
-            "| method | step, × fine-tune | steps/s, of fine-tune's | peak of a step, MB | penalty's state, MB |",
-            "|---|---|---|---|---|",
+            "| method | step, × fine-tune | steps/s, of fine-tune's | peak of a step, MB | penalty's state, MB "
+            "| a Fisher, steps |",
+            "|---|---|---|---|---|---|",
         ]
         for row in part["rows"]:
+            fisher_cell = "" if row["fisher_steps"] is None else f"{row['fisher_steps']:.0f}"
             peak_cell = "not measured" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.1f}"
             lines.append(
                 f"| {row['method']} | {row['times_plain']:.2f} [{row['times_plain_p20']:.2f}, "
                 f"{row['times_plain_p80']:.2f}] | {100 * row['steps_per_s_to_plain']:.0f} % | {peak_cell} | "
-                f"{row['state_bytes'] / 1e6:.1f} |"
+                f"{row['state_bytes'] / 1e6:.1f} | {fisher_cell} |"
             )
     if part := result.get("rank1"):
         lines += [

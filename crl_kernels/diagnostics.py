@@ -207,8 +207,8 @@ def diagnose(
 
     ONE batch of N samples, put together from the loader, serves at every timestep: N is limited by the memory of one
     backward pass over N samples. Samples of one timestep must be compared with one another, and a Gram matrix over
-    several batches would need their gradients kept, N x P. At each timestep there is that pass, three weighted backward
-    passes (the mean over one half and the top direction of each half), and N samples more, in sixteen batches, for the
+    several batches would need their gradients kept, N x P. At each timestep there is that pass, one for weighted
+    sums (the mean over one half and the top direction of each half), and N samples more, in sixteen batches, for the
     diagonal; and G, P floats for each of sixteen groups.
 
     The model is in evaluation mode meanwhile. Its mode, gradients, buffers, hooks and the global random state are left
@@ -323,7 +323,7 @@ class _Look:
         weights[0, :half] = 1 / half
         for row, part in enumerate((slice(0, half), slice(half, n)), 1):
             weights[row, part] = top_coefficients(gram[part, part].cpu(), 1)[:, 0].to(weights)
-        mean, *tops = (self._weighted(losses, row, last=i == 2) for i, row in enumerate(weights))
+        mean, *tops = self._binding.layout.flatten(gradients.weighted_sums(losses, weights), (3,))
         other = 2 * self._binding.layout.flatten(gradients.mean) - mean  # the halves are equal
 
         diagonals = self._diagonals(t)
@@ -356,13 +356,6 @@ class _Look:
                 "per_sample_loss_at carries no gradient: compute it from model, outside of torch.no_grad()."
             )
         return losses
-
-    def _weighted(self, losses: Tensor, weights: Tensor, last: bool) -> Tensor:
-        """sum_i w_i g_i, (P,): one backward pass."""
-        params = self._binding.params
-        found = torch.autograd.grad((weights * losses).sum(), params, retain_graph=not last, allow_unused=True)
-        pieces = [torch.zeros_like(p) if g is None else g for g, p in zip(found, params, strict=True)]
-        return torch.cat([piece.reshape(-1).to(self._binding.dtype) for piece in pieces])
 
     def _diagonals(self, t: Tensor) -> dict[str, Tensor]:
         """By layer, (16, 16): products of the diagonal Fishers of the groups."""

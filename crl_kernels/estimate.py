@@ -57,19 +57,20 @@ def estimate_fisher(
     diagonal:          mean g_ij^2 over all the data, with theta*
 
     "top" needs only the batch's Gram matrix G: if G alpha = N lambda alpha, then sum_i alpha_i g_i / sqrt(N lambda) is
-    an eigenvector of F, and one weighted backward pass. Within one batch that is exact. Batches are merged one after
+    an eigenvector of F, and one weighted sum of gradients. Within one batch that is exact. Batches are merged one after
     another: the best k + 8 rows of each, by eigenvalue, join the k + 8 rows kept so far, and the best k + 8 of all
     stay. In spectral norm the rows leave out no more than the sum of the largest eigenvalue dropped at each step.
     Measured (tests/test_estimate.py): 25 batches of 32, eigenvalues 1/j in 200 dimensions, k = 1 and 3: merged
-    directions hold more than 0.9998 of the trace that the best k do. It costs k + 10 backward passes a batch.
+    directions hold more than 0.9998 of the trace that the best k do. All sums of a batch are taken in one backward
+    pass, so "top" costs two, and little more for a higher rank.
 
     Strata: if per_sample_loss returns ``(losses, stratum)`` with an integer for each sample (a band of timesteps, a
     class), then F = sum_s p_s F_s: each stratum has its own ``rank`` directions, so the result has strata x rank terms,
     in ascending order of the strata, whose curvatures and slopes are p_s a_s and p_s s_s, with p_s the stratum's share
     of the second half. ``statistics.strata`` has each stratum's own, ``statistics.term_strata`` the stratum of each
-    term. A stratum that only one half of the data has is left out, with a warning. With "mean", a batch of the first
-    half costs one backward pass for each of its strata, and in the second half every sample is projected on two rows
-    for each stratum. A diagonal Fisher is the same with and without strata.
+    term. A stratum that only one half of the data has is left out, with a warning. A batch costs one backward pass
+    whatever the number of strata; in the second half every sample is projected on two rows for each. A diagonal Fisher
+    is the same with and without strata.
 
     The model is in evaluation mode meanwhile. Its mode, gradients, buffers and the global random state are left as they
     were, also when the loss raises.
@@ -115,8 +116,8 @@ def estimate_fisher(
     Raises:
         TypeError, ValueError: for input that does not fit, naming it; non-finite gradients; a mean gradient of zero.
 
-    Memory beside the model: 16 bytes per parameter and stratum for sums in float64, the directions twice, and with
-    "top" three sketches of k + 8 rows.
+    Memory beside the model: 16 bytes per parameter and stratum for sums in float64, the directions twice, with strata
+    a batch's sums, with "top" three sketches of k + 8 rows; and what :meth:`SampleGradients.weighted_sums` says.
 
     Source: arXiv 2509.23593; held-out curvatures, strata and standard errors are ours.
     """
@@ -208,18 +209,16 @@ class _Source:
         for parameter in self.model.parameters():
             parameter.grad = None
 
-    def weighted(self, losses: Tensor, weights: Sequence[Tensor]) -> Iterator[Tensor]:
-        """sum_i w_i g_i for each w, flat (P,): one backward pass each. Frees the graph after the last."""
-        for i, weight in enumerate(weights, 1):
-            gradients = torch.autograd.grad(
-                losses, self.binding.params, weight.to(losses), retain_graph=i < len(weights), allow_unused=True
-            )
-            yield torch.cat(
-                [
-                    (torch.zeros_like(p) if g is None else g).reshape(-1).to(self.binding.dtype)
-                    for g, p in zip(gradients, self.binding.params, strict=True)
-                ]
-            )
+    def sum_of_gradients(self, losses: Tensor) -> Tensor:
+        """sum_i g_i, (P,), by an ordinary backward pass."""
+        params = self.binding.params
+        gradients = torch.autograd.grad(losses.sum(), params, allow_unused=True)
+        return torch.cat(
+            [
+                (torch.zeros_like(p) if g is None else g).reshape(-1).to(self.binding.dtype)
+                for g, p in zip(gradients, params, strict=True)
+            ]
+        )
 
 
 def _finite(values: Tensor) -> Tensor:
@@ -284,6 +283,10 @@ class _Stratum:
         self.sketch = _top_rows(torch.cat([self.sketch, rows]), count)
 
 
+# A sum of a batch's gradients: whose it is, of which part of its samples, None for a row of its sketch; weights, (N,).
+_Sum = tuple[_Stratum, int | None, Tensor]
+
+
 def _top_rows(matrix: Tensor, count: int) -> Tensor:
     """``count`` orthogonal rows R for which R^T R is the best approximation of matrix^T matrix, largest first.
 
@@ -319,7 +322,7 @@ class _LowRankEstimate:
         self, source: _Source, processes: Processes, rank: int, direction: str, storage_dtype: torch.dtype
     ) -> None:
         self._source, self._processes, self._rank, self._dtype = source, processes, rank, storage_dtype
-        self._top = direction == "top"
+        self._top, self._rows_kept = direction == "top", rank + _OVERSAMPLING
         self._strata: dict[int, _Stratum] = {}
 
     @property
@@ -329,46 +332,60 @@ class _LowRankEstimate:
 
     def find_directions(self, batches: Iterable[Any]) -> Tensor:
         """The first look. Returns the losses, (N,)."""
-        rows_kept = self._rank + _OVERSAMPLING
         seen = []
         for batch in batches:
-            gram = None
-            if self._top:
-                with self._source.sample_gradients(gram=True) as sg:
-                    losses, stratum = self._source.losses(batch)
-                    losses.sum().backward(retain_graph=True)
-                self._source.forget_gradients()
-                gram = sg.gram if sg.gram is None else _finite(sg.gram)
-            else:
-                losses, stratum = self._source.losses(batch)
+            losses, plan, gradients = self._sums_of(batch)
             seen.append(losses.detach().double())
-            # Each entry is one backward pass: a part of a stratum's sum, or a row of its sketch.
-            plan: list[tuple[_Stratum, int | None, Tensor]] = []
-            for key in stratum.unique().tolist():
-                if key not in self._strata:
-                    self._strata[key] = _Stratum(self._source.binding)
-                found = self._strata[key]
-                members = (stratum == key).nonzero().flatten()
-                for half, samples in found.parts(members):
-                    plan.append((found, half, _spread(samples, torch.ones_like(samples), stratum)))
-                    found.counts[half] += len(samples)
-                if gram is not None:
-                    for weights in _top_eigenvectors(gram[members][:, members], rows_kept):
-                        plan.append((found, None, _spread(members, weights, stratum)))
             rows: dict[_Stratum, list[Tensor]] = {}
-            gradients = self._source.weighted(losses, [weights for _, _, weights in plan])
             for (found, part, _), gradient in zip(plan, gradients, strict=True):
                 if part is None:
                     rows.setdefault(found, []).append(gradient)
                 else:
                     found.sums[part] += gradient
             for found, new in rows.items():
-                found.merge(torch.stack(new), rows_kept)
+                found.merge(torch.stack(new), self._rows_kept)
         self._exchange()
         for key, found in self._strata.items():
             _finite(found.sums)
             found.directions = self._directions_of(found, f" of stratum {key}" if self._source.stratified else "")
         return torch.cat(seen)
+
+    def _sums_of(self, batch: Any) -> tuple[Tensor, list[_Sum], Tensor]:
+        """A batch's losses, (N,), the sums of its gradients that are wanted, and those sums, (len, P)."""
+        source = self._source
+        if not self._top and source.stratified is False:  # one sum, that of all samples
+            losses, stratum = source.losses(batch)
+            return losses, self._plan(stratum), source.sum_of_gradients(losses)[None]
+        with source.sample_gradients(gram=self._top) as sg:
+            losses, stratum = source.losses(batch)
+            if not self._top:
+                plan = self._plan(stratum)
+                return losses, plan, self._weighted_sums(sg, losses, plan)
+            losses.sum().backward(retain_graph=True)
+        source.forget_gradients()
+        assert sg.gram is not None
+        plan = self._plan(stratum, _finite(sg.gram))
+        return losses, plan, self._weighted_sums(sg, losses, plan)
+
+    def _weighted_sums(self, sg: SampleGradients, losses: Tensor, plan: Sequence[_Sum]) -> Tensor:
+        weights = torch.stack([weights for _, _, weights in plan])
+        return self._source.binding.layout.flatten(sg.weighted_sums(losses, weights), (len(plan),))
+
+    def _plan(self, stratum: Tensor, gram: Tensor | None = None) -> list[_Sum]:
+        """Which sums of a batch's gradients are wanted: parts of each stratum's sum, and with ``gram`` its top rows."""
+        plan: list[_Sum] = []
+        for key in stratum.unique().tolist():
+            if key not in self._strata:
+                self._strata[key] = _Stratum(self._source.binding)
+            found = self._strata[key]
+            members = (stratum == key).nonzero().flatten()
+            for part, samples in found.parts(members):
+                plan.append((found, part, _spread(samples, torch.ones_like(samples), stratum)))
+                found.counts[part] += len(samples)
+            if gram is not None:
+                for weights in _top_eigenvectors(gram[members][:, members], self._rows_kept):
+                    plan.append((found, None, _spread(members, weights, stratum)))
+        return plan
 
     def _exchange(self) -> None:
         """The strata of all processes, each the same in all of them."""
@@ -388,7 +405,7 @@ class _LowRankEstimate:
                     theirs_sketch = (
                         sketch if process == self._processes.rank else sketch.new_empty(rows, sketch.shape[1])
                     )
-                    found.merge(self._processes.broadcast_(theirs_sketch, process), self._rank + _OVERSAMPLING)
+                    found.merge(self._processes.broadcast_(theirs_sketch, process), self._rows_kept)
 
     def _directions_of(self, found: _Stratum, where: str) -> Tensor:
         """(rank, P), in the storage dtype."""

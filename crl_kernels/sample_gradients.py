@@ -1,5 +1,5 @@
 """Per-sample gradients in one backward pass: their square norms, mean, projections and Gram matrix, without a matrix
-of them.
+of them, and sums of them with weights.
 
 Formulas, with g_i the gradient of sample i's loss by all P parameters and N samples in the batch:
 
@@ -9,6 +9,7 @@ Each is a sum over parameters, and is taken where a layer's input meets the grad
 in the one backward pass that a training step makes anyway.
 """
 
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -21,11 +22,13 @@ from torch import Tensor, nn
 
 from .binding import Binding, join_names
 from .layer_gradients import MatrixGradient, SampleGradient, Statistics, Wanted
-from .recorder import ParameterUse, Recorder, contiguous_strides
+from .recorder import ParameterUse, Recorder, Settle, contiguous_strides
 
 # Per-sample gradients of at most so many elements a parameter are kept until the end and taken together: a bias or a
 # scale of a norm costs more in calls than in arithmetic.
 _SMALL = 4096
+# Sums with weights hold so many numbers of one layer's per-sample gradients at a time, or one sample's.
+_TILE = 2**24
 
 
 def rows_of(direction: Mapping[str, Tensor], binding: Binding) -> tuple[bool, list[Tensor]]:
@@ -70,6 +73,37 @@ class LayerStatistics:
     gram: Tensor | None  # (N, N) float64
 
 
+class _WeightedSums:
+    """sum_i w_ki g_i while a backward pass makes the g_i."""
+
+    def __init__(self, weights: Tensor, binding: Binding) -> None:
+        self._weights = weights  # (K, N)
+        dtypes = (torch.float64 if p.dtype == torch.float64 else torch.float32 for p in binding.params)
+        sizes = zip(binding.params, dtypes, strict=True)
+        self.rows = [p.new_zeros(len(weights), p.numel(), dtype=dtype) for p, dtype in sizes]
+        self.seen: set[int] = set()  # parameters
+
+    def add(self, use: ParameterUse, gradient: SampleGradient) -> None:
+        self.seen.add(use.index)
+        place = use.of(self.rows[use.index])
+        step = max(1, _TILE // max(1, gradient.elements()))
+        for begin in range(0, self._weights.shape[1], step):
+            samples = slice(begin, begin + step)
+            matrix = gradient.of(samples).matrix().flatten(1)
+            place.add_((self._weights[:, samples].to(matrix.dtype) @ matrix).reshape(place.shape))
+
+
+def _settle_of(owner: "weakref.ref[SampleGradients]") -> Settle:
+    """For the recorder, which its owner keeps, and which is not to keep its owner in turn."""
+
+    def settle(use: ParameterUse, gradient: SampleGradient) -> Tensor:
+        found = owner()
+        assert found is not None  # it has begun the backward pass, or is on the stack as a context
+        return found._settle(use, gradient)
+
+    return settle
+
+
 class SampleGradients:
     """Statistics of the per-sample gradients g_i of a batch of N, from one ordinary backward pass.
 
@@ -95,8 +129,9 @@ class SampleGradients:
     and however often they are used: tied weights, subclasses, functional calls, activation checkpointing, autocast. A
     module that uses a parameter in another way is run again under ``torch.func.vmap``, and a warning says so, once.
 
-    One backward pass a block. The graph may be retained (``backward(retain_graph=True)``); backward passes after the
-    block are ordinary ones. Losses that a GradScaler has multiplied give gradients multiplied by as much.
+    One backward pass a block. The graph may be retained (``backward(retain_graph=True)``), for :meth:`weighted_sums` or
+    for others: backward passes after the block are ordinary ones. Losses that a GradScaler has multiplied give
+    gradients multiplied by as much.
 
     Args:
         model: its parameters that require a gradient are looked at.
@@ -138,6 +173,8 @@ class SampleGradients:
         if direction is not None:
             self._single_direction, self._directions = rows_of(direction, self._binding)
         self._entered = False
+        self._weighing: _WeightedSums | None = None  # while weighted_sums runs
+        self._only_weighed = False
 
     # The block
 
@@ -157,7 +194,7 @@ class SampleGradients:
         self._shared: dict[int, Tensor] = {}  # (N, numel), of parameters that are used more than once
         self._sums: dict[int, Tensor] = {}  # float32 sums of 16-bit parameters' gradients, flat
         self._grads = [parameter.grad for parameter in params]
-        self._recorder = Recorder(self._model, params, self._binding.layout.names, self._settle)
+        self._recorder = Recorder(self._model, params, self._binding.layout.names, _settle_of(weakref.ref(self)))
         self._stack = ExitStack()
         self._stack.enter_context(torch.compiler.set_stance("force_eager"))
         self._stack.enter_context(self._recorder)
@@ -174,7 +211,7 @@ class SampleGradients:
         self._stack.close()
         new = [parameter.grad for parameter in params]
         try:
-            if kind is None:
+            if kind is None and not (self._only_weighed and all(grad is None for grad in new)):
                 self._finish(new)
         finally:
             for parameter, old, grad in zip(params, self._grads, new, strict=True):
@@ -182,7 +219,7 @@ class SampleGradients:
                     if grad is not None:
                         old.add_(grad)
                     parameter.grad = old
-            del self._recorder, self._stack, self._grads
+            del self._stack, self._grads
 
     # In the backward pass
 
@@ -193,6 +230,10 @@ class SampleGradients:
     def _settle(self, use: ParameterUse, gradient: SampleGradient) -> Tensor:
         """Called for each use: takes its statistics and returns the sum of its per-sample gradients."""
         recorder = self._recorder
+        if self._weighing is not None:
+            if not use.covered:
+                self._weighing.add(use, gradient)
+            return self._weighing.rows[use.index].new_zeros(()).expand(use.shape)  # nobody reads it
         if use.settled:
             raise RuntimeError(
                 "a second backward pass went through the model inside of one SampleGradients block. Make one pass from "
@@ -256,9 +297,70 @@ class SampleGradients:
             for parameter in self._binding.params
         ]
 
+    # Sums with weights
+
+    def weighted_sums(self, losses: Tensor, weights: Tensor) -> dict[str, Tensor]:
+        r"""sum_i w_ki g_i for each row k of weights, from one backward pass: sums over the classes of a batch, say, or
+        eigenvectors of its Fisher, whose weights come from ``gram``.
+
+        ::
+
+            with SampleGradients(model, gram=True) as sg:
+                losses = per_sample_loss(model, batch)
+                losses.sum().backward(retain_graph=True)
+            eigenvectors = sg.weighted_sums(losses, torch.linalg.eigh(sg.gram).eigenvectors.T[-3:])
+
+        In the block instead of its backward pass, if nothing else is wanted of it; or after it, if that pass retained
+        the graph. ``.grad`` stays what it is.
+
+        Args:
+            losses: (N,), computed in the block.
+            weights: (K, N).
+
+        Returns:
+            name -> (K, \*shape), float32, or float64 for such parameters.
+
+        Memory for the result, and 64 MiB for per-sample gradients, or one sample's patches or gradient of a layer if
+        that is more.
+
+        Raises:
+            ValueError: shapes that do not fit.
+            RuntimeError: no block was entered, or one is open that has made its backward pass.
+            RuntimeError: by PyTorch, for a checkpoint with use_reentrant=True.
+            NotImplementedError: as the block.
+        """
+        count = self._recorder.num_samples if self._entered else None
+        if count is None:
+            raise RuntimeError("weighted_sums needs losses that the model has computed in this SampleGradients block.")
+        recorder, binding = self._recorder, self._binding
+        if losses.shape != (count,):
+            raise ValueError(f"losses has shape {tuple(losses.shape)}; expected ({count},), one loss for each sample.")
+        if weights.dim() != 2 or weights.shape[1] != count:
+            raise ValueError(f"weights has shape {tuple(weights.shape)}; expected (K, {count}), K weights a sample.")
+        with ExitStack() as stack:
+            if not recorder.recording:  # after the block
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+                stack.enter_context(recorder)
+                recorder.recording = True
+                stack.callback(setattr, recorder, "recording", False)
+            elif any(use.settled for use in recorder.uses) or any(call.grads for call in recorder.calls):
+                raise RuntimeError("weighted_sums after the block's backward pass: call it when the block has ended.")
+            else:
+                self._only_weighed = True
+            found = self._weighing = _WeightedSums(weights.detach().to(binding.device), binding)
+            stack.callback(setattr, self, "_weighing", None)
+            stack.enter_context(torch.autocast(binding.device.type, enabled=False))
+            grads = torch.autograd.grad(losses.sum(), binding.params, allow_unused=True)
+        self._require_seen(grads, found.seen)
+        for index, matrix in recorder.gradients_of_calls():
+            found.add(self._whole(index), MatrixGradient(matrix))
+        names_and_shapes = zip(binding.layout.names, binding.layout.shapes, found.rows, strict=True)
+        return {name: rows.reshape(len(weights), *shape) for name, shape, rows in names_and_shapes}
+
     # After the block
 
-    def _finish(self, grads: list[Tensor | None]) -> None:
+    def _require_seen(self, grads: Sequence[Tensor | None], settled: set[int]) -> None:
+        """Raises unless all parameters that have got a gradient are settled, or those of a call."""
         recorder, layout = self._recorder, self._binding.layout
         if recorder.stray:
             index, function = next(iter(recorder.stray.items()))
@@ -271,20 +373,28 @@ class SampleGradients:
                 "no gradient reached the model's parameters inside of the SampleGradients block. Run the model and "
                 "losses.sum().backward() in it."
             )
-        seen = {use.index for use in recorder.uses if use.settled}
-        seen.update(index for call in recorder.calls for index in call.indices)
+        seen = settled | {index for call in recorder.calls for index in call.indices}
         if unseen := [name for i, name in enumerate(layout.names) if grads[i] is not None and i not in seen]:
             raise NotImplementedError(
                 f"{join_names(unseen)} got a gradient through something that is no function of PyTorch's, such as an "
                 "autograd.Function, so its per-sample gradients were not seen. Exclude it with exclude=."
             )
+
+    def _whole(self, index: int) -> ParameterUse:
+        """A parameter as it is."""
+        shape = self._binding.layout.shapes[index]
+        return ParameterUse(index, shape, contiguous_strides(shape), 0, self._settle)
+
+    def _finish(self, grads: list[Tensor | None]) -> None:
+        recorder, layout = self._recorder, self._binding.layout
+        self._require_seen(grads, {use.index for use in recorder.uses if use.settled})
+        assert recorder.num_samples is not None
         count = self.num_samples = recorder.num_samples
         for index, matrix in recorder.gradients_of_calls():
             self._shared_matrix(index, MatrixGradient(matrix).matrix()).add_(matrix.reshape(count, -1))
         for index, matrix in self._shared.items():
-            shape = layout.shapes[index]
-            whole = ParameterUse(index, shape, contiguous_strides(shape), 0, self._settle)
-            gradient = MatrixGradient(matrix.reshape(count, *shape))
+            whole = self._whole(index)
+            gradient = MatrixGradient(matrix.reshape(count, *whole.shape))
             self._collect(whole, gradient.statistics(self._wanted(whole)))
         self._shared.clear()
 

@@ -157,6 +157,8 @@ def test_trainer_cost_writes_what_was_asked_for(tmp_path):
     assert [row["method"] for row in part["rows"]] == ["fine-tune", *only]
     assert part["rows"][0]["times_plain"] == 1
     assert part["rows"][2]["state_bytes"] == 8 * part["parameters"] + 8
+    assert [row["fisher_steps"] is None for row in part["rows"]] == [True, True, False, False]
+    assert all(row["fisher_steps"] > 10 for row in part["rows"][2:])  # of 1,000 images: a step sees 32
     assert part["rows"][3]["state_bytes"] > 40 * 4 * part["parameters"]  # 10 directions of 4 tasks
     assert [row["name"] for row in result["rank1"]["rows"]] == [
         "plain step",

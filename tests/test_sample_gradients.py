@@ -1,6 +1,8 @@
 """Per-sample gradients in one backward pass, against one backward pass per sample: every layer, and every trap."""
 
+import gc
 import warnings
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -9,6 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from crl_kernels.layer_gradients import (
+    ConvolutionGradient,
+    EmbeddingGradient,
+    LinearGradient,
+    MatrixGradient,
+    SampleGradient,
+)
 from crl_kernels.sample_gradients import SampleGradients
 
 N = 6
@@ -45,6 +54,7 @@ def check(
     *,
     tolerance: float = 1e-10,
     expected: dict[str, Tensor] | None = None,
+    weighted: bool = True,
 ) -> None:
     """All statistics, with every combination of options that changes which code runs."""
     expected = by_loop(model, losses_of, batch) if expected is None else expected
@@ -85,6 +95,35 @@ def check(
                     close(sg.diagonal[name], gradient.square().mean(0), tolerance, rows.square())
             else:
                 close(sg.projections, rows @ (along.T if single is None else along[single]), tolerance)
+    if weighted:
+        check_weighted_sums(model, batch, losses_of, tolerance, expected)
+
+
+def check_weighted_sums(
+    model: nn.Module,
+    batch: tuple[Tensor, ...],
+    losses_of: Callable[..., Tensor],
+    tolerance: float,
+    expected: dict[str, Tensor],
+) -> None:
+    """After the block's backward pass, and instead of it."""
+    weights = torch.randn(3, len(batch[0]), generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    largest = torch.cat([g.flatten(1) for g in expected.values()], 1)
+    for after in (True, False):
+        model.zero_grad()
+        with SampleGradients(model) as sg:
+            losses = losses_of(model, *batch)
+            if after:
+                losses.sum().backward(retain_graph=True)
+            else:
+                sums = sg.weighted_sums(losses, weights)
+        grads = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+        sums = sg.weighted_sums(losses, weights) if after else sums
+        assert list(sums) == list(expected)
+        for name, gradient in expected.items():
+            close(sums[name], torch.einsum("kn,n...->k...", weights, gradient), 10 * tolerance, largest)
+        for p, grad in zip(model.parameters(), grads, strict=True):
+            assert (p.grad is None and grad is None) or torch.equal(p.grad, grad)
 
 
 class Called(nn.Module):
@@ -305,7 +344,10 @@ def test_activation_checkpointing(reentrant):
     expected = by_loop(model, squared, batch)
     middle = model.middle
     model.function = lambda m, x: m.out(checkpoint(middle, m.first(x), use_reentrant=reentrant))
-    check(model, batch, expected=expected)
+    check(model, batch, expected=expected, weighted=not reentrant)
+    if reentrant:
+        with pytest.raises(RuntimeError, match="use_reentrant"), SampleGradients(model) as sg:
+            sg.weighted_sums(squared(model, *batch), torch.ones(1, N))
 
 
 def test_checkpointed_shared_weights():
@@ -317,7 +359,7 @@ def test_checkpointed_shared_weights():
     )
     check(model, batch, expected=expected)
     model.function = lambda m, x: m.out(checkpoint(m.middle, m.middle(m.first(x)), use_reentrant=True))
-    check(model, batch, expected=expected)
+    check(model, batch, expected=expected, weighted=False)
     model.function = lambda m, x: m.out(
         checkpoint(m.middle, checkpoint(m.middle, m.first(x), use_reentrant=True), use_reentrant=True)
     )
@@ -367,7 +409,12 @@ def test_autocast(case):
     with SampleGradients(model) as sg:
         with torch.autocast("cpu", torch.bfloat16):
             losses = squared(model, *batch)
-        losses.sum().backward()
+        losses.sum().backward(retain_graph=True)
+    weights = torch.stack([torch.ones(N), torch.rand(N)])
+    with torch.autocast("cpu", torch.bfloat16):  # which does not round the sums
+        sums = sg.weighted_sums(losses, weights)
+    for name, mean in sg.mean.items():
+        close(sums[name][0], N * mean, 1e-5, N * mean)
     torch.testing.assert_close(losses, plain, rtol=2e-2, atol=2e-2)
     torch.testing.assert_close(sg.sq_norms, rows.square().sum(1), rtol=0.15, atol=0)
     for p, grad in zip(model.parameters(), grads, strict=True):
@@ -466,6 +513,74 @@ def test_backward_passes_after_the_block_are_ordinary(case):
         if gradient is not None:
             close(gradient, torch.einsum("n,n...->...", weights, rows), 1e-10, rows)
     assert torch.equal(sg.sq_norms, before)
+
+
+@pytest.mark.parametrize("case", ["conv2d", "conv1d", "linear, tokens", "embedding", "attention", "group norm"])
+@pytest.mark.parametrize("tile", [1, 60])
+def test_weighted_sums_hold_few_per_sample_gradients_at_a_time(case, tile, monkeypatch):
+    model, batch = prepared(case, torch.float64)
+    expected = by_loop(model, squared, batch)
+    held = []
+    for kind in (ConvolutionGradient, LinearGradient, EmbeddingGradient, MatrixGradient):
+
+        def matrix(gradient: SampleGradient, inner: Callable[..., Tensor] = kind.matrix) -> Tensor:
+            rows = inner(gradient)
+            assert rows[0].numel() <= gradient.elements()
+            held.append((len(rows), gradient.elements()))
+            return rows
+
+        monkeypatch.setattr(kind, "matrix", matrix)
+    monkeypatch.setattr("crl_kernels.sample_gradients._TILE", tile)
+    weights = torch.randn(2, N, dtype=torch.float64)
+    with SampleGradients(model) as sg:
+        sums = sg.weighted_sums(squared(model, *batch), weights)
+    assert all(count == 1 or count * elements <= tile for count, elements in held)
+    assert any(count < N for count, _ in held)
+    for name, gradient in expected.items():
+        close(sums[name], torch.einsum("kn,n...->k...", weights, gradient), 1e-10, gradient)
+
+
+def test_weighted_sums_leave_nothing_behind():
+    """Neither the graph nor a matrix waits for the garbage collector."""
+    model, batch = prepared("conv2d", torch.float64)
+    gc.disable()
+    try:
+        with SampleGradients(model) as sg:
+            losses = squared(model, *batch)
+            losses.sum().backward(retain_graph=True)
+        sg.weighted_sums(losses, torch.ones(1, N))
+        gone = weakref.ref(sg)
+        del sg, losses
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_wrong_uses_of_weighted_sums():
+    model, batch = prepared("conv2d", torch.float64)
+    ones = torch.ones(1, N)
+    with pytest.raises(RuntimeError, match="computed in this SampleGradients block"):
+        SampleGradients(model).weighted_sums(squared(model, *batch), ones)
+    with SampleGradients(model) as sg:
+        losses = squared(model, *batch)
+        with pytest.raises(ValueError, match=r"weights has shape \(1, 5\); expected \(K, 6\)"):
+            sg.weighted_sums(losses, ones[:, 1:])
+        with pytest.raises(ValueError, match=r"weights has shape \(6,\); expected \(K, 6\)"):
+            sg.weighted_sums(losses, ones[0])
+        with pytest.raises(ValueError, match=r"losses has shape \(\); expected \(6,\)"):
+            sg.weighted_sums(losses.mean(), ones)
+        losses.sum().backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="when the block has ended"):
+            sg.weighted_sums(losses, ones)
+    again = sg.weighted_sums(losses, ones)
+    for name, mean in sg.mean.items():
+        torch.testing.assert_close(again[name][0], N * mean)
+    with pytest.raises(RuntimeError, match="computed in this SampleGradients block"), SampleGradients(model) as sg:
+        sg.weighted_sums(torch.zeros(N, requires_grad=True), ones)
+    with SampleGradients(model) as sg:
+        sg.weighted_sums(squared(model, *batch), ones)
+        with pytest.raises(RuntimeError, match="no gradient reached"):
+            sg.weighted_sums(torch.zeros(N, requires_grad=True), ones)
 
 
 def test_gradients_that_were_there_are_added_to():
