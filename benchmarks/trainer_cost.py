@@ -189,7 +189,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"{result['torch']}; medians [20th, 80th percentile] of rounds in which all take turns. Other processes ran on "
         "the machine: read the ratios only. Replays add as many images to a step as it has real ones, which is most of "
         "what replaying methods cost; penalties hold four past tasks. *A Fisher*: of 1,000 samples, in steps of "
-        f"fine-tune with {RunConfig().batch} images each; one is estimated after each task.",
+        f"fine-tune with {RunConfig(method=PLAIN).batch} images each; one is estimated after each task.",
     ]
     for part in result["sizes"]:
         lines += [

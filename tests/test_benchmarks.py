@@ -134,13 +134,13 @@ def test_rows_that_fail_or_are_wrong_say_so():
 
 def test_estimation_writes_what_was_asked_for(tmp_path):
     pytest.importorskip("diffusers", reason="diffusers has the demo's UNet")
-    command = [sys.executable, "-m", "benchmarks.estimation", "--size", "8", "--samples", "8", "--batch-size", "4"]
+    command = [sys.executable, "-m", "benchmarks.estimation", "--size", "8", "--samples", "32", "--batch-size", "8"]
     done = subprocess.run([*command, "--rounds", "1", "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((tmp_path / "estimation_cpu.json").read_text())["rows"]
-    assert len(rows) == 5
+    assert len(rows) == 7
     assert rows[0]["times_paper"] == 1
-    assert all(row["samples_per_s"] == 8e3 / row["ms"] for row in rows)
+    assert all(row["samples_per_s"] == 32e3 / row["ms"] for row in rows)
     text = (tmp_path / "estimation_cpu.md").read_text()
     assert all(f"\n| {row['name']} |" in text for row in rows)
 
