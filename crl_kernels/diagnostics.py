@@ -319,11 +319,11 @@ class _Look:
         if not bool(gram.diagonal().any()):
             raise ValueError("every per-sample gradient is zero; check that the loss depends on the parameters.")
 
-        weights = losses.new_zeros(3, n)
+        weights = torch.zeros(3, n, dtype=torch.float64, device=losses.device)
         weights[0, :half] = 1 / half
         for row, part in enumerate((slice(0, half), slice(half, n)), 1):
             weights[row, part] = top_coefficients(gram[part, part].cpu(), 1)[:, 0].to(weights)
-        mean, *tops = self._binding.layout.flatten(gradients.weighted_sums(losses, weights), (3,))
+        mean, *tops = gradients.weighted_rows(losses, weights)
         other = 2 * self._binding.layout.flatten(gradients.mean) - mean  # the halves are equal
 
         diagonals = self._diagonals(t)

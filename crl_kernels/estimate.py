@@ -68,12 +68,12 @@ def estimate_fisher(
     class), then F = sum_s p_s F_s: each stratum has its own ``rank`` directions, so the result has strata x rank terms,
     in ascending order of the strata, whose curvatures and slopes are p_s a_s and p_s s_s, with p_s the stratum's share
     of the second half. ``statistics.strata`` has each stratum's own, ``statistics.term_strata`` the stratum of each
-    term. A stratum that only one half of the data has is left out, with a warning. A batch costs one backward pass
-    whatever the number of strata; in the second half every sample is projected on two rows for each. A diagonal Fisher
-    is the same with and without strata.
+    term. A stratum that only one half of the data has is left out, with a warning. The number of strata does not change
+    how many backward passes a batch costs; in the second half every sample is projected on two rows for each. A
+    diagonal Fisher is the same with and without strata.
 
-    The model is in evaluation mode meanwhile. Its mode, gradients, buffers and the global random state are left as they
-    were, also when the loss raises.
+    The model is in evaluation mode meanwhile, and hooks on its parameters' gradients are not called. Its mode,
+    gradients, buffers, hooks and the global random state are left as they were, also when the loss raises.
 
     Several processes: if the model is in a DistributedDataParallel (the loss is then given the module inside) or
     sharded (FSDP2, HSDP), or with ``process_group=``, each process estimates from its own loader, sums and per-sample
@@ -117,7 +117,8 @@ def estimate_fisher(
         TypeError, ValueError: for input that does not fit, naming it; non-finite gradients; a mean gradient of zero.
 
     Memory beside the model: 16 bytes per parameter and stratum for sums in float64, the directions twice, with strata
-    a batch's sums, with "top" three sketches of k + 8 rows; and what :meth:`SampleGradients.weighted_sums` says.
+    a batch's sums (4 bytes, of its first batch 8), with "top" about six sketches of k + 8 rows; and what
+    :meth:`SampleGradients.weighted_sums` says.
 
     Source: arXiv 2509.23593; held-out curvatures, strata and standard errors are ours.
     """
@@ -274,7 +275,7 @@ class _Stratum:
         return mean
 
     def parts(self, members: Tensor) -> list[tuple[int, Tensor]]:
-        """Which of a batch's samples go to which part. Only the first ones are cut in two, which costs a pass more."""
+        """Which of a batch's samples go to which part. Only the first ones are cut in two."""
         if not self.count and len(members) > 1:
             return list(enumerate(members.tensor_split(2)))
         return [(int(self.counts[1] < self.counts[0]), members)]
@@ -334,16 +335,17 @@ class _LowRankEstimate:
         """The first look. Returns the losses, (N,)."""
         seen = []
         for batch in batches:
-            losses, plan, gradients = self._sums_of(batch)
+            losses, plan, sums = self._sums_of(batch)
             seen.append(losses.detach().double())
-            rows: dict[_Stratum, list[Tensor]] = {}
-            for (found, part, _), gradient in zip(plan, gradients, strict=True):
+            rows: dict[_Stratum, list[int]] = {}
+            for i, (found, part, _) in enumerate(plan):
                 if part is None:
-                    rows.setdefault(found, []).append(gradient)
+                    rows.setdefault(found, []).append(i)
                 else:
-                    found.sums[part] += gradient
-            for found, new in rows.items():
-                found.merge(torch.stack(new), self._rows_kept)
+                    found.sums[part] += sums[i]
+            for found, its in rows.items():
+                found.merge(sums[its], self._rows_kept)
+            del losses, sums  # before the next batch's are made
         self._exchange()
         for key, found in self._strata.items():
             _finite(found.sums)
@@ -360,16 +362,12 @@ class _LowRankEstimate:
             losses, stratum = source.losses(batch)
             if not self._top:
                 plan = self._plan(stratum)
-                return losses, plan, self._weighted_sums(sg, losses, plan)
+                return losses, plan, sg.weighted_rows(losses, _weights(plan))
             losses.sum().backward(retain_graph=True)
         source.forget_gradients()
         assert sg.gram is not None
         plan = self._plan(stratum, _finite(sg.gram))
-        return losses, plan, self._weighted_sums(sg, losses, plan)
-
-    def _weighted_sums(self, sg: SampleGradients, losses: Tensor, plan: Sequence[_Sum]) -> Tensor:
-        weights = torch.stack([weights for _, _, weights in plan])
-        return self._source.binding.layout.flatten(sg.weighted_sums(losses, weights), (len(plan),))
+        return losses, plan, sg.weighted_rows(losses, _weights(plan))
 
     def _plan(self, stratum: Tensor, gram: Tensor | None = None) -> list[_Sum]:
         """Which sums of a batch's gradients are wanted: parts of each stratum's sum, and with ``gram`` its top rows."""
@@ -529,6 +527,10 @@ class _LowRankEstimate:
             storage_dtype=self._dtype,
             statistics=statistics,
         )
+
+
+def _weights(plan: Sequence[_Sum]) -> Tensor:
+    return torch.stack([weights for _, _, weights in plan])
 
 
 def _spread(samples: Tensor, weights: Tensor, like: Tensor) -> Tensor:

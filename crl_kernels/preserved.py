@@ -37,14 +37,16 @@ def preserved(model: nn.Module, device: torch.device) -> Generator[None, None, N
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    # An optimizer that steps inside of the backward pass would train the model.
-    hooks = [(parameter, parameter._post_accumulate_grad_hooks) for parameter in model.parameters()]
+    # An optimizer that steps inside of the backward pass would train the model; what hooks make of a batch's gradient
+    # says nothing of a single sample's.
+    hooks = [(p, p._post_accumulate_grad_hooks, p._backward_hooks) for p in model.parameters()]
     try:
         with same_random_numbers(device):
             model.eval()
             for parameter, _ in gradients:
                 parameter.grad = None  # backward passes then write tensors of their own
                 parameter._post_accumulate_grad_hooks = None  # type: ignore[assignment]
+                parameter._backward_hooks = None
             yield
     finally:
         for module, training in modes:
@@ -54,5 +56,5 @@ def preserved(model: nn.Module, device: torch.device) -> Generator[None, None, N
                 buffer.copy_(saved)
         for parameter, gradient in gradients:
             parameter.grad = gradient
-        for parameter, hook in hooks:
-            parameter._post_accumulate_grad_hooks = hook
+        for parameter, after, before in hooks:
+            parameter._post_accumulate_grad_hooks, parameter._backward_hooks = after, before

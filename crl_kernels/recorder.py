@@ -72,6 +72,24 @@ class ParameterUse:
         strides = (whole.stride(0), *self.strides)
         return whole.as_strided((len(whole), *self.shape), strides, whole.storage_offset() + self.offset)
 
+    def overlaps_itself(self) -> bool:
+        """Whether an element of the parameter may be in several places of the view."""
+        covered = 0
+        for stride, size in sorted(zip(self.strides, self.shape, strict=True)):
+            if size > 1 and stride <= covered:
+                return True
+            covered += (size - 1) * stride
+        return False
+
+    def add_to(self, whole: Tensor, rows: Tensor) -> None:
+        """Adds (rows, *shape) to the same view of each row of ``whole``, as in ``of``."""
+        if not self.overlaps_itself():
+            self.of(whole).add_(rows)
+            return
+        elements = torch.arange(whole.shape[1], device=whole.device)
+        places = elements.as_strided(self.shape, self.strides, self.offset).flatten()
+        whole.index_add_(1, places, rows.reshape(len(whole), -1).to(whole.dtype))
+
 
 @dataclass(eq=False)
 class ModuleCall:
@@ -81,8 +99,8 @@ class ModuleCall:
     args: Any
     kwargs: Any
     indices: list[int]  # of the parameters
+    versions: list[int]  # of the inputs' tensors
     grads: dict[int, Tensor] = field(default_factory=dict)  # by position among the outputs
-    versions: list[int] = field(default_factory=list)
 
 
 class Recorder(TorchFunctionMode):
@@ -240,8 +258,12 @@ class Recorder(TorchFunctionMode):
         noted = noted - above
         if not noted:
             return
-        call = ModuleCall(module, args, kwargs, sorted(noted))
-        call.versions = [leaf._version for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+        leaves, structure = tree_flatten((args, kwargs))
+        versions = [leaf._version for leaf in leaves if isinstance(leaf, Tensor)]
+        # Detached, they do not keep the graph, which keeps this recorder; and their versions are the inputs'.
+        detached = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        args, kwargs = tree_unflatten(detached, structure)
+        call = ModuleCall(module, args, kwargs, sorted(noted), versions)
         # The module is run again as a whole: that has all uses of these parameters in it.
         for use in self.uses[first_use:]:
             use.covered = use.covered or use.index in noted
@@ -286,12 +308,23 @@ class Recorder(TorchFunctionMode):
     # The second run
 
     def gradients_of_calls(self) -> list[tuple[int, Tensor]]:
-        """(index of a parameter, its per-sample gradients (N, *shape)) of each call that was kept."""
+        """(index of a parameter, its per-sample gradients (N, *shape)) of each call that the backward pass reached; the
+        next backward pass begins anew."""
         found = []
-        for call in self.calls:
-            if call.indices and call.grads:
-                found += list(zip(call.indices, _gradients_of(call, self._params, self.num_samples), strict=True))
+        recording, self.recording = self.recording, False
+        try:
+            for call in self.calls:
+                if call.indices and call.grads:
+                    found += list(zip(call.indices, _gradients_of(call, self._params, self.num_samples), strict=True))
+        finally:
+            self.recording = recording
+            self.forget_calls()
         return found
+
+    def forget_calls(self) -> None:
+        """As if no backward pass had reached any call."""
+        for call in self.calls:
+            call.grads.clear()
 
 
 _said: set[str] = set()
@@ -342,10 +375,9 @@ def _gradients_of(call: ModuleCall, params: Sequence[Tensor], count: int | None)
 
     values = tuple(params[index].detach() for index in call.indices)
     grads = tuple(call.grads[position] for position in positions)
-    inputs = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     with torch.enable_grad():
         try:
-            gradients = torch.func.vmap(torch.func.grad(product), in_dims=(None, 0, *in_dims))(values, grads, *inputs)
+            gradients = torch.func.vmap(torch.func.grad(product), in_dims=(None, 0, *in_dims))(values, grads, *leaves)
         except (RuntimeError, NotImplementedError, ValueError) as error:
             raise NotImplementedError(
                 f"{what} uses {', '.join(map(repr, names))} in a way that has no rule, and torch.func.vmap cannot run "

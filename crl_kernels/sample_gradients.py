@@ -24,11 +24,10 @@ from .binding import Binding, join_names
 from .layer_gradients import MatrixGradient, SampleGradient, Statistics, Wanted
 from .recorder import ParameterUse, Recorder, Settle, contiguous_strides
 
+_NOT_OF_THIS_BLOCK = "weighted_sums needs losses that the model has computed in this SampleGradients block."
 # Per-sample gradients of at most so many elements a parameter are kept until the end and taken together: a bias or a
 # scale of a norm costs more in calls than in arithmetic.
 _SMALL = 4096
-# Sums with weights hold so many numbers of one layer's per-sample gradients at a time, or one sample's.
-_TILE = 2**24
 
 
 def rows_of(direction: Mapping[str, Tensor], binding: Binding) -> tuple[bool, list[Tensor]]:
@@ -78,19 +77,13 @@ class _WeightedSums:
 
     def __init__(self, weights: Tensor, binding: Binding) -> None:
         self._weights = weights  # (K, N)
-        dtypes = (torch.float64 if p.dtype == torch.float64 else torch.float32 for p in binding.params)
-        sizes = zip(binding.params, dtypes, strict=True)
-        self.rows = [p.new_zeros(len(weights), p.numel(), dtype=dtype) for p, dtype in sizes]
-        self.seen: set[int] = set()  # parameters
+        self.rows = weights.new_zeros(len(weights), binding.layout.numel, dtype=binding.dtype)
+        self._of = self.rows.split(binding.layout.lengths, 1)
+        self.reached: set[int] = set()  # parameters
 
     def add(self, use: ParameterUse, gradient: SampleGradient) -> None:
-        self.seen.add(use.index)
-        place = use.of(self.rows[use.index])
-        step = max(1, _TILE // max(1, gradient.elements()))
-        for begin in range(0, self._weights.shape[1], step):
-            samples = slice(begin, begin + step)
-            matrix = gradient.of(samples).matrix().flatten(1)
-            place.add_((self._weights[:, samples].to(matrix.dtype) @ matrix).reshape(place.shape))
+        self.reached.add(use.index)
+        use.add_to(self._of[use.index], gradient.weighted_sums(self._weights))
 
 
 def _settle_of(owner: "weakref.ref[SampleGradients]") -> Settle:
@@ -233,7 +226,7 @@ class SampleGradients:
         if self._weighing is not None:
             if not use.covered:
                 self._weighing.add(use, gradient)
-            return self._weighing.rows[use.index].new_zeros(()).expand(use.shape)  # nobody reads it
+            return self._weighing.rows.new_zeros(()).expand(use.shape)  # weighted_rows throws .grad's values away
         if use.settled:
             raise RuntimeError(
                 "a second backward pass went through the model inside of one SampleGradients block. Make one pass from "
@@ -246,7 +239,7 @@ class SampleGradients:
             return gradient.matrix().sum(0)
         others = [other for other in recorder.uses if other.index == use.index and other is not use]
         elsewhere = any(use.index in call.indices for call in recorder.calls)
-        if elsewhere or any(use.overlaps(other) for other in others) or 0 in use.strides:
+        if elsewhere or any(use.overlaps(other) for other in others) or use.overlaps_itself():
             return self._add_to_shared(use, gradient, others)
         if isinstance(gradient, MatrixGradient) and use.shape.numel() <= _SMALL:
             matrix = gradient.matrix()
@@ -264,7 +257,7 @@ class SampleGradients:
             )
         matrix = gradient.matrix()
         shared = self._shared_matrix(use.index, matrix)
-        use.of(shared).add_(matrix)
+        use.add_to(shared, matrix)
         return matrix.sum(0)
 
     def _shared_matrix(self, index: int, like: Tensor) -> Tensor:
@@ -301,7 +294,7 @@ class SampleGradients:
 
     def weighted_sums(self, losses: Tensor, weights: Tensor) -> dict[str, Tensor]:
         r"""sum_i w_ki g_i for each row k of weights, from one backward pass: sums over the classes of a batch, say, or
-        eigenvectors of its Fisher, whose weights come from ``gram``.
+        eigenvectors of its Fisher, of any length, whose weights come from ``gram``.
 
         ::
 
@@ -310,33 +303,40 @@ class SampleGradients:
                 losses.sum().backward(retain_graph=True)
             eigenvectors = sg.weighted_sums(losses, torch.linalg.eigh(sg.gram).eigenvectors.T[-3:])
 
-        In the block instead of its backward pass, if nothing else is wanted of it; or after it, if that pass retained
-        the graph. ``.grad`` stays what it is.
+        After the block, if its backward pass retained the graph; or in the block and instead of its backward pass, if
+        nothing else is wanted of it: it then has no statistics. ``.grad`` stays what it is, and hooks on parameters do
+        not change the sums.
 
         Args:
             losses: (N,), computed in the block.
             weights: (K, N).
 
         Returns:
-            name -> (K, \*shape), float32, or float64 for such parameters.
+            name -> (K, \*shape), float32, or float64 if a parameter is; views of what :meth:`weighted_rows` returns.
 
-        Memory for the result, and 64 MiB for per-sample gradients, or one sample's patches or gradient of a layer if
-        that is more.
+        Memory for the result, for one parameter's part of it once more, and about 64 MiB for per-sample gradients, or
+        what one sample's take in a layer if that is more; all samples' of modules that are run again.
 
         Raises:
-            ValueError: shapes that do not fit.
-            RuntimeError: no block was entered, or one is open that has made its backward pass.
-            RuntimeError: by PyTorch, for a checkpoint with use_reentrant=True.
+            TypeError, ValueError: weights or losses that do not fit.
+            RuntimeError: losses that were not computed in the block; a block that is open and has made its backward
+                pass; by PyTorch, a checkpoint with use_reentrant=True.
             NotImplementedError: as the block.
         """
+        return self._binding.layout.split(self.weighted_rows(losses, weights))
+
+    def weighted_rows(self, losses: Tensor, weights: Tensor) -> Tensor:
+        """The same as one tensor (K, P): all parameters flattened, in the order of ``mean``."""
         count = self._recorder.num_samples if self._entered else None
         if count is None:
-            raise RuntimeError("weighted_sums needs losses that the model has computed in this SampleGradients block.")
+            raise RuntimeError(_NOT_OF_THIS_BLOCK)
         recorder, binding = self._recorder, self._binding
-        if losses.shape != (count,):
-            raise ValueError(f"losses has shape {tuple(losses.shape)}; expected ({count},), one loss for each sample.")
+        if not isinstance(weights, Tensor):
+            raise TypeError(f"weights is a {type(weights).__name__}; expected a tensor (K, {count}).")
         if weights.dim() != 2 or weights.shape[1] != count:
             raise ValueError(f"weights has shape {tuple(weights.shape)}; expected (K, {count}), K weights a sample.")
+        if losses.shape != (count,):
+            raise ValueError(f"losses has shape {tuple(losses.shape)}; expected ({count},), one loss for each sample.")
         with ExitStack() as stack:
             if not recorder.recording:  # after the block
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -346,16 +346,19 @@ class SampleGradients:
             elif any(use.settled for use in recorder.uses) or any(call.grads for call in recorder.calls):
                 raise RuntimeError("weighted_sums after the block's backward pass: call it when the block has ended.")
             else:
-                self._only_weighed = True
+                self._only_weighed, self.num_samples = True, count
             found = self._weighing = _WeightedSums(weights.detach().to(binding.device), binding)
             stack.callback(setattr, self, "_weighing", None)
             stack.enter_context(torch.autocast(binding.device.type, enabled=False))
-            grads = torch.autograd.grad(losses.sum(), binding.params, allow_unused=True)
-        self._require_seen(grads, found.seen)
-        for index, matrix in recorder.gradients_of_calls():
-            found.add(self._whole(index), MatrixGradient(matrix))
-        names_and_shapes = zip(binding.layout.names, binding.layout.shapes, found.rows, strict=True)
-        return {name: rows.reshape(len(weights), *shape) for name, shape, rows in names_and_shapes}
+            recorder.forget_calls()
+            ones = torch.ones_like(losses)
+            grads = torch.autograd.grad(losses, binding.params, ones, allow_unused=True)
+            if not found.reached and not any(call.grads for call in recorder.calls):
+                raise RuntimeError(_NOT_OF_THIS_BLOCK)
+            self._require_seen(grads, found.reached)
+            for index, matrix in recorder.gradients_of_calls():
+                found.add(self._whole(index), MatrixGradient(matrix))
+        return found.rows
 
     # After the block
 

@@ -336,6 +336,27 @@ def test_everything_is_left_as_it_was(options, fails):
     assert [id(p.grad) for p in model.parameters()] == identities
 
 
+@pytest.mark.parametrize("options", [{}, {"direction": "top"}])
+def test_hooks_that_change_gradients_are_not_called_and_stay(options):
+    """They would be for the sum of a batch, and not for single samples."""
+    fisher = ck.estimate_fisher(Net(), loss, loader(), **options)
+    model = Net()
+    calls: list[None] = []
+    used = list(model.layers.parameters())
+    handles = [p.register_hook(lambda gradient: calls.append(None) or 0 * gradient) for p in used]
+    again = ck.estimate_fisher(model, loss, loader(), **options)
+    assert torch.equal(fisher.directions, again.directions)
+    assert not calls
+    for removed in (False, True):
+        calls.clear()
+        model.zero_grad()
+        loss(model, data()).sum().backward()
+        assert len(calls) == (0 if removed else len(handles))
+        assert all(bool(p.grad.any()) == removed for p in used)
+        for handle in handles:
+            handle.remove()
+
+
 def test_gradients_that_were_there_do_not_enter():
     fisher = ck.estimate_fisher(Net(), loss, loader(), rank=2)
     model = Net()

@@ -4,6 +4,7 @@ import gc
 import warnings
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,13 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from crl_kernels.layer_gradients import (
-    ConvolutionGradient,
-    EmbeddingGradient,
-    LinearGradient,
-    MatrixGradient,
-    SampleGradient,
-)
+from crl_kernels import recorder
+from crl_kernels.backends import reference
 from crl_kernels.sample_gradients import SampleGradients
 
 N = 6
@@ -273,6 +269,14 @@ CASES: dict[str, Callable[[], tuple[nn.Module, tuple[Tensor, ...]]]] = {
     ),
     "transposed use": lambda: (Called(lambda m, x: F.linear(m.a(x), m.a.weight.t()), a=nn.Linear(6, 4)), tokens()),
     "a subclass": lambda: (nn.Sequential(Subclass(6, 4), nn.Linear(4, 2)), tokens()),
+    "an expanded parameter": lambda: (
+        Called(lambda m, x: F.linear(x, m.p.expand(3, 4)), p=nn.Parameter(torch.randn(4))),
+        (torch.randn(N, 4),),
+    ),
+    "overlapping windows of a parameter": lambda: (
+        Called(lambda m, x: F.linear(x, m.p.unfold(0, 4, 2)), p=nn.Parameter(torch.randn(8))),
+        (torch.randn(N, 4),),
+    ),
     "a parameter without a gradient": lambda: (
         Called(lambda m, x: m.a(x), a=nn.Linear(6, 4), unused=nn.Linear(3, 3)),
         tokens(),
@@ -426,13 +430,14 @@ def odd(m: nn.Module, x: Tensor) -> Tensor:
     return m.lin(x) * torch.sigmoid(m.gate) + m.out(torch.sin(m.lin.weight.mean() * x))
 
 
-def test_a_use_without_a_rule_is_vectorised_and_said_once():
+def run_again() -> tuple[nn.Module, tuple[Tensor, ...]]:
     """lin.weight is used by a rule and without one in the same module; gate only without."""
-    model = Called(odd, lin=nn.Linear(6, 6), gate=nn.Parameter(torch.randn(6)), out=nn.Linear(6, 6)).double()
-    model = nn.Sequential(nn.Linear(6, 6).double(), model, nn.LayerNorm(6).double())
-    batch = (tokens()[0].double(),)
-    from crl_kernels import recorder
+    model = Called(odd, lin=nn.Linear(6, 6), gate=nn.Parameter(torch.randn(6)), out=nn.Linear(6, 6))
+    return nn.Sequential(nn.Linear(6, 6), model, nn.LayerNorm(6)).double(), (tokens()[0].double(),)
 
+
+def test_a_use_without_a_rule_is_vectorised_and_said_once():
+    model, batch = run_again()
     recorder._said.clear()
     with pytest.warns(
         UserWarning, match=r"no rule for the per-sample gradients of '1.gate' in sigmoid: Called, or the module"
@@ -441,6 +446,34 @@ def test_a_use_without_a_rule_is_vectorised_and_said_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check(model, batch)
+
+
+@pytest.mark.filterwarnings("ignore:there is no rule")
+def test_the_second_run_of_a_module_is_not_recorded():
+    model, batch = run_again()
+    one = (batch[0][:1],)
+    expected = by_loop(model, squared, one)
+    recorder._said.clear()
+    with SampleGradients(model) as sg:
+        sums = sg.weighted_sums(squared(model, *one), torch.ones(1, 1))
+    for name, gradient in expected.items():
+        close(sums[name], gradient, 1e-10)
+    assert recorder._said == {"sigmoid", "mean"}
+    check(model, one)
+
+
+@pytest.mark.filterwarnings("ignore:there is no rule")
+def test_weighted_sums_of_other_losses_than_those_of_the_statistics():
+    """Of a module that is run again, nothing is left of the pass before."""
+    model, (x,) = run_again()
+    expected = by_loop(model, lambda m, x: squared(m[1], x), (x,))
+    with SampleGradients(model) as sg:
+        first, second = squared(model[1], x), squared(model[0], x)
+        (first + second).sum().backward(retain_graph=True)
+    ones = torch.ones(1, N)
+    assert not bool(sg.weighted_sums(second, ones)["1.gate"].any())
+    with torch.no_grad():  # the pass needs no graph of its own
+        close(sg.weighted_sums(first, ones)["1.gate"][0], expected["1.gate"].sum(0), 1e-10)
 
 
 def test_uses_without_a_rule_in_nested_modules_are_counted_once():
@@ -515,43 +548,67 @@ def test_backward_passes_after_the_block_are_ordinary(case):
     assert torch.equal(sg.sq_norms, before)
 
 
-@pytest.mark.parametrize("case", ["conv2d", "conv1d", "linear, tokens", "embedding", "attention", "group norm"])
-@pytest.mark.parametrize("tile", [1, 60])
+@pytest.mark.parametrize("case", ["conv2d", "conv1d", "linear, tokens", "conv2d, groups"])
+@pytest.mark.parametrize("tile", [1, 500])
 def test_weighted_sums_hold_few_per_sample_gradients_at_a_time(case, tile, monkeypatch):
+    """Where there are many tokens; other weighted sums of layers do without."""
     model, batch = prepared(case, torch.float64)
     expected = by_loop(model, squared, batch)
-    held = []
-    for kind in (ConvolutionGradient, LinearGradient, EmbeddingGradient, MatrixGradient):
+    held: list[int] = []
+    reference_matrix = reference.sample_weight_gradient_matrix
 
-        def matrix(gradient: SampleGradient, inner: Callable[..., Tensor] = kind.matrix) -> Tensor:
-            rows = inner(gradient)
-            assert rows[0].numel() <= gradient.elements()
-            held.append((len(rows), gradient.elements()))
-            return rows
+    def matrix(*arguments: Any) -> Tensor:
+        rows = reference_matrix(*arguments)
+        held.append(len(rows))
+        assert len(rows) == 1 or rows.numel() <= tile
+        return rows
 
-        monkeypatch.setattr(kind, "matrix", matrix)
-    monkeypatch.setattr("crl_kernels.sample_gradients._TILE", tile)
+    monkeypatch.setattr(reference, "sample_weight_gradient_matrix", matrix)
+    monkeypatch.setattr("crl_kernels.layer_gradients._TILE", tile)
     weights = torch.randn(2, N, dtype=torch.float64)
     with SampleGradients(model) as sg:
         sums = sg.weighted_sums(squared(model, *batch), weights)
-    assert all(count == 1 or count * elements <= tile for count, elements in held)
-    assert any(count < N for count, _ in held)
+    assert bool(held) == case.startswith("conv")
     for name, gradient in expected.items():
         close(sums[name], torch.einsum("kn,n...->k...", weights, gradient), 1e-10, gradient)
 
 
-def test_weighted_sums_leave_nothing_behind():
-    """Neither the graph nor a matrix waits for the garbage collector."""
-    model, batch = prepared("conv2d", torch.float64)
+@pytest.mark.parametrize("case", ["linear", "linear, tokens", "attention", "embedding"])
+def test_weighted_sums_of_single_samples_and_of_none(case):
+    """A stratum has few of a batch's samples."""
+    model, batch = prepared(case, torch.float64)
+    expected = by_loop(model, squared, batch)
+    largest = torch.cat([g.flatten(1) for g in expected.values()], 1)
+    with SampleGradients(model) as sg:
+        sums = sg.weighted_sums(squared(model, *batch), torch.eye(N + 1)[:, :N])
+    for name, gradient in expected.items():
+        close(sums[name][:N], gradient, 1e-10, largest)
+        assert not bool(sums[name][N].any())
+
+
+@pytest.mark.parametrize("case", ["conv2d", "run again"])
+def test_nothing_waits_for_the_garbage_collector(case):
+    """Neither the graph, nor what is kept to run a module again."""
+    model, batch = run_again() if case == "run again" else prepared(case, torch.float64)
+    kept: list[Any] = []
+    model[0].register_forward_hook(lambda module, args, output: kept.append(weakref.ref(output)))
     gc.disable()
     try:
-        with SampleGradients(model) as sg:
-            losses = squared(model, *batch)
-            losses.sum().backward(retain_graph=True)
-        sg.weighted_sums(losses, torch.ones(1, N))
-        gone = weakref.ref(sg)
-        del sg, losses
-        assert gone() is None
+        for pass_in_block in (True, False):
+            with warnings.catch_warnings(), SampleGradients(model) as sg:
+                warnings.simplefilter("ignore")
+                losses = squared(model, *batch)
+                if pass_in_block:
+                    losses.sum().backward(retain_graph=True)
+                else:
+                    sg.weighted_sums(losses, torch.ones(1, N))
+            if pass_in_block:
+                sg.weighted_sums(losses, torch.ones(1, N))
+            del losses
+            assert kept.pop()() is None
+            gone = weakref.ref(sg)
+            del sg
+            assert gone() is None
     finally:
         gc.enable()
 
@@ -577,10 +634,15 @@ def test_wrong_uses_of_weighted_sums():
         torch.testing.assert_close(again[name][0], N * mean)
     with pytest.raises(RuntimeError, match="computed in this SampleGradients block"), SampleGradients(model) as sg:
         sg.weighted_sums(torch.zeros(N, requires_grad=True), ones)
+    others = squared(model, *batch)
     with SampleGradients(model) as sg:
         sg.weighted_sums(squared(model, *batch), ones)
-        with pytest.raises(RuntimeError, match="no gradient reached"):
-            sg.weighted_sums(torch.zeros(N, requires_grad=True), ones)
+        for losses in (torch.zeros(N, requires_grad=True), others):
+            with pytest.raises(RuntimeError, match="computed in this SampleGradients block"):
+                sg.weighted_sums(losses, ones)
+        with pytest.raises(TypeError, match=r"weights is a list; expected a tensor \(K, 6\)"):
+            sg.weighted_sums(losses, [[1.0] * N])
+    assert sg.num_samples == N
 
 
 def test_gradients_that_were_there_are_added_to():
