@@ -3,12 +3,12 @@
     python -m benchmarks.evidence digits-drift     # hours; the same command goes on where it stood, on any machine
 
 Tuning runs are measured against validation images, on seeds that are not shown afterwards, and every candidate gets the
-same number of them. Coarse: each candidate with each lambda of its grid, on one seed. Fine: a third of the best lambda,
-itself, and three times it, on another seed; the one with the lowest average FID is kept. A candidate that is not better
-than its baseline (the same replay without a penalty) by the experiment's margin, in either, goes no further, unless the
-experiment requires it. Final: what is left, its controls and the references, on the other seeds against test images,
-one seed after another, so that an unfinished experiment has whole seeds. No lambda is chosen after that; exceptions and
-controls that were thought of on the way are named in `experiments.py`.
+same number of them. Coarse: each candidate with each lambda of its grid, on one seed. Fine, unless the experiment does
+without: a third of the best lambda, itself, and three times it, on another seed; the one with the lowest average FID is
+kept. A candidate that is not better than its baseline (the same replay without a penalty) by the experiment's margin,
+in either, goes no further, unless the experiment requires it. Final: what is left, its controls and the references, on
+the other seeds against test images, one seed after another, so that an unfinished experiment has whole seeds. No lambda
+is chosen after that; exceptions and controls that were thought of on the way are named in `experiments.py`.
 
 Every finished run is a line of RESULTS/EXPERIMENT.jsonl (`ledger.py`), and the networks that FIDs are measured on are
 kept in RESULTS/extractors, so that runs of several machines compare.
@@ -82,8 +82,8 @@ class Screened(NamedTuple):
     """One candidate's tuning."""
 
     coarse: Sweep
-    fine: Sweep | None  # None if the coarse one has ended it
-    lam: float | None  # what is frozen; None if the fine one has ended it, or neither has been run
+    fine: Sweep | None  # None if the coarse one has ended it, or chooses alone
+    lam: float | None  # what is frozen; None if the last one has ended it, or has not been run
 
 
 class Tuning:
@@ -93,7 +93,7 @@ class Tuning:
         self.experiment = experiment
         self.found: dict[tuple[str, str], float] = {}
         for stage, seed in (("coarse", experiment.coarse_seed), ("fine", experiment.fine_seed)):
-            runs = finished(folder / stage, [seed])
+            runs = [] if seed is None else finished(folder / stage, [seed])
             self.found |= {(stage, run.method): run.summary["average_fid"] for run in runs}
 
     def sweep(self, stage: str, name: str, lams: Sequence[float]) -> Sweep:
@@ -111,6 +111,8 @@ class Tuning:
         coarse = self.sweep("coarse", name, self.experiment.grid[name])
         if not self.goes_on(name, coarse):
             return Screened(coarse, None, None)
+        if self.experiment.fine_seed is None:
+            return Screened(coarse, None, coarse.lam)
         fine = self.sweep("fine", name, fine_grid(coarse.lam))
         return Screened(coarse, fine, fine.lam if self.goes_on(name, fine) else None)
 
@@ -136,7 +138,7 @@ def stages(experiment: Experiment, folder: Path) -> dict[str, tuple[str, tuple[i
     controls = [with_lam(name, kept[of]) for name, of in experiment.controls.items() if of in kept]
     return {
         "coarse": (" ".join([*references, *coarse]), (experiment.coarse_seed,)),
-        "fine": (" ".join([*references, *fine]), (experiment.fine_seed,)),
+        "fine": ("", ()) if experiment.fine_seed is None else (" ".join([*references, *fine]), (experiment.fine_seed,)),
         "final": (" ".join([*experiment.references, *final, *controls]), experiment.seeds),
     }
 
@@ -188,8 +190,9 @@ def tuning_sheet(experiment: Experiment, screening: Mapping[str, Screened]) -> t
         kept = why if row.lam is None else f"{row.lam:g}"
         body.append([f"`{name}`", *said(row.coarse), *said(row.fine), kept])
     text = (
-        f"Average FID on validation images, one run each: coarse on seed {experiment.coarse_seed}, fine on seed "
-        f"{experiment.fine_seed}. Baseline: the same replay without a penalty"
+        f"Average FID on validation images, one run each: coarse on seed {experiment.coarse_seed}, "
+        + ("no fine stage" if experiment.fine_seed is None else f"fine on seed {experiment.fine_seed}")
+        + ". Baseline: the same replay without a penalty"
         + (
             "."
             if experiment.margin is None

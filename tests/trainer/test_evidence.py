@@ -127,6 +127,21 @@ def test_without_a_margin_every_candidate_goes_on(tuned):
     }  # fmt: skip
 
 
+def test_without_a_fine_stage_the_coarse_lambdas_are_kept(tuned):
+    coarse = replace(SMALL, fine_seed=None)
+    screening = evidence.Tuning(tuned, coarse).screening()
+    assert {name: row.lam for name, row in screening.items()} == {
+        "gd+rank1": 100.0, "gd+bands8:slopes": 30.0, "gd+diagonal": 300.0, "rank1": None
+    }  # fmt: skip
+    stages = evidence.stages(coarse, tuned)
+    assert stages["coarse"] == evidence.stages(SMALL, tuned)["coarse"]
+    assert stages["fine"] == ("", ())
+    assert "gd+bands8:slopes,lam=30" in stages["final"][0].split()
+    sheet = evidence.tuning_sheet(coarse, screening)
+    assert "no fine stage" in sheet.caption
+    assert sheet.body[1][-3:] == ["–", "–", "30"]
+
+
 def test_what_an_experiment_ends_goes_no_further(tuned):
     ended = replace(SMALL, ended={"gd+bands8:slopes": "too dear"})
     assert evidence.Tuning(tuned, ended).screening()["gd+bands8:slopes"].fine is None
@@ -141,7 +156,7 @@ def test_commands_of_the_experiments_are_understood(name, tmp_path):
     assert {*experiment.required, *experiment.controls.values()} <= set(experiment.grid)
     for stage, (methods, seeds) in evidence.stages(experiment, tmp_path).items():
         if not methods:
-            assert not experiment.grid  # and nothing to tune
+            assert not experiment.grid or (stage == "fine" and experiment.fine_seed is None)
             continue
         arguments = evidence.compare_arguments(experiment, stage, methods, seeds[0])
         command = cli.parse(["compare", "--out", str(tmp_path), *arguments])
