@@ -72,10 +72,11 @@ def _in_tiles(weights: Tensor, numbers: int, matrix_of: Callable[[slice], Tensor
     for begin in range(0, max(1, count), step):
         samples = slice(begin, begin + step)
         matrix = matrix_of(samples)
-        part = weights[:, samples].to(matrix.dtype) @ matrix.flatten(1)
-        sums = part if sums is None else sums.add_(part)
+        if sums is None:
+            sums = matrix.new_zeros(len(weights), *matrix.shape[1:])
+        sums.flatten(1).addmm_(weights[:, samples].to(matrix.dtype), matrix.flatten(1))
     assert sums is not None
-    return sums.reshape(-1, *matrix.shape[1:])
+    return sums
 
 
 class MatrixGradient:
@@ -89,7 +90,7 @@ class MatrixGradient:
 
     def weighted_sums(self, weights: Tensor) -> Tensor:
         rows = weights.to(self._matrix.dtype) @ self._matrix.flatten(1)
-        return rows.reshape(-1, *self._matrix.shape[1:])
+        return rows.reshape(len(weights), *self._matrix.shape[1:])
 
     def statistics(self, wanted: Wanted) -> Statistics:
         shape, rows = self._matrix.shape[1:], self._matrix.flatten(1).double()
@@ -165,7 +166,7 @@ class Reshaped:
         return self._inner.matrix().reshape(-1, *self._shape)
 
     def weighted_sums(self, weights: Tensor) -> Tensor:
-        return self._inner.weighted_sums(weights).reshape(-1, *self._shape)
+        return self._inner.weighted_sums(weights).reshape(len(weights), *self._shape)
 
     def statistics(self, wanted: Wanted) -> Statistics:
         u = wanted.directions

@@ -81,7 +81,8 @@ class _Linear(torch.autograd.Function):
         ctx.recorder, ctx.uses, ctx.attention = recorder, uses, attention
         result = F.linear(input, weight, bias)
         ctx.save_for_backward(input, weight, bias)
-        return result
+        # Of tokens it is a view of a matrix, which PyTorch lets no in-place operation change behind a function of ours.
+        return torch.ops.aten._unsafe_view(result, result.shape) if result._is_view() else result
 
     @staticmethod
     @once_differentiable

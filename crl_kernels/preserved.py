@@ -2,11 +2,11 @@
 
 import random
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -31,22 +31,34 @@ def same_random_numbers(
 
 
 @contextmanager
+def without_gradient_hooks(parameters: Iterable[Tensor]) -> Generator[None, None, None]:
+    """Hooks of ``Tensor.register_hook`` on parameters are not called: what they make of a batch's gradient says nothing
+    of a single sample's."""
+    hooks = [(parameter, parameter._backward_hooks) for parameter in parameters if parameter._backward_hooks]
+    try:
+        for parameter, _ in hooks:
+            parameter._backward_hooks = None
+        yield
+    finally:
+        for parameter, hook in hooks:
+            parameter._backward_hooks = hook
+
+
+@contextmanager
 def preserved(model: nn.Module, device: torch.device) -> Generator[None, None, None]:
     """Evaluation mode and no gradients; then mode, buffers, gradients and global random state as they were, whatever
     happens."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    # An optimizer that steps inside of the backward pass would train the model; what hooks make of a batch's gradient
-    # says nothing of a single sample's.
-    hooks = [(p, p._post_accumulate_grad_hooks, p._backward_hooks) for p in model.parameters()]
+    # An optimizer that steps inside of the backward pass would train the model.
+    hooks = [(parameter, parameter._post_accumulate_grad_hooks) for parameter in model.parameters()]
     try:
-        with same_random_numbers(device):
+        with same_random_numbers(device), without_gradient_hooks(model.parameters()):
             model.eval()
             for parameter, _ in gradients:
                 parameter.grad = None  # backward passes then write tensors of their own
                 parameter._post_accumulate_grad_hooks = None  # type: ignore[assignment]
-                parameter._backward_hooks = None
             yield
     finally:
         for module, training in modes:
@@ -56,5 +68,5 @@ def preserved(model: nn.Module, device: torch.device) -> Generator[None, None, N
                 buffer.copy_(saved)
         for parameter, gradient in gradients:
             parameter.grad = gradient
-        for parameter, after, before in hooks:
-            parameter._post_accumulate_grad_hooks, parameter._backward_hooks = after, before
+        for parameter, hook in hooks:
+            parameter._post_accumulate_grad_hooks = hook

@@ -88,7 +88,7 @@ class ParameterUse:
             return
         elements = torch.arange(whole.shape[1], device=whole.device)
         places = elements.as_strided(self.shape, self.strides, self.offset).flatten()
-        whole.index_add_(1, places, rows.reshape(len(whole), -1).to(whole.dtype))
+        whole.index_add_(1, places, rows.reshape(len(whole), len(places)).to(whole.dtype))
 
 
 @dataclass(eq=False)
@@ -101,6 +101,18 @@ class ModuleCall:
     indices: list[int]  # of the parameters
     versions: list[int]  # of the inputs' tensors
     grads: dict[int, Tensor] = field(default_factory=dict)  # by position among the outputs
+
+
+@dataclass(eq=False)
+class _Running:
+    """A module that is running."""
+
+    module: nn.Module
+    first_use: int  # how many uses there were before
+    first_call: int
+    inputs: list[Tensor]
+    versions: list[int]  # of the inputs, before it ran
+    noted: set[int] = field(default_factory=set)  # parameters that are used in it without a rule
 
 
 class Recorder(TorchFunctionMode):
@@ -116,8 +128,7 @@ class Recorder(TorchFunctionMode):
         self.num_samples: int | None = None
         self.uses: list[ParameterUse] = []
         self.calls: list[ModuleCall] = []
-        # Running modules; how many uses and calls there were before; the parameters noted in them.
-        self._stack: list[tuple[nn.Module, int, int, set[int]]] = []
+        self._stack: list[_Running] = []
         self._attention: int | None = None
         self._handles: list[Any] = []
         self.stray: dict[int, str] = {}  # parameters used without a rule outside of every module, and by which function
@@ -241,33 +252,39 @@ class Recorder(TorchFunctionMode):
                 leaf.shape[0] for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor) and leaf.dim()
             )
             self.num_samples = next(sizes, None)
-        self._stack.append((module, len(self.uses), len(self.calls), set()))
+        inputs = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+        versions = [leaf._version for leaf in inputs]
+        self._stack.append(_Running(module, len(self.uses), len(self.calls), inputs, versions))
 
     def _leave_module(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if not self._stack or self._stack[-1][0] is not module or _in_backward():
+        if not self._stack or self._stack[-1].module is not module or _in_backward():
             return
-        _, first_use, first_call, noted = self._stack.pop()
+        running = self._stack.pop()
+        noted = running.noted
         if not noted or output is None:
             return
-        # A module that has neither the parameters nor the samples, such as a parametrisation, is part of one that has.
+        # A module that has neither the parameters nor the samples, such as a parametrisation, is part of one that has;
+        # so is one that is given its parameter as an argument.
         own = {id(parameter) for parameter in module.parameters()}
         above = {index for index in noted if id(self._params[index]) not in own}
+        above |= noted & self._bound_among(running.inputs, {})
         if not all(map(self._has_samples, ((args, kwargs), output))):
             above = noted
         self._note_in_running_module(above, type(module).__name__)
         noted = noted - above
         if not noted:
             return
+        if [leaf._version for leaf in running.inputs] != running.versions:
+            raise RuntimeError(_changed(type(module).__name__))
         leaves, structure = tree_flatten((args, kwargs))
-        versions = [leaf._version for leaf in leaves if isinstance(leaf, Tensor)]
         # Detached, they do not keep the graph, which keeps this recorder; and their versions are the inputs'.
         detached = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         args, kwargs = tree_unflatten(detached, structure)
-        call = ModuleCall(module, args, kwargs, sorted(noted), versions)
+        call = ModuleCall(module, args, kwargs, sorted(noted), running.versions)
         # The module is run again as a whole: that has all uses of these parameters in it.
-        for use in self.uses[first_use:]:
+        for use in self.uses[running.first_use :]:
             use.covered = use.covered or use.index in noted
-        for inner in self.calls[first_call:]:
+        for inner in self.calls[running.first_call :]:
             inner.indices = [index for index in inner.indices if index not in noted]
         for position, leaf in enumerate(tree_flatten(output)[0]):
             if isinstance(leaf, Tensor) and leaf.requires_grad:
@@ -297,11 +314,11 @@ class Recorder(TorchFunctionMode):
             return
         self._note_in_running_module(indices, name)
         if self._stack:
-            _say_once(name, [self._names[index] for index in sorted(indices)], type(self._stack[-1][0]).__name__)
+            _say_once(name, [self._names[index] for index in sorted(indices)], type(self._stack[-1].module).__name__)
 
     def _note_in_running_module(self, indices: set[int], name: str) -> None:
         if self._stack:
-            self._stack[-1][3].update(indices)
+            self._stack[-1].noted.update(indices)
         else:
             self.stray.update(dict.fromkeys(indices, name))
 
@@ -327,6 +344,13 @@ class Recorder(TorchFunctionMode):
             call.grads.clear()
 
 
+def _changed(module: str) -> str:
+    return (
+        f"an input of {module}, which has to be run again for its per-sample gradients, was changed in place. Avoid "
+        "the in-place operation."
+    )
+
+
 _said: set[str] = set()
 
 
@@ -347,10 +371,7 @@ def _gradients_of(call: ModuleCall, params: Sequence[Tensor], count: int | None)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     what = type(module).__name__
     if [tensor._version for tensor in tensors] != call.versions:
-        raise RuntimeError(
-            f"an input of {what}, which has to be run again for its per-sample gradients, was changed in place after "
-            "it was run. Avoid the in-place operation."
-        )
+        raise RuntimeError(_changed(what))
     in_dims = [0 if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == count else None for leaf in leaves]
     of = {id(parameter): name for name, parameter in module.named_parameters()}
     names = [of[id(params[index])] for index in call.indices if id(params[index]) in of]

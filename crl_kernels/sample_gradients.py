@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from .binding import Binding, join_names
 from .layer_gradients import MatrixGradient, SampleGradient, Statistics, Wanted
+from .preserved import without_gradient_hooks
 from .recorder import ParameterUse, Recorder, Settle, contiguous_strides
 
 _NOT_OF_THIS_BLOCK = "weighted_sums needs losses that the model has computed in this SampleGradients block."
@@ -304,8 +305,8 @@ class SampleGradients:
             eigenvectors = sg.weighted_sums(losses, torch.linalg.eigh(sg.gram).eigenvectors.T[-3:])
 
         After the block, if its backward pass retained the graph; or in the block and instead of its backward pass, if
-        nothing else is wanted of it: it then has no statistics. ``.grad`` stays what it is, and hooks on parameters do
-        not change the sums.
+        nothing else is wanted of it: it then has no statistics. ``.grad`` stays what it is, and hooks on parameters are
+        not called.
 
         Args:
             losses: (N,), computed in the block.
@@ -314,8 +315,9 @@ class SampleGradients:
         Returns:
             name -> (K, \*shape), float32, or float64 if a parameter is; views of what :meth:`weighted_rows` returns.
 
-        Memory for the result, for one parameter's part of it once more, and about 64 MiB for per-sample gradients, or
-        what one sample's take in a layer if that is more; all samples' of modules that are run again.
+        Memory for the result, for one layer's part of it once more, and for per-sample gradients about 64 MiB, or what
+        one sample's take in a layer if that is more; where tokens are few, for copies of a layer's inputs and output
+        gradients instead. All samples' gradients of biases, norms, broadcast parameters and modules that are run again.
 
         Raises:
             TypeError, ValueError: weights or losses that do not fit.
@@ -335,29 +337,33 @@ class SampleGradients:
             raise TypeError(f"weights is a {type(weights).__name__}; expected a tensor (K, {count}).")
         if weights.dim() != 2 or weights.shape[1] != count:
             raise ValueError(f"weights has shape {tuple(weights.shape)}; expected (K, {count}), K weights a sample.")
-        if losses.shape != (count,):
-            raise ValueError(f"losses has shape {tuple(losses.shape)}; expected ({count},), one loss for each sample.")
+        if not isinstance(losses, Tensor) or losses.shape != (count,):
+            got = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else f"type {type(losses).__name__}"
+            raise ValueError(f"losses has {got}; expected ({count},), one loss for each sample.")
         with ExitStack() as stack:
-            if not recorder.recording:  # after the block
+            in_block = recorder.recording
+            if not in_block:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
                 stack.enter_context(recorder)
                 recorder.recording = True
                 stack.callback(setattr, recorder, "recording", False)
             elif any(use.settled for use in recorder.uses) or any(call.grads for call in recorder.calls):
                 raise RuntimeError("weighted_sums after the block's backward pass: call it when the block has ended.")
-            else:
-                self._only_weighed, self.num_samples = True, count
             found = self._weighing = _WeightedSums(weights.detach().to(binding.device), binding)
             stack.callback(setattr, self, "_weighing", None)
             stack.enter_context(torch.autocast(binding.device.type, enabled=False))
+            stack.enter_context(without_gradient_hooks(binding.params))
             recorder.forget_calls()
+            stack.callback(recorder.forget_calls)
             ones = torch.ones_like(losses)
             grads = torch.autograd.grad(losses, binding.params, ones, allow_unused=True)
-            if not found.reached and not any(call.grads for call in recorder.calls):
+            recorded = (recorder.uses or recorder.calls) and not recorder.stray
+            if recorded and not found.reached and not any(call.grads for call in recorder.calls):
                 raise RuntimeError(_NOT_OF_THIS_BLOCK)
             self._require_seen(grads, found.reached)
             for index, matrix in recorder.gradients_of_calls():
                 found.add(self._whole(index), MatrixGradient(matrix))
+        self._only_weighed, self.num_samples = in_block, count
         return found.rows
 
     # After the block

@@ -163,6 +163,10 @@ def tied(m: nn.Module, x: Tensor) -> Tensor:
 CASES: dict[str, Callable[[], tuple[nn.Module, tuple[Tensor, ...]]]] = {
     "linear": lambda: (nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3, bias=False)), (torch.randn(N, 5),)),
     "linear, tokens": lambda: (nn.Sequential(nn.Linear(6, 40), nn.Tanh(), nn.Linear(40, 3)), tokens()),
+    "linear, changed in place": lambda: (
+        nn.Sequential(nn.Linear(6, 5), nn.ReLU(inplace=True), nn.Linear(5, 2)),
+        tokens(),
+    ),
     "linear, few tokens": lambda: (nn.Linear(6, 4), tokens(2)),
     "linear, few tokens, wide": lambda: (nn.Linear(80, 70), tokens(2, 80)),
     "conv2d, few pixels": lambda: (nn.Conv2d(16, 128, 3, stride=2, padding=1), (torch.randn(N, 16, 3, 4),)),
@@ -276,6 +280,10 @@ CASES: dict[str, Callable[[], tuple[nn.Module, tuple[Tensor, ...]]]] = {
     "overlapping windows of a parameter": lambda: (
         Called(lambda m, x: F.linear(x, m.p.unfold(0, 4, 2)), p=nn.Parameter(torch.randn(8))),
         (torch.randn(N, 4),),
+    ),
+    "a parameter of no elements": lambda: (
+        Called(lambda m, x: torch.cat([m.a(x), x[:, :0] * m.p], 1), a=nn.Linear(5, 4), p=nn.Parameter(torch.randn(0))),
+        (torch.randn(N, 5),),
     ),
     "a parameter without a gradient": lambda: (
         Called(lambda m, x: m.a(x), a=nn.Linear(6, 4), unused=nn.Linear(3, 3)),
@@ -476,6 +484,22 @@ def test_weighted_sums_of_other_losses_than_those_of_the_statistics():
         close(sg.weighted_sums(first, ones)["1.gate"][0], expected["1.gate"].sum(0), 1e-10)
 
 
+@pytest.mark.filterwarnings("ignore:there is no rule")
+def test_a_module_that_is_given_its_parameter_is_run_again_with_what_is_around_it():
+    inner = Called(lambda m, x, p: x * torch.sigmoid(p) + torch.sin(m.p), p=nn.Parameter(torch.randn(6)))
+    model = nn.Sequential(nn.Linear(6, 6), Called(lambda m, x: m.inner(x, m.inner.p), inner=inner)).double()
+    check(model, (tokens()[0].double(),))
+
+
+@pytest.mark.filterwarnings("ignore:there is no rule")
+def test_a_module_that_changes_its_input_cannot_be_run_again():
+    model = nn.Sequential(
+        nn.Linear(6, 6), Called(lambda m, x: x.add_(1) * torch.sigmoid(m.p), p=nn.Parameter(torch.randn(6)))
+    )
+    with pytest.raises(RuntimeError, match=r"an input of Called.* was changed in place"), SampleGradients(model):
+        squared(model, *tokens()).sum().backward()
+
+
 def test_uses_without_a_rule_in_nested_modules_are_counted_once():
     inner = Called(
         lambda m, x: x * m.p.exp() + m.q.exp() * x, p=nn.Parameter(torch.randn(6)), q=nn.Parameter(torch.rand(6))
@@ -504,8 +528,13 @@ class Scale(torch.autograd.Function):
 
 def test_what_cannot_be_seen_is_refused():
     model = Called(lambda m, x: Scale.apply(m.lin(x), m.scale), lin=nn.Linear(6, 6), scale=nn.Parameter(torch.ones(6)))
-    with pytest.raises(NotImplementedError, match="'scale' got a gradient through something"), SampleGradients(model):
-        squared(model, *tokens()).sum().backward()
+    for trained in (True, False):  # whether anything else is seen
+        model.lin.requires_grad_(trained)
+        refused = pytest.raises(NotImplementedError, match="'scale' got a gradient through something")
+        with refused, SampleGradients(model):
+            squared(model, *tokens()).sum().backward()
+        with refused, SampleGradients(model) as sg:
+            sg.weighted_sums(squared(model, *tokens()), torch.ones(1, N))
     model = Called(lambda m, x: x * m.p.exp(), p=nn.Parameter(torch.randn(6)))
     again = Called(lambda m, x: checkpoint(m.inner, m.lin(x), use_reentrant=True), lin=nn.Linear(6, 6), inner=model)
     with pytest.raises(NotImplementedError, match=r"'inner.p' is used by exp.*reentrant"), SampleGradients(again):
@@ -642,7 +671,28 @@ def test_wrong_uses_of_weighted_sums():
                 sg.weighted_sums(losses, ones)
         with pytest.raises(TypeError, match=r"weights is a list; expected a tensor \(K, 6\)"):
             sg.weighted_sums(losses, [[1.0] * N])
+        with pytest.raises(ValueError, match=r"losses has type list; expected \(6,\)"):
+            sg.weighted_sums([1.0] * N, ones)
     assert sg.num_samples == N
+
+
+@pytest.mark.parametrize("in_block", [True, False])
+def test_weighted_sums_do_not_call_hooks_on_parameters(in_block):
+    model, batch = prepared("conv2d", torch.float64)
+    calls: list[None] = []
+    for p in model.parameters():
+        p.register_hook(lambda gradient: calls.append(None) or gradient.clamp_(-1e-9, 1e-9))
+    with SampleGradients(model) as sg:
+        losses = squared(model, *batch)
+        if in_block:
+            sums = sg.weighted_sums(losses, torch.ones(1, N))
+        else:
+            losses.sum().backward(retain_graph=True)
+    found = len(calls)
+    if not in_block:
+        sums = sg.weighted_sums(losses, torch.ones(1, N))
+    assert len(calls) == found
+    assert all(float(value.abs().max()) > 1e-3 for value in sums.values())
 
 
 def test_gradients_that_were_there_are_added_to():
