@@ -62,7 +62,7 @@ def estimate_fisher(
     stay. In spectral norm the rows leave out no more than the sum of the largest eigenvalue dropped at each step.
     Measured (tests/test_estimate.py): 25 batches of 32, eigenvalues 1/j in 200 dimensions, k = 1 and 3: merged
     directions hold more than 0.9998 of the trace that the best k do. All sums of a batch are taken in one backward
-    pass, so "top" costs two, and little more for a higher rank.
+    pass, so "top" costs two; a higher rank costs longer sums, and no passes.
 
     Strata: if per_sample_loss returns ``(losses, stratum)`` with an integer for each sample (a band of timesteps, a
     class), then F = sum_s p_s F_s: each stratum has its own ``rank`` directions, so the result has strata x rank terms,

@@ -227,7 +227,7 @@ class SampleGradients:
         if self._weighing is not None:
             if not use.covered:
                 self._weighing.add(use, gradient)
-            return self._weighing.rows.new_zeros(()).expand(use.shape)  # weighted_rows throws .grad's values away
+            return self._weighing.rows.new_zeros(()).expand(use.shape)  # thrown away by weighted_rows
         if use.settled:
             raise RuntimeError(
                 "a second backward pass went through the model inside of one SampleGradients block. Make one pass from "
@@ -323,7 +323,7 @@ class SampleGradients:
             TypeError, ValueError: weights or losses that do not fit.
             RuntimeError: losses that were not computed in the block; a block that is open and has made its backward
                 pass; by PyTorch, a checkpoint with use_reentrant=True.
-            NotImplementedError: as the block.
+            NotImplementedError: a parameter is used in a way that neither has a rule nor can be vectorised, by name.
         """
         return self._binding.layout.split(self.weighted_rows(losses, weights))
 
@@ -337,9 +337,10 @@ class SampleGradients:
             raise TypeError(f"weights is a {type(weights).__name__}; expected a tensor (K, {count}).")
         if weights.dim() != 2 or weights.shape[1] != count:
             raise ValueError(f"weights has shape {tuple(weights.shape)}; expected (K, {count}), K weights a sample.")
-        if not isinstance(losses, Tensor) or losses.shape != (count,):
-            got = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else f"type {type(losses).__name__}"
-            raise ValueError(f"losses has {got}; expected ({count},), one loss for each sample.")
+        if not isinstance(losses, Tensor):
+            raise TypeError(f"losses is a {type(losses).__name__}; expected a tensor ({count},).")
+        if losses.shape != (count,):
+            raise ValueError(f"losses has shape {tuple(losses.shape)}; expected ({count},), one loss for each sample.")
         with ExitStack() as stack:
             in_block = recorder.recording
             if not in_block:

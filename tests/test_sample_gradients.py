@@ -671,7 +671,7 @@ def test_wrong_uses_of_weighted_sums():
                 sg.weighted_sums(losses, ones)
         with pytest.raises(TypeError, match=r"weights is a list; expected a tensor \(K, 6\)"):
             sg.weighted_sums(losses, [[1.0] * N])
-        with pytest.raises(ValueError, match=r"losses has type list; expected \(6,\)"):
+        with pytest.raises(TypeError, match=r"losses is a list; expected a tensor \(6,\)"):
             sg.weighted_sums([1.0] * N, ones)
     assert sg.num_samples == N
 
