@@ -53,6 +53,7 @@ FEW = grid(
     low_rank=((3.0, 30.0, 300.0), "gd+rank1 gd+rank1:slopes"),
     bands=((10.0, 100.0, 1000.0), "gd+bands8:slopes"),
 )
+IMAGES = "--model mini --batch 16 --replay-batch 16 --eval-steps 20 --fisher-samples 4000"
 DIGITS = "--data digits --fisher-samples 2000"
 DRIFT = f"{DIGITS} --model mini --batch 16 --replay-batch 16 --tasks 10 --classes-per-task 1 --pool 4 --pool-steps 2"
 EXPERIMENTS = {
@@ -108,8 +109,7 @@ EXPERIMENTS = {
     # 180 core-minutes on MNIST; that of FashionMNIST is one stage of shorter runs, so that it stays near 300 in all.
     **{
         name: Experiment(
-            options=f"--data {data} --model mini --batch 16 --replay-batch 16 --steps 1000 --eval-steps 20 "
-            "--fisher-samples 4000",
+            options=f"--data {data} {IMAGES} --steps 1000",
             tuning=f"--tasks {tasks} --eval-samples 50",
             grid=FEW,
             seeds=(0, 1, 2),
@@ -118,4 +118,14 @@ EXPERIMENTS = {
         )
         for name, data, tasks, fine_seed in (("mnist", "mnist", 3, 101), ("fashion-mnist", "fashion_mnist", 2, None))
     },
+    # MNIST trained for longer, with the lambdas that mnist froze: thought of after its final runs, whose conditional
+    # accuracy of task 1 when learnt was 0.845 on the mean, where 0.85 was aimed at.
+    "mnist-longer": Experiment(
+        options=f"--data mnist {IMAGES} --steps 1500",
+        seeds=(0, 1, 2),
+        references=(
+            *("fine-tune", "gd", "gd+diagonal:lam=33", "gd+rank1:lam=1"),
+            *("gd+rank1:slopes,lam=90", "gd+bands8:slopes,lam=33"),
+        ),
+    ),
 }

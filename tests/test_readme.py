@@ -3,9 +3,11 @@
 import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from crl_diffusion.records import read_rows
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -60,6 +62,11 @@ def evidence(name: str) -> str:
     return (ROOT / "benchmarks" / "results" / "evidence" / f"{name}.md").read_text()
 
 
+def final_runs(name: str) -> list[dict[str, Any]]:
+    runs = read_rows(ROOT / "benchmarks" / "results" / "evidence" / f"{name}.jsonl")
+    return [run for run in runs if run["folder"].startswith("final/")]
+
+
 def means_and_intervals(row: list[str]) -> list[str]:
     return [re.sub(r" ± [\d.]+|, p [\d.]+", "", cell) for cell in row]
 
@@ -90,7 +97,7 @@ LABELS = {
 }
 
 
-@pytest.mark.parametrize(("experiment", "rows"), [("digits-drift", 12), ("digits-easy", 4)])
+@pytest.mark.parametrize(("experiment", "rows"), [("digits-drift", 12), ("digits-easy", 4), ("mnist", 4)])
 def test_differences_are_those_that_the_experiment_wrote(experiment, rows):
     """A row of the README's is the report's, less standard deviations and p values."""
     _, differences, *_ = map(cells, re.findall(TABLE, evidence(experiment), re.MULTILINE))
@@ -104,3 +111,29 @@ def test_differences_are_those_that_the_experiment_wrote(experiment, rows):
     shown = {label: row for label, *row in cells(re.search(TABLE, after, re.MULTILINE)[0])[2:]}
     assert len(shown) == rows
     assert shown == {label: written[LABELS[label]] for label in shown}
+
+
+@pytest.mark.parametrize("experiment", ["digits-drift", "digits-easy", "mnist"])
+def test_references_are_what_the_experiment_wrote(experiment):
+    """What stands in brackets after a command: means of distillation alone, and of the reference named after it."""
+    report = {row[0]: row[2:] for row in cells(re.search(TABLE, evidence(experiment), re.MULTILINE)[0])}
+    column = {name.rstrip(" ↓↑"): k for k, name in enumerate(report["method"])}
+    column["forgetting"] = column["forgetting, ÷ (T − 1)"]
+    after = README.partition(f"`python -m benchmarks.evidence {experiment}`")[2]
+    said = " ".join(re.match(r"\s*\(([^)]*)\)", after)[1].split())
+    for part, method in zip(said.split("; "), ("gd", "fine-tune" if "fine-tuning" in said else "joint"), strict=True):
+        name, _, numbers = part.partition(": ")
+        assert name == {"gd": "distillation alone", "fine-tune": "fine-tuning", "joint": "joint training"}[method]
+        for words in numbers.split(", "):
+            quantity, _, value = words.rpartition(" ")
+            assert value == report[method][column[quantity]].split()[0]
+
+
+def test_counts_of_fishers_are_those_of_the_runs():
+    for experiment, said in (
+        ("digits-drift", r"below 0\.1 in (\d+) of (\d+) estimates of the first.*?below 0\.8 in (\d+)"),
+        ("mnist", r"MNIST.*?below 0\.1 in (\d+) of (\d+) estimates.*?below 0\.8 in (\d+)"),
+    ):
+        rows = [row for run in final_runs(experiment) for row in run["fisher"] if row["rho"] is not None]
+        counts = sum(row["rho"] < 0.1 for row in rows), len(rows), sum(row["signal_share"] < 0.8 for row in rows)
+        assert tuple(map(int, re.search(said, README[README.index("Why no more?") :], re.DOTALL).groups())) == counts
