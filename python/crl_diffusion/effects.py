@@ -50,6 +50,7 @@ def forest(groups: Groups, baseline: str, name: str) -> Drawing | None:
     for axis, column in zip(axes, columns, strict=True):
         base = values(groups[baseline], column.key)
         found = [list(seeds.paired(values(groups[m], column.key), base).values()) for m in names]
+        reach = []  # of each method: how far from zero its seeds and its interval go
         for y, part in enumerate(found):
             axis.axhspan(y - 0.5, y + 0.5, color="#f4f4f4" if y % 2 else "white", zorder=0)
             if not part:
@@ -59,7 +60,8 @@ def forest(groups: Groups, baseline: str, name: str) -> Drawing | None:
             if e.half is not None:
                 axis.errorbar(e.mean, y - 0.08, xerr=e.half, color="black", capsize=3, linewidth=1.4)
                 axis.plot(e.mean, y - 0.08, "D", color="black", markersize=5)
-        squeezed = squeeze(axis, "x", [d for part in found for d in part]) or squeezed
+            reach.append(max(abs(e.mean) + (e.half or 0.0), *map(abs, part)))
+        squeezed = squeeze(axis, "x", [d for part in found for d in part], reach) or squeezed
         axis.axvline(0, color=COLOURS[1], linewidth=1.2)
         axis.set_xlabel(
             f"{column.title[:-2]}, FID points,\nless {wrap(baseline, NAME_WIDTH)}'s (left: better)", fontsize=9
@@ -73,17 +75,17 @@ def forest(groups: Groups, baseline: str, name: str) -> Drawing | None:
     return drawing(name, figure, f"Forest plot of {len(names)} methods against {baseline}.", text)
 
 
-def squeeze(axis: Axes, which: str, found: Sequence[float]) -> bool:
-    """Where a few numbers are far from the others, make an axis linear near zero and logarithmic beyond."""
-    sizes = np.abs([d for d in found if d])
-    near = float(np.quantile(sizes, 0.4)) if len(sizes) else 0.0
-    if not len(sizes) or sizes.max() <= 20 * near:
+def squeeze(axis: Axes, which: str, found: Sequence[float], reach: Sequence[float]) -> bool:
+    """Where a few methods are far from the others, make an axis linear as far as half of them reach, and logarithmic
+    beyond."""
+    middle = float(np.median([r for r in reach if r] or [0.0]))
+    if not middle or max(reach) <= 20 * middle:
         return False
-    linear, linear_decades = float(f"{near:.1g}"), 1.5
+    linear, linear_decades = float(f"{middle:.1g}"), 1.5
     getattr(axis, f"set_{which}scale")("symlog", linthresh=linear, linscale=linear_decades)
     decades = sum(math.log10(max(linear, end) / linear) + linear_decades for end in (max(found), -min(found)))
     apart = 1 if decades <= DECADES_WITH_ROOM else 2
-    ends = [s * linear * 10**k for k in range(0, 7, apart) if linear * 10**k <= 1.2 * sizes.max() for s in (-1, 1)]
+    ends = [s * linear * 10**k for k in range(0, 7, apart) if linear * 10**k <= 1.2 * max(reach) for s in (-1, 1)]
     shown = [0.0, *(x for x in ends if min(found) <= x <= max(found) or abs(x) == linear)]
     getattr(axis, f"set_{which}ticks")(shown, [f"{x:g}".replace("-", MINUS) for x in shown], minor=False)
     axis.minorticks_off()
