@@ -97,7 +97,7 @@ LABELS = {
 }
 
 
-@pytest.mark.parametrize(("experiment", "rows"), [("digits-drift", 12), ("digits-easy", 4), ("mnist", 4)])
+@pytest.mark.parametrize(("experiment", "rows"), [("digits-drift", 12), ("digits-easy", 4), ("mnist", 4), ("fashion-mnist", 4)])
 def test_differences_are_those_that_the_experiment_wrote(experiment, rows):
     """A row of the README's is the report's, less standard deviations and p values."""
     _, differences, *_ = map(cells, re.findall(TABLE, evidence(experiment), re.MULTILINE))
@@ -113,7 +113,7 @@ def test_differences_are_those_that_the_experiment_wrote(experiment, rows):
     assert shown == {label: written[LABELS[label]] for label in shown}
 
 
-@pytest.mark.parametrize("experiment", ["digits-drift", "digits-easy", "mnist"])
+@pytest.mark.parametrize("experiment", ["digits-drift", "digits-easy", "mnist", "fashion-mnist"])
 def test_references_are_what_the_experiment_wrote(experiment):
     """What stands in brackets after a command: means of distillation alone, and of the reference named after it."""
     report = {row[0]: row[2:] for row in cells(re.search(TABLE, evidence(experiment), re.MULTILINE)[0])}
