@@ -97,7 +97,9 @@ LABELS = {
 }
 
 
-@pytest.mark.parametrize(("experiment", "rows"), [("digits-drift", 12), ("digits-easy", 4), ("mnist", 4), ("fashion-mnist", 4)])
+@pytest.mark.parametrize(
+    ("experiment", "rows"), [("digits-drift", 12), ("digits-easy", 4), ("mnist", 4), ("fashion-mnist", 4)]
+)
 def test_differences_are_those_that_the_experiment_wrote(experiment, rows):
     """A row of the README's is the report's, less standard deviations and p values."""
     _, differences, *_ = map(cells, re.findall(TABLE, evidence(experiment), re.MULTILINE))
