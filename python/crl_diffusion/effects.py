@@ -61,7 +61,7 @@ def forest(groups: Groups, baseline: str, name: str) -> Drawing | None:
                 axis.errorbar(e.mean, y - 0.08, xerr=e.half, color="black", capsize=3, linewidth=1.4)
                 axis.plot(e.mean, y - 0.08, "D", color="black", markersize=5)
             reach.append(max(abs(e.mean) + (e.half or 0.0), *map(abs, part)))
-        squeezed = squeeze(axis, "x", [d for part in found for d in part], reach) or squeezed
+        squeezed = squeeze(axis, [d for part in found for d in part], reach) or squeezed
         axis.axvline(0, color=COLOURS[1], linewidth=1.2)
         axis.set_xlabel(
             f"{column.title[:-2]}, FID points,\nless {wrap(baseline, NAME_WIDTH)}'s (left: better)", fontsize=9
@@ -75,19 +75,20 @@ def forest(groups: Groups, baseline: str, name: str) -> Drawing | None:
     return drawing(name, figure, f"Forest plot of {len(names)} methods against {baseline}.", text)
 
 
-def squeeze(axis: Axes, which: str, found: Sequence[float], reach: Sequence[float]) -> bool:
-    """Where a few methods are far from the others, make an axis linear as far as half of them reach, and logarithmic
-    beyond."""
+def squeeze(axis: Axes, found: Sequence[float], reach: Sequence[float]) -> bool:
+    """Where a few methods are far from the others, make the x axis linear as far as half of them reach at least, and
+    logarithmic beyond. `found` are the differences, `reach` how far from zero each method's go, interval included."""
     middle = float(np.median([r for r in reach if r] or [0.0]))
     if not middle or max(reach) <= 20 * middle:
         return False
-    linear, linear_decades = float(f"{middle:.1g}"), 1.5
-    getattr(axis, f"set_{which}scale")("symlog", linthresh=linear, linscale=linear_decades)
+    power = 10.0 ** math.floor(math.log10(middle))
+    linear, linear_decades = float(f"{math.ceil(middle / power) * power:.1g}"), 1.5
+    axis.set_xscale("symlog", linthresh=linear, linscale=linear_decades)
     decades = sum(math.log10(max(linear, end) / linear) + linear_decades for end in (max(found), -min(found)))
     apart = 1 if decades <= DECADES_WITH_ROOM else 2
     ends = [s * linear * 10**k for k in range(0, 7, apart) if linear * 10**k <= 1.2 * max(reach) for s in (-1, 1)]
     shown = [0.0, *(x for x in ends if min(found) <= x <= max(found) or abs(x) == linear)]
-    getattr(axis, f"set_{which}ticks")(shown, [f"{x:g}".replace("-", MINUS) for x in shown], minor=False)
+    axis.set_xticks(shown, [f"{x:g}".replace("-", MINUS) for x in shown], minor=False)
     axis.minorticks_off()
     return True
 

@@ -253,7 +253,7 @@ def test_labels_of_many_methods_with_long_names_do_not_overlap() -> None:
 def test_ticks_of_one_panel_of_three_do_not_overlap(found: list[float]) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(9, 2), layout="constrained")
     axes[1].plot(found, range(len(found)))
-    assert effects.squeeze(axes[1], "x", found, [abs(d) for d in found])
+    assert effects.squeeze(axes[1], found, [abs(d) for d in found])
     figure.canvas.draw()
     boxes = [label.get_window_extent() for label in axes[1].get_xticklabels()]
     plt.close(figure)
@@ -261,13 +261,15 @@ def test_ticks_of_one_panel_of_three_do_not_overlap(found: list[float]) -> None:
     assert all(a.x1 + 2 < b.x0 for a, b in pairwise(sorted(boxes, key=lambda box: box.x0)))
 
 
-def test_intervals_of_most_methods_lie_in_the_linear_part_of_an_axis() -> None:
-    """Tiny differences of two methods do not push the intervals of two others into the logarithmic part."""
+def test_the_intervals_of_half_of_the_methods_lie_in_the_linear_part_of_an_axis() -> None:
+    """Tiny differences of two methods do not push the interval of a third into the logarithmic part."""
     reach = [0.06, 0.07, 1.44, 2.49, 77.0]
     figure, axis = plt.subplots()
-    assert effects.squeeze(axis, "x", [-0.8, 0.02, 0.05, 69.0], reach)
-    assert axis.xaxis.get_transform().linthresh == 1.0  # type: ignore[attr-defined]
-    assert not effects.squeeze(axis, "x", [-0.8, 0.02], reach[:4])
+    assert effects.squeeze(axis, [-0.8, 0.02, 0.05, 69.0], reach)
+    pixels = axis.transData.transform([(x, 0) for x in (0, 0.72, 1.44, 14.4)])[:, 0]
+    assert pixels[2] - pixels[1] == pytest.approx(pixels[1] - pixels[0])
+    assert pixels[3] - pixels[2] < 5 * (pixels[2] - pixels[0])  # a linear axis would make it 9 times as far
+    assert not effects.squeeze(axis, [-0.8, 0.02], reach[:4])
     plt.close(figure)
 
 
