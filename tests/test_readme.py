@@ -71,6 +71,10 @@ def means_and_intervals(row: list[str]) -> list[str]:
     return [re.sub(r" ± [\d.]+|, p [\d.]+", "", cell) for cell in row]
 
 
+def bare_method(method: str) -> str:
+    return re.sub(r"[:,]lam=[^,]*", "", method)
+
+
 def test_controls_are_what_their_experiments_wrote():
     table = re.search(TABLE, "".join(README.partition("| instead, in the first")[1:]), re.MULTILINE)[0]
     shown = {label: row for label, *row in cells(table)[2:]}
@@ -108,7 +112,7 @@ def test_differences_are_those_that_the_experiment_wrote(experiment, rows):
         fid, learnt, forgetting, accuracy = means_and_intervals(row)
         all_alike = row[0].endswith(f", p {count.rpartition(' ')[2]}")  # the smallest that so many seeds can give
         sign = ("better" if fid.startswith("−") else "worse") if all_alike else "no"
-        written[re.sub(r"[:,]lam=[^,]*", "", method)] = [fid, sign, learnt, forgetting, accuracy]
+        written[bare_method(method)] = [fid, sign, learnt, forgetting, accuracy]
     after = README.partition(f"`python -m benchmarks.evidence {experiment}`")[2]
     shown = {label: row for label, *row in cells(re.search(TABLE, after, re.MULTILINE)[0])[2:]}
     assert len(shown) == rows
@@ -129,6 +133,40 @@ def test_references_are_what_the_experiment_wrote(experiment):
         for words in numbers.split(", "):
             quantity, _, value = words.rpartition(" ")
             assert value == report[method][column[quantity]].split()[0]
+
+
+def test_what_the_paragraphs_say_of_the_first_experiment_is_in_its_reports():
+    told = " ".join(README[README.index("## Does it help?") :].split())
+
+    def report(name: str, table: int) -> dict[str, list[str]]:
+        rows = cells(re.findall(TABLE, evidence(name), re.MULTILINE)[table])[2:]
+        return {bare_method(row[0]): means_and_intervals(row[2:]) for row in rows}
+
+    held_out = report("digits-drift-held-out", 1)
+    said = re.search(r"as much with 8 bands \((.*?)\) and nothing with rank 1 \((.*?);", told).groups()
+    assert said == (held_out["gd+bands8:slopes"][0], held_out["gd+rank1:slopes"][0])
+
+    def fid(method: str, column: int = 0) -> float:
+        return float(finals[method][column].split()[0])
+
+    finals = report("digits-drift", 0)
+    said = re.search(
+        r"average FID of (\d+), but by .*? \((.*?) when learnt, fine-tuning (.*?)\); "
+        r"the others end at (\d+) to (\d+), near fine-tuning's (\d+)",
+        told,
+    )
+    without_replay = [fid(method) for method in ("diagonal", "rank1", "rank1:gradient")]
+    assert said.groups() == (
+        *(f"{fid('diagonal:gradient'):.0f}", f"{fid('diagonal:gradient', 1)}", f"{fid('fine-tune', 1)}"),
+        *(f"{min(without_replay):.0f}", f"{max(without_replay):.0f}", f"{fid('fine-tune'):.0f}"),
+    )
+
+    (held,) = {
+        run["summary"]["state_bytes"]
+        for run in final_runs("digits-drift")
+        if bare_method(run["summary"]["method"]) == "gd+bands8"
+    }
+    assert re.search(r"8 bands keep (\d+) MB", told)[1] == f"{held / 1e6:.0f}"
 
 
 def test_counts_of_fishers_are_those_of_the_runs():
