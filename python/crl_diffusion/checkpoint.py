@@ -58,13 +58,33 @@ def _path(folder: Path, stage: int, step: int) -> Path:
     return folder / f"{stage:02d}-{step:08d}.safetensors"
 
 
+def _moment(path: Path) -> tuple[int, int]:
+    """Stage and step in a file's name; that of a file which has none comes before all others."""
+    stage, _, step = path.stem.partition("-")
+    return (int(stage), int(step)) if stage.isdecimal() and step.isdecimal() else (-1, -1)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file, on the disk whole or not at all, also if several processes write it. OSError if the disk is
+    full, say."""
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, temporary, metadata)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{str(path)!r} cannot be written ({error})") from error
+
+
 def save(folder: Path, checkpoint: Checkpoint) -> Path:
     """Write one checkpoint and drop those that are no longer needed. WriteError if the disk is full, say."""
     stage, step = checkpoint.stage, checkpoint.step
     path = _path(folder, stage, step)
-    temporary = path.with_suffix(".tmp")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         metadata = {"stage": str(stage), "step": str(step), "run": checkpoint.run}
         metadata.update({f"rows/{name}": str(count) for name, count in checkpoint.rows.items()})
         kept = checkpoint.tensors
@@ -73,14 +93,9 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
             metadata["start"] = _metadata(_path(folder, stage, 0))["digest"]
         tensors = {name: value.detach().cpu().contiguous().clone() for name, value in kept.items()}
         metadata["digest"] = _digest(tensors)
-        save_file(tensors, temporary, metadata)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(folder)
+        write_tensors(path, tensors, metadata)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise WriteError(f"the checkpoint {str(path)!r} cannot be written ({error})") from error
+        raise WriteError(f"the checkpoint {path.stem} cannot be taken: {error}") from error
     _prune(folder, path)
     return path
 
@@ -88,7 +103,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
 def latest(folder: Path, check: Check = lambda checkpoint: None) -> tuple[Checkpoint | None, list[str]]:
     """The newest good checkpoint that passes `check`, and one line for each newer one that is not good."""
     complaints: list[str] = []
-    for path in sorted(folder.glob("*.safetensors"), reverse=True):
+    for path in sorted(folder.glob("*.safetensors"), key=_moment, reverse=True):
         try:
             found = load(path)
             check(found)
@@ -157,8 +172,8 @@ def sync_folder(folder: Path) -> None:
 
 def _prune(folder: Path, newest: Path) -> None:
     # Files of later moments are those that were passed over: they are overwritten when the run gets there.
-    within = sorted(p for p in folder.glob("*.safetensors") if not p.stem.endswith("-00000000") and p <= newest)
-    for path in within[:-KEPT_WITHIN_A_STAGE]:
+    within = [p for p in folder.glob("*.safetensors") if _moment(p)[1] > 0 and _moment(p) <= _moment(newest)]
+    for path in sorted(within, key=_moment)[:-KEPT_WITHIN_A_STAGE]:
         path.unlink()
     for path in folder.glob("*.tmp"):
         path.unlink()

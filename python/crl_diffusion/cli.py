@@ -251,6 +251,7 @@ def compare(command: Compare) -> int:
     for name, values in (("methods", command.methods), ("seeds", command.seeds)):
         if not values or len(set(values)) != len(values):
             raise OptionError(f"--{name} is {' '.join(map(str, values))!r}; give at least one, and none twice")
+    baseline = spell(command.baseline)
     if command.jobs < 0:
         raise OptionError(f"--jobs is {command.jobs}; it must be 0 or more")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -262,8 +263,8 @@ def compare(command: Compare) -> int:
 
     from crl_diffusion import cost, data, evaluation
     from crl_diffusion import report as reporting
-    from crl_diffusion.run_folder import check_folder, resolve, resolve_device
-    from crl_diffusion.state import stage_steps
+    from crl_diffusion.run_folder import check_folder, require_measured, resolve, resolve_device
+    from crl_diffusion.state import require_fisher_images, stage_steps
 
     on_cpu = resolve_device(command.device) == "cpu"
     for cell in work:
@@ -274,12 +275,18 @@ def compare(command: Compare) -> int:
     comparison.check_others(work, command.out)
     images = data.load(work[0].config, command.data_root)
     for cell in work:
+        require_fisher_images(cell.config, images)
         cell.stage_steps = stage_steps(cell.config, images)
     folder = command.extractor_folder or command.out
-    tools = evaluation.instruments(command.extractor, images, folder, resolve_device(command.device))
-    for line in tools.about(work[0].config, images):
-        console.print(line, highlight=False, markup=False)
-    evaluation.prepare(tools, work[0].config, images)
+    try:
+        tools = evaluation.instruments(command.extractor, images, folder, resolve_device(command.device))
+        for begun in sorted(command.out.glob("*/config.json")):
+            require_measured(begun.parent, {"data_name": images.name, **tools.names()})
+        for line in tools.about(work[0].config, images):
+            console.print(line, highlight=False, markup=False)
+        evaluation.prepare(tools, work[0].config, images)
+    except OSError as error:
+        raise OptionError(f"{error}; make {str(folder)!r} writable, with room on its disk") from error
 
     jobs = command.jobs or ((os.cpu_count() or 1) if on_cpu else 1)
     if not all(cell.finished for cell in work):
@@ -290,7 +297,7 @@ def compare(command: Compare) -> int:
         # With what the folder held before: a comparison may grow.
         runs = [run for run in reporting.find([command.out])[0] if run.path.parent == command.out]
         order = in_order(run.method for run in runs)
-        show(console, *reporting.write([run.path for run in runs], command.out, spell(command.baseline), order))
+        show(console, *reporting.write([run.path for run in runs], command.out, baseline, order))
     for cell in failed:
         print(f"crl-diffusion: {cell.name} failed; its last lines:\n{comparison.tail(cell)}", file=sys.stderr)
     if failed:

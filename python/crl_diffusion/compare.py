@@ -81,7 +81,7 @@ def with_lams(methods: Sequence[str], lams: Sequence[float]) -> list[str]:
         if parse_method(method).penalty is None or not lams:
             spelled.append(spell(method))
         else:
-            spelled += [spell(f"{method}{',' if ':' in method else ':'}lam={lam:g}") for lam in lams]
+            spelled += [spell(f"{method}{',' if ':' in method else ':'}lam={lam!r}") for lam in lams]
     return list(dict.fromkeys(spelled))
 
 

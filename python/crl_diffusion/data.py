@@ -16,6 +16,7 @@ import torch
 from crl_diffusion.datasets import DATASETS, Preset, Source
 from crl_diffusion.images import Images, join, rank_in_class, to_float, to_pixels
 from crl_diffusion.method import OptionError, RunConfig, planned, task_classes
+from crl_diffusion.model import require_size
 
 __all__ = ["Data", "Images", "Task", "join", "load", "to_float", "to_pixels"]
 
@@ -69,6 +70,7 @@ def load(config: RunConfig, root: Path) -> Data:
         raise OptionError(
             f"--image-size is {config.image_size}, but {config.data} comes in {offered} pixels; choose one of these"
         )
+    require_size(config)
     source = preset.read(root, config.image_size)
     plan = task_classes(config)
     if len(plan) * config.classes_per_task > source.classes:

@@ -325,6 +325,8 @@ class _Tree:
 
         try:
             with Image.open(file) as opened:
+                if opened.mode.startswith(("I", "F")):  # 16 or 32 bits, which Pillow cuts off at 255
+                    raise ValueError(f"Pillow's mode {opened.mode}: save it with 8 bits a channel")
                 image = opened.convert("RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise OptionError(

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from crl_diffusion import diffusion, extractors
+from crl_diffusion.checkpoint import write_tensors
 from crl_diffusion.data import Data, Images, Task, to_pixels
 from crl_diffusion.extractors import Classifier, Custom, Extractor
 from crl_diffusion.fid import Statistics, fid, kept_statistics
@@ -99,10 +99,8 @@ def evaluate(draw: Draw, tools: Instruments | None, data: Data, config: RunConfi
             }
         )
     if kept:
-        folder = out / "samples"
-        folder.mkdir(exist_ok=True)
         pixels, labels = torch.cat([part.pixels for part in kept]), torch.cat([part.labels for part in kept])
-        save_file({"pixels": pixels, "labels": labels}, folder / f"after-task-{learnt}.safetensors")
+        write_tensors(out / "samples" / f"after-task-{learnt}.safetensors", {"pixels": pixels, "labels": labels})
     return rows
 
 

@@ -12,7 +12,6 @@ first digits of its weights' sha256. Conditional accuracy and class histograms a
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
@@ -20,11 +19,10 @@ from typing import get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from crl_diffusion.checkpoint import sync_folder
+from crl_diffusion.checkpoint import write_tensors
 from crl_diffusion.data import Data, Images, to_float, to_pixels
 from crl_diffusion.diffusion import stream
 from crl_diffusion.method import ExtractorName, OptionError
@@ -256,18 +254,9 @@ def classifier(data: Data, folder: Path, chosen: str = "cnn") -> Classifier:
     else:
         _fit(model, data.train, steps)
         model.test_accuracy = model.accuracy(data.test.pixels, data.test.labels)
-        write(path, model.state_dict(), {**made_for, "test_accuracy": repr(model.test_accuracy)})
+        write_tensors(path, model.state_dict(), {**made_for, "test_accuracy": repr(model.test_accuracy)})
     model.name = f"{model.kind}-{data.name}-{size}px-{digest(*model.state_dict().values())[:8]}"
     return model.eval().requires_grad_(False)
-
-
-def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """A safetensors file, whole or not at all, also if several processes write it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file(tensors, temporary, metadata)
-    os.replace(temporary, path)
-    sync_folder(path.parent)
 
 
 def _read(model: Classifier, path: Path, made_for: dict[str, str]) -> None:

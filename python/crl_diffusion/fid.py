@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from crl_diffusion.checkpoint import write_tensors
 from crl_diffusion.data import to_float
-from crl_diffusion.extractors import Extractor, digest, write
+from crl_diffusion.extractors import Extractor, digest
 
 if TYPE_CHECKING:
     from torchmetrics.image.fid import FrechetInceptionDistance
@@ -60,7 +61,7 @@ def kept_statistics(extractor: Extractor, pixels: Tensor, folder: Path, made_for
     found = _read(path, made_for) if path.exists() else None
     if found is None:
         found = real_statistics(extractor, pixels)
-        write(path, found._asdict(), {**made_for, "digest": digest(*found)})
+        write_tensors(path, found._asdict(), {**made_for, "digest": digest(*found)})
     return found
 
 

@@ -23,7 +23,7 @@ from crl_diffusion.extractors import Custom
 from crl_diffusion.method import ExtractorName, OptionError, RunConfig, Stage
 from crl_diffusion.records import Row, TensorBoard, read_json, write_json
 from crl_diffusion.run_folder import check_folder, claim, resolve, writing
-from crl_diffusion.state import Run, Say, TrainingError, steps_done
+from crl_diffusion.state import Run, Say, TrainingError, require_fisher_images, steps_done
 from crl_diffusion.steps import new_optimizer
 
 Advance = Callable[[int, int], None]  # told how many steps of the run are done, and of how many
@@ -53,6 +53,7 @@ def train(
     torch.use_deterministic_algorithms(True, warn_only=True)
     data = load(config, data_root)
     require_shares(config)
+    require_fisher_images(config, data)
 
     with processes.together(torch.device(config.device)):
         # The folder belongs to this configuration, and the first process alone writes to it.

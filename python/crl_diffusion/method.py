@@ -370,6 +370,14 @@ def stages(config: RunConfig) -> list[Stage]:
     return CURRICULA[config.recipe.curriculum](task_classes(config))
 
 
+def least_fisher_samples(config: RunConfig) -> int:
+    """Samples that a task's Fisher matrix needs: as many as directions, in each half if halves are kept apart."""
+    penalty = config.recipe.penalty
+    if penalty is None:
+        return 4
+    return max(4, penalty.rank * (2 if config.fisher_estimate == "held-out" else 1))
+
+
 def check(config: RunConfig) -> None:
     """Refuse what cannot run, naming the option, its value, what was expected and what to do."""
 
@@ -388,8 +396,12 @@ def check(config: RunConfig) -> None:
     whole("eval_samples", 2)
     for name in ("pool_steps", "fresh_steps", "eval_steps"):
         whole(name, 1, 1000)
-    if 0 < config.fisher_samples < 4:
-        raise OptionError(f"--fisher-samples is {config.fisher_samples}; it must be at least 4, or 0 for all images")
+    least = least_fisher_samples(config)
+    if 0 < config.fisher_samples < least:
+        raise OptionError(
+            f"--fisher-samples is {config.fisher_samples}; for {config.method} it must be at least {least}, or 0 for "
+            "all images"
+        )
     if not (math.isfinite(config.lr) and config.lr > 0):
         raise OptionError(f"--lr is {config.lr}; it must be a finite number above 0")
     if not (math.isfinite(config.clip) and config.clip >= 0):

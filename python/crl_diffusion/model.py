@@ -11,6 +11,7 @@ from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from crl_diffusion.diffusion import stream
+from crl_diffusion.method import OptionError, RunConfig, planned
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,16 @@ def build(name: str, shape: tuple[int, int, int], classes: int, seed: int) -> nn
                 add_attention=preset.attention is not None,
                 num_class_embeds=classes,
             ),
+        )
+
+
+def require_size(config: RunConfig) -> None:
+    """Refuse images that the model's resolutions do not halve evenly."""
+    size, halvings = planned(config).image_size, len(MODELS[config.model].channels) - 1
+    if size % 2**halvings:
+        raise OptionError(
+            f"--image-size is {size}, and --model {config.model} halves images {halvings} time(s); choose a multiple "
+            f"of {2**halvings}, or another model"
         )
 
 

@@ -290,7 +290,7 @@ def _curves(rows: Sequence[Row], r: Sequence[Sequence[float]], name: str) -> Fig
     left.plot(x, [row["loss"] for row in steps], color=COLOURS[0], label="real images")
     if any(row["replay_loss"] for row in steps):
         replayed = [row["replay_loss"] or float("nan") for row in steps]
-        left.plot(x, replayed, color=COLOURS[1], linestyle="--", label="replayed images")
+        left.plot(x, replayed, color=COLOURS[1], linestyle="--", label="replayed images, weighted")
     for boundary in start[1:]:
         left.axvline(boundary, color=GREY, linewidth=0.8, linestyle=":")
     plain_log(left)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+from crl_diffusion.extractors import KINDS
 from crl_diffusion.method import RunConfig, Settings
 from crl_diffusion.report import Finished, differing, grouped
 from crl_diffusion.tables import NONE, Sheet
@@ -30,8 +31,27 @@ def command(run: Finished) -> str:
     recorded = run.record.get("command")
     if recorded:
         return shlex.join(recorded) if isinstance(recorded, list) else str(recorded)
-    words = ["--method", run.method, "--seed", str(run.seed), *options(run.config), "--out", run.path.name]
+    words = ["--method", run.method, "--seed", str(run.seed), *options(run.config), *_measured(run)]
+    words += ["--out", run.path.name]
     return "crl-diffusion train " + shlex.join(words)
+
+
+def _kind(run: Finished) -> str | None:
+    """What --extractor calls the extractor that the run was measured with; None if it is not recorded, or a caller's
+    own, which no command gives."""
+    recorded = str(run.record.get("extractor", ""))
+    return next((kind for kind, begins in KINDS.items() if recorded.startswith(f"{begins}-")), None)
+
+
+def _measured(run: Finished) -> list[str]:
+    """The options beside the configuration: extractor, where it is not the default, and folder of the data sets, where
+    the recorded command names one."""
+    kind, recorded = _kind(run), run.record.get("command") or []
+    given = shlex.split(recorded) if isinstance(recorded, str) else list(recorded)
+    words = ["--extractor", kind] if kind not in (None, "cnn") else []
+    if "--data-root" in given[:-1] and run.data != "digits":
+        words += ["--data-root", given[given.index("--data-root") + 1]]
+    return words
 
 
 def compare_command(runs: Sequence[Finished]) -> str | None:
@@ -42,7 +62,11 @@ def compare_command(runs: Sequence[Finished]) -> str | None:
         return None
     if len({tuple(options(run.config)) for run in runs}) > 1:
         return None
-    words = ["--methods", *groups, "--seeds", *map(str, all_seeds), *options(runs[0].config), "--out", "OUT"]
+    measured = {tuple(_measured(run)) for run in runs}
+    if len(measured) > 1 or any(run.record.get("extractor") and not _kind(run) for run in runs):
+        return None
+    words = ["--methods", *groups, "--seeds", *map(str, all_seeds), *options(runs[0].config), *measured.pop()]
+    words += ["--out", "OUT"]
     return "crl-diffusion compare " + shlex.join(words)
 
 

@@ -40,12 +40,17 @@ def claim(config: RunConfig, out: Path, data_name: str, measured_with: dict[str,
         made = {"environment": origin.environment(), "git": origin.git_state(), "command": origin.command()}
         write_json(path, {"run": config.as_json(), **kept, **made})
         return
-    begun = read_json(path)
+    require_measured(out, kept)
+
+
+def require_measured(out: Path, kept: dict[str, str]) -> None:
+    """Refuse other data, or to measure with something else, than the run in `out` was begun with."""
+    begun = read_json(out / "config.json")
     for key, name in kept.items():
         if begun.get(key, name) != name:
             raise OptionError(
                 f"the {key} is {name}, but the run in {str(out)!r} was begun with {begun[key]}; choose that one with "
-                "--data-root, --extractor and --extractor-folder"
+                "--data-root, --extractor and --extractor-folder, or another folder"
             )
 
 

@@ -14,7 +14,7 @@ from crl_diffusion import checkpoint, diffusion, evaluation, processes, replay
 from crl_diffusion.checkpoint import MEMORY, Checkpoint, require_like
 from crl_diffusion.data import Data, Images, join
 from crl_diffusion.evaluation import Instruments
-from crl_diffusion.method import Method, RunConfig, Stage, stages
+from crl_diffusion.method import Method, OptionError, RunConfig, Stage, least_fisher_samples, stages
 from crl_diffusion.model import build, frozen_copy, predict
 from crl_diffusion.penalties import PenaltyState
 from crl_diffusion.precision import Precision
@@ -83,8 +83,8 @@ class Run:
         return replay.concatenate(batches)
 
     def take_step(self, images: Images, stage: Stage) -> Tensor:
-        """Returns this process's share of the mean loss of the real batch and of the sum over replays of their weighted
-        mean losses, and the norm of the gradient, (3,)."""
+        """Returns this process's share of the mean loss of the real batch, unweighted, and of the sum over replays of
+        their weighted mean losses, and the norm of the gradient, (3,)."""
         if self.config.ema and self.average is None:
             self.average = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         lr = self.lr(self.step, self.stage_steps[stage.number])
@@ -99,7 +99,8 @@ class Run:
         mine = processes.share(self.config.batch)
         real = taken.losses[: mine.stop - mine.start].sum()
         norm = taken.norm if taken.moved else torch.zeros_like(taken.norm)  # an overflow was dealt with
-        return torch.stack([real, taken.losses.sum() - real, norm.to(real)])
+        weight, _ = replay.shares(self.method, stage.number)
+        return torch.stack([real / weight, taken.losses.sum() - real, norm.to(real)])
 
     def adopt_average(self) -> None:
         """The average of the weights becomes the model."""
@@ -134,7 +135,10 @@ class Run:
             generator = diffusion.stream(self.config.seed, "fisher", stage.number)
             steps = self.stage_steps[stage.number]
             task_lr = sum(self.lr(step, steps) for step in range(steps))
-            statistics = self.penalty.learn(per_sample_loss, batches, generator, task_lr)
+            try:
+                statistics = self.penalty.learn(per_sample_loss, batches, generator, task_lr)
+            except ValueError as error:
+                raise TrainingError(f"no Fisher matrix of task {stage.learnt} of {self.out}: {error}") from error
             self.log({"kind": "fisher", "task": stage.learnt, **statistics, "state_bytes": self.penalty.nbytes})
 
     def task_images(self, stage: Stage, part: str) -> Images:
@@ -270,6 +274,20 @@ def stage_steps(config: RunConfig, data: Data) -> list[int]:
         return [stage.share * config.steps for stage in plan]
     images = [sum(len(t.train) for t in data.tasks if set(t.classes) <= set(s.classes)) for s in plan]
     return [config.epochs * math.ceil(n / config.batch) for n in images]
+
+
+def require_fisher_images(config: RunConfig, data: Data) -> None:
+    """Refuse tasks with too few images for the method's Fisher matrices, where those are made of all images."""
+    least = least_fisher_samples(config)
+    if config.recipe.penalty is None or config.fisher_samples:
+        return
+    for task in data.tasks:
+        if (found := len(getattr(task, config.fisher_images))) < least:
+            raise OptionError(
+                f"--fisher-samples is 0, all images, but task {task.index + 1} has {found} {config.fisher_images} "
+                f"images and a Fisher matrix for {config.method} needs {least} samples: give a number, and images are "
+                "seen more than once, each time with another timestep and noise"
+            )
 
 
 def per_sample_loss(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:

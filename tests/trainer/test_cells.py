@@ -65,6 +65,12 @@ def test_a_cell_for_each_method_seed_and_lam(tmp_path: Path) -> None:
     assert len({cell.folder for cell in work}) == len(names)
 
 
+def test_lams_are_not_rounded() -> None:
+    names = compare.with_lams(["rank1"], [1234567.0, 1234568.0, 0.12345678])
+    assert names == ["rank1:lam=1234567.0", "rank1:lam=1234568.0", "rank1:lam=0.12345678"]
+    assert compare.with_lams(["rank1"], [3e4, 1e-5]) == ["rank1:lam=30000", "rank1:lam=1e-05"]
+
+
 def test_options_give_the_configuration_back() -> None:
     config = RunConfig(method="gd+bands12:lam=0.1", seed=2, data="mnist", lr=1e-5, epochs=2, held_out="validation")
     parsed = cli.parse(["train", "--out", "x", *compare.options(config)])

@@ -11,7 +11,7 @@ from crl_diffusion import checkpoint
 from crl_diffusion.checkpoint import Checkpoint
 from crl_diffusion.method import OptionError
 from crl_diffusion.records import Log, read_json, read_rows, write_json
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 
@@ -90,6 +90,17 @@ def test_ends_of_stages_are_kept_and_two_others(tmp_path: Path) -> None:
     assert (newest.stage, newest.step, complaints) == (2, 0, [])
 
 
+def test_stages_and_steps_of_more_digits_than_names_have_room_for(tmp_path: Path) -> None:
+    for stage, step in [(99, 0), (99, 300), (100, 0), (100, 100), (100, 99_999_900), (100, 100_000_000)]:
+        checkpoint.save(tmp_path, _make(stage, step))
+    (tmp_path / "of another program.safetensors").write_bytes(b"")
+    newest, complaints = checkpoint.latest(tmp_path)
+    assert newest is not None
+    assert (newest.stage, newest.step, complaints) == (100, 100_000_000, [])
+    assert not (tmp_path / "99-00000300.safetensors").exists()
+    assert (tmp_path / "100-99999900.safetensors").exists()
+
+
 @pytest.mark.parametrize("damage", ["truncated", "empty", "one bit", "no header"])
 def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path: Path, damage: str) -> None:
     checkpoint.save(tmp_path, _make(0, 100))
@@ -126,17 +137,19 @@ def test_a_crash_before_the_rename_leaves_the_old_checkpoint(tmp_path: Path, mon
     assert not list(tmp_path.glob("*.tmp"))
 
 
-@pytest.mark.parametrize("call", ["replace", "fsync"])
+@pytest.mark.parametrize("call", ["replace", "fsync", "save_file"])
 def test_a_full_disk_leaves_the_old_checkpoint_and_no_part_of_the_new(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     checkpoint.save(tmp_path, _make(0, 100))
 
     def full(*_: object) -> None:
+        if call == "save_file":  # safetensors has an exception of its own
+            raise SafetensorError("I/O error: No space left on device")
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(os, call, full)
+        patched.setattr(checkpoint if call == "save_file" else os, call, full)
         with pytest.raises(checkpoint.WriteError, match=r"00-00000200.*cannot be written.*No space left on device"):
             checkpoint.save(tmp_path, _make(0, 200))
     assert [path.name for path in tmp_path.iterdir()] == ["00-00000100.safetensors"]

@@ -31,6 +31,16 @@ from crl_diffusion.method import METHODS
         (["compare", "--out", "x", "--methods", "gd", "gd"], ["--methods is 'gd gd'", "none twice"]),
         (["compare", "--out", "x", "--seeds", "0", "-1"], ["--seed is -1"]),
         (["compare", "--out", "x", "--jobs", "-1"], ["--jobs is -1"]),
+        (["compare", "--out", "x", "--baseline", "gdd"], ["method 'gdd'"]),
+        (["compare", "--out", "x", "--methods", "gd", "gd+rank501"], ["gd+rank501 it must be at least 1002"]),
+        (
+            ["compare", "--out", "x", "--methods", "gd", "rank50", "--fisher-samples", "0", "--per-class", "9"],
+            ["task 1 has 18 train images", "for rank50 needs 100"],
+        ),
+        (
+            ["train", "--method", "rank10", "--out", "x", "--fisher-samples", "0", "--per-class", "9"],
+            ["task 1 has 18 train images", "for rank10 needs 20"],
+        ),
         (["compare", "--out", "x", "--methods", "gd", "rank1:gradient", "--lams", "inf"], ["needs a finite lam"]),
         (["report", "nowhere"], ["'nowhere' is not a folder"]),
         (["report"], ["no folder"]),

@@ -12,6 +12,7 @@ from conftest import SHORT, child_environment
 from crl_diffusion import cli, compare
 from crl_diffusion.method import Settings
 from PIL import Image
+from run_folders import fabricate
 
 RANK1 = "gd+rank1_lam=7-seed0"
 PICTURES = ("samples.png", "fid_matrices.png", "average_fid.png")
@@ -77,6 +78,28 @@ def test_two_methods_end_to_end(
     # Other settings in the same folder: refused before anything starts.
     assert cli.main([*arguments, "--lr", "0.01"]) == 2
     assert "holds another run (lr 0.002 there, 0.01 asked for)" in capsys.readouterr().err
+
+
+def test_runs_measured_otherwise_are_refused_before_anything_is_trained(
+    tmp_path: Path, extractor_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = tmp_path / "fine-tune-seed0"
+    fabricate(old, "fine-tune", 0, **SHORT)
+    arguments = ["compare", "--methods", "gd", *_options(SHORT), "--out", str(tmp_path)]
+    assert cli.main([*arguments, "--extractor-folder", str(extractor_folder)]) == 2
+    said = capsys.readouterr().err
+    assert "the extractor is cnn32-digits-8px-" in said
+    assert f"the run in {str(old)!r} was begun with cnn32-digits;" in said
+    assert not (tmp_path / "gd-seed0").exists()
+
+
+def test_extractors_that_cannot_be_kept_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    arguments = ["compare", "--methods", "gd", *_options(SHORT), "--out", str(tmp_path / "out")]
+    assert cli.main([*arguments, "--extractor-folder", str(tmp_path / "file")]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"make {str(tmp_path / 'file')!r} writable" in said
 
 
 def test_a_failed_run_is_shown_and_the_others_are_kept(

@@ -522,6 +522,21 @@ def test_a_wrong_folder_is_described(tmp_path: Path) -> None:
     assert f"the image {str(tmp_path / 'val' / 'b' / 'x.png')!r} cannot be read" in text
 
 
+@pytest.mark.parametrize(("suffix", "pixels"), [(".png", np.uint16), (".tif", np.float32)])
+def test_images_of_more_than_8_bits_are_refused_and_not_cut_off(tmp_path: Path, suffix: str, pixels: type) -> None:
+    write_tree(tmp_path, ("a", "b"))
+    deep = tmp_path / "train" / "a" / f"deep{suffix}"
+    Image.fromarray(np.arange(1024).reshape(32, 32).astype(pixels)).save(deep)
+    text = refused("folder", tmp_path, tasks=1)
+    assert f"the image {str(deep)!r} cannot be read (Pillow's mode " in text
+    assert "save it with 8 bits a channel" in text
+
+
+def test_a_size_that_the_model_cannot_halve_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"--image-size is 28, and --model paper halves .* 3 time.*a multiple of 8"):
+        load("folder", tmp_path, image_size=28, model="paper")
+
+
 # Whole runs
 
 TINY: dict[str, Any] = {

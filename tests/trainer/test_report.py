@@ -355,6 +355,15 @@ def test_commands_on_the_page_give_the_configurations_again(found: list[Finished
     assert isinstance(parsed, cli.Compare)
     assert (set(parsed.methods), parsed.seeds) == ({run.method for run in found}, (0, 1, 4))
     assert provenance.compare_command(found[:-1]) is None
+
+    def measured(extractor: str, data: str = "mnist") -> list[Finished]:
+        record = {"extractor": extractor, "command": "crl-diffusion train --data-root '/my sets' --out x"}
+        return [run._replace(record=record, config={**run.config, "data": data}) for run in found]
+
+    said = provenance.compare_command(measured("inception2048-1a2b")) or ""
+    assert " --extractor inception --data-root '/my sets' --out OUT" in said
+    assert "--data-root" not in str(provenance.compare_command(measured("cnn32-digits-8px", "digits")))
+    assert provenance.compare_command(measured("a caller's own-1a2b")) is None
     recorded = found[0]._replace(record={"command": "python -m crl_diffusion train"})
     assert provenance.command(recorded) == "python -m crl_diffusion train"
 

@@ -22,7 +22,7 @@ from crl_diffusion.precision import Precision
 from crl_diffusion.records import Log, read_json, read_rows
 from crl_diffusion.replay import NoisedBatch
 from crl_diffusion.run_folder import resolve
-from crl_diffusion.state import Run
+from crl_diffusion.state import Run, TrainingError
 from crl_diffusion.steps import training_step
 from torch import Tensor, nn
 
@@ -218,6 +218,13 @@ def test_what_is_not_finite_is_named_with_its_likely_cause(short: Short, make_ru
     assert "try --precision bf16" in loop.explain(half, first, 1, torch.tensor([[inf, 0.0, nan]]))
     loose = make_run(short("gd", clip=0.0))
     assert "try --clip 1" in loop.explain(loose, first, 1, torch.tensor([[inf, 0.0, nan]]))
+
+
+@pytest.mark.filterwarnings("ignore:each stratum needs samples in both halves")
+def test_a_fisher_matrix_that_cannot_be_estimated_is_said(short: Short, make_run: MakeRun) -> None:
+    run = make_run(short("bands1000", fisher_samples=4))
+    with pytest.raises(TrainingError, match=r"no Fisher matrix of task 1 .*no stratum has samples in both halves"):
+        run.remember(run.stages[0])
 
 
 @quiet

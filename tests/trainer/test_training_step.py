@@ -227,6 +227,15 @@ def test_a_step_with_a_penalty(
     _check(make_run(short(method, fisher_samples=24, **settings)), name, schedule)
 
 
+def test_the_logged_loss_of_real_images_is_their_mean_whatever_it_weighs(short: Short, make_run: MakeRun) -> None:
+    found = []
+    for name in ("gd", "masip"):
+        run = make_run(short(name, model="mini", tasks=3, steps=STEPS))
+        _third_task(run)
+        found.append(run.take_step(run.task_images(run.stages[2], "train"), run.stages[2])[0])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("method", ["rank1:slopes,alone,lam=50", "gd+bands2:slopes,alone,lam=3000"])
 def test_a_step_with_the_slopes_alone(short: Short, make_run: MakeRun, method: str) -> None:
     run = make_run(short(method, model="mini", tasks=3, steps=STEPS, fisher_samples=24))
