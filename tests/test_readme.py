@@ -179,6 +179,29 @@ def test_counts_of_fishers_are_those_of_the_runs():
         rows = [row for run in final_runs(experiment) for row in run["fisher"] if row["rho"] is not None]
         counts = sum(row["rho"] < 0.1 for row in rows), len(rows), sum(row["signal_share"] < 0.8 for row in rows)
         assert tuple(map(int, re.search(said, told).groups())) == counts
+    rows = [row for run in final_runs("digits-drift-held-out") for row in run["fisher"] if row["rho"] is not None]
+    less_noisy = re.search(r"less noisy \(below 0\.8 in (\d+) of (\d+)\)", told).groups()
+    assert tuple(map(int, less_noisy)) == (sum(row["signal_share"] < 0.8 for row in rows), len(rows))
+
+
+def test_the_demos_fishers_are_those_of_its_record():
+    rows = read_rows(ROOT / "benchmarks" / "results" / "demo" / "gd+rank1-metrics.jsonl")
+    fishers = [row for row in rows if row["kind"] == "fisher"]
+    said = re.search(
+        r"\(signal share (.*?) to (.*?)\) and holds only (.*?) to (.*?) %", " ".join(README.split())
+    ).groups()
+    shares, rhos = ([row[name] for row in fishers] for name in ("signal_share", "rho"))
+    assert said == (
+        *(f"{x:.2f}" for x in (min(shares), max(shares))),
+        *(f"{100 * x:.1f}" for x in (min(rhos), max(rhos))),
+    )
+
+
+def test_what_accuracy_forgets_is_what_the_reports_say():
+    said = re.search(r"by accuracy: ([\d.]+) on MNIST, ([\d.]+) on FashionMNIST", " ".join(README.split())).groups()
+    for experiment, shown in zip(("mnist", "fashion-mnist"), said, strict=True):
+        report = {row[0]: row for row in cells(re.search(TABLE, evidence(experiment), re.MULTILINE)[0])}
+        assert report["gd"][report["method"].index("accuracy forgetting ↓")].split()[0] == shown
 
 
 def test_first_tasks_are_as_good_when_learnt_as_the_runs_say():

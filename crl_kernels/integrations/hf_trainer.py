@@ -30,6 +30,8 @@ class EWCCallback(TrainerCallback):
             adapters only.
         lam, decoupled: see ``LowRankHistory.attach``.
 
+    For whole parameters; of sharded ones the history has to be made after ``fully_shard``, which Trainer calls later.
+
     A checkpoint's folder holds the history as ``ewc_history.safetensors``. To resume, load it from there and give
     ``resume_from_checkpoint`` as ever.
 
