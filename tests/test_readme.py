@@ -187,14 +187,11 @@ def test_counts_of_fishers_are_those_of_the_runs():
 def test_the_demos_fishers_are_those_of_its_record():
     rows = read_rows(ROOT / "benchmarks" / "results" / "demo" / "gd+rank1-metrics.jsonl")
     fishers = [row for row in rows if row["kind"] == "fisher"]
-    said = re.search(
-        r"\(signal share (.*?) to (.*?)\) and holds only (.*?) to (.*?) %", " ".join(README.split())
-    ).groups()
-    shares, rhos = ([row[name] for row in fishers] for name in ("signal_share", "rho"))
-    assert said == (
-        *(f"{x:.2f}" for x in (min(shares), max(shares))),
-        *(f"{100 * x:.1f}" for x in (min(rhos), max(rhos))),
-    )
+    told = " ".join(README.split())
+    said = re.search(r"\(signal share (.*?) to (.*?)\) and holds only (.*?) to (.*?) %", told).groups()
+    shares = [row["signal_share"] for row in fishers]
+    percent = [100 * row["rho"] for row in fishers]
+    assert said == (f"{min(shares):.2f}", f"{max(shares):.2f}", f"{min(percent):.1f}", f"{max(percent):.1f}")
 
 
 def test_what_accuracy_forgets_is_what_the_reports_say():
