@@ -109,6 +109,8 @@ def in_process(rank: int, count: int, folder: str, name: str) -> None:
         dist.barrier()
     finally:
         dist.destroy_process_group()
+    # Not through the interpreter's end, where threads of gloo that outlive their group now and then abort the process.
+    os._exit(0)
 
 
 def processes(count: int, body: Callable, folder: Path) -> list:
