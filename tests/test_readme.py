@@ -72,6 +72,28 @@ def means_and_intervals(row: list[str]) -> list[str]:
     return [re.sub(r" ± [\d.]+|, p [\d.]+", "", cell) for cell in row]
 
 
+def test_what_methods_cost_is_what_the_benchmark_wrote():
+    said = PROSE[PROSE.index("What methods cost,") :]
+    written = (ROOT / "benchmarks" / "results" / "trainer_cost.md").read_text()
+    small, large, alone = (
+        {row[0]: row[1:] for row in cells(table)} for table in re.findall(TABLE, written, re.MULTILINE)
+    )
+
+    def ratio(table: dict[str, list[str]], method: str) -> str:
+        return table[method][0].split()[0]
+
+    for pattern, found in (
+        (r"takes ([\d.]+) times as long as fine-tuning's \(([\d.]+)", [ratio(t, "gd") for t in (small, large)]),
+        (r"four past tasks, ([\d.]+) \(([\d.]+)\)", [ratio(t, "gd+rank1") for t in (small, large)]),
+        (r"as long as (\d+) \((\d+)\) steps", [t["gd+rank1"][-1] for t in (small, large)]),
+        (
+            r"rank 1 takes ([\d.]+ %) .*? one past task, ([\d.]+ %) for four",
+            [alone[f"rank1, decoupled, {n}"][0] for n in ("1 past task", "4 past tasks")],
+        ),
+    ):
+        assert list(re.search(pattern, said).groups()) == found
+
+
 def bare_method(method: str) -> str:
     return re.sub(r"[:,]lam=[^,]*", "", method)
 
