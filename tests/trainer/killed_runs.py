@@ -46,7 +46,7 @@ TRACED: list[tuple[Any, str]] = [
     (Pool, "refill"),
     (penalties, "estimate_fisher"),
     (evaluation, "measure"),
-    (evaluation, "save_file"),
+    (evaluation, "write_tensors"),
     (loop, "claim"),
     (checkpoint, "save_file"),
     (checkpoint, "_prune"),
