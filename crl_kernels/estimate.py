@@ -107,7 +107,8 @@ def estimate_fisher(
     Returns:
         LowRankFisher or DiagonalFisher, with ``statistics``. Gradients are those of the loss as it is given: with the
         mean over an image's d values of the squared error the paper's lam applies; with half of the sum, multiply lam
-        by 2 / d for a penalty in the gradient, and by 4 / d^2 for the decoupled step, at the same learning rate.
+        by 2 / d for a penalty in the gradient, and by 4 / d^2 for the decoupled step, at the same learning rate. With
+        slopes (``first_order``), which scale otherwise than curvatures, no lam is equal.
 
     Warns:
         UserWarning: when the directions hold less than a tenth of the trace of F; when a mean direction is mostly

@@ -219,8 +219,8 @@ class History(ABC, Generic[_Fisher]):
 
     def state_dict(self) -> dict[str, Tensor]:
         """The state as tensors by parameter name, for a trainer's own checkpoints. They share memory with the state,
-        and are sharded as the parameters are: those are for torch.distributed.checkpoint, not for torch.save, which
-        fails on parts of a DTensor's storage; :meth:`save` writes whole ones.
+        and are sharded as the parameters are. Sharded ones are for torch.distributed.checkpoint; torch.save fails on
+        them (a DTensor over a part of a storage), and :meth:`save` writes whole ones.
 
         Options (``include``, ``decay`` and so on) and what :meth:`attach` did are not in it.
         """

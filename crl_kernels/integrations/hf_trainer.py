@@ -30,13 +30,11 @@ class EWCCallback(TrainerCallback):
             adapters only.
         lam, decoupled: see ``LowRankHistory.attach``.
 
-    For whole parameters; of sharded ones the history has to be made after ``fully_shard``, which Trainer calls later.
-
     A checkpoint's folder holds the history as ``ewc_history.safetensors``. To resume, load it from there and give
     ``resume_from_checkpoint`` as ever.
 
     Raises:
-        TypeError, ValueError: what ``attach`` refuses, when training begins.
+        TypeError, ValueError: what ``attach`` refuses, and a history of sharded parameters, when training begins.
     """
 
     def __init__(
@@ -49,6 +47,11 @@ class EWCCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._detach()  # from a training that an exception has ended
+        if not self._history._binding.shards.whole:
+            raise ValueError(
+                "history is of sharded parameters, and EWCCallback saves it from one process alone; attach it to the "
+                "optimizer yourself, and save it with history.save or torch.distributed.checkpoint in all processes."
+            )
         optimizer: Optimizer = kwargs["optimizer"]
         self._history.attach(optimizer, self._lam, decoupled=self._decoupled)
         self._attached = True

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ MEMORY = "memory/"  # names of tensors that do not change within a stage begin s
 
 
 class WriteError(RuntimeError):
-    """A checkpoint could not be written; those before it are as they were."""
+    """A file could not be written; those that were there are as they were."""
 
 
 class Checkpoint(NamedTuple):
@@ -65,8 +66,8 @@ def _moment(path: Path) -> tuple[int, int]:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file, on the disk whole or not at all, also if several processes write it. OSError if the disk is
-    full, say."""
+    """A safetensors file, on the disk whole or not at all, also if several processes write it. WriteError if the disk
+    is full, say."""
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,8 +77,9 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         os.replace(temporary, path)
         sync_folder(path.parent)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"{str(path)!r} cannot be written ({error})") from error
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise WriteError(f"{str(path)!r} cannot be written ({error})") from error
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> Path:
@@ -95,7 +97,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
         metadata["digest"] = _digest(tensors)
         write_tensors(path, tensors, metadata)
     except (OSError, SafetensorError) as error:
-        raise WriteError(f"the checkpoint {path.stem} cannot be taken: {error}") from error
+        raise WriteError(f"{str(path)!r} cannot be written ({error})") from error
     _prune(folder, path)
     return path
 

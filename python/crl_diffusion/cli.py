@@ -263,6 +263,7 @@ def compare(command: Compare) -> int:
 
     from crl_diffusion import cost, data, evaluation
     from crl_diffusion import report as reporting
+    from crl_diffusion.checkpoint import WriteError
     from crl_diffusion.run_folder import check_folder, require_measured, resolve, resolve_device
     from crl_diffusion.state import require_fisher_images, stage_steps
 
@@ -278,18 +279,17 @@ def compare(command: Compare) -> int:
         require_fisher_images(cell.config, images)
         cell.stage_steps = stage_steps(cell.config, images)
     folder = command.extractor_folder or command.out
+    jobs = command.jobs or ((os.cpu_count() or 1) if on_cpu else 1)
     try:
         tools = evaluation.instruments(command.extractor, images, folder, resolve_device(command.device))
+        evaluation.prepare(tools, work[0].config, images)
+    except WriteError as error:
+        raise OptionError(f"{error}; make {str(folder)!r} writable, with room on its disk") from error
+    for line in tools.about(work[0].config, images):
+        console.print(line, highlight=False, markup=False)
+    if not all(cell.finished for cell in work):
         for begun in sorted(command.out.glob("*/config.json")):
             require_measured(begun.parent, {"data_name": images.name, **tools.names()})
-        for line in tools.about(work[0].config, images):
-            console.print(line, highlight=False, markup=False)
-        evaluation.prepare(tools, work[0].config, images)
-    except OSError as error:
-        raise OptionError(f"{error}; make {str(folder)!r} writable, with room on its disk") from error
-
-    jobs = command.jobs or ((os.cpu_count() or 1) if on_cpu else 1)
-    if not all(cell.finished for cell in work):
         a_pass = cost.seconds_per_pass(work[0].config, images.shape, images.classes)
         console.print(comparison.estimate(work, jobs, a_pass), highlight=False)
     failed = comparison.run(work, jobs, command.data_root, command.extractor, folder, console, quiet_output(console))

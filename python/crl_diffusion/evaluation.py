@@ -101,6 +101,8 @@ def evaluate(draw: Draw, tools: Instruments | None, data: Data, config: RunConfi
     if kept:
         pixels, labels = torch.cat([part.pixels for part in kept]), torch.cat([part.labels for part in kept])
         write_tensors(out / "samples" / f"after-task-{learnt}.safetensors", {"pixels": pixels, "labels": labels})
+        for unfinished in (out / "samples").glob("*.tmp"):  # of a process that was killed
+            unfinished.unlink()
     return rows
 
 

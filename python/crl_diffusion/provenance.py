@@ -44,14 +44,27 @@ def _kind(run: Finished) -> str | None:
 
 
 def _measured(run: Finished) -> list[str]:
-    """The options beside the configuration: extractor, where it is not the default, and folder of the data sets, where
-    the recorded command names one."""
+    """The options beside the configuration that are not the defaults: extractor, and the folders of the data sets and
+    of inception's weights where the recorded command names them."""
     kind, recorded = _kind(run), run.record.get("command") or []
     given = shlex.split(recorded) if isinstance(recorded, str) else list(recorded)
     words = ["--extractor", kind] if kind not in (None, "cnn") else []
-    if "--data-root" in given[:-1] and run.data != "digits":
-        words += ["--data-root", given[given.index("--data-root") + 1]]
+    if kind == "inception" and (folder := _given("--extractor-folder", given)):
+        words += ["--extractor-folder", folder]
+    root = _given("--data-root", given)
+    if root not in (None, "data") and run.data != "digits":
+        words += ["--data-root", str(root)]
     return words
+
+
+def _given(option: str, words: Sequence[str]) -> str | None:
+    """An option's value in a command, written as two words or with an equals sign."""
+    for word, following in zip(words, [*words[1:], None], strict=False):
+        if word == option:
+            return following
+        if word.startswith(f"{option}="):
+            return word.removeprefix(f"{option}=")
+    return None
 
 
 def compare_command(runs: Sequence[Finished]) -> str | None:

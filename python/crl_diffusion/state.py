@@ -277,11 +277,12 @@ def stage_steps(config: RunConfig, data: Data) -> list[int]:
 
 
 def require_fisher_images(config: RunConfig, data: Data) -> None:
-    """Refuse tasks with too few images for the method's Fisher matrices, where those are made of all images."""
+    """Refuse tasks with too few images for the method's Fisher matrices, where those are made of all images. The last
+    task has none."""
     least = least_fisher_samples(config)
     if config.recipe.penalty is None or config.fisher_samples:
         return
-    for task in data.tasks:
+    for task in data.tasks[:-1]:
         if (found := len(getattr(task, config.fisher_images))) < least:
             raise OptionError(
                 f"--fisher-samples is 0, all images, but task {task.index + 1} has {found} {config.fisher_images} "

@@ -91,14 +91,16 @@ def test_ends_of_stages_are_kept_and_two_others(tmp_path: Path) -> None:
 
 
 def test_stages_and_steps_of_more_digits_than_names_have_room_for(tmp_path: Path) -> None:
+    foreign = tmp_path / "of another program.safetensors"
+    foreign.write_bytes(b"")
     for stage, step in [(99, 0), (99, 300), (100, 0), (100, 100), (100, 99_999_900), (100, 100_000_000)]:
         checkpoint.save(tmp_path, _make(stage, step))
-    (tmp_path / "of another program.safetensors").write_bytes(b"")
     newest, complaints = checkpoint.latest(tmp_path)
     assert newest is not None
     assert (newest.stage, newest.step, complaints) == (100, 100_000_000, [])
     assert not (tmp_path / "99-00000300.safetensors").exists()
     assert (tmp_path / "100-99999900.safetensors").exists()
+    assert foreign.exists()
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "one bit", "no header"])

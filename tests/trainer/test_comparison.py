@@ -80,7 +80,7 @@ def test_two_methods_end_to_end(
     assert "holds another run (lr 0.002 there, 0.01 asked for)" in capsys.readouterr().err
 
 
-def test_runs_measured_otherwise_are_refused_before_anything_is_trained(
+def test_runs_measured_otherwise_are_refused_before_any_run_is_trained(
     tmp_path: Path, extractor_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     old = tmp_path / "fine-tune-seed0"

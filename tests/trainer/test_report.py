@@ -356,14 +356,21 @@ def test_commands_on_the_page_give_the_configurations_again(found: list[Finished
     assert (set(parsed.methods), parsed.seeds) == ({run.method for run in found}, (0, 1, 4))
     assert provenance.compare_command(found[:-1]) is None
 
-    def measured(extractor: str, data: str = "mnist") -> list[Finished]:
-        record = {"extractor": extractor, "command": "crl-diffusion train --data-root '/my sets' --out x"}
-        return [run._replace(record=record, config={**run.config, "data": data}) for run in found]
+    def measured(extractor: str, *options: str, data: str = "mnist") -> str | None:
+        records = [{"extractor": extractor, "command": f"crl-diffusion train --out x {words}"} for words in options]
+        return provenance.compare_command([
+            run._replace(record=records[i % len(records)], config={**run.config, "data": data})
+            for i, run in enumerate(found)
+        ])  # fmt: skip
 
-    said = provenance.compare_command(measured("inception2048-1a2b")) or ""
-    assert " --extractor inception --data-root '/my sets' --out OUT" in said
-    assert "--data-root" not in str(provenance.compare_command(measured("cnn32-digits-8px", "digits")))
-    assert provenance.compare_command(measured("a caller's own-1a2b")) is None
+    said = str(measured("inception2048-1a2b", "--data-root '/my sets' --extractor-folder w"))
+    assert " --extractor inception --extractor-folder w --data-root '/my sets' --out OUT" in said
+    said = str(measured("lenet84-mnist", "--data-root=/sets --extractor-folder w", "--data-root /sets"))
+    assert " --extractor lenet --data-root /sets --out OUT" in said
+    assert "--data-root" not in str(measured("cnn32-mnist", "--data-root data", ""))
+    assert "--data-root" not in str(measured("cnn32-digits-8px", "--data-root /sets", data="digits"))
+    assert measured("cnn32-mnist", "--data-root /sets", "") is None
+    assert measured("a caller's own-1a2b", "") is None
     recorded = found[0]._replace(record={"command": "python -m crl_diffusion train"})
     assert provenance.command(recorded) == "python -m crl_diffusion train"
 

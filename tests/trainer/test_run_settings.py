@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,12 @@ import torch
 from conftest import SHORT, options, same_end
 from crl_diffusion import checkpoint, cli, cost, loop, origin
 from crl_diffusion.checkpoint import Checkpoint
-from crl_diffusion.method import RunConfig
+from crl_diffusion.method import OptionError, RunConfig
 from crl_diffusion.precision import Precision
 from crl_diffusion.records import Log, read_json, read_rows
 from crl_diffusion.replay import NoisedBatch
 from crl_diffusion.run_folder import resolve
-from crl_diffusion.state import Run, TrainingError
+from crl_diffusion.state import Run, TrainingError, require_fisher_images
 from crl_diffusion.steps import training_step
 from torch import Tensor, nn
 
@@ -218,6 +219,16 @@ def test_what_is_not_finite_is_named_with_its_likely_cause(short: Short, make_ru
     assert "try --precision bf16" in loop.explain(half, first, 1, torch.tensor([[inf, 0.0, nan]]))
     loose = make_run(short("gd", clip=0.0))
     assert "try --clip 1" in loop.explain(loose, first, 1, torch.tensor([[inf, 0.0, nan]]))
+
+
+def test_the_last_task_needs_no_images_for_a_fisher_matrix(short: Short, make_run: MakeRun) -> None:
+    config = short("rank10", fisher_samples=0)
+    data = make_run(config).data
+    first, last = data.tasks
+    few = torch.arange(3)
+    require_fisher_images(config, replace(data, tasks=(first, replace(last, train=last.train[few]))))
+    with pytest.raises(OptionError, match=r"task 1 has 3 train images and .* rank10 needs 20 samples"):
+        require_fisher_images(config, replace(data, tasks=(replace(first, train=first.train[few]), last)))
 
 
 @pytest.mark.filterwarnings("ignore:each stratum needs samples in both halves")
