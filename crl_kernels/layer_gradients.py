@@ -59,9 +59,9 @@ class SampleGradient(Protocol):
         ...
 
 
-def _real(tensor: Tensor) -> Tensor:
+def _at_least_float32(tensor: Tensor) -> Tensor:
     """16-bit numbers are summed as float32."""
-    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def _in_tiles(weights: Tensor, numbers: int, matrix_of: Callable[[slice], Tensor]) -> Tensor:
@@ -83,19 +83,19 @@ class MatrixGradient:
     """Gradients that are there: (N, *shape)."""
 
     def __init__(self, matrix: Tensor) -> None:
-        self._matrix = _real(matrix)
+        self._matrix = _at_least_float32(matrix)
 
     def matrix(self) -> Tensor:
         return self._matrix
 
     def weighted_sums(self, weights: Tensor) -> Tensor:
-        rows = weights.to(self._matrix.dtype) @ self._matrix.flatten(1)
+        rows = weights.to(self._matrix.dtype) @ self._matrix.reshape(len(self._matrix), -1)
         return rows.reshape(len(weights), *self._matrix.shape[1:])
 
     def statistics(self, wanted: Wanted) -> Statistics:
-        shape, rows = self._matrix.shape[1:], self._matrix.flatten(1).double()
+        shape, rows = self._matrix.shape[1:], self._matrix.reshape(len(self._matrix), -1).double()
         total = rows.sum(0)
-        u = total[None] if wanted.directions is None else wanted.directions.flatten(1).double()
+        u = total[None] if wanted.directions is None else wanted.directions.reshape(len(wanted.directions), -1).double()
         return Statistics(
             total.reshape(shape).to(self._matrix.dtype),
             rows.square().sum(1),
@@ -143,7 +143,7 @@ class ConvolutionGradient:
         d_in = self._input.shape[1] * kernel_size[0] * kernel_size[1]
         if groups == 1 and not wanted.squares and _gram_is_cheaper(pixels, d_in, out, wanted.gram):
             geometry = (tuple(pair) for pair in (kernel_size, dilation, padding, stride))
-            patches = functional.unfold(_real(self._input), *geometry).mT
+            patches = functional.unfold(_at_least_float32(self._input), *geometry).mT
             if patches.shape[1] == pixels:
                 linear = LinearGradient(patches, self._grad_output.flatten(2).mT)
                 return Reshaped(linear, (out, d_in), (out, self._input.shape[1], *kernel_size)).statistics(wanted)
@@ -209,10 +209,10 @@ class LinearGradient:
         self._a, self._b = input, grad_output
 
     def matrix(self) -> Tensor:
-        return _real(self._b).transpose(1, 2) @ _real(self._a)
+        return _at_least_float32(self._b).transpose(1, 2) @ _at_least_float32(self._a)
 
     def weighted_sums(self, weights: Tensor) -> Tensor:
-        a, b = _real(self._a), _real(self._b)
+        a, b = _at_least_float32(self._a), _at_least_float32(self._b)
         (count, tokens, d_in), d_out = a.shape, b.shape[2]
         used = weights != 0
         # Multiply-adds for each element of the weight: a product for each row, of the samples that it has, against all
@@ -228,7 +228,7 @@ class LinearGradient:
         tokens, d_in, d_out = self._a.shape[1], self._a.shape[2], self._b.shape[2]
         if wanted.squares or not _gram_is_cheaper(tokens, d_in, d_out, wanted.gram):
             return self._as_convolution().statistics(wanted)
-        a, b = _real(self._a), _real(self._b)
+        a, b = _at_least_float32(self._a), _at_least_float32(self._b)
         total = b.flatten(0, 1).T @ a.flatten(0, 1)
         u = total[None] if wanted.directions is None else wanted.directions.to(a.dtype)
         a64, b64 = a.double(), b.double()
@@ -253,7 +253,7 @@ class EmbeddingGradient:
     """Of a table (V, D): ids (N, T), grad_output (N, T, D)."""
 
     def __init__(self, ids: Tensor, grad_output: Tensor, num_embeddings: int) -> None:
-        self._ids, self._b, self._num_embeddings = ids, _real(grad_output), num_embeddings
+        self._ids, self._b, self._num_embeddings = ids, _at_least_float32(grad_output), num_embeddings
 
     def _scatter(self, values: Tensor) -> Tensor:
         """(N, T, D) -> (N, V, D)"""

@@ -1,19 +1,23 @@
 """How functions that take parameters are run so that per-sample gradients can be read in the backward pass.
 
 ``RULES`` maps a function (``torch.conv2d``) to a rule. A rule is given a Recorder and the function's arguments, and
-runs the function through an ``autograd.Function`` whose backward hands each parameter's per-sample gradients to the
-recorder and, once the recorder has finished, is the ordinary one. The gradient by the input is always the ordinary
-one; the parameter's own gradient is the sum that the statistics need anyway. A rule returns ``NotImplemented`` where
-it does not apply.
+runs the function through an ``autograd.Function``. Its backward asks the recorder where the samples are in the
+gradient b of the output; if they are apart there, it hands over each operand's per-sample gradients. The gradient by
+the input is always the ordinary one; the operand's own is the sum that the statistics need anyway. A rule returns
+``NotImplemented`` where it does not apply. ``any_function`` serves every function, with a backward pass a sample.
+
+A backward pass with create_graph=True, for a loss that has a derivative in it, is PyTorch's own.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd.graph import GradientEdge
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from .layer_gradients import (
     ConvolutionGradient,
@@ -23,97 +27,133 @@ from .layer_gradients import (
     Reshaped,
     SampleGradient,
 )
+from .sample_rows import Rows
 
 
-class Use(Protocol):
-    """One use of a bound parameter, or of a view of one, in the forward pass."""
+class Call(Protocol):
+    """A call of a function with a rule, and its operands by slot."""
 
-    def settle(self, gradient: SampleGradient) -> Tensor:
-        """Takes the statistics of the use's per-sample gradients and returns their sum."""
-        ...
+    def rows(self, b: Tensor, dims: Sequence[int]) -> Rows | None: ...
+    def skips(self, slot: int) -> bool: ...
+    def note_gradient(self, slot: int, gradient: Tensor) -> None: ...
+    def takes(self, slot: int) -> bool: ...
+    def settle(self, slot: int, gradient: SampleGradient, edge: GradientEdge | None) -> Tensor: ...
 
 
 class Recorder(Protocol):
     """What rules need of whoever records."""
 
-    recording: bool
-
     def binds(self, tensor: Tensor) -> bool:
         """Whether the tensor is a bound parameter or a view of one."""
         ...
 
-    def use(self, tensor: Tensor | None) -> Use | None:
-        """A new use, if the tensor is bound."""
+    def operand(self, tensor: Any) -> Any:
+        """The tensor as an operand whose per-sample gradients may be taken, or None."""
         ...
 
-    def samples(self, tensor: Tensor, dim: int = 0) -> int | None:
-        """The number of samples, if dimension ``dim`` of the tensor has that many."""
+    def call(self, *operands: Any) -> Call: ...
+
+    def weights_of_rows(self, count: int) -> Tensor:
+        """(K, N): the weights of each of the K rows that are wanted; of N single samples, the unit matrix."""
         ...
 
-    def attention_samples(self) -> int | None:
-        """Inside of multi-head attention, whose tensors are (tokens, samples, ...): the number of samples."""
+    def take_rows(
+        self,
+        seeds: Callable[[int], tuple[list[GradientEdge], list[Tensor]]],
+        count: int,
+        inputs: Sequence[Tensor],
+    ) -> None:
+        """One backward pass for each of ``count`` rows."""
         ...
 
+    def say_slow(self, function: str, inputs: Sequence[Tensor], count: int) -> None: ...
 
-def _settle(use: Use | None, gradient: Callable[[], SampleGradient], like: Tensor | None) -> Tensor | None:
-    if use is None or like is None:
+
+def _edge(ctx: Any, inputs: Sequence[Tensor | None], which: int) -> GradientEdge | None:
+    """Of the which-th of a Function's tensor arguments, in the graph."""
+    present = [i for i, tensor in enumerate(inputs) if tensor is not None]
+    node, output = ctx.next_functions[present.index(which)]
+    return None if node is None else GradientEdge(node, output)
+
+
+def _taken(
+    ctx: Any,
+    call: Call,
+    slot: int,
+    inputs: Sequence[Tensor | None],
+    gradient: Callable[[], SampleGradient],
+) -> Tensor | None:
+    """The operand's gradient, if per-sample ones are taken of it. Operands are a Function's tensor arguments after the
+    first, the input."""
+    operand = inputs[slot + 1]
+    if operand is None or not call.takes(slot):
         return None
-    return use.settle(gradient()).to(like.dtype)
+    return call.settle(slot, gradient(), _edge(ctx, inputs, slot + 1)).to(operand.dtype)
+
+
+def _derivative(function: Callable[..., Tensor], inputs: Sequence[Tensor | None], b: Tensor) -> list[Tensor | None]:
+    """The gradients of ``function`` by its inputs, which can be differentiated in turn."""
+    with torch._C.DisableTorchFunction(), torch.enable_grad():
+        result = function(*inputs)
+        wanted = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
+        found = iter(torch.autograd.grad(result, wanted, b, create_graph=True, allow_unused=True))
+        return [next(found) if tensor is not None and tensor.requires_grad else None for tensor in inputs]
 
 
 def _device_autocasts(tensor: Tensor) -> bool:
     return torch.is_autocast_enabled(tensor.device.type)
 
 
+# Linear
+
+
 class _Linear(torch.autograd.Function):
-    """input: (N, ..., C), or, of attention, (tokens, N, C) or (tokens * N, C)."""
+    """input: (..., C)."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        recorder: Recorder,
-        uses: tuple[Use | None, Use | None],
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        attention: int | None,
-    ) -> Tensor:
-        ctx.recorder, ctx.uses, ctx.attention = recorder, uses, attention
+    def forward(ctx: Any, call: Call, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.call = call
         result = F.linear(input, weight, bias)
         ctx.save_for_backward(input, weight, bias)
         # Of tokens it is a view of a matrix, which PyTorch lets no in-place operation change behind a function of ours.
         return torch.ops.aten._unsafe_view(result, result.shape) if result._is_view() else result
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, b: Tensor) -> Any:
-        input, weight, bias = ctx.saved_tensors
+        inputs = input, weight, bias = ctx.saved_tensors
+        call, needs = ctx.call, ctx.needs_input_grad[1:]
+        if torch.is_grad_enabled():
+            return None, *_linear_derivative(input, weight, bias, b, needs)
         with torch.autocast(b.device.type, enabled=False):
             by_input = by_weight = by_bias = None
-            if ctx.needs_input_grad[2]:
+            if needs[0]:
                 by_input = (b @ weight.to(b.dtype)).to(input.dtype)
-            use_weight, use_bias = ctx.uses if ctx.recorder.recording else (None, None)
             a = input.to(b.dtype)
-            if use_weight is not None or use_bias is not None:
-                a_samples, b_samples = (_tokens(tensor, ctx.attention) for tensor in (a, b))
-            if ctx.needs_input_grad[3]:
-                if use_weight is not None:
-                    by_weight = _settle(use_weight, lambda: LinearGradient(a_samples, b_samples), weight)
-                else:
-                    by_weight = (b.reshape(-1, b.shape[-1]).T @ a.reshape(-1, a.shape[-1])).to(weight.dtype)
-            if ctx.needs_input_grad[4]:
-                if use_bias is not None:
-                    by_bias = _settle(use_bias, lambda: MatrixGradient(_sum_tokens(b_samples)), bias)
-                else:
-                    by_bias = b.reshape(-1, b.shape[-1]).sum(0).to(bias.dtype)
-        return None, None, by_input, by_weight, by_bias, None
+            rows = call.rows(b, range(b.dim() - 1))
+            if rows is not None and any(needs[1:]):
+                a_samples, b_samples = rows.tokens(a, b)
+                if needs[1]:
+                    by_weight = _taken(ctx, call, 0, inputs, lambda: LinearGradient(a_samples, b_samples))
+                if needs[2]:
+                    by_bias = _taken(ctx, call, 1, inputs, lambda: MatrixGradient(_sum_tokens(b_samples)))
+            if needs[1] and by_weight is None and not call.skips(0):
+                by_weight = (b.reshape(-1, b.shape[-1]).T @ a.reshape(-1, a.shape[-1])).to(weight.dtype)
+                call.note_gradient(0, by_weight)
+            if needs[2] and by_bias is None and not call.skips(1):
+                by_bias = b.reshape(-1, b.shape[-1]).sum(0).to(bias.dtype)
+                call.note_gradient(1, by_bias)
+        return None, by_input, by_weight, by_bias
 
 
-def _tokens(tensor: Tensor, attention: int | None) -> Tensor:
-    """As (N, T, channels)."""
-    if attention is None:
-        return tensor.reshape(tensor.shape[0], -1, tensor.shape[-1])
-    return tensor.reshape(-1, attention, tensor.shape[-1]).transpose(0, 1)
+def _linear_derivative(
+    input: Tensor, weight: Tensor, bias: Tensor | None, b: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """Made of functions with rules, so that the parameters' second use is seen."""
+    return (
+        torch.matmul(b, weight) if needs[0] else None,
+        b.reshape(-1, b.shape[-1]).T @ input.reshape(-1, input.shape[-1]) if needs[1] else None,
+        b.reshape(-1, b.shape[-1]).sum(0) if needs[2] else None,
+    )
 
 
 def _sum_tokens(b: Tensor) -> Tensor:
@@ -122,67 +162,92 @@ def _sum_tokens(b: Tensor) -> Tensor:
 
 
 def linear(recorder: Recorder, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    attention = recorder.attention_samples()
-    if attention is None and (input.dim() < 2 or recorder.samples(input) is None):
+    if weight.dim() == 1:
+        return linear(recorder, input, weight[None], bias).squeeze(-1)
+    operands = recorder.operand(weight), recorder.operand(bias)
+    if operands == (None, None) or not input.dim() or input.is_complex():
         return NotImplemented
-    if attention is not None and input.dim() not in (2, 3):
-        return NotImplemented
-    uses = recorder.use(weight), recorder.use(bias)
-    return _Linear.apply(recorder, uses, input, weight, bias, attention)
+    return _Linear.apply(recorder.call(*operands), input, weight, bias)
 
 
-def matmul(recorder: Recorder, input: Tensor, other: Tensor) -> Any:
-    """x @ W with a parameter W (C, O) or (C,): a linear layer's weight is its transpose."""
-    if not isinstance(input, Tensor) or recorder.samples(input) is None or input.dim() < 2 or other.dim() > 2:
+def matmul(recorder: Recorder, *factors: Any, **options: Any) -> Any:
+    """x @ W, or W @ x, with a parameter W of one or two dimensions."""
+    if len(factors) != 2 or options or not all(isinstance(each, Tensor) and each.dim() for each in factors):
         return NotImplemented
-    if recorder.attention_samples() is not None or recorder.binds(input) or not other.dim():
+    input, other = factors
+    left, right = (each.dim() <= 2 and recorder.operand(each) is not None for each in factors)
+    if left and right:  # the one that is a parameter, or the one without a batch
+        left, right = (recorder.binds(input), recorder.binds(other))
+        right = right or not left
+    if right:  # a linear layer's weight is its transpose
+        return linear(recorder, input, other if other.dim() == 1 else other.T)
+    if not left or input.dim() > 2:
         return NotImplemented
     if other.dim() == 1:
-        return linear(recorder, input, other[None]).squeeze(-1)
-    return linear(recorder, input, other.T)
+        return linear(recorder, other, input)
+    result = linear(recorder, other.mT, input)
+    return result if result is NotImplemented or input.dim() == 1 else result.mT
+
+
+def addmm(
+    recorder: Recorder, bias: Tensor, input: Tensor, weight: Tensor, *, beta: float = 1, alpha: float = 1
+) -> Any:
+    if (beta, alpha) != (1, 1) or bias.dim() > 1 or bias.shape[-1:] != weight.shape[-1:] or recorder.binds(input):
+        return NotImplemented
+    return linear(recorder, input, weight.T, bias)
+
+
+# Convolutions
 
 
 class _Convolution(torch.autograd.Function):
+    """input: (rows, C, ...), one, two or three spatial dimensions."""
+
     @staticmethod
     def forward(
-        ctx: Any,
-        recorder: Recorder,
-        uses: tuple[Use | None, Use | None],
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        geometry: tuple[Any, ...],
+        ctx: Any, call: Call, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, ...]
     ) -> Tensor:
-        ctx.recorder, ctx.uses, ctx.geometry = recorder, uses, geometry
-        stride, padding, dilation, transposed, output_padding, groups = geometry
+        ctx.call, ctx.geometry = call, geometry
         ctx.save_for_backward(input, weight, bias)
-        result: Tensor = torch.convolution(
-            input, weight, bias, stride, padding, dilation, transposed, output_padding, groups
-        )
+        result: Tensor = torch.convolution(input, weight, bias, *geometry)
         return result
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, b: Tensor) -> Any:
-        input, weight, bias = ctx.saved_tensors
-        use_weight, use_bias = ctx.uses if ctx.recorder.recording else (None, None)
+        inputs = input, weight, bias = ctx.saved_tensors
+        call, needs, geometry = ctx.call, ctx.needs_input_grad[1:], ctx.geometry
+        if torch.is_grad_enabled():
+            found = _derivative(lambda *tensors: torch.convolution(*tensors, *geometry), inputs, b)
+            return None, *found, None
         a = input.to(b.dtype)
-        needs = ctx.needs_input_grad
         by_input = by_weight = by_bias = None
         # Before the gradient by the input, so that its memory and what the statistics need are not held at once.
-        if use_weight is not None and needs[3]:
-            by_weight = _settle(use_weight, lambda: _convolution_gradient(a, b, weight, ctx.geometry), weight)
-        if use_bias is not None and needs[4]:
-            by_bias = _settle(use_bias, lambda: MatrixGradient(_sum_tokens(b.flatten(2).transpose(1, 2))), bias)
-        ordinary = (needs[2], needs[3] and use_weight is None, needs[4] and use_bias is None)
+        rows = call.rows(b, (0,))
+        if rows is not None:
+            if needs[1]:
+                by_weight = _taken(ctx, call, 0, inputs, lambda: _convolution_gradient(rows, a, b, weight, geometry))
+            if needs[2]:
+                by_bias = _taken(
+                    ctx,
+                    call,
+                    1,
+                    inputs,
+                    lambda: MatrixGradient(rows.sum(_sum_tokens(b.flatten(2).transpose(1, 2)))),
+                )
+        ordinary = [needs[0]]
+        for slot, found in enumerate((by_weight, by_bias)):
+            ordinary.append(needs[slot + 1] and found is None and not call.skips(slot))
         if any(ordinary):
             sizes = None if bias is None else list(bias.shape)
-            found = torch.ops.aten.convolution_backward(b, a, weight.to(b.dtype), sizes, *ctx.geometry, ordinary)
+            found = torch.ops.aten.convolution_backward(b, a, weight.to(b.dtype), sizes, *geometry, ordinary)
             by_input = found[0]
-            by_weight = found[1] if ordinary[1] else by_weight
-            by_bias = found[2] if ordinary[2] else by_bias
+            if ordinary[1]:
+                by_weight = found[1]
+                call.note_gradient(0, by_weight)
+            if ordinary[2]:
+                by_bias = found[2]
+                call.note_gradient(1, by_bias)
         return (
-            None,
             None,
             None if by_input is None else by_input.to(input.dtype),
             None if by_weight is None else by_weight.to(weight.dtype),
@@ -191,20 +256,46 @@ class _Convolution(torch.autograd.Function):
         )
 
 
-def _convolution_gradient(a: Tensor, b: Tensor, weight: Tensor, geometry: tuple[Any, ...]) -> SampleGradient:
+def _convolution_gradient(rows: Rows, a: Tensor, b: Tensor, weight: Tensor, geometry: tuple[Any, ...]) -> SampleGradient:
     stride, padding, dilation, transposed, _, groups = geometry
+    if weight.dim() == 5:
+        return MatrixGradient(rows.sum(_one_by_one(a, b, weight, geometry)))
     if transposed:  # a transposed convolution is the adjoint: input and output change places
         a, b = b, a
+    gradient: SampleGradient
     if weight.dim() == 4:
-        return ConvolutionGradient(a, b, weight.shape[2:], stride, padding, dilation, groups)
-    (length,), (step,), (pad,), (spread,) = weight.shape[2:], stride, padding, dilation
-    in_rows = ConvolutionGradient(a[:, :, None], b[:, :, None], (1, length), (1, step), (0, pad), (1, spread), groups)
-    return Reshaped(in_rows, (*weight.shape[:2], 1, length), weight.shape)
+        gradient = ConvolutionGradient(a, b, weight.shape[2:], stride, padding, dilation, groups)
+    else:
+        (length,), (step,), (pad,), (spread,) = weight.shape[2:], stride, padding, dilation
+        a, b = a[:, :, None], b[:, :, None]
+        in_rows = ConvolutionGradient(a, b, (1, length), (1, step), (0, pad), (1, spread), groups)
+        gradient = Reshaped(in_rows, (*weight.shape[:2], 1, length), weight.shape)
+    return gradient if rows.in_order else MatrixGradient(rows.sum(gradient.matrix()))
+
+
+def _one_by_one(a: Tensor, b: Tensor, weight: Tensor, geometry: tuple[Any, ...]) -> Tensor:
+    """(rows, *weight.shape)"""
+    backward, only_weight = torch.ops.aten.convolution_backward, [False, True, False]
+    found = [
+        backward(b[i : i + 1], a[i : i + 1], weight.to(b.dtype), None, *geometry, only_weight)[1] for i in range(len(b))
+    ]
+    return torch.stack(found) if found else weight.new_zeros(0, *weight.shape)
 
 
 def _tuple(value: Any, dims: int) -> tuple[int, ...]:
     values = tuple(value) if isinstance(value, Sequence) else (value,)
     return values if len(values) == dims else values * dims
+
+
+def _convolved(
+    recorder: Recorder, dims: int, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, ...]
+) -> Any:
+    operands = recorder.operand(weight), recorder.operand(bias)
+    if operands == (None, None) or input.is_complex() or input.dim() not in (dims + 1, dims + 2):
+        return NotImplemented
+    one = input.dim() == dims + 1
+    result = _Convolution.apply(recorder.call(*operands), input[None] if one else input, weight, bias, geometry)
+    return result[0] if one else result
 
 
 def _convolution(dims: int) -> Callable[..., Any]:
@@ -218,8 +309,6 @@ def _convolution(dims: int) -> Callable[..., Any]:
         dilation: Any = 1,
         groups: int = 1,
     ) -> Any:
-        if input.dim() != dims + 2 or recorder.samples(input) is None:
-            return NotImplemented
         stride, dilation = _tuple(stride, dims), _tuple(dilation, dims)
         if padding == "valid":
             padding = (0,) * dims
@@ -229,8 +318,7 @@ def _convolution(dims: int) -> Callable[..., Any]:
                 input = F.pad(input, [side for total in reversed(totals) for side in (0, total % 2)])
             padding = tuple(total // 2 for total in totals)
         geometry = (stride, _tuple(padding, dims), dilation, False, (0,) * dims, groups)
-        uses = recorder.use(weight), recorder.use(bias)
-        return _Convolution.apply(recorder, uses, input, weight, bias, geometry)
+        return _convolved(recorder, dims, input, weight, bias, geometry)
 
     return rule
 
@@ -247,14 +335,14 @@ def _transposed_convolution(dims: int) -> Callable[..., Any]:
         groups: int = 1,
         dilation: Any = 1,
     ) -> Any:
-        if input.dim() != dims + 2 or recorder.samples(input) is None:
-            return NotImplemented
         stride, padding, dilation = (_tuple(value, dims) for value in (stride, padding, dilation))
         geometry = (stride, padding, dilation, True, _tuple(output_padding, dims), groups)
-        uses = recorder.use(weight), recorder.use(bias)
-        return _Convolution.apply(recorder, uses, input, weight, bias, geometry)
+        return _convolved(recorder, dims, input, weight, bias, geometry)
 
     return rule
+
+
+# Norms
 
 
 class _GroupNorm(torch.autograd.Function):
@@ -263,30 +351,26 @@ class _GroupNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        recorder: Recorder,
-        uses: tuple[Use | None, Use | None],
-        input: Tensor,
-        groups: int,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        eps: float,
+        ctx: Any, call: Call, input: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
     ) -> Tensor:
         count, channels = input.shape[:2]
-        pixels = input[0, 0].numel()
+        pixels = input.shape[2:].numel()
         result: Tensor
         result, mean, rstd = torch.native_group_norm(input, weight, bias, count, channels, pixels, groups, eps)
-        ctx.recorder, ctx.uses, ctx.groups = recorder, uses, groups
+        ctx.call, ctx.groups, ctx.eps = call, groups, eps
         ctx.save_for_backward(input, weight, bias, mean, rstd)
         return result
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, b: Tensor) -> Any:
-        input, weight, bias, mean, rstd = ctx.saved_tensors
-        needs = ctx.needs_input_grad
+        *inputs, mean, rstd = ctx.saved_tensors
+        input, weight, bias = inputs
+        call, needs = ctx.call, ctx.needs_input_grad[1:4]
+        if torch.is_grad_enabled():
+            found = _derivative(lambda x, w, c: F.group_norm(x, ctx.groups, w, c, ctx.eps), inputs, b)
+            return None, *found, None, None
         count, channels = input.shape[:2]
-        pixels = input[0, 0].numel()
+        pixels = input.shape[2:].numel()
         by_input, by_weight, by_bias = torch.ops.aten.native_group_norm_backward(
             b.contiguous().reshape(1, count * channels, pixels),
             input.contiguous().reshape(1, count * channels, pixels),
@@ -297,27 +381,34 @@ class _GroupNorm(torch.autograd.Function):
             count * channels,
             pixels,
             count * ctx.groups,
-            (needs[2], needs[4], needs[5]),
+            needs,
         )
-        uses = ctx.uses if ctx.recorder.recording else (None, None)
+        rows = call.rows(b, (0,))
         return (
             None,
-            None,
             None if by_input is None else by_input.reshape(input.shape),
+            _of_rows(ctx, call, 0, inputs, rows, by_weight),
+            _of_rows(ctx, call, 1, inputs, rows, by_bias),
             None,
-            _small(uses[0], by_weight, count, weight),
-            _small(uses[1], by_bias, count, bias),
             None,
         )
 
 
-def _small(use: Use | None, rows: Tensor | None, count: int, parameter: Tensor | None) -> Tensor | None:
-    """The sum of each sample's gradients, settled if there is a use."""
-    if rows is None or parameter is None:
+def _of_rows(
+    ctx: Any, call: Call, slot: int, inputs: Sequence[Tensor | None], rows: Rows | None, gradients: Tensor | None
+) -> Tensor | None:
+    """The operand's gradient from those that the rows of the output give it."""
+    operand = inputs[slot + 1]
+    if gradients is None or operand is None or call.skips(slot):
         return None
-    rows = rows.reshape(count, *parameter.shape)
-    total = rows.sum(0) if use is None else use.settle(MatrixGradient(rows))
-    return total.to(parameter.dtype)
+    matrix = gradients.reshape(-1, *operand.shape)
+    if rows is not None:
+        found = _taken(ctx, call, slot, inputs, lambda: MatrixGradient(rows.sum(matrix)))
+        if found is not None:
+            return found
+    total = matrix.sum(0).to(operand.dtype)
+    call.note_gradient(slot, total)
+    return total
 
 
 def group_norm(
@@ -329,57 +420,58 @@ def group_norm(
     eps: float = 1e-5,
     cudnn_enabled: bool = True,
 ) -> Any:
-    if input.dim() < 2 or recorder.samples(input) is None:
+    operands = recorder.operand(weight), recorder.operand(bias)
+    if operands == (None, None):
         return NotImplemented
     if _device_autocasts(input):
         normalized = F.group_norm(input, num_groups, eps=eps)
         return _affine(recorder, normalized, weight, bias, (-1, *(1,) * (input.dim() - 2)))
-    return _GroupNorm.apply(
-        recorder, (recorder.use(weight), recorder.use(bias)), input.contiguous(), num_groups, weight, bias, eps
-    )
+    return _GroupNorm.apply(recorder.call(*operands), input.contiguous(), weight, bias, num_groups, eps)
 
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        recorder: Recorder,
-        uses: tuple[Use | None, Use | None],
-        input: Tensor,
-        shape: list[int],
-        weight: Tensor | None,
-        bias: Tensor | None,
-        eps: float,
+        ctx: Any, call: Call, input: Tensor, weight: Tensor | None, bias: Tensor | None, shape: list[int], eps: float
     ) -> Tensor:
         result: Tensor
         result, mean, rstd = torch.native_layer_norm(input, shape, weight, bias, eps)
-        ctx.recorder, ctx.uses, ctx.shape = recorder, uses, shape
+        ctx.call, ctx.shape, ctx.eps = call, shape, eps
         ctx.save_for_backward(input, weight, bias, mean, rstd)
         return result
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, b: Tensor) -> Any:
-        input, weight, bias, mean, rstd = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        use_weight, use_bias = ctx.uses if ctx.recorder.recording else (None, None)
-        by_input, by_weight, by_bias = torch.ops.aten.native_layer_norm_backward(
-            b,
-            input,
-            ctx.shape,
-            mean,
-            rstd,
-            weight,
-            bias,
-            (needs[2], needs[4] and use_weight is None, needs[5] and use_bias is None),
+        *inputs, mean, rstd = ctx.saved_tensors
+        input, weight, bias = inputs
+        call, needs = ctx.call, ctx.needs_input_grad[1:4]
+        if torch.is_grad_enabled():
+            found = _derivative(lambda x, w, c: F.layer_norm(x, ctx.shape, w, c, ctx.eps), inputs, b)
+            return None, *found, None, None
+        by_weight = by_bias = None
+        rows = call.rows(b, range(b.dim() - len(ctx.shape)))
+        if rows is not None:
+
+            def per_sample(gradient: Tensor) -> SampleGradient:
+                tokens = rows.first(gradient).reshape(rows.samples.numel(), -1, *ctx.shape)
+                return MatrixGradient(rows.sum(_sum_tokens(tokens)))
+
+            if needs[1]:
+                by_weight = _taken(ctx, call, 0, inputs, lambda: per_sample(b * ((input - mean) * rstd)))
+            if needs[2]:
+                by_bias = _taken(ctx, call, 1, inputs, lambda: per_sample(b))
+        ordinary = [needs[0]]
+        for slot, found in enumerate((by_weight, by_bias)):
+            ordinary.append(needs[slot + 1] and found is None and not call.skips(slot))
+        by_input, *others = torch.ops.aten.native_layer_norm_backward(
+            b, input, ctx.shape, mean, rstd, weight, bias, ordinary
         )
-        tokens = (input.shape[0], -1, *ctx.shape)
-        if needs[4] and use_weight is not None:
-            rows = (b * ((input - mean) * rstd)).reshape(tokens)
-            by_weight = _settle(use_weight, lambda: MatrixGradient(_sum_tokens(rows)), weight)
-        if needs[5] and use_bias is not None:
-            by_bias = _settle(use_bias, lambda: MatrixGradient(_sum_tokens(b.reshape(tokens))), bias)
-        return None, None, by_input, None, by_weight, by_bias, None
+        for slot, gradient in enumerate(others):
+            if ordinary[slot + 1]:
+                call.note_gradient(slot, gradient)
+        by_weight = others[0] if ordinary[1] else by_weight
+        by_bias = others[1] if ordinary[2] else by_bias
+        return None, by_input, by_weight, by_bias, None, None
 
 
 def layer_norm(
@@ -391,12 +483,12 @@ def layer_norm(
     eps: float = 1e-5,
     cudnn_enable: bool = True,
 ) -> Any:
-    if input.dim() <= len(normalized_shape) or recorder.samples(input) is None:
+    operands = recorder.operand(weight), recorder.operand(bias)
+    if operands == (None, None):
         return NotImplemented
     if _device_autocasts(input):
         return _affine(recorder, F.layer_norm(input, normalized_shape, eps=eps), weight, bias, tuple(normalized_shape))
-    uses = recorder.use(weight), recorder.use(bias)
-    return _LayerNorm.apply(recorder, uses, input, list(normalized_shape), weight, bias, eps)
+    return _LayerNorm.apply(recorder.call(*operands), input, weight, bias, list(normalized_shape), eps)
 
 
 def rms_norm(
@@ -406,11 +498,10 @@ def rms_norm(
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> Any:
-    if input.dim() <= len(normalized_shape) or recorder.samples(input) is None:
+    if recorder.operand(weight) is None:
         return NotImplemented
-    return _affine(
-        recorder, F.rms_norm(input, list(normalized_shape), None, eps), weight, None, tuple(normalized_shape)
-    )
+    normalized = F.rms_norm(input, list(normalized_shape), None, eps)
+    return _affine(recorder, normalized, weight, None, tuple(normalized_shape))
 
 
 def batch_norm(
@@ -425,15 +516,39 @@ def batch_norm(
     eps: float = 1e-5,
     *cudnn: bool,
 ) -> Any:
+    if training and running_mean is None:
+        raise ValueError(
+            "a BatchNorm with track_running_stats=False normalises with the statistics of the batch, in evaluation "
+            "mode too, so it mixes the samples and there are no per-sample gradients. Build it with "
+            "track_running_stats=True, or use GroupNorm."
+        )
     if training:
         raise ValueError(
             "a BatchNorm in training mode mixes the samples of a batch, so there are no per-sample gradients. "
             "Call model.eval() first."
         )
-    if recorder.samples(input) is None:
+    if recorder.operand(weight) is None and recorder.operand(bias) is None:
         return NotImplemented
     normalized = F.batch_norm(input, running_mean, running_var, None, None, False, momentum, eps)
     return _affine(recorder, normalized, weight, bias, (-1, *(1,) * (input.dim() - 2)))
+
+
+def instance_norm(
+    recorder: Recorder,
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    if recorder.operand(weight) is None and recorder.operand(bias) is None:
+        return NotImplemented
+    normalized = F.instance_norm(input, running_mean, running_var, None, None, use_input_stats, momentum, eps)
+    # A view of another shape's norm, which must not be changed in place behind a function of ours.
+    return _affine(recorder, normalized.clone(), weight, bias, (-1, *(1,) * (input.dim() - 2)))
 
 
 def _affine(
@@ -442,84 +557,181 @@ def _affine(
     """normalized * weight + bias, with parameters that are viewed as `shape` first."""
     result = normalized
     if weight is not None:
-        result = result * _per_sample(recorder, weight.view(shape), result)
+        result = result * _broadcast(recorder, weight.view(shape), result.shape)
     if bias is not None:
-        result = result + _per_sample(recorder, bias.view(shape), result)
+        result = result + _broadcast(recorder, bias.view(shape), result.shape)
     return result.to(normalized.dtype)
 
 
-def _per_sample(recorder: Recorder, parameter: Tensor, like: Tensor) -> Tensor:
-    """One copy, in no memory, of a parameter for each sample, to be broadcast against `like` (N, ...)."""
-    use = recorder.use(parameter)
-    return parameter if use is None else _Expand.apply(recorder, use, parameter, like.shape[0], like.dim())
+# Broadcast parameters
 
 
 class _Expand(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, recorder: Recorder, use: Use, parameter: Tensor, count: int, dim: int) -> Tensor:
-        ctx.recorder, ctx.use_ = recorder, use
-        ctx.shape, ctx.dtype = parameter.shape, parameter.dtype
-        shape = parameter.shape[1:] if parameter.dim() == dim else (1,) * (dim - 1 - parameter.dim()) + parameter.shape
-        return parameter.detach().reshape(1, *shape).expand(count, *shape)
+    """A parameter that is broadcast to ``shape``, in no memory."""
 
     @staticmethod
-    @once_differentiable
+    def forward(ctx: Any, call: Call, parameter: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        ctx.call, ctx.shape, ctx.dtype = call, parameter.shape, parameter.dtype
+        return parameter.detach().to(dtype).expand(shape)
+
+    @staticmethod
     def backward(ctx: Any, b: Tensor) -> Any:
-        rows = b.reshape(len(b), *ctx.shape)
-        total = ctx.use_.settle(MatrixGradient(rows)) if ctx.recorder.recording else rows.sum(0)
-        return None, None, total.to(ctx.dtype), None, None
+        call, shape = ctx.call, ctx.shape
+        if torch.is_grad_enabled():
+            return None, b.sum_to_size(shape).to(ctx.dtype), None, None
+        aligned = (1,) * (b.dim() - len(shape)) + tuple(shape)  # of as many dimensions as b
+        missing = b.dim() - len(shape)
+        shared = [dim for dim, size in enumerate(aligned) if dim < missing or size == 1 != b.shape[dim]]
+        rows = call.rows(b, shared or range(b.dim()))
+        total = None
+        if rows is not None and call.takes(0):
+            operand = ctx.next_functions[0]
+            edge = None if operand[0] is None else GradientEdge(*operand)
+            total = call.settle(0, MatrixGradient(_reduced(rows, b, aligned, shape)), edge)
+        if total is None:
+            total = b.sum_to_size(shape)
+            call.note_gradient(0, total)
+        return None, total.to(ctx.dtype), None, None
+
+
+def _reduced(rows: Rows, b: Tensor, aligned: tuple[int, ...], shape: torch.Size) -> Tensor:
+    """(N, *shape): each sample's part of b, summed over the dimensions along which the parameter was broadcast."""
+    if all(aligned[dim] == 1 for dim in rows.dims):
+        others = [size for dim, size in enumerate(aligned) if dim not in rows.dims]
+        parts = rows.first(b)
+        return rows.sum(parts.sum_to_size(len(parts), *others).reshape(len(parts), *shape))
+    samples = torch.eye(rows.count, device=b.device, dtype=torch.float64)
+    return torch.stack([rows.weigh(b, one).sum_to_size(aligned).reshape(shape) for one in samples])
+
+
+def _broadcast(recorder: Recorder, parameter: Tensor, shape: torch.Size, dtype: torch.dtype | None = None) -> Tensor:
+    operand = recorder.operand(parameter)
+    if operand is None:
+        return parameter
+    return _Expand.apply(recorder.call(operand), parameter, shape, dtype or parameter.dtype)
 
 
 def elementwise(function: Callable[..., Any]) -> Callable[..., Any]:
-    """x + p, p * x, ... with x (N, ...) and a parameter that is broadcast over the samples."""
+    """x + p, p * x, ... where p is broadcast; and where it is a parameter of x's shape."""
 
-    def rule(recorder: Recorder, first: Any, second: Any, **options: Any) -> Any:
-        for x, p, swapped in ((first, second, False), (second, first, True)):
-            if not isinstance(x, Tensor) or not isinstance(p, Tensor) or not recorder.binds(p):
-                continue
-            over_samples = p.dim() < x.dim() or (p.dim() == x.dim() and p.shape[:1] == (1,))
-            if not x.dim() or recorder.samples(x) is None or recorder.binds(x) or not over_samples:
-                return NotImplemented
-            q = _per_sample(recorder, p, x)
-            return function(q, x, **options) if swapped else function(x, q, **options)
-        return NotImplemented
+    in_place = _changes_its_arguments(function)
+
+    def rule(recorder: Recorder, *operands: Any, **options: Any) -> Any:
+        if len(operands) != 2 or not all(isinstance(each, Tensor) for each in operands) or "out" in options:
+            return NotImplemented
+        first, second = operands
+        candidates = [each.requires_grad for each in operands]
+        candidates[0] = candidates[0] and not in_place
+        if first.shape == second.shape:
+            candidates = [wanted and recorder.binds(each) for wanted, each in zip(candidates, operands, strict=True)]
+        if not any(candidates):
+            return NotImplemented
+        shape = torch.broadcast_shapes(first.shape, second.shape)
+        spread = []
+        for wanted, tensor in zip(candidates, operands, strict=True):
+            if wanted and (tensor.shape != shape or recorder.binds(tensor)):
+                # A tensor of no dimension does not decide the result's dtype; broadcast, it would.
+                dtype = tensor.dtype if tensor.dim() else torch.result_type(first, second)
+                tensor = _broadcast(recorder, tensor, shape, dtype)
+            spread.append(tensor)
+        return function(*spread, **options)
 
     return rule
 
 
-def expand(recorder: Recorder, parameter: Tensor, *sizes: Any) -> Any:
+def expand(recorder: Recorder, parameter: Tensor, *sizes: Any, **options: Any) -> Any:
     """p.expand(N, -1, -1) of a class token or a query that every sample starts from."""
-    sizes = tuple(sizes[0]) if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
-    shape = parameter.shape
-    inner = shape if len(sizes) == len(shape) + 1 else shape[1:] if shape[:1] == (1,) else None
-    kept = inner is not None and all(size in (-1, old) for size, old in zip(sizes[1:], inner, strict=True))
-    if not kept or recorder.samples(torch.empty(sizes[:1], device="meta")) is None:
+    if not parameter.requires_grad or options or not sizes:
         return NotImplemented
-    use = recorder.use(parameter)
-    return _Expand.apply(recorder, use, parameter, sizes[0], len(sizes))
+    sizes = tuple(sizes[0]) if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
+    missing = len(sizes) - parameter.dim()
+    own = (None,) * missing + tuple(parameter.shape)
+    shape = torch.Size(old if size == -1 else size for size, old in zip(sizes, own, strict=True))
+    result = _broadcast(recorder, parameter, shape)
+    return NotImplemented if result is parameter else result
+
+
+def broadcast_to(recorder: Recorder, parameter: Tensor, size: Sequence[int]) -> Any:
+    return expand(recorder, parameter, *size)
+
+
+def expand_as(recorder: Recorder, parameter: Tensor, other: Tensor) -> Any:
+    return expand(recorder, parameter, *other.shape)
+
+
+def repeat(recorder: Recorder, parameter: Tensor, *times: Any, **options: Any) -> Any:
+    """As an expansion of (1, s_0, 1, s_1, ...) to (r_0, s_0, r_1, s_1, ...)."""
+    if recorder.operand(parameter) is None or options:
+        return NotImplemented
+    times = tuple(times[0]) if len(times) == 1 and not isinstance(times[0], int) else times
+    sizes = (1,) * (len(times) - parameter.dim()) + tuple(parameter.shape)
+    spread = parameter.reshape([part for size in sizes for part in (1, size)])
+    repeated = [part for count, size in zip(times, sizes, strict=True) for part in (count, size)]
+    shape = [count * size for count, size in zip(times, sizes, strict=True)]
+    return _broadcast(recorder, spread, torch.Size(repeated)).reshape(shape)
+
+
+def where(recorder: Recorder, condition: Any = None, *values: Any, **options: Any) -> Any:
+    if len(values) != 2 or options:
+        return NotImplemented
+    tensors = [value for value in (condition, *values) if isinstance(value, Tensor)]
+    shape = torch.broadcast_shapes(*(tensor.shape for tensor in tensors))
+    spread = [
+        _broadcast(recorder, value, shape, None if value.dim() else torch.result_type(*values))
+        if isinstance(value, Tensor) and (recorder.binds(value) or value.shape != shape)
+        else value
+        for value in values
+    ]
+    if all(new is old for new, old in zip(spread, values, strict=True)):
+        return NotImplemented
+    return torch.where(condition, *spread)
+
+
+def set_item(recorder: Recorder, tensor: Tensor, index: Any, value: Any) -> Any:
+    """x[:, 0] = p"""
+    if recorder.operand(value) is None:
+        return NotImplemented
+    with torch.no_grad():
+        shape = tensor[index].shape
+    return Tensor.__setitem__(tensor, index, _broadcast(recorder, value, shape, value.dtype))
+
+
+def attention(recorder: Recorder, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *rest: Any, **options: Any) -> Any:
+    """A mask that is learnt, such as a bias for each relative position, is broadcast over samples."""
+    if recorder.operand(attn_mask) is None:
+        return NotImplemented
+    mask = _broadcast(recorder, attn_mask, torch.Size((*query.shape[:-1], key.shape[-2])))
+    return F.scaled_dot_product_attention(query, key, value, mask, *rest, **options)
+
+
+# Embedding
 
 
 class _Embedding(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, recorder: Recorder, use: Use, ids: Tensor, weight: Tensor, padding_idx: int) -> Tensor:
-        ctx.recorder, ctx.use_, ctx.padding_idx = recorder, use, padding_idx
+    def forward(ctx: Any, call: Call, ids: Tensor, weight: Tensor, padding_idx: int) -> Tensor:
+        ctx.call, ctx.padding_idx = call, padding_idx
         ctx.save_for_backward(ids, weight)
         return F.embedding(ids, weight)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, b: Tensor) -> Any:
-        ids, weight = ctx.saved_tensors
+        inputs = ids, weight = ctx.saved_tensors
+        call = ctx.call
+        if torch.is_grad_enabled():
+            found = _derivative(lambda i, w: F.embedding(i, w, ctx.padding_idx), inputs, b)
+            return None, *found, None
         if ctx.padding_idx >= 0:
             b = b * (ids != ctx.padding_idx)[..., None]
-        if ctx.recorder.recording:
-            gradient = EmbeddingGradient(
-                ids.reshape(len(ids), -1), b.reshape(len(ids), -1, b.shape[-1]), weight.shape[0]
-            )
-            by_weight = ctx.use_.settle(gradient).to(weight.dtype)
-        else:
-            by_weight = torch.zeros_like(weight).index_add_(0, ids.flatten(), b.flatten(0, -2).to(weight.dtype))
-        return None, None, None, by_weight, None
+        rows = call.rows(b, range(b.dim() - 1))
+        by_weight = None
+        if rows is not None:
+            own, gradients = rows.tokens(ids[..., None], b)
+            by_weight = _taken(ctx, call, 0, inputs, lambda: EmbeddingGradient(own[..., 0], gradients, weight.shape[0]))
+        if by_weight is None and not call.skips(0):
+            by_weight = torch.zeros_like(weight).index_add_(0, ids.flatten(), b.reshape(-1, b.shape[-1]).to(weight.dtype))
+            call.note_gradient(0, by_weight)
+        return None, None, by_weight, None
 
 
 def embedding(
@@ -532,17 +744,82 @@ def embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Any:
-    if not input.dim() or recorder.samples(input) is None or max_norm is not None or scale_grad_by_freq or sparse:
+    operand = recorder.operand(weight)
+    if operand is None:
+        return NotImplemented
+    if scale_grad_by_freq:
+        raise ValueError(
+            "an Embedding with scale_grad_by_freq=True divides gradients by how often an id is in the whole batch, so "
+            "there are no per-sample gradients. Build it with scale_grad_by_freq=False."
+        )
+    if max_norm is not None or sparse:
         return NotImplemented
     padding = -1 if padding_idx is None else padding_idx % weight.shape[0]
-    return _Embedding.apply(recorder, recorder.use(weight), input, weight, padding)
+    return _Embedding.apply(recorder.call(operand), input, weight, padding)
+
+
+# Every other function
+
+
+def _changes_its_arguments(function: Callable[..., Any]) -> bool:
+    name: str = getattr(function, "__name__", "")
+    return (name.endswith("_") and not name.endswith("__")) or name.startswith("__i") or name == "__setitem__"
+
+
+# Or views, which ``binds`` knows: attributes such as .shape and .T, and questions.
+_NOT_DIFFERENTIABLE = {"__get__", "__set__", "__len__", "__hash__", "__repr__", "detach", "requires_grad_"}
+_NOT_DIFFERENTIABLE |= {"size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "is_complex", "data_ptr"}
+
+
+class _Arrival(torch.autograd.Function):
+    """Where the gradient of a function's output arrives: the output, in memory of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, recorder: Recorder, call: Call, name: str, stand_ins: Sequence[Tensor], output: Tensor) -> Tensor:
+        ctx.recorder, ctx.call, ctx.function, ctx.stand_ins = recorder, call, name, stand_ins
+        return output.clone()
+
+    @staticmethod
+    def backward(ctx: Any, b: Tensor) -> Any:
+        rows = None if torch.is_grad_enabled() else ctx.call.rows(b, range(b.dim()))
+        if rows is not None:
+            edge = GradientEdge(*ctx.next_functions[-1])
+            weights = ctx.recorder.weights_of_rows(rows.count)
+            ctx.recorder.say_slow(ctx.function, ctx.stand_ins, rows.count)
+            ctx.recorder.take_rows(lambda i: ([edge], [rows.weigh(b, weights[i])]), len(weights), ctx.stand_ins)
+        return None, None, None, None, b
+
+
+def any_function(recorder: Recorder, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Runs a function that takes parameters. The backward pass of each of its outputs whose samples are apart goes
+    through the function once for each sample."""
+    name = getattr(function, "__name__", repr(function))
+    if name in _NOT_DIFFERENTIABLE or _changes_its_arguments(function) or kwargs.get("out") is not None:
+        return function(*args, **kwargs)
+    stand_ins: list[Tensor] = []
+
+    def stand_in(tensor: Tensor) -> Tensor:
+        if not recorder.binds(tensor):
+            return tensor
+        stand_ins.append(tensor.view_as(tensor))  # which no other call has
+        return stand_ins[-1]
+
+    args, kwargs = tree_map_only(Tensor, stand_in, (args, kwargs))
+    result = function(*args, **kwargs)
+    leaves, structure = tree_flatten(result)
+    for i, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor) and leaf.requires_grad and not recorder.binds(leaf):
+            call = recorder.call(*(recorder.operand(each) for each in stand_ins))
+            leaves[i] = _Arrival.apply(recorder, call, name, tuple(stand_ins), leaf)
+    return tree_unflatten(leaves, structure)
 
 
 _ELEMENTWISE = (
     *(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__, Tensor.add_),
-    *(torch.sub, Tensor.sub, Tensor.__sub__, Tensor.__rsub__),
+    *(torch.sub, Tensor.sub, Tensor.__sub__, Tensor.__rsub__, Tensor.__isub__, Tensor.sub_),
     *(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, Tensor.__imul__, Tensor.mul_),
-    *(torch.div, Tensor.div, Tensor.__truediv__, torch.true_divide),
+    *(torch.div, Tensor.div, Tensor.__truediv__, torch.true_divide, Tensor.__itruediv__, Tensor.div_),
+    *(torch.pow, Tensor.pow, Tensor.__pow__, torch.maximum, torch.minimum),
 )
 
 RULES: dict[Any, Callable[..., Any]] = {
@@ -552,10 +829,13 @@ RULES: dict[Any, Callable[..., Any]] = {
     Tensor.__matmul__: matmul,
     torch.mm: matmul,
     Tensor.mm: matmul,
+    torch.addmm: addmm,
     torch.conv1d: _convolution(1),
     torch.conv2d: _convolution(2),
+    torch.conv3d: _convolution(3),
     torch.conv_transpose1d: _transposed_convolution(1),
     torch.conv_transpose2d: _transposed_convolution(2),
+    torch.conv_transpose3d: _transposed_convolution(3),
     F.group_norm: group_norm,
     torch.group_norm: group_norm,
     F.layer_norm: layer_norm,
@@ -563,7 +843,16 @@ RULES: dict[Any, Callable[..., Any]] = {
     F.rms_norm: rms_norm,
     torch.rms_norm: rms_norm,
     F.batch_norm: batch_norm,
+    F.instance_norm: instance_norm,
     F.embedding: embedding,
+    F.scaled_dot_product_attention: attention,
     Tensor.expand: expand,
+    Tensor.expand_as: expand_as,
+    torch.broadcast_to: broadcast_to,
+    Tensor.broadcast_to: broadcast_to,
+    Tensor.repeat: repeat,
+    Tensor.__setitem__: set_item,
+    torch.where: where,
+    Tensor.where: lambda recorder, value, condition, other: where(recorder, condition, value, other),
     **{function: elementwise(function) for function in _ELEMENTWISE},
 }

@@ -9,6 +9,12 @@ import torch
 from torch import Tensor, nn
 
 
+def require_no_inference_mode(what: str) -> None:
+    """Raises RuntimeError where nothing can be differentiated, whatever torch.enable_grad() says."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(f"{what} needs gradients, and torch.inference_mode() is on. Call it outside of that.")
+
+
 @contextmanager
 def same_random_numbers(
     device: torch.device, generators: Sequence[torch.Generator] = ()

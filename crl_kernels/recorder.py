@@ -1,37 +1,62 @@
-"""Which function is called with which parameter, and what is to be done about it, while per-sample gradients are read.
+"""Which function is called with which parameter, and what each backward pass is for, while per-sample gradients are
+read.
 
-A ``TorchFunctionMode`` sees every call of torch's API, so parameters are found by identity wherever they are used:
-in subclasses, tied weights, functional calls, and views such as the thirds of an attention's input projection. A call
-that has a rule (layer_rules.py) goes through it. Any other call that makes something differentiable of a parameter is
-noted with the module that was running; that module's inputs and the gradients of its outputs are kept, and the
-per-sample gradients of those parameters are taken by vmap over the module once the backward pass is done.
+A ``TorchFunctionMode`` sees every call of torch's API, so parameters are found by identity wherever they are used: in
+subclasses, tied weights, functional calls, and views such as the thirds of an attention's input projection. A call that
+has a rule (layer_rules.py) goes through it; any other that takes a parameter goes through ``any_function``, which is
+exact and slow. Tensors that are made of parameters alone, such as a normalised weight or a table of positions, count
+as parameters where they meet the samples.
+
+Nothing is assumed of where the samples are: passes with weights measure it (sample_rows.py).
 """
 
+import enum
 import types
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from .layer_gradients import SampleGradient
-from .layer_rules import RULES
-
-Settle = Callable[["ParameterUse", SampleGradient], Tensor]
+from .binding import join_names
+from .layer_gradients import MatrixGradient, SampleGradient
+from .layer_rules import RULES, any_function
+from .preserved import without_gradient_hooks
+from .sample_rows import ROUNDING, ROUNDING_16_BIT, Codes, Rows, fingerprint
 
 _BACKWARD = (Tensor.backward, torch.autograd.backward, torch.autograd.grad)
+# Functions with an integer or boolean tensor among their arguments that move no rows.
+_KEEP_ROWS = {
+    *(F.embedding, F.cross_entropy, F.nll_loss, F.scaled_dot_product_attention, F.multi_head_attention_forward),
+    *(torch.where, Tensor.where, Tensor.masked_fill, Tensor.masked_fill_, torch.masked_fill),
+    *(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, Tensor.__imul__, Tensor.mul_),
+    *(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, torch.sub, Tensor.sub, Tensor.__sub__, Tensor.__rsub__),
+    *(torch.div, Tensor.div, Tensor.__truediv__),
+}
+_SORTS = {torch.sort, Tensor.sort, torch.topk, Tensor.topk}
+
+
+class Pass(enum.Enum):
+    """What a backward pass is for."""
+
+    ORDINARY = enum.auto()
+    MEASURE = enum.auto()  # where the samples are
+    CHECK = enum.auto()  # that, and the parameters' gradients
+    STATISTICS = enum.auto()  # of per-sample gradients: the block's own
+    SUMS = enum.auto()  # of per-sample gradients with weights
 
 
 def _no(*_: Any) -> bool:
     return False
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
@@ -51,13 +76,6 @@ class ParameterUse:
     shape: torch.Size
     strides: tuple[int, ...]
     offset: int
-    settle_with: Settle
-    registered: bool = False
-    settled: bool = False
-    covered: bool = False  # a module that is run again under vmap has it
-
-    def settle(self, gradient: SampleGradient) -> Tensor:
-        return self.settle_with(self, gradient)
 
     def overlaps(self, other: "ParameterUse") -> bool:
         (first, last), (start, stop) = self._extent(), other._extent()
@@ -92,316 +110,459 @@ class ParameterUse:
 
 
 @dataclass(eq=False)
-class ModuleCall:
-    """A call of a module in which parameters were used in ways that have no rule."""
+class Derived:
+    """A tensor with a gradient that is no parameter, where a call has its parameter: if several samples share its
+    elements, it is made of parameters alone there, and their per-sample gradients go through it."""
 
-    module: nn.Module
-    args: Any
-    kwargs: Any
-    indices: list[int]  # of the parameters
-    versions: list[int]  # of the inputs' tensors
-    grads: dict[int, Tensor] = field(default_factory=dict)  # by position among the outputs
+
+Operand = ParameterUse | Derived
 
 
 @dataclass(eq=False)
-class _Running:
-    """A module that is running."""
+class LayerCall:
+    """A call of a function with a rule, or by ``any_function``."""
 
-    module: nn.Module
-    first_use: int  # how many uses there were before
-    first_call: int
-    inputs: list[Tensor]
-    versions: list[int]  # of the inputs, before it ran
-    noted: set[int] = field(default_factory=set)  # parameters that are used in it without a rule
+    recorder: "Recorder"
+    operands: tuple[Operand | None, ...]
+    key: Any = None  # its number in the forward pass; set when it arrives, if made in a checkpoint's second run
+
+    def rows(self, b: Tensor, dims: Sequence[int]) -> Rows | None:
+        """In which of ``dims`` of the output whose gradient is ``b`` the samples are, if per-sample gradients are to be
+        taken there in this pass."""
+        return self.recorder.arrive(self, b, tuple(dims))
+
+    def skips(self, slot: int) -> bool:
+        """Whether nobody reads the operand's gradient in this pass."""
+        return self.recorder.purpose is Pass.MEASURE and isinstance(self.operands[slot], ParameterUse)
+
+    def note_gradient(self, slot: int, gradient: Tensor) -> None:
+        """Of a derived operand, for what is measured."""
+        if self.recorder.purpose in (Pass.MEASURE, Pass.CHECK) and isinstance(self.operands[slot], Derived):
+            self.recorder.note(self, slot, gradient, tuple(range(gradient.dim())))
+
+    def takes(self, slot: int) -> bool:
+        """Whether per-sample gradients of the operand are to be taken, where ``rows`` gave some."""
+        operand, layout = self.operands[slot], self.recorder.layout
+        if operand is None or layout is None:
+            return False
+        if isinstance(operand, ParameterUse):
+            return operand.index not in layout.by_passes
+        return (self.key, slot) in layout.shared
+
+    def settle(self, slot: int, gradient: SampleGradient, edge: GradientEdge | None) -> Tensor:
+        """Takes the operand's per-sample gradients and returns their sum. ``edge``: of the operand in the graph."""
+        operand = self.operands[slot]
+        if isinstance(operand, ParameterUse):
+            return self.recorder.sink.take(operand, gradient)
+        assert edge is not None
+        matrix = gradient.matrix()
+        self.recorder.pull_back(edge, matrix)
+        return matrix.sum(0)
+
+
+class Sink(Protocol):
+    """Where per-sample gradients go."""
+
+    def take(self, use: ParameterUse, gradient: SampleGradient) -> Tensor:
+        """Returns their sum."""
+        ...
+
+    def weights(self) -> Tensor | None:
+        """(K, N) if only sums with these weights are wanted."""
+        ...
+
+    def prepare(self, losses: "Losses | None") -> None:
+        """Before the block's backward pass."""
+        ...
+
+
+@dataclass(frozen=True)
+class Losses:
+    """A tensor in the graph whose first dimension is the sample, and from whose sum or mean a pass starts."""
+
+    edge: GradientEdge
+    shape: torch.Size
+    start: tuple[Tensor, Any] | None = None  # of the block's pass, and its gradient
+
+    @property
+    def count(self) -> int:
+        return self.shape[0]
+
+    def of_the_pass(self) -> Tensor | float:
+        """The gradient that reaches the losses in the block's pass: 1 from their sum, 1 / N from their mean."""
+        if self.start is None:
+            return 1.0
+        start, gradient = self.start
+        if torch.autograd.graph.get_gradient_edge(start) == self.edge:
+            return torch.ones_like(start) if gradient is None else gradient
+        found: Tensor = torch.autograd.grad(start, [self.edge], gradient, retain_graph=True)[0]
+        return found
+
+    def seeds(self, weights: Tensor) -> Tensor:
+        """(N,) weights as the gradient of the tensor."""
+        kind = self.edge.node._input_metadata[self.edge.output_nr]
+        return weights.to(kind.device, kind.dtype).reshape(-1, *(1,) * (len(self.shape) - 1)).expand(self.shape)
+
+
+@dataclass
+class _Prints:
+    dims: tuple[int, ...]
+    dtype: torch.dtype
+    passes: list[Tensor] = field(default_factory=list)
+
+
+@dataclass
+class Layout:
+    """Where the samples are in each call of one sequence of calls."""
+
+    count: int
+    calls: dict[Any, Rows] = field(default_factory=dict)  # of those whose output no two samples share
+    shared: set[Any] = field(default_factory=set)  # (call, slot) of derived operands that samples share
+    several: set[int] = field(default_factory=set)  # parameters that several calls give overlapping gradients
+    by_passes: tuple[int, ...] = ()  # parameters whose per-sample gradients take a backward pass a sample
+    rounding: float = 0.0  # how far sums of the same gradients may be apart, relatively
+    assumed: bool = False  # the first dimension is taken for the sample, unmeasured
 
 
 class Recorder(TorchFunctionMode):
-    """See the module's docstring. ``settle(use, gradient)`` is called in the backward pass for each use that has a
-    rule, and returns the sum of the per-sample gradients."""
+    """See the module's docstring."""
 
-    def __init__(self, model: nn.Module, params: Sequence[Tensor], names: Sequence[str], settle: Settle) -> None:
+    def __init__(self, params: Sequence[Tensor], names: Sequence[str], sink: Callable[[], Sink]) -> None:
         super().__init__()
-        self._model, self._names, self._settle_with = model, names, settle
+        self._params, self.names = list(params), names
         self._index = {id(parameter): i for i, parameter in enumerate(params)}
-        self._params = list(params)
         self.recording = False
-        self.num_samples: int | None = None
-        self.uses: list[ParameterUse] = []
-        self.calls: list[ModuleCall] = []
-        self._stack: list[_Running] = []
-        self._attention: int | None = None
-        self._handles: list[Any] = []
-        self.stray: dict[int, str] = {}  # parameters used without a rule outside of every module, and by which function
+        self.purpose = Pass.ORDINARY
+        self.layout: Layout | None = None
+        self.signature = 0  # of the differentiable calls in the forward pass
+        self.moves_rows = False  # by indices, which differ from batch to batch
+        self.first_size: int | None = None  # of the first differentiable tensor's first dimension
+        self.calls: list[LayerCall] = []
+        self._prints: dict[Any, _Prints] = {}  # of the present measurement, by call and slot
+        self.arrivals = 0  # of calls in the present pass
+        self.finished_passes = 0
+        self._late = 0  # calls of checkpoints' second runs in the present pass
+        self._sink = sink
+
+    @property
+    def sink(self) -> Sink:
+        return self._sink()
 
     # What is called with what
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _BACKWARD:  # what checkpoints run again in it is to be seen
-            return self._inside(func, args, kwargs)
-        if not torch.is_grad_enabled() or not self.recording:
-            return func(*args, **kwargs)
-        found = self._bound_among(args, kwargs)
-        if not found and func is not F.batch_norm:
+        if func in _BACKWARD:
+            return self._backward(func, args, kwargs)
+        if not torch.is_grad_enabled() or not self.recording or torch._C._functorch.peek_interpreter_stack() is not None:
             return func(*args, **kwargs)
         if func is F.multi_head_attention_forward:
-            return self._attend(func, args, kwargs)
+            return self.inside(func, args, kwargs)
         rule = RULES.get(func)
-        if rule is not None:
-            result = rule(self, *args, **kwargs)
-            if result is not NotImplemented:
-                return result
-        result = func(*args, **kwargs)
-        for tensor in tree_flatten(result)[0]:
-            if isinstance(tensor, Tensor) and tensor.requires_grad and not self.binds(tensor):
-                self._note(found, func)
-                break
+        result = NotImplemented if rule is None else rule(self, *args, **kwargs)
+        if result is NotImplemented:
+            result = any_function(self, func, args, kwargs) if self._takes_parameter(args, kwargs) else func(*args, **kwargs)
+        if not in_backward():
+            self._sign(func, args, kwargs, result)
         return result
 
-    def _inside(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def _sign(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        first = result[0] if isinstance(result, (tuple, list)) and result else result
+        if isinstance(first, Tensor) and first.requires_grad:
+            if self.first_size is None and first.dim():
+                self.first_size = first.shape[0]
+            key = _constants((args, kwargs))
+            self.signature = hash((self.signature, func, first.shape, key))
+            self.moves_rows = self.moves_rows or func in _SORTS or (func not in _KEEP_ROWS and _INDEX in _flat(key))
+
+    def inside(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Runs a Python function of torch's and sees what it calls. It asks first whether a mode wants it, and would
         come back here; so a copy of it runs, which is told that none does."""
         answers = dict.fromkeys(("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"), _no)
         body = types.FunctionType(func.__code__, {**func.__globals__, **answers}, func.__name__, func.__defaults__)
         body.__kwdefaults__ = func.__kwdefaults__
-        with self:
+        with nullcontext() if self in _get_current_function_mode_stack() else self:  # a call is handled once
             return body(*args, **kwargs)
 
-    def _bound_among(self, args: Any, kwargs: Any) -> set[int]:
-        found = set()
+    def _takes_parameter(self, args: Any, kwargs: Any) -> bool:
         for arg in (*args, *kwargs.values()):
             for tensor in arg if isinstance(arg, (list, tuple)) else (arg,):
-                if isinstance(tensor, Tensor) and tensor.requires_grad:
-                    index = self._index_of(tensor)
-                    if index is not None:
-                        found.add(index)
-        return found
+                if isinstance(tensor, Tensor) and self.binds(tensor):
+                    return True
+        return False
 
     def _index_of(self, tensor: Tensor) -> int | None:
+        if not tensor.requires_grad:
+            return None
         index = self._index.get(id(tensor))
-        base = tensor._base if index is None else None
-        if base is not None and base.is_contiguous():  # or its views' strides would not be those of its elements
-            index = self._index.get(id(base))
+        if index is None and tensor._base is not None:
+            base = tensor._base
+            # Or its views' strides would not be those of its elements.
+            if base.is_contiguous() and base.dtype == tensor.dtype:
+                index = self._index.get(id(base))
         return index
 
     def binds(self, tensor: Tensor) -> bool:
+        """Whether the tensor is a bound parameter or a view of one."""
         return self._index_of(tensor) is not None
 
-    def use(self, tensor: Tensor | None) -> ParameterUse | None:
-        index = None if tensor is None or not tensor.requires_grad else self._index_of(tensor)
-        if tensor is None or index is None:
+    def operand(self, tensor: Any) -> Operand | None:
+        """What ``tensor`` is where a call has its parameter; None if there is nothing to take."""
+        if not isinstance(tensor, Tensor) or not tensor.requires_grad:
             return None
+        index = self._index_of(tensor)
+        if index is None:
+            return Derived() if tensor.grad_fn is not None else None
         parameter = self._params[index]
         if tensor is parameter:
-            strides, offset = contiguous_strides(tensor.shape), 0
-        else:
-            strides, offset = tensor.stride(), int(tensor.storage_offset() - parameter.storage_offset())
-        use = ParameterUse(index, tensor.shape, strides, offset, self._settle_with)
-        if not _in_backward():  # a checkpointed segment's second run is no second use
-            self.register(use)
-        return use
+            return ParameterUse(index, tensor.shape, contiguous_strides(tensor.shape), 0)
+        offset = int(tensor.storage_offset() - parameter.storage_offset())
+        return ParameterUse(index, tensor.shape, tensor.stride(), offset)
 
-    def register(self, use: ParameterUse) -> None:
-        use.registered = True
-        self.uses.append(use)
+    def call(self, *operands: Operand | None) -> LayerCall:
+        """A new call, of which the backward pass will hear."""
+        if in_backward():  # in a checkpoint's second run: if it is a call of its own, its backward will come
+            return LayerCall(self, operands)
+        self.calls.append(LayerCall(self, operands, len(self.calls)))
+        return self.calls[-1]
 
-    def samples(self, tensor: Tensor, dim: int = 0) -> int | None:
-        size = tensor.shape[dim]
-        if self.num_samples is None:
-            self.num_samples = size
-        return size if size == self.num_samples else None
+    # Backward passes
 
-    # Multi-head attention
+    def _backward(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if func is torch.autograd.grad or in_backward() or not self.recording or self.purpose is not Pass.ORDINARY:
+            return self.inside(func, args, kwargs)
+        if not self.finished_passes:
+            self.sink.prepare(_losses(func, args, kwargs))
+        with self.purposed(Pass.STATISTICS):
+            result = self.inside(func, args, kwargs)
+            self.finished_passes += bool(self.arrivals)
+        return result
 
-    def attention_samples(self) -> int | None:
-        return self._attention
-
-    def _attend(self, func: Any, args: Any, kwargs: Any) -> Any:
-        query = args[0] if args else kwargs["query"]
-        if query.dim() != 3 or self.samples(query, 1) is None:
-            result = func(*args, **kwargs)
-            self._note(self._bound_among(args, kwargs), func)
-            return result
-        self._attention = query.shape[1]
+    @contextmanager
+    def purposed(self, purpose: Pass) -> Generator[None, None, None]:
+        """A backward pass in the block is for this purpose."""
+        before = self.purpose, self._late, self.arrivals
+        self.purpose, self._late, self.arrivals = purpose, 0, 0
         try:
-            return self._inside(func, args, kwargs)
+            yield
         finally:
-            self._attention = None
+            self.purpose, self._late, self.arrivals = before
 
-    # Modules, for what has no rule
-
-    def watch(self) -> None:
-        """Begins to record."""
-        self.recording = True
-        for module in self._model.modules():
-            self._handles.append(module.register_forward_pre_hook(self._enter_module, with_kwargs=True))
-            self._handles.append(module.register_forward_hook(self._leave_module, with_kwargs=True, always_call=True))
-
-    def unwatch(self) -> None:
-        self.recording = False
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._stack.clear()
-
-    def _enter_module(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not torch.is_grad_enabled() or _in_backward():
-            return
-        if module is self._model and self.num_samples is None:
-            sizes = (
-                leaf.shape[0] for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor) and leaf.dim()
+    def arrive(self, call: LayerCall, b: Tensor, dims: tuple[int, ...]) -> Rows | None:
+        if self.purpose is Pass.ORDINARY or torch.is_grad_enabled():
+            return None
+        if self.purpose is Pass.STATISTICS and self.finished_passes:
+            raise RuntimeError(
+                "a second backward pass went through the model inside of one SampleGradients block. Make one pass from "
+                "the sum of all losses, or use a block for each."
             )
-            self.num_samples = next(sizes, None)
-        inputs = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
-        versions = [leaf._version for leaf in inputs]
-        self._stack.append(_Running(module, len(self.uses), len(self.calls), inputs, versions))
+        self.arrivals += 1
+        if call.key is None:
+            call.key = f"second run {self._late}"
+            self._late += 1
+        if self.purpose in (Pass.MEASURE, Pass.CHECK):
+            self.note(call, None, b, dims)
+            return None
+        assert self.layout is not None
+        if self.layout.assumed:
+            first = dims[:1] == (0,) and b.shape[0] == self.layout.count
+            return Rows.batch_first(self.layout.count, b.device) if first else None
+        return self.layout.calls.get(call.key)
 
-    def _leave_module(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if not self._stack or self._stack[-1].module is not module or _in_backward():
-            return
-        running = self._stack.pop()
-        noted = running.noted
-        if not noted or output is None:
-            return
-        # A module that has neither the parameters nor the samples, such as a parametrisation, is part of one that has;
-        # so is one that is given its parameter as an argument.
-        own = {id(parameter) for parameter in module.parameters()}
-        above = {index for index in noted if id(self._params[index]) not in own}
-        above |= noted & self._bound_among(running.inputs, {})
-        if not all(map(self._has_samples, ((args, kwargs), output))):
-            above = noted
-        self._note_in_running_module(above, type(module).__name__)
-        noted = noted - above
-        if not noted:
-            return
-        if [leaf._version for leaf in running.inputs] != running.versions:
-            raise RuntimeError(_changed(type(module).__name__))
-        leaves, structure = tree_flatten((args, kwargs))
-        # Detached, they do not keep the graph, which keeps this recorder; and their versions are the inputs'.
-        detached = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        args, kwargs = tree_unflatten(detached, structure)
-        call = ModuleCall(module, args, kwargs, sorted(noted), running.versions)
-        # The module is run again as a whole: that has all uses of these parameters in it.
-        for use in self.uses[running.first_use :]:
-            use.covered = use.covered or use.index in noted
-        for inner in self.calls[running.first_call :]:
-            inner.indices = [index for index in inner.indices if index not in noted]
-        for position, leaf in enumerate(tree_flatten(output)[0]):
-            if isinstance(leaf, Tensor) and leaf.requires_grad:
-                leaf.register_hook(self._keep_grad(call, position))
-        self.calls.append(call)
+    def note(self, call: LayerCall, slot: int | None, gradient: Tensor, dims: tuple[int, ...]) -> None:
+        prints = self._prints.setdefault((call.key, slot), _Prints(dims, gradient.dtype))
+        prints.passes.append(fingerprint(gradient, dims))
 
-    @staticmethod
-    def _keep_grad(call: ModuleCall, position: int) -> Callable[[Tensor], None]:
-        def keep(grad: Tensor) -> None:
-            call.grads[position] = grad
+    def begin_measurement(self) -> None:
+        self._prints.clear()
 
-        return keep
+    def layout_of(self, codes: Codes) -> tuple[Layout, bool]:
+        """What was measured in the passes of ``codes``, and whether it holds for other values in the same places."""
+        layout, lasting = Layout(codes.count), True
+        # Rounded to 16 bits anywhere, gradients are rounded everywhere before.
+        dtypes = sorted((prints.dtype for prints in self._prints.values()), key=lambda dtype: dtype.itemsize)
+        layout.rounding = ROUNDING.get(dtypes[0], ROUNDING_16_BIT) if dtypes else 0.0
+        for (call, slot), prints in self._prints.items():
+            complete = len(prints.passes) == len(codes.passes)
+            rows = codes.rows(prints.passes, prints.dims, layout.rounding) if complete else None
+            lasting = lasting and complete and (rows is None or rows.lasting)
+            if slot is None and rows is not None:
+                layout.calls[call] = rows
+            elif slot is not None and rows is None:
+                layout.shared.add((call, slot))
+        self._prints.clear()
+        return layout, lasting
 
-    def _has_samples(self, values: Any) -> bool:
-        leaves = (leaf for leaf in tree_flatten(values)[0] if isinstance(leaf, Tensor) and leaf.dim())
-        return any(leaf.shape[0] == self.num_samples for leaf in leaves)
+    def differentiate(self, losses: "Losses", weights: Tensor, inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        """Gradients of sum_i w_i loss_i, with the graph retained."""
+        return self._gradients([losses.edge], [losses.seeds(weights)], inputs)
 
-    def _note(self, indices: set[int], func: Any) -> None:
-        name = getattr(func, "__name__", repr(func))
-        if _in_backward():
-            # A checkpointed segment runs again. Its first run has been noted, unless that was without gradients.
-            if new := indices - {index for call in self.calls for index in call.indices}:
-                raise NotImplementedError(
-                    f"parameter {self._names[min(new)]!r} is used by {name}, which has no rule, inside of a reentrant "
-                    "checkpoint. Use torch.utils.checkpoint with use_reentrant=False."
-                )
-            return
-        self._note_in_running_module(indices, name)
-        if self._stack:
-            _say_once(name, [self._names[index] for index in sorted(indices)], type(self._stack[-1].module).__name__)
-
-    def _note_in_running_module(self, indices: set[int], name: str) -> None:
-        if self._stack:
-            self._stack[-1].noted.update(indices)
-        else:
-            self.stray.update(dict.fromkeys(indices, name))
-
-    # The second run
-
-    def gradients_of_calls(self) -> list[tuple[int, Tensor]]:
-        """(index of a parameter, its per-sample gradients (N, *shape)) of each call that the backward pass reached; the
-        next backward pass begins anew."""
-        found = []
-        recording, self.recording = self.recording, False
-        try:
-            for call in self.calls:
-                if call.indices and call.grads:
-                    found += list(zip(call.indices, _gradients_of(call, self._params, self.num_samples), strict=True))
-        finally:
-            self.recording = recording
-            self.forget_calls()
+    def _gradients(
+        self, edges: list[GradientEdge], seeds: list[Tensor], inputs: Sequence[Tensor]
+    ) -> Sequence[Tensor | None]:
+        if not in_backward() and (leaves := _leaves_behind_reentrant_checkpoints(edges)) is not None:
+            return self._accumulated(edges, seeds, inputs, leaves)
+        options = {"retain_graph": True, "allow_unused": True}
+        found: Sequence[Tensor | None] = self.inside(torch.autograd.grad, (edges, list(inputs), seeds), options)
         return found
 
-    def forget_calls(self) -> None:
-        """As if no backward pass had reached any call."""
-        for call in self.calls:
-            call.grads.clear()
+    def _accumulated(
+        self, edges: list[GradientEdge], seeds: list[Tensor], inputs: Sequence[Tensor], leaves: list[Tensor]
+    ) -> Sequence[Tensor | None]:
+        """By ``backward``, which is all that reentrant checkpoints know; with every leaf's ``.grad`` as it was."""
+        touched = {id(leaf): leaf for leaf in (*leaves, *self._params, *inputs)}.values()
+        before = [(leaf, leaf.grad, leaf._post_accumulate_grad_hooks) for leaf in touched]
+        with without_gradient_hooks(touched):
+            try:
+                for leaf in touched:
+                    leaf.grad, leaf._post_accumulate_grad_hooks = None, None  # type: ignore[assignment]
+                self.inside(torch.autograd.backward, (edges, seeds), {"retain_graph": True})
+                return [each.grad for each in inputs]
+            finally:
+                for leaf, gradient, hooks in before:
+                    leaf.grad, leaf._post_accumulate_grad_hooks = gradient, hooks
 
+    def weights_of_rows(self, count: int) -> Tensor:
+        weights = self.sink.weights()
+        return torch.eye(count, dtype=torch.float64, device=self._params[0].device) if weights is None else weights
 
-def _changed(module: str) -> str:
-    return (
-        f"an input of {module}, which has to be run again for its per-sample gradients, was changed in place. Avoid "
-        "the in-place operation."
-    )
+    def pull_back(self, edge: GradientEdge, matrix: Tensor) -> None:
+        """Takes per-sample gradients of parameters, from those of a tensor that is made of them: (N, *shape)."""
+        weights = self.sink.weights()
+        rows = matrix if weights is None else torch.einsum("kn,n...->k...", weights.to(matrix.dtype), matrix)
+        self.take_rows(lambda i: ([edge], [rows[i]]), len(rows), self._params)
+
+    def say_slow(self, function: str, inputs: Sequence[Tensor], count: int) -> None:
+        if count == 1:
+            return
+        names = {self.names[use.index] for use in map(self.operand, inputs) if isinstance(use, ParameterUse)}
+        say_once(
+            f"there is no rule for the per-sample gradients of {join_names(sorted(names))} in {function}: they take a "
+            f"backward pass through it for each of the {count} samples of a batch.",
+        )
+
+    def take_rows(
+        self, seeds: Callable[[int], tuple[list[GradientEdge], list[Tensor]]], count: int, inputs: Sequence[Tensor]
+    ) -> None:
+        """One backward pass for each row of what is taken, to those of ``inputs`` that it reaches. Inputs are bound
+        parameters or what stands for them in one call."""
+        kept: dict[int, list[Tensor]] = {}
+        with self.purposed(Pass.ORDINARY):
+            reached = list(range(len(inputs)))
+            for i in range(count):
+                edges, gradients = seeds(i)
+                found = self._gradients(edges, gradients, [inputs[k] for k in reached])
+                if i == 0:
+                    reached = [k for k, gradient in zip(reached, found, strict=True) if gradient is not None]
+                    found = [gradient for gradient in found if gradient is not None]
+                    kept = {k: [] for k in reached}
+                    if not reached:
+                        return
+                for k, gradient in zip(reached, found, strict=True):
+                    kept[k].append(_dense(gradient))
+        for k, gradients in kept.items():
+            use = self.operand(inputs[k])
+            assert isinstance(use, ParameterUse)
+            self.sink.take(use, _Taken(torch.stack(gradients), self.sink.weights() is not None))
 
 
 _said: set[str] = set()
 
 
-def _say_once(function: str, names: Sequence[str], module: str) -> None:
-    if function not in _said:
-        _said.add(function)
-        warnings.warn(
-            f"there is no rule for the per-sample gradients of {', '.join(map(repr, names))} in {function}: "
-            f"{module}, or the module around it, is run again under torch.func.vmap to have them, which costs about as "
-            "much as that module once more, and memory for the matrix of their per-sample gradients.",
-            stacklevel=2,
-        )
+def say_once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        warnings.warn(message, stacklevel=2)
 
 
-def _gradients_of(call: ModuleCall, params: Sequence[Tensor], count: int | None) -> list[Tensor]:
-    module = call.module
-    leaves, structure = tree_flatten((call.args, call.kwargs))
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    what = type(module).__name__
-    if [tensor._version for tensor in tensors] != call.versions:
-        raise RuntimeError(_changed(what))
-    in_dims = [0 if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == count else None for leaf in leaves]
-    of = {id(parameter): name for name, parameter in module.named_parameters()}
-    names = [of[id(params[index])] for index in call.indices if id(params[index]) in of]
-    if len(names) < len(call.indices):
-        raise NotImplementedError(
-            f"a parameter that does not belong to {what} is used in it in a way that has no rule, so its per-sample "
-            "gradients cannot be taken. Exclude it with exclude=."
-        )
-    positions = sorted(call.grads)
-    if any(call.grads[position].shape[:1] != (count,) for position in positions):
-        raise NotImplementedError(
-            f"{what} has to be run again for its per-sample gradients, and the first dimension of its output is not "
-            f"the batch of {count}. Exclude its parameters with exclude=."
-        )
+class _Taken(MatrixGradient):
+    """Rows that are those of the samples, or already the sums with weights."""
 
-    def product(values: tuple[Tensor, ...], grads: tuple[Tensor, ...], *sample: Any) -> Tensor:
-        one = [leaf.unsqueeze(0) if dim == 0 else leaf for leaf, dim in zip(sample, in_dims, strict=True)]
-        args, kwargs = tree_unflatten(one, structure)
-        output = torch.func.functional_call(module, dict(zip(names, values, strict=True)), args, kwargs)
-        flat = tree_flatten(output)[0]
-        return torch.stack([(flat[p][0] * grad).sum() for p, grad in zip(positions, grads, strict=True)]).sum()
+    def __init__(self, matrix: Tensor, summed: bool) -> None:
+        super().__init__(matrix)
+        self._summed = summed
 
-    values = tuple(params[index].detach() for index in call.indices)
-    grads = tuple(call.grads[position] for position in positions)
-    with torch.enable_grad():
-        try:
-            gradients = torch.func.vmap(torch.func.grad(product), in_dims=(None, 0, *in_dims))(values, grads, *leaves)
-        except (RuntimeError, NotImplementedError, ValueError) as error:
-            raise NotImplementedError(
-                f"{what} uses {', '.join(map(repr, names))} in a way that has no rule, and torch.func.vmap cannot run "
-                f"it: {error}"
-            ) from error
-    return [gradient.detach() for gradient in gradients]
+    def weighted_sums(self, weights: Tensor) -> Tensor:
+        return self._matrix if self._summed else super().weighted_sums(weights)
+
+
+def _dense(gradient: Tensor | None) -> Tensor:
+    assert gradient is not None
+    return (gradient.to_dense() if gradient.is_sparse else gradient).detach()
+
+
+# What a call has besides tensors, as something that can be hashed
+
+_INDEX = "an integer or boolean tensor"
+
+
+def _constants(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        floating = value.is_floating_point() or value.is_complex()
+        return (value.shape, "tensor" if floating or not value.dim() else _INDEX)
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_constants, value))
+    if isinstance(value, dict):
+        return tuple((name, _constants(each)) for name, each in value.items())
+    if isinstance(value, slice):
+        return (value.start, value.stop, value.step)
+    return value if isinstance(value, (int, str, type(None), torch.dtype)) else type(value)
+
+
+def _flat(key: Any) -> Generator[Any, None, None]:
+    if isinstance(key, tuple):
+        for each in key:
+            yield from _flat(each)
+    else:
+        yield key
+
+
+# The graph
+
+
+def _leaves_behind_reentrant_checkpoints(edges: Sequence[GradientEdge]) -> list[Tensor] | None:
+    """The leaves of the graph, if there is a checkpoint with use_reentrant=True in it."""
+    nodes, reentrant = [edge.node for edge in edges], False
+    seen, leaves = set(nodes), []
+    while nodes:
+        node = nodes.pop()
+        reentrant = reentrant or node.name() == "CheckpointFunctionBackward"
+        if (leaf := getattr(node, "variable", None)) is not None:
+            leaves.append(leaf)
+        for after, _ in node.next_functions:
+            if after is not None and after not in seen:
+                seen.add(after)
+                nodes.append(after)
+    return leaves if reentrant else None
+
+
+_SAME_SAMPLES = {"MulBackward0", "DivBackward0", "CloneBackward0", "AliasBackward0", "ToCopyBackward0", "NegBackward0"}
+_REDUCTIONS = {"SumBackward0", "SumBackward1", "MeanBackward0", "MeanBackward1"}
+
+
+def _losses(func: Any, args: Any, kwargs: Any) -> Losses | None:
+    """What a pass from a scalar sums or averages; None if the graph does not show it."""
+    names = ("self", "gradient") if func is Tensor.backward else ("tensors", "grad_tensors")
+    given = [args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(names)]
+    if all(isinstance(each, (list, tuple)) and len(each) == 1 or each is None for each in given):
+        given = [each and each[0] for each in given]
+    start, gradient = given
+    if not isinstance(start, Tensor) or start.grad_fn is None:
+        return None
+    if start.dim() == 1:
+        return Losses(torch.autograd.graph.get_gradient_edge(start), start.shape, (start, gradient))
+    node = start.grad_fn
+    if start.numel() != 1:
+        return None
+    while node is not None:
+        edges = [(after, output) for after, output in node.next_functions if after is not None]
+        if len(edges) != 1:
+            return None
+        if node.name() in _REDUCTIONS:
+            shape = torch.Size(node._saved_self_sym_sizes)  # type: ignore[attr-defined]
+            partial = node.name().endswith("1") and len(shape) > 1  # over some dimensions
+            return Losses(GradientEdge(*edges[0]), shape, (start, gradient)) if shape and not partial else None
+        if node.name() not in _SAME_SAMPLES:
+            return None
+        node = edges[0][0]
+    return None

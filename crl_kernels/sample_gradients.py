@@ -10,22 +10,26 @@ in the one backward pass that a training step makes anyway.
 """
 
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from .binding import Binding, join_names
 from .layer_gradients import MatrixGradient, SampleGradient, Statistics, Wanted
-from .preserved import without_gradient_hooks
-from .recorder import ParameterUse, Recorder, Settle, contiguous_strides
+from .preserved import require_no_inference_mode, without_gradient_hooks
+from .recorder import Layout, Losses, ParameterUse, Pass, Recorder, Sink, contiguous_strides, say_once
+from .sample_rows import Codes
 
 _NOT_OF_THIS_BLOCK = "weighted_sums needs losses that the model has computed in this SampleGradients block."
+# Of each model, where the samples are in the sequences of calls that were measured; the latest so many.
+_LAYOUTS: "weakref.WeakKeyDictionary[nn.Module, dict[Any, Layout]]" = weakref.WeakKeyDictionary()
+_LAYOUTS_KEPT = 256
 # Per-sample gradients of at most so many elements a parameter are kept until the end and taken together: a bias or a
 # scale of a norm costs more in calls than in arithmetic.
 _SMALL = 4096
@@ -77,25 +81,43 @@ class _WeightedSums:
     """sum_i w_ki g_i while a backward pass makes the g_i."""
 
     def __init__(self, weights: Tensor, binding: Binding) -> None:
-        self._weights = weights  # (K, N)
+        self.weights = weights  # (K, N)
         self.rows = weights.new_zeros(len(weights), binding.layout.numel, dtype=binding.dtype)
         self._of = self.rows.split(binding.layout.lengths, 1)
-        self.reached: set[int] = set()  # parameters
+        self.uses: dict[int, list[ParameterUse]] = {}  # by parameter
 
     def add(self, use: ParameterUse, gradient: SampleGradient) -> None:
-        self.reached.add(use.index)
-        use.add_to(self._of[use.index], gradient.weighted_sums(self._weights))
+        self.uses.setdefault(use.index, []).append(use)
+        use.add_to(self._of[use.index], gradient.weighted_sums(self.weights))
 
 
-def _settle_of(owner: "weakref.ref[SampleGradients]") -> Settle:
+def _several(uses: Mapping[int, Sequence[ParameterUse]]) -> set[int]:
+    """Parameters of which an element has gradients from more than one use."""
+    return {
+        index
+        for index, those in uses.items()
+        if any(use.overlaps_itself() for use in those)
+        or any(one.overlaps(other) for i, one in enumerate(those) for other in those[:i])
+    }
+
+
+def _agree(one: Tensor, other: Tensor | None, rounding: float) -> bool:
+    """Whether two sums of the same gradients are equal but for rounding, ten times what a single number may have."""
+    if other is None:
+        return not bool(one.any())
+    return float((one - other.to(one.dtype)).norm()) <= 10 * rounding * float(other.norm())
+
+
+def _weak_sink(owner: "SampleGradients") -> Callable[[], Sink]:
     """For the recorder, which its owner keeps, and which is not to keep its owner in turn."""
+    reference = weakref.ref(owner)
 
-    def settle(use: ParameterUse, gradient: SampleGradient) -> Tensor:
-        found = owner()
+    def sink() -> Sink:
+        found = reference()
         assert found is not None  # it has begun the backward pass, or is on the stack as a context
-        return found._settle(use, gradient)
+        return found
 
-    return settle
+    return sink
 
 
 class SampleGradients:
@@ -115,17 +137,27 @@ class SampleGradients:
         sg.per_layer      name -> LayerStatistics   the same, parameter by parameter
         sg.num_samples    N
 
-    They can be read after the block. ``.grad`` is what it is without the block. The first dimension of the model's
-    inputs is the sample, and each loss depends on its own sample alone: BatchNorm in training mode is refused.
+    They can be read after the block. ``.grad`` is what it is without the block. Sample i is what loss_i depends on, and
+    no other loss: BatchNorm in training mode is refused. Where in the model's tensors the samples are is measured, not
+    guessed: in any dimension, several rows a sample, sorted, packed or routed. In the first block of a model with given
+    shapes, and in every block that moves rows by indices, ceil(log_8 N) + 2 backward passes with weights on the losses
+    come before the block's own and tell which sample each row of a layer's output belongs to; two more prove it, for
+    every parameter: sum_i w_i g_i of the g_i that are read is the gradient of sum_i w_i loss_i. The pass must start
+    from the sum or the mean of a tensor whose first dimension is the sample, as it does from ``losses.sum()``, or be
+    made by :meth:`backward`. From anything else, such as the mean over a batch that ``F.mse_loss`` returns, the losses
+    cannot be seen: then the first dimension of every layer's output is taken for the sample, and a warning says so.
 
-    Linear, Conv1d, Conv2d, ConvTranspose1d, ConvTranspose2d, GroupNorm, LayerNorm, RMSNorm, BatchNorm in evaluation
+    Linear, Conv1d to Conv3d and their transposes, GroupNorm, LayerNorm, RMSNorm, InstanceNorm, BatchNorm in evaluation
     mode, Embedding, MultiheadAttention, ``x @ W`` and parameters that are broadcast over samples have rules, wherever
-    and however often they are used: tied weights, subclasses, functional calls, activation checkpointing, autocast. A
-    module that uses a parameter in another way is run again under ``torch.func.vmap``, and a warning says so, once.
+    and however often they are used: tied weights, subclasses, functional calls, activation checkpointing, autocast;
+    and tensors that are made of parameters: parametrized weights, tables of positions, temperatures. Another function
+    takes a backward pass of its own for each sample. A parameter whose gradients the proof finds wrong or missing,
+    because a custom autograd.Function or a derivative inside the loss hides its use, takes one backward pass from the
+    losses for each sample. A warning names either, once.
 
-    One backward pass a block. The graph may be retained (``backward(retain_graph=True)``), for :meth:`weighted_sums` or
-    for others: backward passes after the block are ordinary ones. Losses that a GradScaler has multiplied give
-    gradients multiplied by as much.
+    One backward pass of the user's a block. The graph may be retained (``backward(retain_graph=True)``), for
+    :meth:`weighted_sums` or for others: backward passes after the block are ordinary ones. Losses that a GradScaler has
+    multiplied give gradients multiplied by as much. Hooks on activations are called in the passes that measure, too.
 
     Args:
         model: its parameters that require a gradient are looked at.
@@ -140,7 +172,7 @@ class SampleGradients:
         TypeError, ValueError: for arguments that do not fit, naming them; a BatchNorm in training mode; a sharded model
             outside of :func:`whole_parameters`.
         RuntimeError: no backward pass in the block, or two.
-        NotImplementedError: a parameter is used in a way that neither has a rule nor can be vectorised, by name.
+        NotImplementedError: per-sample gradients that this pass cannot give, by parameter.
 
     Source: one backward for norms: Goodfellow, arXiv 1510.01799; by layers: Rochette et al., arXiv 1912.06015. Sums
     over samples in the tile of a weight where they are made, and projections on the batch's own mean, are ours.
@@ -175,24 +207,20 @@ class SampleGradients:
     def __enter__(self) -> "SampleGradients":
         if self._entered:
             raise RuntimeError("a SampleGradients serves one block; make another for the next batch.")
+        require_no_inference_mode("SampleGradients")
         self._entered = True
-        for module in self._model.modules():
-            if getattr(module, "batch_first", True) is False and not isinstance(module, nn.MultiheadAttention):
-                raise ValueError(
-                    f"model has a {type(module).__name__} with batch_first=False, whose first dimension is not the "
-                    "sample. Build it with batch_first=True."
-                )
         params = self._binding.params
         self._collected: dict[int, list[Statistics]] = {}
         self._small: list[tuple[ParameterUse, Tensor]] = []
         self._shared: dict[int, Tensor] = {}  # (N, numel), of parameters that are used more than once
         self._sums: dict[int, Tensor] = {}  # float32 sums of 16-bit parameters' gradients, flat
+        self._recorder = Recorder(params, self._binding.layout.names, _weak_sink(self))
+        with ExitStack() as stack:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(self._recorder)
+            self._recorder.recording = True
+            self._stack = stack.pop_all()
         self._grads = [parameter.grad for parameter in params]
-        self._recorder = Recorder(self._model, params, self._binding.layout.names, _settle_of(weakref.ref(self)))
-        self._stack = ExitStack()
-        self._stack.enter_context(torch.compiler.set_stance("force_eager"))
-        self._stack.enter_context(self._recorder)
-        self._recorder.watch()
         for parameter in params:
             parameter.grad = None
         return self
@@ -200,8 +228,8 @@ class SampleGradients:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        recorder, params = self._recorder, self._binding.params
-        recorder.unwatch()
+        params = self._binding.params
+        self._recorder.recording = False
         self._stack.close()
         new = [parameter.grad for parameter in params]
         try:
@@ -215,33 +243,141 @@ class SampleGradients:
                     parameter.grad = old
             del self._stack, self._grads
 
+    def backward(self, losses: Tensor, retain_graph: bool = False) -> None:
+        """The block's backward pass from ``losses.sum()``, or ``losses.mean()`` with loss_reduction="mean", for losses
+        that are checked to be one number for each sample.
+
+        Args:
+            losses: (N,), computed in the block.
+
+        Raises:
+            TypeError, ValueError: losses that are no vector, or carry no gradient.
+        """
+        if not self._entered or not self._recorder.recording:
+            raise RuntimeError("backward belongs inside of the SampleGradients block.")
+        if not isinstance(losses, Tensor):
+            raise TypeError(f"losses is a {type(losses).__name__}; expected a tensor (N,).")
+        if losses.dim() != 1:
+            raise ValueError(f"losses has shape {tuple(losses.shape)}; expected (N,), one loss for each sample.")
+        if not losses.requires_grad:
+            raise ValueError("losses carry no gradient: compute them from the model, outside of torch.no_grad().")
+        total = losses.mean() if self._reduction == "mean" else losses.sum()
+        total.backward(retain_graph=retain_graph)
+
+    # Where the samples are
+
+    def prepare(self, losses: Losses | None) -> None:
+        """Before the block's backward pass: called by the recorder."""
+        recorder = self._recorder
+        if losses is None:
+            recorder.layout = self._assumed()
+            return
+        recorder.layout = self._layout_of(losses)
+        if by_passes := recorder.layout.by_passes:
+            self._take_by_passes(losses, by_passes)
+
+    def _assumed(self) -> Layout:
+        recorder = self._recorder
+        say_once(
+            "the backward pass inside of a SampleGradients block starts from something else than the sum or the mean "
+            "of the losses, so what belongs to which sample cannot be checked: the first dimension of every layer's "
+            "output is taken for the sample. Compute one loss for each sample and call sg.backward(losses)."
+        )
+        uses: dict[int, list[ParameterUse]] = {}
+        for call in recorder.calls:
+            for operand in call.operands:
+                if isinstance(operand, ParameterUse):
+                    uses.setdefault(operand.index, []).append(operand)
+        return Layout(recorder.first_size or 0, several=_several(uses), assumed=True)
+
+    def _layout_of(self, losses: Losses) -> Layout:
+        recorder = self._recorder
+        known = _LAYOUTS.setdefault(self._model, {})
+        key = (recorder.signature, tuple(losses.shape), self._binding.layout.names)
+        if key in known and not recorder.moves_rows:
+            return known[key]
+        layout, lasting = self._measure(losses)
+        if lasting and not recorder.moves_rows:
+            if len(known) >= _LAYOUTS_KEPT:
+                del known[next(iter(known))]
+            known[key] = layout
+        return layout
+
+    def _measure(self, losses: Losses) -> tuple[Layout, bool]:
+        """Where the samples are, proven; and whether that holds for other batches of the same shapes."""
+        recorder = self._recorder
+        codes = Codes(losses.count, self._binding.device)
+        recorder.begin_measurement()
+        for weights in codes.passes[:-1]:
+            self._pass(losses, weights, Pass.MEASURE)
+        wanted = self._pass(losses, codes.passes[-1], Pass.CHECK)
+        layout, lasting = recorder.layout_of(codes)
+        recorder.layout = layout
+        weighed = self._weigh(losses, codes.passes[-1][None])
+        layout.several = _several(weighed.uses)
+        sums = self._binding.layout.split(weighed.rows[0]).values()
+        pairs = enumerate(zip(sums, wanted, strict=True))
+        wrong = [i for i, (one, other) in pairs if not _agree(one, other, layout.rounding)]
+        if wrong:
+            names = join_names(self._binding.layout.names[i] for i in wrong)
+            say_once(
+                f"the per-sample gradients of {names} cannot be read from the layers that use them: something that is "
+                "no function of PyTorch's hides a use, or the samples share what is computed. They take a backward "
+                f"pass from the losses for each of the {losses.count} samples of a batch. Exclude them with exclude= "
+                "if that is too slow."
+            )
+            layout.by_passes = tuple(wrong)
+        return layout, lasting
+
+    def _pass(self, losses: Losses, weights: Tensor, purpose: Pass) -> Sequence[Tensor | None]:
+        """Gradients of sum_i w_i loss_i; the block's own pass is still to come, or has retained the graph."""
+        recorder, params = self._recorder, self._binding.params
+        with (
+            recorder.purposed(purpose),
+            without_gradient_hooks(params),
+            torch.autocast(self._binding.device.type, enabled=False),
+        ):
+            return recorder.differentiate(losses, weights, params)
+
+    def _weigh(self, losses: Losses, weights: Tensor) -> _WeightedSums:
+        """Sums with weights (K, N), where the samples are known to be."""
+        recorder = self._recorder
+        found = self._weighing = _WeightedSums(weights, self._binding)
+        try:
+            self._pass(losses, torch.ones_like(weights[0]), Pass.SUMS)
+            assert recorder.layout is not None
+            if by_passes := recorder.layout.by_passes:
+                self._take_by_passes(losses, by_passes)
+        finally:
+            self._weighing = None
+        return found
+
+    def _take_by_passes(self, losses: Losses, parameters: Sequence[int]) -> None:
+        weights = self._recorder.weights_of_rows(losses.count)
+        params, factor = [self._binding.params[i] for i in parameters], losses.of_the_pass()
+        with torch.autocast(self._binding.device.type, enabled=False), without_gradient_hooks(params):
+            self._recorder.take_rows(lambda i: ([losses.edge], [factor * losses.seeds(weights[i])]), len(weights), params)
+
     # In the backward pass
 
     def _wanted(self, use: ParameterUse) -> Wanted:
         u = None if self._directions is None else use.of(self._directions[use.index])
         return Wanted(u, self._want_gram, self._want_diagonal)
 
-    def _settle(self, use: ParameterUse, gradient: SampleGradient) -> Tensor:
-        """Called for each use: takes its statistics and returns the sum of its per-sample gradients."""
-        recorder = self._recorder
+    def weights(self) -> Tensor | None:
+        """(K, N) of the sums that are being taken."""
+        return None if self._weighing is None else self._weighing.weights
+
+    def take(self, use: ParameterUse, gradient: SampleGradient) -> Tensor:
+        """Takes what is wanted of a use's per-sample gradients and returns their sum."""
         if self._weighing is not None:
-            if not use.covered:
-                self._weighing.add(use, gradient)
-            return self._weighing.rows.new_zeros(()).expand(use.shape)  # thrown away by weighted_rows
-        if use.settled:
-            raise RuntimeError(
-                "a second backward pass went through the model inside of one SampleGradients block. Make one pass from "
-                "the sum of all losses, or use a block for each."
-            )
-        use.settled = True
-        if not use.registered:  # a reentrant checkpoint's second run, which is its first with gradients
-            recorder.register(use)
-        if use.covered:
-            return gradient.matrix().sum(0)
-        others = [other for other in recorder.uses if other.index == use.index and other is not use]
-        elsewhere = any(use.index in call.indices for call in recorder.calls)
-        if elsewhere or any(use.overlaps(other) for other in others) or use.overlaps_itself():
-            return self._add_to_shared(use, gradient, others)
+            self._weighing.add(use, gradient)
+            return self._weighing.rows.new_zeros(()).expand(use.shape)  # thrown away
+        assert self._recorder.layout is not None
+        if use.index in self._recorder.layout.several or use.overlaps_itself():
+            matrix = gradient.matrix()
+            use.add_to(self._shared_matrix(use.index, matrix), matrix)
+            return matrix.sum(0)
         if isinstance(gradient, MatrixGradient) and use.shape.numel() <= _SMALL:
             matrix = gradient.matrix()
             self._small.append((use, matrix))
@@ -249,17 +385,6 @@ class SampleGradients:
         found = gradient.statistics(self._wanted(use))
         self._collect(use, found)
         return found.sum
-
-    def _add_to_shared(self, use: ParameterUse, gradient: SampleGradient, others: list[ParameterUse]) -> Tensor:
-        if use.index not in self._shared and any(other.settled and not other.covered for other in others):
-            raise RuntimeError(
-                f"parameter {self._binding.layout.names[use.index]!r} is used again by a later segment of a reentrant "
-                "checkpoint, after its statistics were taken. Use torch.utils.checkpoint with use_reentrant=False."
-            )
-        matrix = gradient.matrix()
-        shared = self._shared_matrix(use.index, matrix)
-        use.add_to(shared, matrix)
-        return matrix.sum(0)
 
     def _shared_matrix(self, index: int, like: Tensor) -> Tensor:
         if index not in self._shared:
@@ -329,18 +454,25 @@ class SampleGradients:
 
     def weighted_rows(self, losses: Tensor, weights: Tensor) -> Tensor:
         """The same as one tensor (K, P): all parameters flattened, in the order of ``mean``."""
-        count = self._recorder.num_samples if self._entered else None
-        if count is None:
+        if not self._entered:
             raise RuntimeError(_NOT_OF_THIS_BLOCK)
         recorder, binding = self._recorder, self._binding
+        count = None if recorder.layout is None else recorder.layout.count
         if not isinstance(weights, Tensor):
-            raise TypeError(f"weights is a {type(weights).__name__}; expected a tensor (K, {count}).")
-        if weights.dim() != 2 or weights.shape[1] != count:
-            raise ValueError(f"weights has shape {tuple(weights.shape)}; expected (K, {count}), K weights a sample.")
+            raise TypeError(f"weights is a {type(weights).__name__}; expected a tensor (K, {count or 'N'}).")
         if not isinstance(losses, Tensor):
-            raise TypeError(f"losses is a {type(losses).__name__}; expected a tensor ({count},).")
-        if losses.shape != (count,):
-            raise ValueError(f"losses has shape {tuple(losses.shape)}; expected ({count},), one loss for each sample.")
+            raise TypeError(f"losses is a {type(losses).__name__}; expected a tensor ({count or 'N'},).")
+        if losses.dim() != 1 or count not in (None, len(losses)):
+            raise ValueError(
+                f"losses has shape {tuple(losses.shape)}; expected ({count or 'N'},), one loss for each sample."
+            )
+        if weights.dim() != 2 or weights.shape[1] != len(losses):
+            raise ValueError(
+                f"weights has shape {tuple(weights.shape)}; expected (K, {len(losses)}), K weights a sample."
+            )
+        if losses.grad_fn is None:
+            raise RuntimeError(_NOT_OF_THIS_BLOCK)
+        edge = Losses(torch.autograd.graph.get_gradient_edge(losses), losses.shape)
         with ExitStack() as stack:
             in_block = recorder.recording
             if not in_block:
@@ -348,60 +480,35 @@ class SampleGradients:
                 stack.enter_context(recorder)
                 recorder.recording = True
                 stack.callback(setattr, recorder, "recording", False)
-            elif any(use.settled for use in recorder.uses) or any(call.grads for call in recorder.calls):
+            elif recorder.finished_passes:
                 raise RuntimeError("weighted_sums after the block's backward pass: call it when the block has ended.")
-            found = self._weighing = _WeightedSums(weights.detach().to(binding.device), binding)
-            stack.callback(setattr, self, "_weighing", None)
-            stack.enter_context(torch.autocast(binding.device.type, enabled=False))
-            stack.enter_context(without_gradient_hooks(binding.params))
-            recorder.forget_calls()
-            stack.callback(recorder.forget_calls)
-            ones = torch.ones_like(losses)
-            grads = torch.autograd.grad(losses, binding.params, ones, allow_unused=True)
-            recorded = (recorder.uses or recorder.calls) and not recorder.stray
-            if recorded and not found.reached and not any(call.grads for call in recorder.calls):
+            if recorder.layout is None:
+                recorder.layout = self._layout_of(edge)
+            found = self._weigh(edge, weights.detach().to(binding.device))
+            if not found.uses:
+                if count is None:
+                    recorder.layout = None
                 raise RuntimeError(_NOT_OF_THIS_BLOCK)
-            self._require_seen(grads, found.reached)
-            for index, matrix in recorder.gradients_of_calls():
-                found.add(self._whole(index), MatrixGradient(matrix))
-        self._only_weighed, self.num_samples = in_block, count
+        self._only_weighed, self.num_samples = in_block, len(losses)
         return found.rows
 
     # After the block
 
-    def _require_seen(self, grads: Sequence[Tensor | None], settled: set[int]) -> None:
-        """Raises unless all parameters that have got a gradient are settled, or those of a call."""
+    def _whole(self, index: int) -> ParameterUse:
+        """A parameter as it is."""
+        shape = self._binding.layout.shapes[index]
+        return ParameterUse(index, shape, contiguous_strides(shape), 0)
+
+    def _finish(self, grads: list[Tensor | None]) -> None:
         recorder, layout = self._recorder, self._binding.layout
-        if recorder.stray:
-            index, function = next(iter(recorder.stray.items()))
-            raise NotImplementedError(
-                f"parameter {layout.names[index]!r} is used by {function} outside of the model's modules, which has no "
-                "rule. Use it in a module's forward, or exclude it with exclude=."
-            )
-        if recorder.num_samples is None or all(grad is None for grad in grads):
+        if recorder.layout is None or all(grad is None for grad in grads):
             raise RuntimeError(
                 "no gradient reached the model's parameters inside of the SampleGradients block. Run the model and "
                 "losses.sum().backward() in it."
             )
-        seen = settled | {index for call in recorder.calls for index in call.indices}
-        if unseen := [name for i, name in enumerate(layout.names) if grads[i] is not None and i not in seen]:
-            raise NotImplementedError(
-                f"{join_names(unseen)} got a gradient through something that is no function of PyTorch's, such as an "
-                "autograd.Function, so its per-sample gradients were not seen. Exclude it with exclude=."
-            )
-
-    def _whole(self, index: int) -> ParameterUse:
-        """A parameter as it is."""
-        shape = self._binding.layout.shapes[index]
-        return ParameterUse(index, shape, contiguous_strides(shape), 0, self._settle)
-
-    def _finish(self, grads: list[Tensor | None]) -> None:
-        recorder, layout = self._recorder, self._binding.layout
-        self._require_seen(grads, {use.index for use in recorder.uses if use.settled})
-        assert recorder.num_samples is not None
-        count = self.num_samples = recorder.num_samples
-        for index, matrix in recorder.gradients_of_calls():
-            self._shared_matrix(index, MatrixGradient(matrix).matrix()).add_(matrix.reshape(count, -1))
+        if recorder.layout.assumed:
+            self._require_seen(grads)
+        count = self.num_samples = recorder.layout.count
         for index, matrix in self._shared.items():
             whole = self._whole(index)
             gradient = MatrixGradient(matrix.reshape(count, *whole.shape))
@@ -423,15 +530,26 @@ class SampleGradients:
         squares = zip(layout.names, layout.shapes, self._squares if self._want_diagonal else [], strict=False)
         self.diagonal = {name: part.reshape(shape) * (scale * scale / count) for name, shape, part in squares}
 
+    def _require_seen(self, grads: Sequence[Tensor | None]) -> None:
+        """Raises for parameters with a gradient of which nothing was taken, in a pass that could not be checked."""
+        taken = {*self._collected, *self._shared, *(use.index for use, _ in self._small)}
+        names = self._binding.layout.names
+        if unseen := [name for i, name in enumerate(names) if grads[i] is not None and i not in taken]:
+            raise NotImplementedError(
+                f"the per-sample gradients of {join_names(unseen)} cannot be read in a backward pass that does not "
+                "start from the losses. Compute one loss for each sample and call sg.backward(losses), or exclude the "
+                "parameters with exclude=."
+            )
+
     def _take_small(self) -> list[Statistics]:
         """Statistics of all small gradients together: one set of calls instead of one a parameter."""
         if not self._small:
             return []
         wanted = [self._wanted(use) for use, _ in self._small]
-        u = [part.directions.flatten(1) for part in wanted if part.directions is not None]
+        u = [part.directions.reshape(len(part.directions), -1) for part in wanted if part.directions is not None]
         together = Wanted(torch.cat(u, 1) if u else None, self._want_gram, self._want_diagonal)
         lengths = [use.shape.numel() for use, _ in self._small]
-        found = MatrixGradient(torch.cat([matrix.flatten(1) for _, matrix in self._small], 1)).statistics(together)
+        found = MatrixGradient(torch.cat([matrix.reshape(len(matrix), -1) for _, matrix in self._small], 1)).statistics(together)
         squares = [None] * len(lengths) if found.squares is None else found.squares.split(lengths)
         for (use, _), total, part in zip(self._small, found.sum.split(lengths), squares, strict=True):
             self._keep(use, total.reshape(use.shape), None if part is None else part.reshape(use.shape))

@@ -1,0 +1,154 @@
+"""Which sample each row of a layer's output belongs to, measured in backward passes rather than guessed from shapes.
+
+A row of an output y belongs to sample i if loss_i is the only loss that depends on it. Then the gradient b of y in a
+backward pass from sum_i w_i loss_i is, on that row, w_i times what it is with all weights one. So the ratio of two
+passes names the sample, wherever the model has put it: in any dimension, several rows a sample, sorted, packed, routed.
+
+The weights are powers of two, by which floating-point numbers are multiplied without rounding, so that the ratios are
+exact: in pass k sample i has 2^digit_k(i), with the digits of a number that only this sample has. A last pass with
+weights that are no powers of two finds rows that several samples share and whose ratios are powers of two by chance.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_LEVELS = 8  # powers of two in a pass: 16-bit gradients must bear being multiplied by the largest
+# How far, relatively, a ratio may be from a weight: sums of another order, as on a GPU; weights that round.
+ROUNDING = {torch.float64: 1e-9, torch.complex128: 1e-9, torch.float32: 1e-4, torch.complex64: 1e-4}
+ROUNDING_16_BIT = 0.04
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a tensor are the slices along ``dims``, in row-major order; row r belongs to sample samples[r]."""
+
+    dims: tuple[int, ...]  # ascending
+    samples: Tensor  # (rows,) int64
+    count: int  # N
+    in_order: bool  # row i is sample i
+    lasting: bool = True  # known for every row, so that it holds for other values in the same places too
+
+    @classmethod
+    def batch_first(cls, count: int, device: torch.device) -> "Rows":
+        return cls((0,), torch.arange(count, device=device), count, True)
+
+    def first(self, tensor: Tensor) -> Tensor:
+        """(rows, *other dimensions)"""
+        if not self.dims:
+            return tensor[None]
+        moved = tensor.movedim(self.dims, tuple(range(len(self.dims))))
+        return moved if len(self.dims) == 1 else moved.flatten(0, len(self.dims) - 1)
+
+    def sum(self, rows: Tensor) -> Tensor:
+        """(rows, *shape) -> (N, *shape): the sum of each sample's rows."""
+        if self.in_order:
+            return rows
+        return rows.new_zeros(self.count, *rows.shape[1:]).index_add_(0, self.samples, rows)
+
+    def tokens(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """(..., C), with ``dims`` among the leading ones -> (N, T, C): each sample's rows one after another as tokens;
+        samples with fewer are filled up with zeros."""
+        rows = [self.first(tensor) for tensor in tensors]
+        rows = [part.reshape(len(part), -1, part.shape[-1]) for part in rows]
+        if self.in_order:
+            return tuple(rows)
+        order = self.samples.argsort(stable=True)
+        sizes = self.samples.bincount(minlength=self.count)
+        most = int(sizes.max())
+        if bool((sizes == most).all()):
+            return tuple(part[order].reshape(self.count, -1, part.shape[-1]) for part in rows)
+        of = self.samples[order]
+        place = torch.arange(len(order), device=order.device) - (sizes.cumsum(0) - sizes)[of]
+        padded = []
+        for part in rows:
+            full = part.new_zeros(self.count, most, *part.shape[1:])
+            full[of, place] = part[order]
+            padded.append(full.reshape(self.count, -1, part.shape[-1]))
+        return tuple(padded)
+
+    def weigh(self, tensor: Tensor, weights: Tensor) -> Tensor:
+        """``tensor``, each row times its sample's weight."""
+        shape = [size if dim in self.dims else 1 for dim, size in enumerate(tensor.shape)]
+        return tensor * weights[self.samples].reshape(shape).to(tensor.dtype)
+
+
+class Codes:
+    """Weights of the passes that tell N samples apart."""
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        generator = torch.Generator().manual_seed(count)
+        self.count = count
+        self._number = torch.randperm(count, generator=generator)  # of each sample
+        self._sample = self._number.argsort()
+        digits = max(1, math.ceil(math.log(count, _LEVELS) - 1e-9)) if count > 1 else 0
+        self._places = [_LEVELS**k for k in range(digits)]
+        self.last = torch.rand(count, generator=generator, dtype=torch.float64) + 0.5
+        passes = [torch.ones(count, dtype=torch.float64)]
+        passes += [2.0 ** (self._number // place % _LEVELS) for place in self._places]
+        self.passes = [weights.to(device) for weights in (*passes, self.last)]
+
+    def rows(self, prints: Sequence[Tensor], dims: tuple[int, ...], tolerance: float) -> Rows | None:
+        """Of a tensor whose :func:`fingerprint` along ``dims`` was ``prints`` in the passes; None if samples share
+        rows, whatever the choice among ``dims``."""
+        device = prints[0].device
+        prints = [each.cpu().double() for each in prints]
+        for chosen in _choices(len(dims)):
+            others = tuple(dim for dim in range(len(dims)) if dim not in chosen)
+            samples = self._decode([(p.sum(others) if others else p).reshape(-1) for p in prints], tolerance)
+            if samples is not None:
+                samples, in_order, lasting = self._completed(samples)
+                chosen_dims = tuple(dims[i] for i in chosen)
+                return Rows(chosen_dims, samples.to(device), self.count, in_order, lasting)
+        return None
+
+    def _decode(self, prints: Sequence[Tensor], tolerance: float) -> Tensor | None:
+        """The sample of each row, -1 where no gradient arrives."""
+        ones, *coded, last = prints
+        arrives = ones > 0
+        if not all(bool(torch.isfinite(each).all()) and bool((each[arrives] > 0).all()) for each in prints):
+            return None
+        number = torch.zeros(ones.shape, dtype=torch.int64)
+        for place, weighted in zip(self._places, coded, strict=True):
+            exponent = (weighted / ones).log2().where(arrives, 0)
+            digit = exponent.round()
+            if bool(((exponent - digit).abs() > 2 * tolerance).any()):
+                return None
+            number += place * digit.long()
+        if bool(((number < 0) | (number >= self.count)).any()):
+            return None
+        samples = self._sample[number]
+        if bool(((last / ones - self.last[samples]).abs() > 2 * tolerance)[arrives].any()):
+            return None
+        return samples.where(arrives, -1)
+
+    def _completed(self, samples: Tensor) -> tuple[Tensor, bool, bool]:
+        """(samples without -1, whether row i is sample i, whether that holds for other gradients too). A row that no
+        gradient reaches adds nothing, whichever sample it is given to."""
+        known, count, rows = samples >= 0, self.count, len(samples)
+        regular = []
+        if rows and rows % count == 0:
+            row = torch.arange(rows)
+            regular = [row % count, row // (rows // count)][: 1 if rows == count else 2]
+        fitting = [each for each in regular if torch.equal(each[known], samples[known])]
+        if fitting:
+            return fitting[0], rows == count, bool(known.all()) or (len(fitting) == 1 and bool(known.any()))
+        return samples.clamp(min=0), False, bool(known.all())
+
+
+def _choices(dims: int) -> list[tuple[int, ...]]:
+    """Sets of dimensions that may tell samples apart: the fewest first, and of as many the leftmost."""
+    sizes = range(1, dims + 1) if dims else (0,)
+    return [chosen for size in sizes for chosen in itertools.combinations(range(dims), size)]
+
+
+def fingerprint(gradient: Tensor, dims: Sequence[int]) -> Tensor:
+    """sum |b| over all dimensions but ``dims``: of a row that is multiplied, the same multiple."""
+    dtype = torch.float64 if gradient.dtype in (torch.float64, torch.complex128) else torch.float32
+    magnitude = gradient.detach().abs().to(dtype)
+    others = [dim for dim in range(gradient.dim()) if dim not in dims]
+    return magnitude.sum(others) if others else magnitude
