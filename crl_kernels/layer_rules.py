@@ -9,7 +9,7 @@ the input is always the ordinary one; the operand's own is the sum that the stat
 A backward pass with create_graph=True, for a loss that has a derivative in it, is PyTorch's own.
 """
 
-import warnings
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -137,10 +137,10 @@ class _Linear(torch.autograd.Function):
                 if needs[2]:
                     by_bias = _taken(ctx, call, 1, inputs, lambda: MatrixGradient(_sum_tokens(b_samples)))
             if needs[1] and by_weight is None and not call.skips(0):
-                by_weight = (b.reshape(-1, b.shape[-1]).T @ a.reshape(-1, a.shape[-1])).to(weight.dtype)
+                by_weight = (_matrix(b).T @ _matrix(a)).to(weight.dtype)
                 call.note_gradient(0, by_weight)
             if needs[2] and by_bias is None and not call.skips(1):
-                by_bias = b.reshape(-1, b.shape[-1]).sum(0).to(bias.dtype)
+                by_bias = _matrix(b).sum(0).to(bias.dtype)
                 call.note_gradient(1, by_bias)
         return None, by_input, by_weight, by_bias
 
@@ -151,9 +151,14 @@ def _linear_derivative(
     """Made of functions with rules, so that the parameters' second use is seen."""
     return (
         torch.matmul(b, weight) if needs[0] else None,
-        b.reshape(-1, b.shape[-1]).T @ input.reshape(-1, input.shape[-1]) if needs[1] else None,
-        b.reshape(-1, b.shape[-1]).sum(0) if needs[2] else None,
+        _matrix(b).T @ _matrix(input) if needs[1] else None,
+        _matrix(b).sum(0) if needs[2] else None,
     )
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    """(..., C) as (rows, C)"""
+    return tensor.flatten(0, -2) if tensor.dim() > 1 else tensor[None]
 
 
 def _sum_tokens(b: Tensor) -> Tensor:
@@ -401,7 +406,7 @@ def _of_rows(
     operand = inputs[slot + 1]
     if gradients is None or operand is None or call.skips(slot):
         return None
-    matrix = gradients.reshape(-1, *operand.shape)
+    matrix = gradients.reshape(len(inputs[0]), *operand.shape)
     if rows is not None:
         found = _taken(ctx, call, slot, inputs, lambda: MatrixGradient(rows.sum(matrix)))
         if found is not None:
@@ -453,7 +458,8 @@ class _LayerNorm(torch.autograd.Function):
         if rows is not None:
 
             def per_sample(gradient: Tensor) -> SampleGradient:
-                tokens = rows.first(gradient).reshape(rows.samples.numel(), -1, *ctx.shape)
+                count = gradient.numel() // max(1, len(rows.samples) * math.prod(ctx.shape))
+                tokens = rows.first(gradient).reshape(len(rows.samples), count, *ctx.shape)
                 return MatrixGradient(rows.sum(_sum_tokens(tokens)))
 
             if needs[1]:
@@ -709,8 +715,8 @@ def attention(recorder: Recorder, query: Tensor, key: Tensor, value: Tensor, att
 
 class _Embedding(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: Call, ids: Tensor, weight: Tensor, padding_idx: int) -> Tensor:
-        ctx.call, ctx.padding_idx = call, padding_idx
+    def forward(ctx: Any, call: Call, ids: Tensor, weight: Tensor, padding_idx: int, sparse: bool) -> Tensor:
+        ctx.call, ctx.padding_idx, ctx.sparse = call, padding_idx, sparse
         ctx.save_for_backward(ids, weight)
         return F.embedding(ids, weight)
 
@@ -720,7 +726,7 @@ class _Embedding(torch.autograd.Function):
         call = ctx.call
         if torch.is_grad_enabled():
             found = _derivative(lambda i, w: F.embedding(i, w, ctx.padding_idx), inputs, b)
-            return None, *found, None
+            return None, *found, None, None
         if ctx.padding_idx >= 0:
             b = b * (ids != ctx.padding_idx)[..., None]
         rows = call.rows(b, range(b.dim() - 1))
@@ -729,9 +735,11 @@ class _Embedding(torch.autograd.Function):
             own, gradients = rows.tokens(ids[..., None], b)
             by_weight = _taken(ctx, call, 0, inputs, lambda: EmbeddingGradient(own[..., 0], gradients, weight.shape[0]))
         if by_weight is None and not call.skips(0):
-            by_weight = torch.zeros_like(weight).index_add_(0, ids.flatten(), b.reshape(-1, b.shape[-1]).to(weight.dtype))
+            by_weight = torch.zeros_like(weight).index_add_(0, ids.flatten(), _matrix(b).to(weight.dtype))
             call.note_gradient(0, by_weight)
-        return None, None, by_weight, None
+        if ctx.sparse and by_weight is not None:
+            by_weight = torch.sparse_coo_tensor(ids.flatten()[None], _matrix(b).to(weight.dtype), weight.shape)
+        return None, None, by_weight, None, None
 
 
 def embedding(
@@ -752,10 +760,10 @@ def embedding(
             "an Embedding with scale_grad_by_freq=True divides gradients by how often an id is in the whole batch, so "
             "there are no per-sample gradients. Build it with scale_grad_by_freq=False."
         )
-    if max_norm is not None or sparse:
+    if max_norm is not None:
         return NotImplemented
     padding = -1 if padding_idx is None else padding_idx % weight.shape[0]
-    return _Embedding.apply(recorder.call(operand), input, weight, padding)
+    return _Embedding.apply(recorder.call(operand), input, weight, padding, sparse)
 
 
 # Every other function

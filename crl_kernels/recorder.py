@@ -459,7 +459,8 @@ class Recorder(TorchFunctionMode):
                     if not reached:
                         return
                 for k, gradient in zip(reached, found, strict=True):
-                    kept[k].append(_dense(gradient))
+                    assert gradient is not None  # what the first row reaches, all do
+                    kept[k].append(dense(gradient))
         for k, gradients in kept.items():
             use = self.operand(inputs[k])
             assert isinstance(use, ParameterUse)
@@ -486,8 +487,7 @@ class _Taken(MatrixGradient):
         return self._matrix if self._summed else super().weighted_sums(weights)
 
 
-def _dense(gradient: Tensor | None) -> Tensor:
-    assert gradient is not None
+def dense(gradient: Tensor) -> Tensor:
     return (gradient.to_dense() if gradient.is_sparse else gradient).detach()
 
 

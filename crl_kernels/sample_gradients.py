@@ -9,6 +9,7 @@ Each is a sum over parameters, and is taken where a layer's input meets the grad
 in the one backward pass that a training step makes anyway.
 """
 
+import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from .binding import Binding, join_names
 from .layer_gradients import MatrixGradient, SampleGradient, Statistics, Wanted
 from .preserved import require_no_inference_mode, without_gradient_hooks
-from .recorder import Layout, Losses, ParameterUse, Pass, Recorder, Sink, contiguous_strides, say_once
+from .recorder import Layout, Losses, ParameterUse, Pass, Recorder, Sink, contiguous_strides, dense, say_once
 from .sample_rows import Codes
 
 _NOT_OF_THIS_BLOCK = "weighted_sums needs losses that the model has computed in this SampleGradients block."
@@ -101,11 +102,20 @@ def _several(uses: Mapping[int, Sequence[ParameterUse]]) -> set[int]:
     }
 
 
-def _agree(one: Tensor, other: Tensor | None, rounding: float) -> bool:
-    """Whether two sums of the same gradients are equal but for rounding, ten times what a single number may have."""
-    if other is None:
-        return not bool(one.any())
-    return float((one - other.to(one.dtype)).norm()) <= 10 * rounding * float(other.norm())
+def _disagreeing(sums: Sequence[Tensor], gradients: Sequence[Tensor | None], rounding: float) -> tuple[int, ...]:
+    """Which of two lists of sums of the same gradients differ by more than rounding, ten times what a single number may
+    have. A gradient that is zero but for rounding, of a bias before a norm say, is held against the whole model's."""
+    pairs = [
+        (one, torch.zeros_like(one) if other is None else dense(other).to(one.dtype))
+        for one, other in zip(sums, gradients, strict=True)
+    ]
+    norms = [float(other.norm()) for _, other in pairs]
+    least = 1e-3 * math.hypot(*norms)
+    agreed = [
+        float((one - other).norm()) <= 10 * rounding * max(norm, least)
+        for (one, other), norm in zip(pairs, norms, strict=True)
+    ]
+    return tuple(i for i, agree in enumerate(agreed) if not agree)
 
 
 def _weak_sink(owner: "SampleGradients") -> Callable[[], Sink]:
@@ -201,6 +211,7 @@ class SampleGradients:
         self._entered = False
         self._weighing: _WeightedSums | None = None  # while weighted_sums runs
         self._only_weighed = False
+        self._by_passes = False  # while gradients are taken from the losses, not from layers
 
     # The block
 
@@ -315,18 +326,16 @@ class SampleGradients:
         recorder.layout = layout
         weighed = self._weigh(losses, codes.passes[-1][None])
         layout.several = _several(weighed.uses)
-        sums = self._binding.layout.split(weighed.rows[0]).values()
-        pairs = enumerate(zip(sums, wanted, strict=True))
-        wrong = [i for i, (one, other) in pairs if not _agree(one, other, layout.rounding)]
-        if wrong:
-            names = join_names(self._binding.layout.names[i] for i in wrong)
+        sums = list(self._binding.layout.split(weighed.rows[0]).values())
+        layout.by_passes = _disagreeing(sums, wanted, layout.rounding)
+        if layout.by_passes and losses.count > 1:
+            names = join_names(self._binding.layout.names[i] for i in layout.by_passes)
             say_once(
                 f"the per-sample gradients of {names} cannot be read from the layers that use them: something that is "
                 "no function of PyTorch's hides a use, or the samples share what is computed. They take a backward "
                 f"pass from the losses for each of the {losses.count} samples of a batch. Exclude them with exclude= "
                 "if that is too slow."
             )
-            layout.by_passes = tuple(wrong)
         return layout, lasting
 
     def _pass(self, losses: Losses, weights: Tensor, purpose: Pass) -> Sequence[Tensor | None]:
@@ -355,7 +364,11 @@ class SampleGradients:
     def _take_by_passes(self, losses: Losses, parameters: Sequence[int]) -> None:
         weights = self._recorder.weights_of_rows(losses.count)
         params, factor = [self._binding.params[i] for i in parameters], losses.of_the_pass()
-        with torch.autocast(self._binding.device.type, enabled=False), without_gradient_hooks(params):
+        with ExitStack() as stack:
+            stack.enter_context(torch.autocast(self._binding.device.type, enabled=False))
+            stack.enter_context(without_gradient_hooks(params))
+            self._by_passes = True
+            stack.callback(setattr, self, "_by_passes", False)
             self._recorder.take_rows(lambda i: ([losses.edge], [factor * losses.seeds(weights[i])]), len(weights), params)
 
     # In the backward pass
@@ -370,11 +383,14 @@ class SampleGradients:
 
     def take(self, use: ParameterUse, gradient: SampleGradient) -> Tensor:
         """Takes what is wanted of a use's per-sample gradients and returns their sum."""
+        layout = self._recorder.layout
+        assert layout is not None
+        if use.index in layout.by_passes and not self._by_passes:
+            return gradient.matrix().sum(0)
         if self._weighing is not None:
             self._weighing.add(use, gradient)
             return self._weighing.rows.new_zeros(()).expand(use.shape)  # thrown away
-        assert self._recorder.layout is not None
-        if use.index in self._recorder.layout.several or use.overlaps_itself():
+        if use.index in layout.several or use.overlaps_itself():
             matrix = gradient.matrix()
             use.add_to(self._shared_matrix(use.index, matrix), matrix)
             return matrix.sum(0)

@@ -54,21 +54,21 @@ class Rows:
         """(..., C), with ``dims`` among the leading ones -> (N, T, C): each sample's rows one after another as tokens;
         samples with fewer are filled up with zeros."""
         rows = [self.first(tensor) for tensor in tensors]
-        rows = [part.reshape(len(part), -1, part.shape[-1]) for part in rows]
+        rows = [part.flatten(1, -2) if part.dim() > 2 else part[:, None] for part in rows]
         if self.in_order:
             return tuple(rows)
         order = self.samples.argsort(stable=True)
         sizes = self.samples.bincount(minlength=self.count)
-        most = int(sizes.max())
+        most = max(1, int(sizes.max()))
         if bool((sizes == most).all()):
-            return tuple(part[order].reshape(self.count, -1, part.shape[-1]) for part in rows)
+            return tuple(part[order].reshape(self.count, most * part.shape[1], part.shape[2]) for part in rows)
         of = self.samples[order]
         place = torch.arange(len(order), device=order.device) - (sizes.cumsum(0) - sizes)[of]
         padded = []
         for part in rows:
             full = part.new_zeros(self.count, most, *part.shape[1:])
             full[of, place] = part[order]
-            padded.append(full.reshape(self.count, -1, part.shape[-1]))
+            padded.append(full.flatten(1, 2))
         return tuple(padded)
 
     def weigh(self, tensor: Tensor, weights: Tensor) -> Tensor:
