@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 from torch.utils.data import Dataset, IterableDataset
 
+_CONSTANTS = (str, bytes, bytearray, memoryview, torch.Size, type)  # whatever their length
 _Rows = Callable[[Sequence[Any]], Any]  # the same column of one or several batches -> a column of the same kind
 
 
@@ -134,7 +135,7 @@ def _opened(node: Any) -> _Parts | None:
         return _Parts(
             "samples", _numbered(node.unbind()), lambda rows: torch.nested.as_nested_tensor(rows, layout=layout)
         )
-    if _is_array(node) or isinstance(node, (str, bytes, bytearray, memoryview, torch.Size, type)):
+    if _is_array(node) or isinstance(node, _CONSTANTS):
         return None
     if isinstance(node, Mapping):
         return _opened_mapping(node)
@@ -371,8 +372,8 @@ def _constant(place: str, nodes: Sequence[Any], counts: Sequence[int]) -> Any:
     """What is no column, the same in all batches."""
     first = nodes[0]
     for node, count in zip(nodes, counts, strict=True):
-        is_text = isinstance(node, (str, bytes, bytearray, memoryview, torch.Size, type))
-        if not is_text and not _is_array(node) and hasattr(type(node), "__len__") and len(node) == count:
+        known = _is_array(node) or isinstance(node, _CONSTANTS)
+        if not known and hasattr(type(node), "__len__") and len(node) == count:
             raise TypeError(
                 f"{place} is a {_kind(node)} of length {count}, as many as the batch has samples, and it is not known "
                 "how to cut it; give a tensor, an array or a list."
