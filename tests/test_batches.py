@@ -212,6 +212,12 @@ def batch_of(request):
     return request.param
 
 
+@pytest.fixture(autouse=True)
+def no_process_state():
+    yield
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
 # Classes of batches
 
 
@@ -626,6 +632,18 @@ def test_halves_of_at_most_so_many_samples(make, most):
     assert torch.equal(torch.cat([*first, *second]), whole)
     if most <= 8:
         assert sum(map(batch_size, first)) == len(whole) // 2
+
+
+@pytest.mark.filterwarnings("ignore:the mean gradient is mostly noise")
+def test_a_stream_that_ends_before_its_second_half_is_refused():
+    model, stream = nn.Linear(5, 2), DataLoader(Stream(20, 80), 8, collate_fn=lambda ids: X[torch.stack(ids)])
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        return model(x).square().sum(1)
+
+    with pytest.raises(ValueError, match="loader ended after 20 samples, before the second half began"):
+        ck.estimate_fisher(model, loss, stream)
+    assert ck.estimate_fisher(model, loss, stream, max_samples=20).statistics.num_samples == 20
 
 
 def test_workers_that_persist():
