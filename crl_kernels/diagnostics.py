@@ -19,9 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .batches import batch_size, slice_batch
+from .batches import batch_size, concatenate_batches, limited, reorder_batch, slice_batch
 from .binding import Binding
 from .preserved import preserved
 from .sample_gradients import SampleGradients
@@ -390,27 +389,15 @@ def _cosines(views: Sequence[_View]) -> list[list[float]]:
 
 def _one_batch(loader: Iterable[Any], samples: int) -> Any:
     """The first ``samples`` samples, or all there are, cut to a multiple of 16, in a fixed random order."""
-    batches: list[Any] = []
-    count = 0
-    for batch in loader:
-        batches.append(batch)
-        count += batch_size(batch)
-        if count >= samples:
-            break
-    count = min(count, samples) // GROUPS * GROUPS
+    batches = list(limited(loader, samples))
+    total = sum(map(batch_size, batches))
+    count = total // GROUPS * GROUPS
     if count < 3 * GROUPS:
         raise ValueError(
-            f"loader yields {sum(map(batch_size, batches))} samples; expected at least {3 * GROUPS}, to be cut into "
-            f"{GROUPS} groups."
+            f"loader yields {total} samples; expected at least {3 * GROUPS}, to be cut into {GROUPS} groups."
         )
-    leaves = [tree_flatten(batch)[0] for batch in batches]
-    structure = tree_flatten(batches[0])[1]
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
-    whole = [
-        torch.cat(column)[:count][order.to(column[0].device)] if isinstance(column[0], Tensor) else column[0]
-        for column in zip(*leaves, strict=True)
-    ]
-    return tree_unflatten(whole, structure)
+    return reorder_batch(concatenate_batches(batches), order)
 
 
 def _check_timesteps(timesteps: Sequence[int], num_timesteps: int) -> None:
