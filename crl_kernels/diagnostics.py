@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from .batches import batch_size, concatenate_batches, limited, reorder_batch, slice_batch
 from .binding import Binding
-from .preserved import preserved
+from .independence import require_independent_losses
+from .preserved import RandomState, preserved, require_no_inference_mode
 from .sample_gradients import SampleGradients
 from .spectrum import GROUPS, Estimate, Spectrum, share_of_bands, spectrum_of, top_coefficients
 from .unsharded import whole_parameters
@@ -201,6 +202,7 @@ def diagnose(
     include: Iterable[str] | None = None,
     exclude: Iterable[str] | None = None,
     progress: Callable[[str], None] | None = None,
+    mixed_losses: bool = False,
 ) -> Diagnosis:
     """Looks at the Fisher of a model at single timesteps and with t uniform, and says whether rank 1 is enough.
 
@@ -218,8 +220,8 @@ def diagnose(
         model: the model at the end of its task.
         per_sample_loss_at: ``(model, batch, t) -> (N,)``, one loss for each sample, computed from that sample alone at
             timestep t_i; t is (N,), int64, on the model's device. Noise may come from the global generators.
-        loader: batches of images (and labels, ...) without timesteps, in any order, on the model's device: a tensor,
-            or tuples, lists and dicts of tensors whose first dimension is the sample.
+        loader: batches of images (and labels, captions, ...) without timesteps, in any order, on the model's device, as
+            in :func:`estimate_fisher`.
         timesteps: by default 2, 10, 30, 50, 70, 90 and 98 % of ``num_timesteps``.
         num_timesteps: uniform t is drawn from 0 .. num_timesteps - 1.
         samples: N, at least 48, cut down to a multiple of 16; a loader that has fewer gives all it has.
@@ -227,9 +229,12 @@ def diagnose(
         generator: seeds the random numbers of the loss and of uniform t.
         include, exclude: patterns that choose parameters, as in :class:`LowRankHistory`.
         progress: told what is looked at.
+        mixed_losses: True takes losses that depend on other samples too, as in :func:`estimate_fisher`.
 
     Raises:
-        TypeError, ValueError: for input that does not fit, naming it; non-finite gradients, or none but zeros.
+        TypeError, ValueError: for input that does not fit, naming it; non-finite gradients, or none but zeros; a loss
+            that mixes samples.
+        RuntimeError: in torch.inference_mode().
 
     Source: the claim of rank 1: arXiv 2509.23593; Gram matrix, held-out shares and the rule: ours.
     """
@@ -241,13 +246,14 @@ def diagnose(
     if samples < 3 * GROUPS:
         raise ValueError(f"samples is {samples}; expected at least {3 * GROUPS}, to be cut into {GROUPS} groups.")
     say = progress or (lambda line: None)
+    require_no_inference_mode("diagnose")
     with whole_parameters(model):
         binding = Binding(model, include, exclude)
         with preserved(model, binding.device), torch.enable_grad():
             if generator is not None:
                 torch.manual_seed(int(torch.randint(2**62, (), generator=generator, device=generator.device)))
             batch = _one_batch(loader, samples)
-            look = _Look(model, binding, per_sample_loss_at, batch)
+            look = _Look(model, binding, per_sample_loss_at, batch, mixed_losses)
             views = []
             for t in timesteps:
                 say(f"t = {t}")
@@ -297,8 +303,10 @@ class _Look:
         binding: Binding,
         loss: PerSampleLossAt,
         batch: Any,
+        mixed_losses: bool,
     ) -> None:
         self._model, self._binding, self._loss, self._batch = model, binding, loss, batch
+        self._may_mix = mixed_losses  # or is known not to
         self._choice: dict[str, Any] = {"include": binding.include, "exclude": binding.exclude}
         self.count = batch_size(batch)
         # A parameter of the model itself has no module to be named after.
@@ -309,8 +317,8 @@ class _Look:
         n, half = self.count, self.count // 2
         named = None if directions is None else self._binding.layout.split(directions)
         with SampleGradients(self._model, direction=named, gram=True, **self._choice) as gradients:
-            losses = self._losses(self._batch, t)
-            losses.sum().backward(retain_graph=True)
+            losses = self._checked_losses(t)
+            gradients.backward(losses, retain_graph=True)
         gram = gradients.gram
         assert gram is not None
         if not bool(torch.isfinite(gram).all()):
@@ -342,6 +350,17 @@ class _Look:
             bands,
         )
 
+    def _checked_losses(self, t: Tensor) -> Tensor:
+        before = RandomState(self._binding.device)
+        losses = self._losses(self._batch, t)
+        if not self._may_mix:
+            samples = (self._batch, t)
+            require_independent_losses(
+                "per_sample_loss_at", lambda other: self._losses(*other), samples, losses, before
+            )
+            self._may_mix = True
+        return losses
+
     def _losses(self, batch: Any, t: Tensor) -> Tensor:
         losses = self._loss(self._model, batch, t)
         if not isinstance(losses, Tensor) or losses.shape != t.shape:
@@ -350,7 +369,7 @@ class _Look:
                 f"per_sample_loss_at returned {got} for a batch of {len(t)}; expected ({len(t)},), one loss per "
                 "sample, such as (error ** 2).mean(dim=(1, 2, 3))."
             )
-        if not losses.requires_grad:
+        if not losses.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 "per_sample_loss_at carries no gradient: compute it from model, outside of torch.no_grad()."
             )
@@ -363,7 +382,7 @@ class _Look:
         for begin in range(0, self.count, size):
             part = slice_batch(self._batch, begin, begin + size)
             with SampleGradients(self._model, diagonal=True, **self._choice) as gradients:
-                self._losses(part, t[begin : begin + size]).sum().backward()
+                gradients.backward(self._losses(part, t[begin : begin + size]))
             for name, value in gradients.diagonal.items():
                 rows[name].append(value.reshape(-1))
         products: dict[str, Tensor] = {}

@@ -19,7 +19,8 @@ from .batches import batch_size, generators_of, halves, limited, shown
 from .binding import Binding
 from .fisher import DiagonalFisher, FisherStatistics, LowRankFisher
 from .held_out import MeanProjections, curvature_of, statistics_of
-from .preserved import preserved, same_random_numbers
+from .independence import require_independent_losses
+from .preserved import RandomState, preserved, require_no_inference_mode, same_random_numbers
 from .processes import Processes
 from .sample_gradients import SampleGradients
 from .unsharded import whole_parameters
@@ -47,6 +48,7 @@ def estimate_fisher(
     exclude: Iterable[str] | None = None,
     process_group: Any = None,
     progress: bool = False,
+    mixed_losses: bool = False,
 ) -> LowRankFisher | DiagonalFisher:
     """Estimates the empirical Fisher of a task at the model's present parameters, which become the anchor theta*.
 
@@ -81,12 +83,19 @@ def estimate_fisher(
     a sharded model each process has the whole parameters meanwhile, see :func:`whole_parameters`, and the Fisher that
     it returns is whole; a history that it is appended to keeps this process's shards of it.
 
+    Which sample a row of a layer belongs to is measured, and every parameter's per-sample gradients are proven to add
+    up to ordinary ones, on the first batch and on every batch with new shapes: see :class:`SampleGradients`, whose
+    passes for that, ceil(log_8 N) + 4 for a batch of N, cost such a batch about four times what another one does. On
+    the first batch the loss is called twice more, without gradients, with samples exchanged for others, to notice
+    losses that mix samples.
+
     Args:
-        model: the model at the end of its task. Its forward is called once by each call of the loss.
+        model: the model at the end of its task.
         per_sample_loss: ``(model, batch) -> (N,)``, one loss for each sample, computed from that sample alone; or
-            ``(losses, stratum)``, see above.
-        loader: batches, in random order: a tensor, or tuples, lists and dicts of tensors whose first dimension is the
-            sample. Low rank needs its ``len``, or ``max_samples``, so that it can be cut in half.
+            ``(losses, stratum)``, see above. How often it calls the model, and on how many rows, is its own affair.
+        loader: batches, in random order: tensors or numpy arrays whose first dimension is the sample, and lists of N
+            captions or other things, in tuples, lists, dicts or other Mappings, dataclasses. Low rank needs its
+            ``len``, or ``max_samples``, so that it can be cut in half.
         kind: ``"low_rank"`` or ``"diagonal"``.
         rank: directions of a low-rank Fisher, for each stratum.
         direction: ``"mean"``, the default for rank 1, or ``"top"``, which a higher rank implies. Near an optimum the
@@ -103,6 +112,8 @@ def estimate_fisher(
         include, exclude: patterns that choose parameters, as in :class:`LowRankHistory`.
         process_group: of torch.distributed, over which to share the work.
         progress: show on stderr how many samples are done.
+        mixed_losses: True takes losses that depend on other samples too; g_i is then the gradient of loss i by all
+            that it depends on, at the cost of a backward pass for each sample.
 
     Returns:
         LowRankFisher or DiagonalFisher, with ``statistics``. Gradients are those of the loss as it is given: with the
@@ -115,7 +126,9 @@ def estimate_fisher(
             noise, a signal share below one half; when a stratum is left out.
 
     Raises:
-        TypeError, ValueError: for input that does not fit, naming it; non-finite gradients; a mean gradient of zero.
+        TypeError, ValueError: for input that does not fit, naming it; non-finite gradients; a mean gradient of zero; a
+            loss that mixes samples.
+        RuntimeError: in torch.inference_mode().
 
     Memory beside the model: 16 bytes per parameter and stratum for sums in float64, the directions twice, with strata
     a batch's sums (4 bytes, of its first batch 8), with "top" about six sketches of k + 8 rows; and what
@@ -139,12 +152,13 @@ def estimate_fisher(
         raise ValueError(
             "loader can be read only once, and unbiased=False reads it twice; give a DataLoader or a list."
         )
+    require_no_inference_mode("estimate_fisher")
     with whole_parameters(model) as sharing:
         binding = Binding(model, include, exclude)
         processes = Processes(model, sharing if process_group is None else process_group)
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
-        source = _Source(model, per_sample_loss, binding)
+        source = _Source(model, per_sample_loss, binding, mixed_losses)
         with preserved(model, binding.device), torch.enable_grad():
             if generator is not None:
                 seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
@@ -170,12 +184,22 @@ def estimate_fisher(
 class _Source:
     """Per-sample losses of a model, checked, and gradients of weighted sums of them."""
 
-    def __init__(self, model: nn.Module, per_sample_loss: PerSampleLoss, binding: Binding) -> None:
+    def __init__(self, model: nn.Module, per_sample_loss: PerSampleLoss, binding: Binding, mixed_losses: bool) -> None:
         self.model, self.binding, self._loss = model, binding, per_sample_loss
         self.stratified: bool | None = None
+        self._may_mix = mixed_losses  # or is known not to
 
     def losses(self, batch: Any) -> tuple[Tensor, Tensor]:
         """(losses, stratum), each (N,); all strata are 0 if the loss does not give them."""
+        if self._may_mix:
+            return self._losses(batch)
+        before = RandomState(self.binding.device)
+        losses, stratum = self._losses(batch)
+        require_independent_losses("per_sample_loss", lambda other: self._losses(other)[0], batch, losses, before)
+        self._may_mix = len(losses) > 1
+        return losses, stratum
+
+    def _losses(self, batch: Any) -> tuple[Tensor, Tensor]:
         count = batch_size(batch)
         losses: Any = self._loss(self.model, batch)
         stratum = None
@@ -187,7 +211,7 @@ class _Source:
                 f"per_sample_loss returned {got} for a batch of {count}; expected ({count},), one loss per sample, "
                 "such as (error ** 2).mean(dim=(1, 2, 3))."
             )
-        if not losses.requires_grad:
+        if not losses.requires_grad and torch.is_grad_enabled():
             raise ValueError("per_sample_loss carries no gradient: compute it from model, outside of torch.no_grad().")
         if self.stratified not in (None, stratified):
             raise ValueError("per_sample_loss returned strata for some batches and none for others.")
@@ -240,7 +264,7 @@ def _estimate_diagonal(source: _Source, batches: Iterable[Any], processes: Proce
     for batch in batches:
         with source.sample_gradients(diagonal=True) as sg:
             losses, _ = source.losses(batch)
-            losses.sum().backward()
+            sg.backward(losses)
         source.forget_gradients()
         sum_squares.add_(_finite(binding.layout.flatten(sg.diagonal)), alpha=len(losses))
         count += len(losses)
@@ -364,7 +388,7 @@ class _LowRankEstimate:
             if not self._top:
                 plan = self._plan(stratum)
                 return losses, plan, sg.weighted_rows(losses, _weights(plan))
-            losses.sum().backward(retain_graph=True)
+            sg.backward(losses, retain_graph=True)
         source.forget_gradients()
         assert sg.gram is not None
         plan = self._plan(stratum, _finite(sg.gram))
@@ -443,7 +467,7 @@ class _LowRankEstimate:
         for batch in batches:
             with self._source.sample_gradients(direction=direction) as sg:
                 losses, stratum = self._source.losses(batch)
-                losses.sum().backward()
+                sg.backward(losses)
             self._source.forget_gradients()
             projections = sg.projections.double().reshape(len(losses), len(kept), width)
             on_means = projections[..., -1 if self._top else 0] * mean_norms

@@ -194,9 +194,7 @@ def matmul(recorder: Recorder, *factors: Any, **options: Any) -> Any:
     return result if result is NotImplemented or input.dim() == 1 else result.mT
 
 
-def addmm(
-    recorder: Recorder, bias: Tensor, input: Tensor, weight: Tensor, *, beta: float = 1, alpha: float = 1
-) -> Any:
+def addmm(recorder: Recorder, bias: Tensor, input: Tensor, weight: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
     if (beta, alpha) != (1, 1) or bias.dim() > 1 or bias.shape[-1:] != weight.shape[-1:] or recorder.binds(input):
         return NotImplemented
     return linear(recorder, input, weight.T, bias)
@@ -240,8 +238,8 @@ class _Convolution(torch.autograd.Function):
                     lambda: MatrixGradient(rows.sum(_sum_tokens(b.flatten(2).transpose(1, 2)))),
                 )
         ordinary = [needs[0]]
-        for slot, found in enumerate((by_weight, by_bias)):
-            ordinary.append(needs[slot + 1] and found is None and not call.skips(slot))
+        for slot, taken in enumerate((by_weight, by_bias)):
+            ordinary.append(needs[slot + 1] and taken is None and not call.skips(slot))
         if any(ordinary):
             sizes = None if bias is None else list(bias.shape)
             found = torch.ops.aten.convolution_backward(b, a, weight.to(b.dtype), sizes, *geometry, ordinary)
@@ -261,7 +259,9 @@ class _Convolution(torch.autograd.Function):
         )
 
 
-def _convolution_gradient(rows: Rows, a: Tensor, b: Tensor, weight: Tensor, geometry: tuple[Any, ...]) -> SampleGradient:
+def _convolution_gradient(
+    rows: Rows, a: Tensor, b: Tensor, weight: Tensor, geometry: tuple[Any, ...]
+) -> SampleGradient:
     stride, padding, dilation, transposed, _, groups = geometry
     if weight.dim() == 5:
         return MatrixGradient(rows.sum(_one_by_one(a, b, weight, geometry)))
@@ -369,7 +369,7 @@ class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, b: Tensor) -> Any:
         *inputs, mean, rstd = ctx.saved_tensors
-        input, weight, bias = inputs
+        input, weight = inputs[:2]
         call, needs = ctx.call, ctx.needs_input_grad[1:4]
         if torch.is_grad_enabled():
             found = _derivative(lambda x, w, c: F.group_norm(x, ctx.groups, w, c, ctx.eps), inputs, b)
@@ -406,7 +406,7 @@ def _of_rows(
     operand = inputs[slot + 1]
     if gradients is None or operand is None or call.skips(slot):
         return None
-    matrix = gradients.reshape(len(inputs[0]), *operand.shape)
+    matrix = gradients.reshape(gradients.numel() // max(1, operand.numel()), *operand.shape)
     if rows is not None:
         found = _taken(ctx, call, slot, inputs, lambda: MatrixGradient(rows.sum(matrix)))
         if found is not None:
@@ -467,8 +467,8 @@ class _LayerNorm(torch.autograd.Function):
             if needs[2]:
                 by_bias = _taken(ctx, call, 1, inputs, lambda: per_sample(b))
         ordinary = [needs[0]]
-        for slot, found in enumerate((by_weight, by_bias)):
-            ordinary.append(needs[slot + 1] and found is None and not call.skips(slot))
+        for slot, taken in enumerate((by_weight, by_bias)):
+            ordinary.append(needs[slot + 1] and taken is None and not call.skips(slot))
         by_input, *others = torch.ops.aten.native_layer_norm_backward(
             b, input, ctx.shape, mean, rstd, weight, bias, ordinary
         )
@@ -614,7 +614,8 @@ def _broadcast(recorder: Recorder, parameter: Tensor, shape: torch.Size, dtype: 
     operand = recorder.operand(parameter)
     if operand is None:
         return parameter
-    return _Expand.apply(recorder.call(operand), parameter, shape, dtype or parameter.dtype)
+    spread: Tensor = _Expand.apply(recorder.call(operand), parameter, shape, dtype or parameter.dtype)
+    return spread
 
 
 def elementwise(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -650,9 +651,8 @@ def expand(recorder: Recorder, parameter: Tensor, *sizes: Any, **options: Any) -
     if not parameter.requires_grad or options or not sizes:
         return NotImplemented
     sizes = tuple(sizes[0]) if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
-    missing = len(sizes) - parameter.dim()
-    own = (None,) * missing + tuple(parameter.shape)
-    shape = torch.Size(old if size == -1 else size for size, old in zip(sizes, own, strict=True))
+    own = (1,) * (len(sizes) - parameter.dim()) + tuple(parameter.shape)
+    shape = torch.Size([old if size == -1 else size for size, old in zip(sizes, own, strict=True)])
     result = _broadcast(recorder, parameter, shape)
     return NotImplemented if result is parameter else result
 
@@ -702,10 +702,19 @@ def set_item(recorder: Recorder, tensor: Tensor, index: Any, value: Any) -> Any:
     return Tensor.__setitem__(tensor, index, _broadcast(recorder, value, shape, value.dtype))
 
 
-def attention(recorder: Recorder, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *rest: Any, **options: Any) -> Any:
+def attention(
+    recorder: Recorder,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    *rest: Any,
+    **options: Any,
+) -> Any:
     """A mask that is learnt, such as a bias for each relative position, is broadcast over samples."""
     if recorder.operand(attn_mask) is None:
         return NotImplemented
+    assert attn_mask is not None
     mask = _broadcast(recorder, attn_mask, torch.Size((*query.shape[:-1], key.shape[-2])))
     return F.scaled_dot_product_attention(query, key, value, mask, *rest, **options)
 
@@ -776,14 +785,25 @@ def _changes_its_arguments(function: Callable[..., Any]) -> bool:
 
 # Or views, which ``binds`` knows: attributes such as .shape and .T, and questions.
 _NOT_DIFFERENTIABLE = {"__get__", "__set__", "__len__", "__hash__", "__repr__", "detach", "requires_grad_"}
-_NOT_DIFFERENTIABLE |= {"size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "is_complex", "data_ptr"}
+_NOT_DIFFERENTIABLE |= {
+    "size",
+    "dim",
+    "numel",
+    "stride",
+    "is_contiguous",
+    "is_floating_point",
+    "is_complex",
+    "data_ptr",
+}
 
 
 class _Arrival(torch.autograd.Function):
     """Where the gradient of a function's output arrives: the output, in memory of its own."""
 
     @staticmethod
-    def forward(ctx: Any, recorder: Recorder, call: Call, name: str, stand_ins: Sequence[Tensor], output: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, recorder: Recorder, call: Call, name: str, stand_ins: Sequence[Tensor], output: Tensor
+    ) -> Tensor:
         ctx.recorder, ctx.call, ctx.function, ctx.stand_ins = recorder, call, name, stand_ins
         return output.clone()
 

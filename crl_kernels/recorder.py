@@ -56,6 +56,11 @@ def _no(*_: Any) -> bool:
     return False
 
 
+def _in_transform() -> bool:
+    """Of torch.func, which knows no function of ours; the proof finds what happens there."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
@@ -254,14 +259,20 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _BACKWARD:
             return self._backward(func, args, kwargs)
-        if not torch.is_grad_enabled() or not self.recording or torch._C._functorch.peek_interpreter_stack() is not None:
+        if (
+            not torch.is_grad_enabled()
+            or not self.recording
+            or torch._C._functorch.peek_interpreter_stack() is not None
+        ):
             return func(*args, **kwargs)
         if func is F.multi_head_attention_forward:
             return self.inside(func, args, kwargs)
         rule = RULES.get(func)
         result = NotImplemented if rule is None else rule(self, *args, **kwargs)
         if result is NotImplemented:
-            result = any_function(self, func, args, kwargs) if self._takes_parameter(args, kwargs) else func(*args, **kwargs)
+            result = (
+                any_function(self, func, args, kwargs) if self._takes_parameter(args, kwargs) else func(*args, **kwargs)
+            )
         if not in_backward():
             self._sign(func, args, kwargs, result)
         return result
@@ -544,7 +555,7 @@ def _losses(func: Any, args: Any, kwargs: Any) -> Losses | None:
     """What a pass from a scalar sums or averages; None if the graph does not show it."""
     names = ("self", "gradient") if func is Tensor.backward else ("tensors", "grad_tensors")
     given = [args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(names)]
-    if all(isinstance(each, (list, tuple)) and len(each) == 1 or each is None for each in given):
+    if all((isinstance(each, (list, tuple)) and len(each) == 1) or each is None for each in given):
         given = [each and each[0] for each in given]
     start, gradient = given
     if not isinstance(start, Tensor) or start.grad_fn is None:

@@ -369,7 +369,9 @@ class SampleGradients:
             stack.enter_context(without_gradient_hooks(params))
             self._by_passes = True
             stack.callback(setattr, self, "_by_passes", False)
-            self._recorder.take_rows(lambda i: ([losses.edge], [factor * losses.seeds(weights[i])]), len(weights), params)
+            self._recorder.take_rows(
+                lambda i: ([losses.edge], [factor * losses.seeds(weights[i])]), len(weights), params
+            )
 
     # In the backward pass
 
@@ -565,7 +567,9 @@ class SampleGradients:
         u = [part.directions.reshape(len(part.directions), -1) for part in wanted if part.directions is not None]
         together = Wanted(torch.cat(u, 1) if u else None, self._want_gram, self._want_diagonal)
         lengths = [use.shape.numel() for use, _ in self._small]
-        found = MatrixGradient(torch.cat([matrix.reshape(len(matrix), -1) for _, matrix in self._small], 1)).statistics(together)
+        found = MatrixGradient(torch.cat([matrix.reshape(len(matrix), -1) for _, matrix in self._small], 1)).statistics(
+            together
+        )
         squares = [None] * len(lengths) if found.squares is None else found.squares.split(lengths)
         for (use, _), total, part in zip(self._small, found.sum.split(lengths), squares, strict=True):
             self._keep(use, total.reshape(use.shape), None if part is None else part.reshape(use.shape))

@@ -431,7 +431,9 @@ def test_autocast(case):
 
 
 def odd(m: nn.Module, x: Tensor) -> Tensor:
-    return m.lin(x) * torch.sigmoid(m.gate) + m.out(torch.sin(m.lin.weight.mean() * x)) + F.hardtanh(F.prelu(x, m.slope))
+    return (
+        m.lin(x) * torch.sigmoid(m.gate) + m.out(torch.sin(m.lin.weight.mean() * x)) + F.hardtanh(F.prelu(x, m.slope))
+    )
 
 
 def without_rules() -> tuple[nn.Module, tuple[Tensor, ...]]:
@@ -449,7 +451,9 @@ def without_rules() -> tuple[nn.Module, tuple[Tensor, ...]]:
 def test_a_use_without_a_rule_is_said_once():
     model, batch = without_rules()
     recorder._said.clear()
-    with pytest.warns(UserWarning, match=r"no rule for the per-sample gradients of '1.slope' in prelu: .* each of the 6"):
+    with pytest.warns(
+        UserWarning, match=r"no rule for the per-sample gradients of '1.slope' in prelu: .* each of the 6"
+    ):
         check(model, batch)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
