@@ -5,6 +5,7 @@ a batch and losses; the truth is one backward pass per sample, on the graph of t
 """
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -518,7 +519,7 @@ LAYERS: Table = {
     "LayerNorm without bias": lambda: layer(nn.LayerNorm(D, bias=False), tokens()),
     "RMSNorm": lambda: layer(nn.RMSNorm(D), tokens()),
     "RMSNorm over two dimensions": lambda: layer(nn.RMSNorm((N, D)), tokens()),
-    "adaptive softmax": lambda: given(nn.AdaptiveLogSoftmaxWithLoss(D, 9, [3, 6]), vectors(), ids(),
+    "adaptive softmax": lambda: given(nn.AdaptiveLogSoftmaxWithLoss(D, 9, [3, 6], div_value=2), vectors(), ids(),
         losses=lambda m, x, y: -m(x, y).output),
 }  # fmt: skip
 
@@ -1111,6 +1112,7 @@ def losses_of(situation: Situation) -> Tensor:
     return situation.losses(situation.model, *situation.batch)
 
 
+@functools.cache
 def truth(name: str, *, training: bool = True) -> Rows:
     situation = build(name, training=training)
     return rows_by_loop(situation.model, losses_of(situation))

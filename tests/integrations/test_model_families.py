@@ -103,7 +103,7 @@ def decoder(kind: str, **options: Any) -> nn.Module:
     config = getattr(transformers, f"{kind}Config")(
         vocab_size=VOCABULARY,
         hidden_size=12,
-        intermediate_size=14,
+        intermediate_size=16,
         num_hidden_layers=2,
         num_attention_heads=N,
         num_key_value_heads=3,
