@@ -5,6 +5,7 @@ CRL_TEST_LIBRARY names a library whose operators are tested in place of the pack
 
 import os
 
+import pytest
 import torch
 
 import crl_kernels  # noqa: F401  (defines the operators' schemas)
@@ -15,3 +16,12 @@ if library := os.environ.get("CRL_TEST_LIBRARY"):
     torch.ops.load_library(library)
 if registry.INTERPRETED:
     import triton_interpreter  # noqa: F401  (corrects its rounding)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Counts of the cases that one test goes through: ``record_property("count", ...)``."""
+    reports = [report for outcome in ("passed", "failed") for report in terminalreporter.stats.get(outcome, [])]
+    for report in reports:
+        for name, value in report.user_properties:
+            if name == "count":
+                terminalreporter.write_line(value)

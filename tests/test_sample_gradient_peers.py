@@ -1,7 +1,8 @@
 """Opacus and BackPACK beside our per-sample gradients, in float64: equal where they are right, and where they are not,
 what they do instead, each fact pinned by a test that fails once a peer has repaired it.
 
-Every case is held to a loop of single-sample backward passes. The peers: ``pip install opacus backpack-for-pytorch``.
+Every case is held to a loop of single-sample backward passes; the peers' own material is in test_peer_material.py. The
+peers: ``pip install crl-kernels[peers]``.
 """
 
 import copy

@@ -1,0 +1,84 @@
+"""The truth about per-sample gradients: one backward pass per sample, on the graph that the losses have."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from crl_kernels import SampleGradients
+
+Rows = dict[str, Tensor]
+
+
+class Parts(nn.Module):
+    """A module whose forward is a function of itself and of its inputs."""
+
+    def __init__(self, function: Callable[..., Tensor], **parts: nn.Module | nn.Parameter | Tensor) -> None:
+        super().__init__()
+        self.function = function
+        for name, part in parts.items():
+            if isinstance(part, Tensor) and not isinstance(part, nn.Parameter):
+                self.register_buffer(name, part)
+            else:
+                setattr(self, name, part)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.function(self, *inputs)
+
+
+def rows_by_loop(model: nn.Module, losses: Tensor) -> Rows:
+    """name -> (N, *shape): the gradient of losses[i] alone, for every i. ``.grad`` is None afterwards."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    rows: dict[str, list[Tensor]] = {name: [] for name, _ in named}
+    for i in range(len(losses)):
+        losses[i].backward(retain_graph=True)
+        for name, p in named:
+            grad = torch.zeros_like(p) if p.grad is None else p.grad.detach()
+            rows[name].append(grad.to_dense() if grad.is_sparse else grad.clone())
+            p.grad = None
+    return {name: torch.stack(row).double() for name, row in rows.items()}
+
+
+def flat(rows: Rows) -> Tensor:
+    """(N, P)"""
+    return torch.cat([row.reshape(len(row), -1) for row in rows.values()], 1)
+
+
+def assert_close(got: Tensor, want: Tensor, tolerance: float, what: str, scale: Tensor | None = None) -> None:
+    """max |got - want| <= tolerance max |scale|; ``scale`` is ``want`` unless given."""
+    assert got.shape == want.shape, f"{what} has shape {tuple(got.shape)}; expected {tuple(want.shape)}"
+    largest = float((want if scale is None else scale).abs().max())
+    error = float((got.double() - want).abs().max()) / largest if largest else float(got.abs().max())
+    assert error <= tolerance, f"{what} is off by {error:.2g}, relative to the largest"
+
+
+def assert_statistics(sg: SampleGradients, rows: Rows, tolerance: float) -> None:
+    """Of a block with gram and diagonal, all that it says."""
+    gradients = flat(rows)
+    gram, mean = gradients @ gradients.T, gradients.mean(0)
+    assert sg.num_samples == len(gradients)
+    assert_close(sg.sq_norms, gram.diagonal(), tolerance, "sq_norms")
+    assert_close(sg.projections, gradients @ mean, tolerance, "projections", gram.diagonal())
+    assert_close(sg.gram, gram, tolerance, "gram")
+    for name, row in rows.items():
+        squares = row.reshape(len(row), -1).square()
+        assert_close(sg.mean[name], row.mean(0), tolerance, f"mean[{name!r}]", gradients)
+        assert_close(sg.diagonal[name].flatten(), squares.mean(0), tolerance, f"diagonal[{name!r}]", gram)
+        assert_close(sg.per_layer[name].sq_norms, squares.sum(1), tolerance, f"per_layer[{name!r}]", gram)
+
+
+def assert_grads(model: nn.Module, rows: Rows, scale: float, tolerance: float) -> None:
+    """``.grad`` is ``scale`` times the mean of the rows."""
+    for name, p in model.named_parameters():
+        if name in rows:
+            grad = torch.zeros_like(p) if p.grad is None else p.grad
+            grad = grad.to_dense() if grad.is_sparse else grad
+            assert_close(grad, scale * rows[name].mean(0), tolerance, f"{name}.grad", scale * flat(rows))
+
+
+def random_directions(rows: Rows, count: int) -> Rows:
+    """name -> (count, *shape)"""
+    generator = torch.Generator().manual_seed(5)
+    return {
+        name: torch.randn(count, *row.shape[1:], generator=generator, dtype=torch.float64) for name, row in rows.items()
+    }
