@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .batches import batch_size, concatenate_batches, limited, reorder_batch, slice_batch
 from .binding import Binding
 from .independence import require_independent_losses
-from .preserved import RandomState, preserved, require_no_inference_mode
+from .preserved import preserved, require_no_inference_mode
 from .sample_gradients import SampleGradients
 from .spectrum import GROUPS, Estimate, Spectrum, share_of_bands, spectrum_of, top_coefficients
 from .unsharded import whole_parameters
@@ -253,7 +253,9 @@ def diagnose(
             if generator is not None:
                 torch.manual_seed(int(torch.randint(2**62, (), generator=generator, device=generator.device)))
             batch = _one_batch(loader, samples)
-            look = _Look(model, binding, per_sample_loss_at, batch, mixed_losses)
+            look = _Look(model, binding, per_sample_loss_at, batch)
+            if not mixed_losses:
+                look.require_independent_losses(timesteps[0])
             views = []
             for t in timesteps:
                 say(f"t = {t}")
@@ -303,10 +305,8 @@ class _Look:
         binding: Binding,
         loss: PerSampleLossAt,
         batch: Any,
-        mixed_losses: bool,
     ) -> None:
         self._model, self._binding, self._loss, self._batch = model, binding, loss, batch
-        self._may_mix = mixed_losses  # or is known not to
         self._choice: dict[str, Any] = {"include": binding.include, "exclude": binding.exclude}
         self.count = batch_size(batch)
         # A parameter of the model itself has no module to be named after.
@@ -317,7 +317,7 @@ class _Look:
         n, half = self.count, self.count // 2
         named = None if directions is None else self._binding.layout.split(directions)
         with SampleGradients(self._model, direction=named, gram=True, **self._choice) as gradients:
-            losses = self._checked_losses(t)
+            losses = self._losses(self._batch, t)
             gradients.backward(losses, retain_graph=True)
         gram = gradients.gram
         assert gram is not None
@@ -350,16 +350,11 @@ class _Look:
             bands,
         )
 
-    def _checked_losses(self, t: Tensor) -> Tensor:
-        before = RandomState(self._binding.device)
-        losses = self._losses(self._batch, t)
-        if not self._may_mix:
-            samples = (self._batch, t)
-            require_independent_losses(
-                "per_sample_loss_at", lambda other: self._losses(*other), samples, losses, before
-            )
-            self._may_mix = True
-        return losses
+    def require_independent_losses(self, t: int) -> None:
+        timesteps = torch.full((self.count,), t, device=self._binding.device)
+        require_independent_losses(
+            "per_sample_loss_at", lambda other: self._losses(other, timesteps), self._batch, self._binding.device
+        )
 
     def _losses(self, batch: Any, t: Tensor) -> Tensor:
         losses = self._loss(self._model, batch, t)
@@ -369,7 +364,7 @@ class _Look:
                 f"per_sample_loss_at returned {got} for a batch of {len(t)}; expected ({len(t)},), one loss per "
                 "sample, such as (error ** 2).mean(dim=(1, 2, 3))."
             )
-        if not losses.requires_grad and torch.is_grad_enabled():
+        if not losses.requires_grad:
             raise ValueError(
                 "per_sample_loss_at carries no gradient: compute it from model, outside of torch.no_grad()."
             )

@@ -20,7 +20,7 @@ from .binding import Binding
 from .fisher import DiagonalFisher, FisherStatistics, LowRankFisher
 from .held_out import MeanProjections, curvature_of, statistics_of
 from .independence import require_independent_losses
-from .preserved import RandomState, preserved, require_no_inference_mode, same_random_numbers
+from .preserved import preserved, require_no_inference_mode, same_random_numbers
 from .processes import Processes
 from .sample_gradients import SampleGradients
 from .unsharded import whole_parameters
@@ -85,9 +85,9 @@ def estimate_fisher(
 
     Which sample a row of a layer belongs to is measured, and every parameter's per-sample gradients are proven to add
     up to ordinary ones, on the first batch and on every batch with new shapes: see :class:`SampleGradients`, whose
-    passes for that, ceil(log_8 N) + 4 for a batch of N, cost such a batch about four times what another one does. On
-    the first batch the loss is called twice more, without gradients, with samples exchanged for others, to notice
-    losses that mix samples.
+    passes for that, ceil(log_8 N) + 4 for a batch of N, make such a batch cost a few times what another one does. On
+    the first batch the loss is called three times more, with samples exchanged for others, to notice losses that mix
+    samples.
 
     Args:
         model: the model at the end of its task.
@@ -189,17 +189,17 @@ class _Source:
         self.stratified: bool | None = None
         self._may_mix = mixed_losses  # or is known not to
 
+    def checked(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The batches; on the first one of several samples, whether losses mix them is looked at."""
+        for batch in batches:
+            if not self._may_mix:
+                losses_of = lambda other: self.losses(other)[0]  # noqa: E731
+                require_independent_losses("per_sample_loss", losses_of, batch, self.binding.device)
+                self._may_mix = batch_size(batch) > 1
+            yield batch
+
     def losses(self, batch: Any) -> tuple[Tensor, Tensor]:
         """(losses, stratum), each (N,); all strata are 0 if the loss does not give them."""
-        if self._may_mix:
-            return self._losses(batch)
-        before = RandomState(self.binding.device)
-        losses, stratum = self._losses(batch)
-        require_independent_losses("per_sample_loss", lambda other: self._losses(other)[0], batch, losses, before)
-        self._may_mix = len(losses) > 1
-        return losses, stratum
-
-    def _losses(self, batch: Any) -> tuple[Tensor, Tensor]:
         count = batch_size(batch)
         losses: Any = self._loss(self.model, batch)
         stratum = None
@@ -211,7 +211,7 @@ class _Source:
                 f"per_sample_loss returned {got} for a batch of {count}; expected ({count},), one loss per sample, "
                 "such as (error ** 2).mean(dim=(1, 2, 3))."
             )
-        if not losses.requires_grad and torch.is_grad_enabled():
+        if not losses.requires_grad:
             raise ValueError("per_sample_loss carries no gradient: compute it from model, outside of torch.no_grad().")
         if self.stratified not in (None, stratified):
             raise ValueError("per_sample_loss returned strata for some batches and none for others.")
@@ -261,7 +261,7 @@ def _estimate_diagonal(source: _Source, batches: Iterable[Any], processes: Proce
     binding = source.binding
     sum_squares = torch.zeros(binding.layout.numel, dtype=torch.float64, device=binding.device)
     count = 0
-    for batch in batches:
+    for batch in source.checked(batches):
         with source.sample_gradients(diagonal=True) as sg:
             losses, _ = source.losses(batch)
             sg.backward(losses)
@@ -359,7 +359,7 @@ class _LowRankEstimate:
     def find_directions(self, batches: Iterable[Any]) -> Tensor:
         """The first look. Returns the losses, (N,)."""
         seen = []
-        for batch in batches:
+        for batch in self._source.checked(batches):
             losses, plan, sums = self._sums_of(batch)
             seen.append(losses.detach().double())
             rows: dict[_Stratum, list[int]] = {}
@@ -464,7 +464,7 @@ class _LowRankEstimate:
         norms = [1.0 if self._top else float(found.mean.norm()) for found in kept]
         mean_norms = torch.tensor(norms, dtype=torch.float64, device=binding.device)
         seen, seen_losses = [], []
-        for batch in batches:
+        for batch in self._source.checked(batches):
             with self._source.sample_gradients(direction=direction) as sg:
                 losses, stratum = self._source.losses(batch)
                 sg.backward(losses)

@@ -15,39 +15,25 @@ def require_no_inference_mode(what: str) -> None:
         raise RuntimeError(f"{what} needs gradients, and torch.inference_mode() is on. Call it outside of that.")
 
 
-class RandomState:
-    """The present state of torch's global generators (of the CPU and of one device), random, numpy and others."""
-
-    def __init__(self, device: torch.device, generators: Sequence[torch.Generator] = ()) -> None:
-        self._device = None if device.type == "cpu" else device
-        self._torch = torch.get_rng_state()
-        self._of_device = None if self._device is None else torch.get_device_module(device).get_rng_state(device)
-        self._python = random.getstate()
-        self._numpy = sys.modules.get("numpy")
-        self._of_numpy = None if self._numpy is None else self._numpy.random.get_state()
-        self._generators = [(generator, generator.get_state()) for generator in generators]
-
-    def restore(self) -> None:
-        torch.set_rng_state(self._torch)
-        if self._device is not None:
-            torch.get_device_module(self._device).set_rng_state(self._of_device, self._device)
-        random.setstate(self._python)
-        if self._numpy is not None:
-            self._numpy.random.set_state(self._of_numpy)
-        for generator, state in self._generators:
-            generator.set_state(state)
-
-
 @contextmanager
 def same_random_numbers(
     device: torch.device, generators: Sequence[torch.Generator] = ()
 ) -> Generator[None, None, None]:
     """Afterwards torch, random, numpy and ``generators`` are in the state in which they were before."""
-    state = RandomState(device, generators)
+    states = [generator.get_state() for generator in generators]
+    python_state = random.getstate()
+    numpy = sys.modules.get("numpy")
+    numpy_state = numpy.random.get_state() if numpy is not None else None
+    devices = [] if device.type == "cpu" else [device]
     try:
-        yield
+        with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+            yield
     finally:
-        state.restore()
+        random.setstate(python_state)
+        if numpy is not None:
+            numpy.random.set_state(numpy_state)
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
 
 
 @contextmanager

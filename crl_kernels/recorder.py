@@ -259,11 +259,7 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _BACKWARD:
             return self._backward(func, args, kwargs)
-        if (
-            not torch.is_grad_enabled()
-            or not self.recording
-            or torch._C._functorch.peek_interpreter_stack() is not None
-        ):
+        if not torch.is_grad_enabled() or not self.recording or _in_transform():
             return func(*args, **kwargs)
         if func is F.multi_head_attention_forward:
             return self.inside(func, args, kwargs)

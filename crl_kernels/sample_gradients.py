@@ -543,8 +543,8 @@ class SampleGradients:
             if grad is None:
                 self.mean[name] = torch.zeros_like(parameter, dtype=None if source is None else source.dtype)
             else:
-                value = grad if source is None else source.reshape(parameter.shape)
-                self.mean[name] = value.detach() * (scale / count)
+                value = dense(grad) if source is None else source.reshape(parameter.shape)
+                self.mean[name] = value * (scale / count)
         squares = zip(layout.names, layout.shapes, self._squares if self._want_diagonal else [], strict=False)
         self.diagonal = {name: part.reshape(shape) * (scale * scale / count) for name, shape, part in squares}
 
