@@ -28,7 +28,6 @@ _WRAPPERS = {
     "_checkpoint_wrapped_module": ("torch.distributed.algorithms._checkpoint.checkpoint_wrapper.ActivationWrapper",),
     "_fsdp_wrapped_module": ("torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel",),
 }
-_FRONT = "module."
 
 
 def _wrapped_child(module: nn.Module) -> str | None:
@@ -54,24 +53,20 @@ class _Spellings:
         return ".".join(part for part, path in zip(parts, paths, strict=True) if path not in self._wrapped)
 
 
-def _without_inner_wrappers(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part == "module" or part not in _WRAPPERS)
+def _unwrapped(names: Iterable[str]) -> Iterator[list[str]]:
+    """Names without the wrappers around the whole model, which are at the front of all names, one after another."""
+    names = list(names)
+    while len(first := {name.partition(".")[0] for name in names}) == 1 and first <= _WRAPPERS.keys():
+        names = [name.partition(".")[2] for name in names]
+        yield names
 
 
 def _earlier_name(raw: str) -> str:
     """The name that earlier versions gave, which looked at the name alone; it is in their files."""
-    name = _without_inner_wrappers(raw)
-    while name.startswith(_FRONT):
-        name = name.removeprefix(_FRONT)
+    name = ".".join(part for part in raw.split(".") if part == "module" or part not in _WRAPPERS)
+    while name.startswith("module."):
+        name = name.removeprefix("module.")
     return name
-
-
-def _without_wrappers(names: Iterable[str]) -> list[str]:
-    """Names of a wrapped model's parameters as if it were not wrapped: a wrapper is in front of all of them."""
-    stripped = [_without_inner_wrappers(name) for name in names]
-    while stripped and all(name.startswith(_FRONT) for name in stripped):
-        stripped = [name.removeprefix(_FRONT) for name in stripped]
-    return stripped
 
 
 def join_names(names: Iterable[str], limit: int = 5) -> str:
@@ -206,7 +201,9 @@ class Binding:
                 ambiguous.add(earlier)
         for earlier in ambiguous:
             del earlier_names[earlier]
-        self._known_names = self.aliases, raw_names, earlier_names
+        owners = list(self.aliases.values())
+        inside = [dict(zip(names, owners, strict=True)) for names in _unwrapped(self.aliases)]  # of an unknown wrapper
+        self._known_names = [self.aliases, raw_names, *inside, earlier_names]
 
     def _find_places(self) -> list[str]:
         """Notes where each parameter hangs in the model, to notice when another, or another module, takes its place.
@@ -252,8 +249,9 @@ class Binding:
     def rename(self, layout: Layout) -> Layout:
         """``layout`` with the names that this model gives its parameters, whichever of their names it has: another one
         of a shared parameter, or one with wrapper prefixes. One reading is taken for all names, or none."""
-        for names in (layout.names, _without_wrappers(layout.names)):
-            for known in self._known_names:
+        readings = [layout.names, *_unwrapped(layout.names), [_earlier_name(name) for name in layout.names]]
+        for known in self._known_names:
+            for names in readings:
                 if len({known.get(name) for name in names} - {None}) == len(names):
                     return Layout([known[name] for name in names], layout.shapes)
         names = [self.aliases.get(name, name) for name in layout.names]  # not all fit, and an error will say so
@@ -362,7 +360,12 @@ def _named_parameters(model: nn.Module, spellings: _Spellings) -> Iterator[tuple
 def as_patterns(argument: str, patterns: Iterable[str] | None) -> tuple[str, ...] | None:
     if isinstance(patterns, str):
         raise TypeError(f"{argument} is the string {patterns!r}; expected a list of patterns, such as [{patterns!r}].")
-    return None if patterns is None else tuple(patterns)
+    if patterns is None:
+        return None
+    listed = tuple(patterns) if isinstance(patterns, Iterable) else None
+    if listed is None or not all(isinstance(pattern, str) for pattern in listed):
+        raise TypeError(f"{argument} is {listed or patterns!r}; expected a list of patterns, which are strings.")
+    return listed
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -184,6 +184,9 @@ class LowRankHistory(History[LowRankFisher]):
         eigenvalues, modes = self._spectrum(ALL)
         finite = eigenvalues.isfinite().nonzero()[:, 0]
         kept = finite[eigenvalues[finite].argsort(descending=True)[:count]]
+        if not len(kept):  # all curvatures are 0
+            self._set_terms([], self._curvatures[:0], self._anchor_projections[:0])
+            return
         mixing = (modes[:, kept] / eigenvalues[kept].sqrt()).T.contiguous()
         directions = [_ops.low_rank_combine(self._directions, row, self._directions[:1])[0] for row in mixing]
         # c_i belongs to v_i as it is stored, rounded, so that the drift of the present parameters stays what it was.

@@ -32,6 +32,7 @@ def _safetensors() -> Any:
 def write(path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
     """Writes tensors, and JSON-able facts about them, to ``path``."""
     library = _safetensors()
+    _require_utf_8(path)
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     description = {"version": _VERSION, "kind": kind, "facts": facts}
     # One entry: safetensors writes several in an arbitrary order, and equal states should be equal files.
@@ -53,6 +54,13 @@ def write(path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor]
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def _require_utf_8(path: str | os.PathLike[str]) -> None:
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"path {os.fspath(path)!r} is not UTF-8, as safetensors needs it; rename it.") from error
 
 
 def _umask() -> int:
@@ -85,6 +93,7 @@ def read(path: str | os.PathLike[str]) -> tuple[str, dict[str, Tensor], dict[str
         ValueError: any other file, one that is damaged, or one of a later version, by name.
     """
     library = _safetensors()
+    _require_utf_8(path)
     if Path(path).is_dir():
         raise IsADirectoryError(f"path {os.fspath(path)!r} is a folder; expected a file.")
     if not Path(path).is_file():

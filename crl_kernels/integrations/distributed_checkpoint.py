@@ -23,8 +23,8 @@ from ..low_rank_history import LowRankHistory
 def load_history(history: LowRankHistory | DiagonalHistory, path: str | os.PathLike[str], key: str = "history") -> None:
     """Reads into ``history`` what was saved of one under ``key``. All processes call it.
 
-    Parameters that joined after it was saved: read it into a history that leaves them out (``include=``, ``exclude=``),
-    then call :meth:`~crl_kernels.LowRankHistory.rebind`.
+    If parameters have joined since it was saved: read it into a history of the others (``include=``), then call
+    :meth:`~crl_kernels.LowRankHistory.rebind`.
 
     Raises:
         FileNotFoundError: no checkpoint.
