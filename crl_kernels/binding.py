@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from .sharding import Shards
 
-# Children of wrappers, which put the child's name into the names of its parameters, and the wrappers' classes. It takes
-# both: a model may have a child called "module" that is its own.
+# A wrapper puts the name of the child that it wraps into the names of all parameters. Child's name -> wrappers' classes;
+# the name alone does not tell, since a model may have a child of its own called "module".
 _WRAPPERS = {
     "module": (
         "torch.nn.parallel.distributed.DistributedDataParallel",

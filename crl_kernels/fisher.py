@@ -426,8 +426,8 @@ def _by_name(
         raise ValueError(f"it lacks {join_names(missing)}.")
     if unknown := sorted(tensors.keys() - expected):
         raise ValueError(f"it has {join_names(unknown)}, which no Fisher of its parameters has.")
-    found = [{name: tensors[prefix + name] for name in names} for prefix in prefixes]
-    used = {require_tensor(f"{name!r}", t, *dtypes).dtype for part in found for name, t in part.items()}
+    vectors = [{name: tensors[prefix + name] for name in names} for prefix in prefixes]
+    used = {require_tensor(f"{name!r}", t, *dtypes).dtype for vector in vectors for name, t in vector.items()}
     if len(used) > 1:
-        raise ValueError(f"its tensors are of {join_names(map(str, used))}; expected one dtype.")
-    return found
+        raise ValueError(f"its tensors are of {', '.join(sorted(map(str, used)))}; expected one dtype.")
+    return vectors

@@ -21,7 +21,7 @@ from typing_extensions import Self
 
 from . import storage
 from .attachment import Attachment, innermost
-from .binding import Binding, Layout, as_patterns, join_names
+from .binding import Binding, Layout, as_patterns, join_names, matching
 from .fisher import DiagonalFisher, LowRankFisher
 from .flat_parameters import FlatRun
 from .sharding import gathered, local_part
@@ -135,7 +135,8 @@ class History(ABC, Generic[_Fisher]):
 
     @contextmanager
     def _unchanged_by_errors(self) -> Generator[None, None, None]:
-        """A block that assigns all of the state, or, when it raises, nothing: tensors are replaced, never written."""
+        """A block after which the state is all new or, when it raised, as it was. Tensors in it are replaced, never
+        written, so references are enough."""
         before = dict(self.__dict__)
         try:
             yield
@@ -275,6 +276,7 @@ class History(ABC, Generic[_Fisher]):
         others = tuple(pattern for pattern in grown if not history._binding.is_known(pattern))
         if history._binding.include is None or not others:
             return history
+        matching("grown", others, history._binding.aliases)  # refuses what the model does not have at all
         widened = dict(options)
         widened["include"] = history._binding.include + others
         return cls(model, **widened)
@@ -423,9 +425,9 @@ class History(ABC, Generic[_Fisher]):
         what = f"{prefix.removesuffix('.')} in {origin}"
         for name, tensor in named.items():
             require_tensor(f"{prefix}{name} in {origin}", tensor, *dtypes)
-        if len(kinds := {(tensor.dtype, tensor.device) for tensor in named.values()}) != 1:
-            found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds)) or "absent"
-            raise ValueError(f"{what} is {found}; expected tensors of one dtype, on one device.")
+        if len(kinds := {f"{tensor.dtype} on {tensor.device}" for tensor in named.values()}) != 1:
+            listed = ", ".join(sorted(kinds)) or "absent"
+            raise ValueError(f"{what} is {listed}; expected tensors of one dtype, on one device.")
         stored = self._binding.rename(Layout(list(named), [tensor.shape for tensor in named.values()]))
         parts, like = dict(zip(stored.names, named.values(), strict=True)), next(iter(named.values()))
         for name, shape in zip(self.names, self._binding.layout.shapes, strict=True):

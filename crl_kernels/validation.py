@@ -28,10 +28,10 @@ def require_numbers(
     flags = torch.stack([torch.isfinite(part).all().logical_not() for part in parts]).double()
     if nonnegative:
         flags = torch.maximum(flags, 2.0 * torch.stack([(part < 0).any() for part in parts]))
-    found = (flags if shards is None else shards.max_(flags)).tolist()
-    if bad := [name for name, flag in zip(names, found, strict=True) if flag == 1]:
+    codes = (flags if shards is None else shards.max_(flags)).tolist()  # 1: not finite, 2: negative
+    if bad := [name for name, code in zip(names, codes, strict=True) if code == 1]:
         raise ValueError(f"{what} has NaN or infinite values in {join_names(bad)}.")
-    if bad := [name for name, flag in zip(names, found, strict=True) if flag == 2]:
+    if bad := [name for name, code in zip(names, codes, strict=True) if code == 2]:
         raise ValueError(f"{what} is negative in {join_names(bad)}; expected values >= 0.")
 
 

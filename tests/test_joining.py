@@ -1,4 +1,4 @@
-"""Parameters that join a history later; and the names of parameters, where a child is called as wrappers call theirs."""
+"""Parameters that join a history later; names of parameters where a child is called as wrappers call theirs."""
 
 import math
 from collections.abc import Callable
@@ -326,6 +326,8 @@ def test_the_next_adapter_joins_a_history_of_adapters(kind, tmp_path):
     assert type_of(kind).load(tmp_path / "two.safetensors", model).names == names
     loaded = type_of(kind).load(tmp_path / "one.safetensors", model, grown=["*.two.*"])
     assert loaded.names == names
+    with pytest.raises(ValueError, match=r"grown pattern '\*.four.\*' matches none of the model's parameters"):
+        loaded.rebind(model, grown=["*.four.*"])
     loaded.append(second)
     assert torch.equal(loaded.penalty(LAM), history.penalty(LAM))
     assert type_of(kind).load(tmp_path / "one.safetensors", model).names == names[::2]  # include= leaves the rest out

@@ -222,7 +222,7 @@ MUTATIONS = (
 def outcomes(kind: str, path: Path, count: int, check: Callable) -> Counter:
     """Loads ``count`` mutated copies of a file; ``check`` sees whatever loads."""
     _, model = made(kind)
-    data, rng, found = path.read_bytes(), random.Random(kind), Counter()
+    data, rng, counts = path.read_bytes(), random.Random(kind), Counter()
     for i in range(count):
         mutation = MUTATIONS[i % len(MUTATIONS)]
         copy = path.parent / "mutated.safetensors"
@@ -233,12 +233,12 @@ def outcomes(kind: str, path: Path, count: int, check: Callable) -> Counter:
             refusal = str(error)
         else:
             check(loaded, mutation.__name__)
-            found["loaded"] += 1
+            counts["loaded"] += 1
             continue
         assert "mutated.safetensors" in refusal, (mutation.__name__, refusal)
-        found["refused"] += 1
-    print(f"{kind}: {dict(found)}")
-    return found
+        counts["refused"] += 1
+    print(f"{kind}: {dict(counts)}")
+    return counts
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -251,9 +251,9 @@ def test_damaged_files_give_the_same_numbers_or_a_value_error(kind, tmp_path):
     def check(loaded, mutation: str) -> None:
         assert numbers(loaded) == expected, mutation
 
-    found = outcomes(kind, tmp_path / "whole.safetensors", 540, check)
-    assert found["refused"] > 300
-    assert found["loaded"] >= 60  # those whose contents were kept
+    counts = outcomes(kind, tmp_path / "whole.safetensors", 540, check)
+    assert counts["refused"] > 300
+    assert counts["loaded"] >= 60  # those whose contents were kept
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -271,9 +271,9 @@ def test_damaged_files_without_a_digest_give_possible_numbers_or_a_value_error(k
                     assert bool((value >= 0).all()), (mutation, name)
         assert kind.endswith("Fisher") or loaded.state_dict()["num_tasks"] > 0, mutation
 
-    found = outcomes(kind, tmp_path / "whole.safetensors", 540, check)
-    assert found["refused"] > 300
-    assert found["loaded"] >= 60
+    counts = outcomes(kind, tmp_path / "whole.safetensors", 540, check)
+    assert counts["refused"] > 300
+    assert counts["loaded"] >= 60
 
 
 # What cannot be, with or without a digest
