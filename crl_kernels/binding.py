@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from .sharding import Shards
 
-# A wrapper puts the name of the child that it wraps into the names of all parameters. Child's name -> wrappers' classes;
-# the name alone does not tell, since a model may have a child of its own called "module".
+# A wrapper puts the name of the child that it wraps into the names of all parameters. The child's name -> classes of
+# wrappers: the name alone does not tell, since a model may have a child of its own called "module".
 _WRAPPERS = {
     "module": (
         "torch.nn.parallel.distributed.DistributedDataParallel",
