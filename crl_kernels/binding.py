@@ -6,6 +6,7 @@ position gives numbers that are silently wrong. Everything here maps by name or 
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from itertools import accumulate
 from operator import is_
 from typing import Any
 
@@ -14,17 +15,57 @@ from torch import Tensor, nn
 
 from .sharding import Shards
 
-# Wrappers that put themselves into parameter names: torch.compile, activation checkpointing, FSDP; at the front, DDP.
-_ANYWHERE = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
-_FRONT = "module."
+# A wrapper puts the name of the child that it wraps into the names of all parameters. The child's name -> classes of
+# wrappers: the name alone does not tell, since a model may have a child of its own called "module".
+_WRAPPERS = {
+    "module": (
+        "torch.nn.parallel.distributed.DistributedDataParallel",
+        "torch.nn.parallel.data_parallel.DataParallel",
+        "torch.optim.swa_utils.AveragedModel",
+        "deepspeed.runtime.engine.DeepSpeedEngine",
+    ),
+    "_orig_mod": ("torch._dynamo.eval_frame.OptimizedModule",),
+    "_checkpoint_wrapped_module": ("torch.distributed.algorithms._checkpoint.checkpoint_wrapper.ActivationWrapper",),
+    "_fsdp_wrapped_module": ("torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel",),
+}
 
 
-def canonical_name(name: str) -> str:
-    """A parameter's name without what wrappers add: ``module._orig_mod.net.0.weight`` -> ``net.0.weight``."""
-    for wrapper in _ANYWHERE:
-        name = name.replace(wrapper, "")
-    while name.startswith(_FRONT):
-        name = name.removeprefix(_FRONT)
+def _wrapped_child(module: nn.Module) -> str | None:
+    """What a wrapper calls the module that it wraps; None for any other module."""
+    classes = {f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__}
+    return next((child for child, wrappers in _WRAPPERS.items() if not classes.isdisjoint(wrappers)), None)
+
+
+class _Spellings:
+    """How a model's parameters may be called: ``model.named_parameters()`` has the raw name, ``name_of`` gives the one
+    without what wrappers add to it: ``module._orig_mod.net.0.weight`` -> ``net.0.weight``."""
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = model.named_modules(remove_duplicate=False)
+        wrapped = ((path, _wrapped_child(module)) for path, module in modules)
+        self._wrapped = {f"{path}.{child}".removeprefix(".") for path, child in wrapped if child is not None}
+
+    def name_of(self, raw: str) -> str:
+        if not self._wrapped:
+            return raw
+        parts = raw.split(".")
+        paths = accumulate(parts, lambda path, part: f"{path}.{part}")
+        return ".".join(part for part, path in zip(parts, paths, strict=True) if path not in self._wrapped)
+
+
+def _unwrapped(names: Iterable[str]) -> Iterator[list[str]]:
+    """Names without the wrappers around the whole model, which are at the front of all names, one after another."""
+    names = list(names)
+    while len(first := {name.partition(".")[0] for name in names}) == 1 and first <= _WRAPPERS.keys():
+        names = [name.partition(".")[2] for name in names]
+        yield names
+
+
+def _earlier_name(raw: str) -> str:
+    """The name that earlier versions gave, which looked at the name alone; it is in their files."""
+    name = ".".join(part for part in raw.split(".") if part == "module" or part not in _WRAPPERS)
+    while name.startswith("module."):
+        name = name.removeprefix("module.")
     return name
 
 
@@ -59,13 +100,18 @@ class Layout:
         """The flat (*leading, P) tensor of a mapping that has been checked against this layout."""
         return torch.cat([tensors[name].reshape(*leading, -1) for name in self.names], dim=-1)
 
-    def require_same_parameters(self, other: "Layout", this: str, that: str) -> None:
-        """Raises ValueError, naming the parameters, unless ``other`` has the same names and shapes in some order."""
+    def require_same_parameters(
+        self, other: "Layout", this: str, that: str, *, if_missing: str = "", if_unknown: str = ""
+    ) -> None:
+        """Raises ValueError, naming the parameters, unless ``other`` has the same names and shapes in some order.
+
+        ``if_missing`` and ``if_unknown`` say what else to do about what ``other`` lacks, or has alone.
+        """
         mine, theirs = (dict(zip(layout.names, layout.shapes, strict=True)) for layout in (self, other))
         if missing := [name for name in mine if name not in theirs]:
-            raise ValueError(f"{that} lacks {join_names(missing)}, which {this} has. {_SAME_MODEL}")
+            raise ValueError(f"{that} lacks {join_names(missing)}, which {this} has. {if_missing}{_SAME_MODEL}")
         if unknown := [name for name in theirs if name not in mine]:
-            raise ValueError(f"{that} has {join_names(unknown)}, which {this} lacks. {_SAME_MODEL}")
+            raise ValueError(f"{that} has {join_names(unknown)}, which {this} lacks. {if_unknown}{_SAME_MODEL}")
         for name, shape in mine.items():
             if shape != theirs[name]:
                 raise ValueError(
@@ -83,7 +129,7 @@ _SAME_MODEL = "Use the same model, and the same include= and exclude=, everywher
 def matching(argument: str, patterns: Iterable[str] | None, names: Iterable[str]) -> set[str]:
     """The names that any of the patterns matches. Raises ValueError for a pattern that matches none."""
     known, found = list(names), set()
-    for pattern in _patterns(argument, patterns) or ():
+    for pattern in as_patterns(argument, patterns) or ():
         matched = {name for name in known if _matches(name, pattern)}
         if not matched:
             raise ValueError(
@@ -109,8 +155,10 @@ class Binding:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}; expected a torch.nn.Module.")
-        self.include, self.exclude = _patterns("include", include), _patterns("exclude", exclude)
-        params = dict(_select(_named_parameters(model), self.include, self.exclude))
+        self.include, self.exclude = as_patterns("include", include), as_patterns("exclude", exclude)
+        spellings = _Spellings(model)
+        named = dict(_named_parameters(model, spellings))
+        params = dict(_select(named.items(), self.include, self.exclude))
         trainable = {name: parameter for name, parameter in params.items() if parameter.requires_grad}
         if not trainable:
             raise ValueError("model has no parameter that requires a gradient and passes include= and exclude=.")
@@ -130,13 +178,32 @@ class Binding:
         self._widest = next((p for p in self.params if p.dtype == torch.float64), self.params[0])
         self._model = model
         self._find_places()
-        # A shared parameter may be stored under any of its names.
-        self._name_of = {id(p): name for name, p in trainable.items()}
-        self._aliases = {
-            canonical_name(alias): self._name_of[id(parameter)]
-            for alias, parameter in model.named_parameters(remove_duplicate=False)
-            if id(parameter) in self._name_of
+        self._note_names(spellings, {id(parameter): name for name, parameter in named.items()})
+        self._unbound = {
+            name: "does not require a gradient" if name in params else "is left out by include= or exclude="
+            for name in named
+            if name not in trainable
         }
+
+    def _note_names(self, spellings: _Spellings, first_name: Mapping[int, str]) -> None:
+        """Notes what each parameter may be called, each name of a shared one: without wrappers, with them, as earlier
+        versions did. Unbound ones, too, lest one be taken for a bound one."""
+        self.aliases: dict[str, str] = {}
+        raw_names: dict[str, str] = {}
+        earlier_names: dict[str, str] = {}
+        ambiguous = set()
+        for raw, parameter in self._model.named_parameters(remove_duplicate=False):
+            if (name := first_name.get(id(parameter))) is None:
+                continue
+            earlier = _earlier_name(raw)
+            self.aliases[spellings.name_of(raw)] = raw_names[raw] = name
+            if earlier_names.setdefault(earlier, name) != name:
+                ambiguous.add(earlier)
+        for earlier in ambiguous:
+            del earlier_names[earlier]
+        owners = list(self.aliases.values())
+        inside = [dict(zip(names, owners, strict=True)) for names in _unwrapped(self.aliases)]  # of an unknown wrapper
+        self._known_names = [self.aliases, raw_names, *inside, earlier_names]
 
     def _find_places(self) -> list[str]:
         """Notes where each parameter hangs in the model, to notice when another, or another module, takes its place.
@@ -180,8 +247,35 @@ class Binding:
         return torch.float64 if self._widest.dtype == torch.float64 else torch.float32
 
     def rename(self, layout: Layout) -> Layout:
-        """``layout`` with the names that this model gives to shared parameters."""
-        return Layout([self._aliases.get(name, name) for name in layout.names], layout.shapes)
+        """``layout`` with the names that this model gives its parameters, whichever of their names it has: another one
+        of a shared parameter, or one with wrapper prefixes. One reading is taken for all names, or none."""
+        readings = [layout.names, *_unwrapped(layout.names), [_earlier_name(name) for name in layout.names]]
+        for known in self._known_names:
+            for names in readings:
+                if len({known.get(name) for name in names} - {None}) == len(names):
+                    return Layout([known[name] for name in names], layout.shapes)
+        names = [self.aliases.get(name, name) for name in layout.names]  # not all fit, and an error will say so
+        return Layout(names, layout.shapes) if len(set(names)) == len(names) else layout
+
+    def is_known(self, pattern: str) -> bool:
+        """Whether it matches a bound parameter."""
+        return any(_matches(alias, pattern) for alias, name in self.aliases.items() if name not in self._unbound)
+
+    def named_by(self, argument: str, patterns: Iterable[str]) -> set[str]:
+        """The bound parameters that any of the patterns matches, by any of their names. Raises ValueError for a pattern
+        that matches none."""
+        bound = {alias: name for alias, name in self.aliases.items() if name not in self._unbound}
+        for pattern in patterns:
+            if not self.is_known(pattern) and (
+                why := self.why_unbound(name for name in self._unbound if _matches(name, pattern))
+            ):
+                raise ValueError(f"{argument} pattern {pattern!r} matches no bound parameter: {why.strip()}")
+        return {bound[alias] for alias in matching(argument, patterns, bound)}
+
+    def why_unbound(self, names: Iterable[str]) -> str:
+        """For an error message: why the first of some names that the model has is not bound; empty if it has none."""
+        first = next((name for name in names if name in self._unbound), None)
+        return "" if first is None else f"{first!r} is a parameter that {self._unbound[first]}. "
 
     def check(self, state_device: torch.device, *, all_devices: bool = True) -> None:
         """Raises ValueError if a bound parameter was replaced, resized, or moved away from the state, since binding.
@@ -251,10 +345,10 @@ class Binding:
         return {rate: sorted(members) for rate, members in rates.items()}
 
 
-def _named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def _named_parameters(model: nn.Module, spellings: _Spellings) -> Iterator[tuple[str, nn.Parameter]]:
     seen: dict[str, str] = {}
     for raw, parameter in model.named_parameters():
-        name = canonical_name(raw)
+        name = spellings.name_of(raw)
         if name in seen:
             raise ValueError(
                 f"{seen[name]!r} and {raw!r} are both called {name!r} without wrapper prefixes; rename one."
@@ -263,10 +357,15 @@ def _named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         yield name, parameter
 
 
-def _patterns(argument: str, patterns: Iterable[str] | None) -> tuple[str, ...] | None:
+def as_patterns(argument: str, patterns: Iterable[str] | None) -> tuple[str, ...] | None:
     if isinstance(patterns, str):
         raise TypeError(f"{argument} is the string {patterns!r}; expected a list of patterns, such as [{patterns!r}].")
-    return None if patterns is None else tuple(patterns)
+    if patterns is None:
+        return None
+    listed = tuple(patterns) if isinstance(patterns, Iterable) else None
+    if listed is None or not all(isinstance(pattern, str) for pattern in listed):
+        raise TypeError(f"{argument} is {listed or patterns!r}; expected a list of patterns, which are strings.")
+    return listed
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -1,6 +1,7 @@
 """The exact sum of all past tasks' diagonal penalties, in the state of one."""
 
 from collections.abc import Container, Iterable, Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from . import _ops
 from .binding import Layout
 from .fisher import DiagonalFisher
 from .history import History, Rate, check_strength
+from .validation import require_scalars
 
 
 class DiagonalHistory(History[DiagonalFisher]):
@@ -25,6 +27,8 @@ class DiagonalHistory(History[DiagonalFisher]):
     """
 
     _fisher_type = DiagonalFisher
+    _scalar_keys = ("num_tasks", "residual")
+    _scalar_types: ClassVar = {"num_tasks": int, "residual": float}
 
     def __init__(
         self,
@@ -101,6 +105,9 @@ class DiagonalHistory(History[DiagonalFisher]):
             (self._anchor + share * distance).to(dtype),
             self._decay * self._residual + left,
         )
+        self._require_numbers(f"the sum of curvatures in {dtype}", self._fisher)
+        self._require_numbers(f"the mean anchor in {dtype}", self._anchor)
+        require_scalars("the residual R", self._residual[None], 1)
 
     def _set_vectors(self, fisher: Tensor, anchor: Tensor, residual: Tensor) -> None:
         self._fisher, self._anchor, self._residual = fisher, anchor, residual
@@ -114,9 +121,17 @@ class DiagonalHistory(History[DiagonalFisher]):
         return tensors | {"residual": self._residual}
 
     def _set_state(self, state: Mapping[str, Tensor], origin: str, grown: Container[str] = ()) -> None:
-        residual, num_tasks = self._scalars_of(state, origin, "residual", "num_tasks")
-        fisher, anchor = (self._vector_of(state, prefix, origin, grown) for prefix in ("fisher_diagonal.", "anchor."))
-        self._set_vectors(fisher, anchor, residual)
+        num_tasks, residual = self._scalars_of(state, origin, "residual")
+        prefixes, dtypes = ("fisher_diagonal.", "anchor."), (torch.float32, torch.float64)
+        fisher, anchor = self._vectors_of(state, prefixes, dtypes, origin, grown)
+        if fisher.dtype != anchor.dtype:
+            raise ValueError(f"fisher_diagonal in {origin} is {fisher.dtype} and anchor {anchor.dtype}; expected one.")
+        if residual.dim() != 0:
+            raise ValueError(f"residual in {origin} has shape {tuple(residual.shape)}; expected one number.")
+        require_scalars(f"residual in {origin}", residual[None], 1, nonnegative=True)
+        self._set_vectors(fisher, anchor, residual.to(self._device))
+        if num_tasks == 0 and (self._curvature or residual):
+            raise ValueError(f"num_tasks in {origin} is 0, and its curvatures are not; expected the number of tasks.")
         self._num_tasks = int(num_tasks)
 
     def _move_state(self, device: torch.device) -> None:

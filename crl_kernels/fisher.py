@@ -10,8 +10,9 @@ Source: rank-1 form and coefficient c*: arXiv 2509.23593; diagonal form: Kirkpat
 
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import sys
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -19,8 +20,7 @@ from torch import Tensor
 
 from . import _ops, storage
 from .binding import Layout, join_names
-
-_STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+from .validation import STORAGE_DTYPES, as_scalars, require_numbers, require_scalars, require_tensor
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,9 @@ class FisherStatistics:
         share: p_s, the stratum's share of the samples that gave the curvatures.
         strata: the statistics of each stratum, in the order of the Fisher's terms. A stratum's own curvatures are
             those of F_s: the Fisher's divided by p_s.
+
+    Raises:
+        TypeError, ValueError: a field that is no number, or out of its range, by name.
     """
 
     num_samples: int
@@ -64,18 +67,62 @@ class FisherStatistics:
     share: float = 1.0
     strata: tuple["FisherStatistics", ...] = ()
 
+    def __post_init__(self) -> None:
+        if not _is_integer(self.num_samples) or not (self.stratum is None or _is_integer(self.stratum)):
+            raise TypeError(
+                f"num_samples is {self.num_samples!r} and stratum {self.stratum!r}; expected integers, or no stratum."
+            )
+        if self.num_samples < 1:
+            raise ValueError(f"num_samples is {self.num_samples}; expected at least 1.")
+        for name, (low, high, may_be_nan) in _RANGES.items():
+            value = getattr(self, name)
+            for number in value if name == "curvature_se" else (value,):
+                if isinstance(number, bool) or not isinstance(number, (int, float)):
+                    raise TypeError(f"{name} is {value!r}; expected a number.")
+                if not (low <= number <= high or (may_be_nan and math.isnan(number))):
+                    raise ValueError(f"{name} is {value!r}; expected {low} to {high}{', or nan' * may_be_nan}.")
+        if not all(isinstance(part, FisherStatistics) for part in self.strata):
+            raise TypeError(f"strata is {self.strata!r}; expected FisherStatistics.")
+
     @property
     def term_strata(self) -> tuple[int | None, ...]:
         """The stratum of each term of the Fisher."""
         return tuple(part.stratum for part in self.strata or (self,) for _ in part.curvature_se)
 
     @classmethod
-    def _from_facts(cls, facts: Mapping[str, Any]) -> "FisherStatistics":
-        """From a file: what asdict() gave, through JSON."""
+    def _from_facts(cls, facts: Any) -> "FisherStatistics":
+        """From a file: what asdict() gave, through JSON. Raises TypeError or ValueError for anything else."""
+        if not isinstance(facts, dict) or not {"num_samples", "trace"} <= facts.keys():
+            raise ValueError(f"statistics are {facts!r}; expected at least num_samples and trace.")
+        if unknown := facts.keys() - {field.name for field in fields(cls)}:
+            raise ValueError(f"statistics have {join_names(sorted(unknown))}, which are not known.")
         known = dict(facts)
-        known["curvature_se"] = tuple(facts.get("curvature_se", ()))
-        known["strata"] = tuple(map(cls._from_facts, facts.get("strata", ())))
+        for name in ("curvature_se", "strata"):
+            known[name] = known.get(name, [])
+            if not isinstance(known[name], list):
+                raise TypeError(f"{name} is {known[name]!r}; expected a list.")
+        known["curvature_se"] = tuple(known["curvature_se"])
+        known["strata"] = tuple(map(cls._from_facts, known["strata"]))
         return cls(**known)
+
+
+_LARGEST = sys.float_info.max
+_RANGES = {  # lowest, highest, and whether nan stands for what is not known
+    "trace": (0.0, _LARGEST, False),
+    "mean_gradient_sq_norm": (-_LARGEST, _LARGEST, True),
+    "kappa": (-_LARGEST, _LARGEST, True),
+    "rho": (0.0, _LARGEST, True),
+    "curvature_se": (0.0, _LARGEST, True),
+    "rho_se": (0.0, _LARGEST, True),
+    "kappa_se": (0.0, _LARGEST, True),
+    "signal_share": (0.0, 1.0, True),
+    "samples_needed": (0.0, math.inf, True),
+    "share": (0.0, 1.0, False),
+}
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _layout_of(tensors: Mapping[str, Tensor], argument: str, leading: int = 0) -> Layout:
@@ -96,8 +143,21 @@ def _layout_of(tensors: Mapping[str, Tensor], argument: str, leading: int = 0) -
 
 
 def _require_finite(tensors: Mapping[str, Tensor], argument: str) -> None:
-    if bad := [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
-        raise ValueError(f"{argument} has NaN or infinite values in {join_names(bad)}.")
+    require_numbers(argument, list(tensors), list(tensors.values()))
+
+
+def _num_terms(directions: Mapping[str, Tensor]) -> int:
+    """K of (K, \\*shape) tensors."""
+    leading = {tensor.shape[:1] for tensor in directions.values()}
+    if len(leading) != 1 or leading == {()}:
+        raise ValueError("directions are (K, *shape) tensors of one K; their leading dimensions differ.")
+    if leading == {(0,)}:
+        raise ValueError("directions are (K, *shape) tensors of K = 0; expected at least one term.")
+    return leading.pop()[0]
+
+
+def _device_of(tensors: Mapping[str, Tensor]) -> torch.device:
+    return next(iter(tensors.values())).device
 
 
 def _state_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
@@ -139,12 +199,12 @@ class LowRankFisher:
         statistics: FisherStatistics | None = None,
     ) -> None:
         layout = _layout_of(directions, "directions", leading=1)
-        num_terms = {tensor.shape[:1] for tensor in directions.values()}
-        if len(num_terms) != 1 or num_terms == {()}:
-            raise ValueError("directions are (K, *shape) tensors of one K; their leading dimensions differ.")
+        num_terms = _num_terms(directions)
         layout.require_same_parameters(_layout_of(anchor, "anchor"), "directions", "anchor")
+        if (device := _device_of(anchor)) != _device_of(directions):
+            raise ValueError(f"anchor is on {device} and directions on {_device_of(directions)}; expected one device.")
         _require_finite(anchor, "anchor")
-        stored = layout.flatten(directions, num_terms.pop()).to(storage_dtype or _state_dtype(directions))
+        stored = layout.flatten(directions, [num_terms]).to(storage_dtype or _state_dtype(directions))
         projections = _ops.constant_projections(
             [anchor[name].detach() for name in layout.names], list(stored.detach()), len(stored)
         )
@@ -174,27 +234,24 @@ class LowRankFisher:
         slopes: Tensor | None,
         statistics: FisherStatistics | None,
     ) -> None:
-        if directions.dtype not in _STORAGE_DTYPES:
-            raise TypeError(f"storage_dtype is {directions.dtype}; expected one of {_STORAGE_DTYPES}.")
-        curvatures = torch.as_tensor(curvatures, dtype=torch.float64, device=directions.device).detach()
-        if curvatures.shape != directions.shape[:1]:
-            raise ValueError(f"curvatures has shape {tuple(curvatures.shape)}; expected ({len(directions)},).")
-        if not bool(torch.isfinite(curvatures).all()) or bool((curvatures < 0).any()):
-            raise ValueError(f"curvatures is {curvatures.tolist()}; expected finite values >= 0.")
-        if slopes is not None:
-            slopes = torch.as_tensor(slopes, dtype=torch.float64, device=directions.device).detach()
-            if slopes.shape != directions.shape[:1]:
-                raise ValueError(f"slopes has shape {tuple(slopes.shape)}; expected ({len(directions)},).")
-            if not bool(torch.isfinite(slopes).all()):
-                raise ValueError(f"slopes is {slopes.tolist()}; expected finite values.")
-        if not bool(torch.isfinite(directions).all()):
-            raise ValueError("directions has NaN or infinite values.")
+        if directions.dtype not in STORAGE_DTYPES:
+            raise TypeError(f"storage_dtype is {directions.dtype}; expected one of {STORAGE_DTYPES}.")
         self.layout = layout
         self.directions = directions
-        self.curvatures = curvatures
+        self.curvatures = as_scalars("curvatures", curvatures, directions.device)
         self.anchor_projections = anchor_projections
-        self.slopes = slopes
+        self.slopes = None if slopes is None else as_scalars("slopes", slopes, directions.device)
         self.statistics = statistics
+        self._require_valid()
+
+    def _require_valid(self) -> None:
+        """Raises ValueError if an attribute has values that a Fisher cannot have."""
+        require_numbers("directions", self.layout.names, self.directions.split(self.layout.lengths, dim=1))
+        count = len(self.directions)
+        require_scalars("curvatures", self.curvatures, count, nonnegative=True)
+        require_scalars("anchor_projections", self.anchor_projections, count)
+        if self.slopes is not None:
+            require_scalars("slopes", self.slopes, count)
 
     @classmethod
     def from_mean_gradient(
@@ -279,14 +336,17 @@ class DiagonalFisher:
     ) -> None:
         self.layout = _layout_of(fisher_diagonal, "fisher_diagonal")
         self.layout.require_same_parameters(_layout_of(anchor, "anchor"), "fisher_diagonal", "anchor")
-        for tensors, argument in ((fisher_diagonal, "fisher_diagonal"), (anchor, "anchor")):
-            _require_finite(tensors, argument)
-        if bad := [name for name, tensor in fisher_diagonal.items() if bool((tensor < 0).any())]:
-            raise ValueError(f"fisher_diagonal is negative in {join_names(bad)}; expected mean squared gradients.")
         dtype = torch.promote_types(_state_dtype(fisher_diagonal), _state_dtype(anchor))
         self.fisher_diagonal = self.layout.flatten(fisher_diagonal).detach().to(dtype)
         self.anchor = self.layout.flatten(anchor).detach().to(self.fisher_diagonal)
         self.statistics = statistics
+        self._require_valid()
+
+    def _require_valid(self) -> None:
+        """Raises ValueError if an attribute has values that a Fisher cannot have."""
+        names, lengths = self.layout.names, self.layout.lengths
+        require_numbers("fisher_diagonal", names, self.fisher_diagonal.split(lengths), nonnegative=True)
+        require_numbers("anchor", names, self.anchor.split(lengths))
 
     def __repr__(self) -> str:
         return f"DiagonalFisher(parameters={self.layout.numel}, {self.fisher_diagonal.dtype})"
@@ -311,27 +371,63 @@ def load_fisher(path: str | os.PathLike[str]) -> LowRankFisher | DiagonalFisher:
     """Reads what ``LowRankFisher.save`` or ``DiagonalFisher.save`` wrote, on the CPU.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not a safetensors file, damaged, or not a Fisher.
+        OSError: no file that can be opened: FileNotFoundError, IsADirectoryError, PermissionError.
+        ValueError: not a safetensors file, damaged, changed after it was saved, or not a Fisher; names the file.
     """
     kind, tensors, facts = storage.read(path)
-    statistics = None if facts.get("statistics") is None else FisherStatistics._from_facts(facts["statistics"])
-    if kind == "LowRankFisher":
-        directions = {name: tensors[f"directions.{name}"] for name in facts["names"]}
-        layout = _layout_of(directions, "directions", leading=1)
-        curvatures = tensors["curvatures"]
-        return LowRankFisher._from_stored(
-            layout,
-            layout.flatten(directions, curvatures.shape),
-            curvatures,
-            tensors["anchor_projections"],
-            tensors.get("slopes"),
-            statistics,
-        )
-    if kind == "DiagonalFisher":
-        return DiagonalFisher(
-            {name: tensors[f"fisher_diagonal.{name}"] for name in facts["names"]},
-            {name: tensors[f"anchor.{name}"] for name in facts["names"]},
-            statistics=statistics,
-        )
-    raise ValueError(f"path {os.fspath(path)!r} holds a {kind}; expected a LowRankFisher or a DiagonalFisher.")
+    if kind not in ("LowRankFisher", "DiagonalFisher"):
+        raise ValueError(f"path {os.fspath(path)!r} holds a {kind}; expected a LowRankFisher or a DiagonalFisher.")
+    try:
+        names, statistics = facts.get("names"), facts.get("statistics")
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"names are {names!r}; expected a list of strings.")
+        statistics = None if statistics is None else FisherStatistics._from_facts(statistics)
+        return (_low_rank_fisher if kind == "LowRankFisher" else _diagonal_fisher)(names, tensors, statistics)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{storage.described(path)} holds no {kind}, or is damaged: {error}") from error
+
+
+def _low_rank_fisher(
+    names: Sequence[str], tensors: Mapping[str, Tensor], statistics: FisherStatistics | None
+) -> LowRankFisher:
+    scalars = {"curvatures", "anchor_projections"} | ({"slopes"} & tensors.keys())
+    (directions,) = _by_name(names, tensors, ["directions."], scalars, STORAGE_DTYPES)
+    for name in scalars:
+        require_tensor(name, tensors[name], torch.float64)
+    layout = _layout_of(directions, "directions", leading=1)
+    return LowRankFisher._from_stored(
+        layout,
+        layout.flatten(directions, [_num_terms(directions)]),
+        tensors["curvatures"],
+        tensors["anchor_projections"],
+        tensors.get("slopes"),
+        statistics,
+    )
+
+
+def _diagonal_fisher(
+    names: Sequence[str], tensors: Mapping[str, Tensor], statistics: FisherStatistics | None
+) -> DiagonalFisher:
+    diagonal, anchor = _by_name(names, tensors, ["fisher_diagonal.", "anchor."], set(), (torch.float32, torch.float64))
+    return DiagonalFisher(diagonal, anchor, statistics=statistics)
+
+
+def _by_name(
+    names: Sequence[str],
+    tensors: Mapping[str, Tensor],
+    prefixes: Sequence[str],
+    scalars: Set[str],
+    dtypes: Sequence[torch.dtype],
+) -> list[dict[str, Tensor]]:
+    """The tensors of each prefix by parameter name. Raises ValueError unless these and the scalars are all there is,
+    and those of one dtype."""
+    expected = {*scalars, *(prefix + name for prefix in prefixes for name in names)}
+    if missing := sorted(expected - tensors.keys()):
+        raise ValueError(f"it lacks {join_names(missing)}.")
+    if unknown := sorted(tensors.keys() - expected):
+        raise ValueError(f"it has {join_names(unknown)}, which no Fisher of its parameters has.")
+    vectors = [{name: tensors[prefix + name] for name in names} for prefix in prefixes]
+    used = {require_tensor(f"{name!r}", t, *dtypes).dtype for vector in vectors for name, t in vector.items()}
+    if len(used) > 1:
+        raise ValueError(f"its tensors are of {', '.join(sorted(map(str, used)))}; expected one dtype.")
+    return vectors

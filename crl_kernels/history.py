@@ -5,11 +5,14 @@ Ways to use a history in a trainer: add ``rank1_ewc_penalty(history, lam=...)`` 
 ``attach(optimizer, lam)`` do one of the last two.
 """
 
+import inspect
 import math
 import os
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from typing import Any, Generic, TypeVar, cast
+from collections.abc import Callable, Container, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +21,11 @@ from typing_extensions import Self
 
 from . import storage
 from .attachment import Attachment, innermost
-from .binding import Binding, Layout, join_names, matching
+from .binding import Binding, Layout, as_patterns, join_names, matching
 from .fisher import DiagonalFisher, LowRankFisher
 from .flat_parameters import FlatRun
 from .sharding import gathered, local_part
+from .validation import require_numbers, require_tensor
 
 _Fisher = TypeVar("_Fisher", LowRankFisher, DiagonalFisher)
 # A learning rate for all parameters, or an optimizer's param_groups, each with its own.
@@ -56,9 +60,19 @@ def check_strength(argument: str, value: float | Tensor, *, finite: bool = True)
         raise ValueError(f"{argument} is {number}; expected a {'finite ' if finite else ''}value >= 0.")
 
 
+# A vector's part in a state: "directions.0.net.weight" is of direction 0, "anchor.net.weight" of the anchor.
+_PART = re.compile(r"((?:directions\.\d+|fisher_diagonal|anchor)\.)(.+)", re.DOTALL)
+
+
+def split_key(key: str) -> tuple[str, str]:
+    """(vector's prefix, parameter's name) of a key of a state; ("", key) of what belongs to no parameter."""
+    part = _PART.fullmatch(key)
+    return ("", key) if part is None else (part[1], part[2])
+
+
 def _with_rows(tensor: Tensor, shape: torch.Size) -> Tensor:
     """``tensor`` with zeros appended to its first dimension, if that is all that it lacks of ``shape``."""
-    if tensor.dim() != len(shape) or tensor.shape[1:] != shape[1:] or len(tensor) >= shape[0]:
+    if tensor.dim() != len(shape) or not shape or tensor.shape[1:] != shape[1:] or len(tensor) >= shape[0]:
         return tensor
     whole = gathered(tensor)
     return torch.cat([whole, whole.new_zeros(shape[0] - len(whole), *shape[1:])])
@@ -68,6 +82,9 @@ class History(ABC, Generic[_Fisher]):
     """What both kinds share: the binding to a model, an optimizer's hooks, and files."""
 
     _fisher_type: type[_Fisher]
+    _scalar_keys: ClassVar[tuple[str, ...]]  # of a state, beside the parts of its vectors
+    # Those that are one number, and its type; in a file they are in the metadata.
+    _scalar_types: ClassVar[Mapping[str, type[int] | type[float]]]
 
     def __init__(
         self, model: nn.Module, include: Iterable[str] | None, exclude: Iterable[str] | None, decay: float
@@ -96,16 +113,37 @@ class History(ABC, Generic[_Fisher]):
 
         Raises:
             TypeError: a Fisher of the other kind.
-            ValueError: parameters that are missing, unknown or of another shape, by name.
+            ValueError: parameters that are missing, unknown or of another shape, by name; numbers that no Fisher has,
+                or that overflow.
         """
         if not isinstance(fisher, self._fisher_type):
             raise TypeError(
                 f"fisher is a {type(fisher).__name__}; {type(self).__name__} takes a {self._fisher_type.__name__}."
             )
         layout = self._binding.rename(fisher.layout)
-        self._binding.layout.require_same_parameters(layout, "the history's model", "the Fisher")
-        self._add_terms(fisher, layout)
-        self._num_tasks += 1
+        self._binding.layout.require_same_parameters(
+            layout,
+            "the history's model",
+            "the Fisher",
+            if_unknown=self._binding.why_unbound(layout.names)
+            + "If they have joined the model since the history was bound, call history.rebind(model, grown=[...]). ",
+        )
+        fisher._require_valid()
+        with self._unchanged_by_errors():
+            self._add_terms(fisher, layout)
+            self._num_tasks += 1
+
+    @contextmanager
+    def _unchanged_by_errors(self) -> Generator[None, None, None]:
+        """A block after which the state is all new or, when it raised, as it was. Tensors in it are replaced, never
+        written, so references are enough."""
+        before = dict(self.__dict__)
+        try:
+            yield
+        except BaseException:
+            self.__dict__.clear()
+            self.__dict__.update(before)
+            raise
 
     def attach(self, optimizer: Optimizer, lam: float | Tensor, *, decoupled: bool = False) -> None:
         """Puts the penalty into every ``optimizer.step()``, by hooks, until :meth:`detach`.
@@ -162,13 +200,14 @@ class History(ABC, Generic[_Fisher]):
         return self
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes :meth:`state_dict` to a safetensors file, with the history's options.
+        """Writes :meth:`state_dict` to a safetensors file, with the history's options and a digest.
 
         Of sharded parameters all processes call it, tensors are gathered one by one, and the first process writes.
         """
         tensors = {name: gathered(tensor) for name, tensor in self.state_dict().items()}
         if self._binding.shards.whole or torch.distributed.get_rank() == 0:
-            storage.write(path, type(self).__name__, tensors, self._options())
+            scalars = {name: tensors.pop(name).item() for name in self._scalar_types}
+            storage.write(path, type(self).__name__, tensors, self._options() | scalars)
         if not self._binding.shards.whole:
             torch.distributed.barrier()
 
@@ -176,29 +215,44 @@ class History(ABC, Generic[_Fisher]):
     def load(cls, path: str | os.PathLike[str], model: nn.Module, *, grown: Iterable[str] = ()) -> Self:
         """Reads what :meth:`save` wrote and binds it to ``model``, by name, on the model's device.
 
+        A file from before parameters joined, or got more rows, loads into the model as it is now if ``grown`` names
+        them; one from afterwards needs no ``grown``, and does not load into the model as it was.
+
         Args:
             path, model: the file, and a model with the same parameters.
             grown: see :meth:`rebind`.
 
         Raises:
-            FileNotFoundError: no such file.
-            ValueError: not a safetensors file, damaged, of another kind, or of another model; names what does not fit.
+            OSError: no file that can be opened: FileNotFoundError, IsADirectoryError, PermissionError.
+            ValueError: not a safetensors file, damaged, changed after it was saved, of another kind, or of another
+                model; names the file and what does not fit.
         """
-        kind, tensors, options = storage.read(path)
+        kind, tensors, facts = storage.read(path)
         if kind != cls.__name__:
             raise ValueError(f"path {os.fspath(path)!r} holds a {kind}; expected a {cls.__name__}.")
-        history = cls(model, **options)
-        history._set_state(tensors, f"the file {os.fspath(path)!r}", history._grown(grown))
+        origin, patterns = storage.described(path), as_patterns("grown", grown) or ()
+        options, scalars = cls._split_facts(facts, origin)
+        try:
+            history = cls._bound_to(model, options, patterns)
+            names = history._binding.named_by("grown", patterns)
+        except ValueError as error:
+            raise ValueError(f"{origin} does not fit: {error}") from error
+        history._set_state(tensors | scalars, origin, names)
         return history
 
     def rebind(self, model: nn.Module, *, grown: Iterable[str] = ()) -> None:
         """Binds the history to a model whose parameters are other objects than before, by name: one that was sharded,
-        pruned or moved to another kind of device, or that has grown for new classes.
+        pruned or moved to another kind of device, or that has grown.
 
-        Parameters that ``grown`` names may have more rows (a larger first dimension), such as a class embedding
-        after ``nn.Embedding(20, width)`` has taken the place of ``nn.Embedding(10, width)``. The rows that the history
-        knows are the first ones. New rows are free: directions are zero there, so old terms mean what they meant, and
-        a later task's Fisher has its own rows. All other parameters must be as they were.
+        Parameters that ``grown`` names may be new: another head, a block that is trained from now on, the next adapter.
+        Or they may have more rows (a larger first dimension), such as a class embedding after
+        ``nn.Embedding(20, width)`` has taken the place of ``nn.Embedding(10, width)``; the rows that the history knows
+        are the first ones. What is new is free: directions, curvatures of a diagonal and anchors are zero there, so old
+        terms mean what they meant, and Fishers that are appended from now on are of all parameters. All other
+        parameters must be as they were; what ``grown`` names and has not grown is left as it is.
+
+        A new parameter is bound unless ``exclude`` leaves it out; a pattern that ``include`` leaves out altogether
+        extends ``include``. An optimizer has to be given new parameters, by ``add_param_group``.
 
         Args:
             model: the model as it is now.
@@ -210,12 +264,40 @@ class History(ABC, Generic[_Fisher]):
         """
         if self._attachment is not None:
             raise RuntimeError("this history is attached to an optimizer; call detach() first.")
-        other = type(self)(model, **self._options())
-        other._set_state(self.state_dict(), "the history", other._grown(grown))
+        patterns = as_patterns("grown", grown) or ()
+        other = self._bound_to(model, self._options(), patterns)
+        other._set_state(self.state_dict(), "the history", other._binding.named_by("grown", patterns))
         self.__dict__ = other.__dict__
 
-    def _grown(self, patterns: Iterable[str]) -> set[str]:
-        return matching("grown", patterns, self.names)
+    @classmethod
+    def _bound_to(cls, model: nn.Module, options: Mapping[str, Any], grown: tuple[str, ...]) -> Self:
+        """A history without tasks whose ``include`` has those patterns of ``grown``, too, that match nothing of it."""
+        history = cls(model, **options)
+        others = tuple(pattern for pattern in grown if not history._binding.is_known(pattern))
+        if history._binding.include is None or not others:
+            return history
+        matching("grown", others, history._binding.aliases)  # refuses what the model does not have at all
+        widened = dict(options)
+        widened["include"] = history._binding.include + others
+        return cls(model, **widened)
+
+    @classmethod
+    def _split_facts(cls, facts: Mapping[str, Any], origin: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """(options, scalars of the state) of a file's facts, of the types that these have. The first version's files
+        have scalars among the tensors."""
+        options = dict(facts)
+        scalars = {name: options.pop(name) for name in cls._scalar_types if name in facts}
+        for name, value in scalars.items():
+            if type(value) is not cls._scalar_types[name] or (type(value) is int and abs(value) >= 2**63):
+                raise ValueError(f"{name} in {origin} is {value!r}; expected {cls._scalar_types[name].__name__}.")
+        if unknown := options.keys() - inspect.signature(cls).parameters.keys() or "model" in options:
+            raise ValueError(f"{origin} has unknown options, {unknown}; expected those of {cls.__name__}.")
+        for name in ("include", "exclude"):
+            value = options.get(name)
+            if value is not None and not (isinstance(value, list) and all(isinstance(x, str) for x in value)):
+                raise ValueError(f"{name} in {origin} is {value!r}; expected a list of patterns, or None.")
+        dtypes = {int: torch.int64, float: torch.float64}
+        return options, {name: torch.tensor(value, dtype=dtypes[type(value)]) for name, value in scalars.items()}
 
     def state_dict(self) -> dict[str, Tensor]:
         """The state as tensors by parameter name, for a trainer's own checkpoints. They share memory with the state,
@@ -226,13 +308,21 @@ class History(ABC, Generic[_Fisher]):
         """
         return self._state() | {"num_tasks": torch.tensor(self._num_tasks)}
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor], *, grown: Iterable[str] = ()) -> None:
         """Takes over what :meth:`state_dict` gave, by parameter name; nothing changes when it does not fit.
 
+        Args:
+            state: of a history of the same parameters, but for those that ``grown`` names.
+            grown: see :meth:`rebind`.
+
         Raises:
-            ValueError: parameters that are missing, unknown or of another shape, by name.
+            TypeError: no mapping to tensors.
+            ValueError: parameters that are missing, unknown or of another shape, by name; tensors of another dtype;
+                numbers that are not finite or, of curvatures, below zero.
         """
-        self._set_state(state, "the state")
+        names = self._binding.named_by("grown", as_patterns("grown", grown) or ())
+        with self._unchanged_by_errors():
+            self._set_state(state, "the state", names)
 
     @property
     def nbytes(self) -> int:
@@ -291,24 +381,79 @@ class History(ABC, Generic[_Fisher]):
             return self._binding.layout.split(flat)
         return dict(zip(self.names, self._binding.shards.join(flat), strict=True))
 
-    def _vector_of(self, state: Mapping[str, Tensor], prefix: str, origin: str, grown: Container[str]) -> Tensor:
-        """The flat vector whose parts a state holds as ``prefix`` + parameter name, checked against the model; those of
-        parameters that have ``grown`` get rows of zeros."""
-        named = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
-        for name, shape in zip(self.names, self._binding.layout.shapes, strict=True):
-            if name in grown and name in named:
-                named[name] = _with_rows(named[name], shape)
-        stored = Layout(list(named), [tensor.shape for tensor in named.values()])
-        layout = self._binding.rename(stored)
-        self._binding.layout.require_same_parameters(layout, "the model", origin)
-        if not self._binding.shards.whole:
-            return self._cut(dict(zip(layout.names, named.values(), strict=True))).to(self._device)
-        return self._bound(layout, stored.flatten(named))
-
     def _scalars_of(self, state: Mapping[str, Tensor], origin: str, *keys: str) -> list[Tensor]:
-        if missing := [key for key in keys if key not in state]:
+        """The tensors of a state that are of no parameter: num_tasks, which is checked, and float64 ones."""
+        if not isinstance(state, Mapping):
+            raise TypeError(f"{origin} is a {type(state).__name__}; expected a mapping from names to tensors.")
+        if missing := [key for key in (*keys, "num_tasks") if key not in state]:
             raise ValueError(f"{origin} lacks {join_names(missing)}; expected what {type(self).__name__} saved.")
-        return [state[key].to(self._device) for key in keys]
+        count = require_tensor(f"num_tasks in {origin}", state["num_tasks"], torch.int64)
+        if count.dim() != 0 or count < 0:
+            raise ValueError(f"num_tasks in {origin} is {count.tolist()}; expected one integer >= 0.")
+        return [count, *(require_tensor(f"{key} in {origin}", state[key], torch.float64) for key in keys)]
+
+    def _vectors_of(
+        self,
+        state: Mapping[str, Tensor],
+        prefixes: Sequence[str],
+        dtypes: Sequence[torch.dtype],
+        origin: str,
+        grown: Container[str],
+    ) -> list[Tensor]:
+        """The flat vectors whose parts a state holds as prefix + parameter name, checked against the model; those of
+        parameters that have ``grown`` get zeros. Parts of other vectors are refused."""
+        named: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in prefixes}
+        for key, tensor in state.items():
+            prefix, name = split_key(key)
+            if prefix in named:
+                named[prefix][name] = tensor
+            elif key not in self._scalar_keys:
+                raise ValueError(
+                    f"{origin} has {key!r}, which no {type(self).__name__} of its terms has; expected what one saved."
+                )
+        return [self._vector_of(parts, prefix, dtypes, origin, grown) for prefix, parts in named.items()]
+
+    def _vector_of(
+        self,
+        named: Mapping[str, Tensor],
+        prefix: str,
+        dtypes: Sequence[torch.dtype],
+        origin: str,
+        grown: Container[str],
+    ) -> Tensor:
+        """One of them, from its parts by parameter name."""
+        what = f"{prefix.removesuffix('.')} in {origin}"
+        for name, tensor in named.items():
+            require_tensor(f"{prefix}{name} in {origin}", tensor, *dtypes)
+        if len(kinds := {f"{tensor.dtype} on {tensor.device}" for tensor in named.values()}) != 1:
+            listed = ", ".join(sorted(kinds)) or "absent"
+            raise ValueError(f"{what} is {listed}; expected tensors of one dtype, on one device.")
+        stored = self._binding.rename(Layout(list(named), [tensor.shape for tensor in named.values()]))
+        parts, like = dict(zip(stored.names, named.values(), strict=True)), next(iter(named.values()))
+        for name, shape in zip(self.names, self._binding.layout.shapes, strict=True):
+            if name in grown:
+                known = parts.get(name)
+                new = torch.zeros(shape, dtype=like.dtype, device=like.device) if known is None else known
+                parts[name] = _with_rows(new, shape)
+        layout = Layout(list(parts), [tensor.shape for tensor in parts.values()])
+        self._binding.layout.require_same_parameters(
+            layout,
+            "the model",
+            origin,
+            if_missing="If they have joined the model since, name them in grown=. ",
+            if_unknown=self._binding.why_unbound(layout.names),
+        )
+        if self._binding.shards.whole:
+            flat = self._bound(layout, layout.flatten(parts))
+        else:
+            flat = self._cut(parts).to(self._device)
+        self._require_numbers(what, flat, nonnegative=prefix == "fisher_diagonal.")
+        return flat
+
+    def _require_numbers(self, what: str, flat: Tensor, *, nonnegative: bool = False) -> None:
+        """Raises ValueError, by parameter, unless a vector of the state is finite and, if asked for, >= 0."""
+        shards = self._binding.shards
+        require_numbers(what, self.names, flat.split(shards.lengths), nonnegative=nonnegative, shards=shards)
 
     def _bound_params(self) -> list[Tensor]:
         """The bound parameters, checked."""

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Container, Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from . import _ops
 from .binding import Layout
 from .fisher import LowRankFisher
-from .history import ALL, Groups, History, Rate, check_strength
+from .history import ALL, Groups, History, Rate, check_strength, split_key
+from .validation import STORAGE_DTYPES, require_scalars
 
 
 class LowRankHistory(History[LowRankFisher]):
@@ -36,6 +37,8 @@ class LowRankHistory(History[LowRankFisher]):
     """
 
     _fisher_type = LowRankFisher
+    _scalar_keys = ("num_tasks", "curvatures", "anchor_projections")
+    _scalar_types: ClassVar = {"num_tasks": int}
 
     def __init__(
         self,
@@ -50,6 +53,8 @@ class LowRankHistory(History[LowRankFisher]):
         super().__init__(model, include, exclude, decay)
         if max_terms is not None and (not isinstance(max_terms, int) or max_terms < 1):
             raise ValueError(f"max_terms is {max_terms!r}; expected an integer >= 1, or None for no limit.")
+        if not isinstance(first_order, bool):
+            raise ValueError(f"first_order is {first_order!r}; expected True or False.")
         self._first_order, self._max_terms = first_order, max_terms
         nothing = torch.zeros(0, dtype=torch.float64, device=self._device)
         self._set_terms([], nothing, nothing)
@@ -159,6 +164,7 @@ class LowRankHistory(History[LowRankFisher]):
                 raise ValueError("fisher has a slope along a direction of curvature 0, which has no lowest point.")
             shift = fisher.slopes / torch.where(fisher.curvatures == 0, 1.0, fisher.curvatures)
             anchor_projections = anchor_projections - shift
+            require_scalars("fisher's anchor_projections - slopes / curvatures", anchor_projections, len(fisher))
         self._set_terms(
             self._directions + list(self._bound(layout, fisher.directions)),
             torch.cat([self._curvatures * self._decay, fisher.curvatures.to(self._device)]),
@@ -178,6 +184,9 @@ class LowRankHistory(History[LowRankFisher]):
         eigenvalues, modes = self._spectrum(ALL)
         finite = eigenvalues.isfinite().nonzero()[:, 0]
         kept = finite[eigenvalues[finite].argsort(descending=True)[:count]]
+        if not len(kept):  # all curvatures are 0
+            self._set_terms([], self._curvatures[:0], self._anchor_projections[:0])
+            return
         mixing = (modes[:, kept] / eigenvalues[kept].sqrt()).T.contiguous()
         directions = [_ops.low_rank_combine(self._directions, row, self._directions[:1])[0] for row in mixing]
         # c_i belongs to v_i as it is stored, rounded, so that the drift of the present parameters stays what it was.
@@ -190,6 +199,11 @@ class LowRankHistory(History[LowRankFisher]):
         self._grams: dict[tuple[int, ...] | None, Tensor] = {}
         self._spectra: dict[Groups, tuple[Tensor, Tensor]] = {}
         self._curvature = float(self._gram(None).diagonal() @ curvatures.cpu()) if directions else 0.0
+        if not math.isfinite(self._curvature):
+            raise ValueError(
+                f"the penalty's curvature, sum_k a_k |u_k|^2, is {self._curvature}; expected a finite value. Use "
+                "directions of about unit length."
+            )
 
     def _gram(self, members: tuple[int, ...] | None) -> Tensor:
         """U_g U_g^T over some of the parameters: (K, K) float64, on the CPU."""
@@ -226,11 +240,19 @@ class LowRankHistory(History[LowRankFisher]):
         return tensors | {"curvatures": self._curvatures, "anchor_projections": self._anchor_projections}
 
     def _set_state(self, state: Mapping[str, Tensor], origin: str, grown: Container[str] = ()) -> None:
-        curvatures, anchor_projections, num_tasks = self._scalars_of(
-            state, origin, "curvatures", "anchor_projections", "num_tasks"
-        )
-        directions = [self._vector_of(state, f"directions.{k}.", origin, grown) for k in range(len(curvatures))]
-        self._set_terms(directions, curvatures, anchor_projections)
+        num_tasks, curvatures, anchor_projections = self._scalars_of(state, origin, "curvatures", "anchor_projections")
+        count = curvatures.numel()
+        held = {prefix for prefix, _ in map(split_key, state) if prefix}
+        prefixes = [f"directions.{k}." for k in range(count)] if count == len(held) else []
+        if held != set(prefixes) or (num_tasks == 0 and count) or (num_tasks > 0 and not count and not self._max_terms):
+            raise ValueError(
+                f"{origin} has {len(held)} directions and curvatures of shape {tuple(curvatures.shape)} for "
+                f"{int(num_tasks)} tasks; expected as many directions as curvatures, and none for 0 tasks alone."
+            )
+        directions = self._vectors_of(state, prefixes, STORAGE_DTYPES, origin, grown)
+        require_scalars(f"curvatures in {origin}", curvatures, count, nonnegative=True)
+        require_scalars(f"anchor_projections in {origin}", anchor_projections, count)
+        self._set_terms(directions, curvatures.to(self._device), anchor_projections.to(self._device))
         self._num_tasks = int(num_tasks)
 
     def _options(self) -> dict[str, Any]:

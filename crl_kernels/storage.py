@@ -1,5 +1,12 @@
-"""Files: safetensors, by parameter name, never pickle. Written aside and renamed, so never half a file."""
+"""Files: safetensors, by parameter name, never pickle. Written aside and renamed, so never half a file.
 
+A file has one entry of metadata, in JSON: the format's version, the kind of its contents, facts about them, and a
+digest: SHA-256 of all that and of the name, dtype, shape and bytes of every tensor. Files of version 1, which had no
+digest, load.
+"""
+
+import ctypes
+import hashlib
 import json
 import os
 import tempfile
@@ -10,7 +17,8 @@ from typing import Any
 from torch import Tensor
 
 _ENTRY = "crl_kernels"
-_VERSION = 1
+_VERSION = 2
+_KEYS = {1: {"version", "kind", "facts"}, 2: {"version", "kind", "facts", "digest"}}
 
 
 def _safetensors() -> Any:
@@ -24,9 +32,12 @@ def _safetensors() -> Any:
 def write(path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
     """Writes tensors, and JSON-able facts about them, to ``path``."""
     library = _safetensors()
+    _require_utf_8(path)
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    description = {"version": _VERSION, "kind": kind, "facts": facts}
     # One entry: safetensors writes several in an arbitrary order, and equal states should be equal files.
-    header = {_ENTRY: json.dumps({"version": _VERSION, "kind": kind, "facts": facts})}
-    data = library.torch.save({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, header)
+    header = {_ENTRY: json.dumps(description | {"digest": _digest(description, plain)})}
+    data = library.torch.save(plain, header)
     target = Path(path)
     if not target.parent.is_dir():
         raise FileNotFoundError(
@@ -45,26 +56,73 @@ def write(path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor]
         raise
 
 
+def _require_utf_8(path: str | os.PathLike[str]) -> None:
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"path {os.fspath(path)!r} is not UTF-8, as safetensors needs it; rename it.") from error
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
 
 
+def _digest(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """Of CPU tensors, contiguous; the same for equal contents, in whatever order a file has them."""
+    digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        if tensor.nbytes:
+            digest.update((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr()))
+    return digest.hexdigest()
+
+
+def described(path: str | os.PathLike[str]) -> str:
+    """A file as the subject or object of an error message."""
+    return f"the file {os.fspath(path)!r}"
+
+
 def read(path: str | os.PathLike[str]) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
-    """(kind, tensors, facts) of a file that ``write`` wrote. Raises ValueError for any other file."""
+    """(kind, tensors, facts) of a file that ``write`` wrote, now or in version 1.
+
+    Raises:
+        OSError: nothing that can be opened: FileNotFoundError, IsADirectoryError, PermissionError.
+        ValueError: any other file, one that is damaged, or one of a later version, by name.
+    """
     library = _safetensors()
+    _require_utf_8(path)
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"path {os.fspath(path)!r} is a folder; expected a file.")
     if not Path(path).is_file():
         raise FileNotFoundError(f"path {os.fspath(path)!r} is not a file.")
+    with open(path, "rb"):  # safetensors has errors of its own for a file that may not be read
+        pass
     try:
         with library.safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get(_ENTRY, "{}"))
+            entry = (file.metadata() or {}).get(_ENTRY)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
-    except library.SafetensorError as error:
-        raise ValueError(f"path {os.fspath(path)!r} is not a safetensors file, or is damaged: {error}.") from error
-    if header.get("version") != _VERSION:
+    except (library.SafetensorError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{described(path)} is not a safetensors file, or is damaged: {error}.") from error
+    if entry is None:
+        raise ValueError(f"{described(path)} was not saved by this library.")
+    try:
+        header: Any = json.loads(entry)
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"{described(path)} is damaged: its metadata are no JSON: {error}.") from error
+    version = header.get("version") if isinstance(header, dict) else None
+    if type(version) is int and version > _VERSION:
         raise ValueError(
-            f"path {os.fspath(path)!r} was not saved by this library, or by another version of it: its format is "
-            f"{header.get('version')}, expected {_VERSION}."
+            f"{described(path)} is of format {version}, and this version of the library knows formats up to "
+            f"{_VERSION}. Load it with the version that saved it, or a later one."
         )
-    return header["kind"], tensors, header["facts"]
+    if type(version) is not int or header.keys() != _KEYS.get(version) or not isinstance(header["facts"], dict):
+        raise ValueError(f"{described(path)} was not saved by this library, or its metadata are damaged.")
+    if "digest" in header and header.pop("digest") != _digest(header, tensors):
+        raise ValueError(
+            f"{described(path)} is damaged, or was changed after it was saved: its contents do not have its digest. "
+            "Load another copy of it."
+        )
+    return str(header["kind"]), tensors, header["facts"]

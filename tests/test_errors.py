@@ -243,8 +243,8 @@ def test_models_that_cannot_be_bound(model):
         ck.LowRankHistory(mixed)
     with pytest.raises(TypeError, match=r"parameter 'weight' is torch.complex64"):
         ck.LowRankHistory(nn.Linear(2, 2, dtype=torch.complex64))
-    outer = nn.Module()
-    outer.module, outer.weight = nn.Linear(1, 1), nn.Parameter(torch.ones(1))
+    outer = nn.DataParallel(nn.Linear(1, 1))  # a wrapper that was given a parameter of its own
+    outer.weight = nn.Parameter(torch.ones(1))
     with pytest.raises(ValueError, match=r"'weight' and 'module.weight' are both called 'weight'"):
         ck.LowRankHistory(outer)
 

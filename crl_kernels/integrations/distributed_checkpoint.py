@@ -7,40 +7,57 @@ load_history(history, path, key="history")
 """
 
 import os
-import re
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from ..binding import Layout
 from ..diagonal_history import DiagonalHistory
+from ..history import split_key
 from ..low_rank_history import LowRankHistory
-
-_VECTOR = re.compile(r"((?:directions\.\d+|fisher_diagonal|anchor)\.)(.+)")
 
 
 def load_history(history: LowRankHistory | DiagonalHistory, path: str | os.PathLike[str], key: str = "history") -> None:
     """Reads into ``history`` what was saved of one under ``key``. All processes call it.
 
+    If parameters have joined since it was saved: read it into a history of the others (``include=``), then call
+    :meth:`~crl_kernels.LowRankHistory.rebind`.
+
     Raises:
-        ValueError: nothing under that key, or the history of another model, by name.
+        FileNotFoundError: no checkpoint.
+        ValueError: nothing under that key, parts that cannot be read, or the history of another model, by name; numbers
+            that no history has. ``history`` is as it was then.
     """
+    origin = f"the checkpoint {os.fspath(path)!r}"
     found = FileSystemReader(path).read_metadata().state_dict_metadata
     mine = {name.removeprefix(f"{key}."): entry for name, entry in found.items() if name.startswith(f"{key}.")}
     if not mine:
-        raise ValueError(f"the checkpoint {os.fspath(path)!r} has nothing under key={key!r}.")
-    vectors: dict[tuple[str, torch.dtype], set[str]] = {}
+        raise ValueError(f"{origin} has nothing under key={key!r}.")
+    vectors: dict[str, dict[str, TensorStorageMetadata]] = {}
     state = {}
     for name, entry in mine.items():
         if not isinstance(entry, TensorStorageMetadata):
-            raise ValueError(f"{name!r} in the checkpoint {os.fspath(path)!r} is not a tensor.")
-        if part := _VECTOR.fullmatch(name):
-            vectors.setdefault((part[1], entry.properties.dtype), set()).add(part[2])
+            raise ValueError(f"{name!r} in {origin} is not a tensor.")
+        prefix, parameter = split_key(name)
+        if prefix:
+            vectors.setdefault(prefix, {})[parameter] = entry
         else:
             state[name] = torch.empty(entry.size, dtype=entry.properties.dtype, device=history._device)
-    for (prefix, dtype), names in vectors.items():
-        blank = history._named(torch.empty(sum(history._binding.shards.lengths), dtype=dtype, device=history._device))
-        state |= {f"{prefix}{name}": tensor for name, tensor in blank.items() if name in names}
-    load({key: state}, checkpoint_id=path)
-    history.load_state_dict(state)
+    for prefix, entries in vectors.items():
+        stored = history._binding.rename(Layout(list(entries), [entry.size for entry in entries.values()]))
+        history._binding.layout.require_same_parameters(stored, "the model", origin)
+        dtypes = {entry.properties.dtype for entry in entries.values()}
+        if len(dtypes) > 1:
+            raise ValueError(f"{prefix.removesuffix('.')} in {origin} is of {len(dtypes)} dtypes; expected one.")
+        numel = sum(history._binding.shards.lengths)
+        blank = history._named(torch.empty(numel, dtype=dtypes.pop(), device=history._device))
+        state |= {prefix + name: blank[own] for name, own in zip(entries, stored.names, strict=True)}
+    try:
+        load({key: state}, checkpoint_id=path)
+    except CheckpointException as error:
+        raise ValueError(f"{origin} is damaged, or parts of it are missing: {error}") from error
+    with history._unchanged_by_errors():
+        history._set_state(state, origin)
