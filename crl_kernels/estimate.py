@@ -380,7 +380,7 @@ class _LowRankEstimate:
     def _sums_of(self, batch: Any) -> tuple[Tensor, list[_Sum], Tensor]:
         """A batch's losses, (N,), the sums of its gradients that are wanted, and those sums, (len, P)."""
         source = self._source
-        if not self._top and source.stratified is False:  # one sum, that of all samples
+        if not self._top and source.stratified is False and self._strata:  # one sum, that of all samples
             losses, stratum = source.losses(batch)
             return losses, self._plan(stratum), source.sum_of_gradients(losses)[None]
         with source.sample_gradients(gram=self._top) as sg:

@@ -49,9 +49,10 @@ def require_independent_losses(
         return
     raise ValueError(
         f"{argument} mixes samples: the loss of sample {int(changed.nonzero()[0])} of a batch of {count} changes when "
-        "other samples of the batch are exchanged, and there are no per-sample gradients of such a loss (batch "
-        "statistics, contrastive terms, a mean over the batch's tokens). Compute each loss from its own sample alone; "
-        "or give mixed_losses=True, if the gradient of loss i by everything that it depends on is what you mean."
+        "other samples of the batch are exchanged, and there are no per-sample gradients of such a loss (contrastive "
+        "terms, a mean over the batch's tokens, batch statistics, such as those of a BatchNorm that was built with "
+        "track_running_stats=False). Compute each loss from its own sample alone; or give mixed_losses=True, if the "
+        "gradient of loss i by everything that it depends on is what you mean."
     )
 
 
