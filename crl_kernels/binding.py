@@ -178,7 +178,8 @@ class Binding:
         """
         if self._model is not None:
             return
-        gc.collect()  # modules may refer to one another in circles, which outlive their last user until then
+        if self._copied_model() is not None:
+            gc.collect()  # modules may refer to one another in circles, which outlive their last user until then
         model = self._copied_model()
         if model is None:
             raise RuntimeError(
