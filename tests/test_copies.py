@@ -123,9 +123,7 @@ def test_an_attached_optimizer_copied_with_its_model_is_attached_to_the_copied_h
     end = train(copied["model"], copied["optimizer"], range(5, 10))
     assert torch.equal(flat(model), start)
     again = WAYS[way](copied)  # a copy's copy has it, too
-    assert torch.equal(
-        train(again["model"], again["optimizer"], range(10, 15)), train(model, optimizer, range(5, 15))
-    )
+    assert torch.equal(train(again["model"], again["optimizer"], range(10, 15)), train(model, optimizer, range(5, 15)))
     assert float((end - start).norm()) > 1e-2
     if order != "no history":
         copied["history"].detach()
