@@ -6,6 +6,7 @@ optimizer moves. A GradScaler hands some optimizers (``fused=True``) gradients t
 so nothing waits for the device.
 """
 
+import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -110,7 +111,7 @@ class Attachment:
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Adds the penalty's gradient, at the scale of the gradients that are there."""
-        if self._history is None:
+        if self._history is None or _is_nested(optimizer):
             return
         if kwargs.get("closure") is not None or any(callable(argument) for argument in args[1:]):
             raise RuntimeError(
@@ -124,7 +125,7 @@ class Attachment:
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The proximal step, unless the optimizer has skipped its own."""
-        if self._history is None:
+        if self._history is None or _is_nested(optimizer):
             return
         found_inf = getattr(optimizer, "found_inf", None)
         lam = self._lam
@@ -148,6 +149,19 @@ class Attachment:
                 "lam, or attach with decoupled=True, which is stable at every lam.",
                 stacklevel=2,
             )
+
+
+def _is_nested(optimizer: Optimizer) -> bool:
+    """Whether a hook runs for the ``super().step()`` of an optimizer's own step, for which torch has called it, too."""
+    if torch.compiler.is_compiling():
+        return False
+    wrapper = sys._getframe(2)  # torch's, which calls hooks, a step, and hooks
+    frame = wrapper.f_back
+    while frame is not None:
+        if frame.f_code is wrapper.f_code and frame.f_locals.get("self") is optimizer:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _state_with_attachments(optimizer: Optimizer) -> dict[str, Any]:

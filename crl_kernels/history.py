@@ -126,13 +126,22 @@ class History(ABC, Generic[_Fisher]):
         at the scale that a GradScaler has given the gradients. Decoupled: takes the proximal step just after it, each
         parameter group with its present learning rate; not when a GradScaler has made the optimizer skip.
 
+        A wrapper that keeps the optimizer of these parameters in an attribute and steps it, such as those of
+        accelerate, Lightning, SAM or Lookahead, is followed to that optimizer, whose every step has the penalty. With
+        SAM the penalty's gradient is therefore that of the parameters themselves, not of the perturbed point, and the
+        perturbation is the task's alone; add the penalty to the loss to perturb by it, too.
+
+        A copy or pickle of the optimizer together with the model, ``copy.deepcopy((model, history, optimizer))``, is
+        attached to the copied history. Without the model, its step says that the history has none.
+
         Args:
-            optimizer: any torch optimizer that has all bound parameters, or what accelerate has made of one.
+            optimizer: any torch optimizer that has all bound parameters, or a wrapper of one.
             lam: strength; a 0-dim tensor may be changed in place between steps.
             decoupled: the proximal step of :meth:`decoupled_step_` instead of the gradient.
 
         Raises:
-            TypeError, ValueError: not an optimizer, one that maximizes or lacks bound parameters, a wrong ``lam``.
+            TypeError, ValueError: not an optimizer, one that maximizes, lacks bound parameters, calls no hooks or has
+                this history's penalty in its step; a wrong ``lam``; decoupled, a group without a learning rate.
             RuntimeError: attached already.
 
         Warns:
