@@ -4,7 +4,9 @@ Files, optimizers and calls order parameters differently, and many tensors of a 
 position gives numbers that are silently wrong. Everything here maps by name or refuses, naming what does not fit.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import gc
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import accumulate
 from operator import is_
@@ -171,28 +173,32 @@ class Binding:
                 f"model has parameters on {', '.join(sorted(map(str, devices)))}; expected one device. "
                 "Bind one history per device, with include=."
             )
-        self.params = list(trainable.values())
-        self.layout = Layout(list(trainable), [parameter.shape for parameter in self.params])
-        self._shapes = list(self.layout.shapes)
-        self.shards = Shards(self.layout.names, self.params)
-        self._widest = next((p for p in self.params if p.dtype == torch.float64), self.params[0])
-        self._model = model
-        self._find_places()
-        self._note_names(spellings, {id(parameter): name for name, parameter in named.items()})
+        self.layout = Layout(list(trainable), [parameter.shape for parameter in trainable.values()])
+        self._bind(model, list(trainable.values()))
+        self._note_names(model, spellings, {id(parameter): name for name, parameter in named.items()})
         self._unbound = {
             name: "does not require a gradient" if name in params else "is left out by include= or exclude="
             for name in named
             if name not in trainable
         }
 
-    def _note_names(self, spellings: _Spellings, first_name: Mapping[int, str]) -> None:
+    def _bind(self, model: nn.Module, params: list[nn.Parameter]) -> None:
+        """Binds to these parameters of ``model``, which have the layout's names."""
+        self.params = params
+        self._shapes = list(self.layout.shapes)
+        self.shards = Shards(self.layout.names, self.params)
+        self._widest = next((p for p in self.params if p.dtype == torch.float64), self.params[0])
+        self._model: nn.Module | None = model  # None: a copy that has not looked for its model yet
+        self._find_places(model)
+
+    def _note_names(self, model: nn.Module, spellings: _Spellings, first_name: Mapping[int, str]) -> None:
         """Notes what each parameter may be called, each name of a shared one: without wrappers, with them, as earlier
         versions did. Unbound ones, too, lest one be taken for a bound one."""
         self.aliases: dict[str, str] = {}
         raw_names: dict[str, str] = {}
         earlier_names: dict[str, str] = {}
         ambiguous = set()
-        for raw, parameter in self._model.named_parameters(remove_duplicate=False):
+        for raw, parameter in model.named_parameters(remove_duplicate=False):
             if (name := first_name.get(id(parameter))) is None:
                 continue
             earlier = _earlier_name(raw)
@@ -205,11 +211,63 @@ class Binding:
         inside = [dict(zip(names, owners, strict=True)) for names in _unwrapped(self.aliases)]  # of an unknown wrapper
         self._known_names = [self.aliases, raw_names, *inside, earlier_names]
 
-    def _find_places(self) -> list[str]:
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles have: names and the model. Parameters are found in it again, by name."""
+        if not self.shards.whole:
+            raise TypeError(
+                "a history of sharded parameters cannot be copied or pickled. Save it with history.save, or with "
+                "torch.distributed.checkpoint from its state_dict, and load it for the other model."
+            )
+        model = self._copied_model() if self._model is None else self._model
+        return {
+            "include": self.include,
+            "exclude": self.exclude,
+            "layout": self.layout,
+            "aliases": self.aliases,
+            "_known_names": self._known_names,
+            "_unbound": self._unbound,
+            "model": model,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Keeps no model alive: one that was copied for nobody but this copy is then gone when it is looked for."""
+        model = state.pop("model")
+        self.__dict__.update(state)
+        self._model = None
+        self._copied_model: Callable[[], nn.Module | None] = (lambda: None) if model is None else weakref.ref(model)
+        whole = [torch.empty(shape, device="meta") for shape in self.layout.shapes]
+        self.shards = Shards(self.layout.names, whole)
+
+    def require_model(self) -> None:
+        """Binds a copy, at its first use, to the model that was copied together with it.
+
+        Raises:
+            RuntimeError: it was copied or unpickled alone.
+            ValueError: that model has lost parameters since, by name.
+        """
+        if self._model is not None:
+            return
+        if self._copied_model() is not None:
+            gc.collect()  # modules may refer to one another in circles, which outlive their last user until then
+        model = self._copied_model()
+        if model is None:
+            raise RuntimeError(
+                "this history was copied or unpickled without its model, so it has no parameters. Copy them together, "
+                "as in copy.deepcopy((model, history, optimizer)), or call history.rebind(model)."
+            )
+        named = dict(_named_parameters(model, _Spellings(model)))
+        if missing := [name for name in self.layout.names if name not in named]:
+            raise ValueError(
+                f"the model that was copied with this history has lost {join_names(missing)} since. Call "
+                "history.rebind(model)."
+            )
+        self._bind(model, [named[name] for name in self.layout.names])
+
+    def _find_places(self, model: nn.Module) -> list[str]:
         """Notes where each parameter hangs in the model, to notice when another, or another module, takes its place.
         Returns the names of those that hang nowhere, and then notes nothing."""
         places, above = {}, {}
-        for module in self._model.modules():
+        for module in model.modules():
             for attribute, parameter in module._parameters.items():
                 places[id(parameter)] = (module, attribute)
             for attribute, child in module._modules.items():
@@ -239,11 +297,13 @@ class Binding:
 
     @property
     def device(self) -> torch.device:
+        self.require_model()
         return self.params[0].device
 
     @property
     def dtype(self) -> torch.dtype:
         """Of values and of default state: float64 if any parameter is (if dtypes are mixed: was, when bound)."""
+        self.require_model()
         return torch.float64 if self._widest.dtype == torch.float64 else torch.float32
 
     def rename(self, layout: Layout) -> Layout:
@@ -283,6 +343,7 @@ class Binding:
         ``all_devices=False`` looks at the first parameter's device only, for callers that let the operator refuse
         mixed ones.
         """
+        self.require_model()
         if torch.compiler.is_compiling() or not self._unchanged(state_device, all_devices):
             self._refuse_changes(state_device)
 
@@ -304,7 +365,9 @@ class Binding:
     def _refuse_changes(self, state_device: torch.device) -> None:
         # While compiling, Dynamo's guards notice a parameter that was replaced; and FSDP replaces sharded ones by whole
         # ones from a module's forward to its backward. A module may be wrapped in another, with the same parameters.
-        if not torch.compiler.is_compiling() and self.shards.whole and (lost := self._find_places()):
+        model = self._model
+        assert model is not None  # check has seen to that
+        if not torch.compiler.is_compiling() and self.shards.whole and (lost := self._find_places(model)):
             raise ValueError(
                 f"parameter {lost[0]!r} is no longer the object that the history was bound to: something replaced it "
                 "or its module (a larger embedding, sharding, pruning, functional_call, a move to another kind of "
@@ -322,26 +385,42 @@ class Binding:
                     "Call history.to(device)."
                 )
 
-    def rates(self, param_groups: Sequence[Mapping[str, Any]]) -> dict[float | Tensor, list[int]]:
-        """Which bound parameters each learning rate of an optimizer's groups moves: rate -> their indices.
+    def members(self, param_groups: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+        """Which bound parameters each of an optimizer's groups has: their indices.
 
         Raises:
             ValueError: a bound parameter that is in no group, by name.
         """
+        self.require_model()
         index = {id(parameter): i for i, parameter in enumerate(self.params)}
-        rates: dict[float | Tensor, list[int]] = {}
-        for group in param_groups:
-            members = [index.pop(id(p)) for p in group["params"] if id(p) in index]
-            lr = group["lr"]
-            # A rate on another device is left there while it is the only one: reading it would wait for the device.
-            rate = lr if isinstance(lr, Tensor) and (lr.device.type != "cpu" and len(param_groups) == 1) else float(lr)
-            if members:
-                rates.setdefault(rate, []).extend(members)
+        members = [[index.pop(id(p)) for p in group["params"] if id(p) in index] for group in param_groups]
         if index:
             raise ValueError(
                 f"{join_names(self.layout.names[i] for i in index.values())}, which the history has, are in no "
                 "parameter group of the optimizer. Bind a history to what it moves, with include= or exclude=."
             )
+        return members
+
+    def rates(self, param_groups: Sequence[Mapping[str, Any]]) -> dict[float | Tensor, list[int]]:
+        """Which bound parameters each learning rate of an optimizer's groups moves: rate -> their indices.
+
+        Raises:
+            TypeError: a group without a learning rate.
+            ValueError: a bound parameter that is in no group, by name.
+        """
+        rates: dict[float | Tensor, list[int]] = {}
+        for group, members in zip(param_groups, self.members(param_groups), strict=True):
+            if not members:
+                continue
+            lr = group.get("lr")
+            if not isinstance(lr, (int, float, Tensor)):
+                raise TypeError(
+                    f"lr of a parameter group is {lr!r}, and the decoupled step needs a number. Give the optimizer a "
+                    "learning rate (Adafactor: relative_step=False, lr=...), or attach with decoupled=False."
+                )
+            # A rate on another device is left there while it is the only one: reading it would wait for the device.
+            left = isinstance(lr, Tensor) and lr.device.type != "cpu" and len(param_groups) == 1
+            rates.setdefault(lr.reshape(()) if left else float(lr), []).extend(members)  # type: ignore[union-attr]
         return {rate: sorted(members) for rate, members in rates.items()}
 
 

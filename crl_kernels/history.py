@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from typing_extensions import Self
 
 from . import storage
-from .attachment import Attachment, innermost
+from .attachment import Attachment, find_stepped, is_wrapper
 from .binding import Binding, Layout, as_patterns, join_names, matching
 from .fisher import DiagonalFisher, LowRankFisher
 from .flat_parameters import FlatRun
@@ -33,6 +33,7 @@ Rate = float | Tensor | Sequence[Mapping[str, Any]]
 # (ratio to the largest rate, indices of the parameters that have it); None stands for all parameters.
 Groups = tuple[tuple[float, tuple[int, ...] | None], ...]
 ALL: Groups = ((1.0, None),)
+_NOT_COPIED = {"_parts", "_parameter_run", "_gradient_run", "_attachment"}
 
 
 def check_strength(argument: str, value: float | Tensor, *, finite: bool = True) -> None:
@@ -100,6 +101,17 @@ class History(ABC, Generic[_Fisher]):
         self._parts: dict[tuple[int, ...], list[Tensor]] = {}  # what _pieces has cut, until the state changes
         self._parameter_run, self._gradient_run = (FlatRun(self._binding.shards.lengths) for _ in range(2))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Of copies and pickles. What was cut or found in memory is left out, and so is the attachment: an optimizer
+        that is copied too brings it along."""
+        return {name: value for name, value in self.__dict__.items() if name not in _NOT_COPIED}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__dict__.setdefault("_attachment", None)  # it may have come first
+        self._parts = {}
+        self._parameter_run, self._gradient_run = (FlatRun(self._binding.shards.lengths) for _ in range(2))
+
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the bound parameters, without wrapper prefixes, in the order of the state."""
@@ -152,28 +164,45 @@ class History(ABC, Generic[_Fisher]):
         at the scale that a GradScaler has given the gradients. Decoupled: takes the proximal step just after it, each
         parameter group with its present learning rate; not when a GradScaler has made the optimizer skip.
 
+        A wrapper that keeps the optimizer of these parameters in an attribute and steps it, such as those of
+        accelerate, Lightning, SAM or Lookahead, is followed to that optimizer, whose every step has the penalty. With
+        SAM the penalty's gradient is therefore that of the parameters themselves, not of the perturbed point, and the
+        perturbation is the task's alone; add the penalty to the loss to perturb by it, too.
+
+        A copy or pickle of the optimizer together with the model, ``copy.deepcopy((model, history, optimizer))``, is
+        attached to the copied history. Without the model, its step says that the history has none.
+
         Args:
-            optimizer: any torch optimizer that has all bound parameters, or what accelerate has made of one.
+            optimizer: any torch optimizer that has all bound parameters, or a wrapper of one.
             lam: strength; a 0-dim tensor may be changed in place between steps.
             decoupled: the proximal step of :meth:`decoupled_step_` instead of the gradient.
 
         Raises:
-            TypeError, ValueError: not an optimizer, one that maximizes or lacks bound parameters, a wrong ``lam``.
+            TypeError, ValueError: not an optimizer, one that maximizes, lacks bound parameters, calls no hooks or has
+                this history's penalty in its step; a wrong ``lam``; decoupled, a group without a learning rate.
             RuntimeError: attached already.
 
         Warns:
             UserWarning: once, when the penalty is too stiff to be a gradient; see :meth:`stiffness`.
         """
         check_strength("lam", lam, finite=not decoupled)
-        if not isinstance(optimizer, Optimizer):
+        if not isinstance(optimizer, Optimizer) and not is_wrapper(optimizer):
             raise TypeError(f"optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer.")
         if self._attachment is not None:
             raise RuntimeError("this history is attached to an optimizer already; call detach() first.")
-        optimizer = innermost(optimizer)
-        if any(group.get("maximize") for group in optimizer.param_groups):
+        if decoupled:
+            self._binding.rates(optimizer.param_groups)
+        else:
+            self._binding.members(optimizer.param_groups)
+        stepped = find_stepped(optimizer, self._binding.params)
+        if getattr(stepped, "history", None) is self:
+            raise ValueError(
+                "optimizer is a FusedAdamW that has this history's penalty in its step, and it would count twice; "
+                "attach the history to nothing, or leave out history=."
+            )
+        if any(group.get("maximize") for group in stepped.param_groups):
             raise ValueError("optimizer maximizes its objective (maximize=True), and would maximize the penalty too.")
-        self._binding.rates(optimizer.param_groups)
-        self._attachment = Attachment(self, optimizer, lam, decoupled)
+        self._attachment = Attachment(self, stepped, lam, decoupled)
 
     def detach(self) -> None:
         """Takes the hooks of :meth:`attach` out of the optimizer."""

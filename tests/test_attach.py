@@ -273,6 +273,291 @@ def test_stiffness_predicts_divergence_of_gradient_descent():
         assert (float(history.drift().abs()) > 1) == diverges
 
 
+class SAM(torch.optim.Optimizer):
+    """Sharpness-aware minimization as its users write it: two steps, and ``step`` may never be called."""
+
+    def __init__(self, params, base_optimizer, rho: float = 0.05, **options) -> None:
+        super().__init__(params, {"rho": rho, **options})
+        self.base_optimizer = base_optimizer(self.param_groups, **options)
+        self.param_groups = self.base_optimizer.param_groups
+
+    @torch.no_grad()
+    def first_step(self) -> None:
+        params = [p for group in self.param_groups for p in group["params"]]
+        norm = torch.stack([p.grad.norm() for p in params]).norm()
+        for p in params:
+            self.state[p]["old"] = p.detach().clone()
+            p.add_(p.grad * (self.param_groups[0]["rho"] / norm))
+        self.zero_grad()
+
+    @torch.no_grad()
+    def second_step(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.copy_(self.state[p]["old"])
+        self.base_optimizer.step()
+        self.zero_grad()
+
+
+class Lookahead(torch.optim.Optimizer):
+    """As in timm: a wrapper that does not call ``Optimizer.__init__``, so that its class calls no hooks."""
+
+    def __init__(self, base_optimizer: torch.optim.Optimizer, name: str = "_base_optimizer") -> None:
+        self._name, self.defaults = name, base_optimizer.defaults
+        setattr(self, name, base_optimizer)
+        self.param_groups, self.state, self.count = base_optimizer.param_groups, {}, 0
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        params = [p for group in self.param_groups for p in group["params"]]
+        if not self.state:
+            self.state = {p: p.detach().clone() for p in params}
+        loss = getattr(self, self._name).step(closure)
+        self.count += 1
+        if self.count % 3 == 0:
+            for p in params:
+                self.state[p].lerp_(p, 0.5)
+                p.copy_(self.state[p])
+        return loss
+
+
+class Plain:
+    """As Lightning's: no torch optimizer, and its attributes are those of the one inside."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+
+    def __getattr__(self, name: str):
+        return getattr(self._optimizer, name)
+
+    def step(self, closure=None) -> None:
+        self._optimizer.step()
+
+
+WRAPPERS = {
+    "as timm's Lookahead": Lookahead,
+    "by another name": lambda optimizer: Lookahead(optimizer, "optim"),
+    "as Lightning's": Plain,
+    "twice": lambda optimizer: Plain(Lookahead(optimizer)),
+}
+
+
+@KINDS
+@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_a_wrappers_penalty_is_that_of_the_optimizer_inside(kind, decoupled, name):
+    """By hand: the optimizer inside has it, in each of its own steps."""
+    ends = {}
+    for way in ("none", "by hand", "attached"):
+        model = network()
+        history = history_of(model, kind)
+        inner = torch.optim.SGD(groups_of(model), momentum=0.5)
+        optimizer = WRAPPERS[name](inner)
+        if way == "by hand":
+            own = inner.step
+
+            def step(closure=None, own=own, history=history, inner=inner) -> None:
+                if not decoupled:
+                    history.add_penalty_grad_(0.3)
+                own()
+                if decoupled:
+                    history.decoupled_step_(0.3, inner.param_groups)
+
+            inner.step = step
+        elif way == "attached":
+            history.attach(optimizer, 0.3, decoupled=decoupled)
+        for step in range(10):
+            inner.zero_grad()
+            task_loss(model, step).backward()
+            optimizer.step()
+        ends[way] = flat(model)
+    assert torch.equal(ends["attached"], ends["by hand"])
+    assert float((ends["attached"] - ends["none"]).norm()) > 0.01
+
+
+@KINDS
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_sam_has_the_penalty_of_the_point_that_it_steps_from(kind, decoupled):
+    """Written out: the task's gradient at the perturbed point, the penalty's where the parameters are."""
+    ends = {}
+    for way in ("none", "written out", "attached"):
+        model = network()
+        history = history_of(model, kind)
+        optimizer = SAM(groups_of(model), torch.optim.SGD)
+        if way == "attached":
+            history.attach(optimizer, 0.3, decoupled=decoupled)
+        for step in range(10):
+            model.zero_grad()
+            task_loss(model, step).backward()
+            if way != "written out":
+                optimizer.first_step()
+                task_loss(model, step).backward()
+                optimizer.second_step()
+                continue
+            params = list(model.parameters())
+            old, gradients = [p.detach().clone() for p in params], [p.grad for p in params]
+            norm = torch.cat([g.flatten() for g in gradients]).norm()
+            with torch.no_grad():
+                for p, g in zip(params, gradients, strict=True):
+                    p.add_(0.05 / norm * g)
+            gradients = torch.autograd.grad(task_loss(model, step), params)
+            with torch.no_grad():
+                for p, o in zip(params, old, strict=True):
+                    p.copy_(o)
+            pulls = [torch.zeros_like(p) for p in params]
+            if not decoupled:
+                pulls = torch.autograd.grad(history.penalty(0.3), params)
+            with torch.no_grad():
+                rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+                for p, g, pull in zip(params, gradients, pulls, strict=True):
+                    p.sub_(rates[id(p)] * (g + pull))
+                if decoupled:
+                    history.decoupled_step_(0.3, optimizer.param_groups)
+        ends[way] = flat(model)
+    torch.testing.assert_close(ends["attached"], ends["written out"], rtol=1e-10, atol=1e-12)
+    assert float((ends["attached"] - ends["none"]).norm()) > 0.01
+
+
+def test_wrappers_whose_hooks_are_the_only_ones_are_attached_to_themselves():
+    """A container whose optimizers have a part of the parameters each, and one that holds another model's optimizer."""
+
+    class Container(torch.optim.Optimizer):
+        def __init__(self, optimizers) -> None:
+            self.optimizers = optimizers
+            self.first, self.second = optimizers
+            super().__init__([p for o in optimizers for group in o.param_groups for p in group["params"]], {"lr": 0.1})
+
+        def step(self, closure=None) -> None:
+            for optimizer in self.optimizers:
+                optimizer.step()
+
+    ends = []
+    for by_hand in (False, True):
+        model, other = network(), network()
+        history = history_of(model, "low_rank")
+        parts = [torch.optim.SGD(model[i].parameters(), lr=0.1) for i in (0, 2)]
+        container = Container(parts)
+        container.teacher = torch.optim.SGD(other.parameters(), lr=0.1)
+        if not by_hand:
+            history.attach(container, 0.3)
+        for step in range(5):
+            container.zero_grad()
+            task_loss(model, step).backward()
+            if by_hand:
+                history.add_penalty_grad_(0.3)
+            container.step()
+        ends.append(flat(model))
+    assert torch.equal(ends[0], ends[1])
+
+
+def test_optimizers_that_would_never_be_penalized_are_refused():
+    model = network()
+    history = history_of(model, "low_rank")
+
+    class Silent(torch.optim.Optimizer):
+        """No optimizer inside, and no hooks."""
+
+        def __init__(self, params) -> None:
+            self.param_groups, self.state, self.defaults = [{"params": list(params), "lr": 0.1}], {}, {}
+
+        def step(self, closure=None) -> None: ...
+
+    with pytest.raises(
+        ValueError, match=r"optimizer is a Silent, whose step calls no hooks, .*history.add_penalty_grad_"
+    ):
+        history.attach(Silent(model.parameters()), 1.0)
+    two = Lookahead(torch.optim.SGD(model.parameters(), lr=0.1))
+    two.fallback = torch.optim.Adam(model.parameters())
+    with pytest.raises(ValueError, match=r"is a Lookahead that holds several .*, _base_optimizer, fallback. Attach to"):
+        history.attach(two, 1.0)
+    masters = Plain(torch.optim.SGD([p.detach().clone() for p in model.parameters()], lr=0.1))
+    with pytest.raises(ValueError, match="are in no parameter group of the optimizer"):
+        history.attach(masters, 1.0)  # as of wrappers that keep copies of the parameters
+    hidden = Plain(torch.optim.SGD(model.parameters(), lr=0.1))
+    hidden.__dict__["__getattr__"] = None
+    hidden.__dict__["_optimizer"], hidden.__dict__["kept"] = None, [hidden._optimizer]
+    hidden.__dict__["param_groups"] = hidden.kept[0].param_groups
+    with pytest.raises(TypeError, match=r"is a Plain and holds no torch.optim.Optimizer of the bound parameters"):
+        history.attach(hidden, 1.0)
+    with pytest.raises(ValueError, match=r"optimizer maximizes its objective"):
+        history.attach(Plain(torch.optim.SGD(model.parameters(), lr=0.1, maximize=True)), 1.0)
+    fused = ck.FusedAdamW(model.parameters(), history=history, lam=1.0)
+    for optimizer in (fused, Plain(fused)):
+        with pytest.raises(ValueError, match=r"FusedAdamW that has this history's penalty in its step, .* count twice"):
+            history.attach(optimizer, 1.0)
+    other = history_of(model, "diagonal")
+    other.attach(fused, 1.0)  # another penalty
+    other.detach()
+    history.attach(torch.optim.SGD(model.parameters(), lr=0.1), 1.0)  # nothing was attached so far
+    history.detach()
+
+
+@KINDS
+def test_optimizers_without_a_learning_rate_take_the_gradient_and_not_the_decoupled_step(kind):
+    """Adafactor's relative steps: its groups have lr=None, and it computes the rate itself."""
+
+    class Relative(torch.optim.SGD):
+        def step(self, closure=None) -> None:
+            for group in self.param_groups:
+                group["lr"] = 0.1
+            super().step(closure)
+            for group in self.param_groups:
+                group["lr"] = None
+
+    ends = []
+    for attached in (False, True):
+        model = network()
+        history = history_of(model, kind)
+        optimizer = Relative(model.parameters(), lr=0.1)
+        optimizer.param_groups[0]["lr"] = None
+        if attached:
+            with pytest.raises(TypeError, match=r"lr of a parameter group is None, .*relative_step=False"):
+                history.attach(optimizer, 0.3, decoupled=True)
+            history.attach(optimizer, 0.3)
+        for step in range(5):
+            optimizer.zero_grad()
+            task_loss(model, step).backward()
+            if not attached:
+                history.add_penalty_grad_(0.3)
+            optimizer.step()
+        ends.append(flat(model))
+    assert torch.equal(ends[0], ends[1])
+
+
+class OwnStep(torch.optim.SGD):
+    """A step around torch's own, which torch hooks as well."""
+
+    def step(self, closure=None):
+        if getattr(self, "broken", False):
+            raise KeyError("broken")
+        return super().step(closure)
+
+
+@KINDS
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_a_step_that_calls_its_superclasss_has_the_penalty_once(kind, decoupled):
+    """Also after a step that failed on the way."""
+    ends = []
+    for make in (torch.optim.SGD, OwnStep):
+        model = network()
+        history = history_of(model, kind)
+        optimizer = make(groups_of(model))
+        history.attach(optimizer, 0.3, decoupled=decoupled)
+        for step in range(6):
+            optimizer.zero_grad()
+            task_loss(model, step).backward()
+            if make is OwnStep and step == 3:
+                optimizer.broken = True
+                with pytest.raises(KeyError, match="broken"):
+                    optimizer.step()
+                optimizer.broken = False
+                optimizer.zero_grad()
+                task_loss(model, step).backward()
+            optimizer.step()
+        ends.append(flat(model))
+    assert torch.equal(ends[1], ends[0])
+
+
 def test_what_cannot_be_attached_is_refused_and_changes_nothing():
     model = network()
     history = history_of(model, "low_rank")

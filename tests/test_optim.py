@@ -555,6 +555,282 @@ def test_half_state_goes_to_torchs_adamw_and_back():
     assert torch.equal(state["master"].bfloat16(), model.first.weight)
 
 
+CHANGES = {
+    "16 bits to 32": (torch.bfloat16, torch.float32),
+    "16 bits to 64": (torch.float16, torch.float64),
+    "32 bits to 16": (torch.float32, torch.bfloat16),
+    "64 bits to 16": (torch.float64, torch.float16),
+    "32 bits to 64": (torch.float32, torch.float64),
+    "64 bits to 32": (torch.float64, torch.float32),
+}
+STATE_KINDS = pytest.mark.parametrize("kind", ["none", "3", "diagonal"])
+
+
+@MODES
+@STATE_KINDS
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("way", ["model.to", "load_state_dict"])
+def test_a_state_of_another_dtype_goes_on_as_a_fresh_one_with_its_moments(change, kind, way, decoupled):
+    """In mid-run, or in the state of another model: the moments in the new dtype, or float32, and a new master copy."""
+    before, after = CHANGES[change]
+    model = Network(before)
+    history = None if kind == "none" else history_of(model, kind)
+    options = {"lr": 1e-2, "lam": LAM, "decoupled": decoupled}
+    optimizer = ck.FusedAdamW(model.parameters(), history=history, **options)
+    for step in range(3):
+        optimizer.zero_grad()
+        task_loss(model, step).backward()
+        optimizer.step()
+    saved, weights = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(model.state_dict())
+    computed = torch.float32 if after in (torch.float16, torch.bfloat16) else after
+    if way == "model.to":
+        model.to(after)
+        optimizer.zero_grad()
+    else:
+        model = Network(after)
+        model.load_state_dict(weights)
+        history = None if kind == "none" else history_of(model, kind)
+        optimizer = ck.FusedAdamW(model.parameters(), history=history, **options)
+        optimizer.load_state_dict(copy.deepcopy(saved))
+
+    # A model in the dtype that steps compute in, torch's AdamW, and the penalty by hand.
+    plain = Network(computed)
+    plain.load_state_dict(model.state_dict())
+    beside = None if history is None else type(history)(plain)
+    if beside is not None:
+        beside.load_state_dict(history.state_dict())
+    adamw = torch.optim.AdamW(plain.parameters(), lr=1e-2)
+    adamw.load_state_dict(copy.deepcopy(saved))
+    for state in saved["state"].values():
+        state.pop("master", None)
+    for parameter, state in zip(plain.parameters(), (saved["state"].get(i) for i in range(len(weights))), strict=True):
+        if state is not None:  # before any rounding
+            adamw.state[parameter] = {k: v if k == "step" else v.to(computed) for k, v in state.items()}
+    for step in range(3, 6):
+        model.zero_grad()
+        task_loss(model, step).backward()
+        for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+            q.grad = None if p.grad is None else p.grad.to(computed)
+        start = flat(model)
+        optimizer.step()
+        missing = [p for p in plain.parameters() if p.grad is None]
+        if beside is not None and decoupled:
+            beside.decoupled_step_(LAM, adamw.param_groups)
+        elif beside is not None:
+            beside.add_penalty_grad_(LAM)
+        adamw.step()
+        for parameter in missing:
+            parameter.grad = None
+        assert not torch.equal(flat(model), start)
+        moved = [optimizer.state.get(p, {}).get("master", p).detach().double().flatten() for p in model.parameters()]
+        assert distance(torch.cat(moved), flat(plain)) <= {torch.float32: 1e-6, torch.float64: 1e-12}[computed]
+        for parameter in model.parameters():
+            state = optimizer.state.get(parameter, {})
+            assert ("master" in state) == (bool(state) and after != computed)
+            assert {state[key].dtype for key in state.keys() - {"step"}} <= {computed}
+            assert "master" not in state or torch.equal(state["master"].to(after), parameter)
+    if kind == "3":
+        theta = torch.cat([optimizer.state[p].get("master", p).detach().double().flatten() for p in model.parameters()])
+        fresh = torch.stack([u.double() @ theta for u in history._directions])
+        torch.testing.assert_close(carried(optimizer), fresh, rtol=1e-9, atol=0)
+
+
+def test_a_part_of_the_model_may_change_its_dtype_and_back():
+    """The master copy goes on through a change from one 16-bit dtype to the other where it still rounds to the
+    parameter."""
+    model = Network(torch.bfloat16)
+    optimizer = ck.FusedAdamW(groups_of(model), history=history_of(model, "3"), lam=LAM)
+    dtypes = (torch.bfloat16, torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.bfloat16)
+    for step, dtype in enumerate(dtypes):
+        masters = {p: state["master"].clone() for p, state in optimizer.state.items() if "master" in state}
+        model.first.to(dtype)
+        started = {p: p.detach().clone() for p in model.parameters()}
+        model.zero_grad()
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, 1.0 + step)
+        penalty = float(optimizer.history.penalty(LAM).detach())
+        optimizer.step()
+        assert float(optimizer.last_penalty) == pytest.approx(penalty, rel=1e-2)  # of the master copies
+        for parameter in model.parameters():
+            half, state = parameter.dtype in (torch.bfloat16, torch.float16), optimizer.state[parameter]
+            assert ("master" in state) == half
+            moved = state.get("master", parameter).detach().double()
+            start = started[parameter].double()
+            if half and parameter in masters:
+                kept = masters[parameter].to(parameter.dtype) == started[parameter]
+                start = torch.where(kept, masters[parameter].double(), start)
+            assert ((moved - start).abs() > 1e-4).all()
+            assert torch.equal(moved.to(parameter.dtype), parameter)
+
+
+def broken(state: dict, number: int, **changes) -> dict:
+    states = {i: dict(tensors) for i, tensors in state["state"].items()}
+    for key, value in changes.items():
+        if value is None:
+            states[number].pop(key)
+        else:
+            states[number][key] = value
+    return state | {"state": states}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_states_that_cannot_be_taken_over_are_refused_and_change_nothing(dtype):
+    model = Network(dtype)
+    optimizer = ck.FusedAdamW(model.parameters())
+    task_loss(model, 0).backward()
+    optimizer.step()
+    good = optimizer.state_dict()
+    before = copy.deepcopy(good)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    sgd.step()
+    meta = {"exp_avg": torch.zeros(3, 2, 3, 3, device="meta")}
+    hyper = [group | {"betas": (0.9, 1.5)} for group in good["param_groups"]]
+    cases = {
+        r"state of parameter 2 lacks 'exp_avg_sq'; expected step, exp_avg": broken(good, 2, exp_avg_sq=None),
+        r"state of parameter 5 lacks 'step'": broken(good, 5, step=None),
+        r"state of parameter 2 lacks 'step', 'exp_avg', 'exp_avg_sq'": broken(sgd.state_dict(), 2),
+        r"'exp_avg' in the state of parameter 3 has shape \(4,\) and the parameter \(3,\)": broken(
+            good, 3, exp_avg=torch.zeros(4)
+        ),
+        r"'master' in the state of parameter 3 has shape \(1,\) and the parameter \(3,\)": broken(
+            good, 3, master=torch.zeros(1)
+        ),
+        r"'exp_avg_sq' in the state of parameter 3 has shape None": broken(good, 3, exp_avg_sq=[1.0, 2.0, 3.0]),
+        r"'exp_avg' in the state of parameter 2 is on the meta device": broken(good, 2, **meta),
+        r"betas is \(0.9, 1.5\)": good | {"param_groups": hyper},
+        r"differentiable=True is not supported": good
+        | {"param_groups": [group | {"differentiable": True} for group in good["param_groups"]]},
+    }
+    for message, state in cases.items():
+        if "step', 'exp_avg'" in message:
+            state["param_groups"] = good["param_groups"]
+        with pytest.raises(ValueError, match=message):
+            optimizer.load_state_dict(state)
+        now = optimizer.state_dict()
+        assert now["param_groups"] == before["param_groups"]
+        for index, tensors in before["state"].items():
+            assert all(torch.equal(now["state"][index][key], tensor) for key, tensor in tensors.items())
+    assert not optimizer._optimizer_load_state_dict_pre_hooks
+
+    partial = good | {"state": {i: state for i, state in good["state"].items() if i != 3}}
+    optimizer.load_state_dict(copy.deepcopy(partial))  # a parameter that has no state begins anew, as in torch
+    optimizer.step()
+    params = list(model.parameters())
+    assert [float(optimizer.state[params[i]]["step"]) for i in (2, 3)] == [2.0, 1.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_state_hooks_are_torchs(dtype):
+    """What a hook returns is what is loaded or saved; every one is called, in torch's order, once."""
+    calls = []
+
+    def note(name, result=None):
+        def hook(optimizer, *arguments):
+            calls.append((name, float(next(iter(optimizer.state.values()))["exp_avg"].sum())))
+            return result(*arguments) if result is not None else None
+
+        return hook
+
+    def filled(value):
+        def fill(state):
+            return {
+                **state,
+                "state": {k: {**v, "exp_avg": v["exp_avg"].float().fill_(value)} for k, v in state["state"].items()},
+            }
+
+        return fill
+
+    def register(optimizer):
+        calls.clear()
+        optimizer.register_load_state_dict_pre_hook(note("pre", filled(1 / 3)))
+        optimizer.register_load_state_dict_pre_hook(note("first", filled(7.0)), prepend=True)
+        optimizer.register_load_state_dict_post_hook(note("post"))
+        optimizer.register_state_dict_pre_hook(note("before saving"))
+        optimizer.register_state_dict_post_hook(note("after saving", filled(9.0)))
+        optimizer.register_step_pre_hook(lambda *arguments: calls.append("step"))
+        optimizer.register_step_post_hook(lambda *arguments: calls.append("stepped"))
+
+    model = Network(dtype)
+    called = []
+    for make in (torch.optim.AdamW, ck.FusedAdamW):
+        model.zero_grad()
+        task_loss(model, 0).backward()
+        optimizer = make(model.parameters(), lr=0.0)
+        optimizer.step()
+        given = copy.deepcopy(optimizer.state_dict())
+        register(optimizer)
+        optimizer.load_state_dict(given)
+        kept = torch.tensor(1 / 3, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        if make is ck.FusedAdamW:
+            for state in optimizer.state.values():
+                assert torch.equal(
+                    state["exp_avg"], torch.full_like(state["exp_avg"], float(torch.tensor(1 / 3).to(kept)))
+                )
+        assert all((v["exp_avg"] == 9).all() for v in optimizer.state_dict()["state"].values())
+        optimizer.step()
+        called.append([call if isinstance(call, str) else call[0] for call in calls])
+        assert dict(call for call in calls if not isinstance(call, str))["post"] > 0  # it sees what was loaded
+    assert called[1] == called[0]
+    assert called[0] == ["first", "pre", "post", "before saving", "after saving", "step", "stepped"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"flatten_optimizer_state_dict": True}, {"full_state_dict": True}], ids=str)
+@pytest.mark.parametrize("pair", ["ours, ours", "torch's, ours", "ours, torch's"])
+def test_distributed_checkpoints_hold_and_give_back_the_state(pair, options, dtype):
+    """On one process, flattened and not, groups and a parameter that the loss does not use; between AdamW and ours."""
+    from torch.distributed.checkpoint import state_dict as checkpoint
+
+    chosen = checkpoint.StateDictOptions(**options, strict=False)
+    make = {"ours": ck.FusedAdamW, "torch's": torch.optim.AdamW}
+    first, second = (make[name] for name in pair.split(", "))
+    used = "ours" if "flatten_optimizer_state_dict" not in options else pair
+    params = {}
+
+    def groups(model: Network) -> list[dict]:
+        if used == "ours, torch's":  # torch's AdamW takes no flattened state that lacks a parameter
+            model.unused.requires_grad_(False)
+            model.empty.requires_grad_(False)
+        return groups_of(model)
+
+    model, other = Network(dtype), Network(dtype)
+    one, two = first(groups(model)), second(groups(other))
+    for step in range(3):
+        one.zero_grad()
+        task_loss(model, step).backward()
+        one.step()
+    state = checkpoint.get_optimizer_state_dict(model, one, options=chosen)
+    checkpoint.set_optimizer_state_dict(other, two, copy.deepcopy(state), options=chosen)
+    other.load_state_dict(model.state_dict())
+    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+        params[name] = p
+        kept = one.state.get(p, {})
+        assert {k: two.state[q][k].dtype for k in kept.keys() & two.state[q].keys()} or not kept
+        for key in kept.keys() & {"exp_avg", "exp_avg_sq", "step"}:
+            coarse = dtype if "torch's" in pair else kept[key].dtype
+            assert torch.equal(kept[key].to(coarse), two.state[q][key].to(coarse)), (name, key)
+    ends = []
+    for net, optimizer in ((model, one), (other, two)):
+        optimizer.zero_grad()
+        task_loss(net, 3).backward()
+        optimizer.step()
+        ends.append(flat(net))
+    bound = {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
+    assert distance(ends[1], ends[0]) <= (bound if "torch's" in pair else 1e-12)
+
+
+def test_the_step_is_not_captured_in_a_graph(monkeypatch):
+    model = Network()
+    optimizer = ck.FusedAdamW(model.parameters())
+    task_loss(model, 0).backward()
+    before = flat(model)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=r"captured in a CUDA graph, .*torch.optim.AdamW\(capturable=True\)"):
+        optimizer.step()
+    assert torch.equal(flat(model), before)
+
+
 @MODES
 def test_channels_last_flat_buffers_and_mixed_dtypes(decoupled):
     """Other memory than row-major tensors of one dtype."""
@@ -653,6 +929,14 @@ def test_what_cannot_be_is_refused():
             [{"params": params, "lam": 3.0}], history=history)),
         (ValueError, r"amsgrad=True is not supported; use torch.optim.AdamW with history.attach", lambda: ck.FusedAdamW(
             [{"params": params, "amsgrad": True}])),
+        (ValueError, r"differentiable=True is not supported, .* in the loss", lambda: ck.FusedAdamW(
+            params, differentiable=True)),
+        (ValueError, r"capturable=True is not supported: .* with history.attach", lambda: ck.FusedAdamW(
+            [{"params": params, "capturable": True}])),
+        (ValueError, r"lr is a tensor of shape \(2,\); expected a number or one element", lambda: ck.FusedAdamW(
+            params, lr=torch.ones(2))),
+        (ValueError, r"expected two numbers or two tensors", lambda: ck.FusedAdamW(
+            params, betas=(0.9, torch.tensor(0.9)))),
         (TypeError, "a parameter is torch.complex64; expected a real floating-point dtype", lambda: ck.FusedAdamW(
             [nn.Parameter(torch.zeros(2, dtype=torch.complex64))])),
         (ValueError, r"'second.weight', 'second.bias', which the history has, are in no parameter group",

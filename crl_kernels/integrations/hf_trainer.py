@@ -5,8 +5,11 @@
     trainer.train()
     history.append(estimate_fisher(model, per_sample_loss, loader))  # after the task
 
-Trainer clips gradients before the optimizer's step, and the penalty comes within it: the penalty is **not** clipped,
-and its gradient is not in the logged ``grad_norm``.
+Trainer clips gradients (``max_grad_norm``, 1 by default) before the optimizer's step, and the penalty comes within it:
+the penalty is **not** clipped, and its gradient is not in the logged ``grad_norm``. A penalty in the loss is clipped
+with the task's gradient, so the two trainings differ as soon as Trainer clips, with every optimizer. With
+``max_grad_norm=0`` they are the same. To have the penalty clipped, add ``history.penalty(lam)`` to the loss in
+``Trainer.compute_loss``. Adafactor's own clipping (``clip_threshold``) is within its step and acts on both alike.
 """
 
 from pathlib import Path

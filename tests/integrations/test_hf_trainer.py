@@ -64,22 +64,30 @@ def after_one_task(model: nn.Module, kind: str = "low_rank") -> ck.LowRankHistor
     return history
 
 
-def trainer_of(model: nn.Module, folder: Path, *callbacks: EWCCallback, steps: int = STEPS):
+def trainer_of(
+    model: nn.Module,
+    folder: Path,
+    *callbacks: EWCCallback,
+    steps: int = STEPS,
+    optim: str = "adamw_torch",
+    clip: float = CLIP,
+    kind: type = transformers.Trainer,
+):
     arguments = transformers.TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=BATCH,
         learning_rate=3e-3,
         lr_scheduler_type="constant",
-        max_grad_norm=CLIP,
-        optim="adamw_torch",
+        max_grad_norm=clip,
+        optim=optim,
         save_steps=15,
         logging_steps=1,
         report_to=[],
         use_cpu=True,
         disable_tqdm=True,
     )
-    return transformers.Trainer(model, arguments, train_dataset=Stream(), callbacks=list(callbacks))
+    return kind(model, arguments, train_dataset=Stream(), callbacks=list(callbacks))
 
 
 def flat(model: nn.Module) -> Tensor:
@@ -126,6 +134,51 @@ def test_30_steps_equal_a_plain_loop_whose_penalty_is_not_clipped(tmp_path, kind
     assert moved > 30 * difference(flat(plain), flat(model))  # the penalty has done something
     history.attach(torch.optim.SGD(model.parameters(), lr=0.1), LAM)  # detached when training ended
     history.detach()
+
+
+@pytest.mark.parametrize("kind", ["low_rank", "diagonal"])
+@pytest.mark.parametrize("optim", ["adafactor", "adamw_torch", "sgd"])
+def test_only_clipping_tells_the_callback_from_a_penalty_in_the_loss(tmp_path, kind, optim):
+    """Where Trainer clips nothing, they are one training. Where it clips, the penalty in the loss is clipped too, and
+    the callback's is not: that is the plain loop whose gradients are clipped before the penalty's are added."""
+    ends = {}
+    for clip in (0.0, CLIP):
+        for way in ("callback", "loss"):
+            model = language_model()
+            history = after_one_task(model, kind)
+
+            class Penalized(transformers.Trainer):
+                def compute_loss(self, *arguments, history=history, **options):
+                    return super().compute_loss(*arguments, **options) + history.penalty(LAM)
+
+            callbacks = [EWCCallback(history, LAM)] if way == "callback" else []
+            trainer = trainer_of(
+                model,
+                tmp_path / f"{clip} {way}",
+                *callbacks,
+                optim=optim,
+                clip=clip,
+                kind=Penalized if way == "loss" else transformers.Trainer,
+            )
+            trainer.train()
+            ends[clip, way] = flat(model)
+    assert difference(ends[0.0, "callback"], ends[0.0, "loss"]) < 1e-6
+    assert difference(ends[CLIP, "callback"], ends[CLIP, "loss"]) > 2e-5
+
+    plain = language_model()
+    beside = after_one_task(plain, kind)
+    optimizer = type(trainer.optimizer.optimizer)(
+        [{**{k: v for k, v in group.items() if k != "params"}, "params": list(plain.parameters())}
+         for group in trainer.optimizer.param_groups[:1]]
+    )  # fmt: skip
+    optimizer.param_groups[0]["weight_decay"] = 0.0
+    for ids in tokens(1, STEPS * BATCH).split(BATCH):
+        plain(input_ids=ids, labels=ids).loss.backward()
+        nn.utils.clip_grad_norm_(plain.parameters(), CLIP)
+        beside.add_penalty_grad_(LAM)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert difference(ends[CLIP, "callback"], flat(plain)) < 1e-6
 
 
 def test_a_resumed_training_is_the_uninterrupted_one(tmp_path):
