@@ -101,7 +101,16 @@ class Operand {
 // contiguous copy: call write_back() after the kernel.
 class Target {
  public:
-  Target(const SegmentTable& table, const Tensors& tensors) : tensors_(tensors), operand_(table, tensors, tensors[0]) {}
+  Target(const SegmentTable& table, const Tensors& tensors) : tensors_(tensors), operand_(table, tensors, tensors[0]) {
+    for (const Operand::Copy& copy : operand_.copies()) {
+      const Tensor& tensor = tensors[copy.index];
+      for (int64_t dim = 0; dim < tensor.dim(); ++dim) {
+        STD_TORCH_CHECK(tensor.size(dim) < 2 || tensor.stride(dim) != 0, "crl_kernels: tensor ", copy.index,
+                        " of a list that is to be written to was expanded along dimension ", dim,
+                        ", so its elements share memory; clone() it first");
+      }
+    }
+  }
 
   Pointer at(int64_t segment, int64_t index) const { return operand_.at(segment, index); }
   const FlatView& view() const { return operand_.view(); }
