@@ -40,6 +40,9 @@ _KEEP_ROWS = {
     *(torch.div, Tensor.div, Tensor.__truediv__),
 }
 _SORTS = {torch.sort, Tensor.sort, torch.topk, Tensor.topk}
+# Functions that move rows if a factor is a permutation or a table of routes.
+_NAMED_INDICES = {torch.einsum, torch.tensordot}
+_CONTRACTIONS = {*_NAMED_INDICES, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm}
 
 
 class Pass(enum.Enum):
@@ -216,7 +219,7 @@ class _Prints:
     passes: list[Tensor] = field(default_factory=list)
 
 
-@dataclass
+@dataclass(eq=False)
 class Layout:
     """Where the samples are in each call of one sequence of calls."""
 
@@ -225,8 +228,20 @@ class Layout:
     shared: set[Any] = field(default_factory=set)  # (call, slot) of derived operands that samples share
     several: set[int] = field(default_factory=set)  # parameters that several calls give overlapping gradients
     by_passes: tuple[int, ...] = ()  # parameters whose per-sample gradients take a backward pass a sample
+    confirmed: bool = True  # where rows may be moved by a product: by a second measurement
     rounding: float = 0.0  # how far sums of the same gradients may be apart, relatively
     assumed: bool = False  # the first dimension is taken for the sample, unmeasured
+
+    def same_places(self, other: "Layout") -> bool:
+        mine, theirs = self.calls, other.calls
+        return (
+            self.shared == other.shared
+            and mine.keys() == theirs.keys()
+            and all(
+                rows.dims == theirs[call].dims and torch.equal(rows.samples, theirs[call].samples)
+                for call, rows in mine.items()
+            )
+        )
 
 
 class Recorder(TorchFunctionMode):
@@ -241,6 +256,7 @@ class Recorder(TorchFunctionMode):
         self.layout: Layout | None = None
         self.signature = 0  # of the differentiable calls in the forward pass
         self.moves_rows = False  # by indices, which differ from batch to batch
+        self.may_move_rows = False  # by a product with a matrix
         self.first_size: int | None = None  # of the first differentiable tensor's first dimension
         self.calls: list[LayerCall] = []
         self._prints: dict[Any, _Prints] = {}  # of the present measurement, by call and slot
@@ -281,6 +297,8 @@ class Recorder(TorchFunctionMode):
             key = _constants((args, kwargs))
             self.signature = hash((self.signature, func, first.shape, key))
             self.moves_rows = self.moves_rows or func in _SORTS or (func not in _KEEP_ROWS and _INDEX in _flat(key))
+            if func in _CONTRACTIONS and not self._takes_parameter(args, kwargs):
+                self.may_move_rows = self.may_move_rows or func in _NAMED_INDICES or first.dim() <= 2
 
     def inside(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Runs a Python function of torch's and sees what it calls. It asks first whether a mode wants it, and would

@@ -31,6 +31,7 @@ _NOT_OF_THIS_BLOCK = "weighted_sums needs losses that the model has computed in 
 # Of each model, where the samples are in the sequences of calls that were measured; the latest so many.
 _LAYOUTS: "weakref.WeakKeyDictionary[nn.Module, dict[Any, Layout]]" = weakref.WeakKeyDictionary()
 _LAYOUTS_KEPT = 256
+_MOVING = Layout(0, confirmed=False)  # of calls that put the samples elsewhere in every batch
 # Per-sample gradients of at most so many elements a parameter are kept until the end and taken together: a bias or a
 # scale of a norm costs more in calls than in arithmetic.
 _SMALL = 4096
@@ -305,13 +306,19 @@ class SampleGradients:
         recorder = self._recorder
         known = _LAYOUTS.setdefault(self._model, {})
         key = (recorder.signature, tuple(losses.shape), self._binding.layout.names)
-        if key in known and not recorder.moves_rows:
-            return known[key]
+        before = known.get(key)
+        if before is not None and before.confirmed:
+            return before
         layout, lasting = self._measure(losses)
-        if lasting and not recorder.moves_rows:
-            if len(known) >= _LAYOUTS_KEPT:
-                del known[next(iter(known))]
-            known[key] = layout
+        if recorder.moves_rows or before is _MOVING or not lasting:
+            return layout
+        if before is not None and not before.same_places(layout):
+            known[key] = _MOVING
+            return layout
+        layout.confirmed = before is not None or not recorder.may_move_rows
+        if len(known) >= _LAYOUTS_KEPT:
+            del known[next(iter(known))]
+        known[key] = layout
         return layout
 
     def _measure(self, losses: Losses) -> tuple[Layout, bool]:

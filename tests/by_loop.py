@@ -33,8 +33,7 @@ def rows_by_loop(model: nn.Module, losses: Tensor) -> Rows:
     for i in range(len(losses)):
         losses[i].backward(retain_graph=True)
         for name, p in named:
-            grad = torch.zeros_like(p) if p.grad is None else p.grad.to_dense().detach()
-            rows[name].append(grad.to_dense() if grad.is_sparse else grad.clone())
+            rows[name].append(torch.zeros_like(p) if p.grad is None else p.grad.to_dense().clone())
             p.grad = None
     return {name: torch.stack(row).double() for name, row in rows.items()}
 
@@ -74,7 +73,6 @@ def assert_grads(model: nn.Module, rows: Rows, scale: float, tolerance: float) -
     for name, p in model.named_parameters():
         if name in rows:
             grad = torch.zeros_like(p) if p.grad is None else p.grad.to_dense()
-            grad = grad.to_dense() if grad.is_sparse else grad
             assert_close(grad, scale * rows[name].mean(0), tolerance, f"{name}.grad", scale * flat(rows))
 
 

@@ -1,0 +1,326 @@
+"""Which sample a row belongs to: codes and what is read from them, what is remembered from batch to batch, and what is
+measured again."""
+
+import gc
+
+import pytest
+import torch
+import torch.nn.functional as F
+from by_loop import Parts, assert_close, flat, rows_by_loop
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from crl_kernels import SampleGradients, estimate_fisher
+from crl_kernels.sample_rows import ROUNDING, Codes, Rows, fingerprint
+
+N, D = 6, 5
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+# Codes
+
+
+@settings(max_examples=60, deadline=None)
+@given(count=st.integers(1, 140), rows=st.integers(1, 40), dtype=st.sampled_from(list(ROUNDING)), data=st.data())
+def test_every_assignment_of_rows_is_read_from_the_passes(count, rows, dtype, data):
+    samples = torch.tensor(data.draw(st.lists(st.integers(0, count - 1), min_size=rows, max_size=rows)))
+    codes = Codes(count, torch.device("cpu"))
+    gradient = torch.randn(3, rows, 4, dtype=dtype)
+    prints = [fingerprint(gradient * weights[samples].to(dtype)[:, None], (0, 1)) for weights in codes.passes]
+    found = codes.rows(prints, (0, 1), ROUNDING[dtype])
+    assert found is not None
+    if count > 1 and len(set(samples.tolist())) > 1:
+        assert found.dims == (1,)
+        assert torch.equal(found.samples, samples)
+        assert found.in_order == torch.equal(samples, torch.arange(count))
+
+
+@settings(max_examples=60, deadline=None)
+@given(count=st.integers(2, 140), data=st.data())
+def test_rows_that_samples_share_are_no_rows_of_one(count, data):
+    codes = Codes(count, torch.device("cpu"))
+    share = torch.rand(count) if data.draw(st.booleans()) else torch.ones(count)
+    parts = torch.randn(count, 4, 3).exp() * share[:, None, None]
+    prints = [fingerprint((weights[:, None, None] * parts).sum(0), (0,)) for weights in codes.passes]
+    assert codes.rows(prints, (0,), ROUNDING[torch.float64]) is None
+
+
+def test_a_row_without_a_gradient_is_given_what_the_pattern_says_or_is_not_lasting():
+    codes = Codes(4, torch.device("cpu"))
+
+    def found(samples: list[int]) -> Rows:
+        known = torch.tensor(samples)
+        weights = [(each[known.clamp(min=0)] * (known >= 0))[:, None] for each in codes.passes]
+        rows = codes.rows([fingerprint(each.expand(-1, 2), (0,)) for each in weights], (0,), ROUNDING[torch.float64])
+        assert rows is not None
+        return rows
+
+    assert found([0, 1, 2, -1]).in_order
+    assert not found([0, 1, 2, -1]).lasting or found([0, 1, 2, -1]).samples.tolist() == [0, 1, 2, 3]
+    assert found([0, -1, 1, 1, 2, 2, 3, 3]).samples.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert found([0, 1, 2, 3, 0, -1, 2, 3]).samples.tolist() == [0, 1, 2, 3] * 2
+    assert not found([0, -1, -1, -1, -1, -1, -1, -1]).lasting  # by fours or by twos
+    assert not found([3, 1, -1, 0]).lasting
+    assert not found([-1, -1, -1, -1]).lasting
+
+
+def test_tokens_of_ragged_rows_are_filled_up_with_zeros():
+    rows = Rows((1,), torch.tensor([2, 0, 2, 2]), 3, False)
+    a = torch.randn(2, 4, 5)
+    (tokens,) = rows.tokens(a)
+    assert tokens.shape == (3, 6, 5)
+    assert torch.equal(tokens[0, :2], a[:, 1])
+    assert not bool(tokens[0, 2:].any())
+    assert not bool(tokens[1].any())
+    assert torch.equal(tokens[2], torch.cat([a[:, 0], a[:, 2], a[:, 3]]))
+
+
+# From batch to batch
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """The blocks in which something was measured."""
+    seen: list[int] = []
+    measure = SampleGradients._measure
+
+    def counted(self, losses):
+        seen.append(losses.count)
+        return measure(self, losses)
+
+    monkeypatch.setattr(SampleGradients, "_measure", counted)
+    return seen
+
+
+def squares(m: nn.Module, *batch: Tensor) -> Tensor:
+    return m(*batch).flatten(1).square().sum(1)
+
+
+def hold(m: nn.Module, *batch: Tensor, losses_of=squares) -> None:
+    """One block, right."""
+    rows = rows_by_loop(m, losses_of(m, *batch))
+    with SampleGradients(m) as sg:
+        losses_of(m, *batch).sum().backward()
+    assert_close(sg.sq_norms, flat(rows).square().sum(1), 1e-9, "sq_norms")
+    assert_close(sg.projections, flat(rows) @ flat(rows).mean(0), 1e-9, "projections")
+    m.zero_grad()
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(D, 4), nn.Tanh(), nn.Linear(4, 3))
+
+
+def test_the_same_calls_are_measured_once(measured):
+    m = mlp()
+    for count in (N, N, 4, N, 4, 1, N):
+        hold(m, torch.randn(count, D))
+    assert measured == [N, 4, 1]
+    hold(mlp(), torch.randn(N, D))
+    assert measured == [N, 4, 1, N]
+
+
+def test_other_losses_of_the_same_calls_are_measured(measured):
+    m, x = mlp(), torch.randn(N, N, D)
+    hold(m, x)
+    hold(m, x, losses_of=lambda m, x: m(x).square().sum((0, 2)))
+    hold(m, x, losses_of=lambda m, x: m(x).flip(0).square().sum((1, 2)))
+    hold(m, x)
+    assert measured == [N, N, N]
+
+
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda h, o: h[o],
+        lambda h, o: h.index_select(0, o),
+        lambda h, o: h.gather(0, o[:, None].expand_as(h)),
+        lambda h, o: torch.zeros_like(h).index_add(0, o, h),
+        lambda h, o: h.clone().scatter(0, o[:, None].expand_as(h), h),
+        lambda h, o: torch.stack([h[i] for i in o.tolist()]),
+        lambda h, o: torch.eye(N)[o] @ h,
+        lambda h, o: torch.einsum("nm,md->nd", torch.eye(N)[o], h),
+        lambda h, o: torch.tensordot(torch.eye(N)[o], h, 1),
+    ],
+    ids=["[]", "index_select", "gather", "index_add", "scatter", "list", "permutation @", "einsum", "tensordot"],
+)
+def test_samples_that_are_elsewhere_in_every_batch(move):
+    m = mlp()
+
+    def losses(m: nn.Module, x: Tensor, o: Tensor) -> Tensor:
+        return m[2](move(m[1](m[0](x)), o)).square().sum(1)
+
+    for _ in range(5):
+        hold(m, torch.randn(N, D), torch.randperm(N), losses_of=losses)
+
+
+def test_a_product_that_moves_nothing_is_measured_twice(measured):
+    m = Parts(lambda m, x: (m.a(x).T @ m.b(x)).flatten(), a=nn.Linear(D, 3), b=nn.Linear(D, 2))
+    losses = lambda m, x: torch.stack([m(each).square().sum() for each in x])  # noqa: E731
+    for _ in range(4):
+        hold(m, torch.randn(N, 4, D), losses_of=losses)
+    assert measured == [N, N]
+
+
+def test_a_first_batch_whose_gradients_are_zero_is_nothing_to_go_by(measured):
+    m = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, D))
+    with torch.no_grad():
+        m[2].weight.zero_()  # as the last layers of many diffusion models
+    x = torch.randn(N, N, D)
+    for losses in (lambda m, x: m(x).sum((1, 2)), lambda m, x: m(x).transpose(0, 1).sum((1, 2))):
+        hold(m, x, losses_of=losses)
+        assert len(measured) in (1, 3)
+        with torch.no_grad():
+            m[2].weight.normal_()
+        hold(m, x, losses_of=losses)
+        with torch.no_grad():
+            m[2].weight.zero_()
+    assert measured == [N] * 4
+
+
+def test_nothing_is_remembered_of_a_model_that_is_gone():
+    from crl_kernels.sample_gradients import _LAYOUTS
+
+    gc.collect()
+    before = len(_LAYOUTS)
+    m = mlp()
+    hold(m, torch.randn(N, D))
+    assert len(_LAYOUTS) == before + 1
+    del m
+    gc.collect()
+    assert len(_LAYOUTS) == before
+
+
+# Numbers that are no numbers
+
+
+@pytest.mark.parametrize("which", [[2], list(range(N))])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_not_hidden(which, value):
+    m, x = mlp(), torch.randn(N, D)
+    x[which] = value
+    with SampleGradients(m) as sg:
+        squares(m, x).sum().backward()
+    finite = torch.isfinite(sg.sq_norms)
+    assert not bool(finite[which].any())
+    rows = flat(rows_by_loop(m, squares(m, x)))
+    assert_close(sg.sq_norms[finite], rows.square().sum(1)[finite], 1e-9, "sq_norms")
+
+
+# Losses that cannot be seen
+
+
+def test_a_pass_from_something_else_says_what_it_assumes():
+    m, x, y = mlp(), torch.randn(N, D), torch.randn(N, 3)
+    rows = flat(rows_by_loop(m, (m(x) - y).square().mean(1)))
+    with (
+        pytest.warns(UserWarning, match=r"cannot be checked: the first dimension .* sg.backward\(losses\)"),
+        SampleGradients(m, loss_reduction="mean") as sg,
+    ):
+        F.mse_loss(m(x), y).backward()
+    assert_close(sg.sq_norms, rows.square().sum(1), 1e-9, "sq_norms")
+    shared = Parts(lambda m, x: m.a(x) + m.p(torch.arange(3)).sum(1), a=nn.Linear(D, 3), p=nn.Embedding(3, 2))
+    with (
+        pytest.raises(NotImplementedError, match=r"'p.weight' cannot be read in a backward pass that does not start"),
+        SampleGradients(shared, loss_reduction="mean"),
+    ):
+        F.mse_loss(shared(x), y).backward()
+
+
+@pytest.mark.parametrize(
+    ("losses", "error", "message"),
+    [
+        (lambda m, x: 1.0, TypeError, "losses is a float; expected a tensor"),
+        (lambda m, x: squares(m, x).mean(), ValueError, r"losses has shape \(\); expected \(N,\)"),
+        (lambda m, x: squares(m, x).detach(), ValueError, "losses carry no gradient"),
+    ],
+)
+def test_backward_checks_the_losses(losses, error, message):
+    m, x = mlp(), torch.randn(N, D)
+    with pytest.raises(error, match=message), SampleGradients(m) as sg:
+        sg.backward(losses(m, x))
+    sg = SampleGradients(m)
+    with pytest.raises(RuntimeError, match="inside of the SampleGradients block"):
+        sg.backward(squares(m, x))
+
+
+# Losses that mix samples
+
+
+def normed(m: nn.Module, x: Tensor) -> Tensor:
+    h = m(x)
+    return ((h - h.mean(0)) / h.std(0)).square().sum(1)
+
+
+def contrastive(m: nn.Module, x: Tensor) -> Tensor:
+    z = F.normalize(m(x))
+    return F.cross_entropy(z @ z.T, torch.arange(len(x)), reduction="none")
+
+
+MIXED = {
+    "batch statistics": normed,
+    "contrastive": contrastive,
+    "centred": lambda m, x: (m(x) - m(x).mean(0)).square().sum(1),
+    "normalised by the batch's length": lambda m, x: squares(m, x) / x.abs().sum(),
+    "the sample before": lambda m, x: (m(x) - m(x).roll(1, 0)).square().sum(1),
+    "all that came before": lambda m, x: m(x).cumsum(0).square().sum(1),
+    "all that come after": lambda m, x: m(x).flip(0).cumsum(0).flip(0).square().sum(1),
+    "sorted": lambda m, x: m(x).sort(0).values.square().sum(1),
+    "triplets": lambda m, x: F.relu((m(x) - m(x).flip(0)).square().sum(1) + 1),
+}
+
+
+@pytest.mark.parametrize("kind", ["diagonal", "low_rank"])
+@pytest.mark.parametrize("name", MIXED)
+def test_losses_that_mix_samples_are_refused(name, kind):
+    m, loader = mlp(), [torch.randn(N, D) for _ in range(2)]
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match=r"per_sample_loss mixes samples: the loss of sample .* other samples"):
+        estimate_fisher(m, MIXED[name], loader, kind=kind)
+    assert m.training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None for p in m.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:the per-sample gradients of", "ignore:there is no rule")
+@pytest.mark.parametrize("name", MIXED)
+def test_mixed_losses_give_the_gradient_of_each_loss(name):
+    m, x = mlp(), torch.randn(N, D)
+    rows = rows_by_loop(m, MIXED[name](m, x))
+    fisher = estimate_fisher(m, MIXED[name], [x], kind="diagonal", mixed_losses=True)
+    assert_close(fisher.fisher_diagonal, flat(rows).square().mean(0), 1e-9, "diagonal")
+
+
+noise = torch.Generator()
+NOT_MIXED = {
+    "noise of the global generator": lambda m, x: squares(m, x + torch.randn_like(x)),
+    "noise of a generator of its own": lambda m, x: squares(m, x + torch.randn(x.shape, generator=noise)),
+    "dropout": lambda m, x: squares(m, F.dropout(x, 0.5)),
+    "the number of samples": lambda m, x: squares(m, x) / len(x),
+    "sorted and back": lambda m, x: m(x[x[:, 0].argsort()]).square().sum(1)[x[:, 0].argsort().argsort()],
+}
+
+
+@pytest.mark.parametrize("name", NOT_MIXED)
+def test_losses_that_do_not_mix_samples_are_taken(name):
+    estimate_fisher(mlp(), NOT_MIXED[name], [torch.randn(N, D), torch.randn(3, D)], kind="diagonal")
+    estimate_fisher(mlp(), NOT_MIXED[name], [torch.ones(N, D)], kind="diagonal")
+
+
+def test_inference_mode_is_the_reason_that_is_given():
+    m, x = mlp(), torch.randn(N, D)
+    with torch.inference_mode():
+        for call in (
+            lambda: estimate_fisher(m, squares, [x, x]),
+            lambda: SampleGradients(m).__enter__(),
+        ):
+            with pytest.raises(RuntimeError, match=r"torch.inference_mode\(\) is on"):
+                call()
+    hold(m, x)
