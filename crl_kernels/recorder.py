@@ -228,20 +228,11 @@ class Layout:
     shared: set[Any] = field(default_factory=set)  # (call, slot) of derived operands that samples share
     several: set[int] = field(default_factory=set)  # parameters that several calls give overlapping gradients
     by_passes: tuple[int, ...] = ()  # parameters whose per-sample gradients take a backward pass a sample
-    confirmed: bool = True  # where rows may be moved by a product: by a second measurement
+    lasting: bool = True  # holds for other batches of the same calls; else that is looked at in each of them
+    moving: bool = False  # did not hold for one
+    proven: bool = True  # for every parameter that has a gradient: of one that is zero, nothing can be told
     rounding: float = 0.0  # how far sums of the same gradients may be apart, relatively
     assumed: bool = False  # the first dimension is taken for the sample, unmeasured
-
-    def same_places(self, other: "Layout") -> bool:
-        mine, theirs = self.calls, other.calls
-        return (
-            self.shared == other.shared
-            and mine.keys() == theirs.keys()
-            and all(
-                rows.dims == theirs[call].dims and torch.equal(rows.samples, theirs[call].samples)
-                for call, rows in mine.items()
-            )
-        )
 
 
 class Recorder(TorchFunctionMode):
@@ -401,22 +392,34 @@ class Recorder(TorchFunctionMode):
     def begin_measurement(self) -> None:
         self._prints.clear()
 
-    def layout_of(self, codes: Codes) -> tuple[Layout, bool]:
-        """What was measured in the passes of ``codes``, and whether it holds for other values in the same places."""
-        layout, lasting = Layout(codes.count), True
+    def layout_of(self, codes: Codes) -> Layout:
+        """What was measured in the passes of ``codes``."""
+        layout = Layout(codes.count, lasting=not (self.moves_rows or self.may_move_rows))
         # Rounded to 16 bits anywhere, gradients are rounded everywhere before.
         dtypes = sorted((prints.dtype for prints in self._prints.values()), key=lambda dtype: dtype.itemsize)
         layout.rounding = ROUNDING.get(dtypes[0], ROUNDING_16_BIT) if dtypes else 0.0
         for (call, slot), prints in self._prints.items():
             complete = len(prints.passes) == len(codes.passes)
             rows = codes.rows(prints.passes, prints.dims, layout.rounding) if complete else None
-            lasting = lasting and complete and (rows is None or rows.lasting)
+            layout.lasting = layout.lasting and complete and (rows is None or rows.lasting)
             if slot is None and rows is not None:
                 layout.calls[call] = rows
             elif slot is not None and rows is None:
                 layout.shared.add((call, slot))
         self._prints.clear()
-        return layout, lasting
+        return layout
+
+    def holds(self, layout: Layout, codes: Codes) -> bool:
+        """Whether every row still is of the same sample, from the first and the last pass of ``codes``; if it is so
+        where no index moves rows, and each had a gradient, it lasts."""
+        prints = {call: prints for (call, slot), prints in self._prints.items() if slot is None}
+        self._prints.clear()
+        holds = all(
+            call in prints and codes.confirm(rows, prints[call].passes, prints[call].dims, layout.rounding)
+            for call, rows in layout.calls.items()
+        )
+        layout.lasting = holds and not self.moves_rows and all(bool(each.passes[0].all()) for each in prints.values())
+        return holds
 
     def differentiate(self, losses: "Losses", weights: Tensor, inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
         """Gradients of sum_i w_i loss_i, with the graph retained."""

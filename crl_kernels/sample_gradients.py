@@ -31,7 +31,6 @@ _NOT_OF_THIS_BLOCK = "weighted_sums needs losses that the model has computed in 
 # Of each model, where the samples are in the sequences of calls that were measured; the latest so many.
 _LAYOUTS: "weakref.WeakKeyDictionary[nn.Module, dict[Any, Layout]]" = weakref.WeakKeyDictionary()
 _LAYOUTS_KEPT = 256
-_MOVING = Layout(0, confirmed=False)  # of calls that put the samples elsewhere in every batch
 # Per-sample gradients of at most so many elements a parameter are kept until the end and taken together: a bias or a
 # scale of a norm costs more in calls than in arithmetic.
 _SMALL = 4096
@@ -149,14 +148,17 @@ class SampleGradients:
         sg.num_samples    N
 
     They can be read after the block. ``.grad`` is what it is without the block. Sample i is what loss_i depends on, and
-    no other loss: BatchNorm in training mode is refused. Where in the model's tensors the samples are is measured, not
-    guessed: in any dimension, several rows a sample, sorted, packed or routed. In the first block of a model with given
-    shapes, and in every block that moves rows by indices, ceil(log_8 N) + 2 backward passes with weights on the losses
-    come before the block's own and tell which sample each row of a layer's output belongs to; two more prove it, for
-    every parameter: sum_i w_i g_i of the g_i that are read is the gradient of sum_i w_i loss_i. The pass must start
-    from the sum or the mean of a tensor whose first dimension is the sample, as it does from ``losses.sum()``, or be
-    made by :meth:`backward`. From anything else, such as the mean over a batch that ``F.mse_loss`` returns, the losses
-    cannot be seen: then the first dimension of every layer's output is taken for the sample, and a warning says so.
+    no other loss: BatchNorm in training mode is refused.
+
+    Where in the model's tensors the samples are is measured, not guessed: in any dimension, several rows a sample,
+    sorted, packed or routed. In the first block of a model with given shapes, ceil(log_8 N) + 2 backward passes with
+    weights on the losses come before the block's own and tell which sample each row of a layer's output belongs to; one
+    more proves for every parameter that sum_i w_i g_i, of the g_i that are read, is the gradient of sum_i w_i loss_i.
+    Later blocks with the same calls and shapes cost nothing more; where indices move rows, two passes see whether they
+    are where they were. The block's pass must start from the sum or the mean of a tensor whose first dimension is the
+    sample, as it does from ``losses.sum()``, or be made by :meth:`backward`. From anything else, such as the mean over
+    a batch that ``F.mse_loss`` returns, the losses cannot be seen: then the first dimension of every layer's output is
+    taken for the sample, and a warning says so.
 
     Linear, Conv1d to Conv3d and their transposes, GroupNorm, LayerNorm, RMSNorm, InstanceNorm, BatchNorm in evaluation
     mode, Embedding, MultiheadAttention, ``x @ W`` and parameters that are broadcast over samples have rules, wherever
@@ -306,35 +308,42 @@ class SampleGradients:
         recorder = self._recorder
         known = _LAYOUTS.setdefault(self._model, {})
         key = (recorder.signature, tuple(losses.shape), self._binding.layout.names)
-        before = known.get(key)
-        if before is not None and before.confirmed:
-            return before
-        layout, lasting = self._measure(losses)
-        if recorder.moves_rows or before is _MOVING or not lasting:
+        layout = known.get(key)
+        if layout is not None and (layout.lasting or self._holds(layout, losses)):
             return layout
-        if before is not None and not before.same_places(layout):
-            known[key] = _MOVING
-            return layout
-        layout.confirmed = before is not None or not recorder.may_move_rows
+        moving = layout is not None and layout.proven
+        layout = self._measure(losses)
+        layout.moving = moving
         if len(known) >= _LAYOUTS_KEPT:
             del known[next(iter(known))]
         known[key] = layout
         return layout
 
-    def _measure(self, losses: Losses) -> tuple[Layout, bool]:
-        """Where the samples are, proven; and whether that holds for other batches of the same shapes."""
+    def _holds(self, layout: Layout, losses: Losses) -> bool:
+        """By two passes without gradients of parameters."""
+        if layout.moving or not layout.proven:
+            return False
+        codes = Codes(losses.count, self._binding.device)
+        self._recorder.begin_measurement()
+        for weights in (codes.passes[0], codes.passes[-1]):
+            self._pass(losses, weights, Pass.MEASURE)
+        return self._recorder.holds(layout, codes)
+
+    def _measure(self, losses: Losses) -> Layout:
+        """Where the samples are, proven."""
         recorder = self._recorder
         codes = Codes(losses.count, self._binding.device)
         recorder.begin_measurement()
         for weights in codes.passes[:-1]:
             self._pass(losses, weights, Pass.MEASURE)
         wanted = self._pass(losses, codes.passes[-1], Pass.CHECK)
-        layout, lasting = recorder.layout_of(codes)
-        recorder.layout = layout
+        layout = recorder.layout = recorder.layout_of(codes)
         weighed = self._weigh(losses, codes.passes[-1][None])
         layout.several = _several(weighed.uses)
         sums = list(self._binding.layout.split(weighed.rows[0]).values())
         layout.by_passes = _disagreeing(sums, wanted, layout.rounding)
+        layout.proven = all(gradient is None or bool(dense(gradient).any()) for gradient in wanted)
+        layout.lasting = layout.lasting and layout.proven
         if layout.by_passes and losses.count > 1:
             names = join_names(self._binding.layout.names[i] for i in layout.by_passes)
             say_once(
@@ -343,7 +352,7 @@ class SampleGradients:
                 f"pass from the losses for each of the {losses.count} samples of a batch. Exclude them with exclude= "
                 "if that is too slow."
             )
-        return layout, lasting
+        return layout
 
     def _pass(self, losses: Losses, weights: Tensor, purpose: Pass) -> Sequence[Tensor | None]:
         """Gradients of sum_i w_i loss_i; the block's own pass is still to come, or has retained the graph."""

@@ -106,6 +106,17 @@ class Codes:
                 return Rows(chosen_dims, samples.to(device), self.count, in_order, lasting)
         return None
 
+    def confirm(self, rows: Rows, prints: Sequence[Tensor], dims: tuple[int, ...], tolerance: float) -> bool:
+        """Whether ``rows`` are the samples of a tensor, from its fingerprints in the first and the last pass."""
+        others = tuple(i for i, dim in enumerate(dims) if dim not in rows.dims)
+        if len(prints) != 2:
+            return False
+        ones, last = ((each.sum(others) if others else each).reshape(-1).double() for each in prints)
+        if ones.shape != rows.samples.shape or not bool(torch.isfinite(torch.stack([ones, last])).all()):
+            return False
+        expected = ones * self.last.to(ones.device)[rows.samples]
+        return bool(((last - expected).abs() <= 2 * tolerance * ones).all())
+
     def _decode(self, prints: Sequence[Tensor], tolerance: float) -> Tensor | None:
         """The sample of each row, -1 where no gradient arrives."""
         ones, *coded, last = prints

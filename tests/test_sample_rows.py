@@ -161,12 +161,21 @@ def test_samples_that_are_elsewhere_in_every_batch(move):
         hold(m, torch.randn(N, D), torch.randperm(N), losses_of=losses)
 
 
-def test_a_product_that_moves_nothing_is_measured_twice(measured):
+def test_a_product_that_moves_nothing_is_looked_at_twice(measured, monkeypatch):
+    looked: list[bool] = []
+    holds = SampleGradients._holds
+
+    def counted(self, layout, losses):
+        looked.append(holds(self, layout, losses))
+        return looked[-1]
+
+    monkeypatch.setattr(SampleGradients, "_holds", counted)
     m = Parts(lambda m, x: (m.a(x).T @ m.b(x)).flatten(), a=nn.Linear(D, 3), b=nn.Linear(D, 2))
     losses = lambda m, x: torch.stack([m(each).square().sum() for each in x])  # noqa: E731
     for _ in range(4):
         hold(m, torch.randn(N, 4, D), losses_of=losses)
-    assert measured == [N, N]
+    assert measured == [N]
+    assert looked == [True]
 
 
 def test_a_first_batch_whose_gradients_are_zero_is_nothing_to_go_by(measured):
@@ -175,14 +184,33 @@ def test_a_first_batch_whose_gradients_are_zero_is_nothing_to_go_by(measured):
         m[2].weight.zero_()  # as the last layers of many diffusion models
     x = torch.randn(N, N, D)
     for losses in (lambda m, x: m(x).sum((1, 2)), lambda m, x: m(x).transpose(0, 1).sum((1, 2))):
-        hold(m, x, losses_of=losses)
-        assert len(measured) in (1, 3)
+        for std in (0.0, 0.0, 1.0, 1.0):
+            with torch.no_grad():
+                m[2].weight.normal_(0.0, std)
+            hold(m, x, losses_of=losses)
+    assert measured == [N] * 6  # and once more for either loss when there are gradients
+
+
+class Hidden(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, p):
+        ctx.save_for_backward(x, p)
+        return x * p
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, p = ctx.saved_tensors
+        return grad * p, (grad * x).sum(0)
+
+
+@pytest.mark.filterwarnings("ignore:the per-sample gradients of 'p'")
+def test_a_proof_of_zeros_is_none():
+    m = Parts(lambda m, x: m.out(Hidden.apply(x, m.p)), p=nn.Parameter(torch.randn(D)), out=nn.Linear(D, 3))
+    for std in (0.0, 0.0, 1.0, 1.0):
         with torch.no_grad():
-            m[2].weight.normal_()
-        hold(m, x, losses_of=losses)
-        with torch.no_grad():
-            m[2].weight.zero_()
-    assert measured == [N] * 4
+            m.out.weight.normal_(0.0, std)
+            m.out.bias.normal_(0.0, 1.0)
+        hold(m, torch.randn(N, D))
 
 
 def test_nothing_is_remembered_of_a_model_that_is_gone():
