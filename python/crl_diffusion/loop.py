@@ -22,7 +22,15 @@ from crl_diffusion.data import load
 from crl_diffusion.extractors import Custom
 from crl_diffusion.method import ExtractorName, OptionError, RunConfig, Stage
 from crl_diffusion.records import RecordError, Row, TensorBoard, write_json
-from crl_diffusion.run_folder import check_folder, claim, require_layout, resolve, restore_config, writing
+from crl_diffusion.run_folder import (
+    check_folder,
+    claim,
+    make_writable,
+    require_layout,
+    resolve,
+    restore_config,
+    writing,
+)
 from crl_diffusion.state import Run, Say, TrainingError, loss_table, require_fisher_images, steps_done
 from crl_diffusion.steps import new_optimizer
 
@@ -59,9 +67,9 @@ def train(
     # Of several processes none may leave before the others do: they stop between two steps, which they agree on.
     several = processes.launched() > 1
     with signals.deferred() if several else nullcontext(), processes.together(torch.device(config.device)):
+        if first:
+            make_writable(out)
         try:
-            if first:
-                out.mkdir(parents=True, exist_ok=True)
             with writing(out) if first else nullcontext():
                 tools = None
                 if first:
@@ -82,7 +90,7 @@ def train(
                         run_stage(run, run.stages[run.stage], board, advance)
                 return finish(run)
         except (checkpoint.WriteError, OSError) as error:
-            raise OptionError(
+            raise TrainingError(
                 f"{error}; earlier checkpoints are as they were: make {str(out)!r} writable, with room on its disk, "
                 "and give the same command again to go on"
             ) from error

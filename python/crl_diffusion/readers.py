@@ -215,12 +215,18 @@ def read_metrics(run: Path, count: int | None = None) -> list[Row]:
     path = run / "metrics.jsonl"
     rows = read_rows(path, METRICS_REMEDY, count)
     before = (0, 0)  # the evaluation before: after which task, and of which
+    taken = (0, 0)  # the step of the losses before: of which stage, and which
     for number, row in enumerate(rows, start=1):
         where, kind = f" in row {number}", row.get("kind")
         if not (isinstance(kind, str) and kind in METRICS):
             wrong = f"is damaged{where} (its kind is {kind!r}, expected one of {', '.join(METRICS)})"
             raise RecordError(path, wrong, METRICS_REMEDY)
         _require(row, METRICS[kind], path, METRICS_REMEDY, where)
+        if kind == "step":
+            if (row["stage"], row["step"]) <= taken:
+                wrong = f"is damaged in row {number} (step {row['step']} of stage {row['stage']} comes too late)"
+                raise RecordError(path, wrong, METRICS_REMEDY)
+            taken = (row["stage"], row["step"])
         if kind == "evaluation":
             after, task = now = (row["after_task"], row["task"])
             follows = now == (before[0], before[1] + 1) if task > 1 else before[0] == before[1] < after

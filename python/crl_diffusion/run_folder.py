@@ -124,6 +124,17 @@ def _require_config(saved: checkpoint.Checkpoint) -> None:
         raise ValueError("it was taken by an earlier version, and does not know config.json")
 
 
+def make_writable(out: Path) -> None:
+    """Make the folder, unless it is there; OptionError if nothing can be written to it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / ".lock").touch()
+    except OSError as error:
+        raise OptionError(
+            f"--out {str(out)!r} cannot be written to ({error.strerror}); make it writable, or give another folder"
+        ) from error
+
+
 def writing(out: Path) -> AbstractContextManager[None]:
     """While a process writes to the folder, another one is refused."""
     return locked(out / ".lock", f"--out {str(out)!r} is being written by another process; wait for it, or use another")

@@ -229,7 +229,7 @@ class Run:
         """Go back to the newest good checkpoint, or to the start if there is none."""
         saved: Checkpoint | None = None
         if processes.is_first():
-            saved, complaints = checkpoint.latest(self.out / "checkpoints", self.require_fits)
+            saved, complaints = checkpoint.latest(self.out / "checkpoints", self.require_fits_and_rows)
             for line in complaints:
                 self.say(line)
             self.require_records(saved)
@@ -246,7 +246,7 @@ class Run:
         nothing."""
         folder, metrics, timings = (self.out / name for name in ("checkpoints", "metrics.jsonl", "timings.jsonl"))
         if saved is None:
-            if checkpoint.latest(folder, self.require_state)[0] is not None:
+            if checkpoint.latest(folder, self.require_fits)[0] is not None:
                 raise RecordError(
                     metrics,
                     "is missing, or does not begin with the rows that any checkpoint was taken after",
@@ -308,7 +308,7 @@ class Run:
         if processes.is_first():
             with suppress(SafetensorError, OSError, ValueError, KeyError):
                 end = checkpoint.load(checkpoint.end_of_stage(self.out / "checkpoints", stage.number))
-                self.require_state(end)
+                self.require_fits(end)
                 # The teacher is a copy from before the penalty's own steps, if it takes any.
                 weights = end.part(f"{MEMORY}teacher") or end.part("model")
         weights = processes.from_first(weights)
@@ -324,10 +324,10 @@ class Run:
             same = sha256_of(path) == wanted if wanted else rows == known
         return processes.from_first(same)
 
-    def require_fits(self, saved: Checkpoint) -> None:
+    def require_fits_and_rows(self, saved: Checkpoint) -> None:
         """ValueError or KeyError unless this is a checkpoint of this run, has all that it must, and was taken after
         rows that metrics.jsonl begins with; changes nothing."""
-        self.require_state(saved)
+        self.require_fits(saved)
         rows, digest = saved.rows["metrics"], saved.digests.get("metrics.jsonl", "")
         stale = StaleRecords(f"metrics.jsonl does not begin with the {rows} rows")
         if not self.logs["metrics"].begins_with(rows, digest):
@@ -337,7 +337,7 @@ class Run:
         except RecordError as error:
             raise stale from error
 
-    def require_state(self, saved: Checkpoint) -> None:
+    def require_fits(self, saved: Checkpoint) -> None:
         """ValueError or KeyError unless this is a checkpoint of this run and has all that it must; changes nothing."""
         if saved.run != digest_of(self.config):
             raise ValueError("it belongs to a run of another configuration")
