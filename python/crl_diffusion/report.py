@@ -177,6 +177,7 @@ def find(folders: Iterable[Path]) -> tuple[list[Finished], list[Path]]:
             record = read_config(run)
             if (run / "summary.json").exists():
                 summary = read_finished(run)
+                summary.pop("metrics_sha256", None)  # of the folder's file, no number of the run
                 learnt = metrics.fid_when_learnt(summary["fid_matrix"])  # summaries of an earlier version lack it
                 runs[run.resolve()] = Finished(run, record["run"], {"fid_when_learnt": learnt, **summary}, record)
             else:
