@@ -271,7 +271,7 @@ def read_samples(run: Path, after_task: int) -> tuple[np.ndarray, np.ndarray] | 
         or labels.shape != pixels.shape[:1]
         or 0 in pixels.shape
     ):
-        parts = ", ".join(f"{name} {x.dtype} {x.shape}" for name, x in tensors.items()) or "nothing"
+        parts = ", ".join(f"{name} {x.dtype} {x.shape}" for name, x in sorted(tensors.items())) or "nothing"
         wrong = f"is damaged (it holds {parts}, expected pixels uint8 (N, C, S, S) and labels int64 (N,))"
         raise RecordError(path, wrong, SAMPLES_REMEDY)
     return pixels, labels

@@ -378,7 +378,10 @@ def test_report_names_the_file_and_what_to_do(
     [
         (truncated, "is damaged (PROBLEM)"),
         (tensors(pixels=np.zeros((4, 1, 8, 8), np.float32), labels=np.zeros(4, np.int64)), "expected pixels uint8 (N,"),
-        (tensors(pixels=np.zeros((4, 1, 8, 8), np.uint8), labels=np.zeros(3, np.int64)), "labels int64 (3,), expected"),
+        (
+            tensors(pixels=np.zeros((4, 1, 8, 8), np.uint8), labels=np.zeros(3, np.int64)),
+            "labels int64 (3,), pixels uint8 (4, 1, 8, 8), expected",
+        ),
         (tensors(labels=np.zeros(3, np.int64)), "it holds labels int64 (3,), expected pixels"),
         (a_folder, FOLDER),
     ],
