@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from crl_diffusion import pictures
 from crl_diffusion.pictures import COLOURS, DASHES, MARKERS, Drawing, drawing, plain_log, wrap
+from crl_diffusion.readers import read_samples
 from crl_diffusion.report import Finished
 
 Groups = Mapping[str, Sequence[Finished]]
@@ -57,7 +58,7 @@ def final_samples(groups: Groups, name: str) -> Drawing | None:
     """What every method's model draws in the end."""
     chosen = _representatives(groups)
     tasks = max(len(run.summary["fid_matrix"]) for run in chosen.values())
-    kept = {run.method: found for run in chosen.values() if (found := pictures.samples_of(run.path, tasks)) is not None}
+    kept = {run.method: found for run in chosen.values() if (found := read_samples(run.path, tasks)) is not None}
     if not kept:
         return None
     classes = pictures.Classes.learnt(next(iter(kept.values()))[1], tasks)

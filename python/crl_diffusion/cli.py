@@ -1,6 +1,7 @@
 """The command line: `crl-diffusion train | compare | report | diagnose | list`.
 
-An option that cannot be honoured gives one line on stderr and exit code 2; training that cannot go on, exit code 1.
+An option that cannot be honoured, a record that cannot be read and a place that cannot be written to give one line on
+stderr and exit code 2; training that cannot go on, exit code 1; SIGINT, SIGTERM and SIGHUP 128 and their number.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Union
@@ -19,6 +20,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from crl_diffusion import signals
 from crl_diffusion.method import Device, ExtractorName, OptionError, RunConfig, Settings, check, in_order, spell
 from crl_diffusion.presets import PRESETS, PresetName
 
@@ -123,22 +125,38 @@ Command = Train | Compare | Report | Diagnose | List
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
     try:
-        command = parse(sys.argv[1:] if argv is None else argv)
-        if isinstance(command, Train):
-            return train(command)
-        if isinstance(command, Compare):
-            return compare(command)
-        if isinstance(command, Diagnose):
-            return diagnose(command)
-        if isinstance(command, List):
-            return list_choices(command)
-        return report(command)
+        with signals.handled():
+            command = parse(sys.argv[1:] if argv is None else argv)
+            if isinstance(command, Train):
+                return train(command)
+            if isinstance(command, Compare):
+                return compare(command)
+            if isinstance(command, Diagnose):
+                return diagnose(command)
+            if isinstance(command, List):
+                return list_choices(command)
+            return report(command)
     except OptionError as error:
-        print(f"crl-diffusion: error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         return 2
-    except KeyboardInterrupt:
-        print("crl-diffusion: interrupted; give the same command again to resume", file=sys.stderr)
-        return 130
+    except OSError as error:
+        complain(f"error: {error}; see that there is such a place, that it can be read and written, and has room")
+        return 2
+    except signals.Stopped as stop:
+        if is_first():
+            complain(f"{stop}; give the same command again to resume")
+        return 128 + stop.signum
+
+
+def complain(line: str) -> None:
+    """On stderr, where there is one: a terminal that has hung up takes nothing."""
+    with suppress(OSError):
+        print(f"crl-diffusion: {line}", file=sys.stderr, flush=True)
+
+
+def is_first() -> bool:
+    """Of torchrun's processes the first one speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def parse(argv: Sequence[str]) -> Command:
@@ -205,20 +223,17 @@ def train(command: Train) -> int:
     console = Console(soft_wrap=True)
 
     # torch and diffusers take seconds to import: not before the options are known to be good.
-    from crl_diffusion import evaluation, loop
-    from crl_diffusion.run_folder import check_folder
+    from crl_diffusion import loop
     from crl_diffusion.state import TrainingError
 
-    if (command.out / "summary.json").exists():
-        check_folder(config, command.out)
-        evaluation.check_finished(command.extractor, command.out)
-        console.print(f"{command.out} is finished already", highlight=False)
+    first = is_first()
+    if loop.finished(config, command.out, command.extractor) is not None:
+        if first:
+            console.print(f"{command.out} is finished already", highlight=False)
         return 0
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"))
     clock = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-    # Of torchrun's processes the first one speaks for all.
-    first = os.environ.get("RANK", "0") == "0"
     with Progress(*columns, *clock, console=console, disable=quiet_output(console) or not first) as progress:
         bar = progress.add_task(f"{config.method}, seed {config.seed}", total=None)
 
@@ -234,7 +249,7 @@ def train(command: Train) -> int:
             )
         except TrainingError as error:
             if first:
-                print(f"crl-diffusion: {error}", file=sys.stderr)
+                complain(str(error))
             return 1
     if not first:
         return 0
@@ -261,18 +276,18 @@ def compare(command: Compare) -> int:
         check(cell.config)
     console = Console(soft_wrap=True)
 
-    from crl_diffusion import cost, data, evaluation
+    from crl_diffusion import cost, data, evaluation, loop
     from crl_diffusion import report as reporting
     from crl_diffusion.checkpoint import WriteError
-    from crl_diffusion.run_folder import check_folder, require_measured, resolve, resolve_device
+    from crl_diffusion.run_folder import check_folder, require_measured, require_place, resolve, resolve_device
     from crl_diffusion.state import require_fisher_images, stage_steps
 
     on_cpu = resolve_device(command.device) == "cpu"
+    require_place("--out", command.out)
     for cell in work:
         cell.config = resolve(cell.config)
+        cell.finished = loop.finished(cell.config, cell.folder, command.extractor) is not None
         check_folder(cell.config, cell.folder)
-        if cell.finished:
-            evaluation.check_finished(command.extractor, cell.folder)
     comparison.check_others(work, command.out)
     images = data.load(work[0].config, command.data_root)
     for cell in work:
@@ -299,12 +314,10 @@ def compare(command: Compare) -> int:
         order = in_order(run.method for run in runs)
         show(console, *reporting.write([run.path for run in runs], command.out, baseline, order))
     for cell in failed:
-        print(f"crl-diffusion: {cell.name} failed; its last lines:\n{comparison.tail(cell)}", file=sys.stderr)
+        complain(f"{cell.name} failed; its last lines:\n{comparison.tail(cell)}")
     if failed:
-        print(
-            f"crl-diffusion: {len(failed)} of {len(work)} runs failed; finished ones are kept; give the same command "
-            "again to go on",
-            file=sys.stderr,
+        complain(
+            f"{len(failed)} of {len(work)} runs failed; finished ones are kept; give the same command again to go on"
         )
         return 1
     return 0
@@ -312,6 +325,7 @@ def compare(command: Compare) -> int:
 
 def report(command: Report) -> int:
     from crl_diffusion import report as reporting
+    from crl_diffusion.run_folder import require_place
 
     if not command.folders:
         raise OptionError("no folder was given; name those that `train` or `compare` has written")
@@ -320,6 +334,7 @@ def report(command: Report) -> int:
     for run in unfinished:
         console.print(f"{run} is not finished and is left out", highlight=False)
     out = command.out or command.folders[0]
+    require_place("--out", out)
     order = in_order(run.method for run in runs)
     show(console, *reporting.write(command.folders, out, spell(command.baseline), order))
     return 0
@@ -339,13 +354,17 @@ def diagnose(command: Diagnose) -> int:
     console = Console(soft_wrap=True)
 
     from crl_diffusion import diagnosis, tables
+    from crl_diffusion.run_folder import require_place
+
+    out = command.out or command.run / "diagnosis"
+    require_place("--out", out)
 
     def say(line: str) -> None:
         console.print(line, highlight=False, markup=False)
 
     found, paths = diagnosis.of_run(
         command.run,
-        command.out or command.run / "diagnosis",
+        out,
         command.task,
         command.samples,
         command.timesteps,

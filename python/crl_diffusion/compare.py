@@ -8,6 +8,7 @@ are refused.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -22,7 +23,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from crl_diffusion import cost
 from crl_diffusion.method import Method, OptionError, RunConfig, Settings, parse_method, spell
-from crl_diffusion.records import read_json, read_rows
+from crl_diffusion.readers import read_config, read_metrics
+from crl_diffusion.records import RecordError
+from crl_diffusion.signals import Stopped
 
 POLL_SECONDS = 0.5
 LOG_TAIL = 12  # lines of a failed run that are shown
@@ -36,14 +39,11 @@ class Cell:
     folder: Path
     stage_steps: Sequence[int] = ()  # of each stage; known once the data are
     process: subprocess.Popen[bytes] | None = None
+    finished: bool = False  # with whole records
 
     @property
     def name(self) -> str:
         return f"{self.config.method}, seed {self.config.seed}"
-
-    @property
-    def finished(self) -> bool:
-        return (self.folder / "summary.json").exists()
 
     @property
     def steps(self) -> int:
@@ -51,10 +51,13 @@ class Cell:
 
     @property
     def steps_done(self) -> int:
-        """Read from the run's own log, which is all that processes share."""
+        """Read from the run's own log, which is all that processes share; 0 where that is damaged, as the run says."""
         if self.finished:
             return self.steps
-        rows = [row for row in read_rows(self.folder / "metrics.jsonl") if row["kind"] == "step"]
+        try:
+            rows = [row for row in read_metrics(self.folder) if row["kind"] == "step"]
+        except RecordError:
+            return 0
         if not rows:
             return 0
         return int(sum(self.stage_steps[: rows[-1]["stage"] - 1]) + rows[-1]["step"])
@@ -95,10 +98,16 @@ def _cost(method: Method) -> tuple[int, bool]:
 
 
 def check_others(work: Sequence[Cell], out: Path) -> None:
-    """Refuse a folder that holds runs with other settings than these: their numbers would not compare."""
+    """Refuse a folder that holds runs with other settings than these, whose numbers would not compare, or finished ones
+    that are not part of this comparison and could not be shown beside it."""
+    from crl_diffusion.report import read_finished  # torch: not before the options are known to be good
+
+    for path in sorted(out.glob("*/summary.json")):
+        if path.parent not in [cell.folder for cell in work]:
+            read_finished(path.parent)
     wanted = _comparable(work[0].config.as_json())
     for path in sorted(out.glob("*/config.json")):
-        saved = _comparable(read_json(path)["run"])
+        saved = _comparable(read_config(path.parent)["run"])
         differ = sorted(key for key in saved.keys() | wanted.keys() if saved.get(key) != wanted.get(key))
         if differ:
             what = ", ".join(f"{key} {saved.get(key)!r} there, {wanted.get(key)!r} asked for" for key in differ)
@@ -161,15 +170,28 @@ def run(
                 time.sleep(POLL_SECONDS)
                 for cell in [cell for cell in running if cell.process is not None and cell.process.poll() is not None]:
                     running.remove(cell)
+                    cell.finished = cell.process is not None and cell.process.returncode == 0
                     if not cell.finished:
                         failed.append(cell)
                 show.update(running)
-        finally:
-            for cell in running:  # only if interrupted: each goes on from its last checkpoint when asked again
-                if cell.process is not None:
-                    cell.process.terminate()
-                    cell.process.wait()
+        except BaseException as error:  # each run goes on from its last checkpoint when asked again
+            end(running, error.signum if isinstance(error, Stopped) else signal.SIGTERM)
+            raise
     return failed
+
+
+def end(running: Sequence[Cell], signum: int) -> None:
+    """Pass a signal on and wait until all have written their checkpoints; after a second signal, do not wait."""
+    started = [cell.process for cell in running if cell.process is not None]
+    for process in started:
+        process.send_signal(signum)
+    try:
+        for process in started:
+            process.wait()
+    except Stopped:
+        for process in started:
+            process.kill()
+        raise
 
 
 def tail(cell: Cell) -> str:

@@ -13,11 +13,11 @@ from crl_diffusion import checkpoint, diffusion
 from crl_diffusion.data import load, to_float
 from crl_diffusion.diffusion import Schedule
 from crl_diffusion.loop import Say
-from crl_diffusion.method import Device, OptionError, RunConfig, stages
+from crl_diffusion.method import Device, OptionError, stages
 from crl_diffusion.model import build
 from crl_diffusion.precision import Precision
-from crl_diffusion.records import read_json
-from crl_diffusion.run_folder import resolve_device
+from crl_diffusion.readers import read_run_config
+from crl_diffusion.run_folder import digest_of, resolve_device
 from crl_diffusion.state import per_sample_loss
 from crl_kernels.diagnostics import Diagnosis
 from crl_kernels.diagnostics import diagnose as look
@@ -43,9 +43,13 @@ def of_run(
 ) -> tuple[Diagnosis, list[Path]]:
     """Diagnoses the newest checkpoint of a run on training images of `task` (from 1), or of all classes learnt, and
     writes the report to `out`; returns it and its files."""
-    raw = read_json(run / "config.json")["run"]
-    config = RunConfig.from_json(raw)
-    saved, complaints = checkpoint.latest(run / "checkpoints")
+    config = read_run_config(run)
+
+    def require_fits(saved: checkpoint.Checkpoint) -> None:
+        if saved.run != digest_of(config):
+            raise ValueError("it belongs to a run of another configuration")
+
+    saved, complaints = checkpoint.latest(run / "checkpoints", require_fits)
     for line in complaints:
         say(line)
     if saved is None:

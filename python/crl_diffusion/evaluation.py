@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from crl_diffusion import diffusion, extractors
-from crl_diffusion.checkpoint import write_tensors
+from crl_diffusion.checkpoint import remove_unfinished, write_tensors
 from crl_diffusion.data import Data, Images, Task, to_pixels
 from crl_diffusion.extractors import Classifier, Custom, Extractor
 from crl_diffusion.fid import Statistics, fid, kept_statistics
 from crl_diffusion.method import ExtractorName, OptionError, RunConfig
 from crl_diffusion.metrics import class_kl
-from crl_diffusion.records import Row, read_json
+from crl_diffusion.readers import CONFIG_REMEDY, read_config, samples_path
+from crl_diffusion.records import RecordError, Row
 
 KEPT_SAMPLES = 12  # images of each class and evaluation that stay in the run folder
 
@@ -100,9 +101,8 @@ def evaluate(draw: Draw, tools: Instruments | None, data: Data, config: RunConfi
         )
     if kept:
         pixels, labels = torch.cat([part.pixels for part in kept]), torch.cat([part.labels for part in kept])
-        write_tensors(out / "samples" / f"after-task-{learnt}.safetensors", {"pixels": pixels, "labels": labels})
-        for unfinished in (out / "samples").glob("*.tmp"):  # of a process that was killed
-            unfinished.unlink()
+        write_tensors(samples_path(out, learnt), {"pixels": pixels, "labels": labels})
+        remove_unfinished(out / "samples")
     return rows
 
 
@@ -150,7 +150,9 @@ def counts(labels: Tensor, classes: tuple[int, ...]) -> list[int]:
 
 def check_finished(chosen: ExtractorName | Custom, out: Path) -> None:
     """Refuse to pass off a finished run as measured with another extractor than it was."""
-    measured = str(read_json(out / "config.json")["extractor"])
+    measured = read_config(out).get("extractor")
+    if measured is None:
+        raise RecordError(out / "config.json", "names no extractor", CONFIG_REMEDY)
     wanted = chosen.name if isinstance(chosen, Custom) else extractors.KINDS.get(chosen, chosen)
     if measured != wanted and (isinstance(chosen, Custom) or not measured.startswith(f"{wanted}-")):
         name = chosen.name if isinstance(chosen, Custom) else chosen

@@ -272,7 +272,12 @@ def _read(model: Classifier, path: Path, made_for: dict[str, str]) -> None:
     if differ:
         what = ", ".join(f"{key} {metadata.get(key)!r} there, {made_for[key]!r} here" for key in differ)
         raise OptionError(f"the extractor {str(path)!r} was made for something else ({what}); delete it")
-    model.test_accuracy = float(metadata["test_accuracy"])
+    try:
+        model.test_accuracy = float(metadata["test_accuracy"])
+    except (KeyError, ValueError):
+        raise OptionError(
+            f"the extractor {str(path)!r} does not say its test accuracy; delete it, and it is made anew"
+        ) from None
 
 
 def _fit(model: Classifier, train: Images, steps: int) -> None:

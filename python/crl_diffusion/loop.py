@@ -10,20 +10,28 @@ once the run has finished, summary.json.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from crl_diffusion import checkpoint, cost, evaluation, origin, processes
+from crl_diffusion import checkpoint, cost, evaluation, origin, processes, report, signals
 from crl_diffusion.data import load
 from crl_diffusion.extractors import Custom
 from crl_diffusion.method import ExtractorName, OptionError, RunConfig, Stage
-from crl_diffusion.records import Row, TensorBoard, read_json, write_json
-from crl_diffusion.run_folder import check_folder, claim, resolve, writing
-from crl_diffusion.state import Run, Say, TrainingError, require_fisher_images, steps_done
+from crl_diffusion.records import RecordError, Row, TensorBoard, write_json
+from crl_diffusion.run_folder import (
+    check_folder,
+    claim,
+    make_writable,
+    require_layout,
+    resolve,
+    restore_config,
+    writing,
+)
+from crl_diffusion.state import Run, Say, TrainingError, loss_table, require_fisher_images, steps_done
 from crl_diffusion.steps import new_optimizer
 
 Advance = Callable[[int, int], None]  # told how many steps of the run are done, and of how many
@@ -45,28 +53,29 @@ def train(
     FIDs are measured on `features`; extractors are kept and looked for in `extractor_folder`, by default `out`.
     """
     config = resolve(config)
-    if (out / "summary.json").exists():
-        check_folder(config, out)
-        evaluation.check_finished(features, out)
-        return dict(read_json(out / "summary.json"))
+    first = processes.launched_rank() == 0
+    if not first:
+        say = _nothing
+    if (summary := finished(config, out, features, say)) is not None:
+        return summary
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     torch.use_deterministic_algorithms(True, warn_only=True)
     data = load(config, data_root)
     require_shares(config)
     require_fisher_images(config, data)
 
-    with processes.together(torch.device(config.device)):
-        # The folder belongs to this configuration, and the first process alone writes to it.
-        check_folder(config, out)
-        first = processes.is_first()
-        if not first:
-            say = _nothing
+    # Of several processes none may leave before the others do: they stop between two steps, which they agree on.
+    several = processes.launched() > 1
+    with signals.deferred() if several else nullcontext(), processes.together(torch.device(config.device)):
+        if first:
+            make_writable(out)
         try:
-            if first:
-                out.mkdir(parents=True, exist_ok=True)
             with writing(out) if first else nullcontext():
                 tools = None
                 if first:
+                    # The folder belongs to this configuration, and the first process alone writes to it.
+                    restore_config(out, say)
+                    check_folder(config, out)
                     tools = evaluation.instruments(features, data, extractor_folder or out, config.device)
                     for line in tools.about(config, data):
                         say(line)
@@ -85,6 +94,23 @@ def train(
                 f"{error}; earlier checkpoints are as they were: make {str(out)!r} writable, with room on its disk, "
                 "and give the same command again to go on"
             ) from error
+
+
+def finished(
+    config: RunConfig, out: Path, features: ExtractorName | Custom, say: Say = lambda line: None
+) -> Row | None:
+    """The summary of a run that is finished, and whose records are whole; None if there is something left to do."""
+    require_layout(out)
+    if not (out / "summary.json").exists():
+        return None
+    try:
+        summary = report.read_finished(out)
+    except RecordError as error:
+        say(f"{error.damage}; making again what can be")
+        return None
+    check_folder(config, out)
+    evaluation.check_finished(features, out)
+    return summary
 
 
 def _nothing(line: str) -> None:
@@ -106,22 +132,30 @@ def run_stage(run: Run, stage: Stage, board: TensorBoard, advance: Advance) -> N
     config, steps = run.config, run.stage_steps[stage.number]
     images = run.task_images(stage, "train")
     run.model.train()
-    losses: list[Tensor] = []
     clock = StepClock(run, stage)
-    since = time.perf_counter()
-    while run.step < steps:
-        losses.append(run.take_step(images, stage))
-        clock.tick()
+    before, since = run.step, time.perf_counter()
+    with signals.deferred():
+        while run.step < steps:
+            run.losses.append(run.take_step(images, stage))
+            clock.tick()
 
-        # Losses, at fixed steps, so that an interrupted run writes the same rows.
-        at_checkpoint = run.step % config.checkpoint_every == 0 or run.step == steps
-        if run.step % config.log_every == 0 or at_checkpoint:
-            log_losses(run, stage, losses, (time.perf_counter() - since) / len(losses), board)
-            advance(steps_done(run), sum(run.stage_steps))
-            losses, since = [], time.perf_counter()
-        if at_checkpoint:
-            run.save()
-            since = time.perf_counter()
+            # Losses, at fixed steps, so that an interrupted run writes the same rows.
+            at_checkpoint = run.step % config.checkpoint_every == 0 or run.step == steps
+            if run.step % config.log_every == 0 or at_checkpoint:
+                log_losses(run, stage, run.losses, (time.perf_counter() - since) / (run.step - before), board)
+                advance(steps_done(run), sum(run.stage_steps))
+                run.losses = []
+                before, since = run.step, time.perf_counter()
+            if at_checkpoint:
+                run.save()
+                since = time.perf_counter()
+
+            # A signal, to any of the processes.
+            if signum := processes.largest(signals.pending()):
+                if not at_checkpoint:
+                    run.save()
+                processes.everyone(None)  # until the first has written
+                raise signals.Stopped(signum, f" after step {run.step} of stage {stage.number + 1}, which is kept")
 
     run.model.eval()
     run.adopt_average()
@@ -139,13 +173,12 @@ def run_stage(run: Run, stage: Stage, board: TensorBoard, advance: Advance) -> N
     run.save()
 
 
-def log_losses(run: Run, stage: Stage, losses: list[Tensor], seconds: float, board: TensorBoard) -> None:
+def log_losses(run: Run, stage: Stage, losses: Sequence[Tensor], seconds: float, board: TensorBoard) -> None:
     """Mean losses since the last row; stops at the first that is not finite."""
-    table = torch.stack(losses).double().cpu()
-    table[:, :2] = processes.sum_(table[:, :2].contiguous())
+    table = loss_table(losses)
     bad = torch.nonzero(~table.isfinite().all(1)).flatten()
     if len(bad):
-        raise TrainingError(explain(run, stage, run.step - len(losses) + 1, table[: int(bad[0]) + 1]))
+        raise TrainingError(explain(run, stage, run.step - len(table) + 1, table[: int(bad[0]) + 1]))
     scaler = run.precision.scaler
     if scaler is not None and scaler.get_scale() < SMALLEST_SCALE:
         raise TrainingError(
@@ -220,7 +253,7 @@ def finish(run: Run) -> Row:
     """Pictures and the summary, which marks the run as finished."""
     summary: Row = {}
     if processes.is_first():
-        from crl_diffusion import pictures, report  # matplotlib: not before it is needed
+        from crl_diffusion import pictures  # matplotlib: not before it is needed
 
         pictures.of_run(run.out)
         summary = report.summarise(run.out)

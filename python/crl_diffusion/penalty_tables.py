@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from crl_diffusion.records import Row, read_rows
+from crl_diffusion.readers import read_metrics, read_timings
+from crl_diffusion.records import Row
 from crl_diffusion.report import Finished, grouped
 from crl_diffusion.tables import MINUS, NONE, Sheet
 
@@ -26,7 +27,7 @@ def costs(runs: Sequence[Finished], order: Sequence[str] = ()) -> Sheet:
     """Time of a step and of its penalty, over the logged rows of all seeds after the first task."""
     body = []
     for name, group in grouped(runs, order).items():
-        rows = [row for run in group for row in read_rows(run.path / "timings.jsonl") if "step_ms" in row]
+        rows = [row for run in group for row in read_timings(run.path) if "step_ms" in row]
         if not rows:
             continue
         with_penalty = [row for row in rows if row.get("penalty_ms") is not None]
@@ -64,7 +65,7 @@ def fisher_rows(runs: Sequence[Finished], order: Sequence[str] = ()) -> dict[str
     for name, group in grouped(runs, order).items():
         by_task: dict[int, list[Row]] = {}
         for run in group:
-            for row in read_rows(run.path / "metrics.jsonl"):
+            for row in read_metrics(run.path):
                 if row["kind"] == "fisher":
                     by_task.setdefault(row["task"], []).append(row)
         if by_task:

@@ -24,7 +24,8 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from crl_diffusion.records import Row, read_json, read_rows
+from crl_diffusion.readers import read_config, read_metrics, read_samples
+from crl_diffusion.records import Row
 from crl_diffusion.report import fid_matrix
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart, and markers for those who print in grey.
@@ -73,17 +74,6 @@ def wrap(method: str, width: int) -> str:
 
 
 # Samples
-
-
-def samples_of(run: Path, after_task: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """uint8 pixels (N, C, S, S) and labels (N,) that an evaluation has kept; None where there are none."""
-    from safetensors.numpy import load_file
-
-    path = run / "samples" / f"after-task-{after_task}.safetensors"
-    if not path.exists():
-        return None
-    tensors = load_file(path)
-    return tensors["pixels"], tensors["labels"]
 
 
 class Classes(NamedTuple):
@@ -187,7 +177,7 @@ def show_strips(strips: Sequence[tuple[str, np.ndarray]], classes: Classes, titl
 
 def grid_over_tasks(run: Path, tasks: int, title: str = "") -> tuple[Figure, Classes] | None:
     """Samples after each task, a row each; None where the run keeps none."""
-    kept = {i: found for i in range(1, tasks + 1) if (found := samples_of(run, i)) is not None}
+    kept = {i: found for i in range(1, tasks + 1) if (found := read_samples(run, i)) is not None}
     if not kept:
         return None
     classes = Classes.learnt(kept[max(kept)][1], tasks)
@@ -263,7 +253,7 @@ def task_lines(axis: Axes, r: Sequence[Sequence[float]]) -> None:
 
 def of_run(run: Path) -> list[Path]:
     """Samples, R and curves of one run."""
-    config, rows = read_json(run / "config.json")["run"], read_rows(run / "metrics.jsonl")
+    config, rows = read_config(run)["run"], read_metrics(run)
     name = f"{config['method']} on {config['data']}, seed {config['seed']}"
     r = fid_matrix(rows)
     drawings = []

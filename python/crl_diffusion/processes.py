@@ -47,6 +47,11 @@ def launched() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def launched_rank() -> int:
+    """Which of them this one is, also before they have joined."""
+    return int(os.environ.get("RANK", "0"))
+
+
 @contextmanager
 def together(device: torch.device) -> Iterator[torch.device]:
     """Join the processes that torchrun has started, and part from them at the end; yields this process's device."""
@@ -76,6 +81,15 @@ def sum_(tensor: Tensor) -> Tensor:
     if count() > 1:
         distributed.all_reduce(tensor)
     return tensor
+
+
+def largest(number: int) -> int:
+    """Of all processes' numbers; exchanged on the CPU, whatever they compute on."""
+    if count() == 1:
+        return number
+    numbers = torch.tensor(number)
+    distributed.all_reduce(numbers, distributed.ReduceOp.MAX)
+    return int(numbers)
 
 
 def gather(tensor: Tensor) -> Tensor:

@@ -1,10 +1,14 @@
-"""Records on disk: JSON written whole or not at all, logs of JSON lines that a crash cannot confuse, and locks."""
+"""Records on disk: JSON written whole or not at all, logs of JSON lines that a crash cannot confuse, and locks.
+
+What cannot be read raises a `RecordError`: one line that names the file, what is wrong with it and what to do.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,57 +16,145 @@ from typing import Any
 from crl_diffusion.method import OptionError
 
 Row = dict[str, Any]
+PUT_BACK = "put it back from a copy"
 
 
-def write_json(path: Path, value: Any) -> None:
+class RecordError(OptionError):
+    """A file that is not what the trainer has written: `damage` names it and what is wrong, `remedy` what to do."""
+
+    def __init__(self, path: Path, damage: str, remedy: str) -> None:
+        self.damage = f"{str(path)!r} {damage}"
+        super().__init__(f"{self.damage}; {remedy}")
+
+
+def require_file(path: Path) -> None:
+    """RecordError if there is something other than a file."""
+    if path.exists() and not path.is_file():
+        what = "a folder" if path.is_dir() else "no regular file"
+        raise RecordError(path, f"is {what}, expected a file", "move it away, and give the same command again")
+
+
+def require_folder(path: Path) -> None:
+    """RecordError if there is something other than a folder."""
+    if path.exists() and not path.is_dir():
+        raise RecordError(path, "is a file, expected a folder", "move it away, and give the same command again")
+
+
+def read_file(path: Path, remedy: str = PUT_BACK) -> bytes:
+    """A file's content; RecordError if there is none."""
+    require_file(path)
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise RecordError(path, "is missing", remedy) from None
+    except OSError as error:
+        raise RecordError(path, f"cannot be read ({error.strerror})", remedy) from None
+
+
+def write_text(path: Path, text: str) -> None:
     """Write beside the final name, sync, rename: readers see the old file or the new one."""
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+def write_json(path: Path, value: Any) -> None:
+    """Indented JSON, on the disk whole or not at all."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def read_rows(path: Path) -> list[Row]:
-    """All whole rows of a log; a last line that a crash has cut off is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_bytes().split(b"\n")
-    return [json.loads(line) for line in lines[:-1] if line]  # what follows the last newline was cut off
+def read_json(path: Path, remedy: str = PUT_BACK) -> Any:
+    """The value in a file of JSON; RecordError if there is none."""
+    try:
+        return _parse(read_file(path, remedy))
+    except ValueError as error:
+        if isinstance(error, RecordError):
+            raise
+        raise RecordError(path, f"is damaged ({error})", remedy) from None
+
+
+def read_rows(path: Path, remedy: str = PUT_BACK, count: int | None = None) -> list[Row]:
+    """The whole rows of a log, or the first `count` of them; a last line that a crash has cut off is left out, and
+    there are none without a file. RecordError, with its number, for a row that is no JSON object."""
+    rows = []
+    for number, line in enumerate(_whole_lines(path)[:count], start=1):
+        try:
+            row = _parse(line)
+        except ValueError as error:
+            raise RecordError(path, f"is damaged in row {number} ({error})", remedy) from None
+        if not isinstance(row, dict):
+            raise RecordError(path, f"is damaged in row {number} (expected a JSON object)", remedy)
+        rows.append(row)
+    return rows
+
+
+def _parse(content: bytes) -> Any:
+    """JSON in UTF-8; ValueError says in a few words why it is none."""
+    try:
+        return json.loads(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"no UTF-8 at byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"no JSON: {error.msg} at character {error.pos} of {len(error.doc)}") from None
+    except RecursionError:
+        raise ValueError("no JSON of this package: nested too deeply") from None
+
+
+def _whole_lines(path: Path) -> list[bytes]:
+    """Without their newlines; what follows the last newline was cut off by a crash."""
+    return read_file(path).split(b"\n")[:-1] if path.exists() else []
+
+
+def _sha256(lines: Sequence[bytes]) -> Any:
+    digest = hashlib.sha256()
+    for line in lines:
+        digest.update(line + b"\n")
+    return digest
 
 
 class Log:
-    """A file of JSON lines that grows; `keep` cuts it back to what a checkpoint knows of."""
+    """A file of JSON lines that grows; `keep` cuts it back to what a checkpoint knows of. `count` rows are in it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.count = len(read_rows(path))
+        lines = _whole_lines(path)
+        self.count, self._digest = len(lines), _sha256(lines)
+
+    @property
+    def digest(self) -> str:
+        """sha256 of all rows with their newlines."""
+        return str(self._digest.hexdigest())
+
+    def begins_with(self, count: int, digest: str) -> bool:
+        """Whether the file's first `count` rows are there and have this digest; "" stands for any."""
+        lines = _whole_lines(self.path)[:count]
+        return len(lines) == count and digest in ("", _sha256(lines).hexdigest())
 
     def keep(self, count: int) -> None:
         """Keep the first `count` rows: those written after the checkpoint will be written again."""
         if not self.path.exists():
             return
-        lines = self.path.read_bytes().split(b"\n")[:-1]
+        lines = _whole_lines(self.path)
         if len(lines) < count:
-            raise OptionError(
-                f"{str(self.path)!r} has {len(lines)} rows, but its checkpoint was taken after {count}; "
-                "put the missing rows back, or begin again in a new folder"
+            raise RecordError(
+                self.path,
+                f"has {len(lines)} rows, but its checkpoint was taken after {count}",
+                "put the missing rows back, or begin again in a new folder",
             )
         with open(self.path, "r+b") as file:
             file.truncate(sum(len(line) + 1 for line in lines[:count]))
             os.fsync(file.fileno())
-        self.count = count
+        self.count, self._digest = count, _sha256(lines[:count])
 
     def append(self, row: Row) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        line = json.dumps(row).encode() + b"\n"
+        with open(self.path, "ab") as file:
+            file.write(line)
         self.count += 1
+        self._digest.update(line)
 
     def sync(self) -> None:
         """Have the rows on the disk before a checkpoint counts them."""

@@ -6,6 +6,7 @@ the HTML page in `page.py`.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
@@ -15,14 +16,27 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.table import Table
 
-from crl_diffusion import metrics
+from crl_diffusion import checkpoint, metrics
 from crl_diffusion.method import DATA_PLANS, OptionError, RunConfig, Settings, spell
-from crl_diffusion.records import Row, read_json, read_rows, write_json
+from crl_diffusion.readers import (
+    CONFIG_REMEDY,
+    METRICS_REMEDY,
+    SAMPLES_REMEDY,
+    SUMMARY_REMEDY,
+    read_config,
+    read_metrics,
+    read_summary,
+    read_timings,
+    sha256_of,
+)
+from crl_diffusion.records import RecordError, Row, read_file, write_json, write_text
+from crl_diffusion.run_folder import digest_of_saved
 
 # Options that do not decide how a number was measured or what it cost in training: runs may differ in them.
 FREE = {"method", "recipe", "seed", "device", "log_every", "checkpoint_every"}
 # Options of the penalty's Fisher matrix: they may differ from method to method, and not within one.
 OF_THE_METHOD = {"recipe", "fisher_samples", "fisher_estimate", "fisher_images"}
+RUN_RECORDS = ("config.json", "summary.json", "metrics.jsonl")  # a folder with one of them is a run's
 MEASURED_WITH = ("extractor", "classifier", "samples_per_task", "sampler", "held_out_images")
 
 
@@ -86,15 +100,12 @@ def fid_matrix(rows: Sequence[Row], key: str = "fid") -> list[list[float]]:
 
 def summarise(run: Path) -> Row:
     """A run's headline numbers, from its config.json, metrics.jsonl and timings.jsonl."""
-    config, rows, timings = (
-        read_json(run / "config.json")["run"],
-        read_rows(run / "metrics.jsonl"),
-        read_rows(run / "timings.jsonl"),
-    )
+    config, rows, timings = read_config(run)["run"], read_metrics(run), read_timings(run)
     r, accuracy, kl = fid_matrix(rows), fid_matrix(rows, "accuracy"), fid_matrix(rows, "class_kl")
     measured = [row for row in rows if row["kind"] == "evaluation"]
     last, tasks = measured[-1], {row["task"]: row for row in measured}
     fishers = [row for row in rows if row["kind"] == "fisher"]
+    step = [row["step_ms"] for row in timings if "step_ms" in row]
     penalty = [row["penalty_ms"] for row in timings if "penalty_ms" in row]
     return {
         "method": config["method"],
@@ -107,9 +118,51 @@ def summarise(run: Path) -> Row:
         "held_out_images": [tasks[task].get("held_out_images") for task in sorted(tasks)],
         "sampler": f"{last['sampler']}, {last['sampler_steps']} steps",
         "penalty_ms": float(np.median(penalty)) if penalty else None,
-        "step_ms": float(np.median([row["step_ms"] for row in timings if "step_ms" in row])),
+        "step_ms": float(np.median(step)) if step else None,
         "state_bytes": fishers[-1]["state_bytes"] if fishers else 0,
+        "metrics_sha256": sha256_of(run / "metrics.jsonl"),
     }
+
+
+def read_finished(run: Path) -> Row:
+    """The summary of a finished run; RecordError unless it follows from the run's other records, and these are those
+    that its newest checkpoint knows. A folder that a line of a ledger was made into has no evaluations to look at, and
+    one of an earlier version fewer names."""
+    summary, rows, record = read_summary(run), read_metrics(run), read_config(run)
+    for key in ("method", "seed"):
+        if summary[key] != record["run"][key]:
+            raise RecordError(run / "summary.json", f"is of a run with another {key}", SUMMARY_REMEDY)
+    path = run / "metrics.jsonl"
+    if not path.exists():
+        raise RecordError(path, "is missing", METRICS_REMEDY)
+    if summary.get("metrics_sha256") not in (None, sha256_of(path)):
+        raise RecordError(path, "lacks rows or has others than summary.json was made from", METRICS_REMEDY)
+    if any(row["kind"] == "evaluation" for row in rows):
+        derived = summarise(run)
+        if derived["step_ms"] is None:  # its times were lost after its end
+            derived = {key: value for key, value in derived.items() if key not in ("step_ms", "penalty_ms")}
+        if other := [key for key in derived if key in summary and not _equal(summary[key], derived[key])]:
+            wrong = f"does not follow from the run's other records (its {', '.join(other[:3])})"
+            raise RecordError(run / "summary.json", wrong, SUMMARY_REMEDY)
+    saved = checkpoint.newest_header(run / "checkpoints")
+    if saved is None or saved.run != digest_of_saved(record["run"]):
+        return summary
+    if saved.config and read_file(run / "config.json") != saved.config.encode():
+        wrong = "is not what it was when the run's checkpoints were taken"
+        raise RecordError(run / "config.json", wrong, CONFIG_REMEDY)
+    for name, digest in saved.digests.items():
+        if name.startswith("samples/") and sha256_of(run / name) != digest:
+            raise RecordError(run / name, "is missing or not what the run has drawn", SAMPLES_REMEDY)
+    return summary
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two values of JSON are the same up to the rounding of means: Python has summed in two ways."""
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12)
+    return bool(a == b)
 
 
 def find(folders: Iterable[Path]) -> tuple[list[Finished], list[Path]]:
@@ -119,13 +172,15 @@ def find(folders: Iterable[Path]) -> tuple[list[Finished], list[Path]]:
     for folder in folders:
         if not folder.is_dir():
             raise OptionError(f"{str(folder)!r} is not a folder; give one that `train` or `compare` has written")
-        for path in sorted({folder / "config.json", *folder.glob("*/config.json")}):
-            run = path.parent
+        records = [path for name in RUN_RECORDS for path in (folder / name, *folder.glob(f"*/{name}")) if path.exists()]
+        for run in sorted({path.parent for path in records}):
+            record = read_config(run)
             if (run / "summary.json").exists():
-                record, summary = read_json(path), read_json(run / "summary.json")
+                summary = read_finished(run)
+                summary.pop("metrics_sha256", None)  # of the folder's file, no number of the run
                 learnt = metrics.fid_when_learnt(summary["fid_matrix"])  # summaries of an earlier version lack it
                 runs[run.resolve()] = Finished(run, record["run"], {"fid_when_learnt": learnt, **summary}, record)
-            elif path.exists():
+            else:
                 unfinished.append(run)
     return list(runs.values()), unfinished
 
@@ -221,7 +276,7 @@ def write(folders: Sequence[Path], out: Path, baseline: str, order: Sequence[str
 
     sheets = [tables.markdown_sheets(part, baseline, order) for part in parts.values()]
     for name, text in (("comparison.md", "\n".join(sheets)), ("report.html", html)):
-        (out / name).write_text(text, encoding="utf-8")
+        write_text(out / name, text)
     captions = {name: tables.caption(part) for name, part in parts.items()}
     ordered = [run for part in parts.values() for group in grouped(part, order).values() for run in group]
     values = [{**run.summary, "data": run.data, "folder": os.path.relpath(run.path, out)} for run in ordered]

@@ -5,20 +5,32 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from crl_diffusion import checkpoint, diffusion, evaluation, processes, replay
-from crl_diffusion.checkpoint import MEMORY, Checkpoint, require_like
+from crl_diffusion.checkpoint import MEMORY, Checkpoint, StaleRecords, require_like
 from crl_diffusion.data import Data, Images, join
 from crl_diffusion.evaluation import Instruments
 from crl_diffusion.method import Method, OptionError, RunConfig, Stage, least_fisher_samples, stages
 from crl_diffusion.model import build, frozen_copy, predict
 from crl_diffusion.penalties import PenaltyState
 from crl_diffusion.precision import Precision
-from crl_diffusion.records import Log, Row
+from crl_diffusion.readers import (
+    CONFIG_REMEDY,
+    TIMINGS_REMEDY,
+    read_metrics,
+    read_samples,
+    read_timings,
+    samples_path,
+    sha256_of,
+)
+from crl_diffusion.records import Log, RecordError, Row, read_file
 from crl_diffusion.replay import Moment, NoisedBatch
 from crl_diffusion.run_folder import digest_of
 from crl_diffusion.steps import LR_SCHEDULES, new_optimizer, training_step
@@ -51,8 +63,10 @@ class Run:
         self.sources = self.new_sources()
         self.penalty = self.new_penalty()
         self.stage, self.step = 0, 0
+        self.losses: list[Tensor] = []  # of the steps since the last row of losses, as `take_step` returns them
         names = ("metrics", "timings") if processes.is_first() else ()
         self.logs = {name: Log(out / f"{name}.jsonl") for name in names}
+        self.samples: dict[str, str] = {}  # digests of the images that evaluations have kept, by file
 
     def new_sources(self) -> dict[str, replay.Source]:
         names = dict.fromkeys(part.source for part in self.method.replays)
@@ -112,14 +126,23 @@ class Run:
 
     # The end of a stage
 
-    def draw(self, latents: Tensor, label: Tensor) -> Tensor:
-        """Images of the model for an evaluation."""
+    def draw(self, latents: Tensor, label: Tensor, model: nn.Module | None = None) -> Tensor:
+        """Images of the model, or of another one like it, for an evaluation."""
         with self.precision.autocast():
-            return replay.draw_images(self.model, self.schedule, latents, label, self.config.eval_steps)
+            return replay.draw_images(model or self.model, self.schedule, latents, label, self.config.eval_steps)
 
-    def evaluate(self, stage: Stage) -> list[Row]:
+    def evaluate(self, stage: Stage, model: nn.Module | None = None) -> list[Row]:
         """One row of R, see evaluation.py. All processes draw, the first one measures; the others get no rows."""
-        return evaluation.evaluate(self.draw, self.tools, self.data, self.config, stage.learnt, self.out)
+        draw = partial(self.draw, model=model)
+        rows = evaluation.evaluate(draw, self.tools, self.data, self.config, stage.learnt, self.out)
+        self.note_samples(stage)
+        return rows
+
+    def note_samples(self, stage: Stage) -> None:
+        """What the stage's evaluation has kept is from now on what checkpoints hold it to."""
+        path = samples_path(self.out, stage.learnt)
+        if processes.is_first() and path.exists():
+            self.samples[path.relative_to(self.out).as_posix()] = sha256_of(path)
 
     def remember(self, stage: Stage) -> None:
         """Freeze the teacher, refill the pools and measure the Fisher matrix: all that later tasks are held to."""
@@ -154,6 +177,7 @@ class Run:
     def save(self) -> None:
         """A checkpoint of this moment."""
         self.require_same_weights()
+        losses = loss_table(self.losses) if self.losses else None
         if not processes.is_first():
             return
         for log in self.logs.values():
@@ -166,6 +190,8 @@ class Run:
                     tensors[f"optimizer/{key}/{name}"] = value
         if self.average is not None:
             tensors.update({f"average/{name}": value for name, value in self.average.items()})
+        if losses is not None:
+            tensors["losses/table"] = losses
 
         # What does not change within a stage: there is none before the first task's end, and none is needed after the
         # last's.
@@ -179,7 +205,10 @@ class Run:
         if 0 < self.stage < len(self.stages):
             tensors.update({f"{MEMORY}{name}": value for name, value in memory.items()})
         rows = {name: log.count for name, log in self.logs.items()}
-        saved = Checkpoint(self.stage, self.step, rows, tensors, digest_of(self.config))
+        digests = {log.path.name: log.digest for log in self.logs.values()} | self.samples
+        config = self.out / "config.json"
+        text = config.read_text(encoding="utf-8") if config.exists() else ""
+        saved = Checkpoint(self.stage, self.step, rows, tensors, digest_of(self.config), digests, text)
         checkpoint.save(self.out / "checkpoints", saved)
 
     def require_same_weights(self) -> None:
@@ -200,15 +229,113 @@ class Run:
         """Go back to the newest good checkpoint, or to the start if there is none."""
         saved: Checkpoint | None = None
         if processes.is_first():
-            saved, complaints = checkpoint.latest(self.out / "checkpoints", self.require_fits)
+            saved, complaints = checkpoint.latest(self.out / "checkpoints", self.require_fits_and_rows)
             for line in complaints:
                 self.say(line)
+            self.require_records(saved)
             for name, log in self.logs.items():
                 log.keep(saved.rows[name] if saved is not None else 0)
         saved = processes.from_first(saved)
         if saved is not None:
             self.restore(saved)
             self.say(f"resuming after {self.stage} finished stage(s) and {self.step} steps of the next")
+            self.mend_samples(saved)
+
+    def require_records(self, saved: Checkpoint | None) -> None:
+        """RecordError if records are lost that nothing makes again, or that only the whole run does; changes
+        nothing."""
+        folder, metrics, timings = (self.out / name for name in ("checkpoints", "metrics.jsonl", "timings.jsonl"))
+        if saved is None:
+            if checkpoint.latest(folder, self.require_fits)[0] is not None:
+                raise RecordError(
+                    metrics,
+                    "is missing, or does not begin with the rows that any checkpoint was taken after",
+                    f"put it back from a copy, or delete {str(folder)!r}, and the run is made again from its start",
+                )
+            if (self.out / "summary.json").exists():
+                raise RecordError(
+                    self.out,
+                    "is a finished run with damaged records and without a good checkpoint",
+                    "put them back from a copy, or delete summary.json, and the run is made again from its start",
+                )
+            return
+        if saved.config and read_file(self.out / "config.json", CONFIG_REMEDY) != saved.config.encode():
+            wrong = "is not what it was when the checkpoint was taken"
+            raise RecordError(self.out / "config.json", wrong, CONFIG_REMEDY)
+        rows, digest = saved.rows["timings"], saved.digests.get(timings.name, "")
+        if not timings.exists():
+            if rows:
+                self.say(f"{str(timings)!r} is missing: the run goes on without the times that it held")
+        elif not self.logs["timings"].begins_with(rows, digest):
+            wrong = f"does not begin with the {rows} rows that the checkpoint was taken after"
+            raise RecordError(timings, wrong, TIMINGS_REMEDY)
+        else:
+            read_timings(self.out, rows)
+
+    def mend_samples(self, saved: Checkpoint) -> None:
+        """Draw again what is missing or damaged of the images that the evaluations of finished stages have kept."""
+        for stage in self.stages[: self.stage]:
+            path = samples_path(self.out, stage.learnt)
+            wanted = saved.digests.get(path.relative_to(self.out).as_posix(), "")
+            if not processes.from_first(processes.is_first() and self.lacks_samples(stage, wanted)):
+                self.note_samples(stage)
+            elif self.draw_again(stage, wanted):
+                self.say(f"{str(path)!r} was missing or damaged: its images are drawn again")
+            else:
+                if processes.is_first():
+                    path.unlink(missing_ok=True)
+                self.samples.pop(path.relative_to(self.out).as_posix(), None)
+                self.say(
+                    f"{str(path)!r} was missing or damaged, and no checkpoint has the model that drew its images: the "
+                    "run goes on without them"
+                )
+                self.save()  # so that nothing looks for them again
+
+    def lacks_samples(self, stage: Stage, wanted: str) -> bool:
+        """Whether the images that the stage's evaluation has kept are not those of this digest; "" stands for any that
+        can be read."""
+        if wanted:
+            return sha256_of(samples_path(self.out, stage.learnt)) != wanted
+        try:
+            return read_samples(self.out, stage.learnt) is None
+        except RecordError:
+            return True
+
+    def draw_again(self, stage: Stage, wanted: str) -> bool:
+        """Repeat the evaluation of a finished stage with the model that its last checkpoint holds; returns whether what
+        it keeps is what was wanted or, where that is not known, has the numbers in metrics.jsonl."""
+        weights: dict[str, Tensor] = {}
+        if processes.is_first():
+            with suppress(SafetensorError, OSError, ValueError, KeyError):
+                end = checkpoint.load(checkpoint.end_of_stage(self.out / "checkpoints", stage.number))
+                self.require_fits(end)
+                # The teacher is a copy from before the penalty's own steps, if it takes any.
+                weights = end.part(f"{MEMORY}teacher") or end.part("model")
+        weights = processes.from_first(weights)
+        if not weights:
+            return False
+        model = frozen_copy(self.model)
+        model.load_state_dict(weights)
+        rows = self.evaluate(stage, model)
+        same = True
+        if processes.is_first():
+            path = samples_path(self.out, stage.learnt)
+            known = [row for row in read_metrics(self.out) if row.get("after_task") == stage.learnt]
+            same = sha256_of(path) == wanted if wanted else rows == known
+        return processes.from_first(same)
+
+    def require_fits_and_rows(self, saved: Checkpoint) -> None:
+        """ValueError or KeyError unless this is a checkpoint of this run, has all that it must, and was taken after
+        rows that metrics.jsonl begins with; changes nothing."""
+        self.require_fits(saved)
+        rows, digest = saved.rows["metrics"], saved.digests.get("metrics.jsonl", "")
+        stale = StaleRecords(f"metrics.jsonl does not begin with the {rows} rows")
+        if not self.logs["metrics"].begins_with(rows, digest):
+            raise stale
+        try:
+            read_metrics(self.out, rows)
+        except RecordError as error:
+            raise stale from error
 
     def require_fits(self, saved: Checkpoint) -> None:
         """ValueError or KeyError unless this is a checkpoint of this run and has all that it must; changes nothing."""
@@ -226,6 +353,10 @@ class Run:
         require_like(saved.part("optimizer"), moments if saved.step else {}, "optimizer")
         require_like(saved.part("average"), parameters if self.config.ema and saved.step else {}, "average")
         require_like(saved.part("scaler"), self.precision.state(), "scaler")
+        since = min(saved.step % self.config.log_every, saved.step % self.config.checkpoint_every)
+        at_end = saved.step and saved.step == self.stage_steps[saved.stage]
+        table = torch.zeros(0 if at_end else since, 3, dtype=torch.float64)
+        require_like(saved.part("losses"), {"table": table} if len(table) else {}, "losses")
         for name in self.logs:
             saved.rows[name]
 
@@ -251,6 +382,11 @@ class Run:
                 self.optimizer.state[parameter] = {
                     key: moments[f"{key}/{name}"].to(self.device) for key in ("step", "exp_avg", "exp_avg_sq")
                 }
+        if losses := saved.part("losses"):
+            table = losses["table"].to(self.device)
+            if not processes.is_first():  # it holds the sums over processes, which are to be added up once
+                table[:, :2] = 0
+            self.losses = list(table)
         if average := saved.part("average"):
             self.average = {name: value.to(self.device) for name, value in average.items()}
         if teacher := saved.part(f"{MEMORY}teacher"):
@@ -261,6 +397,13 @@ class Run:
                 source.load_state(saved.part(f"{MEMORY}source/{name}"))
             if self.penalty is not None:
                 self.penalty.load_state(saved.part(f"{MEMORY}penalty"))
+
+
+def loss_table(losses: Sequence[Tensor]) -> Tensor:
+    """What steps have returned, with the losses of all processes added up: float64 (steps, 3), on the CPU."""
+    table = torch.stack([row.double() for row in losses]).cpu()
+    table[:, :2] = processes.sum_(table[:, :2].contiguous())
+    return table
 
 
 def steps_done(run: Run) -> int:

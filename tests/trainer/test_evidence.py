@@ -1,6 +1,5 @@
 """`benchmarks.evidence`: what is chosen from fabricated runs, what is kept of them, what the page says of them."""
 
-import json
 import math
 import shutil
 import sys
@@ -11,7 +10,7 @@ from typing import NamedTuple
 import pytest
 from crl_diffusion import cli, report
 from crl_diffusion.method import OptionError, RunConfig, Settings, check
-from run_folders import fabricate
+from run_folders import fabricate, measured_as
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))  # benchmarks are run from a checkout, not installed
 
@@ -50,8 +49,7 @@ def tune(folder: Path, stage: str, fids: dict[str, float]) -> None:
     for method, fid in fids.items():
         seed = SMALL.coarse_seed if stage == "coarse" else SMALL.fine_seed
         run = fabricate(folder / stage / method.replace(":", "_"), method, seed, tasks=3, held_out="validation")
-        summary = json.loads((run / "summary.json").read_text())
-        (run / "summary.json").write_text(json.dumps({**summary, "average_fid": fid}))
+        measured_as(run, fid=fid)
 
 
 def final(folder: Path, methods: str, seeds: tuple[int, ...]) -> None:
@@ -199,8 +197,7 @@ def test_a_ledger_survives_a_line_cut_short_and_refuses_runs_that_contradict_it(
     assert lines.read_bytes() == whole
     assert ledger.record(lines, tuned) == 0
 
-    changed = tuned / "coarse" / "gd" / "summary.json"
-    changed.write_text(json.dumps({**json.loads(changed.read_text()), "accuracy": 0.1}))
+    measured_as(tuned / "coarse" / "gd", accuracy=0.1)
     with pytest.raises(SystemExit, match="differ in accuracy"):
         ledger.record(lines, tuned)
     assert lines.read_bytes() == whole

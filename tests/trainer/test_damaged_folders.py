@@ -1,0 +1,608 @@
+"""Damage to a run folder: the same command ends with the same bits, or with one line that names the file, and code 2.
+
+Each case damages a copy of one folder, of the finished run or of that run as it was in its second task.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from conftest import SHORT, command, options, same_end
+from crl_diffusion import checkpoint, cli, pictures, report
+from crl_diffusion.readers import read_metrics, read_timings
+from crl_diffusion.records import RecordError
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from safetensors.torch import save_file as save_tensors
+
+pytestmark = pytest.mark.filterwarnings("ignore:(only .* of the trace of the Fisher|the mean gradient is mostly noise)")
+Damage = Callable[[Path], None]
+
+# What is done to a file
+
+
+def truncated(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def cut_by(size: int) -> Damage:
+    return lambda path: path.write_bytes(path.read_bytes()[:-size])  # type: ignore[return-value]
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def nuls(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def not_utf8(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(b'"', b'"\xff', 3))
+
+
+def nested(path: Path) -> None:
+    path.write_text("[" * 100_000)
+
+
+def missing(path: Path) -> None:
+    path.unlink()
+
+
+def a_folder(path: Path) -> None:
+    if path.is_file():
+        path.unlink()
+    path.mkdir()
+
+
+def a_file(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.write_text("")
+
+
+def one_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def text(value: Any) -> Damage:
+    return lambda path: path.write_text(json.dumps(value))  # type: ignore[return-value]
+
+
+def changed(**values: Any) -> Damage:
+    """Other values of some keys of a JSON object."""
+    return lambda path: path.write_text(json.dumps({**json.loads(path.read_text()), **values}, indent=2) + "\n")  # type: ignore[return-value]
+
+
+def without(key: str) -> Damage:
+    def damage(path: Path) -> None:
+        value = json.loads(path.read_text())
+        del value[key]
+        path.write_text(json.dumps(value))
+
+    return damage
+
+
+def rows(change: Callable[[list[bytes]], list[bytes]]) -> Damage:
+    """Other lines of a log, each with its newline."""
+    return lambda path: path.write_bytes(b"".join(change(path.read_bytes().splitlines(keepends=True))))  # type: ignore[return-value]
+
+
+def row(number: int, line: bytes) -> Damage:
+    return rows(lambda lines: [*lines[:number], line, *lines[number + 1 :]])
+
+
+def lost(number: int) -> Damage:
+    return rows(lambda lines: [line for i, line in enumerate(lines) if i != number % len(lines)])
+
+
+def value(number: int, **values: Any) -> Damage:
+    """Other values in a row, which stays a good one."""
+    return rows(
+        lambda lines: [
+            json.dumps({**json.loads(line), **values}).encode() + b"\n" if i == number % len(lines) else line
+            for i, line in enumerate(lines)
+        ]
+    )
+
+
+def tensors(**named: np.ndarray) -> Damage:
+    return lambda path: save_file(named, path)
+
+
+def metadata(**values: str) -> Damage:
+    """Another header of a checkpoint, around the same tensors."""
+
+    def damage(path: Path) -> None:
+        with safe_open(path, framework="pt") as file:
+            whole = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            header = file.metadata()
+        save_tensors(whole, path, {**header, **{name.replace("__", "/"): value for name, value in values.items()}})
+
+    return damage
+
+
+def renamed(name: str) -> Damage:
+    return lambda path: path.rename(path.with_name(name))  # type: ignore[return-value]
+
+
+# The table
+
+
+class Case(NamedTuple):
+    """What is damaged and how, of a run in its second task and of the finished run; `says` is what the line says beside
+    the file's name, None if the run ends with the same bits."""
+
+    file: str
+    damage: Damage
+    says: str | None = None
+    states: tuple[str, ...] = ("unfinished",)
+
+
+FINISHED, BOTH = ("finished",), ("unfinished", "finished")
+NEWEST = "checkpoints/01-00000004.safetensors"  # of the unfinished run
+FIRST_ROWS = "is missing, or does not begin with the rows that any checkpoint was taken after; put it back"
+FOLDER = "is a folder, expected a file; move it away"
+CASES: dict[str, Case] = {
+    # config.json is in every checkpoint.
+    "config truncated": Case("config.json", truncated, None, BOTH),
+    "config empty": Case("config.json", empty),
+    "config of NULs": Case("config.json", nuls, None, FINISHED),
+    "config not UTF-8": Case("config.json", not_utf8),
+    "config nested": Case("config.json", nested),
+    "config a list": Case("config.json", text([1, 2])),
+    "config without a run": Case("config.json", without("run")),
+    "config with a run of another shape": Case("config.json", changed(run={"method": ["gd"]}), None, FINISHED),
+    "config missing": Case("config.json", missing, None, BOTH),
+    "config changed": Case("config.json", changed(command="rm"), "is not what it was", BOTH),
+    "config a folder": Case("config.json", a_folder, FOLDER),
+    # summary.json follows from the other records.
+    "summary truncated": Case("summary.json", truncated, None, FINISHED),
+    "summary empty": Case("summary.json", empty, None, FINISHED),
+    "summary of NULs": Case("summary.json", nuls, None, FINISHED),
+    "summary not UTF-8": Case("summary.json", not_utf8, None, FINISHED),
+    "summary a text": Case("summary.json", text("finished"), None, FINISHED),
+    "summary without numbers": Case("summary.json", changed(average_fid=None), None, FINISHED),
+    "summary with a number changed": Case("summary.json", changed(average_fid=1.5), None, FINISHED),
+    "summary with NaN": Case("summary.json", changed(forgetting=float("nan")), None, FINISHED),
+    "summary of another run": Case("summary.json", changed(seed=1), None, FINISHED),
+    "summary missing": Case("summary.json", missing, None, FINISHED),
+    "summary a folder": Case("summary.json", a_folder, FOLDER, FINISHED),
+    # metrics.jsonl: rows after a checkpoint are made again from it.
+    "metrics with its last row lost": Case("metrics.jsonl", lost(-1), None, BOTH),
+    "metrics with a row lost": Case("metrics.jsonl", lost(5)),
+    "metrics with a row changed": Case("metrics.jsonl", value(6, loss=0.5), None, BOTH),
+    "metrics with a row of NULs": Case("metrics.jsonl", row(6, bytes(80) + b"\n")),
+    "metrics with a row not UTF-8": Case("metrics.jsonl", row(6, b'{"kind": "\xff"}\n')),
+    "metrics with a row of another shape": Case("metrics.jsonl", row(5, b"[1]\n"), None, FINISHED),
+    "metrics with an empty row": Case("metrics.jsonl", row(5, b"\n")),
+    "metrics with its last line cut off": Case("metrics.jsonl", cut_by(9)),
+    "metrics with a line cut off after it": Case("metrics.jsonl", rows(lambda lines: [*lines, b'{"kind": "st'])),
+    "metrics with bad rows after the checkpoint": Case(
+        "metrics.jsonl", rows(lambda lines: [*lines, b"\0\0\n", b"{}\n"])
+    ),
+    "metrics with rows swapped": Case("metrics.jsonl", rows(lambda x: [*x[:5], x[6], x[5], *x[7:]]), None, FINISHED),
+    "metrics with its first row lost": Case("metrics.jsonl", lost(0), FIRST_ROWS),
+    "metrics with its first row changed": Case("metrics.jsonl", value(0, loss=0.5), FIRST_ROWS),
+    "metrics with other line ends": Case(
+        "metrics.jsonl", rows(lambda lines: [x[:-1] + b"\r\n" for x in lines]), FIRST_ROWS
+    ),
+    "metrics empty": Case("metrics.jsonl", empty, FIRST_ROWS),
+    "metrics of NULs": Case("metrics.jsonl", nuls, FIRST_ROWS, FINISHED),
+    "metrics missing": Case("metrics.jsonl", missing, FIRST_ROWS, BOTH),
+    "metrics a folder": Case("metrics.jsonl", a_folder, FOLDER),
+    # timings.jsonl: nothing makes wall-clock times again.
+    "timings truncated": Case("timings.jsonl", truncated, "does not begin with the"),
+    "timings with a row changed": Case("timings.jsonl", value(1, step_ms=1.5), "does not begin with"),
+    "timings with a row of another shape": Case("timings.jsonl", value(1, step_ms="x"), "delete it"),
+    "timings of NULs": Case("timings.jsonl", nuls, "delete it"),
+    "timings with its last line cut off": Case("timings.jsonl", rows(lambda lines: [*lines, b'{"sta'])),
+    "timings missing": Case("timings.jsonl", missing, None, BOTH),
+    "timings a folder": Case("timings.jsonl", a_folder, FOLDER),
+    # Samples are drawn again by the model that drew them.
+    "samples truncated": Case("samples/after-task-1.safetensors", truncated),
+    "samples empty": Case("samples/after-task-1.safetensors", empty),
+    "samples of NULs": Case("samples/after-task-2.safetensors", nuls, None, FINISHED),
+    "samples with one bit changed": Case("samples/after-task-1.safetensors", one_bit, None, BOTH),
+    "samples of another shape": Case(
+        "samples/after-task-1.safetensors", tensors(pixels=np.zeros((2, 2), dtype=np.uint8))
+    ),
+    "samples missing": Case("samples/after-task-1.safetensors", missing),
+    "samples a folder": Case("samples/after-task-1.safetensors", a_folder, FOLDER),
+    "samples' folder a file": Case("samples", a_file, "is a file, expected a folder; move it away"),
+    # Checkpoints: the one before it.
+    "checkpoint truncated": Case(NEWEST, truncated),
+    "checkpoint empty": Case(NEWEST, empty),
+    "checkpoint of NULs": Case(NEWEST, nuls),
+    "checkpoint with one bit changed": Case(NEWEST, one_bit),
+    "checkpoint with another number of rows": Case(NEWEST, metadata(rows__metrics="6")),
+    "checkpoint with another digest of rows": Case(NEWEST, metadata(**{"sha256__metrics.jsonl": "0"})),
+    "checkpoint renamed": Case(NEWEST, renamed("01-00000005.safetensors")),
+    "checkpoint missing": Case(NEWEST, missing),
+    "checkpoint a folder": Case(NEWEST, a_folder, FOLDER),
+    "checkpoints' folder missing": Case("checkpoints", lambda path: shutil.rmtree(path)),
+    "checkpoints' folder a file": Case("checkpoints", a_file, "is a file, expected a folder; move it away"),
+    # The rest
+    "lock a folder": Case(".lock", a_folder, FOLDER),
+    "a picture a folder": Case("curves.png", a_folder, FOLDER),
+    "tensorboard a file": Case("tensorboard", a_file, "is a file, expected a folder; move it away"),
+    "the run a file": Case("", a_file, "is no folder; give another place"),
+}
+
+
+@pytest.fixture
+def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They follow from metrics.jsonl and the samples, and take most of the time of so short a run."""
+    monkeypatch.setattr(pictures, "of_run", lambda run: [])
+
+
+@pytest.fixture
+def copy_of(finished: Path, tmp_path: Path) -> Callable[[str], Path]:
+    """A copy of the finished run, or of it as it was after four steps of its second task."""
+
+    def copied(state: str) -> Path:
+        out = tmp_path / "run"
+        shutil.copytree(finished, out)
+        if state == "unfinished":
+            for name in ("summary.json", "samples/after-task-2.safetensors", "samples.png", "curves.png"):
+                (out / name).unlink()
+            for name in ("01-00000006", "02-00000000"):
+                (out / "checkpoints" / f"{name}.safetensors").unlink()
+            saved = checkpoint.load(out / NEWEST)
+            for name in ("metrics", "timings"):
+                rows(lambda lines, n=saved.rows[name]: lines[:n])(out / f"{name}.jsonl")  # type: ignore[misc]
+        return out
+
+    return copied
+
+
+def arguments(out: Path, extractor_folder: Path) -> list[str]:
+    words = ["train", "--method", "gd+rank1", *options(SHORT), "--out", str(out)]
+    return [*words, "--extractor-folder", str(extractor_folder)]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def one_line(said: str, *parts: str) -> None:
+    assert said.startswith("crl-diffusion: error: "), said
+    assert said.count("\n") == 1, said
+    for part in parts:
+        assert part in said
+
+
+def same_folder(a: Path, b: Path, drawn: Sequence[str] = ()) -> None:
+    """Equal records, checkpoints of ends of stages, kept images and pictures; times may differ."""
+    same_end(a, b)
+    for name in ("config.json", "samples/after-task-1.safetensors", *drawn):
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+    first, second = (json.loads((run / "summary.json").read_text()) for run in (a, b))
+    assert first.keys() == second.keys()
+    assert all(first[key] == second[key] for key in first if key not in ("step_ms", "penalty_ms"))
+
+
+def test_there_are_thirty_kinds_and_more() -> None:
+    assert len(CASES) >= 30
+
+
+@pytest.mark.usefixtures("_no_pictures")
+@pytest.mark.parametrize(
+    ("name", "state"), [(name, state) for name, case in CASES.items() for state in case.states], ids=str
+)
+def test_the_same_bits_or_one_line(
+    name: str,
+    state: str,
+    finished: Path,
+    extractor_folder: Path,
+    copy_of: Callable[[str], Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    case = CASES[name]
+    out = copy_of(state)
+    case.damage(out / case.file)
+    before = files(out)
+    code = cli.main(arguments(out, extractor_folder))
+    said = capsys.readouterr()
+    if case.says is None:
+        assert (code, said.err) == (0, "")
+        same_folder(finished, out)
+        assert cli.main(arguments(out, extractor_folder)) == 0
+        assert "is finished already" in capsys.readouterr().out
+    else:
+        assert code == 2
+        one_line(said.err, str(out / case.file), case.says)
+        assert {key: x for key, x in files(out).items() if key != ".lock"} == {
+            key: x for key, x in before.items() if key != ".lock"
+        }
+
+
+# What report and diagnose read
+
+
+READ: dict[str, tuple[str, Damage, str]] = {
+    "config truncated": ("config.json", truncated, "is damaged (no JSON: "),
+    "config not UTF-8": ("config.json", not_utf8, "is damaged (no UTF-8 at byte 5)"),
+    "config nested": ("config.json", nested, "is damaged (no JSON of this package: nested too deeply)"),
+    "config without a run": ("config.json", without("run"), "is damaged (it has no run); put it back from a copy"),
+    "config with a run of another shape": ("config.json", changed(run=[]), "its run is [], expected an object"),
+    "config missing": ("config.json", missing, "is missing; put it back from a copy, or delete it and give"),
+    "config a folder": ("config.json", a_folder, FOLDER),
+    "summary empty": ("summary.json", empty, "is damaged (no JSON: "),
+    "summary of NULs": ("summary.json", nuls, "is damaged (no JSON: "),
+    "summary a list": ("summary.json", text([]), "expected a JSON object"),
+    "summary with a text for a number": ("summary.json", changed(accuracy="1"), "expected a finite number); delete it"),
+    "summary with infinity": ("summary.json", changed(forgetting=float("inf")), "its forgetting is inf, expected"),
+    "summary with a huge number": ("summary.json", changed(forgetting=10**400), "expected a finite number"),
+    "summary with a matrix of another shape": ("summary.json", changed(fid_matrix=[[1.0, 2.0]]), "lower triangular"),
+    "summary with a number changed": ("summary.json", changed(average_fid=1.5), "does not follow from"),
+    "summary of another run": ("summary.json", changed(seed=1), "is of a run with another seed"),
+    "metrics missing": ("metrics.jsonl", missing, "is missing; put it back"),
+    "metrics empty": ("metrics.jsonl", empty, "lacks rows or has others"),
+    "metrics with a row lost": ("metrics.jsonl", lost(2), "lacks rows or has others"),
+    "metrics with a row changed": ("metrics.jsonl", value(2, loss=0.5), "lacks rows or has others"),
+    "metrics with a row of NULs": ("metrics.jsonl", row(4, bytes(9) + b"\n"), "is damaged in row 5 (no JSON: "),
+    "metrics with NaN": ("metrics.jsonl", value(0, loss=float("nan")), "in row 1 (its loss is nan, expected a finite"),
+    "metrics of an unknown kind": ("metrics.jsonl", value(1, kind="x"), "in row 2 (its kind is 'x', expected one of"),
+    "metrics without an evaluation": ("metrics.jsonl", lost(-2), "lacks rows before row 9 (the evaluation of task 2"),
+    "timings with a text for a number": ("timings.jsonl", value(1, step_ms="x"), "its step_ms is 'x', expected"),
+    "timings truncated": ("timings.jsonl", rows(lambda x: [*x[:3], x[3][:9] + b"\n"]), "in row 4 (no JSON: "),
+    "samples truncated": ("samples/after-task-1.safetensors", truncated, "is missing or not what the run has drawn"),
+    "samples with one bit changed": ("samples/after-task-2.safetensors", one_bit, "is missing or not what the run"),
+    "samples missing": ("samples/after-task-1.safetensors", missing, "is missing or not what the run has drawn"),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_report_names_the_file_and_what_to_do(
+    name: str, copy_of: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, damage, says = READ[name]
+    out = copy_of("finished")
+    damage(out / file)
+    assert cli.main(["report", str(tmp_path), "--out", str(tmp_path / "report")]) == 2
+    one_line(capsys.readouterr().err, str(out / file), says)
+    assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (truncated, "is damaged (PROBLEM)"),
+        (tensors(pixels=np.zeros((4, 1, 8, 8), np.float32), labels=np.zeros(4, np.int64)), "expected pixels uint8 (N,"),
+        (
+            tensors(pixels=np.zeros((4, 1, 8, 8), np.uint8), labels=np.zeros(3, np.int64)),
+            "labels int64 (3,), pixels uint8 (4, 1, 8, 8), expected",
+        ),
+        (tensors(labels=np.zeros(3, np.int64)), "it holds labels int64 (3,), expected pixels"),
+        (a_folder, FOLDER),
+    ],
+)
+def test_report_looks_at_samples_without_checkpoints_too(
+    damage: Damage, says: str, copy_of: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = copy_of("finished")
+    shutil.rmtree(out / "checkpoints")
+    damage(out / "samples/after-task-2.safetensors")
+    assert cli.main(["report", str(out), "--out", str(tmp_path / "report")]) == 2
+    one_line(capsys.readouterr().err, "after-task-2.safetensors", says.replace("PROBLEM)", ""))
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "says"),
+    [
+        ("config.json", empty, "is damaged (no JSON: "),
+        ("config.json", nuls, "is damaged (no JSON: "),
+        ("config.json", missing, "holds no run"),
+        ("config.json", a_folder, FOLDER),
+        ("config.json", changed(run={}), "it has no method"),
+        ("checkpoints", a_file, "is a file, expected a folder"),
+        ("checkpoints", shutil.rmtree, "has no good checkpoint"),
+        ("checkpoints/02-00000000.safetensors", a_folder, FOLDER),
+    ],
+)
+def test_diagnose_names_the_file_and_what_to_do(
+    file: str, damage: Damage, says: str, copy_of: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = copy_of("finished")
+    damage(out / file)
+    assert cli.main(["diagnose", str(out), "--device", "cpu"]) == 2
+    one_line(capsys.readouterr().err, str(out), says)
+
+
+@pytest.mark.parametrize(
+    ("key", "other", "says"),
+    [
+        ("schedule", "sinus", "its schedule is 'sinus', expected one of linear, cosine"),
+        ("steps", "six", "its steps is 'six', expected an integer"),
+        ("clip", -1.0, "--clip is -1.0"),
+        ("tasks", None, "its run has no tasks"),
+        ("steps", 7, "has no good checkpoint"),
+    ],
+)
+def test_diagnose_refuses_a_configuration_that_is_not_the_checkpoints(
+    key: str, other: object, says: str, copy_of: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = copy_of("finished")
+    record = json.loads((out / "config.json").read_text())
+    record["run"][key] = other
+    if other is None:
+        del record["run"][key]
+    (out / "config.json").write_text(json.dumps(record))
+    assert cli.main(["diagnose", str(out), "--device", "cpu"]) == 2
+    one_line(capsys.readouterr().err, str(out), says)
+
+
+# What the lines say to do
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "remedy"),
+    [
+        ("metrics.jsonl", lost(0), lambda out: shutil.rmtree(out / "checkpoints")),
+        ("timings.jsonl", nuls, lambda out: (out / "timings.jsonl").unlink()),
+        ("config.json", changed(command="rm"), lambda out: (out / "config.json").unlink()),
+        ("checkpoints", a_file, lambda out: (out / "checkpoints").unlink()),
+    ],
+)
+def test_what_the_line_says_to_do_helps(
+    file: str,
+    damage: Damage,
+    remedy: Callable[[Path], None],
+    finished: Path,
+    extractor_folder: Path,
+    copy_of: Callable[[str], Path],
+) -> None:
+    out = copy_of("unfinished")
+    damage(out / file)
+    assert cli.main(arguments(out, extractor_folder)) == 2
+    remedy(out)
+    assert cli.main(arguments(out, extractor_folder)) == 0
+    same_folder(finished, out, ("samples.png", "fid_matrix.png", "curves.png"))
+
+
+def test_a_finished_run_without_checkpoints_is_not_made_again_unasked(
+    extractor_folder: Path, copy_of: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = copy_of("finished")
+    shutil.rmtree(out / "checkpoints")
+    assert cli.main(arguments(out, extractor_folder)) == 0
+    lost(3)(out / "metrics.jsonl")
+    before = (out / "metrics.jsonl").read_bytes()
+    assert cli.main(arguments(out, extractor_folder)) == 2
+    one_line(capsys.readouterr().err, str(out), "without a good checkpoint", "delete summary.json")
+    assert (out / "metrics.jsonl").read_bytes() == before
+
+
+def of_an_earlier_version(path: Path) -> None:
+    """A checkpoint as it was written before it knew the run's records."""
+    with safe_open(path, framework="pt") as file:
+        whole = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        header = {k: v for k, v in file.metadata().items() if not k.startswith("sha256/") and k != "config"}
+    header["digest"] = checkpoint._digests(whole, {})[1]
+    if "start" in header:
+        header["start"] = checkpoint._metadata(path.with_name("01-00000000.safetensors"))["digest"]
+    save_tensors(whole, path, header)
+
+
+@pytest.mark.usefixtures("_no_pictures")
+@pytest.mark.parametrize(
+    ("file", "damage", "says"),
+    [
+        (".lock", missing, None),
+        ("samples/after-task-1.safetensors", truncated, None),
+        ("metrics.jsonl", lost(-1), None),
+        ("metrics.jsonl", row(6, bytes(9) + b"\n"), None),
+        ("metrics.jsonl", missing, FIRST_ROWS),
+        ("config.json", truncated, "is damaged (no JSON"),
+    ],
+)
+def test_checkpoints_of_an_earlier_version_resume_and_notice_what_they_can(
+    file: str,
+    damage: Damage,
+    says: str | None,
+    finished: Path,
+    extractor_folder: Path,
+    copy_of: Callable[[str], Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = copy_of("unfinished")
+    for path in sorted((out / "checkpoints").iterdir()):
+        of_an_earlier_version(path)
+    damage(out / file)
+    code = cli.main(arguments(out, extractor_folder))
+    if says is None:
+        assert code == 0
+        same_folder(finished, out)
+    else:
+        assert code == 2
+        one_line(capsys.readouterr().err, str(out / file), says)
+
+
+def test_samples_that_no_checkpoint_draws_are_said(
+    extractor_folder: Path, copy_of: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = copy_of("finished")
+    truncated(out / "samples/after-task-1.safetensors")
+    truncated(out / "checkpoints/01-00000000.safetensors")
+    assert cli.main(arguments(out, extractor_folder)) == 0
+    assert "no checkpoint has the model that drew its images" in capsys.readouterr().out.replace("\n", " ")
+    assert not (out / "samples/after-task-1.safetensors").exists()
+    assert cli.main(arguments(out, extractor_folder)) == 0
+    assert "is finished already" in capsys.readouterr().out
+    assert cli.main(["report", str(out), "--out", str(out.parent / "report")]) == 0
+
+
+def test_a_folder_that_cannot_be_written_to(
+    extractor_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "touch", read_only)
+    assert cli.main(arguments(tmp_path / "run", extractor_folder)) == 2
+    one_line(
+        capsys.readouterr().err, str(tmp_path / "run"), "Read-only file system", "make it writable, or give another"
+    )
+
+
+@pytest.mark.parametrize("name", ["train", "compare", "report", "diagnose"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_place_that_is_no_folder(
+    name: str, inside: bool, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("kept")
+    out = tmp_path / "file" / "run" if inside else tmp_path / "file"
+    words = {"train": ["--method", "gd"], "compare": ["--methods", "gd"]}.get(name, [str(finished)])
+    assert cli.main([name, *words, "--out", str(out)]) == 2
+    one_line(capsys.readouterr().err, "--out is", str(tmp_path / "file"), "is no folder; give another place")
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_compare_refuses_what_it_could_not_show_before_it_trains(
+    finished: Path, extractor_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["compare", "--methods", "gd", *options(SHORT), "--out", str(tmp_path)]
+    for file, damage, says in [
+        ("metrics.jsonl", lost(3), "lacks rows or has others"),
+        ("summary.json", nuls, "is damaged (no JSON"),
+        ("config.json", truncated, "is damaged (no JSON"),
+    ]:
+        shutil.rmtree(tmp_path / "gd+rank1-seed0", ignore_errors=True)
+        shutil.copytree(finished, tmp_path / "gd+rank1-seed0")
+        damage(tmp_path / "gd+rank1-seed0" / file)
+        assert cli.main([*words, "--extractor-folder", str(extractor_folder)]) == 2
+        one_line(capsys.readouterr().err, str(tmp_path / "gd+rank1-seed0" / file), says)
+    assert not (tmp_path / "gd-seed0").exists()
+
+
+def test_a_process_says_the_same(finished: Path, extractor_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    lost(0)(tmp_path / "run" / "metrics.jsonl")
+    done = command(*arguments(tmp_path / "run", extractor_folder))
+    assert done.returncode == 2, done.stderr
+    one_line(done.stderr, str(tmp_path / "run" / "metrics.jsonl"), "put it back from a copy, or delete")
+
+
+# Readers
+
+
+def test_readers_take_what_the_trainer_writes_and_what_earlier_versions_wrote(finished: Path, tmp_path: Path) -> None:
+    assert [row["kind"] for row in read_metrics(finished)].count("evaluation") == 3
+    assert len(read_metrics(finished, 4)) == 4
+    assert read_timings(tmp_path) == read_metrics(tmp_path) == []
+    few = {"kind": "evaluation", "after_task": 2, "task": 1, "fid": 1, "extractor": "e", "sampler": "s"}
+    few |= {"samples": 4, "sampler_steps": 2}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(few) + "\n" + json.dumps({**few, "task": 2}) + "\n")
+    assert report.fid_matrix(read_metrics(tmp_path)) == [[], [1, 1]]  # joint training: evaluated at the end
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({**few, "task": 2}) + "\n")
+    with pytest.raises(RecordError, match=r"metrics.jsonl' lacks rows before row 1 \(the evaluation of task 2 after"):
+        read_metrics(tmp_path)

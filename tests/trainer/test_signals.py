@@ -1,0 +1,307 @@
+"""SIGINT, SIGTERM and SIGHUP: a checkpoint, one line, the signal's exit status, and the same bits after resuming."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import SHORT, child_environment, options, python, same_end
+from crl_diffusion import checkpoint, cli, evaluation, loop, penalties, pictures, report, signals, state
+from crl_diffusion.method import RunConfig
+from crl_diffusion.replay import Pool
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:(only .* of the trace of the Fisher|the mean gradient is mostly noise)"),
+    pytest.mark.skipif(os.name != "posix", reason="signals of POSIX"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take most of the time of so short a run."""
+    monkeypatch.setattr(pictures, "of_run", lambda run: [])
+
+
+def _arguments(out: Path, extractor_folder: Path, **settings: Any) -> list[str]:
+    words = ["train", "--method", "gd+rank1", *options({**SHORT, **settings}), "--out", str(out)]
+    return [*words, "--extractor-folder", str(extractor_folder)]
+
+
+def _at_call(patch: pytest.MonkeyPatch, owner: Any, name: str, call: int, act: Callable[[], None]) -> None:
+    """`act` as a function is called for the call-th time."""
+    original, calls = getattr(owner, name), 0
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            act()
+        return original(*arguments, **named)
+
+    patch.setattr(owner, name, counted)
+
+
+def _kill(number: int) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize(
+    ("number", "call", "kept", "where"),
+    [
+        (signal.SIGTERM, 1, "00-00000001", "after step 1 of stage 1"),
+        (signal.SIGTERM, 9, "01-00000003", "after step 3 of stage 2"),  # between two rows of losses
+        (signal.SIGHUP, 11, "01-00000005", "after step 5 of stage 2"),
+        (signal.SIGINT, 10, "01-00000004", "after step 4 of stage 2"),  # where there is a checkpoint anyway
+        (signal.SIGTERM, 6, "00-00000006", "after step 6 of stage 1"),  # the last of its stage
+    ],
+)
+def test_a_step_is_finished_and_kept(
+    number: signal.Signals,
+    call: int,
+    kept: str,
+    where: str,
+    finished: Path,
+    extractor_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "run"
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        _at_call(patch, state, "training_step", call, _kill(number))
+        assert cli.main(_arguments(out, extractor_folder)) == 128 + number
+    said = capsys.readouterr().err
+    assert said == (
+        f"crl-diffusion: interrupted by {number.name} {where}, which is kept; give the same command again to resume\n"
+    )
+    assert sorted(path.stem for path in (out / "checkpoints").iterdir())[-1] == kept
+    assert signal.getsignal(number) == before
+    assert cli.main(_arguments(out, extractor_folder)) == 0
+    same_end(finished, out)
+
+
+def test_losses_since_the_last_row_are_kept(
+    extractor_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted in every step of a row of losses over five steps."""
+    sparse = {"log_every": 5, "checkpoint_every": 100, "tasks": 1}
+    assert cli.main(_arguments(tmp_path / "whole", extractor_folder, **sparse)) == 0
+    for _ in range(6):
+        with monkeypatch.context() as patch:
+            _at_call(patch, state, "training_step", 1, _kill(signal.SIGTERM))
+            assert cli.main(_arguments(tmp_path / "run", extractor_folder, **sparse)) == 128 + signal.SIGTERM
+    assert cli.main(_arguments(tmp_path / "run", extractor_folder, **sparse)) == 0
+    whole, run = ((tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "run"))
+    assert whole == run
+    ends = [checkpoint.load(tmp_path / name / "checkpoints" / "01-00000000.safetensors") for name in ("whole", "run")]
+    assert all(torch.equal(x, ends[1].tensors[name]) for name, x in ends[0].tensors.items())
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (penalties, "estimate_fisher"),
+        (Pool, "refill"),
+        (evaluation, "measure"),
+        (checkpoint, "save_file"),
+        (pictures, "of_run"),
+        (report, "summarise"),
+    ],
+)
+def test_elsewhere_a_run_ends_at_once(
+    owner: Any,
+    name: str,
+    finished: Path,
+    extractor_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        _at_call(patch, owner, name, 1, _kill(signal.SIGTERM))
+        assert cli.main(_arguments(out, extractor_folder)) == 128 + signal.SIGTERM
+    said = capsys.readouterr().err
+    assert said.startswith("crl-diffusion: interrupted by SIGTERM")
+    assert said.endswith("; give the same command again to resume\n")
+    assert said.count("\n") == 1
+    assert cli.main(_arguments(out, extractor_folder)) == 0
+    same_end(finished, out)
+
+
+def test_a_signal_that_comes_twice_at_once_is_one(
+    finished: Path, extractor_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def twice() -> None:
+        _kill(signal.SIGTERM)()
+        _kill(signal.SIGHUP)()
+
+    with monkeypatch.context() as patch:
+        _at_call(patch, state, "training_step", 3, twice)
+        assert cli.main(_arguments(tmp_path / "run", extractor_folder)) == 128 + signal.SIGTERM
+    assert cli.main(_arguments(tmp_path / "run", extractor_folder)) == 0
+    same_end(finished, tmp_path / "run")
+
+
+def test_report_is_interrupted(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _at_call(monkeypatch, report, "find", 2, _kill(signal.SIGHUP))
+    assert cli.main(["report", str(finished), "--out", str(tmp_path)]) == 128 + signal.SIGHUP
+    assert capsys.readouterr().err == "crl-diffusion: interrupted by SIGHUP; give the same command again to resume\n"
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with signals.handled():
+            _kill(signal.SIGHUP)()
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            with pytest.raises(signals.Stopped, match="interrupted by SIGTERM"):
+                _kill(signal.SIGTERM)()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_deferred_blocks_may_be_nested_and_pass_errors_on() -> None:
+    pending = []
+
+    def block(error: type[Exception] | None) -> None:
+        with signals.deferred():
+            pending.append(signals.pending())
+            if error is not None:
+                raise error
+            with signals.deferred():
+                _kill(signal.SIGTERM)()
+            pending.append(signals.pending())
+
+    with signals.handled(), pytest.raises(signals.Stopped, match="SIGTERM"):
+        block(None)
+    with signals.handled(), pytest.raises(ZeroDivisionError):
+        block(ZeroDivisionError)
+    assert pending == [0, signal.SIGTERM, 0]
+    assert signals._State.depth == 0
+
+
+# Two signals, as if they were seconds apart, in a step that takes a minute.
+SECOND = """
+import os, signal, sys, threading, time
+from crl_diffusion import signals, state
+from crl_diffusion.cli import main
+original, calls = state.training_step, 0
+def slow(*args):
+    global calls
+    calls += 1
+    if calls == 8:
+        signals.SAME_WITHIN = 0.0
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    return original(*args)
+state.training_step = slow
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_second_signal_ends_a_process_at_once(finished: Path, extractor_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    done = python("-c", SECOND, *_arguments(out, extractor_folder))
+    assert done.returncode == -signal.SIGTERM, done.stderr
+    assert sorted(path.stem for path in (out / "checkpoints").iterdir())[-1] == "01-00000000"
+    assert cli.main(_arguments(out, extractor_folder)) == 0
+    same_end(finished, out)
+
+
+def _wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+
+
+def test_compare_passes_a_signal_on_and_starts_no_other_run(extractor_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "comparison"
+    settings = options({**SHORT, "steps": 100_000, "tasks": 1, "checkpoint_every": 10})
+    words = ["compare", "--methods", "fine-tune", "gd", "--jobs", "1", *settings, "--out", out]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "crl_diffusion", *map(str, [*words, "--extractor-folder", extractor_folder])],
+        env={**os.environ, **child_environment()},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    first = out / "gd-seed0"
+    _wait_for(first / "checkpoints" / "00-00000010.safetensors", process)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert said == "crl-diffusion: interrupted by SIGTERM; give the same command again to resume\n"
+    log = (first / "log.txt").read_text()
+    assert "interrupted by SIGTERM after step" in log
+    assert "Traceback" not in log
+    step = int(log.split("after step ")[1].split()[0])
+    newest, complaints = checkpoint.latest(first / "checkpoints")
+    assert newest is not None
+    assert (newest.stage, newest.step, complaints) == (0, step, [])
+    assert not (out / "fine-tune-seed0").exists()
+
+
+# One process of two gets a signal in its 9th step.
+ONE_OF_TWO = """
+import os, signal, sys
+from crl_diffusion import state
+from crl_diffusion.cli import main
+original, calls = state.training_step, 0
+def counted(*args):
+    global calls
+    calls += 1
+    if calls == 9 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return original(*args)
+state.training_step = counted
+code = main(sys.argv[1:])
+print("ended with", code, flush=True)
+sys.exit(code)
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch.distributed is missing")
+def test_one_process_of_several_stops_all_of_them(extractor_folder: Path, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(ONE_OF_TWO)
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", 2]
+    done = python(*launch, script, *_arguments(tmp_path / "run", extractor_folder))
+    assert done.returncode != 0
+    assert done.stdout.count(f"ended with {128 + signal.SIGTERM}") == 2, done.stderr
+    assert done.stderr.count("crl-diffusion: interrupted by SIGTERM after step 3 of stage 2, which is kept") == 1
+    newest, complaints = checkpoint.latest(tmp_path / "run" / "checkpoints")
+    assert newest is not None
+    assert (newest.stage, newest.step, complaints) == (1, 3, [])
+    for name in ("run", "whole"):
+        done = python(*launch, "-m", "crl_diffusion", *_arguments(tmp_path / name, extractor_folder))
+        assert done.returncode == 0, done.stderr
+    same_end(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_library_call_leaves_signals_alone(
+    extractor_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mine(number: int, frame: object) -> None:
+        raise InterruptedError("mine")
+
+    before = signal.signal(signal.SIGTERM, mine)
+    try:
+        _at_call(monkeypatch, state, "training_step", 2, _kill(signal.SIGTERM))
+        config = RunConfig(method="gd", **SHORT)
+        with pytest.raises(state.TrainingError, match="mine"):
+            loop.train(config, tmp_path / "run", extractor_folder=extractor_folder, say=lambda line: None)
+    finally:
+        signal.signal(signal.SIGTERM, before)
