@@ -518,6 +518,11 @@ class History(ABC, Generic[_Fisher]):
                     f"the gradient of {name!r} is {gradient.layout}, and the penalty's is dense. Make its layer's "
                     "gradient dense (nn.Embedding(sparse=False)), or leave the parameter out with exclude=."
                 )
+            if any(size > 1 and stride == 0 for size, stride in zip(gradient.shape, gradient.stride(), strict=True)):
+                raise ValueError(
+                    f"the gradient of {name!r} was expanded, so its elements share memory and cannot be written to. "
+                    "Set .grad to a clone() of it."
+                )
             if gradient.dtype != parameter.dtype:
                 raise ValueError(
                     f"the gradient of {name!r} is {gradient.dtype} and the parameter {parameter.dtype}; expected one "

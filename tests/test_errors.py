@@ -324,6 +324,36 @@ def test_gradients_that_the_penalty_cannot_be_added_to(kind):
     assert model[0].bias.grad is None
 
 
+@pytest.mark.parametrize("kind", [0, 1])
+def test_an_expanded_gradient_is_refused_by_name(kind, model):
+    history = histories(model)[kind]
+    before = model[0].weight.grad.clone()
+    model[0].bias.grad = torch.zeros(()).expand(3)
+    with pytest.raises(ValueError, match=r"gradient of '0.bias' was expanded.*clone\(\)"):
+        history.add_penalty_grad_(1.0)
+    assert torch.equal(model[0].weight.grad, before)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda p, h: h[0].decoupled_step_(1.0, 0.1),
+        lambda p, h: h[1].decoupled_step_(1.0, 0.1),
+        lambda p, h: ck.FusedAdamW([p]).step(),
+    ],
+    ids=["low rank", "diagonal", "AdamW"],
+)
+def test_an_expanded_parameter_is_refused_before_anything_runs(write, capfd):
+    """And without a trace of C++ on stderr."""
+    model = nn.ParameterList([nn.Parameter(torch.zeros(1).expand(5))])
+    history = histories(model)
+    model[0].grad = torch.ones(5)
+    with pytest.raises(RuntimeError, match=r"clone\(\)"):
+        write(model[0], history)
+    assert "frame #" not in capfd.readouterr().err
+    assert not bool(model[0].any())
+
+
 def test_lists_of_the_models_parameters_in_place_of_a_model():
     for call in (ck.LowRankHistory, ck.DiagonalHistory, ck.flatten_parameters):
         with pytest.raises(TypeError, match=r"model is a list; expected a torch.nn.Module"):
