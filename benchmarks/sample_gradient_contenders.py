@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from crl_kernels.sample_gradients import SampleGradients
+from crl_kernels import SampleGradients, sample_gradients
 
 from .problem import Unavailable
 from .sample_gradient_models import CLASSES, SIZE, TIMESTEPS
@@ -293,9 +293,11 @@ def torchjd(mean: bool) -> Callable[[Case], Call]:
     return make
 
 
-def ours(gram: bool = False, diagonal: bool = False) -> Callable[[Case], Call]:
+def ours(gram: bool = False, diagonal: bool = False, first: bool = False) -> Callable[[Case], Call]:
     def make(case: Case) -> Call:
         def call() -> Found:
+            if first:  # nothing is known of where the samples are
+                sample_gradients._LAYOUTS.clear()
             with SampleGradients(case.model, gram=gram, diagonal=diagonal) as found:
                 case.backward(case.model)
             told = {"norms": found.sq_norms, "projections": found.projections}
@@ -315,6 +317,9 @@ CONTENDERS = {
         floor, (), "the floor: parameters frozen, the gradient of the images taken instead"
     ),
     "SampleGradients": Contender(ours(), MAIN, "this library"),
+    "SampleGradients, first batch": Contender(
+        ours(first=True), MAIN, "this library, on a batch with new shapes: with the passes that measure and prove"
+    ),
     "SampleGradients, gram": Contender(ours(gram=True), (*MAIN, "gram"), "this library, gram=True"),
     "SampleGradients, diagonal": Contender(ours(diagonal=True), (*MAIN, "diagonal"), "this library, diagonal=True"),
     "loop, batches of 1": Contender(

@@ -86,8 +86,8 @@ def estimate_fisher(
     Which sample a row of a layer belongs to is measured, and every parameter's per-sample gradients are proven to add
     up to ordinary ones, on the first batch and on every batch with new shapes: see :class:`SampleGradients`, whose
     passes for that, ceil(log_8 N) + 3 for a batch of N, make such a batch cost a few times what another one does. On
-    the first batch the loss is called three times more, with samples exchanged for others, to notice losses that mix
-    samples.
+    the first batch the loss is called three times more, on eight of its samples, some exchanged for others, to notice
+    losses that mix samples.
 
     Args:
         model: the model at the end of its task.
