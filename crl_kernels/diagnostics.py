@@ -351,10 +351,15 @@ class _Look:
         )
 
     def require_independent_losses(self, t: int) -> None:
-        def losses_at(batch: Any) -> Tensor:
-            return self._losses(batch, torch.full((batch_size(batch),), t, device=self._binding.device))
-
-        require_independent_losses("per_sample_loss_at", losses_at, self._batch, self._binding.device)
+        timesteps = torch.full((self.count,), t, device=self._binding.device)
+        require_independent_losses(
+            "per_sample_loss_at",
+            self._loss,
+            lambda batch: self._losses(batch, timesteps),
+            self._batch,
+            self._model,
+            self._binding.device,
+        )
 
     def _losses(self, batch: Any, t: Tensor) -> Tensor:
         losses = self._loss(self._model, batch, t)

@@ -86,8 +86,8 @@ def estimate_fisher(
     Which sample a row of a layer belongs to is measured, and every parameter's per-sample gradients are proven to add
     up to ordinary ones, on the first batch and on every batch with new shapes: see :class:`SampleGradients`, whose
     passes for that, ceil(log_8 N) + 3 for a batch of N, make such a batch cost a few times what another one does. On
-    the first batch the loss is called three times more, on eight of its samples, some exchanged for others, to notice
-    losses that mix samples.
+    the first batch a loss that was not met before with this model is called five times more, or seven for few samples,
+    with some samples exchanged for others, to notice losses that mix samples.
 
     Args:
         model: the model at the end of its task.
@@ -193,8 +193,14 @@ class _Source:
         """The batches; on the first one of several samples, whether losses mix them is looked at."""
         for batch in batches:
             if not self._may_mix:
-                losses_of = lambda other: self.losses(other)[0]  # noqa: E731
-                require_independent_losses("per_sample_loss", losses_of, batch, self.binding.device)
+                require_independent_losses(
+                    "per_sample_loss",
+                    self._loss,
+                    lambda other: self.losses(other)[0],
+                    batch,
+                    self.model,
+                    self.binding.device,
+                )
                 self._may_mix = batch_size(batch) > 1
             yield batch
 

@@ -11,30 +11,34 @@ Nothing is assumed of where the samples are: passes with weights measure it (sam
 """
 
 import enum
+import inspect
+import numbers
 import types
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._pytree import tree_flatten
 
 from .binding import join_names
 from .layer_gradients import MatrixGradient, SampleGradient
 from .layer_rules import RULES, any_function
 from .preserved import without_gradient_hooks
-from .sample_rows import ROUNDING, ROUNDING_16_BIT, Codes, Rows, fingerprint
+from .sample_rows import Codes, Rows, fingerprint
 
 _BACKWARD = (Tensor.backward, torch.autograd.backward, torch.autograd.grad)
 # Functions with an integer or boolean tensor among their arguments that move no rows.
 _KEEP_ROWS = {
-    *(F.embedding, F.cross_entropy, F.nll_loss, F.scaled_dot_product_attention, F.multi_head_attention_forward),
-    *(torch.where, Tensor.where, Tensor.masked_fill, Tensor.masked_fill_, torch.masked_fill),
+    *(F.cross_entropy, F.nll_loss, F.scaled_dot_product_attention, F.multi_head_attention_forward),
+    *(Tensor.masked_fill, Tensor.masked_fill_, torch.masked_fill),
     *(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, Tensor.__imul__, Tensor.mul_),
     *(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, torch.sub, Tensor.sub, Tensor.__sub__, Tensor.__rsub__),
     *(torch.div, Tensor.div, Tensor.__truediv__),
@@ -62,6 +66,11 @@ def _no(*_: Any) -> bool:
 def _in_transform() -> bool:
     """Of torch.func, which knows no function of ours; the proof finds what happens there."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _nodes_made() -> int:
+    """How many nodes autograd has made in this thread; each has the number of those before it."""
+    return torch._C._autograd._get_sequence_nr()
 
 
 def in_backward() -> bool:
@@ -184,7 +193,7 @@ class Sink(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass
 class Losses:
     """A tensor in the graph whose first dimension is the sample, and from whose sum or mean a pass starts."""
 
@@ -196,8 +205,10 @@ class Losses:
     def count(self) -> int:
         return self.shape[0]
 
-    def of_the_pass(self) -> Tensor | float:
-        """The gradient that reaches the losses in the block's pass: 1 from their sum, 1 / N from their mean."""
+    @cached_property
+    def _of_the_pass(self) -> Tensor | float:
+        """The gradient that reaches the losses in the block's pass: 1 from their sum, 1 / N from their mean, and what
+        a GradScaler multiplies them by, without which 16-bit gradients may vanish."""
         if self.start is None:
             return 1.0
         start, gradient = self.start
@@ -207,15 +218,15 @@ class Losses:
         return found
 
     def seeds(self, weights: Tensor) -> Tensor:
-        """(N,) weights as the gradient of the tensor."""
+        """The gradient of the tensor in a pass in which sample i has w_i times what it has in the block's."""
         kind = self.edge.node._input_metadata[self.edge.output_nr]
-        return weights.to(kind.device, kind.dtype).reshape(-1, *(1,) * (len(self.shape) - 1)).expand(self.shape)
+        weights = weights.to(kind.device, kind.dtype).reshape(-1, *(1,) * (len(self.shape) - 1)).expand(self.shape)
+        return weights * self._of_the_pass
 
 
 @dataclass
 class _Prints:
     dims: tuple[int, ...]
-    dtype: torch.dtype
     passes: list[Tensor] = field(default_factory=list)
 
 
@@ -229,9 +240,9 @@ class Layout:
     several: set[int] = field(default_factory=set)  # parameters that several calls give overlapping gradients
     by_passes: tuple[int, ...] = ()  # parameters whose per-sample gradients take a backward pass a sample
     lasting: bool = True  # holds for other batches of the same calls; else that is looked at in each of them
-    moving: bool = False  # did not hold for one
-    proven: bool = True  # for every parameter that has a gradient: of one that is zero, nothing can be told
-    rounding: float = 0.0  # how far sums of the same gradients may be apart, relatively
+    moves: bool = False  # did not hold for one
+    reached: bool = True  # by the passes
+    zero: tuple[int, ...] = ()  # parameters whose gradients were zero, of which nothing could be proven
     assumed: bool = False  # the first dimension is taken for the sample, unmeasured
 
 
@@ -246,15 +257,18 @@ class Recorder(TorchFunctionMode):
         self.purpose = Pass.ORDINARY
         self.layout: Layout | None = None
         self.signature = 0  # of the differentiable calls in the forward pass
-        self.moves_rows = False  # by indices, which differ from batch to batch
-        self.may_move_rows = False  # by a product with a matrix
+        self.moves_rows = False  # by indices or products, which differ from batch to batch, or by what is not seen
+        self._nodes = _nodes_made()  # by the end of the last call
+        self._unseen: list[range] = []
         self.first_size: int | None = None  # of the first differentiable tensor's first dimension
         self.calls: list[LayerCall] = []
         self._prints: dict[Any, _Prints] = {}  # of the present measurement, by call and slot
+        self.noise = 0.0
         self.arrivals = 0  # of calls in the present pass
         self.finished_passes = 0
         self._late = 0  # calls of checkpoints' second runs in the present pass
         self._sink = sink
+        self._graph = Graph(0, [], False, False)  # of the present losses
 
     @property
     def sink(self) -> Sink:
@@ -268,8 +282,11 @@ class Recorder(TorchFunctionMode):
             return self._backward(func, args, kwargs)
         if not torch.is_grad_enabled() or not self.recording or _in_transform():
             return func(*args, **kwargs)
+        if any(isinstance(arg, Tensor) and arg.is_nested for arg in args):  # found by the proof
+            return func(*args, **kwargs)
         if func is F.multi_head_attention_forward:
             return self.inside(func, args, kwargs)
+        self._note_unseen_nodes()
         rule = RULES.get(func)
         result = NotImplemented if rule is None else rule(self, *args, **kwargs)
         if result is NotImplemented:
@@ -277,19 +294,36 @@ class Recorder(TorchFunctionMode):
                 any_function(self, func, args, kwargs) if self._takes_parameter(args, kwargs) else func(*args, **kwargs)
             )
         if not in_backward():
-            self._sign(func, args, kwargs, result)
+            if (nodes := _nodes_made()) > self._nodes:
+                self._sign(func, args, kwargs, result)
+            self._nodes = nodes
         return result
 
+    def _note_unseen_nodes(self) -> None:
+        """Those that no call has made since the last one: of an autograd.Function, say, which may move rows."""
+        if (nodes := _nodes_made()) > self._nodes and not in_backward():
+            self._unseen.append(range(self._nodes, nodes))
+            self._nodes = nodes
+
     def _sign(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Notes a call that is part of the graph."""
         first = result[0] if isinstance(result, (tuple, list)) and result else result
-        if isinstance(first, Tensor) and first.requires_grad:
-            if self.first_size is None and first.dim():
-                self.first_size = first.shape[0]
-            key = _constants((args, kwargs))
-            self.signature = hash((self.signature, func, first.shape, key))
-            self.moves_rows = self.moves_rows or func in _SORTS or (func not in _KEEP_ROWS and _INDEX in _flat(key))
-            if func in _CONTRACTIONS and not self._takes_parameter(args, kwargs):
-                self.may_move_rows = self.may_move_rows or func in _NAMED_INDICES or first.dim() <= 2
+        shape = first.shape if isinstance(first, Tensor) else None
+        if self.first_size is None and shape:
+            self.first_size = shape[0]
+        key = _constants((args, kwargs))
+        self.signature = hash((self.signature, func, shape, key))
+        if self.moves_rows:
+            return
+        if func in _CONTRACTIONS:
+            self.moves_rows = (func in _NAMED_INDICES or not shape or len(shape) <= 2) and not self._takes_parameter(
+                args, kwargs
+            )
+        elif func in (torch.where, Tensor.where):  # between two routes
+            routes = [arg for arg in args if isinstance(arg, Tensor) and arg.requires_grad and not self.binds(arg)]
+            self.moves_rows = len(routes) > 1
+        elif func in _SORTS or (func not in _KEEP_ROWS and _INDEX in _flat(key)):
+            self.moves_rows = not self._takes_parameters_only(args, kwargs)
 
     def inside(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Runs a Python function of torch's and sees what it calls. It asks first whether a mode wants it, and would
@@ -306,6 +340,11 @@ class Recorder(TorchFunctionMode):
                 if isinstance(tensor, Tensor) and self.binds(tensor):
                     return True
         return False
+
+    def _takes_parameters_only(self, args: Any, kwargs: Any) -> bool:
+        """Of what has a gradient: a table that is looked up in, say, moves no samples."""
+        tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor) and leaf.requires_grad]
+        return all(map(self.binds, tensors))
 
     def _index_of(self, tensor: Tensor) -> int | None:
         if not tensor.requires_grad:
@@ -340,6 +379,9 @@ class Recorder(TorchFunctionMode):
         if in_backward():  # in a checkpoint's second run: if it is a call of its own, its backward will come
             return LayerCall(self, operands)
         self.calls.append(LayerCall(self, operands, len(self.calls)))
+        for use in operands:
+            place = (use.index, use.offset, use.strides) if isinstance(use, ParameterUse) else use is None
+            self.signature = hash((self.signature, place))
         return self.calls[-1]
 
     # Backward passes
@@ -347,6 +389,7 @@ class Recorder(TorchFunctionMode):
     def _backward(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func is torch.autograd.grad or in_backward() or not self.recording or self.purpose is not Pass.ORDINARY:
             return self.inside(func, args, kwargs)
+        _require_plain(func, args, kwargs)
         if not self.finished_passes:
             self.sink.prepare(_losses(func, args, kwargs))
         with self.purposed(Pass.STATISTICS):
@@ -386,21 +429,27 @@ class Recorder(TorchFunctionMode):
         return self.layout.calls.get(call.key)
 
     def note(self, call: LayerCall, slot: int | None, gradient: Tensor, dims: tuple[int, ...]) -> None:
-        prints = self._prints.setdefault((call.key, slot), _Prints(dims, gradient.dtype))
+        prints = self._prints.setdefault((call.key, slot), _Prints(dims))
         prints.passes.append(fingerprint(gradient, dims))
 
     def begin_measurement(self) -> None:
         self._prints.clear()
+        self.noise = 0.0
+
+    def measure_noise(self) -> None:
+        """How far fingerprints of two equal passes, which were the only ones, are apart: not at all on a CPU."""
+        for prints in self._prints.values():
+            one, other = prints.passes
+            difference = ((one - other).abs() / one).nan_to_num(0.0)
+            self.noise = max(self.noise, 4 * float(difference.max()) if difference.numel() else 0.0)
+        self._prints.clear()
 
     def layout_of(self, codes: Codes) -> Layout:
         """What was measured in the passes of ``codes``."""
-        layout = Layout(codes.count, lasting=not (self.moves_rows or self.may_move_rows))
-        # Rounded to 16 bits anywhere, gradients are rounded everywhere before.
-        dtypes = sorted((prints.dtype for prints in self._prints.values()), key=lambda dtype: dtype.itemsize)
-        layout.rounding = ROUNDING.get(dtypes[0], ROUNDING_16_BIT) if dtypes else 0.0
+        layout = Layout(codes.count, lasting=not self.moves_rows, reached=bool(self._prints))
         for (call, slot), prints in self._prints.items():
             complete = len(prints.passes) == len(codes.passes)
-            rows = codes.rows(prints.passes, prints.dims, layout.rounding) if complete else None
+            rows = codes.rows(prints.passes, prints.dims, self.noise) if complete else None
             layout.lasting = layout.lasting and complete and (rows is None or rows.lasting)
             if slot is None and rows is not None:
                 layout.calls[call] = rows
@@ -410,16 +459,20 @@ class Recorder(TorchFunctionMode):
         return layout
 
     def holds(self, layout: Layout, codes: Codes) -> bool:
-        """Whether every row still is of the same sample, from the first and the last pass of ``codes``; if it is so
-        where no index moves rows, and each had a gradient, it lasts."""
+        """Whether every row still is of the same sample, from all passes of ``codes`` but the last."""
         prints = {call: prints for (call, slot), prints in self._prints.items() if slot is None}
         self._prints.clear()
-        holds = all(
-            call in prints and codes.confirm(rows, prints[call].passes, prints[call].dims, layout.rounding)
+        return all(
+            call in prints and codes.confirm(rows, prints[call].passes, prints[call].dims, self.noise)
             for call, rows in layout.calls.items()
         )
-        layout.lasting = holds and not self.moves_rows and all(bool(each.passes[0].all()) for each in prints.values())
-        return holds
+
+    def key_of(self, losses: "Losses") -> Any:
+        """Blocks with the same key have their samples in the same places, unless rows move."""
+        self._note_unseen_nodes()
+        self._graph = graph_of([losses.edge], self._index, self._unseen)
+        self.moves_rows = self.moves_rows or self._graph.hidden
+        return self.signature, self._graph.signature, tuple(losses.shape)
 
     def differentiate(self, losses: "Losses", weights: Tensor, inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
         """Gradients of sum_i w_i loss_i, with the graph retained."""
@@ -428,8 +481,8 @@ class Recorder(TorchFunctionMode):
     def _gradients(
         self, edges: list[GradientEdge], seeds: list[Tensor], inputs: Sequence[Tensor]
     ) -> Sequence[Tensor | None]:
-        if not in_backward() and (leaves := _leaves_behind_reentrant_checkpoints(edges)) is not None:
-            return self._accumulated(edges, seeds, inputs, leaves)
+        if not in_backward() and self._graph.reentrant:
+            return self._accumulated(edges, seeds, inputs, self._graph.leaves)
         options = {"retain_graph": True, "allow_unused": True}
         found: Sequence[Tensor | None] = self.inside(torch.autograd.grad, (edges, list(inputs), seeds), options)
         return found
@@ -466,7 +519,7 @@ class Recorder(TorchFunctionMode):
         names = {self.names[use.index] for use in map(self.operand, inputs) if isinstance(use, ParameterUse)}
         say_once(
             f"there is no rule for the per-sample gradients of {join_names(sorted(names))} in {function}: they take a "
-            f"backward pass through it for each of the {count} samples of a batch.",
+            "backward pass through it for each sample of a batch.",
         )
 
     def take_rows(
@@ -521,20 +574,25 @@ def dense(gradient: Tensor) -> Tensor:
 
 # What a call has besides tensors, as something that can be hashed
 
-_INDEX = "an integer or boolean tensor"
+_INDEX = "an integer or boolean tensor, or what is not known"
+_FIXED = (str, type(None), type(Ellipsis), torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
 def _constants(value: Any) -> Any:
     if isinstance(value, Tensor):
-        floating = value.is_floating_point() or value.is_complex()
-        return (value.shape, "tensor" if floating or not value.dim() else _INDEX)
+        floating = (value.is_floating_point() or value.is_complex()) and value.layout == torch.strided
+        return (value.shape, "tensor" if floating and not value.is_nested else _INDEX)
     if isinstance(value, (list, tuple)):
         return tuple(map(_constants, value))
     if isinstance(value, dict):
         return tuple((name, _constants(each)) for name, each in value.items())
     if isinstance(value, slice):
-        return (value.start, value.stop, value.step)
-    return value if isinstance(value, (int, str, type(None), torch.dtype)) else type(value)
+        return tuple(map(_constants, (value.start, value.stop, value.step)))
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):  # which may change from step to step, and moves nothing
+        return "number"
+    return value if isinstance(value, _FIXED) else _INDEX
 
 
 def _flat(key: Any) -> Generator[Any, None, None]:
@@ -548,33 +606,77 @@ def _flat(key: Any) -> Generator[Any, None, None]:
 # The graph
 
 
-def _leaves_behind_reentrant_checkpoints(edges: Sequence[GradientEdge]) -> list[Tensor] | None:
-    """The leaves of the graph, if there is a checkpoint with use_reentrant=True in it."""
-    nodes, reentrant = [edge.node for edge in edges], False
-    seen, leaves = set(nodes), []
-    while nodes:
-        node = nodes.pop()
-        reentrant = reentrant or node.name() == "CheckpointFunctionBackward"
-        if (leaf := getattr(node, "variable", None)) is not None:
+@dataclass
+class Graph:
+    """What autograd will walk from some edges."""
+
+    signature: int  # of its nodes, in the order in which they were made, what they lead to, and its leaves
+    leaves: list[Tensor]
+    reentrant: bool  # whether it has a checkpoint with use_reentrant=True
+    hidden: bool  # whether it has a part of which the signature knows too little
+
+
+def graph_of(edges: Sequence[GradientEdge], known: Mapping[int, int], unseen: Sequence[range]) -> Graph:
+    """``known``: by id, the leaves that the signature tells apart from others; ``unseen``: numbers of nodes that no
+    call which was seen has made."""
+    nodes, leaves = [edge.node for edge in edges], []
+    seen = set(nodes)
+    for node in nodes:
+        if (leaf := _leaf(node)) is not None:
             leaves.append(leaf)
         for after, _ in node.next_functions:
             if after is not None and after not in seen:
                 seen.add(after)
                 nodes.append(after)
-    return leaves if reentrant else None
+    made = {node: i for i, node in enumerate(sorted(nodes, key=lambda node: node._sequence_nr()))}
+    parts = []
+    for node in made:
+        leaf = _leaf(node)
+        ends = tuple((-1 if after is None else made[after], output) for after, output in node.next_functions)
+        parts.append((node.name(), ends, None if leaf is None else known.get(id(leaf), -1)))
+    starts = tuple((made[edge.node], edge.output_nr) for edge in edges)
+    reentrant = any(name == "CheckpointFunctionBackward" for name, _, _ in parts)
+    hidden = reentrant or any(node._sequence_nr() in numbers for numbers in unseen for node in made)
+    return Graph(hash((starts, tuple(parts))), leaves, reentrant, hidden)
 
 
-_SAME_SAMPLES = {"MulBackward0", "DivBackward0", "CloneBackward0", "AliasBackward0", "ToCopyBackward0", "NegBackward0"}
+def _leaf(node: Node) -> Tensor | None:
+    return node.variable if node.name() == "torch::autograd::AccumulateGrad" else None  # type: ignore[attr-defined]
+
+
+_SAME_SAMPLES = {
+    *("MulBackward0", "DivBackward0", "AddBackward0", "SubBackward0", "NegBackward0"),
+    *(
+        "CloneBackward0",
+        "ToCopyBackward0",
+        "AliasBackward0",
+        "ViewBackward0",
+        "UnsafeViewBackward0",
+        "ReshapeAliasBackward0",
+    ),
+    *("SqueezeBackward0", "SqueezeBackward1", "UnsqueezeBackward0"),
+}
 _REDUCTIONS = {"SumBackward0", "SumBackward1", "MeanBackward0", "MeanBackward1"}
+
+
+def _require_plain(func: Any, args: Any, kwargs: Any) -> None:
+    options = dict(zip(inspect.signature(func).parameters, args, strict=False)) | kwargs
+    if options.get("create_graph"):
+        raise NotImplementedError(
+            "backward(create_graph=True) inside of a SampleGradients block: per-sample gradients have no graph. Put a "
+            "derivative that the loss needs into the loss, with torch.autograd.grad(..., create_graph=True)."
+        )
+    if options.get("inputs") is not None:
+        raise NotImplementedError(
+            "backward(inputs=...) inside of a SampleGradients block: choose parameters with include= or exclude=."
+        )
 
 
 def _losses(func: Any, args: Any, kwargs: Any) -> Losses | None:
     """What a pass from a scalar sums or averages; None if the graph does not show it."""
     names = ("self", "gradient") if func is Tensor.backward else ("tensors", "grad_tensors")
     given = [args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(names)]
-    if all((isinstance(each, (list, tuple)) and len(each) == 1) or each is None for each in given):
-        given = [each and each[0] for each in given]
-    start, gradient = given
+    start, gradient = (each[0] if isinstance(each, (list, tuple)) and len(each) == 1 else each for each in given)
     if not isinstance(start, Tensor) or start.grad_fn is None:
         return None
     if start.dim() == 1:

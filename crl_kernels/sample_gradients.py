@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
 
 from .binding import Binding, join_names
 from .layer_gradients import MatrixGradient, SampleGradient, Statistics, Wanted
@@ -31,6 +32,9 @@ _NOT_OF_THIS_BLOCK = "weighted_sums needs losses that the model has computed in 
 # Of each model, where the samples are in the sequences of calls that were measured; the latest so many.
 _LAYOUTS: "weakref.WeakKeyDictionary[nn.Module, dict[Any, Layout]]" = weakref.WeakKeyDictionary()
 _LAYOUTS_KEPT = 256
+# How far two ways to a sum of gradients may be apart, relatively.
+_ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-3}
+_ROUNDING_16_BIT = 0.03
 # Per-sample gradients of at most so many elements a parameter are kept until the end and taken together: a bias or a
 # scale of a norm costs more in calls than in arithmetic.
 _SMALL = 4096
@@ -102,20 +106,22 @@ def _several(uses: Mapping[int, Sequence[ParameterUse]]) -> set[int]:
     }
 
 
-def _disagreeing(sums: Sequence[Tensor], gradients: Sequence[Tensor | None], rounding: float) -> tuple[int, ...]:
-    """Which of two lists of sums of the same gradients differ by more than rounding, ten times what a single number may
-    have. A gradient that is zero but for rounding, of a bias before a norm say, is held against the whole model's."""
+def _disagreeing(sums: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> tuple[int, ...]:
+    """Which of two lists of sums of the same gradients differ by more than rounding. A gradient that is zero but for
+    rounding, of a bias before a norm say, is held against the whole model's; one of which nothing was read is not."""
     pairs = [
         (one, torch.zeros_like(one) if other is None else dense(other).to(one.dtype))
         for one, other in zip(sums, gradients, strict=True)
     ]
     norms = [float(other.norm()) for _, other in pairs]
     least = 1e-3 * math.hypot(*norms)
-    agreed = [
-        float((one - other).norm()) <= 10 * rounding * max(norm, least)
-        for (one, other), norm in zip(pairs, norms, strict=True)
-    ]
-    return tuple(i for i, agree in enumerate(agreed) if not agree)
+    found = []
+    for i, ((one, other), gradient) in enumerate(zip(pairs, gradients, strict=True)):
+        rounding = 0.0 if gradient is None else _ROUNDING.get(gradient.dtype, _ROUNDING_16_BIT)
+        missing = norms[i] > 0 and not bool(one.any())
+        if missing or not float((one - other).norm()) <= rounding * max(norms[i], least):
+            found.append(i)
+    return tuple(found)
 
 
 def _weak_sink(owner: "SampleGradients") -> Callable[[], Sink]:
@@ -214,6 +220,7 @@ class SampleGradients:
         self._entered = False
         self._weighing: _WeightedSums | None = None  # while weighted_sums runs
         self._only_weighed = False
+        self._layout_key: Any = None
         self._by_passes = False  # while gradients are taken from the losses, not from layers
 
     # The block
@@ -222,6 +229,11 @@ class SampleGradients:
         if self._entered:
             raise RuntimeError("a SampleGradients serves one block; make another for the next batch.")
         require_no_inference_mode("SampleGradients")
+        if any(isinstance(mode, Recorder) for mode in _get_current_function_mode_stack()):
+            raise RuntimeError(
+                "a SampleGradients block lies in another one. Use one block, of a module that holds both models: "
+                "SampleGradients(nn.ModuleList([first, second]))."
+            )
         self._entered = True
         params = self._binding.params
         self._collected: dict[int, list[Statistics]] = {}
@@ -273,6 +285,8 @@ class SampleGradients:
             raise TypeError(f"losses is a {type(losses).__name__}; expected a tensor (N,).")
         if losses.dim() != 1:
             raise ValueError(f"losses has shape {tuple(losses.shape)}; expected (N,), one loss for each sample.")
+        if len(losses) == 0:
+            raise ValueError("losses is empty: there are no samples in the batch.")
         if not losses.requires_grad:
             raise ValueError("losses carry no gradient: compute them from the model, outside of torch.no_grad().")
         total = losses.mean() if self._reduction == "mean" else losses.sum()
@@ -286,6 +300,8 @@ class SampleGradients:
         if losses is None:
             recorder.layout = self._assumed()
             return
+        if losses.count == 0:
+            raise ValueError("losses is empty: there are no samples in the batch.")
         recorder.layout = self._layout_of(losses)
         if by_passes := recorder.layout.by_passes:
             self._take_by_passes(losses, by_passes)
@@ -307,56 +323,78 @@ class SampleGradients:
     def _layout_of(self, losses: Losses) -> Layout:
         recorder = self._recorder
         known = _LAYOUTS.setdefault(self._model, {})
-        key = (recorder.signature, tuple(losses.shape), self._binding.layout.names)
+        key = (*recorder.key_of(losses), self._binding.layout.names)
+        if recorder.layout is not None and key == self._layout_key:  # the block's own
+            return recorder.layout
         layout = known.get(key)
-        if layout is not None and (layout.lasting or self._holds(layout, losses)):
+        if layout is not None and self._holds(layout, losses):
             return layout
-        moving = layout is not None and layout.proven
+        moved = layout is not None and layout.zero == ()
         layout = self._measure(losses)
-        layout.moving = moving
+        layout.moves = moved
         if len(known) >= _LAYOUTS_KEPT:
             del known[next(iter(known))]
         known[key] = layout
+        if recorder.layout is None or not recorder.finished_passes:
+            self._layout_key = key
         return layout
 
     def _holds(self, layout: Layout, losses: Losses) -> bool:
-        """By two passes without gradients of parameters."""
-        if layout.moving or not layout.proven:
+        """Whether a layout of the same calls is this batch's."""
+        recorder = self._recorder
+        if layout.moves:
             return False
+        if layout.zero:  # parameters whose gradients were zero, so that nothing of them was proven
+            gradients = self._pass(losses, torch.ones(losses.count), Pass.ORDINARY, layout.zero)
+            if any(gradient is not None and bool(dense(gradient).any()) for gradient in gradients):
+                return False
+        if layout.lasting:
+            return True
         codes = Codes(losses.count, self._binding.device)
-        self._recorder.begin_measurement()
-        for weights in (codes.passes[0], codes.passes[-1]):
+        recorder.begin_measurement()
+        for weights in codes.passes[:-1]:
             self._pass(losses, weights, Pass.MEASURE)
-        return self._recorder.holds(layout, codes)
+        return recorder.holds(layout, codes)
 
     def _measure(self, losses: Losses) -> Layout:
         """Where the samples are, proven."""
         recorder = self._recorder
         codes = Codes(losses.count, self._binding.device)
         recorder.begin_measurement()
+        if self._binding.device.type != "cpu":
+            for _ in range(2):
+                self._pass(losses, codes.passes[0], Pass.MEASURE)
+            recorder.measure_noise()
         for weights in codes.passes[:-1]:
             self._pass(losses, weights, Pass.MEASURE)
         wanted = self._pass(losses, codes.passes[-1], Pass.CHECK)
-        layout = recorder.layout = recorder.layout_of(codes)
+        layout = recorder.layout_of(codes)
+        before, recorder.layout = recorder.layout, layout
         weighed = self._weigh(losses, codes.passes[-1][None])
+        recorder.layout = before
         layout.several = _several(weighed.uses)
         sums = list(self._binding.layout.split(weighed.rows[0]).values())
-        layout.by_passes = _disagreeing(sums, wanted, layout.rounding)
-        layout.proven = all(gradient is None or bool(dense(gradient).any()) for gradient in wanted)
-        layout.lasting = layout.lasting and layout.proven
-        if layout.by_passes and losses.count > 1:
+        layout.by_passes = _disagreeing(sums, wanted)
+        norms = [0.0 if gradient is None else float(dense(gradient).double().norm()) for gradient in wanted]
+        layout.zero = tuple(i for i, norm in enumerate(norms) if norm == 0 and wanted[i] is not None)
+        if not math.isfinite(sum(norms)):  # one backward pass a sample says whose gradient is not finite
+            layout.lasting, layout.zero = False, tuple(range(len(wanted)))
+        elif layout.by_passes and losses.count > 1:
             names = join_names(self._binding.layout.names[i] for i in layout.by_passes)
             say_once(
                 f"the per-sample gradients of {names} cannot be read from the layers that use them: something that is "
                 "no function of PyTorch's hides a use, or the samples share what is computed. They take a backward "
-                f"pass from the losses for each of the {losses.count} samples of a batch. Exclude them with exclude= "
-                "if that is too slow."
+                "pass from the losses for each sample of a batch. Exclude them with exclude= if that is too slow."
             )
         return layout
 
-    def _pass(self, losses: Losses, weights: Tensor, purpose: Pass) -> Sequence[Tensor | None]:
-        """Gradients of sum_i w_i loss_i; the block's own pass is still to come, or has retained the graph."""
+    def _pass(
+        self, losses: Losses, weights: Tensor, purpose: Pass, which: Sequence[int] | None = None
+    ) -> Sequence[Tensor | None]:
+        """Gradients of sum_i w_i loss_i by all parameters, or some; the graph is retained."""
         recorder, params = self._recorder, self._binding.params
+        if which is not None:
+            params = [params[i] for i in which]
         with (
             recorder.purposed(purpose),
             without_gradient_hooks(params),
@@ -379,15 +417,13 @@ class SampleGradients:
 
     def _take_by_passes(self, losses: Losses, parameters: Sequence[int]) -> None:
         weights = self._recorder.weights_of_rows(losses.count)
-        params, factor = [self._binding.params[i] for i in parameters], losses.of_the_pass()
+        params = [self._binding.params[i] for i in parameters]
         with ExitStack() as stack:
             stack.enter_context(torch.autocast(self._binding.device.type, enabled=False))
             stack.enter_context(without_gradient_hooks(params))
             self._by_passes = True
             stack.callback(setattr, self, "_by_passes", False)
-            self._recorder.take_rows(
-                lambda i: ([losses.edge], [factor * losses.seeds(weights[i])]), len(weights), params
-            )
+            self._recorder.take_rows(lambda i: ([losses.edge], [losses.seeds(weights[i])]), len(weights), params)
 
     # In the backward pass
 
@@ -516,12 +552,15 @@ class SampleGradients:
                 stack.callback(setattr, recorder, "recording", False)
             elif recorder.finished_passes:
                 raise RuntimeError("weighted_sums after the block's backward pass: call it when the block has ended.")
-            if recorder.layout is None:
-                recorder.layout = self._layout_of(edge)
+            of_the_block = recorder.layout
+            recorder.layout = self._layout_of(edge)
+            if recorder.calls and not recorder.layout.reached:
+                recorder.layout = of_the_block
+                raise RuntimeError(_NOT_OF_THIS_BLOCK)
             found = self._weigh(edge, weights.detach().to(binding.device))
+            if of_the_block is not None or not found.uses:
+                recorder.layout = of_the_block
             if not found.uses:
-                if count is None:
-                    recorder.layout = None
                 raise RuntimeError(_NOT_OF_THIS_BLOCK)
         self._only_weighed, self.num_samples = in_block, len(losses)
         return found.rows

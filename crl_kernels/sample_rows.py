@@ -5,8 +5,9 @@ backward pass from sum_i w_i loss_i is, on that row, w_i times what it is with a
 passes names the sample, wherever the model has put it: in any dimension, several rows a sample, sorted, packed, routed.
 
 The weights are powers of two, by which floating-point numbers are multiplied without rounding, so that the ratios are
-exact: in pass k sample i has 2^digit_k(i), with the digits of a number that only this sample has. A last pass with
-weights that are no powers of two finds rows that several samples share and whose ratios are powers of two by chance.
+exact, whatever the dtypes on the way: in pass k sample i has 2^digit_k(i), with the digits of a number that only this
+sample has. In a last pass it has a power of two that is drawn at random, for rows that several samples share and whose
+ratios are powers of two by chance.
 """
 
 import itertools
@@ -18,9 +19,7 @@ import torch
 from torch import Tensor
 
 _LEVELS = 8  # powers of two in a pass: 16-bit gradients must bear being multiplied by the largest
-# How far, relatively, a ratio may be from a weight: sums of another order, as on a GPU; weights that round.
-ROUNDING = {torch.float64: 1e-9, torch.complex128: 1e-9, torch.float32: 1e-4, torch.complex64: 1e-4}
-ROUNDING_16_BIT = 0.04
+_EXACT = 1e-13  # fingerprints are added in float64
 
 
 @dataclass(frozen=True)
@@ -82,73 +81,65 @@ class Codes:
 
     def __init__(self, count: int, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(count)
-        self.count = count
+        self.count, self._device = count, device
         self._number = torch.randperm(count, generator=generator)  # of each sample
         self._sample = self._number.argsort()
         digits = max(1, math.ceil(math.log(count, _LEVELS) - 1e-9)) if count > 1 else 0
         self._places = [_LEVELS**k for k in range(digits)]
-        self.last = torch.rand(count, generator=generator, dtype=torch.float64) + 0.5
+        self.last = 2.0 ** torch.randint(_LEVELS, (count,), generator=generator)
         passes = [torch.ones(count, dtype=torch.float64)]
         passes += [2.0 ** (self._number // place % _LEVELS) for place in self._places]
-        self.passes = [weights.to(device) for weights in (*passes, self.last)]
+        self.passes = [weights.to(device, torch.float64) for weights in (*passes, self.last)]
 
-    def rows(self, prints: Sequence[Tensor], dims: tuple[int, ...], tolerance: float) -> Rows | None:
+    def rows(self, prints: Sequence[Tensor], dims: tuple[int, ...], noise: float = 0.0) -> Rows | None:
         """Of a tensor whose :func:`fingerprint` along ``dims`` was ``prints`` in the passes; None if samples share
-        rows, whatever the choice among ``dims``."""
-        device = prints[0].device
-        prints = [each.cpu().double() for each in prints]
+        rows, whatever the choice among ``dims``. ``noise``: how far fingerprints of equal passes are apart."""
         for chosen in _choices(len(dims)):
-            others = tuple(dim for dim in range(len(dims)) if dim not in chosen)
-            samples = self._decode([(p.sum(others) if others else p).reshape(-1) for p in prints], tolerance)
-            if samples is not None:
+            *coded, last = (_along(chosen, each) for each in prints)
+            samples = self._decode(coded, noise)
+            if samples is not None and _agree(last, coded[0] * self.last[samples], noise, samples >= 0):
                 samples, in_order, lasting = self._completed(samples)
                 chosen_dims = tuple(dims[i] for i in chosen)
-                return Rows(chosen_dims, samples.to(device), self.count, in_order, lasting)
+                return Rows(chosen_dims, samples.to(self._device), self.count, in_order, lasting)
         return None
 
-    def confirm(self, rows: Rows, prints: Sequence[Tensor], dims: tuple[int, ...], tolerance: float) -> bool:
-        """Whether ``rows`` are the samples of a tensor, from its fingerprints in the first and the last pass."""
-        others = tuple(i for i, dim in enumerate(dims) if dim not in rows.dims)
-        if len(prints) != 2:
+    def confirm(self, rows: Rows, prints: Sequence[Tensor], dims: tuple[int, ...], noise: float = 0.0) -> bool:
+        """Whether ``rows`` are the samples of a tensor, from its fingerprints in all passes but the last."""
+        chosen = tuple(i for i, dim in enumerate(dims) if dim in rows.dims)
+        samples = self._decode([_along(chosen, each) for each in prints], noise)
+        if samples is None or samples.shape != rows.samples.shape:
             return False
-        ones, last = ((each.sum(others) if others else each).reshape(-1).double() for each in prints)
-        if ones.shape != rows.samples.shape or not bool(torch.isfinite(torch.stack([ones, last])).all()):
-            return False
-        expected = ones * self.last.to(ones.device)[rows.samples]
-        return bool(((last - expected).abs() <= 2 * tolerance * ones).all())
+        return torch.equal(samples[samples >= 0], rows.samples.cpu()[samples >= 0])
 
-    def _decode(self, prints: Sequence[Tensor], tolerance: float) -> Tensor | None:
+    def _decode(self, prints: Sequence[Tensor], noise: float) -> Tensor | None:
         """The sample of each row, -1 where no gradient arrives."""
-        ones, *coded, last = prints
+        ones, *coded = prints
         arrives = ones > 0
         if not all(bool(torch.isfinite(each).all()) and bool((each[arrives] > 0).all()) for each in prints):
             return None
         number = torch.zeros(ones.shape, dtype=torch.int64)
         for place, weighted in zip(self._places, coded, strict=True):
-            exponent = (weighted / ones).log2().where(arrives, 0)
-            digit = exponent.round()
-            if bool(((exponent - digit).abs() > 2 * tolerance).any()):
+            digit = (weighted / ones).log2().round().where(arrives, 0)
+            if not _agree(weighted, ones * 2**digit, noise, arrives):
                 return None
             number += place * digit.long()
         if bool(((number < 0) | (number >= self.count)).any()):
             return None
-        samples = self._sample[number]
-        if bool(((last / ones - self.last[samples]).abs() > 2 * tolerance)[arrives].any()):
-            return None
-        return samples.where(arrives, -1)
+        return self._sample[number].where(arrives, -1)
 
     def _completed(self, samples: Tensor) -> tuple[Tensor, bool, bool]:
-        """(samples without -1, whether row i is sample i, whether that holds for other gradients too). A row that no
-        gradient reaches adds nothing, whichever sample it is given to."""
+        """(samples without -1, whether row i is sample i, whether that holds for other gradients too, which needs to
+        have seen every sample). A row that no gradient reaches adds nothing, whichever sample it is given to."""
         known, count, rows = samples >= 0, self.count, len(samples)
         regular = []
         if rows and rows % count == 0:
             row = torch.arange(rows)
             regular = [row % count, row // (rows // count)][: 1 if rows == count else 2]
         fitting = [each for each in regular if torch.equal(each[known], samples[known])]
+        seen = len(samples[known].unique()) == count
         if fitting:
-            return fitting[0], rows == count, bool(known.all()) or (len(fitting) == 1 and bool(known.any()))
-        return samples.clamp(min=0), False, bool(known.all())
+            return fitting[0], rows == count, seen and (bool(known.all()) or len(fitting) == 1)
+        return samples.clamp(min=0), False, seen and bool(known.all())
 
 
 def _choices(dims: int) -> list[tuple[int, ...]]:
@@ -157,9 +148,20 @@ def _choices(dims: int) -> list[tuple[int, ...]]:
     return [chosen for size in sizes for chosen in itertools.combinations(range(dims), size)]
 
 
+def _along(chosen: tuple[int, ...], prints: Tensor) -> Tensor:
+    """Fingerprints along some of their dimensions, as a vector."""
+    others = tuple(dim for dim in range(prints.dim()) if dim not in chosen)
+    return (prints.sum(others) if others else prints).reshape(-1)
+
+
+def _agree(prints: Tensor, expected: Tensor, noise: float, where: Tensor) -> bool:
+    return bool(((prints - expected).abs() <= (noise + _EXACT) * expected)[where].all())
+
+
 def fingerprint(gradient: Tensor, dims: Sequence[int]) -> Tensor:
-    """sum |b| over all dimensions but ``dims``: of a row that is multiplied, the same multiple."""
-    dtype = torch.float64 if gradient.dtype in (torch.float64, torch.complex128) else torch.float32
-    magnitude = gradient.detach().abs().to(dtype)
+    """sum |b| over all dimensions but ``dims``, float64, on the CPU: of a row that is multiplied, the same multiple."""
+    magnitude = gradient.detach().abs()
+    if magnitude.dtype in (torch.float16, torch.bfloat16):
+        magnitude = magnitude.float()
     others = [dim for dim in range(gradient.dim()) if dim not in dims]
-    return magnitude.sum(others) if others else magnitude
+    return (magnitude.sum(others) if others else magnitude).cpu().double()

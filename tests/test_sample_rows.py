@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from crl_kernels import SampleGradients, estimate_fisher
-from crl_kernels.sample_rows import ROUNDING, Codes, Rows, fingerprint
+from crl_kernels.sample_rows import Codes, Rows, fingerprint
 
 N, D = 6, 5
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64]
 
 
 @pytest.fixture(autouse=True)
@@ -29,13 +30,13 @@ def seed():
 
 
 @settings(max_examples=60, deadline=None)
-@given(count=st.integers(1, 140), rows=st.integers(1, 40), dtype=st.sampled_from(list(ROUNDING)), data=st.data())
+@given(count=st.integers(1, 140), rows=st.integers(1, 40), dtype=st.sampled_from(DTYPES), data=st.data())
 def test_every_assignment_of_rows_is_read_from_the_passes(count, rows, dtype, data):
     samples = torch.tensor(data.draw(st.lists(st.integers(0, count - 1), min_size=rows, max_size=rows)))
     codes = Codes(count, torch.device("cpu"))
     gradient = torch.randn(3, rows, 4, dtype=dtype)
     prints = [fingerprint(gradient * weights[samples].to(dtype)[:, None], (0, 1)) for weights in codes.passes]
-    found = codes.rows(prints, (0, 1), ROUNDING[dtype])
+    found = codes.rows(prints, (0, 1))
     assert found is not None
     if count > 1 and len(set(samples.tolist())) > 1:
         assert found.dims == (1,)
@@ -50,7 +51,7 @@ def test_rows_that_samples_share_are_no_rows_of_one(count, data):
     share = torch.rand(count) if data.draw(st.booleans()) else torch.ones(count)
     parts = torch.randn(count, 4, 3).exp() * share[:, None, None]
     prints = [fingerprint((weights[:, None, None] * parts).sum(0), (0,)) for weights in codes.passes]
-    assert codes.rows(prints, (0,), ROUNDING[torch.float64]) is None
+    assert codes.rows(prints, (0,)) is None
 
 
 def test_a_row_without_a_gradient_is_given_what_the_pattern_says_or_is_not_lasting():
@@ -59,7 +60,7 @@ def test_a_row_without_a_gradient_is_given_what_the_pattern_says_or_is_not_lasti
     def found(samples: list[int]) -> Rows:
         known = torch.tensor(samples)
         weights = [(each[known.clamp(min=0)] * (known >= 0))[:, None] for each in codes.passes]
-        rows = codes.rows([fingerprint(each.expand(-1, 2), (0,)) for each in weights], (0,), ROUNDING[torch.float64])
+        rows = codes.rows([fingerprint(each.expand(-1, 2), (0,)) for each in weights], (0,))
         assert rows is not None
         return rows
 
@@ -161,7 +162,7 @@ def test_samples_that_are_elsewhere_in_every_batch(move):
         hold(m, torch.randn(N, D), torch.randperm(N), losses_of=losses)
 
 
-def test_a_product_that_moves_nothing_is_looked_at_twice(measured, monkeypatch):
+def test_a_product_that_moves_nothing_is_looked_at_and_not_measured_again(measured, monkeypatch):
     looked: list[bool] = []
     holds = SampleGradients._holds
 
@@ -175,7 +176,7 @@ def test_a_product_that_moves_nothing_is_looked_at_twice(measured, monkeypatch):
     for _ in range(4):
         hold(m, torch.randn(N, 4, D), losses_of=losses)
     assert measured == [N]
-    assert looked == [True]
+    assert looked == [True] * 3
 
 
 def test_a_first_batch_whose_gradients_are_zero_is_nothing_to_go_by(measured):
@@ -188,7 +189,7 @@ def test_a_first_batch_whose_gradients_are_zero_is_nothing_to_go_by(measured):
             with torch.no_grad():
                 m[2].weight.normal_(0.0, std)
             hold(m, x, losses_of=losses)
-    assert measured == [N] * 6  # and once more for either loss when there are gradients
+    assert measured == [N] * 4  # and once more for either loss when there are gradients
 
 
 class Hidden(torch.autograd.Function):
