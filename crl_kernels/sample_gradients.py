@@ -238,6 +238,7 @@ class SampleGradients:
         params = self._binding.params
         self._collected: dict[int, list[Statistics]] = {}
         self._small: list[tuple[ParameterUse, Tensor]] = []
+        self._assumed_sums: dict[int, Tensor] = {}  # of what was taken in a pass that is not checked, flat
         self._shared: dict[int, Tensor] = {}  # (N, numel), of parameters that are used more than once
         self._sums: dict[int, Tensor] = {}  # float32 sums of 16-bit parameters' gradients, flat
         self._recorder = Recorder(params, self._binding.layout.names, _weak_sink(self))
@@ -444,6 +445,11 @@ class SampleGradients:
         if self._weighing is not None:
             self._weighing.add(use, gradient)
             return self._weighing.rows.new_zeros(()).expand(use.shape)  # thrown away
+        if layout.assumed:
+            total = gradient.matrix().sum(0)
+            if use.index not in self._assumed_sums:
+                self._assumed_sums[use.index] = total.new_zeros(self._binding.layout.lengths[use.index])
+            use.add_to(self._assumed_sums[use.index][None], total[None])
         if use.index in layout.several or use.overlaps_itself():
             matrix = gradient.matrix()
             use.add_to(self._shared_matrix(use.index, matrix), matrix)
@@ -604,10 +610,14 @@ class SampleGradients:
         self.diagonal = {name: part.reshape(shape) * (scale * scale / count) for name, shape, part in squares}
 
     def _require_seen(self, grads: Sequence[Tensor | None]) -> None:
-        """Raises for parameters with a gradient of which nothing was taken, in a pass that could not be checked."""
-        taken = {*self._collected, *self._shared, *(use.index for use, _ in self._small)}
-        names = self._binding.layout.names
-        if unseen := [name for i, name in enumerate(names) if grads[i] is not None and i not in taken]:
+        """Raises for parameters with a gradient of which not all was taken, in a pass that could not be checked."""
+        names, lengths = self._binding.layout.names, self._binding.layout.lengths
+        sums = [
+            self._assumed_sums[i] if i in self._assumed_sums else torch.zeros(lengths[i], dtype=self._binding.dtype)
+            for i in range(len(grads))
+        ]
+        gradients = [None if grad is None else dense(grad).flatten() for grad in grads]
+        if unseen := [names[i] for i in _disagreeing(sums, gradients)]:
             raise NotImplementedError(
                 f"the per-sample gradients of {join_names(unseen)} cannot be read in a backward pass that does not "
                 "start from the losses. Compute one loss for each sample and call sg.backward(losses), or exclude the "

@@ -30,6 +30,8 @@ def rows_by_loop(model: nn.Module, losses: Tensor) -> Rows:
     """name -> (N, *shape): the gradient of losses[i] alone, for every i. ``.grad`` is None afterwards."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     rows: dict[str, list[Tensor]] = {name: [] for name, _ in named}
+    for _, p in named:
+        p.grad = None
     for i in range(len(losses)):
         losses[i].backward(retain_graph=True)
         for name, p in named:

@@ -137,6 +137,30 @@ def test_other_losses_of_the_same_calls_are_measured(measured):
     assert measured == [N, N, N]
 
 
+class Moved(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h, order):
+        ctx.order = order
+        return h[order]
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.zeros_like(grad).index_add(0, ctx.order, grad), None
+
+
+def put(h: Tensor, order: Tensor | list[int]) -> Tensor:
+    out = torch.zeros_like(h)
+    out[order] = h
+    return out
+
+
+def put_one_by_one(h: Tensor, order: list[int]) -> Tensor:
+    out = torch.zeros_like(h)
+    for i, j in enumerate(order):
+        out[j] = h[i]
+    return out
+
+
 @pytest.mark.parametrize(
     "move",
     [
@@ -149,8 +173,23 @@ def test_other_losses_of_the_same_calls_are_measured(measured):
         lambda h, o: torch.eye(N)[o] @ h,
         lambda h, o: torch.einsum("nm,md->nd", torch.eye(N)[o], h),
         lambda h, o: torch.tensordot(torch.eye(N)[o], h, 1),
+        lambda h, o: h[o.numpy()],
+        lambda h, o: h.roll(o.numpy()[0], 0),
+        lambda h, o: torch.stack([h[i] for i in o]),
+        lambda h, o: torch.stack([h.unbind(0)[i] for i in o.tolist()]),
+        lambda h, o: torch.sparse.mm(torch.eye(N)[o].to_sparse(), h),
+        lambda h, o: Moved.apply(h, o),
+        lambda h, o: put(h, o),
+        lambda h, o: put(h, o.tolist()),
+        lambda h, o: put_one_by_one(h, o.tolist()),
+        lambda h, o: torch.where(o[:1] < 3, h, h.flip(0)),
+        lambda h, o: torch.cat(h.split(3)[:: 1 if o[0] < 3 else -1]),
     ],
-    ids=["[]", "index_select", "gather", "index_add", "scatter", "list", "permutation @", "einsum", "tensordot"],
+    ids=[
+        *("[]", "index_select", "gather", "index_add", "scatter", "list", "permutation @", "einsum", "tensordot"),
+        *("numpy", "numpy number", "tensors of no dimension", "unbind", "sparse", "autograd.Function"),
+        *("set items", "set items of a list", "set one by one", "where", "parts"),
+    ],
 )
 def test_samples_that_are_elsewhere_in_every_batch(move):
     m = mlp()
@@ -160,6 +199,107 @@ def test_samples_that_are_elsewhere_in_every_batch(move):
 
     for _ in range(5):
         hold(m, torch.randn(N, D), torch.randperm(N), losses_of=losses)
+
+
+def test_samples_that_come_from_calls_of_their_own_in_another_order():
+    m = mlp()
+
+    def losses(m: nn.Module, x: Tensor, order: list[int]) -> Tensor:
+        alone = [squares(m, row[None]) for row in x]
+        return torch.cat([alone[i] for i in order])
+
+    for _ in range(3):
+        hold(m, torch.randn(N, D), torch.randperm(N).tolist(), losses_of=losses)
+
+
+def test_other_parameters_in_the_same_calls():
+    heads = Parts(lambda m: None, a=nn.Linear(D, D), h=nn.ModuleList([nn.Linear(D, D), nn.Linear(D, D)]))
+
+    def losses(m: nn.Module, x: Tensor, i: int, j: int) -> Tensor:
+        return m.h[i](m.h[j](m.a(x).tanh()).tanh()).square().sum(1)
+
+    hidden = Parts(lambda m: None, a=nn.Linear(D, D), h=nn.ParameterList([torch.randn(D), torch.randn(D)]))
+    for i, j in ((0, 1), (1, 1), (1, 0), (0, 0)):
+        hold(heads, torch.randn(N, D), i, j, losses_of=losses)
+        hold(hidden, torch.randn(N, D), i, losses_of=lambda m, x, i: Hidden.apply(m.a(x), m.h[i]).square().sum(1))
+
+
+def test_autocast_in_some_batches():
+    m = nn.Sequential(nn.Linear(D, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 3)).float()
+    x = torch.randn(N, D).float()
+    for on in (False, True, False, True):
+        with SampleGradients(m) as sg:
+            with torch.autocast("cpu", torch.bfloat16, enabled=on):
+                losses = squares(m, x).float()
+            losses.sum().backward(retain_graph=True)
+        rows = flat(rows_by_loop(m, losses)).square().sum(1)
+        assert_close(sg.sq_norms, rows, 0.03 if on else 1e-5, "sq_norms")
+
+
+def normed_weights() -> nn.Module:
+    first = nn.utils.parametrizations.weight_norm(nn.Linear(D, 4))
+    return nn.Sequential(first, nn.Tanh(), nn.Linear(4, 3))
+
+
+def test_a_batch_in_which_one_sample_is_active_is_nothing_to_go_by():
+    """A weight that is made of parameters looks as if it were that sample's."""
+    m = normed_weights()
+    for y in ([-100, 1, *[-100] * 4], [0, 1, 2, 0, 1, 2], [-100, -100, 0, *[-100] * 3], [2, 2, 1, 1, 0, 0]):
+        labels = torch.tensor(y)
+        hold(m, torch.randn(N, D), losses_of=lambda m, x, y=labels: F.cross_entropy(m(x), y, reduction="none"))
+
+
+@pytest.mark.parametrize(("dtype", "factor"), [(torch.float64, 1e9), (torch.float32, 1e5), (torch.bfloat16, 30.0)])
+def test_one_sample_with_gradients_far_larger_than_the_others(dtype, factor):
+    m, weights = normed_weights().to(dtype), torch.ones(N, dtype=dtype)
+    weights[2] = factor
+    for scale in (weights, torch.ones_like(weights)):
+        with SampleGradients(m) as sg:
+            losses = scale * squares(m, torch.randn(N, D).to(dtype))
+            losses.sum().backward(retain_graph=True)
+        expected = flat(rows_by_loop(m, losses)).square().sum(1)
+        assert float((sg.sq_norms / expected - 1).abs().max()) < {8: 1e-6, 4: 1e-3, 2: 0.05}[dtype.itemsize]
+        m.zero_grad()
+
+
+def test_losses_that_a_scaler_multiplies_lest_they_vanish():
+    m = nn.Sequential(nn.Linear(D, 4), nn.Tanh(), nn.Linear(4, 2)).half()
+
+    def losses_of(x: Tensor) -> Tensor:
+        tokens = m(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        return (tokens.float() * 2.0**-29).flatten(1).sum(1) * torch.arange(1, N + 1)
+
+    x = torch.randn(N, 3, D).half()
+    expected = flat(rows_by_loop(m, losses_of(x) * 2.0**16)).square().sum(1)
+    with SampleGradients(m) as sg:
+        (losses_of(x).sum() * 2.0**16).backward()
+    assert_close(sg.sq_norms, expected, 0.02, "sq_norms")
+
+
+def test_a_first_batch_with_a_number_that_is_none_is_nothing_to_go_by():
+    m = mlp()
+    x = torch.randn(N, D)
+    x[2] = float("nan")
+    with SampleGradients(m):
+        squares(m, x).sum().backward()
+    m.zero_grad()
+    for _ in range(2):
+        hold(m, torch.randn(N, D))
+        with SampleGradients(m) as sg:
+            squares(m, torch.randn(N, D)).sum().backward()
+        assert sg._recorder.layout.by_passes == ()
+
+
+def test_weighted_sums_of_other_losses_than_the_blocks():
+    m = Parts(lambda m: None, a=nn.Linear(D, 4), h=nn.Linear(4, 3), g=nn.Linear(4, 3))
+    with SampleGradients(m) as sg:
+        h = m.a(torch.randn(N, D)).tanh()
+        first, second = m.h(h).square().sum(1), m.g(h).square().sum(1)
+        first.sum().backward(retain_graph=True)
+    for losses in (second, first.flip(0), first + second, first):
+        sums = sg.weighted_sums(losses, torch.eye(N))
+        for name, rows in rows_by_loop(m, losses).items():
+            assert_close(sums[name], rows, 1e-9, name, flat(rows_by_loop(m, losses)))
 
 
 def test_a_product_that_moves_nothing_is_looked_at_and_not_measured_again(measured, monkeypatch):
@@ -280,6 +420,60 @@ def test_backward_checks_the_losses(losses, error, message):
         sg.backward(squares(m, x))
 
 
+@pytest.mark.filterwarnings("ignore:the backward pass inside")
+def test_what_is_added_to_losses_that_cannot_be_seen_is_noticed():
+    m, x, y = mlp(), torch.randn(N, D), torch.randn(N, 3)
+    with (
+        pytest.raises(NotImplementedError, match=r"'0.weight' cannot be read in a backward pass that does not start"),
+        SampleGradients(m, loss_reduction="mean"),
+    ):
+        (F.mse_loss(m(x), y) + m[0].weight.square().sum()).backward()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"create_graph": True}, "per-sample gradients have no graph"), ({"inputs": []}, "with include= or exclude=")],
+)
+def test_passes_that_a_block_does_not_serve(options, message):
+    m, x = mlp(), torch.randn(N, D)
+    with pytest.raises(NotImplementedError, match=message), SampleGradients(m):
+        squares(m, x).sum().backward(**{name: value or [m[0].weight] for name, value in options.items()})
+    assert all(p.grad is None for p in m.parameters())
+    hold(m, x)
+
+
+def test_blocks_without_samples_and_in_one_another():
+    m = mlp()
+    with pytest.raises(ValueError, match="losses is empty"), SampleGradients(m):
+        squares(m, torch.randn(0, D)).sum().backward()
+    with pytest.raises(RuntimeError, match="lies in another one"), SampleGradients(m), SampleGradients(mlp()):
+        pass
+    hold(m, torch.randn(N, D))
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        lambda losses: losses.sum().backward(),
+        lambda losses: (losses.sum() / 1).backward(),
+        lambda losses: (losses.sum() + 0.0).view(()).backward(),
+        lambda losses: losses.sum(0, keepdim=True).squeeze().backward(),
+        lambda losses: losses.backward(torch.ones(len(losses))),
+        lambda losses: torch.autograd.backward(losses.sum()),
+        lambda losses: torch.autograd.backward([losses.sum()]),
+        lambda losses: torch.autograd.backward(tensors=losses, grad_tensors=[torch.ones(len(losses))]),
+        lambda losses: torch.sum(losses).backward(retain_graph=True),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_every_start_from_the_sum_is_seen(start):
+    m, x = mlp(), torch.randn(N, N, D)
+    rows = flat(rows_by_loop(m, m(x).square().sum((0, 2))))
+    with SampleGradients(m) as sg:
+        start(m(x).square().sum((0, 2)))  # the sample is dimension 1
+    assert_close(sg.sq_norms, rows.square().sum(1), 1e-9, "sq_norms")
+
+
 # Losses that mix samples
 
 
@@ -302,6 +496,8 @@ MIXED = {
     "all that came before": lambda m, x: m(x).cumsum(0).square().sum(1),
     "all that come after": lambda m, x: m(x).flip(0).cumsum(0).flip(0).square().sum(1),
     "sorted": lambda m, x: m(x).sort(0).values.square().sum(1),
+    "pairs": lambda m, x: (m(x) - m(x).unflatten(0, (-1, 2)).flip(1).flatten(0, 1)).square().sum(1),
+    "groups": lambda m, x: (lambda y: (y - y.mean(1, keepdim=True)).flatten())(squares(m, x).view(-1, 3)),
     "triplets": lambda m, x: F.relu((m(x) - m(x).flip(0)).square().sum(1) + 1),
 }
 
@@ -333,6 +529,9 @@ NOT_MIXED = {
     "noise of a generator of its own": lambda m, x: squares(m, x + torch.randn(x.shape, generator=noise)),
     "dropout": lambda m, x: squares(m, F.dropout(x, 0.5)),
     "the number of samples": lambda m, x: squares(m, x) / len(x),
+    "noise for some": lambda m, x: (
+        squares(m, x) * torch.ones(len(x)).masked_scatter(x[:, 0] > 0, torch.rand(int((x[:, 0] > 0).sum())))
+    ),
     "sorted and back": lambda m, x: m(x[x[:, 0].argsort()]).square().sum(1)[x[:, 0].argsort().argsort()],
 }
 
@@ -341,6 +540,22 @@ NOT_MIXED = {
 def test_losses_that_do_not_mix_samples_are_taken(name):
     estimate_fisher(mlp(), NOT_MIXED[name], [torch.randn(N, D), torch.randn(3, D)], kind="diagonal")
     estimate_fisher(mlp(), NOT_MIXED[name], [torch.ones(N, D)], kind="diagonal")
+
+
+@pytest.mark.parametrize("count", [2, 3, 8, 9, 33])
+def test_pairs_in_batches_of_any_size(count):
+    for shift in {1, count // 2, count - 1}:
+        with pytest.raises(ValueError, match="mixes samples"):
+            estimate_fisher(
+                mlp(), lambda m, x, s=shift: squares(m, x) + squares(m, x).roll(s).detach(), [torch.randn(count, D)] * 2
+            )
+
+
+def test_a_loss_with_the_size_of_its_batches_written_in_it():
+    fixed = torch.randn(16, D)
+    loader = [torch.randn(16, D) for _ in range(4)]
+    for loss in (lambda m, x: squares(m, x + fixed), lambda m, x: squares(m, x).view(-1, 16).flatten()):
+        estimate_fisher(mlp(), loss, loader, kind="diagonal")
 
 
 def test_inference_mode_is_the_reason_that_is_given():
