@@ -240,7 +240,8 @@ class Layout:
     several: set[int] = field(default_factory=set)  # parameters that several calls give overlapping gradients
     by_passes: tuple[int, ...] = ()  # parameters whose per-sample gradients take a backward pass a sample
     lasting: bool = True  # holds for other batches of the same calls; else that is looked at in each of them
-    moves: bool = False  # did not hold for one
+    moves: bool = False  # did not hold for one, by indices
+    blocks: int = 0  # in which that was looked at
     reached: bool = True  # by the passes
     zero: tuple[int, ...] = ()  # parameters whose gradients were zero, of which nothing could be proven
     assumed: bool = False  # the first dimension is taken for the sample, unmeasured
@@ -458,7 +459,7 @@ class Recorder(TorchFunctionMode):
         self._prints.clear()
         return layout
 
-    def holds(self, layout: Layout, codes: Codes) -> bool:
+    def confirms(self, layout: Layout, codes: Codes) -> bool:
         """Whether every row still is of the same sample, from all passes of ``codes`` but the last."""
         prints = {call: prints for (call, slot), prints in self._prints.items() if slot is None}
         self._prints.clear()

@@ -114,12 +114,13 @@ def _disagreeing(sums: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> 
         for one, other in zip(sums, gradients, strict=True)
     ]
     norms = [float(other.norm()) for _, other in pairs]
-    least = 1e-3 * math.hypot(*norms)
+    whole = math.hypot(*norms)
     found = []
-    for i, ((one, other), gradient) in enumerate(zip(pairs, gradients, strict=True)):
+    for i, ((one, other), norm) in enumerate(zip(pairs, norms, strict=True)):
+        gradient = gradients[i]
         rounding = 0.0 if gradient is None else _ROUNDING.get(gradient.dtype, _ROUNDING_16_BIT)
-        missing = norms[i] > 0 and not bool(one.any())
-        if missing or not float((one - other).norm()) <= rounding * max(norms[i], least):
+        missing = norm > 1e-2 * rounding * whole and not bool(one.any())
+        if missing or not float((one - other).norm()) <= rounding * max(norm, 1e-3 * whole):
             found.append(i)
     return tuple(found)
 
@@ -160,11 +161,14 @@ class SampleGradients:
     sorted, packed or routed. In the first block of a model with given shapes, ceil(log_8 N) + 2 backward passes with
     weights on the losses come before the block's own and tell which sample each row of a layer's output belongs to; one
     more proves for every parameter that sum_i w_i g_i, of the g_i that are read, is the gradient of sum_i w_i loss_i.
-    Later blocks with the same calls and shapes cost nothing more; where indices move rows, two passes see whether they
-    are where they were. The block's pass must start from the sum or the mean of a tensor whose first dimension is the
-    sample, as it does from ``losses.sum()``, or be made by :meth:`backward`. From anything else, such as the mean over
-    a batch that ``F.mse_loss`` returns, the losses cannot be seen: then the first dimension of every layer's output is
-    taken for the sample, and a warning says so.
+    Later blocks with the same calls and shapes cost nothing more, but a walk over the graph; where indices or products
+    may move rows, ceil(log_8 N) + 1 passes see whether they are where they were. (Only values that choose between two
+    ways through the model by multiplying them, without an index, are not seen.)
+
+    The block's pass must start from the sum or the mean of a tensor whose first dimension is the sample, as it does
+    from ``losses.sum()``, or be made by :meth:`backward`. From anything else, such as the mean over a batch that
+    ``F.mse_loss`` returns, the losses cannot be seen: then the first dimension of every layer's output is taken for the
+    sample, and a warning says so.
 
     Linear, Conv1d to Conv3d and their transposes, GroupNorm, LayerNorm, RMSNorm, InstanceNorm, BatchNorm in evaluation
     mode, Embedding, MultiheadAttention, ``x @ W`` and parameters that are broadcast over samples have rules, wherever
@@ -328,20 +332,19 @@ class SampleGradients:
         if recorder.layout is not None and key == self._layout_key:  # the block's own
             return recorder.layout
         layout = known.get(key)
-        if layout is not None and self._holds(layout, losses):
-            return layout
-        moved = layout is not None and layout.zero == ()
-        layout = self._measure(losses)
-        layout.moves = moved
-        if len(known) >= _LAYOUTS_KEPT:
-            del known[next(iter(known))]
-        known[key] = layout
-        if recorder.layout is None or not recorder.finished_passes:
+        if layout is None or not self._holds(layout, losses):
+            before, layout = layout, self._measure(losses)
+            if before is not None:
+                layout.moves, layout.blocks = before.moves, before.blocks
+            if len(known) >= _LAYOUTS_KEPT:
+                del known[next(iter(known))]
+            known[key] = layout
+        if recorder.layout is None:
             self._layout_key = key
         return layout
 
     def _holds(self, layout: Layout, losses: Losses) -> bool:
-        """Whether a layout of the same calls is this batch's."""
+        """Whether a layout of the same calls is this batch's, as far as it takes no measurement to say so."""
         recorder = self._recorder
         if layout.moves:
             return False
@@ -355,7 +358,10 @@ class SampleGradients:
         recorder.begin_measurement()
         for weights in codes.passes[:-1]:
             self._pass(losses, weights, Pass.MEASURE)
-        return recorder.holds(layout, codes)
+        confirmed = recorder.confirms(layout, codes)
+        layout.moves = recorder.moves_rows and not confirmed
+        layout.blocks += 1  # what the first batches lacked, a later one may show: the 1st, 2nd, 4th, ... is measured
+        return confirmed and (recorder.moves_rows or layout.blocks.bit_count() > 1)
 
     def _measure(self, losses: Losses) -> Layout:
         """Where the samples are, proven."""
@@ -613,7 +619,7 @@ class SampleGradients:
         """Raises for parameters with a gradient of which not all was taken, in a pass that could not be checked."""
         names, lengths = self._binding.layout.names, self._binding.layout.lengths
         sums = [
-            self._assumed_sums[i] if i in self._assumed_sums else torch.zeros(lengths[i], dtype=self._binding.dtype)
+            self._assumed_sums[i] if i in self._assumed_sums else self._binding.params[i].new_zeros(lengths[i])
             for i in range(len(grads))
         ]
         gradients = [None if grad is None else dense(grad).flatten() for grad in grads]
