@@ -34,12 +34,15 @@ def test_others_go_on_when_a_cell_is_killed(tmp_path: Path, monkeypatch: pytest.
     work = compare.cells(Settings(), ["gd", "rank1"], [0, 1], tmp_path)
     failed, said = _run(work, monkeypatch, dying="rank1, seed 0")
     assert [cell.name for cell in failed] == ["rank1, seed 0"]
-    assert [cell.name for cell in work if cell.finished] == [cell.name for cell in work if cell not in failed]
+    done = {cell.name for cell in work if cell.finished}
+    assert done == {cell.name for cell in work if cell not in failed}
     assert "rank1, seed 0: FAILED" in said
     assert "rank1, seed 1: finished" in said
     assert compare.tail(failed[0]).splitlines() == ["about to die", "(killed by signal 9)"]
 
     again = compare.cells(Settings(), ["gd", "rank1"], [0, 1], tmp_path)  # the same command
+    for cell in again:  # which reads the records of each: see test_damaged_folders.py
+        cell.finished = cell.name in done
     before = {cell.name: (cell.folder / "summary.json").stat().st_mtime_ns for cell in again if cell.finished}
     failed, said = _run(again, monkeypatch)
     assert failed == []
@@ -87,7 +90,5 @@ def test_an_estimate_counts_what_is_left(tmp_path: Path) -> None:
     said = compare.estimate(work, 1, 0.001)
     assert said.startswith(f"estimated {both / 60_000:.0f} minutes: {both:.2g} forward passes of one image in 2 run(s)")
     assert said.endswith(f"the longest run takes {longest / 60_000:.0f} minutes" if longest > 90_000 else "seconds")
-    done = next(cell for cell in work if cell.config.method == "gd")
-    done.folder.mkdir()
-    write_json(done.folder / "summary.json", {})
+    next(cell for cell in work if cell.config.method == "gd").finished = True
     assert "in 1 run(s)" in compare.estimate(work, 1, 0.001)
