@@ -46,7 +46,7 @@ def jvp_projections(
     Args:
         model: left as it is; ``model.eval()`` is the caller's.
         per_sample_loss: ``(model, batch) -> (N,)``, one loss for each sample, from that sample alone.
-        batch: what ``per_sample_loss`` takes: tensors whose first dimension is the sample.
+        batch: what ``per_sample_loss`` takes, of N samples, as in :func:`estimate_fisher`.
         direction: parameter name -> tensor u of the parameter's shape; or (K, \*shape), for K directions. A parameter
             that is left out counts as zero.
         include, exclude: patterns that choose parameters, as in :class:`LowRankHistory`.

@@ -516,7 +516,7 @@ class SampleGradients:
         not called.
 
         Args:
-            losses: (N,), computed in the block.
+            losses: (N,), computed in the block: those of its backward pass, or others, which are then measured.
             weights: (K, N).
 
         Returns:
@@ -524,13 +524,12 @@ class SampleGradients:
 
         Memory for the result, for one layer's part of it once more, and for per-sample gradients about 64 MiB, or what
         one sample's take in a layer if that is more; where tokens are few, for copies of a layer's inputs and output
-        gradients instead. All samples' gradients of biases, norms, broadcast parameters and modules that are run again.
+        gradients instead. All samples' gradients of biases, norms and broadcast parameters.
 
         Raises:
             TypeError, ValueError: weights or losses that do not fit.
             RuntimeError: losses that were not computed in the block; a block that is open and has made its backward
-                pass; by PyTorch, a checkpoint with use_reentrant=True.
-            NotImplementedError: a parameter is used in a way that neither has a rule nor can be vectorised, by name.
+                pass.
         """
         return self._binding.layout.split(self.weighted_rows(losses, weights))
 
