@@ -274,6 +274,7 @@ sys.exit(code)
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch.distributed is missing")
+@pytest.mark.slow
 def test_one_process_of_several_stops_all_of_them(extractor_folder: Path, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(ONE_OF_TWO)
