@@ -848,15 +848,6 @@ RUN: Table = {
     "vmap over samples": lambda: of(lambda m, x: torch.vmap(m.i)(x) * m.g, tokens(), i=mlp(), g=normal(D)),
     "vmap over tokens": lambda: of(lambda m, x: torch.vmap(m.i, in_dims=1, out_dims=1)(x), tokens(), i=mlp()),
 }  # fmt: skip
-# A clear refusal that names the parameter is as good: what these run is no function of PyTorch's.
-MAY_BE_REFUSED = {
-    f"run: {name}"
-    for name in (
-        "scripted layers", "an autograd.Function", "an autograd.Function of a weight",
-        "an autograd.Function of a changed weight",
-        "vmap over samples", "vmap over tokens",
-    )
-}  # fmt: skip
 
 
 # N is the number of losses, and no number of rows
@@ -1071,7 +1062,6 @@ DERIVATIVES: Table = {
     "derivative in forward mode": lambda: given(mlp(), vectors(), losses=forward_mode),
     "derivative under vmap": lambda: given(mlp(D, 1), vectors(), losses=energy_by_vmap),
 }  # fmt: skip
-MAY_BE_REFUSED |= {"derivative: derivative in forward mode", "derivative: derivative under vmap"}
 
 
 SITUATIONS: Table = {
@@ -1147,18 +1137,7 @@ def assert_right(name: str, ending: str) -> None:
 @pytest.mark.parametrize("name", SITUATIONS)
 @pytest.mark.parametrize("ending", ["losses.sum().backward()", "sg.backward(losses)"])
 def test_statistics(name, ending):
-    """Right; or refused, where nobody has said how many losses there are, or what runs is no function of PyTorch's."""
-    unknown = name.startswith("count: ") and ending == "losses.sum().backward()"
-    try:
-        assert_right(name, ending)
-    except (NotImplementedError, RuntimeError, ValueError) as error:
-        if not (unknown or name in MAY_BE_REFUSED):
-            raise
-        print(f"refused: {error}")
-
-
-# Sums of a reentrant checkpoint's gradients with weights are refused by torch.autograd.grad itself.
-ONLY_DIAGONAL = {"run: reentrant checkpoint"}
+    assert_right(name, ending)
 
 
 @pytest.mark.parametrize("name", SITUATIONS)
@@ -1166,22 +1145,14 @@ def test_fisher(name):
     """The diagonal, and the top eigenvector with its eigenvalue, of one batch."""
     rows = truth(name, training=False)
     gradients = flat(rows)
-    try:
-        situation = build(name, training=False)
-        loader = [situation.batch]
-        fisher = estimate_fisher(situation.model, lambda m, b: situation.losses(m, *b), loader, kind="diagonal")
-        assert_close(fisher.fisher_diagonal, gradients.square().mean(0), TOLERANCE, "diagonal")
-        if name in ONLY_DIAGONAL:
-            return
-        situation = build(name, training=False)
-        fisher = estimate_fisher(
-            situation.model, lambda m, b: situation.losses(m, *b), loader, direction="top", unbiased=False
-        )
-    except NotImplementedError as error:
-        if name not in MAY_BE_REFUSED:
-            raise
-        print(f"refused: {error}")
-        return
+    situation = build(name, training=False)
+    loader = [situation.batch]
+    fisher = estimate_fisher(situation.model, lambda m, b: situation.losses(m, *b), loader, kind="diagonal")
+    assert_close(fisher.fisher_diagonal, gradients.square().mean(0), TOLERANCE, "diagonal")
+    situation = build(name, training=False)
+    fisher = estimate_fisher(
+        situation.model, lambda m, b: situation.losses(m, *b), loader, direction="top", unbiased=False
+    )
     values, vectors = torch.linalg.eigh(gradients @ gradients.T / N)
     top = vectors[:, -1] @ gradients / (N * values[-1]).sqrt()
     assert_close(fisher.curvatures, values[-1:], TOLERANCE, "curvature")
