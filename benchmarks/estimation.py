@@ -30,15 +30,15 @@ Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # noised, t, label, noise
 
 def problem(preset: str, size: int, samples: int, device: torch.device) -> tuple[nn.Module, Batch]:
     sys.path.insert(0, str(ROOT / "python"))  # benchmarks run from a checkout, where this may not be installed
-    from crl_diffusion import diffusion, model
+    from crl_diffusion.diffusion import network, noising
 
     shape, classes = (1, size, size), 10
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(samples, *shape, generator=generator) * 2 - 1
-    t, noise = diffusion.draw_noise(generator, (samples, *shape))
-    batch = (diffusion.SCHEDULES["linear"].add_noise(images, noise, t), t, torch.arange(samples) % classes, noise)
+    t, noise = noising.draw_noise(generator, (samples, *shape))
+    batch = (noising.SCHEDULES["linear"].add_noise(images, noise, t), t, torch.arange(samples) % classes, noise)
     noised, t, label, noise = (part.to(device) for part in batch)
-    return model.build(preset, shape, classes, seed=0).to(device), (noised, t, label, noise)
+    return network.build(preset, shape, classes, seed=0).to(device), (noised, t, label, noise)
 
 
 def per_sample_loss(model: nn.Module, batch: Batch) -> Tensor:

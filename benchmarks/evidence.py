@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import tyro
-from crl_diffusion import effects, tables
-from crl_diffusion.method import in_order, spell
-from crl_diffusion.records import read_rows
-from crl_diffusion.report import Finished, comparable, find, grouped
+from crl_diffusion.config.spelling import in_order, spell
+from crl_diffusion.files import read_rows
+from crl_diffusion.reporting import effects, tables
+from crl_diffusion.reporting.runs import Finished, comparable, find, grouped
 
 from . import ledger
 from .experiments import EXPERIMENTS, Experiment

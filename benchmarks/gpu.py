@@ -78,10 +78,10 @@ def poison(device: str) -> None:
 
 def require_backend(device: str) -> dict[str, str]:
     """What runs each operator, which has to be the backend that this process was asked for."""
-    from crl_kernels import _ops
     from crl_kernels.backends import registry
+    from crl_kernels.operators import definitions
 
-    runs = {name: registry.implementation(device, name) for name in _ops.NAMES}
+    runs = {name: registry.implementation(device, name) for name in definitions.NAMES}
     wanted = {"cuda": "CUDA", "triton": "Triton"}.get(registry.CHOICE)
     expected = {name: "Triton" if name in registry.TRITON_ON_GPUS else wanted for name in runs}
     if others := {name: found for name, found in runs.items() if wanted and found != expected[name]}:

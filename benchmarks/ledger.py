@@ -13,9 +13,9 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from crl_diffusion.penalties import STATISTICS
-from crl_diffusion.records import Log, Row, read_rows, write_json
-from crl_diffusion.report import Finished, find
+from crl_diffusion.files import Log, Row, read_rows, write_json
+from crl_diffusion.methods.penalties import STATISTICS
+from crl_diffusion.reporting.runs import Finished, find
 
 from .measure import processor
 

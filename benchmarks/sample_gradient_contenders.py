@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from crl_kernels import SampleGradients, sample_gradients
+from crl_kernels import SampleGradients
+from crl_kernels.per_sample import sample_gradients
 
 from .problem import Unavailable
 from .sample_gradient_models import CLASSES, SIZE, TIMESTEPS

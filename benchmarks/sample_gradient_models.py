@@ -134,7 +134,7 @@ class Diffusers(nn.Module):
     def __init__(self, preset: str, shape: tuple[int, int, int] = (1, SIZE, SIZE)) -> None:
         super().__init__()
         try:
-            from crl_diffusion.model import build
+            from crl_diffusion.diffusion.network import build
         except ModuleNotFoundError as error:
             raise Unavailable(f"not installed: {error}") from error
         self.unet = build(preset, shape, CLASSES, seed=0)

@@ -24,14 +24,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from crl_diffusion import data
-from crl_diffusion.method import RunConfig
-from crl_diffusion.model import frozen_copy
-from crl_diffusion.penalties import PenaltyState
-from crl_diffusion.precision import Precision
-from crl_diffusion.run_folder import resolve
-from crl_diffusion.state import Run, fisher_batches, per_sample_loss
-from crl_diffusion.steps import new_optimizer, training_step
+from crl_diffusion.config.settings import RunConfig
+from crl_diffusion.data.images import Images
+from crl_diffusion.data.tasks import load
+from crl_diffusion.diffusion.network import frozen_copy
+from crl_diffusion.diffusion.precision import Precision
+from crl_diffusion.methods.penalties import PenaltyState
+from crl_diffusion.run_folder.layout import resolve
+from crl_diffusion.training.fisher_batches import fisher_batches, per_sample_loss
+from crl_diffusion.training.run import Run
+from crl_diffusion.training.step import new_optimizer, training_step
 from torch import Tensor
 
 import crl_kernels
@@ -48,13 +50,13 @@ SIZES = (8, 16)  # pixels: digits as they are, and as large as the trainer's MNI
 FISHER_SAMPLES, PLAIN_STEPS, FISHER_ROUNDS = 512, 10, 3
 
 
-def run_of(method: str, size: int, folder: Path) -> tuple[Run, data.Images]:
+def run_of(method: str, size: int, folder: Path) -> tuple[Run, Images]:
     """A run at the beginning of its fifth task, and that task's images."""
     config = resolve(RunConfig(method=method, device="cpu"))
-    digits = data.load(config, Path("unused"))
+    digits = load(config, Path("unused"))
     edge = (size - 8) // 2
     small = digits.tasks[TASKS].train
-    images = data.Images(torch.nn.functional.pad(small.pixels, [edge] * 4), small.labels)
+    images = Images(torch.nn.functional.pad(small.pixels, [edge] * 4), small.labels)
     run = Run(config, folder, replace(digits, train=images), None, lambda line: None)  # type: ignore[arg-type]
     run.stage, run.teacher = TASKS, frozen_copy(run.model)
     old = torch.arange(2 * TASKS).repeat_interleave(config.pool)
@@ -80,7 +82,7 @@ def fisher_of(run: Run) -> LowRankFisher | DiagonalFisher:
     return LowRankFisher(directions, 1e-3 * torch.rand(terms, dtype=torch.float64), parameters)
 
 
-def step_of(run: Run, images: data.Images) -> Callable[[], object]:
+def step_of(run: Run, images: Images) -> Callable[[], object]:
     def step() -> None:
         run.step %= run.config.steps // 2  # before the learning rate has come down to 0
         run.take_step(images, run.stages[TASKS])
@@ -88,7 +90,7 @@ def step_of(run: Run, images: data.Images) -> Callable[[], object]:
     return step
 
 
-def estimate_of(run: Run, images: data.Images) -> Callable[[], object]:
+def estimate_of(run: Run, images: Images) -> Callable[[], object]:
     """Of a Fisher matrix, which is thrown away."""
     assert run.penalty is not None
     penalty = PenaltyState(run.penalty.spec, run.model)
@@ -148,8 +150,8 @@ def peak(method: str, size: int) -> int | None:
 
 def rank1_on(model_name: str, batch: int, rounds: int) -> dict[str, Any]:
     """Rank-1's own calls beside the plain step of a UNet on 3 x 32 x 32 images, with 1 and 4 past tasks."""
-    from crl_diffusion.model import build
-    from crl_diffusion.replay import NoisedBatch
+    from crl_diffusion.diffusion.network import build
+    from crl_diffusion.methods.regression import NoisedBatch
 
     model = build(model_name, (3, 32, 32), 10, 0)
     config = RunConfig(method="rank1")

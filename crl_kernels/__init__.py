@@ -7,23 +7,25 @@
 ``python -m crl_kernels`` says what was built and what runs. ``__all__`` is the public API; the rest may change.
 """
 
-from .diagnostics import Diagnosis, diagnose
-from .diagonal_history import DiagonalHistory
-from .estimate import estimate_fisher
-from .fisher import DiagonalFisher, FisherStatistics, LowRankFisher, load_fisher
-from .flat_parameters import flatten_parameters
-from .forward_mode import jvp_projections
-from .low_rank_history import LowRankHistory
-from .optim import FusedAdamW
-from .penalty import diagonal_ewc_penalty, rank1_ewc_penalty
-from .sample_gradients import SampleGradients
-from .sample_matrix import (
+from .diagnostics.diagnose import diagnose
+from .diagnostics.diagnosis import Diagnosis
+from .distributed.unsharded import whole_parameters
+from .fisher.estimate import estimate_fisher
+from .fisher.forms import DiagonalFisher, LowRankFisher, load_fisher
+from .fisher.statistics import FisherStatistics
+from .model.flat import flatten_parameters
+from .optim.fused_adamw import FusedAdamW
+from .penalty.diagonal import DiagonalHistory
+from .penalty.functional import diagonal_ewc_penalty, rank1_ewc_penalty
+from .penalty.low_rank import LowRankHistory
+from .per_sample.forward_mode import jvp_projections
+from .per_sample.matrix import (
     SampleGradientStats,
     SampleGradientStatsWithDiagonal,
     sample_gradient_stats,
     sample_gram,
 )
-from .unsharded import whole_parameters
+from .per_sample.sample_gradients import SampleGradients
 
 __version__ = "0.1.0"
 

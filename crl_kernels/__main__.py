@@ -6,8 +6,8 @@ import platform
 import torch
 
 from . import __version__
-from ._ops import NAMES
 from .backends import registry
+from .operators.definitions import NAMES
 
 
 def _triton_version() -> str:

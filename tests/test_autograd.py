@@ -6,7 +6,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import crl_kernels as ck
-from crl_kernels import _ops
+from crl_kernels.operators import definitions
 
 SHAPES = [(3, 4), (), (5,), (0, 2), (2, 1, 3)]
 
@@ -108,7 +108,7 @@ def test_opcheck(flat):
             *(torch.randn(2, 6, 2, 3, 3) if flat else None, flat, not flat),
         ),
     }
-    assert {str(op).removeprefix("crl_kernels.") for op in checks} == set(_ops.NAMES)
+    assert {str(op).removeprefix("crl_kernels.") for op in checks} == set(definitions.NAMES)
     for operator, arguments in checks.items():
         torch.library.opcheck(operator, arguments)
 

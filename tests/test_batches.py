@@ -40,8 +40,8 @@ from transformers import BatchEncoding, BatchFeature, PreTrainedTokenizerFast
 from transformers.modeling_outputs import BaseModelOutput
 
 import crl_kernels as ck
-from crl_kernels.batches import batch_size, concatenate_batches, halves, limited, reorder_batch, slice_batch
-from crl_kernels.diagnostics import diagnose
+from crl_kernels.diagnostics.diagnose import diagnose
+from crl_kernels.per_sample.batches import batch_size, concatenate_batches, halves, limited, reorder_batch, slice_batch
 
 X = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
 IMAGES = [Image.new("L", (2, 2), i) for i in range(40)]

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from crl_kernels.diagnostics import Diagnosis, diagnose
-from crl_kernels.spectrum import GROUPS, _student, spectrum_of
-from crl_kernels.verdict import judge
+from crl_kernels.diagnostics.diagnose import diagnose
+from crl_kernels.diagnostics.diagnosis import Diagnosis
+from crl_kernels.diagnostics.spectrum import GROUPS, _student, spectrum_of
+from crl_kernels.diagnostics.verdict import judge
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import crl_kernels as ck
-from crl_kernels import storage
+from crl_kernels import files
 
 
 class Net(nn.Module):
@@ -730,10 +730,10 @@ def test_statistics_survive_a_file_and_old_files_load(tmp_path):
     assert str(ck.load_fisher(path).statistics) == str(fisher.statistics)  # nan differs from itself
     assert ck.load_fisher(path).statistics.term_strata == (-1, -1, 3, 3, 8, 8)
 
-    kind, tensors, facts = storage.read(path)
+    kind, tensors, facts = files.read(path)
     old = ("num_samples", "trace", "mean_gradient_sq_norm", "kappa", "rho")
     facts["statistics"] = {name: asdict(fisher.statistics)[name] for name in old}
-    storage.write(path, kind, tensors, facts)
+    files.write(path, kind, tensors, facts)
     loaded = ck.load_fisher(path).statistics
     assert loaded.rho == fisher.statistics.rho
     assert loaded.strata == ()

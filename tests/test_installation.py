@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from crl_kernels import _ops
 from crl_kernels.backends import registry
+from crl_kernels.operators import definitions
 
 ROOT = Path(__file__).parent.parent
 
@@ -54,7 +54,7 @@ def test_the_report_says_what_runs_and_why():
     result = run("-m", "crl_kernels")
     assert result.returncode == 0, result.stderr
     lines = [line.split() for line in result.stdout.splitlines()]
-    for name in _ops.NAMES:
+    for name in definitions.NAMES:
         runs = [registry.implementation(device, name) for device in ("cpu", "cuda")]
         assert [name, *" ".join(runs).split()] in lines
     for device, library in (("cpu", registry.CPU), ("cuda", registry.CUDA)):

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import crl_kernels
-from crl_kernels import _ops
 from crl_kernels.backends import reference, registry
+from crl_kernels.operators import definitions
 
 DTYPES = {
     "float32": torch.float32,
@@ -567,7 +567,7 @@ def sum_in_order(values: list[float]) -> float:
 
 def test_every_operator_has_a_reference_and_a_schema_of_its_own():
     module = importlib.import_module("crl_kernels.backends.reference")
-    for name in _ops.NAMES:
+    for name in definitions.NAMES:
         assert callable(getattr(module, name))
         assert getattr(torch.ops.crl_kernels, name).default._schema.name == f"crl_kernels::{name}"
 

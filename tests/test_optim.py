@@ -248,7 +248,7 @@ def test_learning_rates_on_a_device_are_not_looked_at(monkeypatch):
     ends = []
     for on_device in (False, True):
         if on_device:
-            monkeypatch.setattr("crl_kernels.optim._on_device", lambda rate: isinstance(rate, Tensor))
+            monkeypatch.setattr("crl_kernels.optim.fused_adamw._on_device", lambda rate: isinstance(rate, Tensor))
         model = Network()
         groups = groups_of(model)
         groups[0]["lr"] = torch.tensor(groups[0]["lr"], dtype=torch.float64)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from crl_diffusion.records import read_rows
+from crl_diffusion.files import read_rows
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

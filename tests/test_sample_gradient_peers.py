@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from crl_kernels.sample_gradients import SampleGradients
+from crl_kernels.per_sample.sample_gradients import SampleGradients
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the peers' own, about hooks and layers that they do not know
 SAMPLES = 3

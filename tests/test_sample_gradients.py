@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from crl_kernels import recorder
 from crl_kernels.backends import reference
-from crl_kernels.sample_gradients import SampleGradients
+from crl_kernels.per_sample import recorder
+from crl_kernels.per_sample.sample_gradients import SampleGradients
 
 N = 6
 
@@ -585,7 +585,7 @@ def test_weighted_sums_hold_few_per_sample_gradients_at_a_time(case, tile, monke
         return rows
 
     monkeypatch.setattr(reference, "sample_weight_gradient_matrix", matrix)
-    monkeypatch.setattr("crl_kernels.layer_gradients._TILE", tile)
+    monkeypatch.setattr("crl_kernels.per_sample.layer_gradients._TILE", tile)
     weights = torch.randn(2, N, dtype=torch.float64)
     with SampleGradients(model) as sg:
         sums = sg.weighted_sums(squared(model, *batch), weights)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from crl_kernels import SampleGradients, estimate_fisher
-from crl_kernels.sample_rows import Codes, Rows, fingerprint
+from crl_kernels.per_sample.rows import Codes, Rows, fingerprint
 
 N, D = 6, 5
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64]
@@ -357,7 +357,7 @@ def test_a_proof_of_zeros_is_none():
 
 
 def test_nothing_is_remembered_of_a_model_that_is_gone():
-    from crl_kernels.sample_gradients import _LAYOUTS
+    from crl_kernels.per_sample.sample_gradients import _LAYOUTS
 
     gc.collect()
     before = len(_LAYOUTS)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from crl_kernels.backends import reference, registry
-from crl_kernels.layer_gradients import ConvolutionGradient, LinearGradient, Wanted
+from crl_kernels.per_sample.layer_gradients import ConvolutionGradient, LinearGradient, Wanted
 
 if registry.INTERPRETED:
     from crl_kernels.backends.triton import weight_gradients

@@ -14,10 +14,10 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from ..binding import Layout
-from ..diagonal_history import DiagonalHistory
-from ..history import split_key
-from ..low_rank_history import LowRankHistory
+from ..model.names import Layout
+from ..penalty.diagonal import DiagonalHistory
+from ..penalty.history import split_key
+from ..penalty.low_rank import LowRankHistory
 
 
 def load_history(history: LowRankHistory | DiagonalHistory, path: str | os.PathLike[str], key: str = "history") -> None:

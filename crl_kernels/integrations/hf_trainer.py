@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..diagonal_history import DiagonalHistory
-from ..low_rank_history import LowRankHistory
+from ..penalty.diagonal import DiagonalHistory
+from ..penalty.low_rank import LowRankHistory
 
 HISTORY_FILE = "ewc_history.safetensors"
 

@@ -4,6 +4,8 @@ A method is a value (`method.METHODS`); `loop.train` runs one of them, top to bo
 runs leave behind. The command line is `crl-diffusion`, or `python -m crl_diffusion`.
 """
 
-from crl_diffusion.method import METHODS, Method, OptionError, Penalty, Replay, RunConfig
+from crl_diffusion.config.method import METHODS, Method, Penalty, Replay
+from crl_diffusion.config.settings import RunConfig
+from crl_diffusion.errors import OptionError
 
 __all__ = ["METHODS", "Method", "OptionError", "Penalty", "Replay", "RunConfig"]

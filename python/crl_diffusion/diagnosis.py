@@ -9,18 +9,22 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from crl_diffusion import checkpoint, diffusion
-from crl_diffusion.data import load, to_float
-from crl_diffusion.diffusion import Schedule
-from crl_diffusion.loop import Say
-from crl_diffusion.method import Device, OptionError, stages
-from crl_diffusion.model import build
-from crl_diffusion.precision import Precision
-from crl_diffusion.readers import read_run_config
-from crl_diffusion.run_folder import digest_of, resolve_device
-from crl_diffusion.state import per_sample_loss
-from crl_kernels.diagnostics import Diagnosis
-from crl_kernels.diagnostics import diagnose as look
+from crl_diffusion.config.curriculum import stages
+from crl_diffusion.config.settings import Device
+from crl_diffusion.data.images import to_float
+from crl_diffusion.data.tasks import load
+from crl_diffusion.diffusion import noising
+from crl_diffusion.diffusion.network import build
+from crl_diffusion.diffusion.noising import Schedule
+from crl_diffusion.diffusion.precision import Precision
+from crl_diffusion.errors import OptionError
+from crl_diffusion.run_folder import checkpoint
+from crl_diffusion.run_folder.layout import digest_of, resolve_device
+from crl_diffusion.run_folder.readers import read_run_config
+from crl_diffusion.training.fisher_batches import per_sample_loss
+from crl_diffusion.training.run import Say
+from crl_kernels import Diagnosis
+from crl_kernels import diagnose as look
 
 
 def per_sample_loss_at(schedule: Schedule, model: nn.Module, batch: Sequence[Tensor], t: Tensor) -> Tensor:
@@ -68,12 +72,12 @@ def of_run(
 
     # The model, and images in random order.
     where = torch.device(resolve_device(device))
-    schedule = diffusion.SCHEDULES[config.schedule]
+    schedule = noising.SCHEDULES[config.schedule]
     precision = Precision(config.precision, where)
     model = precision.of(build(config.model, data.shape, data.classes, config.seed))
     model.load_state_dict(saved.part("model"))
     model.to(where)
-    order = torch.randperm(len(images), generator=diffusion.stream(seed, "diagnosis images"))[:samples]
+    order = torch.randperm(len(images), generator=noising.stream(seed, "diagnosis images"))[:samples]
     dtype = next(model.parameters()).dtype
     drawn = images.take(order)
     batch = (to_float(drawn.pixels, dtype).to(where), drawn.labels.to(where))
@@ -85,10 +89,10 @@ def of_run(
         partial(per_sample_loss_at, schedule),
         [batch],
         list(timesteps) or None,
-        num_timesteps=diffusion.TIMESTEPS,
+        num_timesteps=noising.TIMESTEPS,
         samples=samples,
         snr=schedule.snr,
-        generator=diffusion.stream(seed, "diagnosis noise"),
+        generator=noising.stream(seed, "diagnosis noise"),
         progress=say,
     )
     what = f"{config.data}, {config.method}" + ("" if task is None else f", task {task}")

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed
 
-from crl_diffusion.method import OptionError
+from crl_diffusion.errors import OptionError
 
 T = TypeVar("T")
 

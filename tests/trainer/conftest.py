@@ -12,10 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from crl_diffusion import checkpoint, data, evaluation, extractors, loop
-from crl_diffusion.method import RunConfig
-from crl_diffusion.run_folder import resolve
-from crl_diffusion.state import Run
+from crl_diffusion.config.settings import RunConfig
+from crl_diffusion.data import tasks
+from crl_diffusion.evaluation import classifiers, evaluate
+from crl_diffusion.run_folder import checkpoint
+from crl_diffusion.run_folder.layout import resolve
+from crl_diffusion.training import loop
+from crl_diffusion.training.run import Run
 
 SHORT: dict[str, Any] = {
     "tasks": 2,
@@ -51,21 +54,21 @@ def short() -> Callable[..., RunConfig]:
 
 
 @pytest.fixture(scope="session")
-def digits() -> data.Data:
-    return data.load(RunConfig(method="gd"), Path("unused"))
+def digits() -> tasks.Data:
+    return tasks.load(RunConfig(method="gd"), Path("unused"))
 
 
 @pytest.fixture(scope="session")
-def extractor_folder(digits: data.Data, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def extractor_folder(digits: tasks.Data, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the digits' cnn is kept; tests may add to it."""
     folder = tmp_path_factory.mktemp("extractors")
-    extractors.classifier(digits, folder)
+    classifiers.classifier(digits, folder)
     return folder
 
 
 @pytest.fixture(scope="session")
-def extractor(digits: data.Data, extractor_folder: Path) -> extractors.Classifier:
-    return extractors.classifier(digits, extractor_folder)
+def extractor(digits: tasks.Data, extractor_folder: Path) -> classifiers.Classifier:
+    return classifiers.classifier(digits, extractor_folder)
 
 
 @pytest.fixture(scope="session")
@@ -86,9 +89,9 @@ def make_run(extractor_folder: Path, tmp_path: Path) -> Callable[[RunConfig], Ru
 
     def make(config: RunConfig) -> Run:
         config = resolve(config)
-        images = data.load(config, Path("unused"))
+        images = tasks.load(config, Path("unused"))
         return Run(
-            config, tmp_path, images, evaluation.instruments("cnn", images, extractor_folder), say=lambda line: None
+            config, tmp_path, images, evaluate.instruments("cnn", images, extractor_folder), say=lambda line: None
         )
 
     return make

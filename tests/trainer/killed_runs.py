@@ -24,40 +24,34 @@ import torch
 import torch._dynamo
 import torch.utils.tensorboard
 import torchmetrics.image.fid  # noqa: F401
-from crl_diffusion import (
-    checkpoint,
-    cli,
-    evaluation,
-    loop,
-    penalties,
-    pictures,
-    records,
-    replay,
-    report,
-    run_folder,
-    state,
-)
-from crl_diffusion.replay import Pool
+from crl_diffusion import cli, files
+from crl_diffusion.evaluation import evaluate
+from crl_diffusion.methods import penalties, replay
+from crl_diffusion.methods.replay import Pool
+from crl_diffusion.reporting import run_pictures
+from crl_diffusion.run_folder import checkpoint, layout
+from crl_diffusion.training import loop
+from crl_diffusion.training import run as training_run
 
 TRACED: list[tuple[Any, str]] = [
-    (state, "training_step"),
+    (training_run, "training_step"),
     (torch.optim.Adam, "step"),
     (replay, "draw_images"),
     (Pool, "refill"),
     (penalties, "estimate_fisher"),
-    (evaluation, "measure"),
-    (evaluation, "write_tensors"),
+    (evaluate, "measure"),
+    (evaluate, "write_tensors"),
     (loop, "claim"),
     (checkpoint, "save_file"),
     (checkpoint, "_prune"),
     (os, "fsync"),
     (os, "replace"),
-    (records.Log, "append"),
-    (records.Log, "keep"),
-    (pictures, "of_run"),
-    (report, "summarise"),
+    (files.Log, "append"),
+    (files.Log, "keep"),
+    (run_pictures, "of_run"),
+    (loop, "summarise"),
     (loop, "write_json"),
-    (run_folder, "write_json"),
+    (layout, "write_json"),
 ]
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from crl_diffusion import report
-from crl_diffusion.method import RunConfig, planned, stages, task_classes
+from crl_diffusion.config.curriculum import stages, task_classes
+from crl_diffusion.config.settings import RunConfig, planned
+from crl_diffusion.evaluation import summaries
 from safetensors.numpy import save_file
 
 
@@ -19,7 +20,7 @@ def measured_as(folder: Path, **values: float) -> None:
     last = max(row["after_task"] for row in rows if row["kind"] == "evaluation")
     rows = [{**row, **values} if row.get("after_task") == last else row for row in rows]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "summary.json").write_text(json.dumps(report.summarise(folder)))
+    (folder / "summary.json").write_text(json.dumps(summaries.summarise(folder)))
 
 
 def fabricate(folder: Path, method: str, seed: int, level: float = 10.0, channels: int = 1, **settings: Any) -> Path:
@@ -65,5 +66,5 @@ def fabricate(folder: Path, method: str, seed: int, level: float = 10.0, channel
     (folder / "config.json").write_text(json.dumps(record))
     for name, lines in (("metrics", rows), ("timings", timings)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "summary.json").write_text(json.dumps(report.summarise(folder)))
+    (folder / "summary.json").write_text(json.dumps(summaries.summarise(folder)))
     return folder

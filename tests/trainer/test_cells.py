@@ -8,39 +8,41 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from crl_diffusion import cli, compare
-from crl_diffusion.method import OptionError, RunConfig, Settings
-from crl_diffusion.records import write_json
+from crl_diffusion.cli import parser
+from crl_diffusion.comparison import cells, runner
+from crl_diffusion.config.settings import RunConfig, Settings
+from crl_diffusion.errors import OptionError
+from crl_diffusion.files import write_json
 from rich.console import Console
 
 FINISHES = "import sys, pathlib; pathlib.Path(sys.argv[1], 'summary.json').write_text('{}')"
 DIES = "import os, signal; print('about to die', flush=True); os.kill(os.getpid(), signal.SIGKILL)"
 
 
-def _run(work: list[compare.Cell], monkeypatch: pytest.MonkeyPatch, dying: str = "") -> tuple[list[compare.Cell], str]:
+def _run(work: list[cells.Cell], monkeypatch: pytest.MonkeyPatch, dying: str = "") -> tuple[list[cells.Cell], str]:
     """Cells as processes that finish at once, or die."""
 
-    def command(cell: compare.Cell, *places: Any) -> list[str]:
+    def command(cell: cells.Cell, *places: Any) -> list[str]:
         return [sys.executable, "-c", DIES if cell.name == dying else FINISHES, str(cell.folder)]
 
-    monkeypatch.setattr(compare, "command", command)
-    monkeypatch.setattr(compare, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(cells, "command", command)
+    monkeypatch.setattr(runner, "POLL_SECONDS", 0.01)
     said = io.StringIO()
-    failed = compare.run(work, 2, Path("data"), "cnn", Path("e"), Console(file=said, width=200), quiet=True)
+    failed = runner.run(work, 2, Path("data"), "cnn", Path("e"), Console(file=said, width=200), quiet=True)
     return failed, said.getvalue()
 
 
 def test_others_go_on_when_a_cell_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    work = compare.cells(Settings(), ["gd", "rank1"], [0, 1], tmp_path)
+    work = cells.cells(Settings(), ["gd", "rank1"], [0, 1], tmp_path)
     failed, said = _run(work, monkeypatch, dying="rank1, seed 0")
     assert [cell.name for cell in failed] == ["rank1, seed 0"]
     done = {cell.name for cell in work if cell.finished}
     assert done == {cell.name for cell in work if cell not in failed}
     assert "rank1, seed 0: FAILED" in said
     assert "rank1, seed 1: finished" in said
-    assert compare.tail(failed[0]).splitlines() == ["about to die", "(killed by signal 9)"]
+    assert runner.tail(failed[0]).splitlines() == ["about to die", "(killed by signal 9)"]
 
-    again = compare.cells(Settings(), ["gd", "rank1"], [0, 1], tmp_path)  # the same command
+    again = cells.cells(Settings(), ["gd", "rank1"], [0, 1], tmp_path)  # the same command
     for cell in again:  # which reads the records of each: see test_damaged_folders.py
         cell.finished = cell.name in done
     before = {cell.name: (cell.folder / "summary.json").stat().st_mtime_ns for cell in again if cell.finished}
@@ -52,43 +54,43 @@ def test_others_go_on_when_a_cell_is_killed(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_more_methods_and_seeds_join_and_other_settings_do_not(tmp_path: Path) -> None:
-    for cell in compare.cells(Settings(), ["gd"], [0], tmp_path):
+    for cell in cells.cells(Settings(), ["gd"], [0], tmp_path):
         cell.folder.mkdir()
         write_json(cell.folder / "config.json", {"run": cell.config.as_json()})
-    compare.check_others(compare.cells(Settings(), ["gd", "rank1:lam=3"], [0, 1], tmp_path), tmp_path)
-    other = compare.cells(Settings(lr=0.01), ["rank1"], [0], tmp_path)
+    cells.check_others(cells.cells(Settings(), ["gd", "rank1:lam=3"], [0, 1], tmp_path), tmp_path)
+    other = cells.cells(Settings(lr=0.01), ["rank1"], [0], tmp_path)
     with pytest.raises(OptionError, match=r"gd-seed0 \(lr 0.002 there, 0.01 asked for\); use another folder"):
-        compare.check_others(other, tmp_path)
+        cells.check_others(other, tmp_path)
 
 
 def test_a_cell_for_each_method_seed_and_lam(tmp_path: Path) -> None:
-    work = compare.cells(Settings(), ["gd", "rank1:gradient"], [0, 3], tmp_path, [1, 20])
+    work = cells.cells(Settings(), ["gd", "rank1:gradient"], [0, 3], tmp_path, [1, 20])
     names = {f"{m}, seed {s}" for m in ("gd", "rank1:gradient,lam=1", "rank1:gradient") for s in (0, 3)}
     assert {cell.name for cell in work} == names  # 20 is its own
     assert len({cell.folder for cell in work}) == len(names)
 
 
 def test_lams_are_not_rounded() -> None:
-    names = compare.with_lams(["rank1"], [1234567.0, 1234568.0, 0.12345678])
+    names = cells.with_lams(["rank1"], [1234567.0, 1234568.0, 0.12345678])
     assert names == ["rank1:lam=1234567.0", "rank1:lam=1234568.0", "rank1:lam=0.12345678"]
-    assert compare.with_lams(["rank1"], [3e4, 1e-5]) == ["rank1:lam=30000", "rank1:lam=1e-05"]
+    assert cells.with_lams(["rank1"], [3e4, 1e-5]) == ["rank1:lam=30000", "rank1:lam=1e-05"]
 
 
 def test_options_give_the_configuration_back() -> None:
     config = RunConfig(method="gd+bands12:lam=0.1", seed=2, data="mnist", lr=1e-5, epochs=2, held_out="validation")
-    parsed = cli.parse(["train", "--out", "x", *compare.options(config)])
+    parsed = parser.parse(["train", "--out", "x", *cells.options(config)])
     assert all(getattr(parsed, name) == value for name, value in vars(config).items())
-    assert compare.options(RunConfig(method="gd")) == ["--method", "gd", "--seed", "0"]
+    assert cells.options(RunConfig(method="gd")) == ["--method", "gd", "--seed", "0"]
 
 
 def test_an_estimate_counts_what_is_left(tmp_path: Path) -> None:
-    work = compare.cells(Settings(tasks=2), ["fine-tune", "gd"], [0], tmp_path)
+    work = cells.cells(Settings(tasks=2), ["fine-tune", "gd"], [0], tmp_path)
     for cell in work:
         cell.stage_steps = [300, 300]
     passes = 600 * 3 * 32 + (2 + 4) * 100 * 10, 300 * 4 * 32 + 2 * 100 * 10  # fine-tune, and what gd adds
     both, longest = 2 * passes[0] + passes[1], sum(passes)
-    said = compare.estimate(work, 1, 0.001)
+    said = runner.estimate(work, 1, 0.001)
     assert said.startswith(f"estimated {both / 60_000:.0f} minutes: {both:.2g} forward passes of one image in 2 run(s)")
     assert said.endswith(f"the longest run takes {longest / 60_000:.0f} minutes" if longest > 90_000 else "seconds")
     next(cell for cell in work if cell.config.method == "gd").finished = True
-    assert "in 1 run(s)" in compare.estimate(work, 1, 0.001)
+    assert "in 1 run(s)" in runner.estimate(work, 1, 0.001)

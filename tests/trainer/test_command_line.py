@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import command
 from crl_diffusion import cli
-from crl_diffusion.method import METHODS
+from crl_diffusion.cli import options, parser
+from crl_diffusion.config.method import METHODS
 
 
 @pytest.mark.parametrize(
@@ -77,8 +78,8 @@ def test_help_explains_every_option(name: str, capsys: pytest.CaptureFixture[str
         cli.main([name, "--help"])
     assert end.value.code == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    commands = {"train": cli.Train, "compare": cli.Compare, "report": cli.Report}
-    commands |= {"diagnose": cli.Diagnose, "list": cli.List}
+    commands = {"train": options.Train, "compare": options.Compare, "report": options.Report}
+    commands |= {"diagnose": options.Diagnose, "list": options.List}
     for field in dataclasses.fields(commands[name]):
         option = f"--{field.name.replace('_', '-')} " if field.name not in ("folders", "run") else "PATH"
         assert option in text
@@ -88,8 +89,8 @@ def test_help_explains_every_option(name: str, capsys: pytest.CaptureFixture[str
 
 def test_every_method_can_be_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     for name in METHODS:
-        parsed = cli.parse(["train", "--method", name, "--out", "x"])
-        assert isinstance(parsed, cli.Train)
+        parsed = parser.parse(["train", "--method", name, "--out", "x"])
+        assert isinstance(parsed, options.Train)
         assert parsed.method == name
 
 

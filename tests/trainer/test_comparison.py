@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 from conftest import SHORT, child_environment
-from crl_diffusion import cli, compare
-from crl_diffusion.method import Settings
+from crl_diffusion import cli
+from crl_diffusion.cli import options, parser
+from crl_diffusion.comparison import cells
+from crl_diffusion.config.settings import Settings
 from PIL import Image
 from run_folders import fabricate
 
@@ -118,9 +120,9 @@ def test_a_failed_run_is_shown_and_the_others_are_kept(
 
 def test_the_command_of_a_cell_gives_its_configuration(tmp_path: Path) -> None:
     settings = Settings(steps=7, lr=0.005, data="mnist")
-    for cell in compare.cells(settings, ["gd", "gd+rank1:gradient"], [0, 3], tmp_path):
-        parsed = cli.parse(compare.command(cell, Path("data"), "cnn", tmp_path)[3:])
-        assert isinstance(parsed, cli.Train)
+    for cell in cells.cells(settings, ["gd", "gd+rank1:gradient"], [0, 3], tmp_path):
+        parsed = parser.parse(cells.command(cell, Path("data"), "cnn", tmp_path)[3:])
+        assert isinstance(parsed, options.Train)
         assert all(getattr(parsed, name) == value for name, value in vars(cell.config).items())
 
 

@@ -14,9 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from conftest import SHORT, command, options, same_end
-from crl_diffusion import checkpoint, cli, pictures, report
-from crl_diffusion.readers import read_metrics, read_timings
-from crl_diffusion.records import RecordError
+from crl_diffusion import cli
+from crl_diffusion.errors import RecordError
+from crl_diffusion.evaluation import summaries
+from crl_diffusion.reporting import run_pictures
+from crl_diffusion.run_folder import checkpoint
+from crl_diffusion.run_folder.readers import read_metrics, read_timings
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_tensors
@@ -241,7 +244,7 @@ CASES: dict[str, Case] = {
 @pytest.fixture
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """They follow from metrics.jsonl and the samples, and take most of the time of so short a run."""
-    monkeypatch.setattr(pictures, "of_run", lambda run: [])
+    monkeypatch.setattr(run_pictures, "of_run", lambda run: [])
 
 
 @pytest.fixture
@@ -602,7 +605,7 @@ def test_readers_take_what_the_trainer_writes_and_what_earlier_versions_wrote(fi
     few = {"kind": "evaluation", "after_task": 2, "task": 1, "fid": 1, "extractor": "e", "sampler": "s"}
     few |= {"samples": 4, "sampler_steps": 2}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(few) + "\n" + json.dumps({**few, "task": 2}) + "\n")
-    assert report.fid_matrix(read_metrics(tmp_path)) == [[], [1, 1]]  # joint training: evaluated at the end
+    assert summaries.fid_matrix(read_metrics(tmp_path)) == [[], [1, 1]]  # joint training: evaluated at the end
     (tmp_path / "metrics.jsonl").write_text(json.dumps({**few, "task": 2}) + "\n")
     with pytest.raises(RecordError, match=r"metrics.jsonl' lacks rows before row 1 \(the evaluation of task 2 after"):
         read_metrics(tmp_path)

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from crl_diffusion import data, datasets, images
-from crl_diffusion.data import Images
-from crl_diffusion.method import OptionError, RunConfig
+from crl_diffusion.config.settings import RunConfig
+from crl_diffusion.data import images, sources, tasks
+from crl_diffusion.data.images import Images
+from crl_diffusion.data.source import Preset, Source
+from crl_diffusion.errors import OptionError
 from torch import Tensor
 from torch.nn import functional
 
@@ -33,8 +35,8 @@ def numbered(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             pixels[:, 0, 0, 0], pixels[:, 0, 0, 1] = number // 256, number % 256
             return Images(pixels, labels)
 
-        source = datasets.Source("made-up", classes, part(train), part(test))
-        monkeypatch.setitem(datasets.DATASETS, "digits", datasets.Preset(lambda root, size: source, (8,), 4))
+        source = Source("made-up", classes, part(train), part(test))
+        monkeypatch.setitem(sources.DATASETS, "digits", Preset(lambda root, size: source, (8,), 4))
 
     return put
 
@@ -46,13 +48,13 @@ def numbers(part: Images) -> list[int]:
 
 def test_pixels_survive_the_way_to_floats_and_back() -> None:
     pixels = torch.arange(256, dtype=torch.uint8)
-    floats = data.to_float(pixels)
+    floats = images.to_float(pixels)
     assert (floats.min(), floats.max()) == (-1, 1)
-    assert torch.equal(data.to_pixels(floats), pixels)
-    assert data.to_pixels(torch.tensor([-7.0, 7.0])).tolist() == [0, 255]
+    assert torch.equal(images.to_pixels(floats), pixels)
+    assert images.to_pixels(torch.tensor([-7.0, 7.0])).tolist() == [0, 255]
 
 
-def test_digits_are_split_class_by_class(digits: data.Data) -> None:
+def test_digits_are_split_class_by_class(digits: tasks.Data) -> None:
     from sklearn.datasets import load_digits
 
     counts = torch.from_numpy(load_digits().target).bincount()
@@ -63,7 +65,7 @@ def test_digits_are_split_class_by_class(digits: data.Data) -> None:
     assert digits.train.pixels.dtype == torch.uint8
 
 
-def test_tasks_are_pairs_of_classes_in_their_original_order(digits: data.Data) -> None:
+def test_tasks_are_pairs_of_classes_in_their_original_order(digits: tasks.Data) -> None:
     assert [task.classes for task in digits.tasks] == [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9)]
     for task in digits.tasks:
         assert set(task.train.labels.tolist()) == set(task.held_out.labels.tolist()) == set(task.classes)
@@ -72,7 +74,7 @@ def test_tasks_are_pairs_of_classes_in_their_original_order(digits: data.Data) -
 
 
 def test_a_shuffled_order_of_classes_deals_the_same_images_into_other_tasks() -> None:
-    plain, shuffled = (data.load(config(class_order=order), UNUSED) for order in (-1, 7))
+    plain, shuffled = (tasks.load(config(class_order=order), UNUSED) for order in (-1, 7))
     order = [c for task in shuffled.tasks for c in task.classes]
     assert sorted(order) == list(range(10)) != order
     for task in shuffled.tasks:
@@ -81,7 +83,7 @@ def test_a_shuffled_order_of_classes_deals_the_same_images_into_other_tasks() ->
 
 
 def test_tasks_of_other_sizes() -> None:
-    loaded = data.load(config(tasks=2, classes_per_task=5), UNUSED)
+    loaded = tasks.load(config(tasks=2, classes_per_task=5), UNUSED)
     assert [task.classes for task in loaded.tasks] == [(0, 1, 2, 3, 4), (5, 6, 7, 8, 9)]
 
 
@@ -92,7 +94,7 @@ def test_validation_images_are_every_fourth_of_a_class_and_taken_before_the_cut(
     labels = torch.arange(80) % 2
     numbered(labels, torch.tensor([0, 0, 1, 1]), 2)
     asked = config(tasks=1, held_out="validation", fisher_images="validation", per_class=per_class)
-    loaded = data.load(asked, UNUSED)
+    loaded = tasks.load(asked, UNUSED)
     (task,) = loaded.tasks
     validation = [n for n in range(80) if n // 2 % 4 == 3]  # number n is the (n // 2)th image of class n % 2
     assert numbers(task.validation) == numbers(task.held_out) == validation
@@ -103,16 +105,16 @@ def test_validation_images_are_every_fourth_of_a_class_and_taken_before_the_cut(
 
 
 def test_runs_that_use_no_validation_images_train_on_all() -> None:
-    assert len(data.load(config(), UNUSED).train) > len(data.load(config(fisher_images="validation"), UNUSED).train)
-    assert len(data.load(config(fisher_images="validation"), UNUSED).tasks[0].held_out) == len(
-        data.load(config(), UNUSED).tasks[0].held_out
+    assert len(tasks.load(config(), UNUSED).train) > len(tasks.load(config(fisher_images="validation"), UNUSED).train)
+    assert len(tasks.load(config(fisher_images="validation"), UNUSED).tasks[0].held_out) == len(
+        tasks.load(config(), UNUSED).tasks[0].held_out
     )
 
 
 def test_per_class_keeps_the_first_images_and_leaves_the_rest_to_the_extractor(numbered: Callable[..., None]) -> None:
     labels = torch.tensor([1, 0, 0, 1, 1, 0, 1, 0])
     numbered(labels, torch.tensor([0, 0, 1, 1]), 2)
-    loaded = data.load(config(tasks=2, classes_per_task=1, per_class=2), UNUSED)
+    loaded = tasks.load(config(tasks=2, classes_per_task=1, per_class=2), UNUSED)
     assert [numbers(task.train) for task in loaded.tasks] == [[1, 2], [0, 3]]
     assert numbers(loaded.train) == list(range(8))
     assert numbers(loaded.training(loaded.tasks)) == [0, 1, 2, 3]  # the data set's order, not the tasks'
@@ -120,7 +122,7 @@ def test_per_class_keeps_the_first_images_and_leaves_the_rest_to_the_extractor(n
 
 
 def test_tasks_share_the_pixels_of_the_whole_set() -> None:
-    loaded = data.load(config(held_out="validation", per_class=20, class_order=1), UNUSED)
+    loaded = tasks.load(config(held_out="validation", per_class=20, class_order=1), UNUSED)
     for task in loaded.tasks:
         for part in (task.train, task.validation, task.held_out):
             assert part.storage is loaded.train.storage
@@ -174,7 +176,7 @@ def test_smaller_is_the_mean_of_areas_and_larger_a_black_border() -> None:
 
 def test_a_size_that_is_not_offered_is_refused() -> None:
     with pytest.raises(OptionError, match=r"--image-size is 9, but digits comes in 8 pixels"):
-        data.load(config(image_size=9), UNUSED)
+        tasks.load(config(image_size=9), UNUSED)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +211,7 @@ def test_tasks_without_images_are_refused(
 ) -> None:
     numbered(torch.tensor(train), torch.tensor(test), classes)
     with pytest.raises(OptionError) as caught:
-        data.load(config(**settings), UNUSED)
+        tasks.load(config(**settings), UNUSED)
     for part in said:
         assert part in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -20,18 +20,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from crl_diffusion import cache, data, loop, replay
-from crl_diffusion.datasets import CIFAR10_CLASSES
-from crl_diffusion.diffusion import SCHEDULES
-from crl_diffusion.method import OptionError, RunConfig
-from crl_diffusion.records import read_rows
+from crl_diffusion import files
+from crl_diffusion.config.settings import RunConfig
+from crl_diffusion.data import cache, tasks
+from crl_diffusion.data.torchvision_sets import CIFAR10_CLASSES
+from crl_diffusion.diffusion.noising import SCHEDULES
+from crl_diffusion.errors import OptionError
+from crl_diffusion.files import read_rows
+from crl_diffusion.methods import regression
+from crl_diffusion.training import loop
 from PIL import Image
 
 MNISTS = [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST")]
 
 
-def load(name: str, root: Path, **settings: Any) -> data.Data:
-    return data.load(RunConfig(method="fine-tune", data=name, **settings), root)  # type: ignore[arg-type]
+def load(name: str, root: Path, **settings: Any) -> tasks.Data:
+    return tasks.load(RunConfig(method="fine-tune", data=name, **settings), root)  # type: ignore[arg-type]
 
 
 def refused(name: str, root: Path, **settings: Any) -> str:
@@ -270,7 +274,7 @@ def test_a_step_of_a_mapped_set_reads_little_more_than_its_own_images(tmp_path: 
     assert len(loaded.train) == count
     assert resident() == 0
     task = loaded.tasks[1]
-    batch = replay.real_batch(task.train, 32, 1.0, SCHEDULES["linear"], replay.Moment(0, 0, 3), torch.zeros(()))
+    batch = regression.real_batch(task.train, 32, 1.0, SCHEDULES["linear"], regression.Moment(0, 0, 3), torch.zeros(()))
     assert batch.noised.shape == (32, 3, side, side)
     assert 0 < resident() <= loaded.train.storage.numel() // 4  # 32 of 5,461 images, in pages or runs of pages
     assert len(task.train.pixels) == 1000  # that is what it is not: reading a whole task
@@ -327,7 +331,7 @@ def test_two_that_need_a_copy_at_once_make_one(
 ) -> None:
     pytest.importorskip("fcntl", reason="the lock is POSIX's")
     write_tree(tmp_path, ("a", "b"))
-    both_found_none, locked = threading.Barrier(2, timeout=60), cache.locked
+    both_found_none, locked = threading.Barrier(2, timeout=60), files.locked
 
     def late(path: Path) -> Any:
         both_found_none.wait()

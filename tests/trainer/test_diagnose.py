@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from crl_diffusion import cli, diagnosis, diffusion
+from crl_diffusion import cli, diagnosis
+from crl_diffusion.diffusion import noising
 
-from crl_kernels.diagnostics import Diagnosis
+from crl_kernels.diagnostics.diagnosis import Diagnosis
 
 
 def test_a_run_is_diagnosed_and_not_touched(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -26,7 +27,7 @@ def test_a_run_is_diagnosed_and_not_touched(finished: Path, tmp_path: Path, caps
     assert "held out" in said
     assert list(found.at) == [500]
     assert found.num_samples == 48
-    assert found.snr[500] == pytest.approx(diffusion.SCHEDULES["linear"].snr(500), rel=1e-5)
+    assert found.snr[500] == pytest.approx(noising.SCHEDULES["linear"].snr(500), rel=1e-5)
     assert (out / "report.md").read_text().startswith("# Is rank 1 enough? digits, gd+rank1, task 2\n")
     assert str(tmp_path) not in (out / "report.json").read_text() + (out / "report.md").read_text()
 
@@ -40,7 +41,7 @@ def test_the_loss_is_the_trainers_at_the_timestep_that_is_asked_for() -> None:
 
     batch = (torch.ones(2, 1, 4, 4), torch.tensor([0, 1]))
     torch.manual_seed(0)
-    losses = diagnosis.per_sample_loss_at(diffusion.SCHEDULES["linear"], Model(), batch, torch.tensor([7, 900]))
+    losses = diagnosis.per_sample_loss_at(noising.SCHEDULES["linear"], Model(), batch, torch.tensor([7, 900]))
     torch.manual_seed(0)
     torch.testing.assert_close(losses, torch.randn(2, 1, 4, 4).square().flatten(1).mean(1))
 

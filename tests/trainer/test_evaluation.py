@@ -10,20 +10,24 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SHORT
-from crl_diffusion import cli, data, diffusion, evaluation, fid
-from crl_diffusion.data import Images
-from crl_diffusion.extractors import Classifier
-from crl_diffusion.method import OptionError, RunConfig
-from crl_diffusion.records import Row, read_rows
-from crl_diffusion.run_folder import claim
-from crl_diffusion.state import Run
+from crl_diffusion import cli
+from crl_diffusion.config.settings import RunConfig
+from crl_diffusion.data import tasks
+from crl_diffusion.data.images import Images
+from crl_diffusion.diffusion import sampling
+from crl_diffusion.errors import OptionError
+from crl_diffusion.evaluation import evaluate, fid
+from crl_diffusion.evaluation.classifiers import Classifier
+from crl_diffusion.files import Row, read_rows
+from crl_diffusion.run_folder.layout import claim
+from crl_diffusion.training.run import Run
 from torch import Tensor
 
 MakeRun = Callable[[RunConfig], Run]
 Short = Callable[..., RunConfig]
 
 
-def test_a_row_says_what_was_measured_with_what(finished: Path, extractor: Classifier, digits: data.Data) -> None:
+def test_a_row_says_what_was_measured_with_what(finished: Path, extractor: Classifier, digits: tasks.Data) -> None:
     rows = [row for row in read_rows(finished / "metrics.jsonl") if row["kind"] == "evaluation"]
     summary = json.loads((finished / "summary.json").read_text())
     for row in rows:
@@ -44,16 +48,16 @@ def test_a_row_says_what_was_measured_with_what(finished: Path, extractor: Class
     assert summary["accuracy_forgetting"] == pytest.approx(rows[0]["accuracy"] - rows[1]["accuracy"])
 
 
-def test_a_row_by_hand(extractor: Classifier, extractor_folder: Path, digits: data.Data, short: Short) -> None:
+def test_a_row_by_hand(extractor: Classifier, extractor_folder: Path, digits: tasks.Data, short: Short) -> None:
     """Images of the wrong class count against accuracy; those of other tasks, against the histogram too."""
-    tools = evaluation.instruments("cnn", digits, extractor_folder)
+    tools = evaluate.instruments("cnn", digits, extractor_folder)
     right = {c: digits.train.pixels[digits.train.labels == c] for c in range(10)}
     right = {c: pixels[extractor.predictions(pixels) == c] for c, pixels in right.items()}
     drawn = [(0, 0, 5), (0, 1, 2), (0, 7, 1), (1, 1, 8)]  # asked for, drawn, how many
     pixels = torch.cat([right[shown][:n] for _, shown, n in drawn])
     label = torch.cat([torch.full((n,), asked) for asked, _, n in drawn])
     task = digits.tasks[0]
-    row = evaluation.measure(tools, digits, short(), task, Images(pixels, label))
+    row = evaluate.measure(tools, digits, short(), task, Images(pixels, label))
     assert (row["accuracy"], row["predicted"], row["predicted_elsewhere"]) == (13 / 16, [5, 10], 1)
     assert row["fid"] == fid.fid(extractor, fid.real_statistics(extractor, task.held_out.pixels), pixels)
 
@@ -77,10 +81,10 @@ def test_evaluation_does_not_depend_on_the_samplers_batches(run: Run) -> None:
         def draw(latents: Tensor, label: Tensor) -> Tensor:
             pairs = zip(latents.split(batch), label.split(batch), strict=True)
             images = torch.cat([run.draw(x, y) for x, y in pairs])
-            drawn[batch] = data.to_pixels(images)
+            drawn[batch] = images.to_pixels(images)
             return images
 
-        return evaluation.evaluate(draw, run.tools, run.data, run.config, 1, run.out)
+        return evaluate.evaluate(draw, run.tools, run.data, run.config, 1, run.out)
 
     whole = run.evaluate(run.stages[0])
     assert rows(40) == whole
@@ -96,7 +100,7 @@ def test_evaluation_does_not_depend_on_the_samplers_batches(run: Run) -> None:
 
 def test_more_samples_begin_with_the_same_images() -> None:
     few, many = (
-        diffusion.draw_latents(0, "evaluation", torch.tensor([0, 1]).repeat_interleave(n), (1, 8, 8)) for n in (3, 9)
+        sampling.draw_latents(0, "evaluation", torch.tensor([0, 1]).repeat_interleave(n), (1, 8, 8)) for n in (3, 9)
     )
     assert torch.equal(few[:3], many[:3])
     assert torch.equal(few[3:], many[9:12])
@@ -119,7 +123,7 @@ def test_a_process_without_instruments_only_draws(run: Run) -> None:
         asked.append(label)
         return latents
 
-    assert evaluation.evaluate(draw, None, run.data, run.config, 1, run.out) == []
+    assert evaluate.evaluate(draw, None, run.data, run.config, 1, run.out) == []
     assert [label.tolist() for label in asked] == [[0] * 20 + [1] * 20]
     assert not (run.out / "samples").exists()
 

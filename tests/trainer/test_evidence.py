@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from crl_diffusion import cli, report
-from crl_diffusion.method import OptionError, RunConfig, Settings, check
+from crl_diffusion.cli import parser
+from crl_diffusion.config.settings import RunConfig, Settings, check
+from crl_diffusion.errors import OptionError
+from crl_diffusion.reporting import runs
 from run_folders import fabricate, measured_as
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))  # benchmarks are run from a checkout, not installed
@@ -157,7 +159,7 @@ def test_commands_of_the_experiments_are_understood(name, tmp_path):
             assert not experiment.grid or (stage == "fine" and experiment.fine_seed is None)
             continue
         arguments = evidence.compare_arguments(experiment, stage, methods, seeds[0])
-        command = cli.parse(["compare", "--out", str(tmp_path), *arguments])
+        command = parser.parse(["compare", "--out", str(tmp_path), *arguments])
         assert command.held_out == ("test" if stage == "final" else "validation")
         for method in command.methods:
             settings = {field.name: getattr(command, field.name) for field in fields(Settings)}
@@ -174,7 +176,7 @@ def test_a_ledger_gives_back_what_a_report_needs(tuned, tmp_path):
 
     assert ledger.restore(lines, elsewhere) == count
     assert ledger.restore(lines, elsewhere) == 0
-    before, after = (report.find([root / "final"])[0] for root in (tuned, elsewhere))
+    before, after = (runs.find([root / "final"])[0] for root in (tuned, elsewhere))
     assert [(run.config, run.summary) for run in before] == [(run.config, run.summary) for run in after]
     assert ledger.record(lines, elsewhere) == 0
     pages = []

@@ -10,28 +10,32 @@ from pathlib import Path
 
 import pytest
 import torch
-from crl_diffusion import data, evaluation, extractors, fid, loop
-from crl_diffusion.extractors import Classifier, Custom
-from crl_diffusion.method import OptionError, RunConfig
-from crl_diffusion.records import read_json, read_rows
+from crl_diffusion.config.settings import RunConfig
+from crl_diffusion.data import images, tasks
+from crl_diffusion.errors import OptionError
+from crl_diffusion.evaluation import classifiers, evaluate, extractors, features, fid
+from crl_diffusion.evaluation.classifiers import Classifier
+from crl_diffusion.evaluation.extractors import Custom
+from crl_diffusion.files import read_json, read_rows
+from crl_diffusion.training import loop
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 
-def test_features_have_the_total_variance_that_is_promised(extractor: Classifier, digits: data.Data) -> None:
-    features = extractor(data.to_float(digits.train.pixels)).double()
+def test_features_have_the_total_variance_that_is_promised(extractor: Classifier, digits: tasks.Data) -> None:
+    features = extractor(images.to_float(digits.train.pixels)).double()
     assert features.shape == (len(digits.train.labels), extractor.num_features) == (len(digits.train.labels), 32)
-    assert float(features.var(0).sum()) == pytest.approx(extractors.TOTAL_VARIANCE, rel=1e-4)
+    assert float(features.var(0).sum()) == pytest.approx(classifiers.TOTAL_VARIANCE, rel=1e-4)
 
 
 @pytest.mark.parametrize(("chosen", "named", "parameters"), [("cnn", "cnn32", 89_034), ("lenet", "lenet84", 61_706)])
 def test_classifiers_know_the_digits_and_are_kept(
-    digits: data.Data, extractor_folder: Path, chosen: str, named: str, parameters: int
+    digits: tasks.Data, extractor_folder: Path, chosen: str, named: str, parameters: int
 ) -> None:
-    made = extractors.classifier(digits, extractor_folder, chosen)
+    made = classifiers.classifier(digits, extractor_folder, chosen)
     assert made.name.startswith(f"{named}-digits-8px-")
-    assert extractors.digest(*made.state_dict().values()).startswith(made.name[-8:])
+    assert features.digest(*made.state_dict().values()).startswith(made.name[-8:])
     assert made.test_accuracy > 0.95
     assert made.accuracy(digits.test.pixels, digits.test.labels) == made.test_accuracy
     wrong = (digits.test.labels + 1) % 10
@@ -41,10 +45,10 @@ def test_classifiers_know_the_digits_and_are_kept(
     if chosen == "lenet":
         assert sum(p.numel() for p in made.parameters()) == parameters  # LeNet-5's, as counted in 1998's layout
     before = {path: path.stat().st_mtime_ns for path in extractor_folder.glob("*.safetensors")}
-    again = extractors.classifier(digits, extractor_folder, chosen)
+    again = classifiers.classifier(digits, extractor_folder, chosen)
     assert again.name == made.name
     assert {path: path.stat().st_mtime_ns for path in extractor_folder.glob("*.safetensors")} == before
-    x = data.to_float(digits.test.pixels[:5])
+    x = images.to_float(digits.test.pixels[:5])
     assert torch.equal(again(x), made(x))
 
 
@@ -54,33 +58,33 @@ def _file(folder: Path) -> Path:
 
 
 def test_other_training_images_have_an_extractor_of_their_own(
-    digits: data.Data, extractor_folder: Path, monkeypatch: pytest.MonkeyPatch
+    digits: tasks.Data, extractor_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(extractors, "CLASSIFIER_STEPS", 1)  # it need not be good
-    train = data.Images(digits.train.pixels[:64], digits.train.labels[:64])
+    monkeypatch.setattr(classifiers, "CLASSIFIER_STEPS", 1)  # it need not be good
+    train = images.Images(digits.train.pixels[:64], digits.train.labels[:64])
     before = set(extractor_folder.glob("*.safetensors"))
-    extractors.classifier(replace(digits, train=train), extractor_folder)
+    classifiers.classifier(replace(digits, train=train), extractor_folder)
     (made,) = set(extractor_folder.glob("*.safetensors")) - before
     made.unlink()
 
 
 def test_an_extractor_of_other_images_or_a_torn_one_is_refused(
-    extractor_folder: Path, digits: data.Data, tmp_path: Path
+    extractor_folder: Path, digits: tasks.Data, tmp_path: Path
 ) -> None:
     path = tmp_path / _file(extractor_folder).name
     content = _file(extractor_folder).read_bytes()
     path.write_bytes(content[:-100])
     with pytest.raises(OptionError, match=r"cannot be read .*delete it"):
-        extractors.classifier(digits, tmp_path)
+        classifiers.classifier(digits, tmp_path)
     path.write_bytes(content)
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     save_file(load_file(path), path, {**metadata, "data": "mnist"})
     with pytest.raises(OptionError, match=r"for something else \(data 'mnist' there, 'digits' here\); delete it"):
-        extractors.classifier(digits, tmp_path)
+        classifiers.classifier(digits, tmp_path)
 
 
-def test_a_name_that_is_not_known_is_refused(digits: data.Data, tmp_path: Path) -> None:
+def test_a_name_that_is_not_known_is_refused(digits: tasks.Data, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="--extractor is 'vgg'; choose one of cnn, lenet, inception"):
         extractors.extractor("vgg", digits, tmp_path)  # type: ignore[arg-type]
 
@@ -94,7 +98,7 @@ def _moments(images: Tensor) -> Tensor:
 
 
 def test_a_callable_measures_fid_under_the_name_it_was_given(
-    extractor_folder: Path, digits: data.Data, tmp_path: Path, short: Callable[..., RunConfig]
+    extractor_folder: Path, digits: tasks.Data, tmp_path: Path, short: Callable[..., RunConfig]
 ) -> None:
     from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -115,8 +119,8 @@ def test_a_callable_measures_fid_under_the_name_it_was_given(
 
     metric = FrechetInceptionDistance(feature=Moments(), normalize=True)
     drawn = load_file(tmp_path / "samples" / "after-task-1.safetensors")  # all of them: 12 a class
-    metric.update(data.to_float(digits.tasks[0].held_out.pixels), real=True)
-    metric.update(data.to_float(drawn["pixels"]), real=False)
+    metric.update(images.to_float(digits.tasks[0].held_out.pixels), real=True)
+    metric.update(images.to_float(drawn["pixels"]), real=False)
     assert row["fid"] == pytest.approx(float(metric.compute()), rel=1e-4)
 
     # Its code cannot be known from its name: nothing that was computed with it is kept on disk.
@@ -126,7 +130,7 @@ def test_a_callable_measures_fid_under_the_name_it_was_given(
         loop.train(config, tmp_path)
 
 
-def test_a_callable_that_makes_no_features_is_refused(digits: data.Data, tmp_path: Path) -> None:
+def test_a_callable_that_makes_no_features_is_refused(digits: tasks.Data, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"'flat' made \(2,\) torch.float32 of two images; .* \(N, d\)"):
         extractors.extractor(Custom("flat", lambda images: images.mean((1, 2, 3))), digits, tmp_path)
 
@@ -134,7 +138,7 @@ def test_a_callable_that_makes_no_features_is_refused(digits: data.Data, tmp_pat
 # Inception
 
 
-def test_inception_says_where_to_get_its_weights(digits: data.Data, tmp_path: Path) -> None:
+def test_inception_says_where_to_get_its_weights(digits: tasks.Data, tmp_path: Path) -> None:
     with pytest.raises(OptionError) as caught:
         extractors.extractor("inception", digits, tmp_path)
     text = str(caught.value)
@@ -157,7 +161,7 @@ def _honest(folder: Path, content: Path) -> Path:
 
 
 def test_inception_without_its_package_says_what_to_install(
-    digits: data.Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    digits: tasks.Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torchmetrics.image.fid._TORCH_FIDELITY_AVAILABLE", False)
     (tmp_path / "w").write_bytes(b"weights")
@@ -167,7 +171,7 @@ def test_inception_without_its_package_says_what_to_install(
 
 
 def test_inception_is_torchmetrics_inception(
-    digits: data.Data, extractor_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    digits: tasks.Data, extractor_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network = pytest.importorskip(
         "torch_fidelity.feature_extractor_inceptionv3", reason="torch-fidelity is not installed"
@@ -200,11 +204,11 @@ def test_inception_is_torchmetrics_inception(
 
     # Classes are still told apart by the data set's own classifier.
     shutil.copy(_file(extractor_folder), tmp_path)
-    tools = evaluation.instruments("inception", digits, tmp_path)
+    tools = evaluate.instruments("inception", digits, tmp_path)
     assert tools.classifier.name.startswith("cnn32-digits-8px-")
     config = RunConfig(method="gd", eval_samples=2)
-    task = replace(digits.tasks[0], held_out=data.Images(real, digits.test.labels[:4]))
-    row = evaluation.measure(tools, digits, config, task, data.Images(generated, torch.tensor([0, 0, 1, 1])))
+    task = replace(digits.tasks[0], held_out=images.Images(real, digits.test.labels[:4]))
+    row = evaluate.measure(tools, digits, config, task, images.Images(generated, torch.tensor([0, 0, 1, 1])))
     assert row["fid"] == pytest.approx(expected, rel=1e-4)
     assert (row["extractor"], row["classifier"]) == (made.name, tools.classifier.name)
     assert any("4 images are fewer than 2048 features" in line for line in tools.about(config, digits))

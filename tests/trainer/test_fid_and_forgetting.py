@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from crl_diffusion import data, fid, metrics
-from crl_diffusion.extractors import Classifier
+from crl_diffusion.data import images, tasks
+from crl_diffusion.evaluation import fid, metrics
+from crl_diffusion.evaluation.classifiers import Classifier
 from torch import Tensor
 
 R = [[10.0], [14.0, 20.0], [19.0, 22.0, 30.0]]
@@ -99,7 +100,7 @@ def _by_hand(extractor: Classifier, real: Tensor, generated: Tensor) -> float:
     return float(metric.compute())
 
 
-def test_fid_is_torchmetrics_fid_to_the_bit(extractor: Classifier, digits: data.Data, tmp_path: Path) -> None:
+def test_fid_is_torchmetrics_fid_to_the_bit(extractor: Classifier, digits: tasks.Data, tmp_path: Path) -> None:
     real, generated = digits.tasks[0].held_out.pixels, digits.tasks[1].train.pixels
     expected = _by_hand(extractor, real, generated)
     assert expected > 50
@@ -111,16 +112,16 @@ def test_fid_is_torchmetrics_fid_to_the_bit(extractor: Classifier, digits: data.
     assert fid.fid(extractor, kept, alike) == _by_hand(extractor, real, alike) < 5
 
 
-def test_in_parts_fid_is_torchmetrics_fid(extractor: Classifier, digits: data.Data) -> None:
+def test_in_parts_fid_is_torchmetrics_fid(extractor: Classifier, digits: tasks.Data) -> None:
     real, generated = digits.train.pixels, digits.test.pixels.flip(3)  # more than a thousand, in two parts
     value = fid.fid(extractor, fid.real_statistics(extractor, real), generated)
     assert value == pytest.approx(_by_hand(extractor, real, generated), rel=1e-4)
 
 
-def test_kept_statistics_are_means_and_covariances(extractor: Classifier, digits: data.Data, tmp_path: Path) -> None:
+def test_kept_statistics_are_means_and_covariances(extractor: Classifier, digits: tasks.Data, tmp_path: Path) -> None:
     pixels = digits.tasks[0].held_out.pixels
     total, products, count = fid.kept_statistics(extractor, pixels, tmp_path, {})
-    features = extractor(data.to_float(pixels)).double()
+    features = extractor(images.to_float(pixels)).double()
     assert (total.dtype, products.dtype, int(count)) == (torch.float64, torch.float64, len(pixels))
     mean = total / count
     torch.testing.assert_close(mean, features.mean(0))
@@ -128,7 +129,7 @@ def test_kept_statistics_are_means_and_covariances(extractor: Classifier, digits
 
 
 def test_statistics_are_kept_and_made_anew_when_they_are_not_what_is_asked_for(
-    extractor: Classifier, digits: data.Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    extractor: Classifier, digits: tasks.Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     computed: list[int] = []
     original = fid.real_statistics
@@ -165,7 +166,7 @@ def test_statistics_are_kept_and_made_anew_when_they_are_not_what_is_asked_for(
         assert computed == [len(first)]
 
 
-def test_real_against_real_is_chance_and_noise_is_not(extractor: Classifier, digits: data.Data) -> None:
+def test_real_against_real_is_chance_and_noise_is_not(extractor: Classifier, digits: tasks.Data) -> None:
     """FIDs of 200 random halves of a task's held-out images show what chance makes of 59 images against 59."""
     task, generator = digits.tasks[0], torch.Generator().manual_seed(0)
     n = len(task.held_out.labels) // 2

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 from conftest import SHORT, options, python, same_end
-from crl_diffusion import data, evaluation
-from crl_diffusion.method import RunConfig
+from crl_diffusion.config.settings import RunConfig
+from crl_diffusion.data import tasks
+from crl_diffusion.evaluation import evaluate
 
 SCRIPT = Path(__file__).with_name("killed_runs.py")
 
@@ -18,8 +19,8 @@ def _killed_again_and_again(method: str, seed: int, kills: int, extractor_folder
     settings = {**SHORT, "ema": 0.9}
     # Kept statistics of real images first: a run that writes them has more moments than the one that is to be killed.
     config = RunConfig(method=method, **settings)
-    images = data.load(config, Path("unused"))
-    evaluation.prepare(evaluation.instruments("cnn", images, extractor_folder), config, images)
+    images = tasks.load(config, Path("unused"))
+    evaluate.prepare(evaluate.instruments("cnn", images, extractor_folder), config, images)
     arguments = ["train", "--method", method, *options(settings), "--out", out, "--extractor-folder", extractor_folder]
     done = python(SCRIPT, seed, kills, *arguments)
     said = f"python {SCRIPT.name} {seed} {kills} ...\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"

@@ -12,24 +12,18 @@ from dataclasses import replace
 import hypothesis
 import pytest
 import torch
-from crl_diffusion import diffusion, method, replay
-from crl_diffusion.data import Data
-from crl_diffusion.method import (
-    METHODS,
-    Method,
-    OptionError,
-    Penalty,
-    Replay,
-    RunConfig,
-    Stage,
-    check,
-    parse_method,
-    spell,
-    stages,
-    task_classes,
-)
-from crl_diffusion.model import predict
-from crl_diffusion.state import Run, fisher_batches, per_sample_loss
+from crl_diffusion.config import method, spelling
+from crl_diffusion.config.curriculum import Stage, stages, task_classes
+from crl_diffusion.config.method import METHODS, Method, Penalty, Replay
+from crl_diffusion.config.settings import RunConfig, check
+from crl_diffusion.config.spelling import parse_method, spell
+from crl_diffusion.data.tasks import Data
+from crl_diffusion.diffusion import sampling
+from crl_diffusion.diffusion.network import predict
+from crl_diffusion.errors import OptionError
+from crl_diffusion.methods import regression
+from crl_diffusion.training.fisher_batches import fisher_batches, per_sample_loss
+from crl_diffusion.training.run import Run
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -37,7 +31,7 @@ MakeRun = Callable[[RunConfig], Run]
 Short = Callable[..., RunConfig]
 
 
-def _batches(run: Run, stage: Stage) -> list[replay.NoisedBatch]:
+def _batches(run: Run, stage: Stage) -> list[regression.NoisedBatch]:
     images = run.data.train.of(stage.classes)
     batches = []
     for run.step in range(4):
@@ -60,7 +54,7 @@ def latents(monkeypatch: pytest.MonkeyPatch) -> Callable[[Run], list[float]]:
             raise Enough
 
         with monkeypatch.context() as patch, contextlib.suppress(Enough):
-            patch.setattr(diffusion, "ddim", ddim)
+            patch.setattr(sampling, "ddim", ddim)
             run.evaluate(run.stages[0])
         assert found
         return found
@@ -112,7 +106,9 @@ def test_an_epoch_takes_every_image_once(digits: Data) -> None:
     images = digits.tasks[0].train
     total, n = len(images.labels), 7
     numbered = replace(images, labels=torch.arange(total))
-    taken = torch.cat([replay.epoch_batch(numbered, n, replay.Moment(0, 0, step)).labels for step in range(2 * total)])
+    taken = torch.cat(
+        [regression.epoch_batch(numbered, n, regression.Moment(0, 0, step)).labels for step in range(2 * total)]
+    )
     for epoch in range(2 * n):
         assert torch.equal(taken[epoch * total : (epoch + 1) * total].sort().values, torch.arange(total))
     assert not torch.equal(taken[:total], taken[total : 2 * total])
@@ -120,7 +116,7 @@ def test_an_epoch_takes_every_image_once(digits: Data) -> None:
 
 def test_a_batch_larger_than_the_data_goes_round(digits: Data) -> None:
     few = replace(digits.tasks[0].train.take(torch.arange(3)), labels=torch.arange(3))
-    labels = replay.epoch_batch(few, 10, replay.Moment(0, 0, 1)).labels
+    labels = regression.epoch_batch(few, 10, regression.Moment(0, 0, 1)).labels
     assert len(labels) == 10
     assert labels.bincount(minlength=3).min() >= 2
 
@@ -154,11 +150,12 @@ def test_the_pool_is_drawn_from_the_teacher_for_every_old_class(short: Short, ma
 
     def draw() -> Tensor:
         label = torch.tensor([2])
-        from crl_diffusion import data, diffusion
+        from crl_diffusion.data import images
+        from crl_diffusion.diffusion import sampling
 
-        latents = diffusion.draw_latents(0, "pool", label, (1, 8, 8), task=1)
+        latents = sampling.draw_latents(0, "pool", label, (1, 8, 8), task=1)
         assert run.teacher is not None
-        return data.to_pixels(replay.draw_images(run.teacher, run.schedule, latents, label, 2))
+        return images.to_pixels(sampling.draw_images(run.teacher, run.schedule, latents, label, 2))
 
     assert torch.equal(images.of([2]).pixels[:1], draw())
     with torch.no_grad():
@@ -284,7 +281,7 @@ def test_what_is_no_method_is_refused(text: str, message: str) -> None:
 def test_tables_go_from_simple_to_rich() -> None:
     wanted = ["fine-tune", "joint", "gd", "masip", "diagonal", "gd+diagonal", "rank1", "gd+rank1", "gd+rank1:lam=60"]
     wanted += ["gd+rank3", "gd+rank10", "gd+bands8", "gd+bands12"]
-    assert method.in_order(reversed([*wanted, "gd"])) == wanted
+    assert spelling.in_order(reversed([*wanted, "gd"])) == wanted
 
 
 @pytest.mark.parametrize(

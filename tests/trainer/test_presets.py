@@ -6,10 +6,16 @@ from pathlib import Path
 
 import pytest
 from conftest import child_environment
-from crl_diffusion import cli, cost, presets
-from crl_diffusion.method import DATA_PLANS, METHODS, Penalty, RunConfig, check, parse_method, planned, spell, stages
-from crl_diffusion.presets import OURS, PRESETS, UNUSED, resolved
-from crl_diffusion.steps import new_optimizer
+from crl_diffusion import cli
+from crl_diffusion.cli import options, parser
+from crl_diffusion.config import presets
+from crl_diffusion.config.curriculum import stages
+from crl_diffusion.config.method import METHODS, Penalty
+from crl_diffusion.config.presets import OURS, PRESETS, UNUSED, resolved
+from crl_diffusion.config.settings import DATA_PLANS, RunConfig, check, planned
+from crl_diffusion.config.spelling import parse_method, spell
+from crl_diffusion.training import forecast
+from crl_diffusion.training.step import new_optimizer
 
 PRESETS_FILE = Path(__file__).parents[2] / "python" / "PRESETS.md"
 # arXiv 2509.23593: data, tasks, classes a task, epochs a task, replay images a class.
@@ -39,14 +45,14 @@ def test_a_preset_of_the_paper_has_its_numbers(name: str) -> None:
 
 def test_the_paper_has_its_network_its_noise_and_its_optimizer() -> None:
     import torch
-    from crl_diffusion import diffusion
-    from crl_diffusion.model import MODELS
+    from crl_diffusion.config.networks import MODELS
+    from crl_diffusion.diffusion import noising
 
     unet = MODELS["paper"]
     assert (unet.channels, unet.layers) == ((128, 256, 256, 256), 2)
-    assert diffusion.TIMESTEPS == 1000
+    assert noising.TIMESTEPS == 1000
     beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
-    torch.testing.assert_close(diffusion.SCHEDULES["linear"].alpha_bar, torch.cumprod(1 - beta, 0))
+    torch.testing.assert_close(noising.SCHEDULES["linear"].alpha_bar, torch.cumprod(1 - beta, 0))
     assert type(new_optimizer(torch.nn.Linear(1, 1))) is torch.optim.Adam
 
 
@@ -86,24 +92,24 @@ def test_every_preset_can_run_and_says_only_what_differs(name: str) -> None:
 
 def test_the_demo_is_the_defaults() -> None:
     assert resolved("demo", "gd", 3) == planned(RunConfig(method="gd", seed=3))
-    parsed = cli.parse(["compare", "--out", "x"])
-    assert isinstance(parsed, cli.Compare)
+    parsed = parser.parse(["compare", "--out", "x"])
+    assert isinstance(parsed, options.Compare)
     assert (parsed.methods, parsed.seeds, parsed.preset) == (("fine-tune", "gd", "gd+rank1"), (0,), "demo")
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_command_line_starts_from_a_preset_and_options_win(name: str) -> None:
     asked = ["--preset", name, "--out", "x", "--batch", "7"]
-    train = cli.parse(["train", "--method", "gd", *asked])
-    compare = cli.parse(["compare", *asked, "--seeds", "4"])
-    assert isinstance(train, cli.Train)
-    assert isinstance(compare, cli.Compare)
+    train = parser.parse(["train", "--method", "gd", *asked])
+    compare = parser.parse(["compare", *asked, "--seeds", "4"])
+    assert isinstance(train, options.Train)
+    assert isinstance(compare, options.Compare)
     for parsed in (train, compare):
         wanted = {**PRESETS[name].settings, "batch": 7}
         assert {option: getattr(parsed, option) for option in wanted} == wanted
         assert parsed.preset == name
     assert (compare.methods, compare.seeds) == (PRESETS[name].methods, (4,))
-    before = cli.parse(["train", "--batch", "7", "--method", "gd", "--out", "x", f"--preset={name}"])
+    before = parser.parse(["train", "--batch", "7", "--method", "gd", "--out", "x", f"--preset={name}"])
     assert before == train  # wherever the option stands
 
 
@@ -128,12 +134,12 @@ def test_passes_are_counted() -> None:
     config = RunConfig(method="gd+rank1", tasks=2, fisher_samples=100, **sizes)
     evaluations = (2 + 4) * 3 * 4
     expected = 38 * 3 * 8 + 19 * (3 * 8 + (3 + 1) * 6) + evaluations + 2 * 5 * 2 + 4 * 100
-    assert cost.passes(config, [38, 19]) == expected
-    assert cost.passes(RunConfig(method="joint", tasks=2, **sizes), [57]) == 57 * 3 * 8 + 4 * 3 * 4
+    assert forecast.passes(config, [38, 19]) == expected
+    assert forecast.passes(RunConfig(method="joint", tasks=2, **sizes), [57]) == 57 * 3 * 8 + 4 * 3 * 4
     fresh = RunConfig(method="masip", tasks=2, fresh_steps=2, **sizes)
-    assert cost.passes(fresh, [10, 10]) == 20 * 3 * 8 + 10 * (3 + 1 + 2) * 6 + evaluations
+    assert forecast.passes(fresh, [10, 10]) == 20 * 3 * 8 + 10 * (3 + 1 + 2) * 6 + evaluations
 
 
 def test_times_in_words() -> None:
-    words = [cost.in_words(seconds) for seconds in (40, 600, 2.2 * 3600, 15 * 3600, 31 * 86400)]
+    words = [forecast.in_words(seconds) for seconds in (40, 600, 2.2 * 3600, 15 * 3600, 31 * 86400)]
     assert words == ["40 seconds", "10 minutes", "2.2 hours", "15 hours", "31 days"]

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import SHORT, options, python
-from crl_diffusion import checkpoint, cli
-from crl_diffusion.records import read_rows
+from crl_diffusion import cli
+from crl_diffusion.files import read_rows
+from crl_diffusion.run_folder import checkpoint
 
 # Odd numbers: shares are not equal, nor are the halves of the Fisher's samples.
 SETTINGS: dict[str, Any] = {**SHORT, "precision": "fp64", "batch": 9, "replay_batch": 5, "fisher_samples": 35}

@@ -13,10 +13,23 @@ from typing import Any
 
 import numpy as np
 import pytest
-from crl_diffusion import cli, effects, page, penalty_tables, pictures, provenance, report, seeds, tables
-from crl_diffusion.compare import folder_name
-from crl_diffusion.method import RunConfig
-from crl_diffusion.report import Finished
+from crl_diffusion import errors
+from crl_diffusion.cli import options, parser
+from crl_diffusion.comparison.cells import folder_name
+from crl_diffusion.config.settings import RunConfig
+from crl_diffusion.reporting import (
+    canvas,
+    charts,
+    effects,
+    page,
+    penalty_tables,
+    provenance,
+    report,
+    samples,
+    seeds,
+    tables,
+)
+from crl_diffusion.reporting.runs import Finished, comparable, find, grouped
 from matplotlib import pyplot as plt
 from run_folders import fabricate
 
@@ -244,7 +257,7 @@ def test_labels_of_many_methods_with_long_names_do_not_overlap() -> None:
     figure.canvas.draw()
     boxes = [label.get_window_extent() for label in axis.get_yticklabels()]
     plt.close(figure)
-    assert any("\n" in pictures.wrap(name, effects.NAME_WIDTH) for name in names)
+    assert any("\n" in canvas.wrap(name, charts.NAME_WIDTH) for name in names)
     assert all(not a.overlaps(b) for a, b in pairwise(boxes))
     assert min(box.x0 for box in boxes) >= 0
 
@@ -274,28 +287,28 @@ def test_the_intervals_of_half_of_the_methods_lie_in_the_linear_part_of_an_axis(
 
 
 def test_a_name_is_broken_between_its_parts_only() -> None:
-    assert pictures.wrap(LONG, 20) == "gd+bands16:top,\nslopes,gradient,\nlam=60"
-    assert pictures.wrap("gd", 20) == "gd"
-    assert pictures.wrap(LONG, 20).replace("\n", "") == LONG
+    assert canvas.wrap(LONG, 20) == "gd+bands16:top,\nslopes,gradient,\nlam=60"
+    assert canvas.wrap("gd", 20) == "gd"
+    assert canvas.wrap(LONG, 20).replace("\n", "") == LONG
 
 
 def test_images_keep_their_colours_and_classes_their_order() -> None:
     labels = np.array([7, 7, 2, 2])
     pixels = np.zeros((4, 3, 8, 8), dtype=np.uint8)
     pixels[:2, 0], pixels[2:, 2] = 255, 128  # class 7 is red, class 2 half blue
-    classes = pictures.Classes.learnt(labels, 2)
+    classes = samples.Classes.learnt(labels, 2)
     assert classes.tasks == [[7], [2]]
-    shown = pictures.strip(pixels, labels, classes, 1, 2)
+    shown = samples.strip(pixels, labels, classes, 1, 2)
     assert shown[0, 0].tolist() == [1, 0, 0]
     assert shown[0, -1].tolist() == pytest.approx([0, 0, 128 / 255])
-    assert pictures.strip(pixels[:, :1], labels, classes, 1, 2)[0, 0].tolist() == [1, 1, 1]
+    assert samples.strip(pixels[:, :1], labels, classes, 1, 2)[0, 0].tolist() == [1, 1, 1]
     # Of a class that was not learnt yet there is a grey field.
-    assert len(np.unique(pictures.strip(pixels[:2], labels[:2], classes, 1, 2)[:, -8:])) == 1
+    assert len(np.unique(samples.strip(pixels[:2], labels[:2], classes, 1, 2)[:, -8:])) == 1
 
 
 def test_of_many_classes_some_of_every_task_are_shown() -> None:
-    classes = pictures.Classes.learnt(np.arange(1000), 20)
-    assert len(classes.shown) == pictures.SHOWN_CLASSES
+    classes = samples.Classes.learnt(np.arange(1000), 20)
+    assert len(classes.shown) == samples.SHOWN_CLASSES
     assert all(len(part) == 1 for part in classes.tasks)
     assert "20 of 1000 classes" in classes.note
 
@@ -305,17 +318,17 @@ def test_of_many_classes_some_of_every_task_are_shown() -> None:
 
 @pytest.fixture(scope="module")
 def found(runs: Path) -> list[Finished]:
-    return report.find([runs])[0]
+    return find([runs])[0]
 
 
 def test_a_sweep_is_a_family_of_one_method_beside_its_replay_without_a_penalty(found: list[Finished]) -> None:
-    groups = report.grouped(found)
+    groups = grouped(found)
     sweeps = effects.sweeps(groups)
     assert {family: list(lams) for family, lams in sweeps.items()} == {"gd+rank1": [20.0, 60.0]}
     assert effects.without_penalty(groups["gd+rank1"][0], groups) == "gd"
     assert effects.without_penalty(groups["gd+rank1"][0], {"gd+rank1": groups["gd+rank1"]}) is None
     # Named methods first, each beside its other strengths; then as found.
-    order = list(report.grouped(found, ("gd+rank1", "gd")))
+    order = list(grouped(found, ("gd+rank1", "gd")))
     assert order == ["gd+rank1", "gd+rank1:lam=60", "gd", "fine-tune", LONG, "joint"]
 
 
@@ -345,14 +358,14 @@ def test_weak_fisher_matrices_are_warned_of() -> None:
 
 def test_commands_on_the_page_give_the_configurations_again(found: list[Finished]) -> None:
     for run in found:
-        parsed = cli.parse(shlex.split(provenance.command(run))[1:])
-        assert isinstance(parsed, cli.Train)
+        parsed = parser.parse(shlex.split(provenance.command(run))[1:])
+        assert isinstance(parsed, options.Train)
         wanted = RunConfig.from_json(run.config)
         assert all(getattr(parsed, name) == value for name, value in vars(wanted).items())
     together = provenance.compare_command(found)
     assert together is not None
-    parsed = cli.parse(shlex.split(together)[1:])
-    assert isinstance(parsed, cli.Compare)
+    parsed = parser.parse(shlex.split(together)[1:])
+    assert isinstance(parsed, options.Compare)
     assert (set(parsed.methods), parsed.seeds) == ({run.method for run in found}, (0, 1, 4))
     assert provenance.compare_command(found[:-1]) is None
 
@@ -390,8 +403,8 @@ def run() -> Callable[..., Finished]:
 
 @pytest.mark.parametrize("key", ["extractor", "samples_per_task", "sampler", "held_out_images", "classifier"])
 def test_numbers_that_were_measured_otherwise_are_refused(run: Callable[..., Finished], key: str) -> None:
-    with pytest.raises(report.OptionError, match=rf"differ in their {key} \(one in gd-0; another in gd\+rank1-0\)"):
-        report.comparable([run("gd", 0, {key: "one"}), run("gd+rank1", 0, {key: "another"})])
+    with pytest.raises(errors.OptionError, match=rf"differ in their {key} \(one in gd-0; another in gd\+rank1-0\)"):
+        comparable([run("gd", 0, {key: "one"}), run("gd+rank1", 0, {key: "another"})])
 
 
 @pytest.mark.parametrize(
@@ -413,26 +426,24 @@ def test_runs_that_were_made_otherwise_are_refused(
     run: Callable[..., Finished], key: str, one: object, another: object
 ) -> None:
     named = rf"differ in their {key} \({one} in gd-0 and 1 more; {another} in gd\+rank1-0\)"
-    with pytest.raises(report.OptionError, match=named):
-        report.comparable(
-            [run("gd", 0, **{key: one}), run("gd", 1, **{key: one}), run("gd+rank1", 0, **{key: another})]
-        )
+    with pytest.raises(errors.OptionError, match=named):
+        comparable([run("gd", 0, **{key: one}), run("gd", 1, **{key: one}), run("gd+rank1", 0, **{key: another})])
 
 
 def test_methods_strengths_seeds_and_fisher_samples_may_differ(run: Callable[..., Finished]) -> None:
-    report.comparable([run("gd", 0), run("gd", 1), run("gd+rank1", 0), run("gd+rank1:lam=3", 0, fisher_samples=64)])
-    report.comparable([run("gd", 0), run("gd", 1, device="cpu", log_every=7)])
+    comparable([run("gd", 0), run("gd", 1), run("gd+rank1", 0), run("gd+rank1:lam=3", 0, fisher_samples=64)])
+    comparable([run("gd", 0), run("gd", 1, device="cpu", log_every=7)])
 
 
 def test_within_a_method_the_fisher_matrix_may_not_differ(run: Callable[..., Finished]) -> None:
-    with pytest.raises(report.OptionError, match=r"fisher_samples .* all called gd\+rank1, but their seeds"):
-        report.comparable([run("gd+rank1", 0), run("gd+rank1", 1, fisher_samples=64)])
+    with pytest.raises(errors.OptionError, match=r"fisher_samples .* all called gd\+rank1, but their seeds"):
+        comparable([run("gd+rank1", 0), run("gd+rank1", 1, fisher_samples=64)])
 
 
 def test_two_runs_of_one_method_and_seed_are_refused(run: Callable[..., Finished]) -> None:
     twin = run("gd", 0)._replace(path=Path("elsewhere"))
-    with pytest.raises(report.OptionError, match="are both gd with seed 0"):
-        report.comparable([run("gd", 0), twin])
+    with pytest.raises(errors.OptionError, match="are both gd with seed 0"):
+        comparable([run("gd", 0), twin])
 
 
 def test_the_summary_in_words_claims_what_intervals_show(run: Callable[..., Finished]) -> None:

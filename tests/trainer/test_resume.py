@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SHORT, command, options, python, same_end
-from crl_diffusion import loop
-from crl_diffusion.method import OptionError, RunConfig
-from crl_diffusion.records import read_rows
-from crl_diffusion.run_folder import writing
+from crl_diffusion.config.settings import RunConfig
+from crl_diffusion.errors import OptionError
+from crl_diffusion.files import read_rows
+from crl_diffusion.run_folder.layout import writing
+from crl_diffusion.training import loop
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 

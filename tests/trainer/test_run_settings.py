@@ -16,15 +16,19 @@ from typing import Any
 import pytest
 import torch
 from conftest import SHORT, options, same_end
-from crl_diffusion import checkpoint, cli, cost, loop, origin
-from crl_diffusion.checkpoint import Checkpoint
-from crl_diffusion.method import OptionError, RunConfig
-from crl_diffusion.precision import Precision
-from crl_diffusion.records import Log, read_json, read_rows
-from crl_diffusion.replay import NoisedBatch
-from crl_diffusion.run_folder import resolve
-from crl_diffusion.state import Run, TrainingError, require_fisher_images
-from crl_diffusion.steps import training_step
+from crl_diffusion import cli
+from crl_diffusion.config.settings import RunConfig
+from crl_diffusion.diffusion.precision import Precision
+from crl_diffusion.errors import OptionError, TrainingError
+from crl_diffusion.files import Log, read_json, read_rows
+from crl_diffusion.methods.regression import NoisedBatch
+from crl_diffusion.run_folder import checkpoint, origin
+from crl_diffusion.run_folder.checkpoint import Checkpoint
+from crl_diffusion.run_folder.layout import resolve
+from crl_diffusion.training import forecast, loop
+from crl_diffusion.training.plan import require_fisher_images
+from crl_diffusion.training.run import Run
+from crl_diffusion.training.step import training_step
 from torch import Tensor, nn
 
 MakeRun = Callable[[RunConfig], Run]
@@ -383,10 +387,10 @@ def test_the_forecast_counts_what_is_left(short: Short, make_run: MakeRun) -> No
     run = make_run(short("gd+rank1"))
     config, plan = run.config, run.stages
     # A step of the first stage is 3 passes of 8 images; of the second, 3 of 8 + 4 images and one of the teacher's on 4.
-    assert [cost.step_passes(config, stage) for stage in plan] == [24, 40]
+    assert [forecast.step_passes(config, stage) for stage in plan] == [24, 40]
     # 2 classes x 4 images x 2 steps; the pool's 2 x 3 x 2, and 4 passes of 8 samples. Then 4 classes x 4 x 2.
-    assert [cost.end_passes(config, plan, stage) for stage in plan] == [16 + 12 + 32, 32]
-    left = cost.seconds_left(config, plan, run.stage_steps, plan[0], 2, 24.0)
+    assert [forecast.end_passes(config, plan, stage) for stage in plan] == [16 + 12 + 32, 32]
+    left = forecast.seconds_left(config, plan, run.stage_steps, plan[0], 2, 24.0)
     assert left == 4 * 24 + 6 * 40 + 60 + 32
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from crl_diffusion import seeds
+from crl_diffusion.reporting import seeds
 from scipy import stats
 
 

@@ -14,9 +14,15 @@ from typing import Any
 import pytest
 import torch
 from conftest import SHORT, child_environment, options, python, same_end
-from crl_diffusion import checkpoint, cli, evaluation, loop, penalties, pictures, report, signals, state
-from crl_diffusion.method import RunConfig
-from crl_diffusion.replay import Pool
+from crl_diffusion import cli, errors, signals
+from crl_diffusion.config.settings import RunConfig
+from crl_diffusion.evaluation import evaluate
+from crl_diffusion.methods import penalties
+from crl_diffusion.methods.replay import Pool
+from crl_diffusion.reporting import report, run_pictures
+from crl_diffusion.run_folder import checkpoint
+from crl_diffusion.training import loop
+from crl_diffusion.training import run as training_run
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:(only .* of the trace of the Fisher|the mean gradient is mostly noise)"),
@@ -27,7 +33,7 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """They take most of the time of so short a run."""
-    monkeypatch.setattr(pictures, "of_run", lambda run: [])
+    monkeypatch.setattr(run_pictures, "of_run", lambda run: [])
 
 
 def _arguments(out: Path, extractor_folder: Path, **settings: Any) -> list[str]:
@@ -77,7 +83,7 @@ def test_a_step_is_finished_and_kept(
     out = tmp_path / "run"
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
-        _at_call(patch, state, "training_step", call, _kill(number))
+        _at_call(patch, training_run, "training_step", call, _kill(number))
         assert cli.main(_arguments(out, extractor_folder)) == 128 + number
     said = capsys.readouterr().err
     assert said == (
@@ -97,7 +103,7 @@ def test_losses_since_the_last_row_are_kept(
     assert cli.main(_arguments(tmp_path / "whole", extractor_folder, **sparse)) == 0
     for _ in range(6):
         with monkeypatch.context() as patch:
-            _at_call(patch, state, "training_step", 1, _kill(signal.SIGTERM))
+            _at_call(patch, training_run, "training_step", 1, _kill(signal.SIGTERM))
             assert cli.main(_arguments(tmp_path / "run", extractor_folder, **sparse)) == 128 + signal.SIGTERM
     assert cli.main(_arguments(tmp_path / "run", extractor_folder, **sparse)) == 0
     whole, run = ((tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "run"))
@@ -111,10 +117,10 @@ def test_losses_since_the_last_row_are_kept(
     [
         (penalties, "estimate_fisher"),
         (Pool, "refill"),
-        (evaluation, "measure"),
+        (evaluate, "measure"),
         (checkpoint, "save_file"),
-        (pictures, "of_run"),
-        (report, "summarise"),
+        (run_pictures, "of_run"),
+        (loop, "summarise"),
     ],
 )
 def test_elsewhere_a_run_ends_at_once(
@@ -146,7 +152,7 @@ def test_a_signal_that_comes_twice_at_once_is_one(
         _kill(signal.SIGHUP)()
 
     with monkeypatch.context() as patch:
-        _at_call(patch, state, "training_step", 3, twice)
+        _at_call(patch, training_run, "training_step", 3, twice)
         assert cli.main(_arguments(tmp_path / "run", extractor_folder)) == 128 + signal.SIGTERM
     assert cli.main(_arguments(tmp_path / "run", extractor_folder)) == 0
     same_end(finished, tmp_path / "run")
@@ -195,9 +201,10 @@ def test_deferred_blocks_may_be_nested_and_pass_errors_on() -> None:
 # Two signals, as if they were seconds apart, in a step that takes a minute.
 SECOND = """
 import os, signal, sys, threading, time
-from crl_diffusion import signals, state
+from crl_diffusion import signals
+from crl_diffusion.training import run
 from crl_diffusion.cli import main
-original, calls = state.training_step, 0
+original, calls = run.training_step, 0
 def slow(*args):
     global calls
     calls += 1
@@ -207,7 +214,7 @@ def slow(*args):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(60)
     return original(*args)
-state.training_step = slow
+run.training_step = slow
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -257,16 +264,16 @@ def test_compare_passes_a_signal_on_and_starts_no_other_run(extractor_folder: Pa
 # One process of two gets a signal in its 9th step.
 ONE_OF_TWO = """
 import os, signal, sys
-from crl_diffusion import state
+from crl_diffusion.training import run
 from crl_diffusion.cli import main
-original, calls = state.training_step, 0
+original, calls = run.training_step, 0
 def counted(*args):
     global calls
     calls += 1
     if calls == 9 and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGTERM)
     return original(*args)
-state.training_step = counted
+run.training_step = counted
 code = main(sys.argv[1:])
 print("ended with", code, flush=True)
 sys.exit(code)
@@ -300,9 +307,9 @@ def test_a_library_call_leaves_signals_alone(
 
     before = signal.signal(signal.SIGTERM, mine)
     try:
-        _at_call(monkeypatch, state, "training_step", 2, _kill(signal.SIGTERM))
+        _at_call(monkeypatch, training_run, "training_step", 2, _kill(signal.SIGTERM))
         config = RunConfig(method="gd", **SHORT)
-        with pytest.raises(state.TrainingError, match="mine"):
+        with pytest.raises(errors.TrainingError, match="mine"):
             loop.train(config, tmp_path / "run", extractor_folder=extractor_folder, say=lambda line: None)
     finally:
         signal.signal(signal.SIGTERM, before)

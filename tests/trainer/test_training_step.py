@@ -8,11 +8,14 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from crl_diffusion import loop, penalties
-from crl_diffusion.diffusion import stream
-from crl_diffusion.method import RunConfig, Stage
-from crl_diffusion.state import Run, TrainingError
-from crl_diffusion.steps import new_optimizer, one_cycle, training_step
+from crl_diffusion.config.curriculum import Stage
+from crl_diffusion.config.settings import RunConfig
+from crl_diffusion.diffusion.noising import stream
+from crl_diffusion.errors import TrainingError
+from crl_diffusion.methods import penalties
+from crl_diffusion.training import loop
+from crl_diffusion.training.run import Run
+from crl_diffusion.training.step import new_optimizer, one_cycle, training_step
 from torch import Tensor, nn
 
 MakeRun = Callable[[RunConfig], Run]

@@ -1,0 +1,1 @@
+"""Several processes and sharded parameters: sums over shards, whole models for a block, collective calls."""

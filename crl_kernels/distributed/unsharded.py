@@ -1,0 +1,161 @@
+"""A sharded model as a whole one, for what looks at single samples, whose gradients no process has otherwise."""
+
+import sys
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, contextmanager
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from torch import distributed, nn
+
+from .shards import cuts, gathered, is_sharded
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+_FSDP = "torch.distributed.fsdp"
+_open: dict[int, Any] = {}  # id of a parameter that is whole for a block -> the group of its processes
+_groups: "WeakKeyDictionary[DeviceMesh, Any]" = WeakKeyDictionary()
+
+
+@contextmanager
+def whole_parameters(model: nn.Module) -> Generator[Any, None, None]:
+    """In the block, a sharded model (FSDP2, HSDP) is a whole one in every process: per-sample gradients of a process's
+    own samples exist there, and processes need not keep step. All of them enter it together.
+
+    ::
+
+        with whole_parameters(model), SampleGradients(model) as sg:
+            per_sample_loss(model, batch).sum().backward()
+
+    Parameters are gathered on the mesh's device, and what ``fully_shard`` does around the model's forward is left out:
+    mixed precision and the inputs' move to the device, too. Afterwards the model is sharded as it was; changes and
+    gradients of the whole parameters are lost. Blocks may lie in each other, and a model that is whole is left alone.
+    ``estimate_fisher`` and ``diagnose`` do this by themselves. A forward that calls ``unshard()`` is not served.
+
+    Memory: the whole parameters, in every process.
+
+    Yields:
+        The process group of those that share the model; None if it is whole.
+
+    Raises:
+        ValueError: parameters that are sharded by something else than ``fully_shard``, or on several meshes.
+        RuntimeError: parameters were left whole by a forward pass that failed.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; expected a torch.nn.Module.")
+    fsdp = sys.modules.get(_FSDP)
+    wrapped = [module for module in model.modules() if fsdp is not None and isinstance(module, fsdp.FSDPModule)]
+    for module in wrapped:
+        module.reshard()  # a forward without a backward pass leaves whole parameters in their places
+    places: list[tuple[nn.Module, str, Any]] = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and is_sharded(parameter)
+    ]
+    if not places:
+        yield _group_of_open_block(model, wrapped)
+        return
+    group = _group_of(_require_fully_sharded(places, wrapped))
+    whole: dict[nn.Parameter, nn.Parameter] = {}  # a tied one once
+    with ExitStack() as stack:
+        for module in wrapped:
+            stack.enter_context(_without_fsdp(module))
+        try:
+            for module, name, parameter in places:
+                if parameter not in whole:
+                    value = gathered(parameter.detach())
+                    if value.data_ptr() == parameter.to_local().data_ptr():  # one process
+                        value = value.clone()
+                    whole[parameter] = nn.Parameter(value, requires_grad=parameter.requires_grad)
+                    _open[id(whole[parameter])] = group
+                setattr(module, name, whole[parameter])
+            yield group
+        finally:
+            for replacement in whole.values():
+                del _open[id(replacement)]
+            for module, name, parameter in places:
+                setattr(module, name, parameter)
+
+
+def _group_of_open_block(model: nn.Module, wrapped: Sequence[nn.Module]) -> Any:
+    """None if the model is in no block."""
+    for parameter in model.parameters():
+        if id(parameter) in _open:
+            return _open[id(parameter)]
+    if any(next(module.parameters(), None) is not None for module in wrapped):
+        raise RuntimeError(
+            "model was given to fully_shard, and its parameters are whole: a forward pass that failed has left them "
+            "so. Run a forward and a backward pass, or call the model's reset_iter_state()."
+        )
+    return None
+
+
+def _require_fully_sharded(places: Sequence[tuple[nn.Module, str, Any]], wrapped: Sequence[nn.Module]) -> "DeviceMesh":
+    """The mesh of all of them."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    mesh: DeviceMesh = places[0][2].device_mesh
+    fully_sharded = {parameter for module in wrapped for parameter in module.parameters()}
+    for module, name, parameter in places:
+        placements = parameter.placements
+        known = all(type(placement) in (Replicate, Shard) for placement in placements) and sum(cuts(parameter)) == 1
+        if parameter not in fully_sharded or not known:
+            raise ValueError(
+                f"parameter {name!r} of a {type(module).__name__} is placed as {placements}, and not by fully_shard "
+                "alone. Tensor-parallel layers cannot be made whole here: use a whole copy of the model."
+            )
+        if parameter.device_mesh != mesh:
+            raise ValueError(
+                f"parameter {name!r} of a {type(module).__name__} is on {parameter.device_mesh}, and others are on "
+                f"{mesh}. Use a whole copy of the model."
+            )
+    return mesh
+
+
+def _group_of(mesh: "DeviceMesh") -> Any:
+    if mesh.ndim == 1:
+        return mesh.get_group()
+    if mesh.size() == distributed.get_world_size():
+        return distributed.group.WORLD
+    if mesh not in _groups:
+        _groups[mesh] = distributed.new_group(mesh.mesh.flatten().tolist(), use_local_synchronization=True)
+    return _groups[mesh]
+
+
+@contextmanager
+def _without_fsdp(module: nn.Module) -> Generator[None, None, None]:
+    """In the block, neither its forward nor any other method that was registered for it calls FSDP."""
+    registries: list[dict[int, Any]] = [module._forward_pre_hooks, module._forward_hooks]
+    orders = [list(registry) for registry in registries]
+    removed = [
+        {key: hook for key, hook in registry.items() if (getattr(hook, "__module__", None) or "").startswith(_FSDP)}
+        for registry in registries
+    ]
+    methods = {name: value for name, value in vars(module).items() if _was_registered(value)}
+    for registry, hooks in zip(registries, removed, strict=True):
+        for key in hooks:
+            del registry[key]
+    for name, method in methods.items():
+        while _was_registered(method):
+            method = method.__func__.__wrapped__
+        vars(module)[name] = method
+    try:
+        yield
+    finally:
+        for registry, hooks, order in zip(registries, removed, orders, strict=True):
+            now = {**registry, **hooks}
+            registry.clear()
+            registry.update({key: now[key] for key in [*order, *now] if key in now})
+        vars(module).update(methods)
+
+
+def _was_registered(method: Any) -> bool:
+    """Whether ``register_fsdp_forward_method`` has put it around another."""
+    if not isinstance(method, MethodType) or not hasattr(method.__func__, "__wrapped__"):
+        return False
+    made_in: str = getattr(method.__func__, "__globals__", {}).get("__name__", "")
+    return made_in.startswith(_FSDP)

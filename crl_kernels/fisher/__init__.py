@@ -1,0 +1,1 @@
+"""One task's curvature: its two forms, how they are estimated, and how good the estimate is."""

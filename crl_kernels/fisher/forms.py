@@ -1,0 +1,331 @@
+"""One task's curvature: what elastic weight consolidation keeps of a task after it was learned.
+
+The empirical Fisher of a task is F = mean_i g_i g_i^T over per-sample gradients g_i. Two approximations of it:
+
+    LowRankFisher    F ~ sum_k a_k u_k u_k^T   directions u_k, curvatures a_k, and the anchor only as b_k = u_k . theta*
+    DiagonalFisher   F ~ diag(F_jj)            the diagonal, and the anchor theta* itself
+
+Source: rank-1 form and coefficient c*: arXiv 2509.23593; diagonal form: Kirkpatrick et al., arXiv 1612.00796.
+"""
+
+import math
+import os
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import files, operators
+from ..model.names import Layout, join_names
+from .statistics import FisherStatistics
+from .validation import STORAGE_DTYPES, as_scalars, require_numbers, require_scalars, require_tensor
+
+
+def _layout_of(tensors: Mapping[str, Tensor], argument: str, leading: int = 0) -> Layout:
+    if not isinstance(tensors, Mapping):
+        raise TypeError(f"{argument} is {type(tensors).__name__}; expected a mapping from parameter names to tensors.")
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{argument}[{name!r}] is {type(tensor).__name__}; expected a tensor.")
+    if not tensors:
+        raise ValueError(f"{argument} is empty; expected one tensor per parameter.")
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise TypeError(f"{argument}[{name!r}] is {tensor.dtype}; expected a real floating-point dtype.")
+    devices = {tensor.device for tensor in tensors.values()}
+    if len(devices) > 1:
+        raise ValueError(f"{argument} is on {', '.join(sorted(map(str, devices)))}; expected one device.")
+    return Layout(list(tensors), [tensor.shape[leading:] for tensor in tensors.values()])
+
+
+def _require_finite(tensors: Mapping[str, Tensor], argument: str) -> None:
+    require_numbers(argument, list(tensors), list(tensors.values()))
+
+
+def _num_terms(directions: Mapping[str, Tensor]) -> int:
+    """K of (K, \\*shape) tensors."""
+    leading = {tensor.shape[:1] for tensor in directions.values()}
+    if len(leading) != 1 or leading == {()}:
+        raise ValueError("directions are (K, *shape) tensors of one K; their leading dimensions differ.")
+    if leading == {(0,)}:
+        raise ValueError("directions are (K, *shape) tensors of K = 0; expected at least one term.")
+    return leading.pop()[0]
+
+
+def _device_of(tensors: Mapping[str, Tensor]) -> torch.device:
+    return next(iter(tensors.values())).device
+
+
+def _state_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors.values()) else torch.float32
+
+
+class LowRankFisher:
+    """F ~ sum_k a_k u_k u_k^T with anchors b_k = u_k . theta*.
+
+    The penalty that it stands for is (lam / 2) sum_k a_k (u_k . theta - b_k)^2. It is defined by the directions as they
+    are STORED, so curvatures and anchor projections belong to the stored, rounded u_k; theta* is not kept.
+
+    Slopes are the first-order term. The task's own expansion along u_k is s_k x + a_k x^2 / 2, x = u_k . theta - b_k:
+    lowest at x = -s_k / a_k and not at theta*, where the mean gradient mu is not quite zero. A history takes them into
+    account if it is told to (``LowRankHistory(first_order=True)``); the paper's penalty leaves them out.
+
+    Args:
+        directions: parameter name -> (K, \\*shape) tensor; row k of all of them together is u_k. They need not be
+            orthonormal.
+        curvatures: (K,), a_k >= 0, in squared gradient units for unit u_k.
+        anchor: parameter name -> theta*, the parameters that the task ended with.
+        slopes: (K,), s_k = u_k . mu, in gradient units for unit u_k; or None, if unknown.
+        storage_dtype: of the directions: torch.float32 (the default), torch.bfloat16 or torch.float64 (the default if
+            any direction is float64).
+        statistics: what the estimate says of itself, if it was estimated.
+
+    Raises:
+        TypeError, ValueError: for input that does not fit, naming it.
+    """
+
+    def __init__(
+        self,
+        directions: Mapping[str, Tensor],
+        curvatures: Tensor,
+        anchor: Mapping[str, Tensor],
+        *,
+        slopes: Tensor | None = None,
+        storage_dtype: torch.dtype | None = None,
+        statistics: FisherStatistics | None = None,
+    ) -> None:
+        layout = _layout_of(directions, "directions", leading=1)
+        num_terms = _num_terms(directions)
+        layout.require_same_parameters(_layout_of(anchor, "anchor"), "directions", "anchor")
+        if (device := _device_of(anchor)) != _device_of(directions):
+            raise ValueError(f"anchor is on {device} and directions on {_device_of(directions)}; expected one device.")
+        _require_finite(anchor, "anchor")
+        stored = layout.flatten(directions, [num_terms]).to(storage_dtype or _state_dtype(directions))
+        projections = operators.constant_projections(
+            [anchor[name].detach() for name in layout.names], list(stored.detach()), len(stored)
+        )
+        self._set(layout, stored.detach(), curvatures, projections, slopes, statistics)
+
+    @classmethod
+    def _from_stored(
+        cls,
+        layout: Layout,
+        directions: Tensor,
+        curvatures: Tensor,
+        anchor_projections: Tensor,
+        slopes: Tensor | None,
+        statistics: FisherStatistics | None,
+    ) -> "LowRankFisher":
+        """From a flat (K, P) tensor of directions in their storage dtype."""
+        fisher = cls.__new__(cls)
+        fisher._set(layout, directions, curvatures, anchor_projections, slopes, statistics)
+        return fisher
+
+    def _set(
+        self,
+        layout: Layout,
+        directions: Tensor,
+        curvatures: Tensor,
+        anchor_projections: Tensor,
+        slopes: Tensor | None,
+        statistics: FisherStatistics | None,
+    ) -> None:
+        if directions.dtype not in STORAGE_DTYPES:
+            raise TypeError(f"storage_dtype is {directions.dtype}; expected one of {STORAGE_DTYPES}.")
+        self.layout = layout
+        self.directions = directions
+        self.curvatures = as_scalars("curvatures", curvatures, directions.device)
+        self.anchor_projections = anchor_projections
+        self.slopes = None if slopes is None else as_scalars("slopes", slopes, directions.device)
+        self.statistics = statistics
+        self._require_valid()
+
+    def _require_valid(self) -> None:
+        """Raises ValueError if an attribute has values that a Fisher cannot have."""
+        require_numbers("directions", self.layout.names, self.directions.split(self.layout.lengths, dim=1))
+        count = len(self.directions)
+        require_scalars("curvatures", self.curvatures, count, nonnegative=True)
+        require_scalars("anchor_projections", self.anchor_projections, count)
+        if self.slopes is not None:
+            require_scalars("slopes", self.slopes, count)
+
+    @classmethod
+    def from_mean_gradient(
+        cls,
+        mean_gradient: Mapping[str, Tensor],
+        c: float | Tensor,
+        anchor: Mapping[str, Tensor],
+        *,
+        storage_dtype: torch.dtype | None = None,
+    ) -> "LowRankFisher":
+        """The paper's (mu, c*, theta*): F ~ c mu mu^T, penalty (lam / 2) c (mu . (theta - theta*))^2.
+
+        Stored as u = mu / |mu| and a = c (mu . u)^2 / |u|^4 for the u that is stored, which is c |mu|^2 up to its
+        rounding; the slope is mu . u.
+
+        Args:
+            mean_gradient: parameter name -> mu, the task's mean gradient.
+            c: the coefficient c* = mean_i (u . g_i)^2 / |mu|^2 >= 0, of the same loss convention as mu.
+            anchor: parameter name -> theta*.
+            storage_dtype: see :class:`LowRankFisher`.
+
+        Source: arXiv 2509.23593.
+        """
+        layout = _layout_of(mean_gradient, "mean_gradient")
+        _require_finite(mean_gradient, "mean_gradient")
+        coefficient = float(c)
+        if not math.isfinite(coefficient) or coefficient < 0:
+            raise ValueError(f"c is {coefficient}; expected a finite value >= 0.")
+        mu = layout.flatten({name: tensor.detach().double() for name, tensor in mean_gradient.items()})
+        scale = mu.abs().max()  # keeps |mu|^2 from underflowing
+        if not bool(scale > 0):
+            raise ValueError("mean_gradient is zero everywhere, so it has no direction. Use a diagonal Fisher.")
+        norm = scale * (mu / scale).norm()
+        dtype = storage_dtype or _state_dtype(mean_gradient)
+        directions = {name: tensor[None] for name, tensor in layout.split((mu / norm).to(dtype)).items()}
+        u = layout.flatten(directions).double()
+        slope = mu @ u
+        curvature = coefficient * slope.square() / (u @ u).square()
+        return cls(directions, curvature.reshape(1), anchor, slopes=slope.reshape(1), storage_dtype=dtype)
+
+    def __len__(self) -> int:
+        return len(self.directions)
+
+    def __repr__(self) -> str:
+        return f"LowRankFisher(terms={len(self)}, parameters={self.layout.numel}, {self.directions.dtype})"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of state."""
+        scalars = (self.curvatures, self.anchor_projections, self.slopes)
+        return self.directions.nbytes + sum(tensor.nbytes for tensor in scalars if tensor is not None)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a safetensors file; read it with :func:`load_fisher`."""
+        tensors = {f"directions.{name}": tensor for name, tensor in self.layout.split(self.directions).items()}
+        tensors |= {"curvatures": self.curvatures, "anchor_projections": self.anchor_projections}
+        if self.slopes is not None:
+            tensors["slopes"] = self.slopes
+        files.write(path, "LowRankFisher", tensors, _facts(self.layout, self.statistics))
+
+
+class DiagonalFisher:
+    """F ~ diag(F_jj), F_jj = mean_i g_ij^2, with the anchor theta*.
+
+    The penalty that it stands for is (lam / 2) sum_j F_jj (theta_j - theta*_j)^2.
+
+    Args:
+        fisher_diagonal: parameter name -> F_jj >= 0, in squared gradient units.
+        anchor: parameter name -> theta*.
+        statistics: what the estimate says of itself, if it was estimated.
+
+    Raises:
+        TypeError, ValueError: for input that does not fit, naming it.
+    """
+
+    def __init__(
+        self,
+        fisher_diagonal: Mapping[str, Tensor],
+        anchor: Mapping[str, Tensor],
+        *,
+        statistics: FisherStatistics | None = None,
+    ) -> None:
+        self.layout = _layout_of(fisher_diagonal, "fisher_diagonal")
+        self.layout.require_same_parameters(_layout_of(anchor, "anchor"), "fisher_diagonal", "anchor")
+        dtype = torch.promote_types(_state_dtype(fisher_diagonal), _state_dtype(anchor))
+        self.fisher_diagonal = self.layout.flatten(fisher_diagonal).detach().to(dtype)
+        self.anchor = self.layout.flatten(anchor).detach().to(self.fisher_diagonal)
+        self.statistics = statistics
+        self._require_valid()
+
+    def _require_valid(self) -> None:
+        """Raises ValueError if an attribute has values that a Fisher cannot have."""
+        names, lengths = self.layout.names, self.layout.lengths
+        require_numbers("fisher_diagonal", names, self.fisher_diagonal.split(lengths), nonnegative=True)
+        require_numbers("anchor", names, self.anchor.split(lengths))
+
+    def __repr__(self) -> str:
+        return f"DiagonalFisher(parameters={self.layout.numel}, {self.fisher_diagonal.dtype})"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of state."""
+        return self.fisher_diagonal.nbytes + self.anchor.nbytes
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a safetensors file; read it with :func:`load_fisher`."""
+        tensors = {f"fisher_diagonal.{name}": part for name, part in self.layout.split(self.fisher_diagonal).items()}
+        tensors |= {f"anchor.{name}": part for name, part in self.layout.split(self.anchor).items()}
+        files.write(path, "DiagonalFisher", tensors, _facts(self.layout, self.statistics))
+
+
+def _facts(layout: Layout, statistics: FisherStatistics | None) -> dict[str, Any]:
+    return {"names": layout.names, "statistics": None if statistics is None else asdict(statistics)}
+
+
+def load_fisher(path: str | os.PathLike[str]) -> LowRankFisher | DiagonalFisher:
+    """Reads what ``LowRankFisher.save`` or ``DiagonalFisher.save`` wrote, on the CPU.
+
+    Raises:
+        OSError: no file that can be opened: FileNotFoundError, IsADirectoryError, PermissionError.
+        ValueError: not a safetensors file, damaged, changed after it was saved, or not a Fisher; names the file.
+    """
+    kind, tensors, facts = files.read(path)
+    if kind not in ("LowRankFisher", "DiagonalFisher"):
+        raise ValueError(f"path {os.fspath(path)!r} holds a {kind}; expected a LowRankFisher or a DiagonalFisher.")
+    try:
+        names, statistics = facts.get("names"), facts.get("statistics")
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"names are {names!r}; expected a list of strings.")
+        statistics = None if statistics is None else FisherStatistics._from_facts(statistics)
+        return (_low_rank_fisher if kind == "LowRankFisher" else _diagonal_fisher)(names, tensors, statistics)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{files.described(path)} holds no {kind}, or is damaged: {error}") from error
+
+
+def _low_rank_fisher(
+    names: Sequence[str], tensors: Mapping[str, Tensor], statistics: FisherStatistics | None
+) -> LowRankFisher:
+    scalars = {"curvatures", "anchor_projections"} | ({"slopes"} & tensors.keys())
+    (directions,) = _by_name(names, tensors, ["directions."], scalars, STORAGE_DTYPES)
+    for name in scalars:
+        require_tensor(name, tensors[name], torch.float64)
+    layout = _layout_of(directions, "directions", leading=1)
+    return LowRankFisher._from_stored(
+        layout,
+        layout.flatten(directions, [_num_terms(directions)]),
+        tensors["curvatures"],
+        tensors["anchor_projections"],
+        tensors.get("slopes"),
+        statistics,
+    )
+
+
+def _diagonal_fisher(
+    names: Sequence[str], tensors: Mapping[str, Tensor], statistics: FisherStatistics | None
+) -> DiagonalFisher:
+    diagonal, anchor = _by_name(names, tensors, ["fisher_diagonal.", "anchor."], set(), (torch.float32, torch.float64))
+    return DiagonalFisher(diagonal, anchor, statistics=statistics)
+
+
+def _by_name(
+    names: Sequence[str],
+    tensors: Mapping[str, Tensor],
+    prefixes: Sequence[str],
+    scalars: Set[str],
+    dtypes: Sequence[torch.dtype],
+) -> list[dict[str, Tensor]]:
+    """The tensors of each prefix by parameter name. Raises ValueError unless these and the scalars are all there is,
+    and those of one dtype."""
+    expected = {*scalars, *(prefix + name for prefix in prefixes for name in names)}
+    if missing := sorted(expected - tensors.keys()):
+        raise ValueError(f"it lacks {join_names(missing)}.")
+    if unknown := sorted(tensors.keys() - expected):
+        raise ValueError(f"it has {join_names(unknown)}, which no Fisher of its parameters has.")
+    vectors = [{name: tensors[prefix + name] for name in names} for prefix in prefixes]
+    used = {require_tensor(f"{name!r}", t, *dtypes).dtype for vector in vectors for name, t in vector.items()}
+    if len(used) > 1:
+        raise ValueError(f"its tensors are of {', '.join(sorted(map(str, used)))}; expected one dtype.")
+    return vectors

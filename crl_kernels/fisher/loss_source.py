@@ -1,0 +1,96 @@
+"""Losses of a task's batches, one per sample, and the gradients of their weighted sums."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..model.binding import Binding
+from ..per_sample.batches import batch_size
+from ..per_sample.independence import require_independent_losses
+from ..per_sample.sample_gradients import SampleGradients
+
+PerSampleLoss = Callable[[nn.Module, Any], Tensor | tuple[Tensor, Tensor]]
+
+
+class LossSource:
+    """Per-sample losses of a model, checked, and gradients of weighted sums of them."""
+
+    def __init__(self, model: nn.Module, per_sample_loss: PerSampleLoss, binding: Binding, mixed_losses: bool) -> None:
+        self.model, self.binding, self._loss = model, binding, per_sample_loss
+        self.stratified: bool | None = None
+        self._may_mix = mixed_losses  # or is known not to
+
+    def checked(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The batches; on the first one of several samples, whether losses mix them is looked at."""
+        for batch in batches:
+            if not self._may_mix:
+                require_independent_losses(
+                    "per_sample_loss",
+                    self._loss,
+                    lambda other: self.losses(other)[0],
+                    batch,
+                    self.model,
+                    self.binding.device,
+                )
+                self._may_mix = batch_size(batch) > 1
+            yield batch
+
+    def losses(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """(losses, stratum), each (N,); all strata are 0 if the loss does not give them."""
+        count = batch_size(batch)
+        losses: Any = self._loss(self.model, batch)
+        stratum = None
+        if stratified := isinstance(losses, tuple) and len(losses) == 2:
+            losses, stratum = losses
+        if not isinstance(losses, Tensor) or losses.shape != (count,):
+            got = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else f"a {type(losses).__name__}"
+            raise ValueError(
+                f"per_sample_loss returned {got} for a batch of {count}; expected ({count},), one loss per sample, "
+                "such as (error ** 2).mean(dim=(1, 2, 3))."
+            )
+        if not losses.requires_grad:
+            raise ValueError("per_sample_loss carries no gradient: compute it from model, outside of torch.no_grad().")
+        if self.stratified not in (None, stratified):
+            raise ValueError("per_sample_loss returned strata for some batches and none for others.")
+        self.stratified = stratified
+        if not stratified:
+            return losses, torch.zeros(count, dtype=torch.int64, device=losses.device)
+        if not isinstance(stratum, Tensor) or stratum.shape != (count,):
+            got = f"shape {tuple(stratum.shape)}" if isinstance(stratum, Tensor) else f"a {type(stratum).__name__}"
+            raise ValueError(
+                f"per_sample_loss returned strata of {got} for a batch of {count}; expected a tensor ({count},)."
+            )
+        if stratum.is_floating_point() or stratum.is_complex() or stratum.dtype == torch.bool:
+            raise TypeError(f"per_sample_loss returned strata of {stratum.dtype}; expected integers.")
+        return losses, stratum.detach().to(losses.device, torch.int64)
+
+    def sample_gradients(self, **options: Any) -> SampleGradients:
+        return SampleGradients(self.model, include=self.binding.include, exclude=self.binding.exclude, **options)
+
+    def forget_gradients(self) -> None:
+        """.grad holds nothing of the caller's meanwhile, and nobody reads it."""
+        for parameter in self.model.parameters():
+            parameter.grad = None
+
+    def sum_of_gradients(self, losses: Tensor) -> Tensor:
+        """sum_i g_i, (P,), by an ordinary backward pass."""
+        params = self.binding.params
+        gradients = torch.autograd.grad(losses.sum(), params, allow_unused=True)
+        return torch.cat(
+            [
+                (torch.zeros_like(p) if g is None else g).reshape(-1).to(self.binding.dtype)
+                for g, p in zip(gradients, params, strict=True)
+            ]
+        )
+
+
+def require_finite_losses(values: Tensor) -> Tensor:
+    if not bool(torch.isfinite(values).all()):
+        raise ValueError("per_sample_loss has NaN or infinite gradients, and a Fisher of them would mean nothing.")
+    return values
+
+
+def current_parameters(binding: Binding) -> dict[str, Tensor]:
+    return dict(zip(binding.layout.names, binding.params, strict=True))

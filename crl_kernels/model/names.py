@@ -1,0 +1,146 @@
+"""Names of parameters: without the prefixes of wrappers, in patterns, and as the layout of a flat vector."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+
+# A wrapper puts the name of the child that it wraps into the names of all parameters. The child's name -> classes of
+# wrappers: the name alone does not tell, since a model may have a child of its own called "module".
+_WRAPPERS = {
+    "module": (
+        "torch.nn.parallel.distributed.DistributedDataParallel",
+        "torch.nn.parallel.data_parallel.DataParallel",
+        "torch.optim.swa_utils.AveragedModel",
+        "deepspeed.runtime.engine.DeepSpeedEngine",
+    ),
+    "_orig_mod": ("torch._dynamo.eval_frame.OptimizedModule",),
+    "_checkpoint_wrapped_module": ("torch.distributed.algorithms._checkpoint.checkpoint_wrapper.ActivationWrapper",),
+    "_fsdp_wrapped_module": ("torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel",),
+}
+
+
+def _wrapped_child(module: nn.Module) -> str | None:
+    """What a wrapper calls the module that it wraps; None for any other module."""
+    classes = {f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__}
+    return next((child for child, wrappers in _WRAPPERS.items() if not classes.isdisjoint(wrappers)), None)
+
+
+class ParameterNames:
+    """How a model's parameters may be called: ``model.named_parameters()`` has the raw name, ``name_of`` gives the one
+    without what wrappers add to it: ``module._orig_mod.net.0.weight`` -> ``net.0.weight``."""
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = model.named_modules(remove_duplicate=False)
+        wrapped = ((path, _wrapped_child(module)) for path, module in modules)
+        self._wrapped = {f"{path}.{child}".removeprefix(".") for path, child in wrapped if child is not None}
+
+    def name_of(self, raw: str) -> str:
+        if not self._wrapped:
+            return raw
+        parts = raw.split(".")
+        paths = accumulate(parts, lambda path, part: f"{path}.{part}")
+        return ".".join(part for part, path in zip(parts, paths, strict=True) if path not in self._wrapped)
+
+
+def without_outer_wrappers(names: Iterable[str]) -> Iterator[list[str]]:
+    """Names without the wrappers around the whole model, which are at the front of all names, one after another."""
+    names = list(names)
+    while len(first := {name.partition(".")[0] for name in names}) == 1 and first <= _WRAPPERS.keys():
+        names = [name.partition(".")[2] for name in names]
+        yield names
+
+
+def earlier_name(raw: str) -> str:
+    """The name that earlier versions gave, which looked at the name alone; it is in their files."""
+    name = ".".join(part for part in raw.split(".") if part == "module" or part not in _WRAPPERS)
+    while name.startswith("module."):
+        name = name.removeprefix("module.")
+    return name
+
+
+def join_names(names: Iterable[str], limit: int = 5) -> str:
+    """Names for an error message: the first few, and how many more."""
+    listed = list(names)
+    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
+    return ", ".join(repr(name) for name in listed[:limit]) + more
+
+
+class Layout:
+    """Names and shapes of P parameters' worth of tensors, in the order in which a flat vector holds them."""
+
+    def __init__(self, names: Sequence[str], shapes: Sequence[Sequence[int]]) -> None:
+        self.names = tuple(names)
+        self.shapes = tuple(torch.Size(shape) for shape in shapes)
+        self.lengths = [shape.numel() for shape in self.shapes]
+        self.numel = sum(self.lengths)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Layout) and (self.names, self.shapes) == (other.names, other.shapes)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def split(self, flat: Tensor) -> dict[str, Tensor]:
+        """Views of a flat (..., P) tensor by name, each (..., *shape)."""
+        leading = flat.shape[:-1]
+        pieces = flat.split(self.lengths, dim=-1)
+        return {n: piece.reshape(leading + s) for n, s, piece in zip(self.names, self.shapes, pieces, strict=True)}
+
+    def flatten(self, tensors: Mapping[str, Tensor], leading: Sequence[int] = ()) -> Tensor:
+        """The flat (*leading, P) tensor of a mapping that has been checked against this layout."""
+        return torch.cat([tensors[name].reshape(*leading, -1) for name in self.names], dim=-1)
+
+    def require_same_parameters(
+        self, other: "Layout", this: str, that: str, *, if_missing: str = "", if_unknown: str = ""
+    ) -> None:
+        """Raises ValueError, naming the parameters, unless ``other`` has the same names and shapes in some order.
+
+        ``if_missing`` and ``if_unknown`` say what else to do about what ``other`` lacks, or has alone.
+        """
+        mine, theirs = (dict(zip(layout.names, layout.shapes, strict=True)) for layout in (self, other))
+        if missing := [name for name in mine if name not in theirs]:
+            raise ValueError(f"{that} lacks {join_names(missing)}, which {this} has. {if_missing}{_SAME_MODEL}")
+        if unknown := [name for name in theirs if name not in mine]:
+            raise ValueError(f"{that} has {join_names(unknown)}, which {this} lacks. {if_unknown}{_SAME_MODEL}")
+        for name, shape in mine.items():
+            if shape != theirs[name]:
+                raise ValueError(
+                    f"{name!r} has shape {tuple(theirs[name])} in {that} and {tuple(shape)} in {this}. {_SAME_MODEL}"
+                )
+
+    def reorder(self, flat: Tensor, source: "Layout") -> Tensor:
+        """``flat``, laid out like ``source``, in this layout's order."""
+        return flat if source == self else self.flatten(source.split(flat), flat.shape[:-1])
+
+
+_SAME_MODEL = "Use the same model, and the same include= and exclude=, everywhere."
+
+
+def matching(argument: str, patterns: Iterable[str] | None, names: Iterable[str]) -> set[str]:
+    """The names that any of the patterns matches. Raises ValueError for a pattern that matches none."""
+    known, found = list(names), set()
+    for pattern in as_patterns(argument, patterns) or ():
+        matched = {name for name in known if matches(name, pattern)}
+        if not matched:
+            raise ValueError(
+                f"{argument} pattern {pattern!r} matches none of the model's parameters: {join_names(known)}."
+            )
+        found |= matched
+    return found
+
+
+def as_patterns(argument: str, patterns: Iterable[str] | None) -> tuple[str, ...] | None:
+    if isinstance(patterns, str):
+        raise TypeError(f"{argument} is the string {patterns!r}; expected a list of patterns, such as [{patterns!r}].")
+    if patterns is None:
+        return None
+    listed = tuple(patterns) if isinstance(patterns, Iterable) else None
+    if listed is None or not all(isinstance(pattern, str) for pattern in listed):
+        raise TypeError(f"{argument} is {listed or patterns!r}; expected a list of patterns, which are strings.")
+    return listed
+
+
+def matches(name: str, pattern: str) -> bool:
+    return name == pattern or name.startswith(f"{pattern}.") or fnmatchcase(name, pattern)

@@ -1,0 +1,105 @@
+"""The operators of ``torch.ops.crl_kernels``: every schema and every fake kernel.
+
+``backends/reference.py`` says what an operator computes; the compiled libraries register faster implementations of the
+same schemas. A list of tensors stands for one flat vector.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import reference, registry
+
+SCHEMAS = (
+    "low_rank_projections(Tensor[] params, Tensor[] directions, int num_terms) -> Tensor",
+    "low_rank_combine(Tensor[] directions, Tensor coefficients, Tensor[] like) -> Tensor[]",
+    "low_rank_accumulate_(Tensor(a!)[] targets, Tensor[] directions, Tensor coefficients) -> ()",
+    "low_rank_penalty_accumulate_(Tensor(a!)[] targets, Tensor[] params, Tensor[] directions, Tensor curvatures,"
+    " Tensor anchor_projections, Tensor coefficient) -> Tensor",
+    "diagonal_quadratic(Tensor[] params, Tensor[] fisher, Tensor[] anchor) -> Tensor",
+    "diagonal_gradient(Tensor[] params, Tensor[] fisher, Tensor[] anchor, Tensor coefficient) -> Tensor[]",
+    "diagonal_accumulate_(Tensor(a!)[] targets, Tensor[] params, Tensor[] fisher, Tensor[] anchor, Tensor coefficient)"
+    " -> Tensor",
+    "diagonal_shrink_(Tensor(a!)[] params, Tensor[] fisher, Tensor[] anchor, Tensor strength) -> ()",
+    "low_rank_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
+    " Tensor settings, Tensor? found_inf, Tensor[] directions, Tensor coefficients, bool decoupled) -> Tensor",
+    "diagonal_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
+    " Tensor settings, Tensor? found_inf, Tensor[] fisher, Tensor[] anchor, bool decoupled) -> Tensor",
+    "sample_weight_gradients(Tensor input, Tensor grad_output, int[] kernel_size, int[] stride, int[] padding,"
+    " int[] dilation, int groups, Tensor? directions, bool gram, bool squares)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "sample_gradient_stats(Tensor grads, Tensor? directions, bool diagonal) -> Tensor[]",
+    "sample_gram(Tensor grads) -> Tensor",
+)
+NAMES = tuple(schema.partition("(")[0] for schema in SCHEMAS)
+
+_library = torch.library.Library("crl_kernels", "DEF")
+for _schema, _name in zip(SCHEMAS, NAMES, strict=True):
+    _library.define(_schema)
+    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+registry.register(NAMES)
+
+ops = torch.ops.crl_kernels
+
+
+# Fake kernels: shapes and dtypes of results, for torch.compile and torch.export.
+
+_FAKES: dict[str, Callable[..., Any]] = {
+    "low_rank_projections": lambda params, directions, num_terms: _float64(params, (num_terms,)),
+    "low_rank_combine": lambda directions, coefficients, like: [tensor.new_empty(tensor.shape) for tensor in like],
+    "low_rank_accumulate_": lambda targets, directions, coefficients: None,
+    "low_rank_penalty_accumulate_": lambda targets, params, directions, a, b, coefficient: _float64(params, ()),
+    "diagonal_quadratic": lambda params, fisher, anchor: _float64(params, ()),
+    "diagonal_gradient": lambda params, fisher, anchor, coefficient: [p.new_empty(p.shape) for p in params],
+    "diagonal_accumulate_": lambda targets, params, fisher, anchor, coefficient: _float64(params, ()),
+    "diagonal_shrink_": lambda params, fisher, anchor, strength: None,
+    "low_rank_adamw_": lambda params, grads, m, v, settings, found_inf, directions, coefficients, decoupled: _float64(
+        params, (coefficients.numel(),)
+    ),
+    "diagonal_adamw_": lambda params, *arguments: _float64(params, ()),
+    "sample_weight_gradients": lambda *arguments: _fake_sample_weight_gradients(*arguments),
+    "sample_gradient_stats": lambda grads, directions, diagonal: _fake_stats(grads, directions, diagonal),
+    "sample_gram": lambda grads: _float64([grads], (grads.shape[0], grads.shape[0])),
+}
+
+
+def _fake_sample_weight_gradients(
+    input: Tensor,
+    grad_output: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    directions: Tensor | None,
+    gram: bool,
+    squares: bool,
+) -> tuple[Tensor, ...]:
+    count, num_directions = input.shape[0], 1 if directions is None else directions.shape[0]
+    weight = (grad_output.shape[1], input.shape[1] // groups, *kernel_size)
+    side = count if gram else 0
+    dtype, float64 = reference.mean_dtype(input.dtype), torch.float64
+    return (
+        input.new_empty(weight, dtype=dtype),
+        input.new_empty(count, dtype=float64),
+        input.new_empty(count, num_directions, dtype=float64),
+        input.new_empty(side, side, dtype=float64),
+        input.new_empty(weight if squares else 0, dtype=dtype),
+    )
+
+
+def _float64(params: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
+    return params[0].new_empty(shape, dtype=torch.float64)
+
+
+def _fake_stats(grads: Tensor, directions: Tensor | None, diagonal: bool) -> list[Tensor]:
+    num_rows, num_columns = grads.shape
+    of_columns = [grads.new_empty(num_columns, dtype=reference.mean_dtype(grads.dtype)) for _ in range(1 + diagonal)]
+    projections = (num_rows,) if directions is None else (num_rows, directions.shape[0])
+    return [of_columns[0], _float64([grads], (num_rows,)), _float64([grads], projections), *of_columns[1:]]
+
+
+for _name, _fake in _FAKES.items():
+    torch.library.register_fake(f"crl_kernels::{_name}", _fake)

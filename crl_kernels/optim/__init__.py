@@ -1,0 +1,1 @@
+"""AdamW with an EWC penalty inside its step."""

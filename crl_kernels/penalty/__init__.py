@@ -1,0 +1,1 @@
+"""All past tasks of a model, and the ways to apply their penalty: value, gradient, decoupled step, hooks."""

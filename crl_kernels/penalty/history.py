@@ -1,0 +1,583 @@
+"""All past tasks of one model, bound to its parameters: what LowRankHistory and DiagonalHistory share.
+
+Ways to use a history in a trainer: add ``rank1_ewc_penalty(history, lam=...)`` to the loss; call
+``add_penalty_grad_(lam)`` after backward; call ``decoupled_step_(lam, lr)`` after the optimizer's step; or let
+``attach(optimizer, lam)`` do one of the last two.
+"""
+
+import inspect
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Container, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, Generic, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import Self
+
+from .. import files
+from ..distributed.shards import gathered, local_part
+from ..fisher.forms import DiagonalFisher, LowRankFisher
+from ..fisher.validation import require_numbers, require_tensor
+from ..model.binding import Binding
+from ..model.flat import FlatRun
+from ..model.names import Layout, as_patterns, join_names, matching
+from .attachment import Attachment, find_stepped, is_wrapper
+from .strength import ALL, Groups, Rate, check_strength
+
+_Fisher = TypeVar("_Fisher", LowRankFisher, DiagonalFisher)
+_NOT_COPIED = {"_parts", "_parameter_run", "_gradient_run", "_attachment"}
+
+
+# A vector's part in a state: "directions.0.net.weight" is of direction 0, "anchor.net.weight" of the anchor.
+_PART = re.compile(r"((?:directions\.\d+|fisher_diagonal|anchor)\.)(.+)", re.DOTALL)
+
+
+def split_key(key: str) -> tuple[str, str]:
+    """(vector's prefix, parameter's name) of a key of a state; ("", key) of what belongs to no parameter."""
+    part = _PART.fullmatch(key)
+    return ("", key) if part is None else (part[1], part[2])
+
+
+def _with_rows(tensor: Tensor, shape: torch.Size) -> Tensor:
+    """``tensor`` with zeros appended to its first dimension, if that is all that it lacks of ``shape``."""
+    if tensor.dim() != len(shape) or not shape or tensor.shape[1:] != shape[1:] or len(tensor) >= shape[0]:
+        return tensor
+    whole = gathered(tensor)
+    return torch.cat([whole, whole.new_zeros(shape[0] - len(whole), *shape[1:])])
+
+
+class History(ABC, Generic[_Fisher]):
+    """What both kinds share: the binding to a model, an optimizer's hooks, and files."""
+
+    _fisher_type: type[_Fisher]
+    _scalar_keys: ClassVar[tuple[str, ...]]  # of a state, beside the parts of its vectors
+    # Those that are one number, and its type; in a file they are in the metadata.
+    _scalar_types: ClassVar[Mapping[str, type[int] | type[float]]]
+
+    def __init__(
+        self, model: nn.Module, include: Iterable[str] | None, exclude: Iterable[str] | None, decay: float
+    ) -> None:
+        if not isinstance(decay, (int, float)) or not 0 < decay <= 1:
+            raise ValueError(f"decay is {decay!r}; expected 0 < decay <= 1, where 1 keeps all tasks alike.")
+        self._binding = Binding(model, include, exclude)
+        self._device = self._binding.device
+        self._decay = decay
+        self._num_tasks = 0
+        self._curvature = 0.0  # see stiffness
+        self._attachment: Attachment | None = None
+        self._parts: dict[tuple[int, ...], list[Tensor]] = {}  # what _pieces has cut, until the state changes
+        self._parameter_run, self._gradient_run = (FlatRun(self._binding.shards.lengths) for _ in range(2))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of copies and pickles. What was cut or found in memory is left out, and so is the attachment: an optimizer
+        that is copied too brings it along."""
+        return {name: value for name, value in self.__dict__.items() if name not in _NOT_COPIED}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__dict__.setdefault("_attachment", None)  # it may have come first
+        self._parts = {}
+        self._parameter_run, self._gradient_run = (FlatRun(self._binding.shards.lengths) for _ in range(2))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the bound parameters, without wrapper prefixes, in the order of the state."""
+        return self._binding.layout.names
+
+    def append(self, fisher: _Fisher) -> None:
+        """Adds a task. The Fisher's parameters are matched by name; nothing changes when they do not fit.
+
+        With ``decay`` = g < 1 the curvatures of the tasks so far are multiplied by g first (online EWC), so that a task
+        counts g^n after n more.
+
+        Raises:
+            TypeError: a Fisher of the other kind.
+            ValueError: parameters that are missing, unknown or of another shape, by name; numbers that no Fisher has,
+                or that overflow.
+        """
+        if not isinstance(fisher, self._fisher_type):
+            raise TypeError(
+                f"fisher is a {type(fisher).__name__}; {type(self).__name__} takes a {self._fisher_type.__name__}."
+            )
+        layout = self._binding.rename(fisher.layout)
+        self._binding.layout.require_same_parameters(
+            layout,
+            "the history's model",
+            "the Fisher",
+            if_unknown=self._binding.why_unbound(layout.names)
+            + "If they have joined the model since the history was bound, call history.rebind(model, grown=[...]). ",
+        )
+        fisher._require_valid()
+        with self._unchanged_by_errors():
+            self._add_terms(fisher, layout)
+            self._num_tasks += 1
+
+    @contextmanager
+    def _unchanged_by_errors(self) -> Generator[None, None, None]:
+        """A block after which the state is all new or, when it raised, as it was. Tensors in it are replaced, never
+        written, so references are enough."""
+        before = dict(self.__dict__)
+        try:
+            yield
+        except BaseException:
+            self.__dict__.clear()
+            self.__dict__.update(before)
+            raise
+
+    def attach(self, optimizer: Optimizer, lam: float | Tensor, *, decoupled: bool = False) -> None:
+        """Puts the penalty into every ``optimizer.step()``, by hooks, until :meth:`detach`.
+
+        As a gradient: adds the penalty's gradient just before the step, so after gradient accumulation and clipping,
+        at the scale that a GradScaler has given the gradients. Decoupled: takes the proximal step just after it, each
+        parameter group with its present learning rate; not when a GradScaler has made the optimizer skip.
+
+        A wrapper that keeps the optimizer of these parameters in an attribute and steps it, such as those of
+        accelerate, Lightning, SAM or Lookahead, is followed to that optimizer, whose every step has the penalty. With
+        SAM the penalty's gradient is therefore that of the parameters themselves, not of the perturbed point, and the
+        perturbation is the task's alone; add the penalty to the loss to perturb by it, too.
+
+        A copy or pickle of the optimizer together with the model, ``copy.deepcopy((model, history, optimizer))``, is
+        attached to the copied history. Without the model, its step says that the history has none.
+
+        Args:
+            optimizer: any torch optimizer that has all bound parameters, or a wrapper of one.
+            lam: strength; a 0-dim tensor may be changed in place between steps.
+            decoupled: the proximal step of :meth:`decoupled_step_` instead of the gradient.
+
+        Raises:
+            TypeError, ValueError: not an optimizer, one that maximizes, lacks bound parameters, calls no hooks or has
+                this history's penalty in its step; a wrong ``lam``; decoupled, a group without a learning rate.
+            RuntimeError: attached already.
+
+        Warns:
+            UserWarning: once, when the penalty is too stiff to be a gradient; see :meth:`stiffness`.
+        """
+        check_strength("lam", lam, finite=not decoupled)
+        if not isinstance(optimizer, Optimizer) and not is_wrapper(optimizer):
+            raise TypeError(f"optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer.")
+        if self._attachment is not None:
+            raise RuntimeError("this history is attached to an optimizer already; call detach() first.")
+        if decoupled:
+            self._binding.rates(optimizer.param_groups)
+        else:
+            self._binding.members(optimizer.param_groups)
+        stepped = find_stepped(optimizer, self._binding.params)
+        if getattr(stepped, "history", None) is self:
+            raise ValueError(
+                "optimizer is a FusedAdamW that has this history's penalty in its step, and it would count twice; "
+                "attach the history to nothing, or leave out history=."
+            )
+        if any(group.get("maximize") for group in stepped.param_groups):
+            raise ValueError("optimizer maximizes its objective (maximize=True), and would maximize the penalty too.")
+        self._attachment = Attachment(self, stepped, lam, decoupled)
+
+    def detach(self) -> None:
+        """Takes the hooks of :meth:`attach` out of the optimizer."""
+        if self._attachment is None:
+            raise RuntimeError("this history is not attached to an optimizer.")
+        self._attachment.remove()
+        self._attachment = None
+
+    def stiffness(self, lam: float | Tensor, lr: float | Tensor) -> float | Tensor:
+        """lr lam times the penalty's curvature, dimensionless.
+
+        The curvature is sum_k a_k |u_k|^2 for a low-rank history, a bound on the steepest direction's, and max_j S_j
+        for a diagonal one. As a gradient under plain SGD the penalty overshoots above 1 and diverges above 2;
+        decoupled, it is stable at every value, and 1 / stiffness is its time constant in steps.
+        """
+        check_strength("lam", lam)
+        check_strength("lr", lr)
+        return lr * lam * self._curvature
+
+    def to(self, device: torch.device | str) -> Self:
+        """Moves the state, in place, to follow a model that was moved."""
+        self._device = torch.empty(0, device=device).device  # with its index: "cuda" becomes "cuda:0"
+        self._move_state(self._device)
+        return self
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes :meth:`state_dict` to a safetensors file, with the history's options and a digest.
+
+        Of sharded parameters all processes call it, tensors are gathered one by one, and the first process writes.
+        """
+        tensors = {name: gathered(tensor) for name, tensor in self.state_dict().items()}
+        if self._binding.shards.whole or torch.distributed.get_rank() == 0:
+            scalars = {name: tensors.pop(name).item() for name in self._scalar_types}
+            files.write(path, type(self).__name__, tensors, self._options() | scalars)
+        if not self._binding.shards.whole:
+            torch.distributed.barrier()
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: nn.Module, *, grown: Iterable[str] = ()) -> Self:
+        """Reads what :meth:`save` wrote and binds it to ``model``, by name, on the model's device.
+
+        A file from before parameters joined, or got more rows, loads into the model as it is now if ``grown`` names
+        them; one from afterwards needs no ``grown``, and does not load into the model as it was.
+
+        Args:
+            path, model: the file, and a model with the same parameters.
+            grown: see :meth:`rebind`.
+
+        Raises:
+            OSError: no file that can be opened: FileNotFoundError, IsADirectoryError, PermissionError.
+            ValueError: not a safetensors file, damaged, changed after it was saved, of another kind, or of another
+                model; names the file and what does not fit.
+        """
+        kind, tensors, facts = files.read(path)
+        if kind != cls.__name__:
+            raise ValueError(f"path {os.fspath(path)!r} holds a {kind}; expected a {cls.__name__}.")
+        origin, patterns = files.described(path), as_patterns("grown", grown) or ()
+        options, scalars = cls._split_facts(facts, origin)
+        try:
+            history = cls._bound_to(model, options, patterns)
+            names = history._binding.named_by("grown", patterns)
+        except ValueError as error:
+            raise ValueError(f"{origin} does not fit: {error}") from error
+        history._set_state(tensors | scalars, origin, names)
+        return history
+
+    def rebind(self, model: nn.Module, *, grown: Iterable[str] = ()) -> None:
+        """Binds the history to a model whose parameters are other objects than before, by name: one that was sharded,
+        pruned or moved to another kind of device, or that has grown.
+
+        Parameters that ``grown`` names may be new: another head, a block that is trained from now on, the next adapter.
+        Or they may have more rows (a larger first dimension), such as a class embedding after
+        ``nn.Embedding(20, width)`` has taken the place of ``nn.Embedding(10, width)``; the rows that the history knows
+        are the first ones. What is new is free: directions, curvatures of a diagonal and anchors are zero there, so old
+        terms mean what they meant, and Fishers that are appended from now on are of all parameters. All other
+        parameters must be as they were; what ``grown`` names and has not grown is left as it is.
+
+        A new parameter is bound unless ``exclude`` leaves it out; a pattern that ``include`` leaves out altogether
+        extends ``include``. An optimizer has to be given new parameters, by ``add_param_group``.
+
+        Args:
+            model: the model as it is now.
+            grown: patterns, as those of ``include``.
+
+        Raises:
+            RuntimeError: attached to an optimizer.
+            ValueError: parameters that are missing, unknown or of another shape, by name. Nothing has changed then.
+        """
+        if self._attachment is not None:
+            raise RuntimeError("this history is attached to an optimizer; call detach() first.")
+        patterns = as_patterns("grown", grown) or ()
+        other = self._bound_to(model, self._options(), patterns)
+        other._set_state(self.state_dict(), "the history", other._binding.named_by("grown", patterns))
+        self.__dict__ = other.__dict__
+
+    @classmethod
+    def _bound_to(cls, model: nn.Module, options: Mapping[str, Any], grown: tuple[str, ...]) -> Self:
+        """A history without tasks whose ``include`` has those patterns of ``grown``, too, that match nothing of it."""
+        history = cls(model, **options)
+        others = tuple(pattern for pattern in grown if not history._binding.is_known(pattern))
+        if history._binding.include is None or not others:
+            return history
+        matching("grown", others, history._binding.aliases)  # refuses what the model does not have at all
+        widened = dict(options)
+        widened["include"] = history._binding.include + others
+        return cls(model, **widened)
+
+    @classmethod
+    def _split_facts(cls, facts: Mapping[str, Any], origin: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """(options, scalars of the state) of a file's facts, of the types that these have. The first version's files
+        have scalars among the tensors."""
+        options = dict(facts)
+        scalars = {name: options.pop(name) for name in cls._scalar_types if name in facts}
+        for name, value in scalars.items():
+            if type(value) is not cls._scalar_types[name] or (type(value) is int and abs(value) >= 2**63):
+                raise ValueError(f"{name} in {origin} is {value!r}; expected {cls._scalar_types[name].__name__}.")
+        if unknown := options.keys() - inspect.signature(cls).parameters.keys() or "model" in options:
+            raise ValueError(f"{origin} has unknown options, {unknown}; expected those of {cls.__name__}.")
+        for name in ("include", "exclude"):
+            value = options.get(name)
+            if value is not None and not (isinstance(value, list) and all(isinstance(x, str) for x in value)):
+                raise ValueError(f"{name} in {origin} is {value!r}; expected a list of patterns, or None.")
+        dtypes = {int: torch.int64, float: torch.float64}
+        return options, {name: torch.tensor(value, dtype=dtypes[type(value)]) for name, value in scalars.items()}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The state as tensors by parameter name, for a trainer's own checkpoints. They share memory with the state,
+        and are sharded as the parameters are. Sharded ones are for torch.distributed.checkpoint; torch.save fails on
+        them (a DTensor over a part of a storage), and :meth:`save` writes whole ones.
+
+        Options (``include``, ``decay`` and so on) and what :meth:`attach` did are not in it.
+        """
+        return self._state() | {"num_tasks": torch.tensor(self._num_tasks)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor], *, grown: Iterable[str] = ()) -> None:
+        """Takes over what :meth:`state_dict` gave, by parameter name; nothing changes when it does not fit.
+
+        Args:
+            state: of a history of the same parameters, but for those that ``grown`` names.
+            grown: see :meth:`rebind`.
+
+        Raises:
+            TypeError: no mapping to tensors.
+            ValueError: parameters that are missing, unknown or of another shape, by name; tensors of another dtype;
+                numbers that are not finite or, of curvatures, below zero.
+        """
+        names = self._binding.named_by("grown", as_patterns("grown", grown) or ())
+        with self._unchanged_by_errors():
+            self._set_state(state, "the state", names)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of state, in this process."""
+        return sum(local_part(tensor).nbytes for tensor in self._state().values())
+
+    def __repr__(self) -> str:
+        layout = self._binding.layout
+        return f"{type(self).__name__}(tasks={self._num_tasks}, parameters={layout.numel}, bytes={self.nbytes})"
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def penalty(self, lam: float | Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def add_penalty_grad_(self, lam: float | Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def decoupled_step_(self, lam: float | Tensor, lr: Rate) -> None: ...
+
+    @abstractmethod
+    def _add_terms(self, fisher: _Fisher, layout: Layout) -> None: ...
+
+    @abstractmethod
+    def _state(self) -> dict[str, Tensor]: ...
+
+    @abstractmethod
+    def _set_state(self, state: Mapping[str, Tensor], origin: str, grown: Container[str] = ()) -> None: ...
+
+    @abstractmethod
+    def _move_state(self, device: torch.device) -> None: ...
+
+    def _options(self) -> dict[str, Any]:
+        """The arguments that made this history, but for the model."""
+        return {"include": self._binding.include, "exclude": self._binding.exclude, "decay": self._decay}
+
+    def _bound(self, layout: Layout, flat: Tensor) -> Tensor:
+        """A flat (..., P) tensor of another layout in the order, and on the device, of this history; of sharded
+        parameters, this process's part."""
+        ordered = self._binding.layout.reorder(flat, layout)
+        if not self._binding.shards.whole:
+            rows = ordered.reshape(-1, self._binding.layout.numel)
+            parts = [self._cut(self._binding.layout.split(row)) for row in rows]
+            ordered = torch.stack(parts).view(*ordered.shape[:-1], sum(self._binding.shards.lengths))
+        return ordered.to(self._device)
+
+    def _cut(self, named: Mapping[str, Tensor]) -> Tensor:
+        """This process's part of a vector by parameter name, flat."""
+        return torch.cat([part.reshape(-1) for part in self._binding.shards.cut([named[n] for n in self.names])])
+
+    def _named(self, flat: Tensor) -> dict[str, Tensor]:
+        """A vector of the state by parameter name: views, sharded as the parameters are."""
+        if self._binding.shards.whole:
+            return self._binding.layout.split(flat)
+        return dict(zip(self.names, self._binding.shards.join(flat), strict=True))
+
+    def _scalars_of(self, state: Mapping[str, Tensor], origin: str, *keys: str) -> list[Tensor]:
+        """The tensors of a state that are of no parameter: num_tasks, which is checked, and float64 ones."""
+        if not isinstance(state, Mapping):
+            raise TypeError(f"{origin} is a {type(state).__name__}; expected a mapping from names to tensors.")
+        if missing := [key for key in (*keys, "num_tasks") if key not in state]:
+            raise ValueError(f"{origin} lacks {join_names(missing)}; expected what {type(self).__name__} saved.")
+        count = require_tensor(f"num_tasks in {origin}", state["num_tasks"], torch.int64)
+        if count.dim() != 0 or count < 0:
+            raise ValueError(f"num_tasks in {origin} is {count.tolist()}; expected one integer >= 0.")
+        return [count, *(require_tensor(f"{key} in {origin}", state[key], torch.float64) for key in keys)]
+
+    def _vectors_of(
+        self,
+        state: Mapping[str, Tensor],
+        prefixes: Sequence[str],
+        dtypes: Sequence[torch.dtype],
+        origin: str,
+        grown: Container[str],
+    ) -> list[Tensor]:
+        """The flat vectors whose parts a state holds as prefix + parameter name, checked against the model; those of
+        parameters that have ``grown`` get zeros. Parts of other vectors are refused."""
+        named: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in prefixes}
+        for key, tensor in state.items():
+            prefix, name = split_key(key)
+            if prefix in named:
+                named[prefix][name] = tensor
+            elif key not in self._scalar_keys:
+                raise ValueError(
+                    f"{origin} has {key!r}, which no {type(self).__name__} of its terms has; expected what one saved."
+                )
+        return [self._vector_of(parts, prefix, dtypes, origin, grown) for prefix, parts in named.items()]
+
+    def _vector_of(
+        self,
+        named: Mapping[str, Tensor],
+        prefix: str,
+        dtypes: Sequence[torch.dtype],
+        origin: str,
+        grown: Container[str],
+    ) -> Tensor:
+        """One of them, from its parts by parameter name."""
+        what = f"{prefix.removesuffix('.')} in {origin}"
+        for name, tensor in named.items():
+            require_tensor(f"{prefix}{name} in {origin}", tensor, *dtypes)
+        if len(kinds := {f"{tensor.dtype} on {tensor.device}" for tensor in named.values()}) != 1:
+            listed = ", ".join(sorted(kinds)) or "absent"
+            raise ValueError(f"{what} is {listed}; expected tensors of one dtype, on one device.")
+        stored = self._binding.rename(Layout(list(named), [tensor.shape for tensor in named.values()]))
+        parts, like = dict(zip(stored.names, named.values(), strict=True)), next(iter(named.values()))
+        for name, shape in zip(self.names, self._binding.layout.shapes, strict=True):
+            if name in grown:
+                known = parts.get(name)
+                new = torch.zeros(shape, dtype=like.dtype, device=like.device) if known is None else known
+                parts[name] = _with_rows(new, shape)
+        layout = Layout(list(parts), [tensor.shape for tensor in parts.values()])
+        self._binding.layout.require_same_parameters(
+            layout,
+            "the model",
+            origin,
+            if_missing="If they have joined the model since, name them in grown=. ",
+            if_unknown=self._binding.why_unbound(layout.names),
+        )
+        if self._binding.shards.whole:
+            flat = self._bound(layout, layout.flatten(parts))
+        else:
+            flat = self._cut(parts).to(self._device)
+        self._require_numbers(what, flat, nonnegative=prefix == "fisher_diagonal.")
+        return flat
+
+    def _require_numbers(self, what: str, flat: Tensor, *, nonnegative: bool = False) -> None:
+        """Raises ValueError, by parameter, unless a vector of the state is finite and, if asked for, >= 0."""
+        shards = self._binding.shards
+        require_numbers(what, self.names, flat.split(shards.lengths), nonnegative=nonnegative, shards=shards)
+
+    def _bound_params(self) -> list[Tensor]:
+        """The bound parameters, checked."""
+        self._binding.check(self._device)
+        return list(self._binding.params)
+
+    def _params(self) -> list[Tensor]:
+        """The same; of sharded ones, this process's parts."""
+        return self._binding.shards.local(self._bound_params())
+
+    def _run_or_list(self, params: list[Tensor]) -> list[Tensor]:
+        """The parameters as kernels best take them: as one flat tensor after flatten_parameters, else as they are."""
+        if torch.compiler.is_compiling():
+            return params
+        run = self._parameter_run.of(params)
+        return params if run is None else [run]
+
+    def _gradients(self, params: list[Tensor]) -> tuple[list[Tensor], list[int]]:
+        """Their gradients, created where there is none, and the indices of those; for a parameter that was frozen since
+        binding, a scratch tensor."""
+        found = [parameter.grad for parameter in params]
+        missing = [i for i, gradient in enumerate(found) if gradient is None]
+        for i in missing:
+            found[i] = torch.zeros_like(params[i])
+            if params[i].requires_grad:
+                params[i].grad = found[i]
+        return cast(list[Tensor], found), missing
+
+    def _require_dense(self, gradients: list[Tensor], params: list[Tensor]) -> None:
+        for name, gradient, parameter in zip(self.names, gradients, params, strict=True):
+            if gradient.layout != torch.strided:
+                raise ValueError(
+                    f"the gradient of {name!r} is {gradient.layout}, and the penalty's is dense. Make its layer's "
+                    "gradient dense (nn.Embedding(sparse=False)), or leave the parameter out with exclude=."
+                )
+            if any(size > 1 and stride == 0 for size, stride in zip(gradient.shape, gradient.stride(), strict=True)):
+                raise ValueError(
+                    f"the gradient of {name!r} was expanded, so its elements share memory and cannot be written to. "
+                    "Set .grad to a clone() of it."
+                )
+            if gradient.dtype != parameter.dtype:
+                raise ValueError(
+                    f"the gradient of {name!r} is {gradient.dtype} and the parameter {parameter.dtype}; expected one "
+                    "dtype. Add rank1_ewc_penalty or diagonal_ewc_penalty to the loss instead."
+                )
+
+    def _accumulate(self, accumulate: Callable[[list[Tensor], list[Tensor]], Tensor]) -> Tensor:
+        """Runs ``accumulate(gradients, params)``, on flat tensors where both lie in one run."""
+        self._binding.check(self._device, all_devices=False)
+        bound: list[Tensor] = list(self._binding.params)
+        shards = self._binding.shards
+        found, missing = self._gradients(bound)
+        try:
+            gradients, params = shards.local_gradients(self.names, found), shards.local(bound)
+            run = self._run_or_list(params)
+            if run is params or (gradient_run := self._gradient_run.of(gradients)) is None:
+                return accumulate(gradients, params)
+            value = accumulate([gradient_run], run)
+        except (RuntimeError, ValueError):
+            for i in missing:
+                bound[i].grad = None
+            self._binding.check(self._device)
+            self._require_dense(found, bound)
+            raise
+        torch.autograd.graph.increment_version(gradients)
+        return value
+
+    def _trainable_params(self) -> list[Tensor]:
+        params = self._params()
+        if frozen := [name for name, p in zip(self.names, self._binding.params, strict=True) if not p.requires_grad]:
+            raise ValueError(
+                f"{join_names(frozen)} no longer require a gradient, and a decoupled step would move them. "
+                "Bind a new history with exclude=."
+            )
+        return params
+
+    def _count_writes(self, params: list[Tensor], run: list[Tensor]) -> None:
+        """Tells autograd, and whoever reads version counters, of what was written through other tensors than these."""
+        if run is not params or not self._binding.shards.whole:
+            torch.autograd.graph.increment_version(self._binding.params)
+
+    def _float64(self, value: float | Tensor) -> Tensor:
+        if isinstance(value, Tensor):
+            return value.detach().to(dtype=torch.float64, device=self._device)
+        return torch.full((), value, dtype=torch.float64, device=self._device)
+
+    def _groups(self, lr: Rate, moving: tuple[int, ...] | None = None) -> tuple[Groups, float | Tensor]:
+        """Which parameters, of those that move (None: all), do so at which share of the largest learning rate, and that
+        rate."""
+        if isinstance(lr, (int, float, Tensor)):
+            check_strength("lr", lr)
+            return ALL, lr
+        if not isinstance(lr, Sequence) or not all(isinstance(g, Mapping) and {"params", "lr"} <= g.keys() for g in lr):
+            raise TypeError(f"lr is a {type(lr).__name__}; expected a float, a 0-dim tensor or optimizer.param_groups.")
+        rates = self._binding.rates(lr)
+        for rate in rates:
+            check_strength("lr", rate)
+        if moving is not None:
+            kept = {rate: sorted(set(members) & set(moving)) for rate, members in rates.items()}
+            rates = {rate: members for rate, members in kept.items() if members}
+        if len(rates) == 1:
+            return ((1.0, moving),), next(iter(rates))
+        largest = max(float(rate) for rate in rates)
+        # Rounded, so that a schedule which scales all rates alike does not change the groups.
+        shares = ((round(float(rate) / (largest or 1.0), 12), tuple(members)) for rate, members in rates.items())
+        return tuple((share, members) for share, members in shares if share > 0), largest
+
+    def _proximal_strength(self, lam: float | Tensor, lr: float | Tensor) -> Tensor:
+        """lr * lam, which may be infinite; 0 where lr is 0."""
+        check_strength("lam", lam, finite=False)
+        rate = self._float64(lr)
+        return torch.where(rate == 0, rate, rate * self._float64(lam))
+
+    def _pieces(self, vectors: list[Tensor], members: tuple[int, ...] | None) -> list[Tensor]:
+        """The parts of the state's vectors that belong to some parameters, vector by vector; whole ones for all."""
+        if members is None:
+            return vectors
+        if members not in self._parts:
+            split = [vector.split(self._binding.shards.lengths) for vector in vectors]
+            self._parts[members] = [parts[i] for parts in split for i in members]
+        return self._parts[members]
+
+    def _value(self, total: Tensor, lam: float | Tensor) -> Tensor:
+        return (0.5 * lam * total).to(self._binding.dtype)
+
+    def _zero(self) -> Tensor:
+        return torch.zeros((), dtype=self._binding.dtype, device=self._device)

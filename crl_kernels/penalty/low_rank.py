@@ -1,0 +1,269 @@
+"""The low-rank terms of all past tasks."""
+
+import math
+from collections.abc import Container, Iterable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .. import operators
+from ..fisher.forms import LowRankFisher
+from ..fisher.validation import STORAGE_DTYPES, require_scalars
+from ..model.names import Layout
+from .history import History, split_key
+from .strength import ALL, Groups, Rate, check_strength
+
+
+class LowRankHistory(History[LowRankFisher]):
+    """The low-rank terms of all past tasks: (lam / 2) sum_k a_k (u_k . theta - b_k)^2.
+
+    State: 2 or 4 bytes per parameter and term (the directions' storage dtype), and a few scalars. No copy of old
+    parameters.
+
+    Args:
+        model: its parameters that require a gradient now are bound, by identity.
+        include, exclude: patterns that choose parameters: a parameter's name, the name of a module that holds it, or a
+            glob such as ``"*.bias"``.
+        first_order: keep each task's slope, too: its own expansion along u_k is s_k x + a_k x^2 / 2 with
+            x = u_k . theta - b_k, which is a_k (x + s_k / a_k)^2 / 2 less the constant s_k^2 / (2 a_k). So b_k becomes
+            b_k - s_k / a_k, at no cost; the constant is left out of the value.
+        decay: see :meth:`append`.
+        max_terms: at most so many terms are kept. Beyond that, terms are merged into the best approximation of
+            sum_k a_k u_k u_k^T by ``max_terms`` orthogonal directions, each of which keeps its exact penalty. Terms are
+            then no longer one task's.
+
+    Raises:
+        TypeError, ValueError: no such parameter, or parameters that cannot be bound, by name; options out of range.
+    """
+
+    _fisher_type = LowRankFisher
+    _scalar_keys = ("num_tasks", "curvatures", "anchor_projections")
+    _scalar_types: ClassVar = {"num_tasks": int}
+
+    def __init__(
+        self,
+        model: nn.Module,
+        include: Iterable[str] | None = None,
+        exclude: Iterable[str] | None = None,
+        *,
+        first_order: bool = False,
+        decay: float = 1.0,
+        max_terms: int | None = None,
+    ) -> None:
+        super().__init__(model, include, exclude, decay)
+        if max_terms is not None and (not isinstance(max_terms, int) or max_terms < 1):
+            raise ValueError(f"max_terms is {max_terms!r}; expected an integer >= 1, or None for no limit.")
+        if not isinstance(first_order, bool):
+            raise ValueError(f"first_order is {first_order!r}; expected True or False.")
+        self._first_order, self._max_terms = first_order, max_terms
+        nothing = torch.zeros(0, dtype=torch.float64, device=self._device)
+        self._set_terms([], nothing, nothing)
+
+    def __len__(self) -> int:
+        """The number of terms K: one per task for rank 1."""
+        return len(self._directions)
+
+    @property
+    def curvatures(self) -> Tensor:
+        """a_k: (K,) float64."""
+        return self._curvatures
+
+    @property
+    def anchor_projections(self) -> Tensor:
+        """b_k = u_k . theta*_k, less s_k / a_k if first_order: (K,) float64."""
+        return self._anchor_projections
+
+    def directions(self) -> list[dict[str, Tensor]]:
+        """u_k by parameter name, one dict per term: views of the state."""
+        return [self._named(u) for u in self._directions]
+
+    def penalty(self, lam: float | Tensor) -> Tensor:
+        """(lam / 2) sum_k a_k (u_k . theta - b_k)^2; see :func:`crl_kernels.rank1_ewc_penalty`."""
+        check_strength("lam", lam)
+        if not self._directions:
+            return self._zero()
+        local = operators.low_rank_projections(self._params(), self._directions, len(self))
+        projections = self._binding.shards.sum(local)
+        return self._value((self._curvatures * (projections - self._anchor_projections).square()).sum(), lam)
+
+    @torch.no_grad()
+    def add_penalty_grad_(self, lam: float | Tensor) -> Tensor:
+        """Adds the penalty's gradient, lam sum_k a_k (u_k . theta - b_k) u_k, to ``.grad``; call it after backward.
+
+        Creates a gradient where there is none, as autograd would. Never waits for the device.
+
+        Returns:
+            The penalty's value, a 0-dim float64 tensor.
+        """
+        check_strength("lam", lam)
+        if not self._directions:
+            return self._float64(0.0)
+        strength = self._float64(lam)
+        if not self._binding.shards.whole:
+            return self._accumulate(lambda grads, params: self._accumulate_shards(grads, params, strength))
+        state = self._directions, self._curvatures, self._anchor_projections, strength
+        return self._accumulate(lambda grads, params: operators.low_rank_penalty_accumulate_(grads, params, *state))
+
+    def _accumulate_shards(self, gradients: list[Tensor], params: list[Tensor], strength: Tensor) -> Tensor:
+        """What the operator above does, with the exchange of projections between its two halves."""
+        drift = self._constant_drift(params)
+        force = strength * (self._curvatures * drift)
+        operators.low_rank_accumulate_(gradients, self._directions, force)
+        return 0.5 * (force * drift).sum()
+
+    @torch.no_grad()
+    def decoupled_step_(self, lam: float | Tensor, lr: Rate) -> None:
+        """Moves the parameters to argmin |theta' - theta|^2 / (2 lr) + penalty(theta'); call it after the optimizer's
+        step, with that step's learning rate: a float, a 0-dim tensor, or ``optimizer.param_groups``.
+
+        With A = diag(sqrt(a)) U, r = diag(sqrt(a)) (U theta - b), groups g of parameters with rates eta_g, and
+        A_g the columns of A that belong to group g:
+
+            theta_g <- theta_g - eta_g lam A_g^T (I + lam sum_g eta_g A_g A_g^T)^-1 r
+
+        ``lam`` may be infinite: the minimum-norm weighted least-squares point. Directions along which A is zero to
+        1e-12 of its largest eigenvalue are left alone. Neither clipping nor the optimizer's scaling touches the penalty
+        here.
+        """
+        groups, rate = self._groups(lr)
+        strength = self._proximal_strength(lam, rate)
+        if not self._directions or not groups:
+            return
+        params = self._trainable_params()
+        run = self._run_or_list(params)
+        steps = self._proximal_coefficients(groups, strength, self._constant_drift(run))
+        for ratio, members in groups:
+            targets = run if members is None else [params[i] for i in members]
+            operators.low_rank_accumulate_(targets, self._pieces(self._directions, members), ratio * steps)
+        self._count_writes(params, run)
+
+    def _proximal_coefficients(self, groups: Groups, strength: Tensor, drift: Tensor) -> Tensor:
+        """What the proximal step adds u_k times to the parameters, for a group's share of 1: (K,)."""
+        if not groups:  # all rates are 0
+            return torch.zeros_like(drift)
+        eigenvalues, modes = self._spectrum(groups)
+        return -modes @ (modes.T @ drift / (1 / strength + eigenvalues))
+
+    @torch.no_grad()
+    def drift(self) -> Tensor:
+        """u_k . theta - b_k, how far the parameters have moved along each term: (K,) float64. Worth logging."""
+        return self._constant_drift(self._params()) if self._directions else self._curvatures.clone()
+
+    def _constant_drift(self, params: list[Tensor]) -> Tensor:
+        return self._constant_projections(params, self._directions) - self._anchor_projections
+
+    def _constant_projections(self, params: list[Tensor], directions: list[Tensor]) -> Tensor:
+        return self._binding.shards.sum_(operators.constant_projections(params, directions, len(directions)))
+
+    def _add_terms(self, fisher: LowRankFisher, layout: Layout) -> None:
+        anchor_projections = fisher.anchor_projections
+        if self._first_order:
+            if fisher.slopes is None:
+                raise ValueError("fisher has no slopes, which first_order=True needs; give it slopes=.")
+            if bool(((fisher.curvatures == 0) & (fisher.slopes != 0)).any()):
+                raise ValueError("fisher has a slope along a direction of curvature 0, which has no lowest point.")
+            shift = fisher.slopes / torch.where(fisher.curvatures == 0, 1.0, fisher.curvatures)
+            anchor_projections = anchor_projections - shift
+            require_scalars("fisher's anchor_projections - slopes / curvatures", anchor_projections, len(fisher))
+        self._set_terms(
+            self._directions + list(self._bound(layout, fisher.directions)),
+            torch.cat([self._curvatures * self._decay, fisher.curvatures.to(self._device)]),
+            torch.cat([self._anchor_projections, anchor_projections.to(self._device)]),
+        )
+        if self._max_terms is not None and len(self) > self._max_terms:
+            self._merge(self._max_terms)
+
+    @torch.no_grad()
+    def _merge(self, count: int) -> None:
+        """Replaces the terms by the ``count`` strongest of an orthogonal form of the same penalty.
+
+        With A A^T = Q E Q^T and modes W = diag(sqrt(a)) Q, the penalty sum_k a_k drift_k^2 = |W^T drift|^2 is, term by
+        term, E_i (v_i . theta - c_i)^2 for v_i = (W^T U)_i / sqrt(E_i), whose drift is (W^T drift)_i / sqrt(E_i).
+        """
+        params = self._params()
+        eigenvalues, modes = self._spectrum(ALL)
+        finite = eigenvalues.isfinite().nonzero()[:, 0]
+        kept = finite[eigenvalues[finite].argsort(descending=True)[:count]]
+        if not len(kept):  # all curvatures are 0
+            self._set_terms([], self._curvatures[:0], self._anchor_projections[:0])
+            return
+        mixing = (modes[:, kept] / eigenvalues[kept].sqrt()).T.contiguous()
+        directions = [operators.low_rank_combine(self._directions, row, self._directions[:1])[0] for row in mixing]
+        # c_i belongs to v_i as it is stored, rounded, so that the drift of the present parameters stays what it was.
+        projections = self._constant_projections(params, directions)
+        self._set_terms(directions, eigenvalues[kept], projections - mixing @ self._constant_drift(params))
+
+    def _set_terms(self, directions: list[Tensor], curvatures: Tensor, anchor_projections: Tensor) -> None:
+        self._directions, self._curvatures, self._anchor_projections = directions, curvatures, anchor_projections
+        self._parts = {}
+        self._grams: dict[tuple[int, ...] | None, Tensor] = {}
+        self._spectra: dict[Groups, tuple[Tensor, Tensor]] = {}
+        self._curvature = float(self._gram(None).diagonal() @ curvatures.cpu()) if directions else 0.0
+        if not math.isfinite(self._curvature):
+            raise ValueError(
+                f"the penalty's curvature, sum_k a_k |u_k|^2, is {self._curvature}; expected a finite value. Use "
+                "directions of about unit length."
+            )
+
+    def _gram(self, members: tuple[int, ...] | None) -> Tensor:
+        """U_g U_g^T over some of the parameters: (K, K) float64, on the CPU."""
+        if members not in self._grams:
+            pieces, count = self._pieces(self._directions, members), len(self)
+            size = len(pieces) // count
+            rows = [
+                operators.constant_projections(pieces[k * size : (k + 1) * size], pieces, count) for k in range(count)
+            ]
+            gram = self._binding.shards.sum_(torch.stack(rows)).cpu()
+            self._grams[members] = (gram + gram.T) / 2
+        return self._grams[members]
+
+    def _spectrum(self, groups: Groups) -> tuple[Tensor, Tensor]:
+        """(E, W): with Q E Q^T = sum_g (eta_g / max eta) A_g A_g^T, its eigenvalues and the modes W = diag(sqrt(a)) Q.
+
+        Eigenvalues below 1e-12 of the largest are infinite here, which leaves their modes alone. Factored on the CPU
+        when terms or ratios of rates change, so that a step on a device only reads what is there.
+        """
+        if groups not in self._spectra:
+            if len(self._spectra) >= 16:  # rates that change their ratio at every step
+                self._spectra.clear()
+            roots = self._curvatures.sqrt().cpu()
+            gram = torch.stack([ratio * self._gram(members) for ratio, members in groups]).sum(0)
+            values, vectors = torch.linalg.eigh(roots[:, None] * gram * roots)
+            values = torch.where(values > 1e-12 * values.max(), values, math.inf)
+            modes = roots[:, None] * vectors
+            self._spectra[groups] = (
+                values.to(self._device, non_blocking=True),
+                modes.to(self._device, non_blocking=True),
+            )
+        return self._spectra[groups]
+
+    def _state(self) -> dict[str, Tensor]:
+        tensors = {f"directions.{k}.{name}": u for k, term in enumerate(self.directions()) for name, u in term.items()}
+        return tensors | {"curvatures": self._curvatures, "anchor_projections": self._anchor_projections}
+
+    def _set_state(self, state: Mapping[str, Tensor], origin: str, grown: Container[str] = ()) -> None:
+        num_tasks, curvatures, anchor_projections = self._scalars_of(state, origin, "curvatures", "anchor_projections")
+        count = curvatures.numel()
+        held = {prefix for prefix, _ in map(split_key, state) if prefix}
+        prefixes = [f"directions.{k}." for k in range(count)] if count == len(held) else []
+        if held != set(prefixes) or (num_tasks == 0 and count) or (num_tasks > 0 and not count and not self._max_terms):
+            raise ValueError(
+                f"{origin} has {len(held)} directions and curvatures of shape {tuple(curvatures.shape)} for "
+                f"{int(num_tasks)} tasks; expected as many directions as curvatures, and none for 0 tasks alone."
+            )
+        directions = self._vectors_of(state, prefixes, STORAGE_DTYPES, origin, grown)
+        require_scalars(f"curvatures in {origin}", curvatures, count, nonnegative=True)
+        require_scalars(f"anchor_projections in {origin}", anchor_projections, count)
+        self._set_terms(directions, curvatures.to(self._device), anchor_projections.to(self._device))
+        self._num_tasks = int(num_tasks)
+
+    def _options(self) -> dict[str, Any]:
+        return super()._options() | {"first_order": self._first_order, "max_terms": self._max_terms}
+
+    def _move_state(self, device: torch.device) -> None:
+        self._directions = [u.to(device) for u in self._directions]
+        self._curvatures = self._curvatures.to(device)
+        self._anchor_projections = self._anchor_projections.to(device)
+        self._spectra = {groups: (e.to(device), q.to(device)) for groups, (e, q) in self._spectra.items()}
+        self._parts = {}

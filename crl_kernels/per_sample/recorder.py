@@ -1,0 +1,498 @@
+"""Which function is called with which parameter, and what each backward pass is for, while per-sample gradients are
+read.
+
+A ``TorchFunctionMode`` sees every call of torch's API, so parameters are found by identity wherever they are used: in
+subclasses, tied weights, functional calls, and views such as the thirds of an attention's input projection. A call that
+has a rule (``rules/``) goes through it; any other that takes a parameter goes through ``any_function``, which is
+exact and slow. Tensors that are made of parameters alone, such as a normalised weight or a table of positions, count
+as parameters where they meet the samples.
+
+Nothing is assumed of where the samples are: passes with weights measure it (``rows.py``).
+"""
+
+import enum
+import inspect
+import types
+import warnings
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._pytree import tree_flatten
+
+from ..model.names import join_names
+from ..model.preserved import without_gradient_hooks
+from .graph import INDEX_ARGUMENT, Graph, Losses, call_constants, flattened, graph_of, losses_of_pass
+from .layer_gradients import MatrixGradient, SampleGradient
+from .operands import Derived, Operand, ParameterUse, contiguous_strides
+from .rows import Codes, Rows, fingerprint
+from .rules import RULES
+from .rules.any_function import any_function
+
+_BACKWARD = (Tensor.backward, torch.autograd.backward, torch.autograd.grad)
+# Functions with an integer or boolean tensor among their arguments that move no rows.
+_KEEP_ROWS = {
+    *(F.cross_entropy, F.nll_loss, F.scaled_dot_product_attention, F.multi_head_attention_forward),
+    *(Tensor.masked_fill, Tensor.masked_fill_, torch.masked_fill),
+    *(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, Tensor.__imul__, Tensor.mul_),
+    *(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, torch.sub, Tensor.sub, Tensor.__sub__, Tensor.__rsub__),
+    *(torch.div, Tensor.div, Tensor.__truediv__),
+}
+_SORTS = {torch.sort, Tensor.sort, torch.topk, Tensor.topk}
+# Functions that move rows if a factor is a permutation or a table of routes.
+_NAMED_INDICES = {torch.einsum, torch.tensordot}
+_CONTRACTIONS = {*_NAMED_INDICES, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm}
+
+
+class Pass(enum.Enum):
+    """What a backward pass is for."""
+
+    ORDINARY = enum.auto()
+    MEASURE = enum.auto()  # where the samples are
+    CHECK = enum.auto()  # that, and the parameters' gradients
+    STATISTICS = enum.auto()  # of per-sample gradients: the block's own
+    SUMS = enum.auto()  # of per-sample gradients with weights
+
+
+def _no(*_: Any) -> bool:
+    return False
+
+
+def _in_transform() -> bool:
+    """Of torch.func, which knows no function of ours; the proof finds what happens there."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _nodes_made() -> int:
+    """How many nodes autograd has made in this thread; each has the number of those before it."""
+    return torch._C._autograd._get_sequence_nr()
+
+
+def in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+@dataclass(eq=False)
+class LayerCall:
+    """A call of a function with a rule, or by ``any_function``."""
+
+    recorder: "Recorder"
+    operands: tuple[Operand | None, ...]
+    key: Any = None  # its number in the forward pass; set when it arrives, if made in a checkpoint's second run
+
+    def rows(self, b: Tensor, dims: Sequence[int]) -> Rows | None:
+        """In which of ``dims`` of the output whose gradient is ``b`` the samples are, if per-sample gradients are to be
+        taken there in this pass."""
+        return self.recorder.arrive(self, b, tuple(dims))
+
+    def skips(self, slot: int) -> bool:
+        """Whether nobody reads the operand's gradient in this pass."""
+        return self.recorder.purpose is Pass.MEASURE and isinstance(self.operands[slot], ParameterUse)
+
+    def note_gradient(self, slot: int, gradient: Tensor) -> None:
+        """Of a derived operand, for what is measured."""
+        if self.recorder.purpose in (Pass.MEASURE, Pass.CHECK) and isinstance(self.operands[slot], Derived):
+            self.recorder.note(self, slot, gradient, tuple(range(gradient.dim())))
+
+    def takes(self, slot: int) -> bool:
+        """Whether per-sample gradients of the operand are to be taken, where ``rows`` gave some."""
+        operand, layout = self.operands[slot], self.recorder.layout
+        if operand is None or layout is None:
+            return False
+        if isinstance(operand, ParameterUse):
+            return operand.index not in layout.by_passes
+        return (self.key, slot) in layout.shared
+
+    def settle(self, slot: int, gradient: SampleGradient, edge: GradientEdge | None) -> Tensor:
+        """Takes the operand's per-sample gradients and returns their sum. ``edge``: of the operand in the graph."""
+        operand = self.operands[slot]
+        if isinstance(operand, ParameterUse):
+            return self.recorder.sink.take(operand, gradient)
+        assert edge is not None
+        matrix = gradient.matrix()
+        self.recorder.pull_back(edge, matrix)
+        return matrix.sum(0)
+
+
+class Sink(Protocol):
+    """Where per-sample gradients go."""
+
+    def take(self, use: ParameterUse, gradient: SampleGradient) -> Tensor:
+        """Returns their sum."""
+        ...
+
+    def weights(self) -> Tensor | None:
+        """(K, N) if only sums with these weights are wanted."""
+        ...
+
+    def prepare(self, losses: "Losses | None") -> None:
+        """Before the block's backward pass."""
+        ...
+
+
+@dataclass
+class _Prints:
+    dims: tuple[int, ...]
+    passes: list[Tensor] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Layout:
+    """Where the samples are in each call of one sequence of calls."""
+
+    count: int
+    calls: dict[Any, Rows] = field(default_factory=dict)  # of those whose output no two samples share
+    shared: set[Any] = field(default_factory=set)  # (call, slot) of derived operands that samples share
+    several: set[int] = field(default_factory=set)  # parameters that several calls give overlapping gradients
+    by_passes: tuple[int, ...] = ()  # parameters whose per-sample gradients take a backward pass a sample
+    lasting: bool = True  # holds for other batches of the same calls; else that is looked at in each of them
+    moves: bool = False  # did not hold for one, by indices
+    blocks: int = 0  # in which that was looked at
+    reached: bool = True  # by the passes
+    zero: tuple[int, ...] = ()  # parameters whose gradients were zero, of which nothing could be proven
+    assumed: bool = False  # the first dimension is taken for the sample, unmeasured
+
+
+class Recorder(TorchFunctionMode):
+    """See the module's docstring."""
+
+    def __init__(self, params: Sequence[Tensor], names: Sequence[str], sink: Callable[[], Sink]) -> None:
+        super().__init__()
+        self._params, self.names = list(params), names
+        self._index = {id(parameter): i for i, parameter in enumerate(params)}
+        self.recording = False
+        self.purpose = Pass.ORDINARY
+        self.layout: Layout | None = None
+        self.signature = 0  # of the differentiable calls in the forward pass
+        self.moves_rows = False  # by indices or products, which differ from batch to batch, or by what is not seen
+        self._nodes = _nodes_made()  # by the end of the last call
+        self._unseen: list[range] = []
+        self.first_size: int | None = None  # of the first differentiable tensor's first dimension
+        self.calls: list[LayerCall] = []
+        self._prints: dict[Any, _Prints] = {}  # of the present measurement, by call and slot
+        self.noise = 0.0
+        self.arrivals = 0  # of calls in the present pass
+        self.finished_passes = 0
+        self._late = 0  # calls of checkpoints' second runs in the present pass
+        self._sink = sink
+        self._graph = Graph(0, [], False, False)  # of the present losses
+
+    @property
+    def sink(self) -> Sink:
+        return self._sink()
+
+    # What is called with what
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _BACKWARD:
+            return self._backward(func, args, kwargs)
+        if not torch.is_grad_enabled() or not self.recording or _in_transform():
+            return func(*args, **kwargs)
+        if any(isinstance(arg, Tensor) and arg.is_nested for arg in args):  # found by the proof
+            return func(*args, **kwargs)
+        if func is F.multi_head_attention_forward:
+            return self.inside(func, args, kwargs)
+        self._note_unseen_nodes()
+        rule = RULES.get(func)
+        result = NotImplemented if rule is None else rule(self, *args, **kwargs)
+        if result is NotImplemented:
+            result = (
+                any_function(self, func, args, kwargs) if self._takes_parameter(args, kwargs) else func(*args, **kwargs)
+            )
+        if not in_backward():
+            if (nodes := _nodes_made()) > self._nodes:
+                self._sign(func, args, kwargs, result)
+            self._nodes = nodes
+        return result
+
+    def _note_unseen_nodes(self) -> None:
+        """Those that no call has made since the last one: of an autograd.Function, say, which may move rows."""
+        if (nodes := _nodes_made()) > self._nodes and not in_backward():
+            self._unseen.append(range(self._nodes, nodes))
+            self._nodes = nodes
+
+    def _sign(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Notes a call that is part of the graph."""
+        first = result[0] if isinstance(result, (tuple, list)) and result else result
+        shape = first.shape if isinstance(first, Tensor) else None
+        if self.first_size is None and shape:
+            self.first_size = shape[0]
+        key = call_constants((args, kwargs))
+        self.signature = hash((self.signature, func, shape, key))
+        if self.moves_rows:
+            return
+        if func in _CONTRACTIONS:
+            self.moves_rows = (func in _NAMED_INDICES or not shape or len(shape) <= 2) and not self._takes_parameter(
+                args, kwargs
+            )
+        elif func in (torch.where, Tensor.where):  # between two routes
+            routes = [arg for arg in args if isinstance(arg, Tensor) and arg.requires_grad and not self.binds(arg)]
+            self.moves_rows = len(routes) > 1
+        elif func in _SORTS or (func not in _KEEP_ROWS and INDEX_ARGUMENT in flattened(key)):
+            self.moves_rows = not self._takes_parameters_only(args, kwargs)
+
+    def inside(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Runs a Python function of torch's and sees what it calls. It asks first whether a mode wants it, and would
+        come back here; so a copy of it runs, which is told that none does."""
+        answers = dict.fromkeys(("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"), _no)
+        body = types.FunctionType(func.__code__, {**func.__globals__, **answers}, func.__name__, func.__defaults__)
+        body.__kwdefaults__ = func.__kwdefaults__
+        with nullcontext() if self in _get_current_function_mode_stack() else self:  # a call is handled once
+            return body(*args, **kwargs)
+
+    def _takes_parameter(self, args: Any, kwargs: Any) -> bool:
+        for arg in (*args, *kwargs.values()):
+            for tensor in arg if isinstance(arg, (list, tuple)) else (arg,):
+                if isinstance(tensor, Tensor) and self.binds(tensor):
+                    return True
+        return False
+
+    def _takes_parameters_only(self, args: Any, kwargs: Any) -> bool:
+        """Of what has a gradient: a table that is looked up in, say, moves no samples."""
+        tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor) and leaf.requires_grad]
+        return all(map(self.binds, tensors))
+
+    def _index_of(self, tensor: Tensor) -> int | None:
+        if not tensor.requires_grad:
+            return None
+        index = self._index.get(id(tensor))
+        if index is None and tensor._base is not None:
+            base = tensor._base
+            # Or its views' strides would not be those of its elements.
+            if base.is_contiguous() and base.dtype == tensor.dtype:
+                index = self._index.get(id(base))
+        return index
+
+    def binds(self, tensor: Tensor) -> bool:
+        """Whether the tensor is a bound parameter or a view of one."""
+        return self._index_of(tensor) is not None
+
+    def operand(self, tensor: Any) -> Operand | None:
+        """What ``tensor`` is where a call has its parameter; None if there is nothing to take."""
+        if not isinstance(tensor, Tensor) or not tensor.requires_grad:
+            return None
+        index = self._index_of(tensor)
+        if index is None:
+            return Derived() if tensor.grad_fn is not None else None
+        parameter = self._params[index]
+        if tensor is parameter:
+            return ParameterUse(index, tensor.shape, contiguous_strides(tensor.shape), 0)
+        offset = int(tensor.storage_offset() - parameter.storage_offset())
+        return ParameterUse(index, tensor.shape, tensor.stride(), offset)
+
+    def call(self, *operands: Operand | None) -> LayerCall:
+        """A new call, of which the backward pass will hear."""
+        if in_backward():  # in a checkpoint's second run: if it is a call of its own, its backward will come
+            return LayerCall(self, operands)
+        self.calls.append(LayerCall(self, operands, len(self.calls)))
+        for use in operands:
+            place = (use.index, use.offset, use.strides) if isinstance(use, ParameterUse) else use is None
+            self.signature = hash((self.signature, place))
+        return self.calls[-1]
+
+    # Backward passes
+
+    def _backward(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if func is torch.autograd.grad or in_backward() or not self.recording or self.purpose is not Pass.ORDINARY:
+            return self.inside(func, args, kwargs)
+        _require_plain(func, args, kwargs)
+        if not self.finished_passes:
+            self.sink.prepare(losses_of_pass(func, args, kwargs))
+        with self.purposed(Pass.STATISTICS):
+            result = self.inside(func, args, kwargs)
+            self.finished_passes += bool(self.arrivals)
+        return result
+
+    @contextmanager
+    def purposed(self, purpose: Pass) -> Generator[None, None, None]:
+        """A backward pass in the block is for this purpose."""
+        before = self.purpose, self._late, self.arrivals
+        self.purpose, self._late, self.arrivals = purpose, 0, 0
+        try:
+            yield
+        finally:
+            self.purpose, self._late, self.arrivals = before
+
+    def arrive(self, call: LayerCall, b: Tensor, dims: tuple[int, ...]) -> Rows | None:
+        if self.purpose is Pass.ORDINARY or torch.is_grad_enabled():
+            return None
+        if self.purpose is Pass.STATISTICS and self.finished_passes:
+            raise RuntimeError(
+                "a second backward pass went through the model inside of one SampleGradients block. Make one pass from "
+                "the sum of all losses, or use a block for each."
+            )
+        self.arrivals += 1
+        if call.key is None:
+            call.key = f"second run {self._late}"
+            self._late += 1
+        if self.purpose in (Pass.MEASURE, Pass.CHECK):
+            self.note(call, None, b, dims)
+            return None
+        assert self.layout is not None
+        if self.layout.assumed:
+            first = dims[:1] == (0,) and b.shape[0] == self.layout.count
+            return Rows.batch_first(self.layout.count, b.device) if first else None
+        return self.layout.calls.get(call.key)
+
+    def note(self, call: LayerCall, slot: int | None, gradient: Tensor, dims: tuple[int, ...]) -> None:
+        prints = self._prints.setdefault((call.key, slot), _Prints(dims))
+        prints.passes.append(fingerprint(gradient, dims))
+
+    def begin_measurement(self) -> None:
+        self._prints.clear()
+        self.noise = 0.0
+
+    def measure_noise(self) -> None:
+        """How far fingerprints of two equal passes, which were the only ones, are apart: not at all on a CPU."""
+        for prints in self._prints.values():
+            one, other = prints.passes
+            difference = ((one - other).abs() / one).nan_to_num(0.0)
+            self.noise = max(self.noise, 4 * float(difference.max()) if difference.numel() else 0.0)
+        self._prints.clear()
+
+    def layout_of(self, codes: Codes) -> Layout:
+        """What was measured in the passes of ``codes``."""
+        layout = Layout(codes.count, lasting=not self.moves_rows, reached=bool(self._prints))
+        for (call, slot), prints in self._prints.items():
+            complete = len(prints.passes) == len(codes.passes)
+            rows = codes.rows(prints.passes, prints.dims, self.noise) if complete else None
+            layout.lasting = layout.lasting and complete and (rows is None or rows.lasting)
+            if slot is None and rows is not None:
+                layout.calls[call] = rows
+            elif slot is not None and rows is None:
+                layout.shared.add((call, slot))
+        self._prints.clear()
+        return layout
+
+    def confirms(self, layout: Layout, codes: Codes) -> bool:
+        """Whether every row still is of the same sample, from all passes of ``codes`` but the last."""
+        prints = {call: prints for (call, slot), prints in self._prints.items() if slot is None}
+        self._prints.clear()
+        return all(
+            call in prints and codes.confirm(rows, prints[call].passes, prints[call].dims, self.noise)
+            for call, rows in layout.calls.items()
+        )
+
+    def key_of(self, losses: "Losses") -> Any:
+        """Blocks with the same key have their samples in the same places, unless rows move."""
+        self._note_unseen_nodes()
+        self._graph = graph_of([losses.edge], self._index, self._unseen)
+        self.moves_rows = self.moves_rows or self._graph.hidden
+        return self.signature, self._graph.signature, tuple(losses.shape)
+
+    def differentiate(self, losses: "Losses", weights: Tensor, inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        """Gradients of sum_i w_i loss_i, with the graph retained."""
+        return self._gradients([losses.edge], [losses.seeds(weights)], inputs)
+
+    def _gradients(
+        self, edges: list[GradientEdge], seeds: list[Tensor], inputs: Sequence[Tensor]
+    ) -> Sequence[Tensor | None]:
+        if not in_backward() and self._graph.reentrant:
+            return self._accumulated(edges, seeds, inputs, self._graph.leaves)
+        options = {"retain_graph": True, "allow_unused": True}
+        found: Sequence[Tensor | None] = self.inside(torch.autograd.grad, (edges, list(inputs), seeds), options)
+        return found
+
+    def _accumulated(
+        self, edges: list[GradientEdge], seeds: list[Tensor], inputs: Sequence[Tensor], leaves: list[Tensor]
+    ) -> Sequence[Tensor | None]:
+        """By ``backward``, which is all that reentrant checkpoints know; with every leaf's ``.grad`` as it was."""
+        touched = {id(leaf): leaf for leaf in (*leaves, *self._params, *inputs)}.values()
+        before = [(leaf, leaf.grad, leaf._post_accumulate_grad_hooks) for leaf in touched]
+        with without_gradient_hooks(touched):
+            try:
+                for leaf in touched:
+                    leaf.grad, leaf._post_accumulate_grad_hooks = None, None  # type: ignore[assignment]
+                self.inside(torch.autograd.backward, (edges, seeds), {"retain_graph": True})
+                return [each.grad for each in inputs]
+            finally:
+                for leaf, gradient, hooks in before:
+                    leaf.grad, leaf._post_accumulate_grad_hooks = gradient, hooks
+
+    def weights_of_rows(self, count: int) -> Tensor:
+        weights = self.sink.weights()
+        return torch.eye(count, dtype=torch.float64, device=self._params[0].device) if weights is None else weights
+
+    def pull_back(self, edge: GradientEdge, matrix: Tensor) -> None:
+        """Takes per-sample gradients of parameters, from those of a tensor that is made of them: (N, *shape)."""
+        weights = self.sink.weights()
+        rows = matrix if weights is None else torch.einsum("kn,n...->k...", weights.to(matrix.dtype), matrix)
+        self.take_rows(lambda i: ([edge], [rows[i]]), len(rows), self._params)
+
+    def say_slow(self, function: str, inputs: Sequence[Tensor], count: int) -> None:
+        if count == 1:
+            return
+        names = {self.names[use.index] for use in map(self.operand, inputs) if isinstance(use, ParameterUse)}
+        say_once(
+            f"there is no rule for the per-sample gradients of {join_names(sorted(names))} in {function}: they take a "
+            "backward pass through it for each sample of a batch.",
+        )
+
+    def take_rows(
+        self, seeds: Callable[[int], tuple[list[GradientEdge], list[Tensor]]], count: int, inputs: Sequence[Tensor]
+    ) -> None:
+        """One backward pass for each row of what is taken, to those of ``inputs`` that it reaches. Inputs are bound
+        parameters or what stands for them in one call."""
+        kept: dict[int, list[Tensor]] = {}
+        with self.purposed(Pass.ORDINARY):
+            reached = list(range(len(inputs)))
+            for i in range(count):
+                edges, gradients = seeds(i)
+                found = self._gradients(edges, gradients, [inputs[k] for k in reached])
+                if i == 0:
+                    reached = [k for k, gradient in zip(reached, found, strict=True) if gradient is not None]
+                    found = [gradient for gradient in found if gradient is not None]
+                    kept = {k: [] for k in reached}
+                    if not reached:
+                        return
+                for k, gradient in zip(reached, found, strict=True):
+                    assert gradient is not None  # what the first row reaches, all do
+                    kept[k].append(dense(gradient))
+        for k, gradients in kept.items():
+            use = self.operand(inputs[k])
+            assert isinstance(use, ParameterUse)
+            self.sink.take(use, _Taken(torch.stack(gradients), self.sink.weights() is not None))
+
+
+_said: set[str] = set()
+
+
+def say_once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        warnings.warn(message, stacklevel=2)
+
+
+class _Taken(MatrixGradient):
+    """Rows that are those of the samples, or already the sums with weights."""
+
+    def __init__(self, matrix: Tensor, summed: bool) -> None:
+        super().__init__(matrix)
+        self._summed = summed
+
+    def weighted_sums(self, weights: Tensor) -> Tensor:
+        return self._matrix if self._summed else super().weighted_sums(weights)
+
+
+def dense(gradient: Tensor) -> Tensor:
+    return (gradient.to_dense() if gradient.is_sparse else gradient).detach()
+
+
+def _require_plain(func: Any, args: Any, kwargs: Any) -> None:
+    options = dict(zip(inspect.signature(func).parameters, args, strict=False)) | kwargs
+    if options.get("create_graph"):
+        raise NotImplementedError(
+            "backward(create_graph=True) inside of a SampleGradients block: per-sample gradients have no graph. Put a "
+            "derivative that the loss needs into the loss, with torch.autograd.grad(..., create_graph=True)."
+        )
+    if options.get("inputs") is not None:
+        raise NotImplementedError(
+            "backward(inputs=...) inside of a SampleGradients block: choose parameters with include= or exclude=."
+        )

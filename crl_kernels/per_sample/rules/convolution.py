@@ -1,0 +1,160 @@
+"""Rules for convolutions and transposed convolutions of one to three dimensions."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..layer_gradients import ConvolutionGradient, MatrixGradient, Reshaped, SampleGradient
+from ..rows import Rows
+from .calls import Call, Recorder, differentiable_gradients, settle_operand, sum_tokens
+
+# Convolutions
+
+
+class _Convolution(torch.autograd.Function):
+    """input: (rows, C, ...), one, two or three spatial dimensions."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, call: Call, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, ...]
+    ) -> Tensor:
+        ctx.call, ctx.geometry = call, geometry
+        ctx.save_for_backward(input, weight, bias)
+        result: Tensor = torch.convolution(input, weight, bias, *geometry)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, b: Tensor) -> Any:
+        inputs = input, weight, bias = ctx.saved_tensors
+        call, needs, geometry = ctx.call, ctx.needs_input_grad[1:], ctx.geometry
+        if torch.is_grad_enabled():
+            found = differentiable_gradients(lambda *tensors: torch.convolution(*tensors, *geometry), inputs, b)
+            return None, *found, None
+        a = input.to(b.dtype)
+        by_input = by_weight = by_bias = None
+        # Before the gradient by the input, so that its memory and what the statistics need are not held at once.
+        rows = call.rows(b, (0,))
+        if rows is not None:
+            if needs[1]:
+                by_weight = settle_operand(
+                    ctx, call, 0, inputs, lambda: _convolution_gradient(rows, a, b, weight, geometry)
+                )
+            if needs[2]:
+                by_bias = settle_operand(
+                    ctx,
+                    call,
+                    1,
+                    inputs,
+                    lambda: MatrixGradient(rows.sum(sum_tokens(b.flatten(2).transpose(1, 2)))),
+                )
+        ordinary = [needs[0]]
+        for slot, taken in enumerate((by_weight, by_bias)):
+            ordinary.append(needs[slot + 1] and taken is None and not call.skips(slot))
+        if any(ordinary):
+            sizes = None if bias is None else list(bias.shape)
+            found = torch.ops.aten.convolution_backward(b, a, weight.to(b.dtype), sizes, *geometry, ordinary)
+            by_input = found[0]
+            if ordinary[1]:
+                by_weight = found[1]
+                call.note_gradient(0, by_weight)
+            if ordinary[2]:
+                by_bias = found[2]
+                call.note_gradient(1, by_bias)
+        return (
+            None,
+            None if by_input is None else by_input.to(input.dtype),
+            None if by_weight is None else by_weight.to(weight.dtype),
+            None if by_bias is None else by_bias.to(bias.dtype),
+            None,
+        )
+
+
+def _convolution_gradient(
+    rows: Rows, a: Tensor, b: Tensor, weight: Tensor, geometry: tuple[Any, ...]
+) -> SampleGradient:
+    stride, padding, dilation, transposed, _, groups = geometry
+    if weight.dim() == 5:
+        return MatrixGradient(rows.sum(_one_by_one(a, b, weight, geometry)))
+    if transposed:  # a transposed convolution is the adjoint: input and output change places
+        a, b = b, a
+    gradient: SampleGradient
+    if weight.dim() == 4:
+        gradient = ConvolutionGradient(a, b, weight.shape[2:], stride, padding, dilation, groups)
+    else:
+        (length,), (step,), (pad,), (spread,) = weight.shape[2:], stride, padding, dilation
+        a, b = a[:, :, None], b[:, :, None]
+        in_rows = ConvolutionGradient(a, b, (1, length), (1, step), (0, pad), (1, spread), groups)
+        gradient = Reshaped(in_rows, (*weight.shape[:2], 1, length), weight.shape)
+    return gradient if rows.in_order else MatrixGradient(rows.sum(gradient.matrix()))
+
+
+def _one_by_one(a: Tensor, b: Tensor, weight: Tensor, geometry: tuple[Any, ...]) -> Tensor:
+    """(rows, *weight.shape)"""
+    backward, only_weight = torch.ops.aten.convolution_backward, [False, True, False]
+    found = [
+        backward(b[i : i + 1], a[i : i + 1], weight.to(b.dtype), None, *geometry, only_weight)[1] for i in range(len(b))
+    ]
+    return torch.stack(found) if found else weight.new_zeros(0, *weight.shape)
+
+
+def _tuple(value: Any, dims: int) -> tuple[int, ...]:
+    values = tuple(value) if isinstance(value, Sequence) else (value,)
+    return values if len(values) == dims else values * dims
+
+
+def _convolved(
+    recorder: Recorder, dims: int, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, ...]
+) -> Any:
+    operands = recorder.operand(weight), recorder.operand(bias)
+    if operands == (None, None) or input.is_complex() or input.dim() not in (dims + 1, dims + 2):
+        return NotImplemented
+    one = input.dim() == dims + 1
+    result = _Convolution.apply(recorder.call(*operands), input[None] if one else input, weight, bias, geometry)
+    return result[0] if one else result
+
+
+def convolution(dims: int) -> Callable[..., Any]:
+    def rule(
+        recorder: Recorder,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Any:
+        stride, dilation = _tuple(stride, dims), _tuple(dilation, dims)
+        if padding == "valid":
+            padding = (0,) * dims
+        elif padding == "same":
+            totals = [spread * (size - 1) for spread, size in zip(dilation, weight.shape[2:], strict=True)]
+            if any(total % 2 for total in totals):  # one more on the right, as torch does
+                input = F.pad(input, [side for total in reversed(totals) for side in (0, total % 2)])
+            padding = tuple(total // 2 for total in totals)
+        geometry = (stride, _tuple(padding, dims), dilation, False, (0,) * dims, groups)
+        return _convolved(recorder, dims, input, weight, bias, geometry)
+
+    return rule
+
+
+def transposed_convolution(dims: int) -> Callable[..., Any]:
+    def rule(
+        recorder: Recorder,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        output_padding: Any = 0,
+        groups: int = 1,
+        dilation: Any = 1,
+    ) -> Any:
+        stride, padding, dilation = (_tuple(value, dims) for value in (stride, padding, dilation))
+        geometry = (stride, padding, dilation, True, _tuple(output_padding, dims), groups)
+        return _convolved(recorder, dims, input, weight, bias, geometry)
+
+    return rule

@@ -1,0 +1,42 @@
+"""The command line: `crl-diffusion train | compare | report | diagnose | list`.
+
+An option that cannot be honoured, a record that cannot be read and a place that cannot be written to give one line on
+stderr and exit code 2; training that cannot go on, exit code 1; SIGINT, SIGTERM and SIGHUP 128 and their number.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from crl_diffusion import signals
+from crl_diffusion.cli.commands import compare, complain, diagnose, is_first, list_choices, report, train
+from crl_diffusion.cli.options import Compare, Diagnose, List, Train
+from crl_diffusion.cli.parser import parse
+from crl_diffusion.errors import OptionError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code."""
+    try:
+        with signals.handled():
+            command = parse(sys.argv[1:] if argv is None else argv)
+            if isinstance(command, Train):
+                return train(command)
+            if isinstance(command, Compare):
+                return compare(command)
+            if isinstance(command, Diagnose):
+                return diagnose(command)
+            if isinstance(command, List):
+                return list_choices(command)
+            return report(command)
+    except OptionError as error:
+        complain(f"error: {error}")
+        return 2
+    except OSError as error:
+        complain(f"error: {error}; see that there is such a place, that it can be read and written, and has room")
+        return 2
+    except signals.Stopped as stop:
+        if is_first():
+            complain(f"{stop}; give the same command again to resume")
+        return 128 + stop.signum

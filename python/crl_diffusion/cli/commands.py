@@ -1,0 +1,222 @@
+"""What each command does."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import fields
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from crl_diffusion.cli.options import Compare, Diagnose, List, Report, Train
+from crl_diffusion.config.settings import RunConfig, check
+from crl_diffusion.config.spelling import in_order, spell
+from crl_diffusion.errors import OptionError
+
+FILE_WIDTH = 150  # columns of a table that goes to a file or a pipe
+
+
+def complain(line: str) -> None:
+    """On stderr, where there is one: a terminal that has hung up takes nothing."""
+    with suppress(OSError):
+        print(f"crl-diffusion: {line}", file=sys.stderr, flush=True)
+
+
+def is_first() -> bool:
+    """Of torchrun's processes the first one speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def quiet_output(console: Console) -> bool:
+    """Plain lines instead of bars: no terminal, or CI says so."""
+    return not console.is_terminal or os.environ.get("CI", "").lower() in ("1", "true")
+
+
+def train(command: Train) -> int:
+    check(command)
+    config = RunConfig(**{field.name: getattr(command, field.name) for field in fields(RunConfig)})
+    console = Console(soft_wrap=True)
+
+    # torch and diffusers take seconds to import: not before the options are known to be good.
+    from crl_diffusion.errors import TrainingError
+    from crl_diffusion.training import loop
+
+    first = is_first()
+    if loop.finished(config, command.out, command.extractor) is not None:
+        if first:
+            console.print(f"{command.out} is finished already", highlight=False)
+        return 0
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"))
+    clock = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    with Progress(*columns, *clock, console=console, disable=quiet_output(console) or not first) as progress:
+        bar = progress.add_task(f"{config.method}, seed {config.seed}", total=None)
+
+        def say(line: str) -> None:
+            console.print(line, highlight=False, markup=False)
+
+        def advance(done: int, total: int) -> None:
+            progress.update(bar, completed=done, total=total)
+
+        try:
+            summary = loop.train(
+                config, command.out, command.data_root, command.extractor, command.extractor_folder, say, advance
+            )
+        except TrainingError as error:
+            if first:
+                complain(str(error))
+            return 1
+    if not first:
+        return 0
+    forgotten = "-" if summary["forgetting"] is None else f"{summary['forgetting']:.1f}"
+    quality = f"conditional accuracy {summary['accuracy']:.3f}"
+    say(f"average FID {summary['average_fid']:.1f}, forgetting {forgotten}, {quality}")
+    say(f"pictures and records: {command.out}")
+    return 0
+
+
+def compare(command: Compare) -> int:
+    from crl_diffusion.comparison import cells, runner
+
+    for name, values in (("methods", command.methods), ("seeds", command.seeds)):
+        if not values or len(set(values)) != len(values):
+            raise OptionError(f"--{name} is {' '.join(map(str, values))!r}; give at least one, and none twice")
+    baseline = spell(command.baseline)
+    if command.jobs < 0:
+        raise OptionError(f"--jobs is {command.jobs}; it must be 0 or more")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise OptionError("compare starts its own processes; start it without torchrun, which is for train")
+    work = cells.cells(command, command.methods, command.seeds, command.out, command.lams)
+    for cell in work:
+        check(cell.config)
+    console = Console(soft_wrap=True)
+
+    from crl_diffusion.data import tasks
+    from crl_diffusion.errors import WriteError
+    from crl_diffusion.evaluation import evaluate
+    from crl_diffusion.reporting import report, runs
+    from crl_diffusion.run_folder.layout import check_folder, require_measured, require_place, resolve, resolve_device
+    from crl_diffusion.training import forecast, loop
+    from crl_diffusion.training.plan import require_fisher_images, stage_steps
+
+    on_cpu = resolve_device(command.device) == "cpu"
+    require_place("--out", command.out)
+    for cell in work:
+        cell.config = resolve(cell.config)
+        cell.finished = loop.finished(cell.config, cell.folder, command.extractor) is not None
+        check_folder(cell.config, cell.folder)
+    cells.check_others(work, command.out)
+    images = tasks.load(work[0].config, command.data_root)
+    for cell in work:
+        require_fisher_images(cell.config, images)
+        cell.stage_steps = stage_steps(cell.config, images)
+    folder = command.extractor_folder or command.out
+    jobs = command.jobs or ((os.cpu_count() or 1) if on_cpu else 1)
+    try:
+        tools = evaluate.instruments(command.extractor, images, folder, resolve_device(command.device))
+        evaluate.prepare(tools, work[0].config, images)
+    except WriteError as error:
+        raise OptionError(f"{error}; make {str(folder)!r} writable, with room on its disk") from error
+    for line in tools.about(work[0].config, images):
+        console.print(line, highlight=False, markup=False)
+    if not all(cell.finished for cell in work):
+        for begun in sorted(command.out.glob("*/config.json")):
+            require_measured(begun.parent, {"data_name": images.name, **tools.names()})
+        a_pass = forecast.seconds_per_pass(work[0].config, images.shape, images.classes)
+        console.print(runner.estimate(work, jobs, a_pass), highlight=False)
+    failed = runner.run(work, jobs, command.data_root, command.extractor, folder, console, quiet_output(console))
+    if len(failed) < len(work):
+        # With what the folder held before: a comparison may grow.
+        runs = [run for run in runs.find([command.out])[0] if run.path.parent == command.out]
+        order = in_order(run.method for run in runs)
+        show(console, *report.write([run.path for run in runs], command.out, baseline, order))
+    for cell in failed:
+        complain(f"{cell.name} failed; its last lines:\n{runner.tail(cell)}")
+    if failed:
+        complain(
+            f"{len(failed)} of {len(work)} runs failed; finished ones are kept; give the same command again to go on"
+        )
+        return 1
+    return 0
+
+
+def report(command: Report) -> int:
+    from crl_diffusion.reporting import report, runs
+    from crl_diffusion.run_folder.layout import require_place
+
+    if not command.folders:
+        raise OptionError("no folder was given; name those that `train` or `compare` has written")
+    console = Console(soft_wrap=True)
+    runs, unfinished = runs.find(command.folders)
+    for run in unfinished:
+        console.print(f"{run} is not finished and is left out", highlight=False)
+    out = command.out or command.folders[0]
+    require_place("--out", out)
+    order = in_order(run.method for run in runs)
+    show(console, *report.write(command.folders, out, spell(command.baseline), order))
+    return 0
+
+
+def diagnose(command: Diagnose) -> int:
+    if command.samples < 48:
+        raise OptionError(f"--samples is {command.samples}; it must be at least 48")
+    if command.seed < 0:
+        raise OptionError(f"--seed is {command.seed}; it must be at least 0")
+    for t in command.timesteps:
+        if not 0 <= t < 1000 or command.timesteps.count(t) > 1:
+            chosen = " ".join(map(str, command.timesteps))
+            raise OptionError(f"--timesteps is {chosen!r}; give timesteps from 0 to 999, none twice")
+    if not (command.run / "config.json").exists():
+        raise OptionError(f"{str(command.run)!r} holds no run; give a folder that `train` has written")
+    console = Console(soft_wrap=True)
+
+    from crl_diffusion import diagnosis
+    from crl_diffusion.reporting import tables
+    from crl_diffusion.run_folder.layout import require_place
+
+    out = command.out or command.run / "diagnosis"
+    require_place("--out", out)
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, markup=False)
+
+    found, paths = diagnosis.of_run(
+        command.run,
+        out,
+        command.task,
+        command.samples,
+        command.timesteps,
+        command.seed,
+        command.data_root,
+        command.device,
+        say,
+    )
+    say("\n" + "\n".join(found.verdict.sentences) + "\n")
+    head, body = found.table()
+    caption = f"{found.num_samples} samples at every timestep; brackets are 95 % intervals."
+    show(console, tables.rich_table(head, body, caption), paths)
+    return 0
+
+
+def list_choices(command: List) -> int:
+    from crl_diffusion.cli import listing
+
+    found = listing.listings()
+    if command.markdown:
+        print(listing.markdown(found), end="")
+        return 0
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=FILE_WIDTH)
+    for table in found:
+        console.print(listing.rich_table(table))
+    return 0
+
+
+def show(console: Console, table: object, paths: Sequence[Path]) -> None:
+    (console if console.is_terminal else Console(width=FILE_WIDTH)).print(table)
+    console.print("\n".join(["Pictures and tables:", *(f"  {path}" for path in paths)]), highlight=False, markup=False)

@@ -1,0 +1,170 @@
+"""What there is to choose from, as tables: data sets, models, methods, presets. `crl-diffusion list` prints them, and
+`crl-diffusion list --markdown > python/PRESETS.md` writes them down; a test compares the file with this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any, NamedTuple
+
+from rich import box
+from rich.table import Table
+
+from crl_diffusion.config.method import FAMILIES, METHODS, PENALTIES, REPLAYS
+from crl_diffusion.config.presets import OURS, PAPER_METHODS, PAPER_VARIANTS, PRESETS, UNUSED, resolved
+from crl_diffusion.config.settings import DATA_PLANS, Settings
+from crl_diffusion.config.spelling import penalty_names
+
+PREFACE = """\
+# What the trainer offers
+
+Written by `crl-diffusion list --markdown > python/PRESETS.md`; a test compares this file with the
+configuration objects.
+"""
+
+
+class Listing(NamedTuple):
+    """One table; cells are plain text."""
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+
+def listings() -> list[Listing]:
+    return [_data(), _models(), _replays(), _penalties(), _options(), _presets(), _settings(), _paper_methods()]
+
+
+def _data() -> Listing:
+    rows = [
+        [name, f"{plan.image_size}", f"{plan.tasks} x {plan.classes_per_task}", f"{plan.classes or 'any'}"]
+        for name, plan in DATA_PLANS.items()
+    ]
+    return Listing("Data sets", ("--data", "pixels", "tasks x classes", "classes"), rows, "Pixels and tasks: defaults.")
+
+
+def _models() -> Listing:
+    import torch
+
+    from crl_diffusion.config.networks import MODELS
+    from crl_diffusion.diffusion.network import build
+
+    rows = []
+    for name, preset in MODELS.items():
+        with torch.device("meta"):
+            count = sum(p.numel() for p in build(name, (3, 32, 32), 10, 0).parameters())
+        channels = ", ".join(map(str, preset.channels))
+        levels = ["middle", *(f"{32 >> level} pixels" for level in preset.attention or ())]
+        attention = "none" if preset.attention is None else ", ".join(levels)
+        rows.append([name, channels, str(preset.layers), attention, f"{count:,}"])
+    return Listing(
+        "Models",
+        ("--model", "channels", "layers", "attention", "parameters"),
+        rows,
+        "diffusers' UNet2DModel, label-conditioned. Parameters: images of 3 x 32 x 32, 10 classes.",
+    )
+
+
+def _replays() -> Listing:
+    rows = []
+    for name, method in {"fine-tune": METHODS["fine-tune"], "joint": METHODS["joint"], **REPLAYS}.items():
+        parts = [f"{replay.source} images, target {replay.target}" for replay in method.replays]
+        weights = {"sum": "1 each", "tasks": "1/k real, 1 - 1/k replay"}[method.weights] if parts else "1"
+        if name:
+            rows.append([name, "; ".join(parts) or "nothing", weights, method.curriculum])
+    return Listing(
+        "Methods: what is replayed",
+        ("--method", "replays", "weights", "curriculum"),
+        rows,
+        "A penalty goes by itself or behind a replay: rank1, gd+rank1, replay+gd+bands8. pool: images that the old "
+        "model draws once after every task; fresh: drawn anew in every step. Target noise: denoising as of data; "
+        "target teacher: the old model's prediction. k: tasks so far.",
+    )
+
+
+def _penalties() -> Listing:
+    rows = []
+    for name in penalty_names():
+        penalty = PENALTIES[name] if name in PENALTIES else FAMILIES[name.removesuffix("<n>")](2)
+        directions = {"rank<n>": "n", "bands<n>": "1 in each of n bands of timesteps"}.get(name, str(penalty.rank))
+        if penalty.fisher == "diagonal":
+            rows.append([name, "-", "-", f"{penalty.lam:g}", penalty.mode])
+        else:
+            rows.append([name, directions, penalty.direction, f"{penalty.lam:g}", penalty.mode])
+    return Listing("Methods: penalties", ("penalty", "directions a task", "direction", "lam", "mode"), rows)
+
+
+def _options() -> Listing:
+    rows = [
+        ["decoupled", "its own proximal step after the optimizer's, at the same learning rate"],
+        ["gradient", "its gradient is added to the loss's, before clipping, as the paper has it"],
+        ["once", "control: one proximal step at the end of a task, no penalty afterwards"],
+        ["alone", "control: the slopes' pull alone, fading as they would be used up, and nothing that holds"],
+        ["lam=NUMBER", "strength, for a loss that is the mean over C*H*W; inf (not as a gradient) pins the directions"],
+        ["top", "directions: top eigenvectors of the Fisher matrix"],
+        ["mean", "direction: the mean gradient (not with rank<n>)"],
+        ["random", "control: random unit directions with the same curvatures and slopes"],
+        ["slopes", "keep each task's first-order term: the anchor moves down the old task's slope"],
+    ]
+    return Listing("Methods: options of a penalty, NAME:OPTION,...", ("option", "meaning"), rows)
+
+
+def _presets() -> Listing:
+    rows = [
+        [name, preset.about, " ".join(preset.methods), " ".join(map(str, preset.seeds)), preset.extractor]
+        for name, preset in PRESETS.items()
+    ]
+    return Listing("Presets", ("--preset", "what", "methods of compare", "seeds", "FID features"), rows)
+
+
+def _settings() -> Listing:
+    configs = {name: resolved(name) for name in PRESETS}
+    rows = []
+    for field in fields(Settings):
+        if field.name in UNUSED:
+            continue
+        source = "ours" if field.name in OURS else "paper"
+        rows.append([_option(field.name), *(_value(getattr(c, field.name)) for c in configs.values()), source])
+    return Listing(
+        "Presets, resolved",
+        ("option", *configs, "paper presets' number"),
+        rows,
+        "The demo's numbers are all ours, and it takes 300 steps a task where the others count epochs. Epochs 0: steps "
+        "count. Fisher samples 0: every image of a task once. Class order -1: the labels' own. Images a class 0: all. "
+        "Optimizer: Adam, made anew for every task; 1000 timesteps.",
+    )
+
+
+def _paper_methods() -> Listing:
+    rows = [[paper, ours] for paper, ours in {**PAPER_METHODS, **PAPER_VARIANTS}.items()]
+    return Listing("The paper's methods", ("paper", "--method"), rows)
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _value(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def rich_table(listing: Listing) -> Table:
+    table = Table(
+        title=listing.title, title_justify="left", caption=listing.note, caption_justify="left", box=box.SIMPLE_HEAD
+    )
+    for title in listing.head:
+        table.add_column(title, overflow="fold")
+    for row in listing.rows:
+        table.add_row(*row)
+    return table
+
+
+def markdown(found: Sequence[Listing]) -> str:
+    parts = [PREFACE]
+    for listing in found:
+        rows = [listing.head, ["---"] * len(listing.head), *listing.rows]
+        lines = ["| " + " | ".join(cell.replace("<", "&lt;") for cell in row) + " |" for row in rows]
+        parts += [f"## {listing.title}\n", "\n".join(lines) + "\n", *([f"{listing.note}\n"] if listing.note else [])]
+    return "\n".join(parts)

@@ -1,0 +1,127 @@
+"""Many runs: methods x seeds as processes of their own, one a core, and then one table.
+
+Each cell is a run folder made by `crl-diffusion train` and named by `folder_name`; finished cells are kept, interrupted
+ones go on from their last checkpoint. A folder holds one comparison: more methods and seeds add to it, other settings
+are refused.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from crl_diffusion.config.method import Method
+from crl_diffusion.config.settings import RunConfig, Settings
+from crl_diffusion.config.spelling import parse_method, spell
+from crl_diffusion.errors import OptionError, RecordError
+from crl_diffusion.run_folder.readers import read_config, read_metrics
+
+
+@dataclass
+class Cell:
+    """One run of the comparison, and its process once it has started."""
+
+    config: RunConfig
+    folder: Path
+    stage_steps: Sequence[int] = ()  # of each stage; known once the data are
+    process: subprocess.Popen[bytes] | None = None
+    finished: bool = False  # with whole records
+
+    @property
+    def name(self) -> str:
+        return f"{self.config.method}, seed {self.config.seed}"
+
+    @property
+    def steps(self) -> int:
+        return sum(self.stage_steps)
+
+    @property
+    def steps_done(self) -> int:
+        """Read from the run's own log, which is all that processes share; 0 where that is damaged, as the run says."""
+        if self.finished:
+            return self.steps
+        try:
+            rows = [row for row in read_metrics(self.folder) if row["kind"] == "step"]
+        except RecordError:
+            return 0
+        if not rows:
+            return 0
+        return int(sum(self.stage_steps[: rows[-1]["stage"] - 1]) + rows[-1]["step"])
+
+
+def cells(
+    settings: Settings, methods: Sequence[str], seeds: Sequence[int], out: Path, lams: Sequence[float] = ()
+) -> list[Cell]:
+    """All cells, the longest first, so that no core is left alone with a long one at the end. With `lams`, a method
+    that has a penalty gets one cell for each."""
+    common = {field.name: getattr(settings, field.name) for field in fields(Settings)}
+    made = [
+        Cell(RunConfig(**common, method=method, seed=seed), out / folder_name(method, seed))
+        for seed in seeds
+        for method in with_lams(methods, lams)
+    ]
+    return sorted(made, key=lambda cell: _cost(cell.config.recipe), reverse=True)
+
+
+def with_lams(methods: Sequence[str], lams: Sequence[float]) -> list[str]:
+    """The methods in their one spelling, each that has a penalty once for each lam."""
+    spelled: list[str] = []
+    for method in methods:
+        if parse_method(method).penalty is None or not lams:
+            spelled.append(spell(method))
+        else:
+            spelled += [spell(f"{method}{',' if ':' in method else ':'}lam={lam!r}") for lam in lams]
+    return list(dict.fromkeys(spelled))
+
+
+def folder_name(method: str, seed: int) -> str:
+    """What files may be called on every system: gd+bands8:top,lam=60 -> gd+bands8_top_lam=60-seed0."""
+    return f"{method.replace(':', '_').replace(',', '_')}-seed{seed}"
+
+
+def _cost(method: Method) -> tuple[int, bool]:
+    return len(method.replays), method.penalty is not None
+
+
+def check_others(work: Sequence[Cell], out: Path) -> None:
+    """Refuse a folder that holds runs with other settings than these, whose numbers would not compare, or finished ones
+    that are not part of this comparison and could not be shown beside it."""
+    from crl_diffusion.reporting.runs import read_finished  # torch: not before the options are known to be good
+
+    for path in sorted(out.glob("*/summary.json")):
+        if path.parent not in [cell.folder for cell in work]:
+            read_finished(path.parent)
+    wanted = _comparable(work[0].config.as_json())
+    for path in sorted(out.glob("*/config.json")):
+        saved = _comparable(read_config(path.parent)["run"])
+        differ = sorted(key for key in saved.keys() | wanted.keys() if saved.get(key) != wanted.get(key))
+        if differ:
+            what = ", ".join(f"{key} {saved.get(key)!r} there, {wanted.get(key)!r} asked for" for key in differ)
+            raise OptionError(
+                f"--out {str(out)!r} holds runs with other settings: {path.parent.name} ({what}); use another folder"
+            )
+
+
+def _comparable(run: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in run.items() if key not in ("method", "recipe", "seed")}
+
+
+def options(config: RunConfig) -> list[str]:
+    """The options of `crl-diffusion train` that give this configuration."""
+    default, words = RunConfig(method=config.method), []
+    for name, value in asdict(config).items():
+        option = f"--{name.replace('_', '-')}"
+        if name not in ("method", "seed") and value == getattr(default, name):
+            continue
+        words += [option, str(value)]
+    return words
+
+
+def command(cell: Cell, data_root: Path, extractor: str, extractor_folder: Path) -> list[str]:
+    """The command that makes this cell, which anyone can give again by hand."""
+    places = ["--out", str(cell.folder), "--data-root", str(data_root), "--extractor-folder", str(extractor_folder)]
+    return [sys.executable, "-m", "crl_diffusion", "train", *options(cell.config), "--extractor", extractor, *places]

@@ -1,0 +1,1 @@
+"""Methods, settings and presets as frozen values, without torch."""

@@ -1,0 +1,91 @@
+"""Methods as values: what is replayed, what is penalised, and in which order classes arrive.
+
+The parts of a method are named here. `methods/replay.py` and `methods/penalties.py` give them their meaning and do not
+know one another; the training loop reads the parts and never asks for a method's name. Nothing in `config/` imports
+torch, so that a mistyped option is answered at once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+Mode = Literal["decoupled", "gradient", "once", "alone"]
+Direction = Literal["mean", "top", "random"]
+
+
+@dataclass(frozen=True)
+class Replay:
+    """One batch of old images in every step: where images come from, what the model is asked to predict on them."""
+
+    source: Literal["pool", "fresh"]
+    target: Literal["noise", "teacher"]
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Penalty:
+    """(lam / 2) * sum over past tasks of the quadratic that a Fisher matrix defines around the old optimum.
+
+    A low-rank matrix has `rank` directions for each of `bands` equal bands of timesteps: F = sum_s p_s F_s.
+    """
+
+    fisher: Literal["low_rank", "diagonal"]
+    lam: float
+    mode: Mode = "decoupled"
+    rank: int = 1
+    bands: int = 1
+    direction: Direction = "mean"
+    slopes: bool = False  # keep the first-order term u_k . mean gradient: it moves the anchor down the old task's slope
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is replayed, what is penalised, and the order in which classes arrive.
+
+    Weights of the k-th task: "sum" trains on real + sum of replay.weight * replay; "tasks" on 1/k of the real loss and
+    1 - 1/k of the replayed ones, so that every task seen so far counts alike.
+    """
+
+    replays: tuple[Replay, ...] = ()
+    penalty: Penalty | None = None
+    curriculum: Literal["continual", "joint"] = "continual"
+    weights: Literal["sum", "tasks"] = "sum"
+
+
+# A decoupled penalty pulls parameters back along a direction of curvature a with a time constant of 1 / (lr * lam * a)
+# steps. Here that is about one task (mean lr 1e-3 * lam * a * 300 steps ~ 1): felt, and soft enough to learn the next
+# one. After the first digits the rank-1 term had a = 0.13, and the diagonal's mean, weighted by itself, was 9e-4.
+LOW_RANK_LAM = 20.0
+DIAGONAL_LAM = 3000.0
+
+POOL_NOISE, POOL_TEACHER = Replay("pool", "noise"), Replay("pool", "teacher")
+REPLAYS: dict[str, Method] = {
+    "": Method(),
+    "replay": Method((POOL_NOISE,)),  # images of the old model as if they were data
+    "gd": Method((POOL_TEACHER,)),  # generative distillation as the rank-1 paper describes it
+    "replay+gd": Method((POOL_NOISE, POOL_TEACHER)),  # as its authors' code has it
+    "masip": Method((Replay("fresh", "teacher"),), weights="tasks"),  # as arXiv 2311.14028 has it
+}
+FAMILIES: dict[str, Callable[[int], Penalty]] = {  # their names end in a number; there are 1000 timesteps to band
+    "rank": lambda k: Penalty("low_rank", LOW_RANK_LAM, rank=k, direction="top"),
+    "bands": lambda n: Penalty("low_rank", LOW_RANK_LAM, bands=n),
+}
+NUMBERED = re.compile(rf"({'|'.join(FAMILIES)})([2-9]|[1-9][0-9]{{1,2}}|1000)")
+PENALTIES: dict[str, Penalty] = {
+    "diagonal": Penalty("diagonal", DIAGONAL_LAM),
+    "rank1": Penalty("low_rank", LOW_RANK_LAM),
+    **{f"{family}{n}": FAMILIES[family](n) for family, n in (("rank", 10), ("rank", 50), ("bands", 8), ("bands", 16))},
+}
+METHODS: dict[str, Method] = {
+    "fine-tune": Method(),
+    "joint": Method(curriculum="joint"),
+    **{name: method for name, method in REPLAYS.items() if name},
+    **{
+        f"{replayed}+{penalty}".strip("+"): replace(method, penalty=PENALTIES[penalty])
+        for penalty in PENALTIES
+        for replayed, method in REPLAYS.items()
+    },
+}

@@ -1,0 +1,132 @@
+"""Decoded copies on disk of data sets that are too large, or too slow to decode, for every run: made once, then mapped.
+
+A copy is a folder <name>-<size>px-<key> in a folder .crl-diffusion beside the files that it was made from or, where
+that cannot be written to, in the user's cache folder. It holds, for the parts train and test, <part>.pixels, uint8
+(N, 3, S, S), and <part>.labels, int64 (N,), bare and in the machine's byte order, and about.json. The key is a digest
+of the names, sizes and times of modification of all files that it was made from, so a changed data set gets a new copy;
+old ones may be deleted.
+
+The folder is written under another name, synced, and renamed, by one process at a time: a copy under its own name is
+whole. Pixels are mapped into memory, privately: processes share them, only what is touched is read, and nothing can
+change the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crl_diffusion.data.images import Images
+from crl_diffusion.errors import OptionError
+from crl_diffusion.files import locked, sync_folder
+
+FORMAT = 1  # of the copies; part of the key
+PARTS = ("train", "test")
+SAID_EVERY = 30.0  # seconds between two lines about a copy that is being made
+
+Chunks = Iterator[tuple[Tensor, Tensor]]  # pixels, uint8 (n, 3, S, S); labels, int64 (n,)
+
+
+def digest(root: Path, files: Sequence[str], with_times: bool) -> str:
+    """What a set of files is, without reading them: a digest of their names in `root`, their sizes and their times."""
+    # Strings, since ImageNet has 1.3 million files: with Path objects a listing took five times as long.
+    found, inside = hashlib.sha256(), os.path.join(root, "")
+    for file in files:
+        status = os.stat(file)
+        time_ns = status.st_mtime_ns if with_times else 0
+        found.update(os.fsencode(file.removeprefix(inside)) + f"\0{status.st_size}\0{time_ns}\n".encode())
+    return found.hexdigest()
+
+
+def decoded(
+    name: str, root: Path, files: Sequence[str], size: int, decode: Callable[[str], Chunks]
+) -> tuple[Images, Images]:
+    """The training and the test part of a data set, mapped from its decoded copy; `decode(part)` is only called if
+    there is none yet."""
+    listing = f"{FORMAT} {sys.byteorder} {root.resolve()} {digest(root, files, with_times=True)}"
+    key = hashlib.sha256(os.fsencode(listing)).hexdigest()[:16]
+    folder = _home(root) / f"{name}-{size}px-{key}"
+    if not folder.is_dir():
+        try:
+            _make(folder, name, size, decode)
+        except OSError as error:
+            raise OptionError(
+                f"the decoded copy of {name} cannot be written to {str(folder.parent)!r} ({error}); it takes "
+                f"{3 * size**2:,} bytes an image: make room there, and give the same command again"
+            ) from error
+    try:
+        about = json.loads((folder / "about.json").read_text())
+        train, test = (_mapped(folder / part, about["images"][part], size) for part in PARTS)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise OptionError(
+            f"the decoded copy {str(folder)!r} is damaged ({error}); delete it, and it is made anew"
+        ) from error
+    return train, test
+
+
+def _home(root: Path) -> Path:
+    """Where copies are kept: beside what they were made from or, if that is read-only, in the user's cache folder."""
+    inside = root / ".crl-diffusion"
+    if os.access(inside if inside.is_dir() else root, os.W_OK):
+        return inside
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crl-diffusion"
+
+
+def _make(folder: Path, name: str, size: int, decode: Callable[[str], Chunks]) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with locked(folder.parent / ".lock"):
+        if folder.is_dir():  # another process was faster
+            return
+        print(f"decoding {name} at {size} pixels, once, into {folder}", file=sys.stderr, flush=True)
+        unfinished = folder.with_name(f".{folder.name}.unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        counts = {part: _write(unfinished / part, decode(part)) for part in PARTS}
+        about: dict[str, Any] = {"name": name, "size": size, "images": counts}
+        with open(unfinished / "about.json", "w") as file:
+            json.dump(about, file, indent=2)
+            file.flush()
+            os.fsync(file.fileno())
+        sync_folder(unfinished)
+        os.rename(unfinished, folder)
+        sync_folder(folder.parent)
+
+
+def _write(part: Path, chunks: Chunks) -> int:
+    """Appends chunks as they come, so that no more than one is in memory; returns the number of images."""
+    count, said = 0, time.monotonic()
+    with open(part.with_suffix(".pixels"), "wb") as pixels_file, open(part.with_suffix(".labels"), "wb") as labels_file:
+        for pixels, labels in chunks:
+            pixels_file.write(pixels.contiguous().numpy().data)
+            labels_file.write(labels.contiguous().numpy().data)
+            count += len(labels)
+            if time.monotonic() - said > SAID_EVERY:
+                print(f"{count:,} {part.name} images decoded", file=sys.stderr, flush=True)
+                said = time.monotonic()
+        for file in (pixels_file, labels_file):
+            file.flush()
+            os.fsync(file.fileno())
+    return count
+
+
+def _mapped(part: Path, count: int, size: int) -> Images:
+    for suffix, wanted in ((".pixels", count * 3 * size**2), (".labels", count * 8)):
+        file = part.with_suffix(suffix)
+        if file.stat().st_size != wanted:
+            raise ValueError(f"{file.name} has {file.stat().st_size:,} bytes, expected {wanted:,}")
+    # shared=False maps the file privately and read-only on disk: a stray write would not reach it.
+    pixels = torch.from_file(
+        str(part.with_suffix(".pixels")), shared=False, size=count * 3 * size**2, dtype=torch.uint8
+    )
+    labels = torch.from_file(str(part.with_suffix(".labels")), shared=False, size=count, dtype=torch.int64)
+    return Images(pixels.view(count, 3, size, size), labels.clone())

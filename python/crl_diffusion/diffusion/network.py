@@ -1,0 +1,49 @@
+"""Label-conditioned UNets: diffusers' UNet2DModel, and the one way in which they are called."""
+
+from __future__ import annotations
+
+import copy
+from typing import cast
+
+import torch
+from diffusers import UNet2DModel
+from torch import Tensor, nn
+
+from crl_diffusion.config.networks import MODELS
+from crl_diffusion.diffusion.noising import stream
+
+
+def build(name: str, shape: tuple[int, int, int], classes: int, seed: int) -> nn.Module:
+    """A new model for images of `shape` (C, S, S). Equal seeds give equal weights, whatever ran before."""
+    preset = MODELS[name]
+    c, size, _ = shape
+    attended = [level in (preset.attention or ()) for level in range(len(preset.channels))]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream(seed, "weights").initial_seed())
+        return cast(
+            nn.Module,
+            UNet2DModel(
+                sample_size=size,
+                in_channels=c,
+                out_channels=c,
+                block_out_channels=preset.channels,
+                layers_per_block=preset.layers,
+                down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attended),
+                up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attended)),
+                norm_num_groups=preset.groups,
+                add_attention=preset.attention is not None,
+                num_class_embeds=classes,
+            ),
+        )
+
+
+def predict(model: nn.Module, noised: Tensor, t: Tensor, label: Tensor) -> Tensor:
+    """Predicted noise, (B, C, S, S), for noised images (B, C, S, S), timesteps (B,) and labels (B,); in the dtype of
+    the images, also under autocast."""
+    prediction: Tensor = model(noised, t, class_labels=label, return_dict=False)[0]
+    return prediction.to(noised.dtype)
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """A teacher: the model as it is now, which nothing trains."""
+    return copy.deepcopy(model).eval().requires_grad_(False)

@@ -1,0 +1,1 @@
+"""What is measured of generated images: features, FID, forgetting."""

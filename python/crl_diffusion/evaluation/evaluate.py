@@ -1,0 +1,167 @@
+"""Evaluation: after a task, images of all tasks learnt are drawn and measured; one row of metrics.jsonl for each task.
+
+A row holds the numbers (`fid`, `accuracy`, `class_kl`) and what is needed to know what they mean: extractor and
+classifier with their digests, how many images were drawn and of which seed, sampler and steps, which held-out part
+was compared with and how many images that has. Nothing here depends on the method or changes the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from crl_diffusion.config.settings import ExtractorName, RunConfig
+from crl_diffusion.data.images import Images, to_pixels
+from crl_diffusion.data.tasks import Data, Task
+from crl_diffusion.diffusion import sampling
+from crl_diffusion.errors import OptionError, RecordError
+from crl_diffusion.evaluation import classifiers, extractors
+from crl_diffusion.evaluation.classifiers import Classifier
+from crl_diffusion.evaluation.extractors import Custom
+from crl_diffusion.evaluation.features import Extractor
+from crl_diffusion.evaluation.fid import Statistics, fid, kept_statistics
+from crl_diffusion.evaluation.metrics import class_kl
+from crl_diffusion.files import Row, write_tensors
+from crl_diffusion.run_folder.checkpoint import remove_unfinished
+from crl_diffusion.run_folder.readers import CONFIG_REMEDY, read_config, samples_path
+
+KEPT_SAMPLES = 12  # images of each class and evaluation that stay in the run folder
+
+
+class Instruments(NamedTuple):
+    """What a run is measured with: FIDs on `extractor`, accuracies and class histograms by `classifier`; statistics of
+    real images are kept in `folder`."""
+
+    extractor: Extractor
+    classifier: Classifier
+    folder: Path
+
+    def names(self) -> dict[str, str]:
+        """What config.json holds a resumed run to."""
+        return {"extractor": self.extractor.name, "classifier": self.classifier.name}
+
+    def about(self, config: RunConfig, data: Data) -> list[str]:
+        """Lines that say what the numbers to come are measured with."""
+        used = [self.extractor] if self.extractor is self.classifier else [self.extractor, self.classifier]
+        lines = [one.about() for one in used]
+        if self.classifier is not self.extractor:
+            lines[-1] = lines[-1].replace("feature extractor", "conditional accuracy by")
+        held_out = [len(task.held_out.labels) for task in data.tasks]
+        drawn = config.eval_samples * max(len(task.classes) for task in data.tasks)
+        images = " to ".join(map(str, dict.fromkeys((min(held_out), max(held_out)))))
+        lines.append(
+            f"a task's FID compares {drawn} images (DDIM, {config.eval_steps} steps) with {images} held-out "
+            f"{config.held_out} images"
+        )
+        if drawn < self.extractor.num_features:
+            lines.append(
+                f"{drawn} images are fewer than {self.extractor.num_features} features: FIDs are biased far upwards, "
+                "compare at equal counts only, or raise --eval-samples"
+            )
+        return lines
+
+
+def instruments(chosen: ExtractorName | Custom, data: Data, folder: Path, device: str = "cpu") -> Instruments:
+    """The extractor that was asked for and the data set's `cnn`, which classifies whatever the extractor is."""
+    classifier = classifiers.classifier(data, folder)
+    if chosen == "cnn":
+        return Instruments(classifier, classifier, folder)
+    return Instruments(extractors.extractor(chosen, data, folder, device), classifier, folder)
+
+
+Draw = Callable[[Tensor, Tensor], Tensor]  # latents (N, C, S, S), labels (N,) -> images (N, C, S, S) in [-1, 1], CPU
+
+
+def evaluate(draw: Draw, tools: Instruments | None, data: Data, config: RunConfig, learnt: int, out: Path) -> list[Row]:
+    """A row for each of the first `learnt` tasks; the first images of each class are kept in `out`/samples.
+
+    `draw` is the model's sampler, with `config.eval_steps` steps of DDIM. The n-th image of class c starts from the
+    same noise in every evaluation, whatever else is drawn; batches of the sampler change no more than the rounding of
+    its arithmetic. Without tools images are drawn, for the sake of another process that measures them, and nothing is
+    returned or written.
+    """
+    rows, kept = [], []
+    for task in data.tasks[:learnt]:
+        label = torch.tensor(task.classes).repeat_interleave(config.eval_samples)
+        images = draw(sampling.draw_latents(config.seed, "evaluation", label, data.shape), label)
+        if tools is None:
+            continue
+        pixels = to_pixels(images)
+        first = torch.cat([torch.nonzero(label == c).flatten()[:KEPT_SAMPLES] for c in task.classes])
+        kept.append(Images(pixels[first], label[first]))
+        rows.append(
+            {
+                "kind": "evaluation",
+                "after_task": learnt,
+                "task": task.index + 1,
+                **measure(tools, data, config, task, Images(pixels, label)),
+                "sampler": "DDIM",
+                "sampler_steps": config.eval_steps,
+                "seed": config.seed,
+            }
+        )
+    if kept:
+        pixels, labels = torch.cat([part.pixels for part in kept]), torch.cat([part.labels for part in kept])
+        write_tensors(samples_path(out, learnt), {"pixels": pixels, "labels": labels})
+        remove_unfinished(out / "samples")
+    return rows
+
+
+def measure(tools: Instruments, data: Data, config: RunConfig, task: Task, generated: Images) -> Row:
+    """The numbers of one task's images, whose labels are the classes that were asked for."""
+    found = tools.classifier.predictions(generated.pixels)
+    predicted, asked = (counts(labels, task.classes) for labels in (found, generated.labels))
+    elsewhere = len(found) - sum(predicted)
+    return {
+        "fid": fid(tools.extractor, real(tools, data, config, task), generated.pixels),
+        "accuracy": int((found == generated.labels).sum()) / len(found),
+        "class_kl": class_kl(predicted, elsewhere, asked),
+        "predicted": predicted,
+        "predicted_elsewhere": elsewhere,
+        "extractor": tools.extractor.name,
+        "classifier": tools.classifier.name,
+        "samples": len(found),
+        "held_out": config.held_out,
+        "held_out_images": len(task.held_out.labels),
+    }
+
+
+def prepare(tools: Instruments, config: RunConfig, data: Data) -> None:
+    """Have the statistics of all tasks' real images on disk, so that processes which share a folder only read them."""
+    if tools.extractor.keep:
+        for task in data.tasks:
+            real(tools, data, config, task)
+
+
+def real(tools: Instruments, data: Data, config: RunConfig, task: Task) -> Statistics:
+    """Statistics of the task's held-out images."""
+    made_for = {
+        "data": data.name,
+        "size": str(data.shape[-1]),
+        "task": " ".join(map(str, task.classes)),
+        "part": config.held_out,
+    }
+    return kept_statistics(tools.extractor, task.held_out.pixels, tools.folder, made_for)
+
+
+def counts(labels: Tensor, classes: tuple[int, ...]) -> list[int]:
+    """How often each of the classes is among the labels."""
+    return [int((labels == c).sum()) for c in classes]
+
+
+def check_finished(chosen: ExtractorName | Custom, out: Path) -> None:
+    """Refuse to pass off a finished run as measured with another extractor than it was."""
+    measured = read_config(out).get("extractor")
+    if measured is None:
+        raise RecordError(out / "config.json", "names no extractor", CONFIG_REMEDY)
+    wanted = chosen.name if isinstance(chosen, Custom) else extractors.KINDS.get(chosen, chosen)
+    if measured != wanted and (isinstance(chosen, Custom) or not measured.startswith(f"{wanted}-")):
+        name = chosen.name if isinstance(chosen, Custom) else chosen
+        raise OptionError(
+            f"--extractor is {name}, but the run in {str(out)!r} was measured with {measured}; choose that one, or "
+            "another folder"
+        )

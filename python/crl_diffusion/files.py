@@ -1,0 +1,226 @@
+"""Files: JSON written whole or not at all, logs of JSON lines that a crash cannot confuse, tensors, and locks.
+
+A file that cannot be read raises a `RecordError`: one line that names the file, what is wrong with it and what to do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from crl_diffusion.errors import PUT_BACK, OptionError, RecordError, WriteError
+
+Row = dict[str, Any]
+
+
+def require_file(path: Path) -> None:
+    """RecordError if there is something other than a file."""
+    if path.exists() and not path.is_file():
+        what = "a folder" if path.is_dir() else "no regular file"
+        raise RecordError(path, f"is {what}, expected a file", "move it away, and give the same command again")
+
+
+def require_folder(path: Path) -> None:
+    """RecordError if there is something other than a folder."""
+    if path.exists() and not path.is_dir():
+        raise RecordError(path, "is a file, expected a folder", "move it away, and give the same command again")
+
+
+def read_file(path: Path, remedy: str = PUT_BACK) -> bytes:
+    """A file's content; RecordError if there is none."""
+    require_file(path)
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise RecordError(path, "is missing", remedy) from None
+    except OSError as error:
+        raise RecordError(path, f"cannot be read ({error.strerror})", remedy) from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write beside the final name, sync, rename: readers see the old file or the new one."""
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Indented JSON, on the disk whole or not at all."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path, remedy: str = PUT_BACK) -> Any:
+    """The value in a file of JSON; RecordError if there is none."""
+    try:
+        return _parse(read_file(path, remedy))
+    except ValueError as error:
+        if isinstance(error, RecordError):
+            raise
+        raise RecordError(path, f"is damaged ({error})", remedy) from None
+
+
+def read_rows(path: Path, remedy: str = PUT_BACK, count: int | None = None) -> list[Row]:
+    """The whole rows of a log, or the first `count` of them; a last line that a crash has cut off is left out, and
+    there are none without a file. RecordError, with its number, for a row that is no JSON object."""
+    rows = []
+    for number, line in enumerate(_whole_lines(path)[:count], start=1):
+        try:
+            row = _parse(line)
+        except ValueError as error:
+            raise RecordError(path, f"is damaged in row {number} ({error})", remedy) from None
+        if not isinstance(row, dict):
+            raise RecordError(path, f"is damaged in row {number} (expected a JSON object)", remedy)
+        rows.append(row)
+    return rows
+
+
+def _parse(content: bytes) -> Any:
+    """JSON in UTF-8; ValueError says in a few words why it is none."""
+    try:
+        return json.loads(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"no UTF-8 at byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"no JSON: {error.msg} at character {error.pos} of {len(error.doc)}") from None
+    except RecursionError:
+        raise ValueError("no JSON of this package: nested too deeply") from None
+
+
+def _whole_lines(path: Path) -> list[bytes]:
+    """Without their newlines; what follows the last newline was cut off by a crash."""
+    return read_file(path).split(b"\n")[:-1] if path.exists() else []
+
+
+def _sha256(lines: Sequence[bytes]) -> Any:
+    digest = hashlib.sha256()
+    for line in lines:
+        digest.update(line + b"\n")
+    return digest
+
+
+class Log:
+    """A file of JSON lines that grows; `keep` cuts it back to what a checkpoint knows of. `count` rows are in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        lines = _whole_lines(path)
+        self.count, self._digest = len(lines), _sha256(lines)
+
+    @property
+    def digest(self) -> str:
+        """sha256 of all rows with their newlines."""
+        return str(self._digest.hexdigest())
+
+    def begins_with(self, count: int, digest: str) -> bool:
+        """Whether the file's first `count` rows are there and have this digest; "" stands for any."""
+        lines = _whole_lines(self.path)[:count]
+        return len(lines) == count and digest in ("", _sha256(lines).hexdigest())
+
+    def keep(self, count: int) -> None:
+        """Keep the first `count` rows: those written after the checkpoint will be written again."""
+        if not self.path.exists():
+            return
+        lines = _whole_lines(self.path)
+        if len(lines) < count:
+            raise RecordError(
+                self.path,
+                f"has {len(lines)} rows, but its checkpoint was taken after {count}",
+                "put the missing rows back, or begin again in a new folder",
+            )
+        with open(self.path, "r+b") as file:
+            file.truncate(sum(len(line) + 1 for line in lines[:count]))
+            os.fsync(file.fileno())
+        self.count, self._digest = count, _sha256(lines[:count])
+
+    def append(self, row: Row) -> None:
+        line = json.dumps(row).encode() + b"\n"
+        with open(self.path, "ab") as file:
+            file.write(line)
+        self.count += 1
+        self._digest.update(line)
+
+    def sync(self) -> None:
+        """Have the rows on the disk before a checkpoint counts them."""
+        if self.path.exists():
+            with open(self.path, "rb") as file:
+                os.fsync(file.fileno())
+
+
+class TensorBoard:
+    """Scalars for TensorBoard; `purge_step` hides what an interrupted run had written beyond its checkpoint. Without a
+    folder, nothing is written."""
+
+    def __init__(self, folder: Path | None, purge_step: int) -> None:
+        self.writer = None
+        if folder is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(folder), purge_step=purge_step)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        if self.writer is not None:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)
+
+    def __enter__(self) -> TensorBoard:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+
+@contextmanager
+def locked(path: Path, refusal: str | None = None) -> Iterator[None]:
+    """One process at a time holds the lock file; the others wait or, with a refusal, raise an OptionError that says it.
+    The lock goes with the process, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system
+        yield
+        return
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if refusal else 0))
+        except BlockingIOError:
+            raise OptionError(refusal) from None
+        yield
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file, on the disk whole or not at all, also if several processes write it. WriteError if the disk
+    is full, say."""
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, temporary, metadata)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise WriteError(f"{str(path)!r} cannot be written ({error})") from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in this folder survive a power cut, where the system can."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,140 @@
+"""Penalties: from a method's `Penalty` value to a `crl_kernels` history of all tasks learnt. No mathematics here."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from crl_diffusion import processes
+from crl_diffusion.config.method import Penalty
+from crl_diffusion.diffusion.noising import TIMESTEPS
+from crl_diffusion.methods.controls import SlopesAlone, along_random_directions
+from crl_kernels import DiagonalFisher, DiagonalHistory, LowRankFisher, LowRankHistory, estimate_fisher
+
+PerSampleLoss = Callable[[nn.Module, Any], Tensor]
+STATISTICS = ("num_samples", "kappa", "rho", "trace", "signal_share", "samples_needed")
+SLOPES_ALONE = "slopes_alone"  # beside the names of a history's state
+
+
+class PenaltyState:
+    """What a run keeps of its past tasks, and the moments at which a penalty may act."""
+
+    def __init__(self, spec: Penalty, model: nn.Module, in_sample: bool = False) -> None:
+        self.spec, self.model, self.in_sample = spec, model, in_sample
+        self.history: LowRankHistory | DiagonalHistory = self._new_history()
+        self.slopes_alone = SlopesAlone(model, spec.lam) if spec.mode == "alone" else None
+        self.seconds: list[float] = []  # time of each call since it was last read
+
+    def after_backward(self) -> None:
+        """Gradient mode: add the penalty's gradient to the loss's."""
+        if self.spec.mode == "gradient" and len(self.history):
+            self._timed(lambda: self.history.add_penalty_grad_(self.spec.lam))
+
+    def after_step(self, lr: float) -> None:
+        """What does not go through the gradient: the penalty's own proximal step, or the slopes' pull alone, with the
+        optimizer's learning rate of this step."""
+        if not len(self.history):
+            return
+        if self.spec.mode == "decoupled":
+            self._timed(lambda: self.history.decoupled_step_(self.spec.lam, lr))
+        elif self.slopes_alone is not None:
+            self._timed(partial(self.slopes_alone.step_, lr))
+
+    def learn(
+        self,
+        per_sample_loss: PerSampleLoss,
+        batches: Sequence[tuple[Tensor, ...]],
+        generator: torch.Generator,
+        task_lr: float,
+    ) -> dict[str, Any]:
+        """Append the Fisher matrix of the task that has just been learnt; returns its statistics, None for those that
+        this kind of matrix does not have. `task_lr` is the sum of a task's learning rates."""
+        fisher = self._estimate(per_sample_loss, batches, generator)
+        if self.spec.direction == "random":
+            fisher = along_random_directions(fisher, self.model, generator)
+        if self.spec.mode == "once":
+            # A control: the whole pull of one task, in one proximal step at its end, and no penalty afterwards.
+            once = self._new_history()
+            once.append(fisher)
+            once.decoupled_step_(self.spec.lam, task_lr)
+        self.history.append(fisher)
+        if self.slopes_alone is not None:
+            self.slopes_alone.learn(self.history, fisher, task_lr)
+        found = {name: getattr(fisher.statistics, name, math.nan) for name in STATISTICS}
+        statistics: dict[str, Any] = {name: x if math.isfinite(x) else None for name, x in found.items()}
+        if isinstance(fisher, LowRankFisher):
+            statistics["curvatures"] = fisher.curvatures.tolist()
+            statistics["slopes"] = None if fisher.slopes is None else fisher.slopes.tolist()
+        return statistics
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.history.nbytes)
+
+    def state(self) -> dict[str, Tensor]:
+        """The history's state, and beside it what a control keeps; nothing before the first task."""
+        if not len(self.history):
+            return {}
+        control = {} if self.slopes_alone is None else {SLOPES_ALONE: self.slopes_alone.slopes}
+        return self.history.state_dict() | control
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        if not state:
+            return
+        self.history.load_state_dict({name: value for name, value in state.items() if name != SLOPES_ALONE})
+        if self.slopes_alone is not None:
+            self.slopes_alone.set(self.history, state[SLOPES_ALONE])
+
+    def _new_history(self) -> LowRankHistory | DiagonalHistory:
+        if self.spec.fisher == "diagonal":
+            return DiagonalHistory(self.model)
+        return LowRankHistory(self.model, first_order=self.spec.slopes)
+
+    def _estimate(
+        self, per_sample_loss: PerSampleLoss, batches: Sequence[tuple[Tensor, ...]], generator: torch.Generator
+    ) -> LowRankFisher | DiagonalFisher:
+        spec = self.spec
+        if spec.fisher == "diagonal":
+            return estimate_fisher(
+                self.model,
+                per_sample_loss,
+                batches,
+                kind="diagonal",
+                generator=generator,
+                process_group=processes.group(),
+            )
+
+        def banded(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+            """Each sample's band of timesteps beside its loss; batch is (noised, t, label, noise)."""
+            return per_sample_loss(model, batch), batch[1] * spec.bands // TIMESTEPS
+
+        return estimate_fisher(
+            self.model,
+            banded if spec.bands > 1 else per_sample_loss,
+            batches,
+            kind="low_rank",
+            rank=spec.rank,
+            direction="top" if spec.direction == "top" or spec.rank > 1 else "mean",
+            unbiased=not self.in_sample,
+            generator=generator,
+            process_group=processes.group(),
+        )
+
+    def _timed(self, call: Callable[[], Any]) -> None:
+        self._wait()
+        start = time.perf_counter()
+        call()
+        self._wait()
+        self.seconds.append(time.perf_counter() - start)
+
+    def _wait(self) -> None:
+        """A GPU works behind the clock's back: wait for it on both sides of what is timed."""
+        device = next(self.model.parameters()).device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)

@@ -1,0 +1,1 @@
+"""Reports of finished runs: tables, statistics over seeds, pictures, one page."""

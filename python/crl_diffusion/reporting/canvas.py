@@ -1,0 +1,126 @@
+"""What all pictures share: colours, panels, axes."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart, and markers for those who print in grey.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "osD^vPX"
+DASHES = ("-", "--", ":", "-.")  # lines of methods that do equally well lie on one another
+GREY = "#888888"
+DPI = 150
+SHOWN_NUMBERS = 8  # tasks up to which a matrix has room for its numbers
+
+
+class Drawing(NamedTuple):
+    """A picture as PNG, what it shows for those who do not see it, and its caption; with a name, it has a file too."""
+
+    name: str
+    png: bytes
+    alt: str
+    caption: str
+
+    def save(self, folder: Path) -> Path:
+        """Written beside the final name, then renamed."""
+        path = folder / f"{self.name}.png"
+        temporary = path.with_suffix(f".{os.getpid()}.tmp.png")
+        temporary.write_bytes(self.png)
+        os.replace(temporary, path)
+        return path
+
+
+def drawing(name: str, figure: Figure, alt: str, caption: str) -> Drawing:
+    buffer = io.BytesIO()
+    # Without matplotlib's version in it: the same bits from the same runs.
+    figure.savefig(
+        buffer, dpi=DPI, facecolor="white", bbox_inches="tight", pad_inches=0.06, metadata={"Software": None}
+    )
+    plt.close(figure)
+    return Drawing(name, buffer.getvalue(), alt, caption)
+
+
+def wrap(method: str, width: int) -> str:
+    """A method's name in lines of about `width` characters, broken after + : and commas."""
+    parts = re.sub(r"([+:,])(?=.)", r"\1 ", method)
+    lines = textwrap.wrap(parts, width, break_long_words=True) or [method]
+    return "\n".join(re.sub(r"([+:,]) ", r"\1", line) for line in lines)
+
+
+# R and curves
+
+
+def heatmap(axis: Axes, r: Sequence[Sequence[float]], limits: tuple[float, float], size: float = 9) -> Any:
+    tasks = len(r)
+    table = np.full((tasks, tasks), np.nan)
+    for i, row in enumerate(r):
+        table[i, : len(row)] = row
+    norm = LogNorm(*limits)
+    image = axis.imshow(table, cmap="cividis_r", norm=norm)
+    for i, j in zip(*np.nonzero(np.isfinite(table)), strict=True):
+        if tasks <= SHOWN_NUMBERS:
+            colour = "white" if norm(table[i, j]) > 0.5 else "black"
+            axis.text(j, i, f"{table[i, j]:.3g}", ha="center", va="center", color=colour, fontsize=size)
+    shown = range(0, tasks, 1 if tasks <= 10 else 2)
+    axis.set_xticks(shown, [str(j + 1) for j in shown])
+    axis.set_yticks(shown, [str(i + 1) for i in shown])
+    return image
+
+
+def plain_log(axis: Any) -> None:
+    """A logarithmic y axis with ticks that read 1, 2, 5, 10, 20, ... or, over a short range, evenly spaced ones."""
+    axis.set_yscale("log")
+    low, high = axis.get_ylim()
+    axis.yaxis.set_major_locator(MaxNLocator(6) if high < 4 * low else LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter(NullFormatter())
+
+
+def colour_bar(figure: Figure, image: Any, axes: Any, rows: int = 1) -> None:
+    """As tall as about one of `rows` rows of panels, at the top."""
+    low, high = image.norm.vmin, image.norm.vmax
+    marks = [m * 10.0**power for power in range(-3, 7) for m in (1, 2, 3, 5, 7) if low <= m * 10.0**power <= high]
+    if high < 4 * low:
+        marks = [mark for mark in MaxNLocator(5).tick_values(low, high) if low <= mark <= high]
+    bar = figure.colorbar(
+        image, ax=axes, label="FID (lower is better, log scale)", shrink=0.9 / rows, anchor=(0.0, 1.0)
+    )
+    bar.set_ticks(marks, labels=[f"{mark:g}" for mark in marks])
+    bar.set_ticks([], minor=True)
+
+
+def limits(matrices: Sequence[Sequence[Sequence[float]]]) -> tuple[float, float]:
+    """Ends of a logarithmic scale for all values of several matrices."""
+    found = [max(value, 1e-3) for r in matrices for row in r for value in row]
+    return min(found) / 1.1, max(found) * 1.1
+
+
+def task_lines(axis: Axes, r: Sequence[Sequence[float]]) -> None:
+    """FID of each task after each task, a line a task: a few in colours, many from dark to light as learnt."""
+    tasks = len(r)
+    for j in range(tasks):
+        after = [i for i in range(tasks) if len(r[i]) > j]
+        few = tasks <= len(COLOURS)
+        axis.plot(
+            [i + 1 for i in after],
+            [r[i][j] for i in after],
+            color=COLOURS[j] if few else plt.get_cmap("cividis")(j / tasks),
+            marker=MARKERS[j] if few else "",
+            markersize=5,
+            linewidth=1.5 if few else 1.1,
+            label=f"task {j + 1}",
+        )
+    axis.set_xticks(range(1, tasks + 1, 1 if tasks <= 10 else 3))

@@ -1,0 +1,140 @@
+"""What a penalty costs, and how well its directions are known: tables from the logs of finished runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from crl_diffusion.files import Row
+from crl_diffusion.reporting.runs import Finished, grouped
+from crl_diffusion.reporting.tables import MINUS, NONE, Sheet
+from crl_diffusion.run_folder.readers import read_metrics, read_timings
+
+FISHER = ("kappa", "rho", "signal_share", "samples_needed", "trace")
+LOW_SIGNAL, LOW_RHO = 0.8, 0.1  # below these a Fisher matrix's direction is not to be relied on
+
+
+# Costs
+
+LIMITS = (  # what is read, its key, below what, and what that means
+    ("signal share", "signal_share", LOW_SIGNAL, "directions partly noise"),
+    ("ρ", "rho", LOW_RHO, "directions that hold little of F"),
+)
+
+
+def costs(runs: Sequence[Finished], order: Sequence[str] = ()) -> Sheet:
+    """Time of a step and of its penalty, over the logged rows of all seeds after the first task."""
+    body = []
+    for name, group in grouped(runs, order).items():
+        rows = [row for run in group for row in read_timings(run.path) if "step_ms" in row]
+        if not rows:
+            continue
+        with_penalty = [row for row in rows if row.get("penalty_ms") is not None]
+        later = with_penalty or [row for row in rows if row["stage"] > 1] or rows
+        size = max(float(run.summary.get("state_bytes") or 0) for run in group)
+        cells = [_quantiles([row["step_ms"] for row in later])]
+        if with_penalty:
+            shares = [100 * row["penalty_ms"] / row["step_ms"] for row in later]
+            cells += [_quantiles([row["penalty_ms"] for row in later]), _quantiles(shares)]
+        else:
+            cells += [NONE, NONE]
+        body.append([name, str(len(later)), *cells, f"{size / 2**20:,.2f}" if size else NONE])
+    head = ["method", "rows", "step, ms", "penalty, ms", "penalty, % of the step", "state, MiB"]
+    text = (
+        "Median and, in brackets, 20th to 80th percentile over logged rows of all seeds, after the first task: a row "
+        "is the mean step time since the row before it, and the median of its penalty times. The step includes the "
+        "penalty. Wall-clock times, taken beside whatever else the machine was doing. State: what the penalty keeps "
+        "of all past tasks in the end; 1 MiB = 2²⁰ bytes."
+    )
+    return Sheet(head, body, text)
+
+
+def _quantiles(found: Sequence[float]) -> str:
+    low, middle, high = np.quantile(found, (0.2, 0.5, 0.8))
+    digits = 1 if middle >= 10 else 2
+    return f"{middle:,.{digits}f}\n[{low:,.{digits}f}, {high:,.{digits}f}]"
+
+
+# Fisher diagnostics
+
+
+def fisher_rows(runs: Sequence[Finished], order: Sequence[str] = ()) -> dict[str, list[list[Row]]]:
+    """For each method with a penalty, for each task in turn, the rows of all seeds."""
+    result: dict[str, list[list[Row]]] = {}
+    for name, group in grouped(runs, order).items():
+        by_task: dict[int, list[Row]] = {}
+        for run in group:
+            for row in read_metrics(run.path):
+                if row["kind"] == "fisher":
+                    by_task.setdefault(row["task"], []).append(row)
+        if by_task:
+            result[name] = [by_task[task] for task in sorted(by_task)]
+    return result
+
+
+def mean_of(rows: Sequence[Row], key: str) -> float | None:
+    """Mean over seeds of a row's number; None if none has it."""
+    found = [float(row[key]) for row in rows if row.get(key) is not None]
+    return float(np.mean(found)) if found else None
+
+
+def fisher(rows: Mapping[str, Sequence[Sequence[Row]]]) -> Sheet:
+    """Statistics of each task's Fisher matrix, means over seeds; ranges over directions and seeds."""
+    body = []
+    ranged = [key for key in ("curvatures", "slopes") if any(r.get(key) for t in rows.values() for p in t for r in p)]
+    for name, tasks in rows.items():
+        for part in tasks:
+            found = [mean_of(part, key) for key in FISHER]
+            cells = [NONE if value is None else f"{value:,.0f}" if value >= 1e3 else f"{value:.3g}" for value in found]
+            ranges = [_range([x for row in part for x in row.get(key) or ()]) for key in ranged]
+            directions = max((len(row.get("curvatures") or ()) for row in part), default=0)
+            samples = mean_of(part, "num_samples")
+            head = [name, str(part[0]["task"]), NONE if samples is None else f"{samples:,.0f}"]
+            body.append([*head, *(c.replace("-", MINUS) for c in cells), str(directions or NONE), *ranges])
+    head = ["method", "task", "samples", "κ", "ρ", "signal share", "samples needed", "trace of F"]
+    text = "Means over seeds; for curvatures and slopes, smallest to largest over directions and seeds."
+    return Sheet([*head, "directions", *ranged], body, text)
+
+
+def _range(found: Sequence[float]) -> str:
+    if not found:
+        return NONE
+    ends = [f"{x:.2g}" for x in (min(found), max(found))]
+    return (ends[0] if ends[0] == ends[1] else " to ".join(ends)).replace("-", MINUS)
+
+
+def _low(rows: Mapping[str, Sequence[Sequence[Row]]], key: str, limit: float) -> tuple[list[Row], int]:
+    """Estimates with too little of something, and the number of those that have it at all."""
+    known = [row for tasks in rows.values() for part in tasks for row in part if row.get(key) is not None]
+    return [row for row in known if row[key] < limit], len(known)
+
+
+def warning(rows: Mapping[str, Sequence[Sequence[Row]]]) -> str:
+    """One sentence for all methods together."""
+    said = []
+    for title, key, limit, meaning in LIMITS:
+        low, of = _low(rows, key, limit)
+        if low:
+            said.append(f"{title} is below {limit:g} in {len(low)} of {of} estimates ({meaning})")
+    return f"Not to be relied on: {', '.join(said)}."
+
+
+def warnings(rows: Mapping[str, Sequence[Sequence[Row]]]) -> list[str]:
+    """One sentence for each method whose directions are mostly noise or hold little of F."""
+    said = []
+    for name, tasks in rows.items():
+        for title, key, limit, _ in LIMITS:
+            low, of = _low({name: tasks}, key, limit)
+            if low:
+                worst = min(low, key=lambda row: float(row[key]))
+                value = f"{worst[key]:.2g}".replace("-", MINUS)
+                more = _needed(worst) if key == "signal_share" else ""
+                where = f"{len(low)} of {of} estimates (smallest {value}, after task {worst['task']}{more})"
+                said.append(f"{name}: {title} below {limit:g} in {where}.")
+    return said
+
+
+def _needed(row: Row) -> str:
+    samples, needed = row.get("num_samples"), row.get("samples_needed")
+    return f"; {samples:,.0f} samples, about {needed:,.0f} would do" if samples and needed else ""

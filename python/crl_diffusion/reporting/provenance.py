@@ -1,0 +1,153 @@
+"""How runs were made: configuration, environment, and the commands that make them again. Read from run folders only."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from crl_diffusion.config.settings import RunConfig, Settings
+from crl_diffusion.evaluation.extractors import KINDS
+from crl_diffusion.reporting.runs import Finished, differing, grouped
+from crl_diffusion.reporting.tables import NONE, Sheet
+
+DEFAULTS = {field.name: field.default for field in fields(Settings)}
+RECORDED = ("run", "command")  # parts of config.json that are told of elsewhere
+
+
+def options(config: Mapping[str, Any]) -> list[str]:
+    """Command-line options that differ from the defaults, without method and seed; a list value is several words."""
+    found = []
+    for name, value in config.items():
+        if name in ("method", "seed", "recipe") or value is None or value == DEFAULTS.get(name):
+            continue
+        found += [f"--{name.replace('_', '-')}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return found
+
+
+def command(run: Finished) -> str:
+    """The command that makes this run: the one on record or else, from its configuration, one of the same meaning."""
+    recorded = run.record.get("command")
+    if recorded:
+        return shlex.join(recorded) if isinstance(recorded, list) else str(recorded)
+    words = ["--method", run.method, "--seed", str(run.seed), *options(run.config), *_measured(run)]
+    words += ["--out", run.path.name]
+    return "crl-diffusion train " + shlex.join(words)
+
+
+def _kind(run: Finished) -> str | None:
+    """What --extractor calls the extractor that the run was measured with; None if it is not recorded, or a caller's
+    own, which no command gives."""
+    recorded = str(run.record.get("extractor", ""))
+    return next((kind for kind, begins in KINDS.items() if recorded.startswith(f"{begins}-")), None)
+
+
+def _measured(run: Finished) -> list[str]:
+    """The options beside the configuration that are not the defaults: extractor, and the folders of the data sets and
+    of inception's weights where the recorded command names them."""
+    kind, recorded = _kind(run), run.record.get("command") or []
+    given = shlex.split(recorded) if isinstance(recorded, str) else list(recorded)
+    words = ["--extractor", kind] if kind not in (None, "cnn") else []
+    if kind == "inception" and (folder := _given("--extractor-folder", given)):
+        words += ["--extractor-folder", folder]
+    root = _given("--data-root", given)
+    if root not in (None, "data") and run.data != "digits":
+        words += ["--data-root", str(root)]
+    return words
+
+
+def _given(option: str, words: Sequence[str]) -> str | None:
+    """An option's value in a command, written as two words or with an equals sign."""
+    for word, following in zip(words, [*words[1:], None], strict=False):
+        if word == option:
+            return following
+        if word.startswith(f"{option}="):
+            return word.removeprefix(f"{option}=")
+    return None
+
+
+def compare_command(runs: Sequence[Finished]) -> str | None:
+    """One command for all runs, if each method has each seed and all other options are the same."""
+    groups = grouped(runs)
+    all_seeds = sorted({run.seed for run in runs})
+    if any([run.seed for run in group] != all_seeds for group in groups.values()):
+        return None
+    if len({tuple(options(run.config)) for run in runs}) > 1:
+        return None
+    measured = {tuple(_measured(run)) for run in runs}
+    if len(measured) > 1 or any(run.record.get("extractor") and not _kind(run) for run in runs):
+        return None
+    words = ["--methods", *groups, "--seeds", *map(str, all_seeds), *options(runs[0].config), *measured.pop()]
+    words += ["--out", "OUT"]
+    return "crl-diffusion compare " + shlex.join(words)
+
+
+def settings(runs: Sequence[Finished]) -> tuple[Sheet, Sheet | None]:
+    """What all runs have in common and, where runs differ, what each has."""
+    apart = [name for name in differing(runs) if name not in ("method", "seed", "recipe", "lam", "mode")]
+    both = [field.name for field in fields(RunConfig) if field.name not in (*apart, "method", "seed")]
+    both += sorted(set(runs[0].config) - {*both, *apart, "method", "seed", "recipe", "lam", "mode"})
+    known = any(name not in runs[0].config for name in both)
+    common = Sheet(
+        ["option", "value"],
+        [[name, _text(runs[0].settings[name])] for name in both],
+        "Options that are the same in all runs."
+        + (" Those that the runs' own version did not have yet are shown with their defaults." if known else ""),
+    )
+    if not apart:
+        return common, None
+    body = [[r.method, str(r.seed), *(_text(r.settings.get(name)) for name in apart)] for r in _ordered(runs)]
+    return common, Sheet(["method", "seed", *apart], body, "Options that are not the same in all runs.")
+
+
+def methods(runs: Sequence[Finished]) -> Sheet:
+    """What each method's name stands for."""
+    body = []
+    for name, group in grouped(runs).items():
+        recipe = group[0].config["recipe"]
+        replays = [
+            f"{r['source']} images, predicting the {r['target']}, weight {r['weight']:g}" for r in recipe["replays"]
+        ]
+        penalty = ", ".join(f"{key} {_text(value)}" for key, value in (recipe["penalty"] or {}).items())
+        body.append([name, recipe["curriculum"], "; ".join(replays) or NONE, penalty or NONE])
+    return Sheet(["method", "curriculum", "replay", "penalty"], body, "Methods as they were composed.")
+
+
+def environment(runs: Sequence[Finished]) -> Sheet:
+    """Versions, machine, state of the repository: each value that occurs and, of several, in whose runs."""
+    flat = {run.path: _flat({k: v for k, v in run.record.items() if k not in RECORDED}) for run in runs}
+    names = dict.fromkeys(name for found in flat.values() for name in found)
+    body = []
+    for name in names:
+        by_value: dict[str, list[Finished]] = {}
+        for run in runs:
+            by_value.setdefault(flat[run.path].get(name, "not recorded"), []).append(run)
+        several = len(by_value) > 1
+        said = [
+            f"{value} ({len(who)} runs, such as {who[0].path.name})" if several else value
+            for value, who in by_value.items()
+        ]
+        body.append([name, "\n".join(said)])
+    if not any("git" in name for name in names):
+        body.append(["git", "not recorded by these runs"])
+    return Sheet(["", "value"], body, "As recorded in each run's config.json when the run began.")
+
+
+def _flat(found: Mapping[str, Any], before: str = "") -> dict[str, str]:
+    result = {}
+    for key, value in found.items():
+        name = key if key != "environment" else ""
+        name = f"{before} {name}".strip()
+        result.update(_flat(value, name) if isinstance(value, Mapping) else {name: _text(value)})
+    return result
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(_text, value))
+    return NONE if value is None or value == "" else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _ordered(runs: Sequence[Finished]) -> list[Finished]:
+    return [run for group in grouped(runs).values() for run in group]

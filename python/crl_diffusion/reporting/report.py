@@ -1,0 +1,42 @@
+"""The files of a report: tables, pictures, one HTML page."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+from crl_diffusion.errors import OptionError
+from crl_diffusion.files import write_json, write_text
+from crl_diffusion.reporting.runs import by_data, comparable, find, grouped
+
+# Writing
+
+
+def write(folders: Sequence[Path], out: Path, baseline: str, order: Sequence[str] = ()) -> tuple[Table, list[Path]]:
+    """All finished runs as report.html, comparison.md, comparison.json and pictures in `out`; returns the table for a
+    terminal and the files."""
+    from crl_diffusion.reporting import page, tables
+
+    runs, _ = find(folders)
+    if not runs:
+        where = ", ".join(repr(str(folder)) for folder in folders)
+        raise OptionError(f"no finished run in {where}; give folders that `train` or `compare` has written")
+    parts = by_data(runs)
+    for part in parts.values():
+        comparable(part)
+    out.mkdir(parents=True, exist_ok=True)
+    html, drawn = page.render(parts, baseline, order)
+    paths = [drawing.save(out) for drawing in drawn if drawing.name]
+
+    sheets = [tables.markdown_sheets(part, baseline, order) for part in parts.values()]
+    for name, text in (("comparison.md", "\n".join(sheets)), ("report.html", html)):
+        write_text(out / name, text)
+    captions = {name: tables.caption(part) for name, part in parts.items()}
+    ordered = [run for part in parts.values() for group in grouped(part, order).values() for run in group]
+    values = [{**run.summary, "data": run.data, "folder": os.path.relpath(run.path, out)} for run in ordered]
+    write_json(out / "comparison.json", {"caption": " ".join(captions.values()), "runs": values})
+    paths += [out / "comparison.md", out / "comparison.json", out / "report.html"]
+    return tables.for_terminal(parts, baseline, order), paths

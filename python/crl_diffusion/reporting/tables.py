@@ -1,0 +1,270 @@
+"""Tables of results, from finished runs: headline, paired differences, values by seed, scores across data sets.
+
+A `Sheet` is plain text: it becomes Markdown, a table in a terminal, or HTML. A line break in a cell sets its second
+part off as less important.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from crl_diffusion.reporting import seeds
+from crl_diffusion.reporting.runs import Finished, grouped
+
+NONE = "–"
+MINUS = "−"
+
+
+class Sheet(NamedTuple):
+    """A table: headings, rows, and what has to be known to read it."""
+
+    head: list[str]
+    body: list[list[str]]
+    caption: str
+
+
+class Column(NamedTuple):
+    title: str
+    key: str
+    digits: int
+
+    @property
+    def digits_of_differences(self) -> int:
+        return max(self.digits, 2)
+
+
+AVERAGE = Column("average FID ↓", "average_fid", 1)
+LEARNT = Column("FID when learnt ↓", "fid_when_learnt", 1)
+FORGETTING = Column("forgetting, ÷ (T − 1) ↓", "forgetting", 1)
+ACCURACY = Column("conditional accuracy ↑", "accuracy", 3)
+TASK_1_ACCURACY = Column("task 1 accuracy ↑", "accuracy_task_1", 3)
+COLUMNS = (
+    AVERAGE,
+    LEARNT,
+    FORGETTING,
+    Column("forgetting, ÷ T ↓", "forgetting_divisor_t", 1),
+    Column("incremental average FID ↓", "incremental_average_fid", 1),
+    ACCURACY,
+    TASK_1_ACCURACY,
+    Column("accuracy forgetting ↓", "accuracy_forgetting", 3),
+    Column("class-histogram KL ↓", "class_kl", 3),
+)
+COSTS = (Column("penalty ms/step", "penalty_ms", 2), Column("state bytes", "state_bytes", 0))
+TERMINAL = (AVERAGE, FORGETTING, ACCURACY, TASK_1_ACCURACY, *COSTS)
+HEADLINE = (AVERAGE, FORGETTING)  # where there is room for two
+COMPARED = (AVERAGE, LEARNT, FORGETTING, ACCURACY)  # by paired differences
+
+
+def number(value: float, digits: int, plus: bool = False) -> str:
+    """1,234.5 with a real minus sign. What rounds to zero has a sign only with `plus`, and 0 itself has none."""
+    text = f"{value:{'+' if plus else ''},.{digits}f}"
+    if float(text.replace(",", "")) == 0 and (not plus or value == 0):
+        text = text.lstrip("+-")
+    return text.replace("-", MINUS)
+
+
+def values(runs: Sequence[Finished], key: str) -> dict[int, float]:
+    """One number a seed, of the runs that have it."""
+    return {run.seed: float(run.summary[key]) for run in runs if run.summary.get(key) is not None}
+
+
+def present(runs: Sequence[Finished], columns: Sequence[Column]) -> list[Column]:
+    """Those columns that some run has a value for."""
+    return [column for column in columns if values(runs, column.key)]
+
+
+def cell(found: Mapping[int, float], digits: int, interval: bool = True, plus: bool = False) -> str:
+    """mean ± standard deviation and, below, the 95 % interval."""
+    if not found:
+        return NONE
+    e = seeds.estimate(list(found.values()))
+    text = number(e.mean, digits, plus)
+    if e.spread is None or e.low is None or e.high is None:
+        return text
+    text += f" ± {number(e.spread, digits)}"
+    return text + f"\n[{number(e.low, digits, plus)}, {number(e.high, digits, plus)}]" if interval else text
+
+
+def several(runs: Sequence[Finished]) -> bool:
+    """Whether some method has more than one seed."""
+    return len({run.seed for run in runs}) > 1
+
+
+def headline(runs: Sequence[Finished], order: Sequence[str] = ()) -> Sheet:
+    """Methods x metrics: mean, standard deviation and interval over seeds."""
+    columns = present(runs, COLUMNS)
+    body = []
+    for name, group in grouped(runs, order).items():
+        found = [cell(values(group, column.key), column.digits) for column in columns]
+        body.append([name, str(len(group)), *found])
+    return Sheet(["method", "seeds", *(column.title for column in columns)], body, caption(runs))
+
+
+def caption(runs: Sequence[Finished]) -> str:
+    """How the numbers of one data set were made."""
+    s, m = runs[0].settings, runs[0].summary
+    length = f"{s['epochs']} epochs" if s["epochs"] else f"{s['steps']} steps"
+    text = (
+        f"{runs[0].data}, {s['image_size']} pixels, {_many(s['tasks'], 'task')} of "
+        f"{_many(s['classes_per_task'], 'class')}, {length} a task. FID on the features of {m['extractor']}, "
+        f"{m['samples_per_task']} images a task, {m['sampler']}, against {held_out(runs[0])} of the task. T is the "
+        "number of tasks; forgetting is the sum over the tasks before the last of FID at the end less FID when "
+        "learnt, divided by T − 1 (mean over these tasks) or by T (as the rank-1 paper has it). Conditional "
+        f"accuracy: share of drawn images that {m.get('classifier', m['extractor'])} takes for their label. ↓ lower "
+        "is better, ↑ higher is better."
+    )
+    if several(runs):
+        return text + " ± is the standard deviation over seeds; brackets are 95 % t intervals of the mean."
+    return text + " One seed: differences may be chance."
+
+
+def held_out(run: Finished) -> str:
+    """What images FIDs compare with: their number, where it is on record, and which part of the data they are."""
+    counts = run.summary.get("held_out_images") or []
+    counts = [n for n in (counts if isinstance(counts, list) else [counts]) if n]
+    number_said = " to ".join(map(str, dict.fromkeys((min(counts), max(counts))))) + " " if counts else "the "
+    return f"{number_said}held-out {run.settings['held_out']} images"
+
+
+def _many(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}{'es' if noun.endswith('s') else 's'}"
+
+
+def differences(runs: Sequence[Finished], baseline: str, order: Sequence[str] = ()) -> Sheet | None:
+    """Each method less the baseline, paired by seed; None without a baseline or another method."""
+    groups = grouped(runs, order)
+    if baseline not in groups or len(groups) < 2:
+        return None
+    head = ["method", "paired seeds", *(f"{column.title[:-2]}, difference" for column in COMPARED)]
+    body = []
+    for name, group in groups.items():
+        if name == baseline:
+            continue
+        row = [name]
+        for column in COMPARED:
+            found = seeds.paired(values(group, column.key), values(groups[baseline], column.key))
+            test = seeds.sign_flip(list(found.values()))
+            if len(row) == 1:
+                row.append(str(len(found)) + (f"\np ≥ {test.smallest:.3g}" if test else ""))
+            row.append(cell(found, column.digits_of_differences, plus=True) + (f", p {test.p:.3g}" if test else ""))
+        body.append(row)
+    text = (
+        f"Method less {baseline}, seed by seed, then mean ± standard deviation and 95 % t interval. Average FID is FID "
+        f"when learnt plus forgetting times (T − 1)/T. Better than {baseline}: FIDs and forgetting below 0, accuracy "
+        "above 0. p, of an exact two-sided sign-flip test: the share of all 2ⁿ choices of signs of the n differences "
+        "with a mean at least as far from zero; with n seeds it cannot be below 2/2ⁿ. Intervals and p values hold for "
+        "one comparison each: among many methods some differ by chance (one in twenty intervals misses its value)."
+    )
+    return Sheet(head, body, text)
+
+
+def by_seed(runs: Sequence[Finished], order: Sequence[str] = ()) -> Sheet:
+    """Every number of every run: the known ones, and any that a summary holds besides."""
+    known = [column.key for column in (*COLUMNS, *COSTS)]
+    others = dict.fromkeys(
+        key
+        for run in runs
+        for key, value in run.summary.items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and key not in (*known, "seed")
+    )
+    columns = present(runs, [*COLUMNS, *COSTS, *(Column(key.replace("_", " "), key, 0) for key in others)])
+    body = []
+    for name, group in grouped(runs, order).items():
+        for run in group:
+            found = [run.summary.get(column.key) for column in columns]
+            body.append([name, str(run.seed), *(NONE if v is None else f"{v:.7g}".replace("-", MINUS) for v in found)])
+    return Sheet(["method", "seed", *(column.title for column in columns)], body, "One row a run, as in summary.json.")
+
+
+# Across data sets
+
+
+def across(
+    parts: Mapping[str, Sequence[Finished]], order: Sequence[str] = ()
+) -> dict[str, dict[str, dict[int, float]]]:
+    """For each method and data set, (FID - joint) / (fine-tune - joint) by seed, where both references exist."""
+    result: dict[str, dict[str, dict[int, float]]] = {}
+    for data, runs in parts.items():
+        groups = grouped(runs, order)
+        joint, fine_tune = (values(groups.get(name, []), AVERAGE.key) for name in ("joint", "fine-tune"))
+        for name, group in groups.items():
+            found = seeds.normalised(values(group, AVERAGE.key), joint, fine_tune)
+            if found and name not in ("joint", "fine-tune"):
+                result.setdefault(name, {})[data] = found
+    return result
+
+
+def across_sheet(scores: Mapping[str, Mapping[str, Mapping[int, float]]], data: Sequence[str]) -> Sheet:
+    """Normalised scores, methods x data sets, and their mean over data sets, seed by seed."""
+    body = []
+    for name, found in scores.items():
+        row = [name, *(cell(found.get(part, {}), 3) for part in data)]
+        common = set.intersection(*(set(found.get(part, {})) for part in data))
+        means = {seed: float(np.mean([found[part][seed] for part in data])) for seed in sorted(common)}
+        body.append([*row, cell(means, 3)])
+    text = (
+        "(average FID − joint) / (fine-tune − joint), each with the references of its own seed: 0 is as good as joint "
+        "training, 1 as bad as fine-tuning, lower is better. Mean ± standard deviation over seeds and 95 % t interval. "
+        "Last column: mean over data sets of each seed that all of them have."
+    )
+    return Sheet(["method", *data, "mean of the data sets"], body, text)
+
+
+# Where they go
+
+
+def markdown(sheet: Sheet) -> str:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(text.replace("\n", " ").replace("|", "\\|") for text in cells) + " |"
+
+    rule = "|---" + "|---:" * (len(sheet.head) - 1) + "|"
+    return "\n".join([line(sheet.head), rule, *map(line, sheet.body), "", sheet.caption, ""])
+
+
+def markdown_sheets(runs: Sequence[Finished], baseline: str, order: Sequence[str] = ()) -> str:
+    """Headline and differences of one data set."""
+    compared = differences(runs, baseline, order) if several(runs) else None
+    return "\n".join(markdown(sheet) for sheet in (headline(runs, order), compared) if sheet is not None)
+
+
+def for_terminal(parts: Mapping[str, Sequence[Finished]], baseline: str, order: Sequence[str] = ()) -> RenderableType:
+    """The few columns that fit a terminal."""
+    shown = []
+    for runs in parts.values():
+        columns, groups = present(runs, TERMINAL), grouped(runs, order)
+        paired = baseline in groups and several(runs) and len(groups) > 1
+        head = ["method", *(column.title for column in columns)]
+        head += [f"{column.title.split(',')[0].rstrip(' ↓')} less {baseline}'s" for column in HEADLINE] * paired
+        body = []
+        for name, group in groups.items():
+            row = [name]
+            for column in columns:
+                found = values(group, column.key)
+                noisy = column not in COSTS  # time and size are properties of the method, not observations of it
+                if noisy or not found:
+                    row.append(cell(found, column.digits, interval=False))
+                else:
+                    row.append(number(float(np.mean([*found.values()])), column.digits))
+            if paired:
+                base = groups[baseline]
+                for column in HEADLINE:
+                    found = seeds.paired(values(group, column.key), values(base, column.key))
+                    row.append(NONE if name == baseline else cell(found, column.digits_of_differences, plus=True))
+            body.append(row)
+        shown.append(rich_table(head, body, caption(runs)))
+    return Group(*shown)
+
+
+def rich_table(head: Sequence[str], body: Sequence[Sequence[Any]], text: str) -> Table:
+    result = Table(caption=text, caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, title in enumerate(head):
+        result.add_column(title, justify="left" if i == 0 else "right", overflow="fold")
+    for row in body:
+        result.add_row(*row)
+    return result

@@ -1,0 +1,197 @@
+"""Checkpoints: safetensors files, written so that a crash at any moment leaves the last good one in place.
+
+`02-00000300.safetensors` was taken with two stages finished and 300 steps of the third. The end of stage i is
+`<i+1>-00000000`; those are kept, of the others only the last two. What does not change within a stage (teacher, pool,
+penalties: with fifty directions a task many times the model) is in the file of the stage's start alone, and the later
+ones name that file's digest. A file is written beside its final name, synced to the disk and then renamed, and it
+carries a digest of its contents and the run that it belongs to: what is torn, altered or out of place is noticed and
+passed over. It also knows the run's records: config.json itself, and of logs and kept samples a digest. Digests guard
+against accidents; they are no signatures.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from crl_diffusion.errors import WriteError
+from crl_diffusion.files import require_file, require_folder, write_tensors
+
+KEPT_WITHIN_A_STAGE = 2
+MEMORY = "memory/"  # names of tensors that do not change within a stage begin so
+
+
+class StaleRecords(ValueError):
+    """A good checkpoint whose run's records are not those that it was taken after."""
+
+
+class Checkpoint(NamedTuple):
+    """Where a run stood: stages finished, steps taken in the next one, rows written to each log, and its tensors."""
+
+    stage: int
+    step: int
+    rows: dict[str, int]
+    tensors: dict[str, Tensor]
+    run: str = ""  # what only this run's checkpoints say, such as a digest of its configuration
+    digests: Mapping[str, str] = {}  # sha256 of the rows of each log and of other files of the run, by name
+    config: str = ""  # the text of config.json
+
+    def part(self, name: str) -> dict[str, Tensor]:
+        """Tensors whose name begins with `name/`, without that beginning."""
+        return {key[len(name) + 1 :]: value for key, value in self.tensors.items() if key.startswith(f"{name}/")}
+
+
+Check = Callable[[Checkpoint], Any]  # raises ValueError or KeyError if a checkpoint does not fit
+
+
+def _digests(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[str, str]:
+    """Of the tensors and the metadata, and of the tensors alone, which is what earlier versions have written."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].flatten().view(torch.uint8).numpy().data)
+    of_tensors = digest.hexdigest()
+    digest.update(json.dumps(sorted(item for item in metadata.items() if item[0] != "digest")).encode())
+    return digest.hexdigest(), of_tensors
+
+
+def _path(folder: Path, stage: int, step: int) -> Path:
+    return folder / f"{stage:02d}-{step:08d}.safetensors"
+
+
+def _moment(path: Path) -> tuple[int, int]:
+    """Stage and step in a file's name; that of a file which has none comes before all others."""
+    stage, _, step = path.stem.partition("-")
+    return (int(stage), int(step)) if stage.isdecimal() and step.isdecimal() else (-1, -1)
+
+
+def save(folder: Path, checkpoint: Checkpoint) -> Path:
+    """Write one checkpoint and drop those that are no longer needed. WriteError if the disk is full, say."""
+    stage, step = checkpoint.stage, checkpoint.step
+    path = _path(folder, stage, step)
+    try:
+        metadata = {"stage": str(stage), "step": str(step), "run": checkpoint.run}
+        metadata.update({f"rows/{name}": str(count) for name, count in checkpoint.rows.items()})
+        metadata.update({f"sha256/{name}": digest for name, digest in checkpoint.digests.items()})
+        if checkpoint.config:
+            metadata["config"] = checkpoint.config
+        kept = checkpoint.tensors
+        if stage and step:
+            kept = {name: value for name, value in kept.items() if not name.startswith(MEMORY)}
+            metadata["start"] = _metadata(_path(folder, stage, 0))["digest"]
+        tensors = {name: value.detach().cpu().contiguous().clone() for name, value in kept.items()}
+        metadata["digest"], _ = _digests(tensors, metadata)
+        write_tensors(path, tensors, metadata)
+    except (OSError, SafetensorError) as error:
+        raise WriteError(f"{str(path)!r} cannot be written ({error})") from error
+    _prune(folder, path)
+    return path
+
+
+def latest(folder: Path, check: Check = lambda checkpoint: None) -> tuple[Checkpoint | None, list[str]]:
+    """The newest good checkpoint that passes `check`, and one line for each newer one that is not good. RecordError if
+    the folder is a file, or one of its files a folder."""
+    require_folder(folder)
+    complaints: list[str] = []
+    for path in sorted(folder.glob("*.safetensors"), key=_moment, reverse=True):
+        require_file(path)
+        try:
+            found = load(path)
+            check(found)
+            return found, complaints
+        except StaleRecords as error:
+            complaints.append(f"{error}, which checkpoint {path.name} was taken after; going back to the one before it")
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
+            said = f"no {error}" if isinstance(error, KeyError) else error
+            complaints.append(f"checkpoint {path.name} is damaged ({said}); going back to the one before it")
+    return None, complaints
+
+
+def load(path: Path) -> Checkpoint:
+    """Read one checkpoint, with what the file of its stage's start holds for it; ValueError if its contents are not
+    those that were written, or not under this name."""
+    metadata, tensors = _read(path)
+    stage, step = int(metadata["stage"]), int(metadata["step"])
+    if path.name != _path(path.parent, stage, step).name:
+        raise ValueError(f"it was taken after {stage} stages and {step} steps, which is not what its name says")
+    if "start" in metadata:
+        start = _path(path.parent, stage, 0)
+        try:
+            start_metadata, start_tensors = _read(start)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ValueError(f"it needs {start.name}, which is damaged: {error}") from None
+        if start_metadata["digest"] != metadata["start"]:
+            raise ValueError(f"it was taken after another {start.name}")
+        tensors.update({name: value for name, value in start_tensors.items() if name.startswith(MEMORY)})
+    return _of(metadata, tensors)
+
+
+def newest_header(folder: Path) -> Checkpoint | None:
+    """What the newest checkpoint says of its run's records, without its tensors; None if it cannot be read."""
+    for path in sorted(folder.glob("*.safetensors"), key=_moment, reverse=True)[:1]:
+        with suppress(SafetensorError, OSError, ValueError, KeyError):
+            return _of(_metadata(path), {})
+    return None
+
+
+def _of(metadata: Mapping[str, str], tensors: dict[str, Tensor]) -> Checkpoint:
+    def part(beginning: str) -> dict[str, str]:
+        return {name[len(beginning) :]: x for name, x in metadata.items() if name.startswith(beginning)}
+
+    rows = {name: int(count) for name, count in part("rows/").items()}
+    stage, step, config = int(metadata["stage"]), int(metadata["step"]), metadata.get("config", "")
+    return Checkpoint(stage, step, rows, tensors, metadata["run"], part("sha256/"), config)
+
+
+def end_of_stage(folder: Path, number: int) -> Path:
+    """The checkpoint that was taken at the end of the stage with this number, from 0."""
+    return _path(folder, number + 1, 0)
+
+
+def require_like(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], what: str) -> None:
+    """ValueError unless `tensors` have the names, shapes and dtypes of `wanted`."""
+    if odd := tensors.keys() ^ wanted.keys():
+        raise ValueError(f"its {what} lacks or has too many: {', '.join(sorted(odd)[:3])}")
+    for name, tensor in tensors.items():
+        if (tensor.shape, tensor.dtype) != (wanted[name].shape, wanted[name].dtype):
+            raise ValueError(
+                f"its {what} has {tensor.dtype} {tuple(tensor.shape)} for {name}, and not {wanted[name].dtype} "
+                f"{tuple(wanted[name].shape)}"
+            )
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    with safe_open(path, framework="pt", device="cpu") as file:
+        return dict(file.metadata() or {})
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    with safe_open(path, framework="pt", device="cpu") as file:
+        metadata = dict(file.metadata() or {})
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is not a mapping
+    if metadata.get("digest") not in _digests(tensors, metadata):
+        raise ValueError("its contents do not match its digest")
+    return metadata, tensors
+
+
+def _prune(folder: Path, newest: Path) -> None:
+    # Files of later moments are those that were passed over: they are overwritten when the run gets there.
+    within = [p for p in folder.glob("*.safetensors") if _moment(p)[1] > 0 and _moment(p) <= _moment(newest)]
+    for path in sorted(within, key=_moment)[:-KEPT_WITHIN_A_STAGE]:
+        path.unlink()
+    remove_unfinished(folder)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """What a process that was killed has left of files that it was writing."""
+    for path in folder.glob("*.tmp"):
+        if path.is_file():
+            path.unlink()

@@ -1,0 +1,141 @@
+"""A run's folder: which run it belongs to, and that one process at a time writes to it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from crl_diffusion.config.settings import Device, RunConfig, planned
+from crl_diffusion.errors import OptionError, RecordError
+from crl_diffusion.files import locked, require_file, require_folder, write_json, write_text
+from crl_diffusion.run_folder import checkpoint, origin
+from crl_diffusion.run_folder.readers import read_config
+
+
+def resolve(config: RunConfig) -> RunConfig:
+    """The configuration with what depends on the machine and the data set filled in."""
+    return replace(planned(config), device=resolve_device(config.device))
+
+
+def resolve_device(device: Device) -> Device:
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise OptionError("--device is cuda, but torch finds no CUDA device; use --device cpu")
+    return device
+
+
+def digest_of(config: RunConfig) -> str:
+    """Of everything that decides a run's numbers: what a checkpoint says of the run that it belongs to."""
+    return digest_of_saved(config.as_json())
+
+
+def digest_of_saved(run: dict[str, Any]) -> str:
+    """The same, of a configuration as config.json keeps it."""
+    return hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
+
+
+def claim(config: RunConfig, out: Path, data_name: str, measured_with: dict[str, str]) -> None:
+    """Write config.json, or see that the run goes on with the data, and being measured with what it was begun with."""
+    path, kept = out / "config.json", {"data_name": data_name, **measured_with}
+    if not path.exists():
+        made = {"environment": origin.environment(), "git": origin.git_state(), "command": origin.command()}
+        write_json(path, {"run": config.as_json(), **kept, **made})
+        return
+    require_measured(out, kept)
+
+
+def require_measured(out: Path, kept: dict[str, str]) -> None:
+    """Refuse other data, or to measure with something else, than the run in `out` was begun with."""
+    begun = read_config(out)
+    for key, name in kept.items():
+        if begun.get(key, name) != name:
+            raise OptionError(
+                f"the {key} is {name}, but the run in {str(out)!r} was begun with {begun[key]}; choose that one with "
+                "--data-root, --extractor and --extractor-folder, or another folder"
+            )
+
+
+def check_folder(config: RunConfig, out: Path) -> None:
+    """Refuse a folder whose run is another one, naming the options that differ."""
+    path = out / "config.json"
+    if not path.exists():
+        return
+    saved, wanted = read_config(out)["run"], resolve(config).as_json()
+    differ = sorted(key for key in saved.keys() | wanted.keys() if saved.get(key) != wanted.get(key))
+    if differ:
+        what = ", ".join(f"{key} {saved.get(key)!r} there, {wanted.get(key)!r} asked for" for key in differ)
+        raise OptionError(f"--out {str(out)!r} holds another run ({what}); use another folder, or delete this one")
+
+
+FOLDERS = ("checkpoints", "samples", "tensorboard")
+FILES = (
+    *(".lock", "config.json", "metrics.jsonl", "timings.jsonl", "summary.json", "log.txt"),
+    *("samples.png", "fid_matrix.png", "curves.png"),
+)
+
+
+def require_place(option: str, out: Path) -> None:
+    """Refuse a place for a folder that is a file, or lies in one."""
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise OptionError(f"{option} is {str(out)!r}, but {str(there)!r} is no folder; give another place")
+
+
+def require_layout(out: Path) -> None:
+    """Refuse a run's folder that is a file, or in which a folder stands where a file is written, or the reverse."""
+    require_place("--out", out)
+    for name in FOLDERS:
+        require_folder(out / name)
+    for name in FILES:
+        require_file(out / name)
+    for name in ("checkpoints", "samples"):
+        for path in (out / name).glob("*.safetensors"):
+            require_file(path)
+
+
+def restore_config(out: Path, say: Callable[[str], None]) -> None:
+    """Write config.json again where it is missing or cannot be read and a checkpoint has it, bit for bit. RecordError
+    if it cannot be read and none has."""
+    path = out / "config.json"
+    try:
+        if path.exists():
+            read_config(out)
+            return
+        damage = RecordError(path, "is missing", "")
+    except RecordError as error:
+        damage = error
+    saved, _ = checkpoint.latest(out / "checkpoints", _require_config)
+    if saved is not None:
+        write_text(path, saved.config)
+        say(f"{damage.damage}; restored from a checkpoint")
+    elif path.exists():
+        raise damage
+
+
+def _require_config(saved: checkpoint.Checkpoint) -> None:
+    if not saved.config:
+        raise ValueError("it was taken by an earlier version, and does not know config.json")
+
+
+def make_writable(out: Path) -> None:
+    """Make the folder, unless it is there; OptionError if nothing can be written to it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / ".lock").touch()
+    except OSError as error:
+        raise OptionError(
+            f"--out {str(out)!r} cannot be written to ({error.strerror}); make it writable, or give another folder"
+        ) from error
+
+
+def writing(out: Path) -> AbstractContextManager[None]:
+    """While a process writes to the folder, another one is refused."""
+    return locked(out / ".lock", f"--out {str(out)!r} is being written by another process; wait for it, or use another")

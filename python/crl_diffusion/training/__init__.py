@@ -1,0 +1,1 @@
+"""One run: its loop, state, steps and snapshots."""

@@ -1,0 +1,242 @@
+"""One run, top to bottom: stages, steps, evaluations, checkpoints. To resume a run, give the same command again.
+
+Several processes share a run when torchrun starts them (`processes.py`); the first of them alone writes files.
+
+A run folder holds config.json, metrics.jsonl (the same bits whether or not the run was interrupted), timings.jsonl
+(wall-clock times, which are not), checkpoints/, samples/ (the images of each evaluation), tensorboard/, pictures, and,
+once the run has finished, summary.json.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from crl_diffusion import errors, processes, signals
+from crl_diffusion.config.curriculum import Stage
+from crl_diffusion.config.settings import ExtractorName, RunConfig
+from crl_diffusion.data.tasks import load
+from crl_diffusion.errors import OptionError, RecordError, TrainingError
+from crl_diffusion.evaluation import evaluate, summaries
+from crl_diffusion.evaluation.extractors import Custom
+from crl_diffusion.files import Row, TensorBoard, write_json
+from crl_diffusion.reporting import runs
+from crl_diffusion.run_folder import origin
+from crl_diffusion.run_folder.layout import (
+    check_folder,
+    claim,
+    make_writable,
+    require_layout,
+    resolve,
+    restore_config,
+    writing,
+)
+from crl_diffusion.training.forecast import StepClock
+from crl_diffusion.training.plan import require_fisher_images, steps_done
+from crl_diffusion.training.run import Run, Say, loss_table
+from crl_diffusion.training.step import new_optimizer
+
+Advance = Callable[[int, int], None]  # told how many steps of the run are done, and of how many
+SMALLEST_SCALE = 2.0**-10  # below it the gradient scaler has halved 26 times: fp16 does not hold this network
+
+
+def train(
+    config: RunConfig,
+    out: Path,
+    data_root: Path = Path("data"),
+    features: ExtractorName | Custom = "cnn",
+    extractor_folder: Path | None = None,
+    say: Say = print,
+    advance: Advance = lambda done, total: None,
+) -> Row:
+    """Run `config` in the folder `out` from wherever it stands, and return its summary.
+
+    FIDs are measured on `features`; extractors are kept and looked for in `extractor_folder`, by default `out`.
+    """
+    config = resolve(config)
+    first = processes.launched_rank() == 0
+    if not first:
+        say = _nothing
+    if (summary := finished(config, out, features, say)) is not None:
+        return summary
+    started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    data = load(config, data_root)
+    require_shares(config)
+    require_fisher_images(config, data)
+
+    # Of several processes none may leave before the others do: they stop between two steps, which they agree on.
+    several = processes.launched() > 1
+    with signals.deferred() if several else nullcontext(), processes.together(torch.device(config.device)):
+        if first:
+            make_writable(out)
+        try:
+            with writing(out) if first else nullcontext():
+                tools = None
+                if first:
+                    # The folder belongs to this configuration, and the first process alone writes to it.
+                    restore_config(out, say)
+                    check_folder(config, out)
+                    tools = evaluate.instruments(features, data, extractor_folder or out, config.device)
+                    for line in tools.about(config, data):
+                        say(line)
+                    claim(config, out, data.name, tools.names())
+                run = Run(config, out, data, tools, say)
+
+                # To resume: the newest good checkpoint.
+                run.resume()
+                run.log({"started": started, "processes": processes.count(), "git": origin.git_state()}, "timings")
+                with TensorBoard(out / "tensorboard" if first else None, steps_done(run)) as board:
+                    while run.stage < len(run.stages):
+                        run_stage(run, run.stages[run.stage], board, advance)
+                return finish(run)
+        except (errors.WriteError, OSError) as error:
+            raise TrainingError(
+                f"{error}; earlier checkpoints are as they were: make {str(out)!r} writable, with room on its disk, "
+                "and give the same command again to go on"
+            ) from error
+
+
+def finished(
+    config: RunConfig, out: Path, features: ExtractorName | Custom, say: Say = lambda line: None
+) -> Row | None:
+    """The summary of a run that is finished, and whose records are whole; None if there is something left to do."""
+    require_layout(out)
+    if not (out / "summary.json").exists():
+        return None
+    try:
+        summary = runs.read_finished(out)
+    except RecordError as error:
+        say(f"{error.damage}; making again what can be")
+        return None
+    check_folder(config, out)
+    evaluate.check_finished(features, out)
+    return summary
+
+
+def _nothing(line: str) -> None:
+    """What the processes other than the first have to say."""
+
+
+def require_shares(config: RunConfig) -> None:
+    """Refuse more processes than there are images for."""
+    for name in ("batch", "replay_batch"):
+        if getattr(config, name) < processes.launched():
+            raise OptionError(
+                f"--{name.replace('_', '-')} is {getattr(config, name)}, but torchrun has started "
+                f"{processes.launched()} processes to share them; start fewer, or give larger batches"
+            )
+
+
+def run_stage(run: Run, stage: Stage, board: TensorBoard, advance: Advance) -> None:
+    """Steps, evaluation, memory, checkpoint."""
+    config, steps = run.config, run.stage_steps[stage.number]
+    images = run.task_images(stage, "train")
+    run.model.train()
+    clock = StepClock(run, stage)
+    before, since = run.step, time.perf_counter()
+    with signals.deferred():
+        while run.step < steps:
+            run.losses.append(run.take_step(images, stage))
+            clock.tick()
+
+            # Losses, at fixed steps, so that an interrupted run writes the same rows.
+            at_checkpoint = run.step % config.checkpoint_every == 0 or run.step == steps
+            if run.step % config.log_every == 0 or at_checkpoint:
+                log_losses(run, stage, run.losses, (time.perf_counter() - since) / (run.step - before), board)
+                advance(steps_done(run), sum(run.stage_steps))
+                run.losses = []
+                before, since = run.step, time.perf_counter()
+            if at_checkpoint:
+                run.save()
+                since = time.perf_counter()
+
+            # A signal, to any of the processes.
+            if signum := processes.largest(signals.pending()):
+                if not at_checkpoint:
+                    run.save()
+                processes.everyone(None)  # until the first has written
+                raise signals.Stopped(signum, f" after step {run.step} of stage {stage.number + 1}, which is kept")
+
+    run.model.eval()
+    run.adopt_average()
+    for row in run.evaluate(stage):
+        run.log(row)
+        board.scalars(row["after_task"], {f"fid/task {row['task']}": row["fid"]})
+        run.say(
+            f"after task {row['after_task']}: task {row['task']} has FID {row['fid']:.1f}, "
+            f"conditional accuracy {row['accuracy']:.3f}"
+        )
+    if stage.number + 1 < len(run.stages):
+        run.remember(stage)
+    run.stage, run.step = run.stage + 1, 0
+    run.optimizer = new_optimizer(run.model)
+    run.save()
+
+
+def log_losses(run: Run, stage: Stage, losses: Sequence[Tensor], seconds: float, board: TensorBoard) -> None:
+    """Mean losses since the last row; stops at the first that is not finite."""
+    table = loss_table(losses)
+    bad = torch.nonzero(~table.isfinite().all(1)).flatten()
+    if len(bad):
+        raise TrainingError(explain(run, stage, run.step - len(table) + 1, table[: int(bad[0]) + 1]))
+    scaler = run.precision.scaler
+    if scaler is not None and scaler.get_scale() < SMALLEST_SCALE:
+        raise TrainingError(
+            f"fp16 gradients still overflow at step {run.step} of stage {stage.number + 1}, scaled by "
+            f"{scaler.get_scale():g}; try --precision bf16, whose range is that of fp32, in a new folder"
+        )
+    real, replayed = table[:, :2].contiguous().mean(0).tolist()
+    run.log({"kind": "step", "stage": stage.number + 1, "step": run.step, "loss": real, "replay_loss": replayed})
+    penalty = run.penalty.seconds if run.penalty is not None else []
+    timing: Row = {"stage": stage.number + 1, "step": run.step, "step_ms": 1e3 * seconds}
+    if penalty:
+        timing["penalty_ms"] = 1e3 * sorted(penalty)[len(penalty) // 2]
+        penalty.clear()
+    run.log(timing, "timings")
+    board.scalars(steps_done(run), {"loss/real": real, "loss/replay": replayed})
+
+
+def explain(run: Run, stage: Stage, first: int, table: Tensor) -> str:
+    """What is not finite, when, and the likely cause. `table` has the real loss, the replayed loss and the gradient's
+    norm of the steps from `first` on, (steps, 3), and ends with the first row that is not finite."""
+    config, penalty = run.config, run.method.penalty
+    real, replayed = table[-1, :2].isfinite().tolist()
+    if real and replayed:
+        what = "the gradient is not finite, though the loss is,"
+    elif real:
+        what = "the loss on replayed images is not finite"
+    elif replayed and run.teacher is not None:
+        what = "the loss on real images is not finite"
+    else:
+        what = "the loss is not finite"
+    norms = [f"{value:.2g}" for value in table[:-1, 2].tolist()[-3:]]
+    before = f" (norms of the gradient just before: {', '.join(norms)})" if norms else ""
+
+    cause = f"the learning rate is likely too high: try --lr {config.lr / 3:.2g}"
+    if config.precision == "fp16" and not (real and replayed):
+        cause = "fp16 holds nothing above 65504, and the network's activations may be: try --precision bf16"
+    elif penalty is not None and stage.number > 0 and penalty.mode == "gradient":
+        cause = f"a stiff penalty in gradient mode is unstable: try lam={penalty.lam / 10:g} or the decoupled mode"
+    elif real and not replayed:
+        cause = "the teacher's images or predictions are likely broken: look at the evaluation after the last task"
+    elif not config.clip:
+        cause = f"the gradient is not clipped: try --clip 1, or --lr {config.lr / 3:.2g}"
+    return f"{what} at step {first + len(table) - 1} of stage {stage.number + 1}{before}; {cause}, in a new folder"
+
+
+def finish(run: Run) -> Row:
+    """Pictures and the summary, which marks the run as finished."""
+    summary: Row = {}
+    if processes.is_first():
+        from crl_diffusion.reporting import run_pictures  # matplotlib: not before it is needed
+
+        run_pictures.of_run(run.out)
+        summary = summaries.summarise(run.out)
+        write_json(run.out / "summary.json", summary)
+    return processes.from_first(summary)

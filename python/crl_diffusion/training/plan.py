@@ -1,0 +1,39 @@
+"""How many steps each stage takes, and whether its images suffice."""
+
+from __future__ import annotations
+
+import math
+
+from crl_diffusion.config.curriculum import stages
+from crl_diffusion.config.settings import RunConfig, least_fisher_samples
+from crl_diffusion.data.tasks import Data
+from crl_diffusion.errors import OptionError
+from crl_diffusion.training.run import Run
+
+
+def steps_done(run: Run) -> int:
+    return sum(run.stage_steps[: run.stage]) + run.step
+
+
+def stage_steps(config: RunConfig, data: Data) -> list[int]:
+    """Steps of each stage: --steps for each of its tasks, or --epochs over its images."""
+    plan = stages(config)
+    if not config.epochs:
+        return [stage.share * config.steps for stage in plan]
+    images = [sum(len(t.train) for t in data.tasks if set(t.classes) <= set(s.classes)) for s in plan]
+    return [config.epochs * math.ceil(n / config.batch) for n in images]
+
+
+def require_fisher_images(config: RunConfig, data: Data) -> None:
+    """Refuse tasks with too few images for the method's Fisher matrices, where those are made of all images. The last
+    task has none."""
+    least = least_fisher_samples(config)
+    if config.recipe.penalty is None or config.fisher_samples:
+        return
+    for task in data.tasks[:-1]:
+        if (found := len(getattr(task, config.fisher_images))) < least:
+            raise OptionError(
+                f"--fisher-samples is 0, all images, but task {task.index + 1} has {found} {config.fisher_images} "
+                f"images and a Fisher matrix for {config.method} needs {least} samples: give a number, and images are "
+                "seen more than once, each time with another timestep and noise"
+            )

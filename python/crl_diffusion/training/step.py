@@ -1,0 +1,89 @@
+"""One optimization step: learning rates, the optimizer, and the step itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from crl_diffusion import processes
+from crl_diffusion.diffusion import noising
+from crl_diffusion.diffusion.network import predict
+from crl_diffusion.diffusion.precision import Precision
+from crl_diffusion.methods.penalties import PenaltyState
+from crl_diffusion.methods.regression import NoisedBatch
+
+
+def one_cycle(step: int, steps: int, peak: float) -> float:
+    """Learning rate: a cosine up to `peak` over the first tenth, then a cosine down to (nearly) zero."""
+    rise = max(1, steps // 10)
+    if step < rise:
+        return peak * 0.5 * (1 - math.cos(math.pi * (step + 1) / rise))
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+LR_SCHEDULES: dict[str, Callable[[int, int, float], float]] = {
+    "one-cycle": one_cycle,
+    "constant": lambda step, steps, lr: lr,
+}
+
+
+class Taken(NamedTuple):
+    """What a step has found: the weighted losses of this process's samples, (B,), the norm of the gradient that was
+    clipped, (), and whether the optimizer moved."""
+
+    losses: Tensor
+    norm: Tensor
+    moved: bool
+
+
+def training_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: NoisedBatch,
+    penalty: PenaltyState | None,
+    lr: float,
+    clip: float,
+    precision: Precision,
+) -> Taken:
+    """Forward, weighted squared errors, backward, sum over processes, penalty, clip, step.
+
+    The weights sum to the same whatever the number of processes, so gradients are summed over them and not averaged.
+    """
+    optimizer.param_groups[0]["lr"] = lr
+    optimizer.zero_grad()
+    with precision.autocast():
+        prediction = predict(model, batch.noised, batch.t, batch.label)
+    losses = batch.weight * noising.per_sample_loss(prediction, batch.target)
+    precision.scaled(losses.sum()).backward()
+    sum_gradients(model)
+    precision.unscale_(optimizer)
+    if penalty is not None:
+        penalty.after_backward()
+    if clip:
+        norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
+    else:
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    moved = precision.step(optimizer)
+    if penalty is not None and moved:
+        penalty.after_step(lr)
+    return Taken(losses.detach(), norm.detach(), moved)
+
+
+def sum_gradients(model: nn.Module) -> None:
+    """Over processes, in one exchange. Not DistributedDataParallel: a penalty's gradient belongs to no process's share
+    and comes after the sum, and every process must clip by the norm of the whole."""
+    if processes.count() == 1:
+        return
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    summed = processes.sum_(torch.cat([gradient.flatten() for gradient in gradients]))
+    for gradient, part in zip(gradients, summed.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+def new_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    """Adam; the learning rate is set in every step."""
+    return torch.optim.Adam(model.parameters(), lr=0.0, fused=True)
