@@ -15,7 +15,6 @@ import torch
 
 from crl_diffusion.config.curriculum import Stage, stages
 from crl_diffusion.config.settings import RunConfig
-from crl_diffusion.training.plan import steps_done
 from crl_diffusion.training.run import Run
 
 FISHER_PASSES = 4
@@ -123,8 +122,8 @@ class StepClock:
             return
         run, seconds = self.run, (time.perf_counter() - self.begun) / TIMED_STEPS
         left = seconds_left(run.config, run.stages, run.stage_steps, self.stage, run.step, seconds)
-        steps = sum(run.stage_steps) - steps_done(run)
+        steps = sum(run.stage_steps) - run.steps_done
         if not steps:
             return
-        whole = "this run" if steps_done(run) == 1 + TIMED_STEPS else "the rest of this run"
+        whole = "this run" if run.steps_done == 1 + TIMED_STEPS else "the rest of this run"
         run.say(f"about {in_words(left)} for {whole} ({steps} steps, now at {1e3 * seconds:.0f} ms, and images)")

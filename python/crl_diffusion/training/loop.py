@@ -37,7 +37,7 @@ from crl_diffusion.run_folder.layout import (
     writing,
 )
 from crl_diffusion.training.forecast import StepClock
-from crl_diffusion.training.plan import require_fisher_images, steps_done
+from crl_diffusion.training.plan import require_fisher_images
 from crl_diffusion.training.run import Run, Say, loss_table
 from crl_diffusion.training.step import new_optimizer
 
@@ -91,7 +91,7 @@ def train(
                 # To resume: the newest good checkpoint.
                 run.resume()
                 run.log({"started": started, "processes": processes.count(), "git": origin.git_state()}, "timings")
-                with TensorBoard(out / "tensorboard" if first else None, steps_done(run)) as board:
+                with TensorBoard(out / "tensorboard" if first else None, run.steps_done) as board:
                     while run.stage < len(run.stages):
                         run_stage(run, run.stages[run.stage], board, advance)
                 return finish(run)
@@ -149,7 +149,7 @@ def run_stage(run: Run, stage: Stage, board: TensorBoard, advance: Advance) -> N
             at_checkpoint = run.step % config.checkpoint_every == 0 or run.step == steps
             if run.step % config.log_every == 0 or at_checkpoint:
                 log_losses(run, stage, run.losses, (time.perf_counter() - since) / (run.step - before), board)
-                advance(steps_done(run), sum(run.stage_steps))
+                advance(run.steps_done, sum(run.stage_steps))
                 run.losses = []
                 before, since = run.step, time.perf_counter()
             if at_checkpoint:
@@ -199,7 +199,7 @@ def log_losses(run: Run, stage: Stage, losses: Sequence[Tensor], seconds: float,
         timing["penalty_ms"] = 1e3 * sorted(penalty)[len(penalty) // 2]
         penalty.clear()
     run.log(timing, "timings")
-    board.scalars(steps_done(run), {"loss/real": real, "loss/replay": replayed})
+    board.scalars(run.steps_done, {"loss/real": real, "loss/replay": replayed})
 
 
 def explain(run: Run, stage: Stage, first: int, table: Tensor) -> str:

@@ -8,11 +8,6 @@ from crl_diffusion.config.curriculum import stages
 from crl_diffusion.config.settings import RunConfig, least_fisher_samples
 from crl_diffusion.data.tasks import Data
 from crl_diffusion.errors import OptionError
-from crl_diffusion.training.run import Run
-
-
-def steps_done(run: Run) -> int:
-    return sum(run.stage_steps[: run.stage]) + run.step
 
 
 def stage_steps(config: RunConfig, data: Data) -> list[int]:

@@ -80,6 +80,10 @@ class Run:
         in_sample = self.config.fisher_estimate == "in-sample"
         return PenaltyState(self.method.penalty, self.model, in_sample) if self.method.penalty else None
 
+    @property
+    def steps_done(self) -> int:
+        return sum(self.stage_steps[: self.stage]) + self.step
+
     def lr(self, step: int, steps: int) -> float:
         return LR_SCHEDULES[self.config.lr_schedule](step, steps, self.config.lr)
 
