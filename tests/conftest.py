@@ -15,7 +15,7 @@ torch.set_num_threads(1)
 if library := os.environ.get("CRL_TEST_LIBRARY"):
     torch.ops.load_library(library)
 if registry.INTERPRETED:
-    import triton_interpreter  # noqa: F401  (corrects its rounding)
+    import helpers.triton_interpreter  # noqa: F401  (corrects its rounding)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -16,7 +16,7 @@ from torch.utils.cpp_extension import include_paths, library_paths
 
 from crl_kernels.backends import reference
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 COMPILER = shutil.which("g++")
 LIBRARY = os.environ.get("CRL_TEST_LIBRARY")
 
@@ -27,10 +27,10 @@ ops = torch.ops.crl_kernels
 @pytest.fixture(scope="module")
 def library(tmp_path_factory) -> Path:
     target = tmp_path_factory.mktemp("emulation") / "emulated_cuda.so"
-    includes = [f"-I{path}" for path in (TESTS / "cuda_emulation", TESTS.parent / "csrc", *include_paths())]
+    includes = [f"-I{path}" for path in (TESTS / "backends/cuda_emulation", TESTS.parent / "csrc", *include_paths())]
     libraries = [f"-L{path}" for path in library_paths()]
     options = ["-O1", "-std=c++17", "-shared", "-fPIC", "-w", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    source = str(TESTS / "cuda_emulation" / "operators.cpp")
+    source = str(TESTS / "backends/cuda_emulation/operators.cpp")
     command = [COMPILER, *options, *includes, source, *libraries, "-lc10", "-ltorch", "-ltorch_cpu", "-o", str(target)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -40,7 +40,10 @@ def library(tmp_path_factory) -> Path:
 @pytest.mark.skipif(LIBRARY is not None, reason="this is the run that the test starts")
 @pytest.mark.skipif(COMPILER is None or sys.platform != "linux", reason="needs g++ on Linux")
 def test_operators_and_derivatives(library):
-    files = [str(TESTS / name) for name in ("test_operators.py", "test_autograd.py", "test_cuda_emulation.py")]
+    files = [
+        str(TESTS / name)
+        for name in ("backends/test_operators.py", "operators/test_derivatives.py", "backends/test_cuda_emulation.py")
+    ]
     # Compilers see operators, not their kernels; plain PyTorch is tested where it is not a subprocess.
     chosen = "not (inside_compiled_code or recompilation or inductor or compiled_training_step or reference)"
     run = subprocess.run(

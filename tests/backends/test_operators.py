@@ -2,7 +2,6 @@
 
 import importlib
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -11,108 +10,36 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.backends import (
+    BACKENDS,
+    CHUNK,
+    DTYPES,
+    EXAMPLES,
+    INSTRUCTION_SETS,
+    MANY,
+    ROUNDING,
+    assert_rounded_once,
+    assert_sum_close,
+    directions_like,
+    flat64,
+    layout,
+    length,
+    lists,
+    needs_cpu_library,
+    needs_library,
+    needs_x86_linux,
+    passes_with_narrower_loops,
+    poison,
+    random_lists,
+    runs_here,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import crl_kernels
-from crl_kernels.backends import reference, registry
+from crl_kernels.backends import registry
 from crl_kernels.operators import definitions
-
-DTYPES = {
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-# Half a unit in the last place, relative: what one rounding to the dtype may cost.
-ROUNDING = {torch.float32: 2**-24, torch.float64: 2**-53, torch.bfloat16: 2**-8, torch.float16: 2**-11}
-CHUNK = 4096
-EXAMPLES = 20 if registry.INTERPRETED else 60
-MANY = 70 if registry.INTERPRETED else 700  # tensors in a chunk, which a program visits one after another
-
-needs_cpu_library = pytest.mark.skipif(not registry.CPU.loaded, reason=f"no C++ kernels: {registry.CPU.reason}")
-
-
-needs_library = pytest.mark.skipif(
-    not registry.CPU.loaded and not registry.INTERPRETED and "CRL_TEST_LIBRARY" not in os.environ,
-    reason=f"no C++ kernels: {registry.CPU.reason}",
-)
-
-
-class Dispatched:
-    """The operators as torch dispatches them: those of the compiled library."""
-
-    def __getattr__(self, name: str):
-        return getattr(torch.ops.crl_kernels, name)
-
-
-BACKENDS = [
-    pytest.param(Dispatched(), id="compiled", marks=needs_library),
-    pytest.param(reference, id="reference"),
-]
-
-length = st.sampled_from([0, 1, 2, 15, 16, 17, 63, 64, 65, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 3])
-layout = st.sampled_from(["contiguous", "offset", "strided", "transposed", "expanded"])
-lists = st.lists(st.tuples(length, st.sampled_from(sorted(DTYPES)), layout), min_size=1, max_size=6)
-
-
-def poison() -> None:
-    """Fills freed memory with NaN, so that a kernel which reads what it did not write is seen."""
-    for size in (64, 4096, 65536, 1 << 20):
-        torch.full((size,), float("nan"))
-
-
-def make(numel: int, dtype: torch.dtype, kind: str, generator: torch.Generator) -> Tensor:
-    """A tensor of ``numel`` elements with the named memory layout."""
-
-    def fresh(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    if kind == "offset":
-        return fresh(numel + 1)[1:]
-    if kind == "strided":
-        return fresh(2 * numel)[::2]
-    if kind == "transposed" and numel % 3 == 0:
-        return fresh(3, numel // 3).t()
-    if kind == "expanded" and numel % 2 == 0:
-        return fresh(numel // 2, 1).expand(numel // 2, 2)
-    return fresh(numel)
-
-
-def random_lists(case, seed: int, count: int = 1, writable: bool = False) -> list[list[Tensor]]:
-    generator = torch.Generator().manual_seed(seed)
-    fix = (lambda kind: "strided" if kind == "expanded" else kind) if writable else (lambda kind: kind)
-    return [[make(n, DTYPES[dtype], fix(kind), generator) for n, dtype, kind in case] for _ in range(count)]
-
-
-def flat64(tensors: list[Tensor]) -> Tensor:
-    return torch.cat([t.double().flatten() for t in tensors])
-
-
-def directions_like(params: list[Tensor], num_terms: int, dtype: torch.dtype, flat: bool, seed: int):
-    """(arguments for the operator, (K, P) float64)."""
-    generator = torch.Generator().manual_seed(seed)
-    matrix = torch.randn(num_terms, sum(p.numel() for p in params), generator=generator).to(dtype)
-    if flat:
-        return list(matrix), matrix.double()
-    lengths = [p.numel() for p in params]
-    pieces = [piece.reshape(p.shape) for row in matrix for piece, p in zip(row.split(lengths), params, strict=True)]
-    return pieces, matrix.double()
-
-
-def assert_sum_close(actual: Tensor, expected: Tensor, magnitude: Tensor) -> None:
-    """A float64 sum may be off by a few roundings of the sum of magnitudes."""
-    assert bool(((actual - expected).abs() <= 1e-13 * magnitude).all()), (actual, expected)
-
-
-def assert_rounded_once(actual: list[Tensor], expected: Tensor, magnitude: Tensor) -> None:
-    """Each element is the float64 result, rounded to its dtype: to half an ulp of the terms that were added."""
-    lengths = [t.numel() for t in actual]
-    for t, e, m in zip(actual, expected.split(lengths), magnitude.split(lengths), strict=True):
-        # 2x: float64 -> float32 -> half rounds twice. 8x: the expected value has float64 roundings of its own.
-        bound = (2 * ROUNDING[t.dtype] + 8 * ROUNDING[torch.float64]) * m + torch.finfo(t.dtype).smallest_normal
-        assert bool(((t.double().flatten() - e).abs() <= bound).all())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -474,35 +401,6 @@ def test_a_projection_does_not_depend_on_the_terms_beside_it():
     together = torch.ops.crl_kernels.low_rank_projections([theta], terms, len(terms))
     alone = [torch.ops.crl_kernels.low_rank_projections([theta], [u], 1) for u in terms]
     assert torch.equal(together, torch.cat(alone))
-
-
-# What the loops of csrc/cpu/kernels_*.cpp need of a processor, by its flags in /proc/cpuinfo.
-INSTRUCTION_SETS = {
-    "baseline": set(),
-    "avx2": {"avx2", "fma", "f16c"},
-    "avx512": {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"},
-}
-needs_x86_linux = pytest.mark.skipif(
-    sys.platform != "linux" or platform.machine() != "x86_64", reason="asks /proc/cpuinfo of an x86-64 Linux"
-)
-
-
-def runs_here(isa: str) -> bool:
-    flags = re.search(r"^flags\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    return INSTRUCTION_SETS[isa] <= set(flags[1].split())
-
-
-def passes_with_narrower_loops(isa: str, file: str, selected: str) -> None:
-    """Runs what is selected of a test file in a process with another set of loops than the fastest."""
-    if not runs_here("avx2" if isa == "baseline" else "avx512"):
-        pytest.skip(f"{isa} is the fastest set that this processor runs: the other tests use it")
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", selected, file],
-        env=os.environ | {"CRL_KERNELS_ISA": isa},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout
 
 
 @needs_cpu_library

@@ -4,18 +4,20 @@ import os
 
 import pytest
 import torch
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
-from test_operators import (
+from helpers.backends import (
     BACKENDS,
     DTYPES,
     EXAMPLES,
+    largest_error,
+    least_bound,
     needs_cpu_library,
     needs_library,
     needs_x86_linux,
     passes_with_narrower_loops,
     poison,
 )
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 import crl_kernels as ck
@@ -69,17 +71,6 @@ def magnitudes(grads: Tensor, direction: Tensor | None) -> list[Tensor]:
     return [size.mean(0), size.square().sum(1), size @ weight, size.square().mean(0)]
 
 
-def error(found: Tensor, expected: Tensor, size: Tensor) -> float:
-    """The largest error, in units of the magnitudes that were added."""
-    return ((found.double() - expected).abs() / size.clamp(min=1e-300)).max().item() if found.numel() else 0.0
-
-
-def floor(dtype: torch.dtype) -> float:
-    """What is left where plain PyTorch happens to be exact, as for one row: a unit in the last place of the mean.
-    Beside float64 gradients the float64 truth is itself a rounded sum."""
-    return 1e-14 if dtype == torch.float64 else 2.0**-23
-
-
 def assert_as_good_as_plain(found: list[Tensor], grads: Tensor, direction: Tensor | None) -> None:
     values = grads.double()
     mean = values.mean(0)
@@ -87,7 +78,7 @@ def assert_as_good_as_plain(found: list[Tensor], grads: Tensor, direction: Tenso
              values.square().mean(0)]  # fmt: skip
     sizes = magnitudes(grads, direction)
     for ours, theirs, truth, size in zip(found, plain(grads, direction), exact, sizes, strict=False):
-        assert error(ours, truth, size) <= max(2 * error(theirs, truth, size), floor(grads.dtype))
+        assert largest_error(ours, truth, size) <= max(2 * largest_error(theirs, truth, size), least_bound(grads.dtype))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -139,7 +130,9 @@ def test_gram(backend, rows, columns, dtype, layout, seed):
     values = grads.double()
     low = grads if grads.dtype == torch.float64 else grads.float()
     exact, size = values @ values.T, values.abs() @ values.abs().T
-    assert error(found, exact, size) <= max(2 * error(low @ low.T, exact, size), floor(grads.dtype))
+    assert largest_error(found, exact, size) <= max(
+        2 * largest_error(low @ low.T, exact, size), least_bound(grads.dtype)
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
@@ -199,7 +192,7 @@ def assert_as_good_as_plain_for_range(backend, grads: Tensor) -> None:
     tight = {"rtol": 1e-6, "atol": 0}
     torch.testing.assert_close(sq_norms, values.square().sum(1), **tight)
     expected, size = values @ mean.double(), values.abs() @ mean.double().abs()
-    assert error(projections, expected, size) <= 1e-6
+    assert largest_error(projections, expected, size) <= 1e-6
     unit = torch.finfo(torch.float32)
     exact = values.square().mean(0)
     inside = (exact < unit.max) & (exact > unit.smallest_normal)

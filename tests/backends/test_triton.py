@@ -16,13 +16,13 @@ import torch
 
 from crl_kernels.backends import registry
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 TESTED = (
-    "test_triton.py",
-    "test_operators.py",
-    "test_autograd.py",
-    "test_sample_matrix.py",
-    "test_weight_gradients.py",
+    "backends/test_triton.py",
+    "backends/test_operators.py",
+    "operators/test_derivatives.py",
+    "backends/test_sample_matrix.py",
+    "backends/test_weight_gradients.py",
 )
 
 needs_interpreter = pytest.mark.skipif(

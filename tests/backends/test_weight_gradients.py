@@ -5,10 +5,9 @@ import itertools
 
 import pytest
 import torch
+from helpers.backends import BACKENDS, DTYPES, EXAMPLES, largest_error, least_bound, needs_library, poison
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from test_operators import BACKENDS, DTYPES, EXAMPLES, needs_library, poison
-from test_sample_matrix import error, floor
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -68,7 +67,7 @@ def assert_as_good_as_plain(found, input: Tensor, grad_output: Tensor, geometry,
     sqrt(n) roundings (Higham and Mary, doi 10.1137/18M1226312).
     """
     terms = max(1, grad_output.shape[0] * grad_output.shape[2] * grad_output.shape[3])
-    allowed = floor(input.dtype) * terms**0.5
+    allowed = least_bound(input.dtype) * terms**0.5
     low = torch.promote_types(input.dtype, torch.float32)
     exact = statistics(rows_of(input.double(), grad_output.double(), *geometry), directions)
     plain = statistics(rows_of(input.to(low), grad_output.to(low), *geometry), directions)
@@ -78,7 +77,7 @@ def assert_as_good_as_plain(found, input: Tensor, grad_output: Tensor, geometry,
     )
     for ours, theirs, truth, magnitude in zip(found, plain, exact, size, strict=True):
         if ours.numel() > 0:
-            assert error(ours, truth, magnitude) <= max(2 * error(theirs, truth, magnitude), allowed)
+            assert largest_error(ours, truth, magnitude) <= max(2 * largest_error(theirs, truth, magnitude), allowed)
 
 
 pair = st.tuples(st.integers(1, 2), st.integers(1, 2))

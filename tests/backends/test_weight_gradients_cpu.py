@@ -6,18 +6,19 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
-from test_operators import (
+from helpers.backends import (
     BACKENDS,
     EXAMPLES,
+    largest_error,
+    least_bound,
     needs_cpu_library,
     needs_library,
     needs_x86_linux,
     passes_with_narrower_loops,
     poison,
 )
-from test_sample_matrix import error, floor
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from crl_kernels.backends import reference
@@ -91,13 +92,13 @@ def assert_as_good_as_plain(backend, a: Tensor, b: Tensor, geometry, groups, u: 
     # With few pixels plain PyTorch may be lucky, so what is expected of n terms one after the other, sqrt(n) roundings,
     # is allowed too: a run of at most 64 pixels, then the samples. With many pixels it is not lucky.
     pixels = b.shape[2] * b.shape[3]
-    allowed = floor(a.dtype) * (max(1, min(64, pixels) + count) ** 0.5 if pixels <= 256 else 1)
+    allowed = least_bound(a.dtype) * (max(1, min(64, pixels) + count) ** 0.5 if pixels <= 256 else 1)
     wanted = [0, 1, 2] + [3] * gram + [4] * squares
     sizes = of(a.double().abs(), b.double().abs(), None if u is None else u.double().abs())
     for i, theirs, size in zip(wanted, of(a, b, u), sizes, strict=True):
         truth = exact[i].reshape(size.shape)
-        ours = error(found[i].reshape(size.shape), truth, size)
-        assert ours <= max(2 * error(theirs, truth, size), allowed), i
+        ours = largest_error(found[i].reshape(size.shape), truth, size)
+        assert ours <= max(2 * largest_error(theirs, truth, size), allowed), i
     if gram:
         assert torch.equal(found[3], found[3].T) or backend is reference
 

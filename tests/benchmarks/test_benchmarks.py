@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # benchmarks are run from a checkout, and are not installed
 
 from benchmarks import optimizer, penalty, trainers  # noqa: E402

@@ -12,9 +12,9 @@ from crl_diffusion.cli import parser
 from crl_diffusion.config.settings import RunConfig, Settings, check
 from crl_diffusion.errors import OptionError
 from crl_diffusion.reporting import runs
-from run_folders import fabricate, measured_as
+from helpers.run_folders import fabricate, measured_as
 
-sys.path.insert(0, str(Path(__file__).parent.parent.parent))  # benchmarks are run from a checkout, not installed
+sys.path.insert(0, str(Path(__file__).parents[2]))  # benchmarks are run from a checkout, not installed
 
 from benchmarks import evidence, ledger
 from benchmarks.experiments import EXPERIMENTS, Experiment

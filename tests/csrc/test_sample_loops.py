@@ -7,7 +7,7 @@ bit by bit. Every operand ends where its allocation ends, so that AddressSanitiz
 
 import numpy as np
 import pytest
-from test_loops import DTYPES, Slice, anywhere, dtype, eighths, narrow, widen
+from helpers.loops import DTYPES, Slice, anywhere, dtype, eighths, narrow, widen
 
 real = pytest.mark.parametrize("real", [np.float32, np.float64], ids=["float32", "float64"])
 in_float64 = pytest.mark.parametrize("in_float64", [False, True])

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from by_loop import flat, rows_by_loop
+from helpers.by_loop import flat, rows_by_loop
 from torch import Tensor, nn
 
 from crl_kernels import SampleGradients, estimate_fisher

@@ -12,7 +12,16 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from by_loop import Parts, Rows, assert_close, assert_grads, assert_statistics, flat, random_directions, rows_by_loop
+from helpers.by_loop import (
+    Parts,
+    Rows,
+    assert_close,
+    assert_grads,
+    assert_statistics,
+    flat,
+    random_directions,
+    rows_by_loop,
+)
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, rnn
 from torch.utils.checkpoint import checkpoint

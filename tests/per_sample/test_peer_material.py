@@ -27,7 +27,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from by_loop import Parts, assert_close, assert_statistics, flat, rows_by_loop
+from helpers.by_loop import Parts, assert_close, assert_statistics, flat, rows_by_loop
 from torch import Tensor, nn
 from torch.nn.utils import rnn
 

@@ -6,7 +6,7 @@ import gc
 import pytest
 import torch
 import torch.nn.functional as F
-from by_loop import Parts, assert_close, flat, rows_by_loop
+from helpers.by_loop import Parts, assert_close, flat, rows_by_loop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn

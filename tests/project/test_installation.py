@@ -12,7 +12,7 @@ import pytest
 from crl_kernels.backends import registry
 from crl_kernels.operators import definitions
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 SCRIPT = """
 import torch, crl_kernels as ck

@@ -9,7 +9,7 @@ import pytest
 import torch
 from crl_diffusion.files import read_rows
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 PROSE = " ".join(README.split())
 TABLE = r"(?:^\|.*\n)+"

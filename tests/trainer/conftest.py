@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,25 +12,10 @@ import torch
 from crl_diffusion.config.settings import RunConfig
 from crl_diffusion.data import tasks
 from crl_diffusion.evaluation import classifiers, evaluate
-from crl_diffusion.run_folder import checkpoint
 from crl_diffusion.run_folder.layout import resolve
 from crl_diffusion.training import loop
 from crl_diffusion.training.run import Run
-
-SHORT: dict[str, Any] = {
-    "tasks": 2,
-    "steps": 6,
-    "batch": 8,
-    "replay_batch": 4,
-    "pool": 3,
-    "pool_steps": 2,
-    "eval_samples": 4,
-    "eval_steps": 2,
-    "fisher_samples": 8,
-    "log_every": 2,
-    "checkpoint_every": 4,
-    "device": "cpu",
-}
+from helpers.trainer_runs import SHORT
 
 
 @pytest.fixture(autouse=True)
@@ -95,36 +77,3 @@ def make_run(extractor_folder: Path, tmp_path: Path) -> Callable[[RunConfig], Ru
         )
 
     return make
-
-
-def options(settings: dict[str, Any]) -> list[str]:
-    """Settings as a command line has them."""
-    return [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-
-
-def same_end(a: Path, b: Path, said: str = "") -> None:
-    """Equal metrics, byte by byte, and equal checkpoints of every finished stage, bit by bit."""
-    assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes(), said
-    for stage in range(1, SHORT["tasks"] + 1):
-        first, second = (checkpoint.load(run / "checkpoints" / f"{stage:02d}-00000000.safetensors") for run in (a, b))
-        assert first.tensors.keys() == second.tensors.keys(), said
-        for name, tensor in first.tensors.items():
-            assert torch.equal(tensor, second.tensors[name]), f"{name}\n{said}"
-    samples = f"samples/after-task-{SHORT['tasks']}.safetensors"
-    assert (a / samples).read_bytes() == (b / samples).read_bytes(), said
-
-
-def child_environment() -> dict[str, str]:
-    """What makes a child process find the same packages and compute the same bits."""
-    paths = os.pathsep.join(path for path in sys.path if path)
-    return {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": paths, "CI": "true"}
-
-
-def command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """`python -m crl_diffusion` with as many threads as this process has."""
-    return python("-m", "crl_diffusion", *arguments)
-
-
-def python(*arguments: object) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, **child_environment()}
-    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, env=env, check=False)

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SHORT, child_environment, options, python, same_end
 from crl_diffusion import cli, errors, signals
 from crl_diffusion.config.settings import RunConfig
 from crl_diffusion.evaluation import evaluate
@@ -23,6 +22,7 @@ from crl_diffusion.reporting import report, run_pictures
 from crl_diffusion.run_folder import checkpoint
 from crl_diffusion.training import loop
 from crl_diffusion.training import run as training_run
+from helpers.trainer_runs import SHORT, child_environment, options, python, same_end
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:(only .* of the trace of the Fisher|the mean gradient is mostly noise)"),

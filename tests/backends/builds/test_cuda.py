@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.cpp_extension import include_paths
 
-CSRC = Path(__file__).parent.parent / "csrc"
+CSRC = Path(__file__).parents[3] / "csrc"
 ARCHITECTURES = ("80", "90", "100")
 # Kernels that stream over the parameters, and whether they write such a stream.
 STREAMING = {

@@ -1,29 +1,16 @@
 """Every Triton kernel compiles for the GPUs it is meant for, reads and writes 16 bytes at a time and does not spill: no
 GPU is needed to see that."""
 
-import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from helpers.triton_targets import TARGETS, needs_linker_for_amd, tool, triton  # skips where kernels are interpreted
+from triton.compiler import ASTSource
 
-triton = pytest.importorskip("triton", reason="Triton is not installed")
-if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("TRITON_INTERPRET=1: kernels are interpreted, not compiled", allow_module_level=True)
+from crl_kernels.backends.triton import kernels
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
-
-from crl_kernels.backends.triton import kernels  # noqa: E402
-
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
 F32, F64, BF16, F16 = 1, 2, 4, 8  # bits of DTYPES
 BYTES = {F32: 4, F64: 8, BF16: 2, F16: 2}
 
@@ -133,13 +120,6 @@ def test_sm_90_reads_and_writes_16_bytes_at_a_time(case):
         assert len(wide) == wide_accesses(kernels.block(kernel), constants, views, threads)
 
 
-def tool(name: str) -> str:
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    if not path.exists():
-        pytest.skip(f"this Triton comes without {name}")
-    return str(path)
-
-
 @pytest.mark.parametrize("case", [*USUAL, *MIXED, *WIDEST], ids=name_of)
 def test_sm_90_does_not_spill(case, tmp_path):
     """In the binary that runs: spilled registers would be on the stack."""
@@ -150,11 +130,6 @@ def test_sm_90_does_not_spill(case, tmp_path):
     registers, stack = (int(n) for n in re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     assert stack == 0, usage
     assert registers <= kernels.registers(*case)
-
-
-def needs_linker_for_amd() -> None:
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 5):
-        pytest.skip(f"Triton {triton.__version__} needs ROCm's linker for this target")
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx942"])

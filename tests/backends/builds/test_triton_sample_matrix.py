@@ -8,7 +8,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from test_triton_build import TARGETS, needs_linker_for_amd, tool  # skips where kernels are interpreted
+from helpers.triton_targets import TARGETS, needs_linker_for_amd, tool  # skips where kernels are interpreted
 from triton import compile as compile_kernel
 from triton.compiler import ASTSource
 

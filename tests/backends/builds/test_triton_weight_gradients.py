@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from test_triton_build import TARGETS, needs_linker_for_amd, tool  # skips where kernels are interpreted
+from helpers.triton_targets import TARGETS, needs_linker_for_amd, tool  # skips where kernels are interpreted
 
 # The operator with a driver that says which GPU there is but launches nothing: each launch is bound, specialised and
 # compiled as on that GPU, and its binary kept. The sizes are those of a UNet at 16 x 16 pixels: its 3 x 3 convolutions,

@@ -6,10 +6,10 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from conftest import command
 from crl_diffusion import cli
 from crl_diffusion.cli import options, parser
 from crl_diffusion.config.method import METHODS
+from helpers.trainer_runs import command
 
 
 @pytest.mark.parametrize(

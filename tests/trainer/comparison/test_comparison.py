@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SHORT, child_environment
 from crl_diffusion import cli
 from crl_diffusion.cli import options, parser
 from crl_diffusion.comparison import cells
 from crl_diffusion.config.settings import Settings
+from helpers.run_folders import fabricate
+from helpers.trainer_runs import SHORT, child_environment
 from PIL import Image
-from run_folders import fabricate
 
 RANK1 = "gd+rank1_lam=7-seed0"
 PICTURES = ("samples.png", "fid_matrices.png", "average_fid.png")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import child_environment
 from crl_diffusion import cli
 from crl_diffusion.cli import options, parser
 from crl_diffusion.config import presets
@@ -16,8 +15,9 @@ from crl_diffusion.config.settings import DATA_PLANS, RunConfig, check, planned
 from crl_diffusion.config.spelling import parse_method, spell
 from crl_diffusion.training import forecast
 from crl_diffusion.training.step import new_optimizer
+from helpers.trainer_runs import child_environment
 
-PRESETS_FILE = Path(__file__).parents[2] / "python" / "PRESETS.md"
+PRESETS_FILE = Path(__file__).parents[3] / "python" / "PRESETS.md"
 # arXiv 2509.23593: data, tasks, classes a task, epochs a task, replay images a class.
 PAPER = {
     "paper-mnist": ("mnist", 5, 2, 200, 5000),

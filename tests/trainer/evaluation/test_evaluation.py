@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHORT
 from crl_diffusion import cli
 from crl_diffusion.config.settings import RunConfig
 from crl_diffusion.data import tasks
@@ -21,6 +20,7 @@ from crl_diffusion.evaluation.classifiers import Classifier
 from crl_diffusion.files import Row, read_rows
 from crl_diffusion.run_folder.layout import claim
 from crl_diffusion.training.run import Run
+from helpers.trainer_runs import SHORT
 from torch import Tensor
 
 MakeRun = Callable[[RunConfig], Run]

@@ -30,8 +30,8 @@ from crl_diffusion.reporting import (
     tables,
 )
 from crl_diffusion.reporting.runs import Finished, comparable, find, grouped
+from helpers.run_folders import fabricate
 from matplotlib import pyplot as plt
-from run_folders import fabricate
 
 LONG = "gd+bands16:top,slopes,gradient,lam=60"
 VOID = {"meta", "img", "br", "wbr"}

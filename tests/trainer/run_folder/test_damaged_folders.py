@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from conftest import SHORT, command, options, same_end
 from crl_diffusion import cli
 from crl_diffusion.errors import RecordError
 from crl_diffusion.evaluation import summaries
 from crl_diffusion.reporting import run_pictures
 from crl_diffusion.run_folder import checkpoint
 from crl_diffusion.run_folder.readers import read_metrics, read_timings
+from helpers.trainer_runs import SHORT, command, options, same_end
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_tensors

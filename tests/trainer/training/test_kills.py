@@ -7,10 +7,10 @@ import secrets
 from pathlib import Path
 
 import pytest
-from conftest import SHORT, options, python, same_end
 from crl_diffusion.config.settings import RunConfig
 from crl_diffusion.data import tasks
 from crl_diffusion.evaluation import evaluate
+from helpers.trainer_runs import SHORT, options, python, same_end
 
 SCRIPT = Path(__file__).with_name("killed_runs.py")
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SHORT, options, python
 from crl_diffusion import cli
 from crl_diffusion.files import read_rows
 from crl_diffusion.run_folder import checkpoint
+from helpers.trainer_runs import SHORT, options, python
 
 # Odd numbers: shares are not equal, nor are the halves of the Fisher's samples.
 SETTINGS: dict[str, Any] = {**SHORT, "precision": "fp64", "batch": 9, "replay_batch": 5, "fisher_samples": 35}

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHORT, command, options, python, same_end
 from crl_diffusion.config.settings import RunConfig
 from crl_diffusion.errors import OptionError
 from crl_diffusion.files import read_rows
 from crl_diffusion.run_folder.layout import writing
 from crl_diffusion.training import loop
+from helpers.trainer_runs import SHORT, command, options, python, same_end
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SHORT, options, same_end
 from crl_diffusion import cli
 from crl_diffusion.config.settings import RunConfig
 from crl_diffusion.diffusion.precision import Precision
@@ -29,6 +28,7 @@ from crl_diffusion.training import forecast, loop
 from crl_diffusion.training.plan import require_fisher_images
 from crl_diffusion.training.run import Run
 from crl_diffusion.training.step import training_step
+from helpers.trainer_runs import SHORT, options, same_end
 from torch import Tensor, nn
 
 MakeRun = Callable[[RunConfig], Run]

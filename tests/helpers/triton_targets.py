@@ -1,0 +1,31 @@
+"""The GPUs that Triton's kernels are compiled for in tests, and the tools that look at what came of it."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("TRITON_INTERPRET=1: kernels are interpreted, not compiled", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+def tool(name: str) -> str:
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    if not path.exists():
+        pytest.skip(f"this Triton comes without {name}")
+    return str(path)
+
+
+def needs_linker_for_amd() -> None:
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 5):
+        pytest.skip(f"Triton {triton.__version__} needs ROCm's linker for this target")
