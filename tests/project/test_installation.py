@@ -144,6 +144,10 @@ def test_installs_without_a_compiler_and_says_that_it_is_slow(tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
     assert "no C++ compiler was found" in result.stdout + result.stderr
     assert not list(target.rglob("*.so"))
+    for package in (source / "crl_kernels", source / "python" / "crl_diffusion"):
+        files = {path.relative_to(package.parent) for path in package.rglob("*.py")}
+        assert files == {path.relative_to(target) for path in (target / package.name).rglob("*.py")}
+        assert (target / package.name / "py.typed").exists()
 
     result = run("-c", SCRIPT, env=environment(PYTHONPATH=str(target)), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
