@@ -6,7 +6,7 @@ measures.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -16,10 +16,8 @@ from matplotlib.figure import Figure
 
 from crl_diffusion.reporting import canvas, samples
 from crl_diffusion.reporting.canvas import COLOURS, DASHES, MARKERS, Drawing, drawing, plain_log, wrap
-from crl_diffusion.reporting.runs import Finished
+from crl_diffusion.reporting.runs import Finished, Groups
 from crl_diffusion.run_folder.readers import read_samples
-
-Groups = Mapping[str, Sequence[Finished]]
 
 WIDTH = 10.2  # inches of a grid of panels
 NAME_WIDTH = 34  # characters of a method's name in a line of its own

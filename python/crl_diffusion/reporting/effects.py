@@ -15,9 +15,9 @@ from matplotlib.axes import Axes
 from crl_diffusion.files import Row
 from crl_diffusion.reporting import seeds
 from crl_diffusion.reporting.canvas import COLOURS, GREY, MARKERS, Drawing, drawing, wrap
-from crl_diffusion.reporting.charts import NAME_WIDTH, Groups
+from crl_diffusion.reporting.charts import NAME_WIDTH
 from crl_diffusion.reporting.penalty_tables import LOW_RHO, LOW_SIGNAL, mean_of
-from crl_diffusion.reporting.runs import Finished
+from crl_diffusion.reporting.runs import Finished, Groups
 from crl_diffusion.reporting.tables import AVERAGE, FORGETTING, HEADLINE, LEARNT, MINUS, number, values
 
 

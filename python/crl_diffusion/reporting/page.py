@@ -6,13 +6,13 @@ from __future__ import annotations
 import base64
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from html import escape
 
 from crl_diffusion.reporting import charts, effects, penalty_tables, provenance, seeds, tables
 from crl_diffusion.reporting.canvas import Drawing
 from crl_diffusion.reporting.page_template import PAGE
-from crl_diffusion.reporting.runs import Finished, grouped
+from crl_diffusion.reporting.runs import Groups, runs_of
 from crl_diffusion.reporting.tables import Sheet
 
 SCREEN = 0.7  # screen pixels for a picture's pixel: text is as large in each of them
@@ -93,25 +93,23 @@ def folded(title: str, content: str, shown: bool = False) -> str:
     return f"<details{' open' if shown else ''}><summary>{escape(title)}</summary>{content}</details>"
 
 
-def render(
-    parts: Mapping[str, Sequence[Finished]], baseline: str, order: Sequence[str] = ()
-) -> tuple[str, list[Drawing]]:
+def render(parts: Mapping[str, Groups], baseline: str) -> tuple[str, list[Drawing]]:
     """The page of all runs by data set, and the pictures on it."""
     page = _Contents()
-    runs = [run for part in parts.values() for run in part]
+    runs = [run for groups in parts.values() for run in runs_of(groups)]
     several = len(parts) > 1
     if several:
-        _across(page, parts, order)
-    for data, part in parts.items():
-        _data_set(page, data if several else "", part, baseline, order)
+        _across(page, parts)
+    for data, groups in parts.items():
+        _data_set(page, data if several else "", groups, baseline)
     page.heading("How it was made")
-    for data, part in parts.items():
+    for data, groups in parts.items():
         if several:
             page.add(f"<h3>{escape(data)}</h3>")
-        _made(page, part)
+        _made(page, groups)
     page.add("<h3>Environment</h3>", sheet(provenance.environment(runs), text=True))
     page.heading("What this page does not show")
-    limits = "\n".join(f"<li>{escape(text)}</li>" for text in not_shown(runs))
+    limits = "\n".join(f"<li>{escape(text)}</li>" for text in not_shown(parts.values()))
     page.add(f"<ul>\n{limits}\n</ul>")
 
     title = f"Continual diffusion: {', '.join(parts)}"
@@ -120,21 +118,20 @@ def render(
     lead = f"{len(runs)} finished run{'s' * (len(runs) != 1)}: {methods} method{'s' * (methods != 1)}, {seeds_said}."
     links = "\n".join(f'<li><a href="#{anchor}">{escape(name)}</a></li>' for anchor, name in page.links)
     top = [f"<h1>{escape(title)}</h1>", paragraph(lead)]
-    for data, part in parts.items():
-        top.append(paragraph((f"{data}: " if several else "") + in_short(part, baseline, order)))
+    for data, groups in parts.items():
+        top.append(paragraph((f"{data}: " if several else "") + in_short(groups, baseline)))
     nav = f'<nav aria-label="Contents"><ul>\n{links}\n</ul></nav>'
     body = "\n".join(part for part in [*top, nav, *page.parts] if part)
     return PAGE.substitute(title=escape(title), body=body), page.drawings
 
 
-def in_short(runs: Sequence[Finished], baseline: str, order: Sequence[str]) -> str:
+def in_short(groups: Groups, baseline: str) -> str:
     """What the paired differences say, in a sentence or two, and no more than they say."""
-    groups = grouped(runs, order)
     if baseline not in groups:
         return (
             f"No run here is of the baseline {baseline!r}, so there are no differences; name another with --baseline."
         )
-    if not tables.several(runs):
+    if not tables.several(runs_of(groups)):
         return "One seed: every difference between methods may be chance, and none is claimed."
     base, better, worse, unsure, single = tables.values(groups[baseline], "average_fid"), [], [], [], []
     for name, group in groups.items():
@@ -159,15 +156,14 @@ def in_short(runs: Sequence[Finished], baseline: str, order: Sequence[str]) -> s
     return " ".join(said)
 
 
-def _data_set(page: _Contents, data: str, runs: Sequence[Finished], baseline: str, order: Sequence[str]) -> None:
+def _data_set(page: _Contents, data: str, groups: Groups, baseline: str) -> None:
     """All that is told of one data set; `data` is its name where there are several."""
     before, file = (f"{data}: ", f"{data}-") if data else ("", "")
-    groups = grouped(runs, order)
 
     page.heading(before + "Results")
-    page.add(sheet(tables.headline(runs, order), baseline))
-    compared = tables.differences(runs, baseline, order)
-    page.add(folded("Every value by seed", sheet(tables.by_seed(runs, order))))
+    page.add(sheet(tables.headline(groups), baseline))
+    compared = tables.differences(groups, baseline)
+    page.add(folded("Every value by seed", sheet(tables.by_seed(groups))))
     page.add(f"<h3>Differences to {escape(baseline)}, paired by seed</h3>")
     page.draw(effects.forest(groups, baseline, file + "forest"), f"No other method to compare with {baseline} here.")
     if compared is not None:
@@ -189,10 +185,10 @@ def _data_set(page: _Contents, data: str, runs: Sequence[Finished], baseline: st
     page.draw(sweep, "No method here was run with more than one lam.")
 
     page.heading(before + "Cost of the penalty")
-    page.add(sheet(penalty_tables.costs(runs, order)))
+    page.add(sheet(penalty_tables.costs(groups)))
 
     page.heading(before + "Fisher matrices")
-    rows = penalty_tables.fisher_rows(runs, order)
+    rows = penalty_tables.fisher_rows(groups)
     if not rows:
         page.add(paragraph("No method here has a penalty."))
         return
@@ -206,9 +202,9 @@ def _data_set(page: _Contents, data: str, runs: Sequence[Finished], baseline: st
     page.add(folded("Every task's Fisher matrix", sheet(penalty_tables.fisher(rows)), len(rows) <= 2))
 
 
-def _across(page: _Contents, parts: Mapping[str, Sequence[Finished]], order: Sequence[str]) -> None:
+def _across(page: _Contents, parts: Mapping[str, Groups]) -> None:
     page.heading("Across data sets")
-    scores = tables.across(parts, order)
+    scores = tables.across(parts)
     if not scores:
         why = (
             "FIDs of different data sets do not compare, and a score between joint training and fine-tuning needs runs "
@@ -221,7 +217,8 @@ def _across(page: _Contents, parts: Mapping[str, Sequence[Finished]], order: Seq
     page.add(sheet(tables.across_sheet(scores, named)))
 
 
-def _made(page: _Contents, runs: Sequence[Finished]) -> None:
+def _made(page: _Contents, groups: Groups) -> None:
+    runs = runs_of(groups)
     m = runs[0].summary
     measured = (
         f"FIDs are measured on the features of {m['extractor']}, from {m['samples_per_task']} images drawn for each "
@@ -230,21 +227,22 @@ def _made(page: _Contents, runs: Sequence[Finished]) -> None:
         "nothing else. Runs of one seed see the same batches, noise, timesteps, class order and evaluation latents."
     )
     page.add(paragraph(measured))
-    together = provenance.compare_command(runs)
+    together = provenance.compare_command(groups)
     if together:
         page.add(paragraph("One command makes these runs again:"), f"<pre>{escape(together)}</pre>")
-    commands = "\n".join(provenance.command(run) for group in grouped(runs).values() for run in group)
+    commands = "\n".join(provenance.command(run) for run in runs)
     page.add(folded(f"The command of each of {len(runs)} runs", f"<pre>{escape(commands)}</pre>", together is None))
-    page.add(folded("Methods as composed", sheet(provenance.methods(runs), text=True)))
-    common, apart = provenance.settings(runs)
+    page.add(folded("Methods as composed", sheet(provenance.methods(groups), text=True)))
+    common, apart = provenance.settings(groups)
     if apart is not None:
         page.add(sheet(apart, text=True))
     page.add(folded("Configuration", sheet(common, text=True)))
 
 
-def not_shown(runs: Sequence[Finished]) -> list[str]:
+def not_shown(parts: Collection[Groups]) -> list[str]:
     """Limits of what can be concluded, from how many runs there are of what."""
-    counts = sorted({len(group) for part in _by_data(runs) for group in grouped(part).values()})
+    runs = [run for groups in parts for run in runs_of(groups)]
+    counts = sorted({len(group) for groups in parts for group in groups.values()})
     said = [f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"]
     n = counts[0]
     smallest = (
@@ -269,7 +267,3 @@ def not_shown(runs: Sequence[Finished]) -> list[str]:
             "last bit."
         )
     return found
-
-
-def _by_data(runs: Sequence[Finished]) -> list[list[Finished]]:
-    return [[run for run in runs if run.data == data] for data in dict.fromkeys(run.data for run in runs)]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from crl_diffusion.files import Row
-from crl_diffusion.reporting.runs import Finished, grouped
+from crl_diffusion.reporting.runs import Groups
 from crl_diffusion.reporting.tables import MINUS, NONE, Sheet
 from crl_diffusion.run_folder.readers import read_metrics, read_timings
 
@@ -23,10 +23,10 @@ LIMITS = (  # what is read, its key, below what, and what that means
 )
 
 
-def costs(runs: Sequence[Finished], order: Sequence[str] = ()) -> Sheet:
+def costs(groups: Groups) -> Sheet:
     """Time of a step and of its penalty, over the logged rows of all seeds after the first task."""
     body = []
-    for name, group in grouped(runs, order).items():
+    for name, group in groups.items():
         rows = [row for run in group for row in read_timings(run.path) if "step_ms" in row]
         if not rows:
             continue
@@ -59,10 +59,10 @@ def _quantiles(found: Sequence[float]) -> str:
 # Fisher diagnostics
 
 
-def fisher_rows(runs: Sequence[Finished], order: Sequence[str] = ()) -> dict[str, list[list[Row]]]:
+def fisher_rows(groups: Groups) -> dict[str, list[list[Row]]]:
     """For each method with a penalty, for each task in turn, the rows of all seeds."""
     result: dict[str, list[list[Row]]] = {}
-    for name, group in grouped(runs, order).items():
+    for name, group in groups.items():
         by_task: dict[int, list[Row]] = {}
         for run in group:
             for row in read_metrics(run.path):

@@ -9,7 +9,7 @@ from typing import Any
 
 from crl_diffusion.config.settings import RunConfig, Settings
 from crl_diffusion.evaluation.extractors import KINDS
-from crl_diffusion.reporting.runs import Finished, differing, grouped
+from crl_diffusion.reporting.runs import Finished, Groups, differing, runs_of
 from crl_diffusion.reporting.tables import NONE, Sheet
 
 DEFAULTS = {field.name: field.default for field in fields(Settings)}
@@ -67,9 +67,9 @@ def _given(option: str, words: Sequence[str]) -> str | None:
     return None
 
 
-def compare_command(runs: Sequence[Finished]) -> str | None:
+def compare_command(groups: Groups) -> str | None:
     """One command for all runs, if each method has each seed and all other options are the same."""
-    groups = grouped(runs)
+    runs = runs_of(groups)
     all_seeds = sorted({run.seed for run in runs})
     if any([run.seed for run in group] != all_seeds for group in groups.values()):
         return None
@@ -83,8 +83,9 @@ def compare_command(runs: Sequence[Finished]) -> str | None:
     return "crl-diffusion compare " + shlex.join(words)
 
 
-def settings(runs: Sequence[Finished]) -> tuple[Sheet, Sheet | None]:
+def settings(groups: Groups) -> tuple[Sheet, Sheet | None]:
     """What all runs have in common and, where runs differ, what each has."""
+    runs = runs_of(groups)
     apart = [name for name in differing(runs) if name not in ("method", "seed", "recipe", "lam", "mode")]
     both = [field.name for field in fields(RunConfig) if field.name not in (*apart, "method", "seed")]
     both += sorted(set(runs[0].config) - {*both, *apart, "method", "seed", "recipe", "lam", "mode"})
@@ -97,14 +98,14 @@ def settings(runs: Sequence[Finished]) -> tuple[Sheet, Sheet | None]:
     )
     if not apart:
         return common, None
-    body = [[r.method, str(r.seed), *(_text(r.settings.get(name)) for name in apart)] for r in _ordered(runs)]
+    body = [[r.method, str(r.seed), *(_text(r.settings.get(name)) for name in apart)] for r in runs]
     return common, Sheet(["method", "seed", *apart], body, "Options that are not the same in all runs.")
 
 
-def methods(runs: Sequence[Finished]) -> Sheet:
+def methods(groups: Groups) -> Sheet:
     """What each method's name stands for."""
     body = []
-    for name, group in grouped(runs).items():
+    for name, group in groups.items():
         recipe = group[0].config["recipe"]
         replays = [
             f"{r['source']} images, predicting the {r['target']}, weight {r['weight']:g}" for r in recipe["replays"]
@@ -147,7 +148,3 @@ def _text(value: Any) -> str:
     if isinstance(value, list):
         return " ".join(map(_text, value))
     return NONE if value is None or value == "" else f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _ordered(runs: Sequence[Finished]) -> list[Finished]:
-    return [run for group in grouped(runs).values() for run in group]

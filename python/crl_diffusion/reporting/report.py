@@ -10,9 +10,7 @@ from rich.table import Table
 
 from crl_diffusion.errors import OptionError
 from crl_diffusion.files import write_json, write_text
-from crl_diffusion.reporting.runs import by_data, comparable, find, grouped
-
-# Writing
+from crl_diffusion.reporting.runs import by_data, comparable, find, runs_of
 
 
 def write(folders: Sequence[Path], out: Path, baseline: str, order: Sequence[str] = ()) -> tuple[Table, list[Path]]:
@@ -24,19 +22,19 @@ def write(folders: Sequence[Path], out: Path, baseline: str, order: Sequence[str
     if not runs:
         where = ", ".join(repr(str(folder)) for folder in folders)
         raise OptionError(f"no finished run in {where}; give folders that `train` or `compare` has written")
-    parts = by_data(runs)
+    parts = by_data(runs, order)
     for part in parts.values():
         comparable(part)
     out.mkdir(parents=True, exist_ok=True)
-    html, drawn = page.render(parts, baseline, order)
+    html, drawn = page.render(parts, baseline)
     paths = [drawing.save(out) for drawing in drawn if drawing.name]
 
-    sheets = [tables.markdown_sheets(part, baseline, order) for part in parts.values()]
+    sheets = [tables.markdown_sheets(part, baseline) for part in parts.values()]
     for name, text in (("comparison.md", "\n".join(sheets)), ("report.html", html)):
         write_text(out / name, text)
-    captions = {name: tables.caption(part) for name, part in parts.items()}
-    ordered = [run for part in parts.values() for group in grouped(part, order).values() for run in group]
+    captions = [tables.caption(runs_of(groups)) for groups in parts.values()]
+    ordered = [run for groups in parts.values() for run in runs_of(groups)]
     values = [{**run.summary, "data": run.data, "folder": os.path.relpath(run.path, out)} for run in ordered]
-    write_json(out / "comparison.json", {"caption": " ".join(captions.values()), "runs": values})
+    write_json(out / "comparison.json", {"caption": " ".join(captions), "runs": values})
     paths += [out / "comparison.md", out / "comparison.json", out / "report.html"]
-    return tables.for_terminal(parts, baseline, order), paths
+    return tables.for_terminal(parts, baseline), paths

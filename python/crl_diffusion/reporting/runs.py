@@ -142,6 +142,12 @@ def find(folders: Iterable[Path]) -> tuple[list[Finished], list[Path]]:
 
 # Side by side
 
+Groups = Mapping[str, Sequence[Finished]]  # method -> its runs, one per seed
+
+
+def runs_of(groups: Groups) -> list[Finished]:
+    return [run for group in groups.values() for run in group]
+
 
 def grouped(runs: Sequence[Finished], order: Sequence[str] = ()) -> dict[str, list[Finished]]:
     """Runs by method, in the order of seeds: methods of `order` first, then as found; one family side by side, from
@@ -159,12 +165,12 @@ def grouped(runs: Sequence[Finished], order: Sequence[str] = ()) -> dict[str, li
     return result
 
 
-def by_data(runs: Sequence[Finished]) -> dict[str, list[Finished]]:
-    """Runs of each data set, in the order of `DATA_PLANS`."""
+def by_data(runs: Sequence[Finished], order: Sequence[str] = ()) -> dict[str, Groups]:
+    """Groups of runs for each data set, in the order of `DATA_PLANS`; methods in the order of `grouped`."""
     names = sorted(
         {run.data for run in runs}, key=lambda name: (name not in DATA_PLANS, [*DATA_PLANS, name].index(name))
     )
-    return {name: [run for run in runs if run.data == name] for name in names}
+    return {name: grouped([run for run in runs if run.data == name], order) for name in names}
 
 
 def differing(runs: Sequence[Finished]) -> list[str]:
@@ -174,8 +180,9 @@ def differing(runs: Sequence[Finished]) -> list[str]:
     return [name for name in names if len({repr(run.settings.get(name)) for run in runs}) > 1]
 
 
-def comparable(runs: Sequence[Finished]) -> None:
+def comparable(groups: Groups) -> None:
     """Refuse to put numbers side by side that were not made and measured in the same way."""
+    runs = runs_of(groups)
     for key in MEASURED_WITH:
         known = [run for run in runs if run.summary.get(key) is not None]
         _same(known, key, {run.path: run.summary[key] for run in known}, "their FIDs do not compare")
@@ -183,7 +190,7 @@ def comparable(runs: Sequence[Finished]) -> None:
     for key in differing(runs):
         if key not in free:
             _same(runs, key, {run.path: run.settings.get(key) for run in runs}, "a difference may come from that")
-    for name, group in grouped(runs).items():
+    for name, group in groups.items():
         for key in differing(group):
             if key in OF_THE_METHOD:
                 values = {run.path: run.settings.get(key) for run in group}

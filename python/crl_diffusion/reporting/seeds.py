@@ -7,7 +7,6 @@ evaluation latents, so what they share cancels.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -67,11 +66,12 @@ def sign_flip(differences: Sequence[float]) -> SignFlip | None:
     n = len(differences)
     if not 2 <= n <= EXACT_SEEDS:
         return None
-    d = np.abs(np.asarray(differences, dtype=np.float64))
-    seen = abs(float(np.sum(differences)))
-    sums = np.array(list(itertools.product((1.0, -1.0), repeat=n))) @ d
-    reached = np.abs(sums) >= seen - 1e-12 * d.sum()  # rounding must not lose the choice that was seen itself
-    return SignFlip(float(reached.mean()), 2.0 / 2**n)
+    from scipy import stats
+
+    test = stats.permutation_test(
+        (np.asarray(differences),), np.mean, permutation_type="samples", n_resamples=np.inf, vectorized=True
+    )
+    return SignFlip(float(test.pvalue), 2.0 / 2**n)
 
 
 def normalised(values: Values, joint: Values, fine_tune: Values) -> dict[int, float]:

@@ -15,7 +15,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from crl_diffusion.reporting import seeds
-from crl_diffusion.reporting.runs import Finished, grouped
+from crl_diffusion.reporting.runs import Finished, Groups, runs_of
 
 NONE = "–"
 MINUS = "−"
@@ -96,11 +96,12 @@ def several(runs: Sequence[Finished]) -> bool:
     return len({run.seed for run in runs}) > 1
 
 
-def headline(runs: Sequence[Finished], order: Sequence[str] = ()) -> Sheet:
+def headline(groups: Groups) -> Sheet:
     """Methods x metrics: mean, standard deviation and interval over seeds."""
+    runs = runs_of(groups)
     columns = present(runs, COLUMNS)
     body = []
-    for name, group in grouped(runs, order).items():
+    for name, group in groups.items():
         found = [cell(values(group, column.key), column.digits) for column in columns]
         body.append([name, str(len(group)), *found])
     return Sheet(["method", "seeds", *(column.title for column in columns)], body, caption(runs))
@@ -136,9 +137,8 @@ def _many(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}{'es' if noun.endswith('s') else 's'}"
 
 
-def differences(runs: Sequence[Finished], baseline: str, order: Sequence[str] = ()) -> Sheet | None:
+def differences(groups: Groups, baseline: str) -> Sheet | None:
     """Each method less the baseline, paired by seed; None without a baseline or another method."""
-    groups = grouped(runs, order)
     if baseline not in groups or len(groups) < 2:
         return None
     head = ["method", "paired seeds", *(f"{column.title[:-2]}, difference" for column in COMPARED)]
@@ -164,8 +164,9 @@ def differences(runs: Sequence[Finished], baseline: str, order: Sequence[str] = 
     return Sheet(head, body, text)
 
 
-def by_seed(runs: Sequence[Finished], order: Sequence[str] = ()) -> Sheet:
+def by_seed(groups: Groups) -> Sheet:
     """Every number of every run: the known ones, and any that a summary holds besides."""
+    runs = runs_of(groups)
     known = [column.key for column in (*COLUMNS, *COSTS)]
     others = dict.fromkeys(
         key
@@ -175,7 +176,7 @@ def by_seed(runs: Sequence[Finished], order: Sequence[str] = ()) -> Sheet:
     )
     columns = present(runs, [*COLUMNS, *COSTS, *(Column(key.replace("_", " "), key, 0) for key in others)])
     body = []
-    for name, group in grouped(runs, order).items():
+    for name, group in groups.items():
         for run in group:
             found = [run.summary.get(column.key) for column in columns]
             body.append([name, str(run.seed), *(NONE if v is None else f"{v:.7g}".replace("-", MINUS) for v in found)])
@@ -185,13 +186,10 @@ def by_seed(runs: Sequence[Finished], order: Sequence[str] = ()) -> Sheet:
 # Across data sets
 
 
-def across(
-    parts: Mapping[str, Sequence[Finished]], order: Sequence[str] = ()
-) -> dict[str, dict[str, dict[int, float]]]:
+def across(parts: Mapping[str, Groups]) -> dict[str, dict[str, dict[int, float]]]:
     """For each method and data set, (FID - joint) / (fine-tune - joint) by seed, where both references exist."""
     result: dict[str, dict[str, dict[int, float]]] = {}
-    for data, runs in parts.items():
-        groups = grouped(runs, order)
+    for data, groups in parts.items():
         joint, fine_tune = (values(groups.get(name, []), AVERAGE.key) for name in ("joint", "fine-tune"))
         for name, group in groups.items():
             found = seeds.normalised(values(group, AVERAGE.key), joint, fine_tune)
@@ -227,17 +225,18 @@ def markdown(sheet: Sheet) -> str:
     return "\n".join([line(sheet.head), rule, *map(line, sheet.body), "", sheet.caption, ""])
 
 
-def markdown_sheets(runs: Sequence[Finished], baseline: str, order: Sequence[str] = ()) -> str:
+def markdown_sheets(groups: Groups, baseline: str) -> str:
     """Headline and differences of one data set."""
-    compared = differences(runs, baseline, order) if several(runs) else None
-    return "\n".join(markdown(sheet) for sheet in (headline(runs, order), compared) if sheet is not None)
+    compared = differences(groups, baseline) if several(runs_of(groups)) else None
+    return "\n".join(markdown(sheet) for sheet in (headline(groups), compared) if sheet is not None)
 
 
-def for_terminal(parts: Mapping[str, Sequence[Finished]], baseline: str, order: Sequence[str] = ()) -> RenderableType:
+def for_terminal(parts: Mapping[str, Groups], baseline: str) -> RenderableType:
     """The few columns that fit a terminal."""
     shown = []
-    for runs in parts.values():
-        columns, groups = present(runs, TERMINAL), grouped(runs, order)
+    for groups in parts.values():
+        runs = runs_of(groups)
+        columns = present(runs, TERMINAL)
         paired = baseline in groups and several(runs) and len(groups) > 1
         head = ["method", *(column.title for column in columns)]
         head += [f"{column.title.split(',')[0].rstrip(' ↓')} less {baseline}'s" for column in HEADLINE] * paired

@@ -317,18 +317,18 @@ def test_of_many_classes_some_of_every_task_are_shown() -> None:
 
 
 @pytest.fixture(scope="module")
-def found(runs: Path) -> list[Finished]:
+def finished_runs(runs: Path) -> list[Finished]:
     return find([runs])[0]
 
 
-def test_a_sweep_is_a_family_of_one_method_beside_its_replay_without_a_penalty(found: list[Finished]) -> None:
-    groups = grouped(found)
+def test_a_sweep_is_a_family_of_one_method_beside_its_replay_without_a_penalty(finished_runs: list[Finished]) -> None:
+    groups = grouped(finished_runs)
     sweeps = effects.sweeps(groups)
     assert {family: list(lams) for family, lams in sweeps.items()} == {"gd+rank1": [20.0, 60.0]}
     assert effects.without_penalty(groups["gd+rank1"][0], groups) == "gd"
     assert effects.without_penalty(groups["gd+rank1"][0], {"gd+rank1": groups["gd+rank1"]}) is None
-    # Named methods first, each beside its other strengths; then as found.
-    order = list(grouped(found, ("gd+rank1", "gd")))
+    # Named methods first, each beside its other strengths; then as finished_runs.
+    order = list(grouped(finished_runs, ("gd+rank1", "gd")))
     assert order == ["gd+rank1", "gd+rank1:lam=60", "gd", "fine-tune", LONG, "joint"]
 
 
@@ -336,11 +336,11 @@ def test_strengths_that_have_no_logarithm_stand_beside_the_others() -> None:
     assert effects.places([0.0, 3.0, 30.0, float("inf")]) == {0.0: 0.3, 3.0: 3.0, 30.0: 30.0, float("inf"): 300.0}
 
 
-def test_the_cost_of_a_penalty_is_a_share_of_its_own_steps(found: list[Finished]) -> None:
-    group = [run for run in found if run.method == LONG]
+def test_the_cost_of_a_penalty_is_a_share_of_its_own_steps(finished_runs: list[Finished]) -> None:
+    group = [run for run in finished_runs if run.method == LONG]
     rows = [json.loads(line) for run in group for line in (run.path / "timings.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "penalty_ms" in row]
-    sheet = penalty_tables.costs(group)
+    sheet = penalty_tables.costs(grouped(group))
     share = float(np.median([100 * row["penalty_ms"] / row["step_ms"] for row in rows]))
     assert sheet.body[0][4].split("\n")[0] == f"{share:.2f}"
     assert sheet.body[0][5] == f"{5_737_424 / 2**20:.2f}"
@@ -356,25 +356,26 @@ def test_weak_fisher_matrices_are_warned_of() -> None:
     ]
 
 
-def test_commands_on_the_page_give_the_configurations_again(found: list[Finished]) -> None:
-    for run in found:
+def test_commands_on_the_page_give_the_configurations_again(finished_runs: list[Finished]) -> None:
+    for run in finished_runs:
         parsed = parser.parse(shlex.split(provenance.command(run))[1:])
         assert isinstance(parsed, options.Train)
         wanted = RunConfig.from_json(run.config)
         assert all(getattr(parsed, name) == value for name, value in vars(wanted).items())
-    together = provenance.compare_command(found)
+    together = provenance.compare_command(grouped(finished_runs))
     assert together is not None
     parsed = parser.parse(shlex.split(together)[1:])
     assert isinstance(parsed, options.Compare)
-    assert (set(parsed.methods), parsed.seeds) == ({run.method for run in found}, (0, 1, 4))
-    assert provenance.compare_command(found[:-1]) is None
+    assert (set(parsed.methods), parsed.seeds) == ({run.method for run in finished_runs}, (0, 1, 4))
+    assert provenance.compare_command(grouped(finished_runs[:-1])) is None
 
     def measured(extractor: str, *options: str, data: str = "mnist") -> str | None:
         records = [{"extractor": extractor, "command": f"crl-diffusion train --out x {words}"} for words in options]
-        return provenance.compare_command([
+        copies = [
             run._replace(record=records[i % len(records)], config={**run.config, "data": data})
-            for i, run in enumerate(found)
-        ])  # fmt: skip
+            for i, run in enumerate(finished_runs)
+        ]
+        return provenance.compare_command(grouped(copies))
 
     said = str(measured("inception2048-1a2b", "--data-root '/my sets' --extractor-folder w"))
     assert " --extractor inception --extractor-folder w --data-root '/my sets' --out OUT" in said
@@ -384,7 +385,7 @@ def test_commands_on_the_page_give_the_configurations_again(found: list[Finished
     assert "--data-root" not in str(measured("cnn32-digits-8px", "--data-root /sets", data="digits"))
     assert measured("cnn32-mnist", "--data-root /sets", "") is None
     assert measured("a caller's own-1a2b", "") is None
-    recorded = found[0]._replace(record={"command": "python -m crl_diffusion train"})
+    recorded = finished_runs[0]._replace(record={"command": "python -m crl_diffusion train"})
     assert provenance.command(recorded) == "python -m crl_diffusion train"
 
 
@@ -404,7 +405,7 @@ def run() -> Callable[..., Finished]:
 @pytest.mark.parametrize("key", ["extractor", "samples_per_task", "sampler", "held_out_images", "classifier"])
 def test_numbers_that_were_measured_otherwise_are_refused(run: Callable[..., Finished], key: str) -> None:
     with pytest.raises(errors.OptionError, match=rf"differ in their {key} \(one in gd-0; another in gd\+rank1-0\)"):
-        comparable([run("gd", 0, {key: "one"}), run("gd+rank1", 0, {key: "another"})])
+        comparable(grouped([run("gd", 0, {key: "one"}), run("gd+rank1", 0, {key: "another"})]))
 
 
 @pytest.mark.parametrize(
@@ -427,23 +428,25 @@ def test_runs_that_were_made_otherwise_are_refused(
 ) -> None:
     named = rf"differ in their {key} \({one} in gd-0 and 1 more; {another} in gd\+rank1-0\)"
     with pytest.raises(errors.OptionError, match=named):
-        comparable([run("gd", 0, **{key: one}), run("gd", 1, **{key: one}), run("gd+rank1", 0, **{key: another})])
+        comparable(
+            grouped([run("gd", 0, **{key: one}), run("gd", 1, **{key: one}), run("gd+rank1", 0, **{key: another})])
+        )
 
 
 def test_methods_strengths_seeds_and_fisher_samples_may_differ(run: Callable[..., Finished]) -> None:
-    comparable([run("gd", 0), run("gd", 1), run("gd+rank1", 0), run("gd+rank1:lam=3", 0, fisher_samples=64)])
-    comparable([run("gd", 0), run("gd", 1, device="cpu", log_every=7)])
+    comparable(grouped([run("gd", 0), run("gd", 1), run("gd+rank1", 0), run("gd+rank1:lam=3", 0, fisher_samples=64)]))
+    comparable(grouped([run("gd", 0), run("gd", 1, device="cpu", log_every=7)]))
 
 
 def test_within_a_method_the_fisher_matrix_may_not_differ(run: Callable[..., Finished]) -> None:
     with pytest.raises(errors.OptionError, match=r"fisher_samples .* all called gd\+rank1, but their seeds"):
-        comparable([run("gd+rank1", 0), run("gd+rank1", 1, fisher_samples=64)])
+        comparable(grouped([run("gd+rank1", 0), run("gd+rank1", 1, fisher_samples=64)]))
 
 
 def test_two_runs_of_one_method_and_seed_are_refused(run: Callable[..., Finished]) -> None:
     twin = run("gd", 0)._replace(path=Path("elsewhere"))
     with pytest.raises(errors.OptionError, match="are both gd with seed 0"):
-        comparable([run("gd", 0), twin])
+        comparable(grouped([run("gd", 0), twin]))
 
 
 def test_the_summary_in_words_claims_what_intervals_show(run: Callable[..., Finished]) -> None:
@@ -451,8 +454,8 @@ def test_the_summary_in_words_claims_what_intervals_show(run: Callable[..., Fini
         return [run(method, seed, {"average_fid": value}) for seed, value in enumerate(values)]
 
     gd = level("gd", 10.0, 12.0, 11.0)
-    said = page.in_short([*gd, *level("gd+rank1", 9.0, 11.1, 9.9), *level("masip", 9.0, 14.0, 11.0)], "gd", ())
+    said = page.in_short(grouped([*gd, *level("gd+rank1", 9.0, 11.1, 9.9), *level("masip", 9.0, 14.0, 11.0)]), "gd")
     assert "wholly below zero: gd+rank1." in said
     assert "Not told apart by these seeds: masip." in said
-    assert "may be chance" in page.in_short([gd[0], run("masip", 0)], "gd", ())
-    assert "'replay'" in page.in_short(gd, "replay", ())
+    assert "may be chance" in page.in_short(grouped([gd[0], run("masip", 0)]), "gd")
+    assert "'replay'" in page.in_short(grouped(gd), "replay")
