@@ -25,7 +25,7 @@ def _run(work: list[cells.Cell], monkeypatch: pytest.MonkeyPatch, dying: str = "
     def command(cell: cells.Cell, *places: Any) -> list[str]:
         return [sys.executable, "-c", DIES if cell.name == dying else FINISHES, str(cell.folder)]
 
-    monkeypatch.setattr(cells, "command", command)
+    monkeypatch.setattr(runner, "command", command)
     monkeypatch.setattr(runner, "POLL_SECONDS", 0.01)
     said = io.StringIO()
     failed = runner.run(work, 2, Path("data"), "cnn", Path("e"), Console(file=said, width=200), quiet=True)
