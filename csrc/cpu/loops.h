@@ -25,7 +25,8 @@ struct AdamWPiece {
 struct Loops {
   const char* name;  // of the instruction set
 
-  // Penalty
+  // In penalty.inc.
+
   // lanes[k * kLanes ...] += x * u[k], for each of the terms k
   void (*dot)(Pointer x, const Pointer* u, int64_t terms, int64_t index, int64_t n, double* lanes);
   // target = target + sum_k c[k] u[k], or the sum alone if overwrite; rounded once
@@ -38,7 +39,9 @@ struct Loops {
   // theta = theta - w (theta - m), w = proximal_weight(S, strength)
   void (*shrink)(Pointer theta, Pointer fisher, Pointer anchor, int64_t n, double strength);
 
-  // AdamW: one step
+  // In adamw.inc.
+
+  // One step.
   void (*adamw)(AdamWPiece piece, int64_t n);
   // The same with q = share sum_k c[k] u[k], added to the gradient, or to theta before the step if decoupled; and
   // lanes[k * kLanes ...] += theta * u[k] after it.
@@ -49,7 +52,8 @@ struct Loops {
   void (*diagonal_adamw)(AdamWPiece piece, Pointer fisher, Pointer anchor, bool decoupled, int64_t index, int64_t n,
                          double* lanes);
 
-  // Matrix of per-sample gradients
+  // In sample_matrix.inc.
+
   // sums[j] += sum_i g_ij, sq_norms[i] += sum_j g_ij^2 and, unless null, squares[j] += sum_i g_ij^2, in one read of
   // the rows. `sums` and `squares` hold sample_columns(n) elements. Unless in_float64, short sums are float32.
   void (*sample_sums)(Pointer rows, int64_t stride, int64_t num_rows, int64_t n, int64_t ahead, bool in_float64,
@@ -60,7 +64,8 @@ struct Loops {
   // target = sums / count, rounded once
   void (*divide)(Pointer target, const double* sums, double count, int64_t n);
 
-  // Weight gradients: operands are all float32 or all float64
+  // In weight_gradients.inc; operands are all float32 or all float64.
+
   // Channels of a block's columns
   int64_t (*block_columns)(DType dtype);
   // block: (kBlockRows, columns), the sum over (height, width) pixels of rows (..., kBlockRows) x columns (...,

@@ -25,7 +25,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")
 #endif
 
-// GCC 12 calls the registers that its own intrinsics leave undefined on purpose uninitialised.
+// GCC 12 warns of uninitialised registers that its own intrinsics leave undefined on purpose.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 
 #define CRL_ISA avx512

@@ -44,7 +44,7 @@ DType dtype_of(const py::dtype& dtype) {
 
 Pointer pointer(const py::array& array) { return {const_cast<void*>(array.data()), dtype_of(array.dtype())}; }
 
-// An argument of a loop, made from what Python gives.
+// An argument of a loop, from a Python object.
 template <class T>
 struct Argument {
   using Python = T;

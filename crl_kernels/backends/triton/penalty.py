@@ -82,7 +82,7 @@ def low_rank_penalty_accumulate_(
     anchor_projections: Tensor,
     coefficient: Tensor,
 ) -> Tensor:
-    """Two passes: the drift, and with it each term's force, is known only after the whole of the first."""
+    """Two passes, because the force of each term needs the drift over all chunks."""
     check_targets(targets, params)
     flat = Flat(params)
     num_terms = curvatures.numel()
