@@ -1,4 +1,4 @@
-"""Builds the native kernels in csrc/ where a compiler is found, and says what it left out where none is.
+"""Builds the native kernels in csrc/ that this machine can compile, and prints the reason for each one left out.
 
     pip install torch && pip install --no-build-isolation .
 
@@ -20,7 +20,7 @@ from pathlib import Path
 from setuptools import setup
 
 HERE = Path(__file__).parent
-# A change in one of these builds the libraries anew.
+# A change in one of these rebuilds the libraries.
 HEADERS = [
     str(path.relative_to(HERE)) for path in sorted((HERE / "csrc").rglob("*")) if path.suffix in (".h", ".cuh", ".inc")
 ]
@@ -28,7 +28,7 @@ TORCH_TARGET_VERSION = "0x020a000000000000"  # torch 2.10: without it, a build o
 ABI3 = {"bdist_wheel": {"py_limited_api": "cp310"}}
 
 
-def say(message):
+def log(message):
     print(f"crl-kernels: {message}", file=sys.stderr, flush=True)
 
 
@@ -38,19 +38,19 @@ def find_nvcc():
 
 
 def set_cuda_home(nvcc):
-    """Asks nvcc where its toolkit is: torch guesses from its path, and is wrong where that is a wrapper script."""
-    told = subprocess.run([nvcc, "--dryrun", "-c", "any.cu"], capture_output=True, text=True).stderr
-    if top := re.search(r"TOP=(\S+)", told):
+    """Asks nvcc for its toolkit: torch guesses it from nvcc's path, and is wrong where that is a wrapper script."""
+    output = subprocess.run([nvcc, "--dryrun", "-c", "any.cu"], capture_output=True, text=True).stderr
+    if top := re.search(r"TOP=(\S+)", output):
         os.environ.setdefault("CUDA_HOME", str(Path(top[1]).resolve()))
 
 
 def nvcc_version(nvcc):
-    told = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-    return tuple(int(part) for part in re.search(r"release (\d+)\.(\d+)", told).groups())
+    output = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    return tuple(int(part) for part in re.search(r"release (\d+)\.(\d+)", output).groups())
 
 
 def architectures(version):
-    """Every architecture from Turing on that this nvcc knows, and PTX for what comes later."""
+    """Every architecture from Turing on that this nvcc knows, and PTX for later ones."""
     return "7.5;8.0;9.0;10.0+PTX" if version >= (12, 8) else "7.5;8.0;9.0+PTX"
 
 
@@ -66,8 +66,8 @@ def cuda_obstacle(choice, nvcc, torch_cuda):
     if torch_cuda is None:
         return "this torch is a CPU build. Install a CUDA build of it."
     if str(nvcc_version(nvcc)[0]) != torch_cuda.partition(".")[0]:
-        found = ".".join(map(str, nvcc_version(nvcc)))
-        return f"nvcc is of CUDA {found} and torch of CUDA {torch_cuda}. Install a toolkit of torch's major version."
+        version = ".".join(map(str, nvcc_version(nvcc)))
+        return f"nvcc is of CUDA {version} and torch of CUDA {torch_cuda}. Install a toolkit of torch's major version."
     return None
 
 
@@ -91,7 +91,7 @@ def extensions():
     if choice == "1" and obstacle:
         sys.exit(f"CRL_KERNELS_CUDA=1 asks for the CUDA kernels, but {obstacle}")
     if missing:
-        say(f"{missing}. Installing in pure Python: everything works, slowly.")
+        log(f"{missing}. Installing in pure Python: everything works, slowly.")
         return [], {}
 
     defines = [("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)]
@@ -110,7 +110,7 @@ def extensions():
         )
     ]
     if obstacle:
-        say(f"leaving out the CUDA kernels: {obstacle}")
+        log(f"leaving out the CUDA kernels: {obstacle}")
     else:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures(nvcc_version(nvcc)))
         cuda_module = CUDAExtension(
@@ -122,7 +122,7 @@ def extensions():
             extra_compile_args={"cxx": optimise, "nvcc": ["-O3", "-std=c++17", "-Xptxas=-warn-spills"]},
             py_limited_api=True,
         )
-        # The static runtime, so that the wheel does not ask for one version of libcudart.so.
+        # The static runtime, so that the wheel does not need one version of libcudart.so.
         cuda_module.libraries = [name for name in cuda_module.libraries if name != "cudart"]
         cuda_module.libraries += ["cudart_static", "dl", "rt", "pthread"]
         modules.append(cuda_module)

@@ -1,6 +1,6 @@
 // From lists of tensors to a segment table and flat views: what every operator does first, on every device.
 //
-// Python checks the user's input and says what is wrong with it; the checks here only keep memory safe.
+// Python checks the user's input and explains errors; the checks here only keep memory safe.
 #pragma once
 
 #include <optional>
@@ -21,8 +21,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 
-// Each question to a tensor is a call into torch, and Tensor's own scalar_type() and device() are a dozen of them, so
-// types and devices are compared as the codes in which torch gives them.
+// Tensor's own scalar_type() and device() make a dozen calls into torch each. So dtypes and devices are compared as
+// torch's codes, which take one or two.
 inline int32_t dtype_code_of(const Tensor& tensor) {
   int32_t code;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
@@ -154,7 +154,7 @@ inline Tensor coefficient_of(const Tensor& tensor, const Tensor& same_device_as)
   return coefficients_of(tensor, same_device_as);
 }
 
-// Where a GradScaler's flag is, on the device of the other operands; null without one.
+// The address of a GradScaler's flag on the device of the other operands; null without one.
 inline const float* flag_of(const std::optional<Tensor>& flag, const Tensor& same_device_as) {
   if (!flag) return nullptr;
   STD_TORCH_CHECK(flag->numel() == 1 && flag->scalar_type() == ScalarType::Float &&
@@ -170,7 +170,7 @@ inline Tensors empty_like_all(const Tensors& tensors) {
   return result;
 }
 
-// That all targets, and all parameters, are on one device each is seen when they become operands.
+// Operand and Target check that each list is on one device.
 inline void check_targets(const Tensors& targets, const Tensors& params) {
   STD_TORCH_CHECK(targets.size() == params.size(), "crl_kernels: expected one target for each parameter");
   for (size_t i = 0; i < params.size(); ++i) {
@@ -190,7 +190,7 @@ inline void check_state_dtypes(const Tensors& fisher, const Tensors& anchor) {
   }
 }
 
-// AdamW's operands along a table: what it moves, and what it reads.
+// AdamW's operands along a table: the tensors that it moves, the gradients and the settings.
 struct AdamWOperands {
   Target theta, m, v;
   Operand gradient;
@@ -207,10 +207,10 @@ struct AdamWOperands {
     check_targets(exp_avg_sqs, params);
     STD_TORCH_CHECK(grads.size() == params.size(), "crl_kernels: expected one gradient for each parameter");
     for (size_t i = 0; i < params.size(); ++i) {
-      const DType dtype = dtype_of(params[i]), of_gradient = dtype_of(grads[i]);
+      const DType dtype = dtype_of(params[i]), gradient_dtype = dtype_of(grads[i]);
       STD_TORCH_CHECK(dtype == DType::kFloat32 || dtype == DType::kFloat64,
                       "crl_kernels: AdamW moves float32 and float64 tensors");
-      STD_TORCH_CHECK(of_gradient == dtype || (dtype == DType::kFloat32 && size_of(of_gradient) == 2),
+      STD_TORCH_CHECK(gradient_dtype == dtype || (dtype == DType::kFloat32 && size_of(gradient_dtype) == 2),
                       "crl_kernels: a gradient has its parameter's dtype, or 16 bits beside float32");
     }
     STD_TORCH_CHECK(settings.numel() == table.segments() * kSettings, "crl_kernels: expected ", kSettings,

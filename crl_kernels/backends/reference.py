@@ -1,4 +1,4 @@
-"""The operators in plain PyTorch: their definition, and what runs where no compiled kernel does.
+"""The operators in plain PyTorch: their definition, and the implementation where no kernel runs.
 
 Lists of tensors are read as one flat vector of P elements in list order, each tensor in row-major order. Every sum and
 product is taken in float64; a result that is written to a tensor is rounded once, to that tensor's dtype (through
@@ -10,6 +10,7 @@ float32 for 16-bit dtypes, as PyTorch does). Only AdamW's own arithmetic is in i
 
 import math
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -110,15 +111,32 @@ def _shrunk(theta: Tensor, s: Tensor, m: Tensor, strength: Tensor) -> Tensor:
     return theta - x / (1 + x) * (theta - m)
 
 
+class AdamWSettings(NamedTuple):
+    """A row of AdamW's ``settings``: numbers, or tensors. ``csrc/core/adamw_math.h`` has the same columns in the same
+    order. t is the number of steps."""
+
+    factor: Any  # of the gradient: 1 / its scale, negative to maximise
+    beta1: Any
+    beta2: Any
+    decay: Any  # 1 - lr * weight_decay
+    step_size: Any  # lr / (1 - beta1^t)
+    root_scale: Any  # 1 / sqrt(1 - beta2^t)
+    eps: Any
+    share: Any  # of the penalty: the factor of a low-rank sum, or the strength of a diagonal penalty
+
+
+ADAMW_COLUMNS = AdamWSettings(*range(8))  # the column of each setting
+
+
 def _adamw_(
-    state: Sequence[Tensor], start: Tensor, gradient: Tensor, settings: Tensor, found_inf: Tensor | None
+    state: Sequence[Tensor], start: Tensor, gradient: Tensor, row: AdamWSettings, found_inf: Tensor | None
 ) -> None:
-    """Moves (theta, m, v) from ``start`` along ``gradient``, which have theta's dtype, as has all arithmetic."""
+    """Moves (theta, m, v) from ``start`` along ``gradient``. Both have theta's dtype, in which all arithmetic is."""
     _, m, v = state
-    _, beta1, beta2, decay, step_size, root_scale, eps, _ = settings
-    first, second = m + (1 - beta1) * (gradient - m), beta2 * v + (1 - beta2) * gradient * gradient
-    moved = decay * start - step_size * (first / (root_scale * second.sqrt() + eps))
-    for target, value in zip(state, (moved, first, second), strict=True):
+    first = m + (1 - row.beta1) * (gradient - m)
+    second = row.beta2 * v + (1 - row.beta2) * gradient * gradient
+    theta = row.decay * start - row.step_size * (first / (row.root_scale * second.sqrt() + row.eps))
+    for target, value in zip(state, (theta, first, second), strict=True):
         target.copy_(value if found_inf is None else torch.where(found_inf > 0, target, value))
 
 
@@ -140,16 +158,17 @@ def low_rank_adamw_(
         theta <- decay * theta - step_size * m / (root_scale * sqrt(v) + eps)
 
     in the arithmetic of theta's dtype, float32 or float64, which m and v have too; a gradient has it, or 16 bits
-    beside float32. ``settings``: a row (factor, beta1, beta2, decay, step_size, root_scale, eps, share) of float64 for
-    each parameter. Nothing is written where ``found_inf``, one float32, is above 0.
+    beside float32. ``settings`` has a float64 row of ``AdamWSettings`` for each parameter. Nothing is written where
+    ``found_inf``, one float32, is above 0.
 
-    Returns u_k . theta for theta as it then is: (K,) float64.
+    Returns u_k . theta after the step: (K,) float64.
     """
     num_terms = coefficients.numel()
     terms = zip(*_terms(directions, num_terms, params), strict=True) if num_terms else [()] * len(params)
-    for theta, grad, m, v, pieces, row in zip(params, grads, exp_avgs, exp_avg_sqs, terms, settings, strict=True):
-        pull = row[7] * sum((c * u for c, u in zip(coefficients, pieces, strict=True)), torch.zeros_like(row[7]))
-        pull, gradient = pull.to(theta.dtype), row[0] * grad.to(theta.dtype).reshape(theta.shape)
+    rows = [AdamWSettings(*row) for row in settings]
+    for theta, grad, m, v, pieces, row in zip(params, grads, exp_avgs, exp_avg_sqs, terms, rows, strict=True):
+        pull = row.share * sum((c * u for c, u in zip(coefficients, pieces, strict=True)), torch.zeros_like(row.share))
+        pull, gradient = pull.to(theta.dtype), row.factor * grad.to(theta.dtype).reshape(theta.shape)
         start, gradient = (theta + pull, gradient) if decoupled else (theta, gradient + pull)
         _adamw_((theta, m, v), start, gradient, row, found_inf)
     return low_rank_projections(params, directions, num_terms) if num_terms else torch.empty_like(coefficients)
@@ -172,13 +191,14 @@ def diagonal_adamw_(
     Returns sum S (theta - anchor)^2 before the step, 0-dim float64.
     """
     value = diagonal_quadratic(params, fisher, anchor)
-    penalty = zip(_pieces(fisher, params), _pieces(anchor, params), settings, strict=True)
+    rows = [AdamWSettings(*row) for row in settings]
+    penalty = zip(_pieces(fisher, params), _pieces(anchor, params), rows, strict=True)
     for theta, grad, m, v, (s, a, row) in zip(params, grads, exp_avgs, exp_avg_sqs, penalty, strict=True):
-        start, gradient = theta, row[0] * grad.to(theta.dtype).reshape(theta.shape)
+        start, gradient = theta, row.factor * grad.to(theta.dtype).reshape(theta.shape)
         if decoupled:
-            start = _shrunk(theta.double(), s, a, row[7]).to(theta.dtype)
+            start = _shrunk(theta.double(), s, a, row.share).to(theta.dtype)
         else:
-            gradient = gradient + (row[7] * s * (theta.double() - a)).to(theta.dtype)
+            gradient = gradient + (row.share * s * (theta.double() - a)).to(theta.dtype)
         _adamw_((theta, m, v), start, gradient, row, found_inf)
     return value
 

@@ -2,8 +2,8 @@
 
 ``torch.library`` chooses by device. On a CPU: C++ where it is built, else plain PyTorch. On a GPU: the compiled CUDA
 library where it is built, else Triton, else plain PyTorch. On every other device: plain PyTorch. This module loads the
-compiled libraries, registers Triton where they leave something out, and remembers what it found. Triton itself is
-imported at the first call on a GPU.
+compiled libraries and registers Triton for the operators that they lack. Triton itself is imported at the first call on
+a GPU.
 
 ``CRL_KERNELS_BACKEND`` overrides: ``reference`` allows plain PyTorch only; ``cpu``, ``cuda`` or ``triton`` insists on
 that one. With ``triton`` and ``TRITON_INTERPRET=1``, Triton's interpreter serves CPU tensors too: slow, for tests.
@@ -28,7 +28,7 @@ from . import reference
 CHOICES = ("auto", "reference", "cpu", "cuda", "triton")
 _REINSTALL = "Install torch and a C++ compiler, then install again with pip's --no-build-isolation."
 _REFERENCE = "reference (plain PyTorch)"
-# Which the CUDA library leaves out.
+# The CUDA library does not have these.
 TRITON_ON_GPUS = ("sample_weight_gradients", "sample_gradient_stats", "sample_gram")
 
 
@@ -56,7 +56,7 @@ def _load(device: str, file: str, unusable: str | None) -> Library:
 
 
 def _triton_obstacle(interpreted: bool) -> str | None:
-    """Why Triton cannot run, as far as can be told without importing it; None if it can."""
+    """Why Triton cannot run, as far as this is known without importing it; None if it can."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if interpreted:
@@ -84,13 +84,13 @@ def _triton_operators() -> ModuleType | str:
 
 def _find_triton(unusable: str | None, interpreted: bool) -> Library:
     obstacle = unusable or _triton_obstacle(interpreted)
-    found = "Triton's interpreter" if interpreted else "Triton is installed"
-    return Library("cuda", obstacle is None, obstacle or found)
+    reason = obstacle or ("Triton's interpreter" if interpreted else "Triton is installed")
+    return Library("cuda", obstacle is None, reason)
 
 
 def load_libraries(choice: str) -> tuple[Library, Library, Library]:
     """(CPU, CUDA, Triton): loads what ``choice`` allows. An explicit choice that cannot run raises ImportError;
-    ``auto`` falls back, and says so once."""
+    ``auto`` falls back, with one warning."""
     if choice not in CHOICES:
         raise ImportError(f"CRL_KERNELS_BACKEND={choice!r}: expected one of {', '.join(CHOICES)}.")
     refused = "CRL_KERNELS_BACKEND=reference" if choice == "reference" else None
@@ -124,7 +124,7 @@ INTERPRETED = CHOICE == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
 
 @functools.cache
 def _gpu_operators() -> ModuleType:
-    """What runs on a GPU where no compiled kernel does. Called when there are tensors on one, so a warning concerns a
+    """The operators on a GPU without a compiled kernel. Called when there are tensors on a GPU, so a warning concerns a
     device that is present."""
     operators = _triton_operators() if TRITON.loaded else TRITON.reason
     if isinstance(operators, ModuleType):
@@ -153,7 +153,7 @@ def _has_kernel(device_type: str, operator: str) -> bool:
 
 
 def register(names: Sequence[str]) -> None:
-    """Registers what runs where no compiled library has a kernel for an operator; called once all are defined."""
+    """Registers an implementation for operators without a compiled kernel; called once all are defined."""
     gpu_build = torch.version.cuda is not None or torch.version.hip is not None
     devices = ["cuda"] if gpu_build and CHOICE != "reference" else []
     for device in devices + ["cpu"] * INTERPRETED:
@@ -164,30 +164,31 @@ def register(names: Sequence[str]) -> None:
 
 
 def implementation(device_type: str, operator: str = "low_rank_projections") -> str:
-    """The name of what runs an operator for tensors on a device: ``C++``, ``CUDA``, ``Triton``, ``Triton
+    """The name of an operator's implementation for tensors on a device: ``C++``, ``CUDA``, ``Triton``, ``Triton
     (interpreted)`` or ``reference (plain PyTorch)``."""
     if (device_type, operator) not in _registered:
         compiled = {"cpu": CPU, "cuda": CUDA}.get(device_type)
-        found = compiled is not None and compiled.loaded and _has_kernel(device_type, operator)
-        return {"cpu": "C++", "cuda": "CUDA"}[device_type] if found else _REFERENCE
+        if compiled is not None and compiled.loaded and _has_kernel(device_type, operator):
+            return {"cpu": "C++", "cuda": "CUDA"}[device_type]
+        return _REFERENCE
     if TRITON.loaded and isinstance(_triton_operators(), ModuleType):
         return "Triton (interpreted)" if INTERPRETED else "Triton"
     return _REFERENCE
 
 
 def reason(device_type: str, operator: str) -> str:
-    """Why that runs: what was found, in order of preference, up to what runs."""
+    """Why that implementation runs: the reason for each one, in order of preference, up to it."""
     compiled = {"cpu": CPU, "cuda": CUDA}[device_type]
     name = implementation(device_type, operator)
     if name in ("C++", "CUDA"):
         return compiled.reason
-    passed = compiled.reason
+    compiled_reason = compiled.reason
     if compiled.loaded and device_type == "cuda" and operator in TRITON_ON_GPUS:
-        passed += f", which leaves {operator} to Triton"
+        compiled_reason += f", which leaves {operator} to Triton"
     elif compiled.loaded:
-        passed += f", without {operator}: build it again"
-    triton = None
+        compiled_reason += f", without {operator}: build it again"
+    triton_reason = None
     if device_type == "cuda" or INTERPRETED:
         operators = _triton_operators() if TRITON.loaded else TRITON.reason
-        triton = operators if isinstance(operators, str) else TRITON.reason
-    return "; ".join(dict.fromkeys([passed, triton] if triton else [passed]))
+        triton_reason = operators if isinstance(operators, str) else TRITON.reason
+    return "; ".join(dict.fromkeys([compiled_reason, triton_reason] if triton_reason else [compiled_reason]))

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import operators
+from ..backends.reference import ADAMW_COLUMNS, AdamWSettings
 from ..distributed.shards import is_sharded, local_part
 from ..model.names import join_names
 from ..penalty.diagonal import DiagonalHistory
@@ -23,9 +24,6 @@ _HALF = (torch.float16, torch.bfloat16)
 _TRAINED = (*_HALF, torch.float32, torch.float64)
 _dtype = attrgetter("dtype")
 _SAVED = ("step", "exp_avg", "exp_avg_sq")
-# A group's row of the settings, but for what each parameter's number of steps and its share add:
-# sign, beta1, beta2, 1 - lr * weight_decay, lr, 1, eps, 1.
-_Row = tuple[float, ...]
 
 
 class _Roles(NamedTuple):
@@ -399,7 +397,8 @@ class FusedAdamW(Optimizer):
     def _settings(
         self, rows: list[int], ratios: list[float], steps: list[Tensor], share: Tensor | None, device: torch.device
     ) -> Tensor:
-        """The pass's settings, (number of parameters, 8): see the operators' definition in ``reference.py``."""
+        """The pass's settings, (number of parameters, 8) float64: a row of ``AdamWSettings`` for each parameter."""
+        column = ADAMW_COLUMNS
         table = self._upload((*map(_row, self.param_groups), _IDLE), torch.float64, device)
         rates = [group["lr"] for group in self.param_groups]
         if any(map(_on_device, rates)):
@@ -407,16 +406,17 @@ class FusedAdamW(Optimizer):
             numbers = [torch.as_tensor(rate, dtype=torch.float64, device=device) for rate in (*rates, 0.0)]
             lr = torch.stack([number.reshape(()) for number in numbers])
             table = table.clone()
-            table[:, 3] = 1 - lr * self._upload((*weight_decays, 0.0), torch.float64, device)
-            table[:, 4] = lr
+            table[:, column.decay] = 1 - lr * self._upload((*weight_decays, 0.0), torch.float64, device)
+            table[:, column.step_size] = lr
         settings = table[self._upload(tuple(rows), torch.int64, device)]
         if (scale := getattr(self, "grad_scale", None)) is not None:
-            settings[:, 0] /= scale.to(device, torch.float64)
-        corrections = 1 - settings[:, 1:3] ** torch.stack(steps).double().unsqueeze(1)
-        settings[:, 4] /= corrections[:, 0]
-        settings[:, 5] = corrections[:, 1].rsqrt()
+            settings[:, column.factor] /= scale.to(device, torch.float64)
+        corrections = 1 - settings[:, column.beta1 : column.beta2 + 1] ** torch.stack(steps).double().unsqueeze(1)
+        settings[:, column.step_size] /= corrections[:, 0]
+        settings[:, column.root_scale] = corrections[:, 1].rsqrt()
         ratio = self._upload(tuple(ratios), torch.float64, device)
-        settings[:, 7] = ratio if share is None else torch.where(ratio == 0, ratio, ratio * share)  # it may be infinite
+        # The share may be infinite.
+        settings[:, column.share] = ratio if share is None else torch.where(ratio == 0, ratio, ratio * share)
         return settings
 
     def _upload(self, numbers: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -495,7 +495,7 @@ class FusedAdamW(Optimizer):
 
 _COPIED = ("lam", "_decoupled", "_verify_every", "_history", "_steps_taken", "_sharded", "last_penalty")
 _IN_FLOAT32 = ("exp_avg", "exp_avg_sq", "master")
-_IDLE = (1.0, 0.0, 0.0, 1.0, 0.0, 1.0, 1.0, 1.0)
+_IDLE = AdamWSettings(factor=1.0, beta1=0.0, beta2=0.0, decay=1.0, step_size=0.0, root_scale=1.0, eps=1.0, share=1.0)
 
 
 def _kinds(params: list[Tensor]) -> list[Any]:
@@ -542,12 +542,22 @@ def _fit(parameter: Tensor, state: dict[str, Any]) -> None:
         state.pop("master", None)
 
 
-def _row(group: Mapping[str, Any]) -> _Row:
+def _row(group: Mapping[str, Any]) -> AdamWSettings:
+    """A group's row of settings without its parameters' numbers of steps, gradient scale and share."""
     (beta1, beta2), lr = group["betas"], group["lr"]
     sign = -1.0 if group.get("maximize") else 1.0
     rate = 0.0 if _on_device(lr) else float(lr)  # to look at it would wait for the device
     decay = 1 - rate * float(group["weight_decay"])
-    return sign, float(beta1), float(beta2), decay, rate, 1.0, float(group["eps"]), 1.0
+    return AdamWSettings(
+        factor=sign,
+        beta1=float(beta1),
+        beta2=float(beta2),
+        decay=decay,
+        step_size=rate,
+        root_scale=1.0,
+        eps=float(group["eps"]),
+        share=1.0,
+    )
 
 
 def _on_device(rate: float | Tensor) -> bool:

@@ -3,8 +3,8 @@
 //   g = factor * grad (+ the penalty's gradient)      m = m + (1 - beta1) (g - m)      v = beta2 v + (1 - beta2) g^2
 //   theta = decay * theta - step_size * m / (root_scale * sqrt(v) + eps)
 //
-// `Scalar` is float or double; `Real` is that, or, in the CPU loops, a vector of them. As in penalty_math.h, what takes
-// a Real is static.
+// `Scalar` is float or double; `Real` is the same type, or, in the CPU loops, a vector of it. As in penalty_math.h,
+// functions of a Real are static.
 #pragma once
 
 #include <cstdint>
@@ -13,9 +13,11 @@
 
 namespace crl {
 
-constexpr int64_t kSettings = 8;  // numbers in a row of the operators' `settings`
+// The columns of the operators' `settings`, which have one row of float64 for each parameter; AdamWSettings in
+// crl_kernels/backends/reference.py names them in the same order. kSettings is their number.
+enum Setting : int64_t { kFactor, kBeta1, kBeta2, kDecay, kStepSize, kRootScale, kEps, kShare, kSettings };
 
-// What holds for all elements of a tensor, from its row.
+// The numbers that all elements of a tensor share, from its row of settings.
 template <class Scalar>
 struct AdamW {
   Scalar factor;           // of the gradient: 1 / its scale, negative to maximise
@@ -26,18 +28,18 @@ struct AdamW {
   Scalar root_scale, eps;  // the first is 1 / sqrt(1 - beta2^t)
 
   CRL_HOST_DEVICE explicit AdamW(const double* row)
-      : factor(static_cast<Scalar>(row[0])),
-        new_m(static_cast<Scalar>(1.0 - row[1])),
-        old_v(static_cast<Scalar>(row[2])),
-        new_v(static_cast<Scalar>(1.0 - row[2])),
-        decay(static_cast<Scalar>(row[3])),
-        step_size(static_cast<Scalar>(row[4])),
-        root_scale(static_cast<Scalar>(row[5])),
-        eps(static_cast<Scalar>(row[6])) {}
+      : factor(static_cast<Scalar>(row[kFactor])),
+        new_m(static_cast<Scalar>(1.0 - row[kBeta1])),
+        old_v(static_cast<Scalar>(row[kBeta2])),
+        new_v(static_cast<Scalar>(1.0 - row[kBeta2])),
+        decay(static_cast<Scalar>(row[kDecay])),
+        step_size(static_cast<Scalar>(row[kStepSize])),
+        root_scale(static_cast<Scalar>(row[kRootScale])),
+        eps(static_cast<Scalar>(row[kEps])) {}
 };
 
-// The share of the penalty that a row asks for: of the low-rank sum, or the strength of the diagonal penalty.
-CRL_HOST_DEVICE inline double penalty_share(const double* row) { return row[7]; }
+// The factor of the low-rank sum, or the strength of the diagonal penalty.
+CRL_HOST_DEVICE inline double penalty_share(const double* row) { return row[kShare]; }
 
 template <class Scalar, class Real>
 CRL_HOST_DEVICE static inline Real first_moment(const AdamW<Scalar>& adamw, Real m, Real gradient) {

@@ -1,7 +1,7 @@
-// Arithmetic of one element, of one term and of one sum, in float64. CPU and CUDA kernels share what is marked for
-// both.
+// The penalties' arithmetic of one element, of one term and of one sum, in float64. CPU and CUDA kernels share the
+// functions marked CRL_HOST_DEVICE.
 //
-// `Real` is double, or, in the CPU loops, a vector of doubles. What takes it is static, because those loops are
+// `Real` is double, or, in the CPU loops, a vector of doubles. Functions of a Real are static, because those loops are
 // compiled for several instruction sets, and the linker must not keep one set's copy for all.
 #pragma once
 
@@ -11,7 +11,8 @@
 
 namespace crl {
 
-// The share of the way to the anchor that a proximal step of strength eta * lambda goes in a coordinate of Fisher S:
+// The fraction of the distance to the anchor that a proximal step of strength eta * lambda covers in a coordinate with
+// Fisher S:
 // w = strength * S / (1 + strength * S), the minimiser of (theta' - theta)^2 / 2 + strength * S (theta' - m)^2 / 2.
 // 0 where S is 0, 1 where strength * S is infinite; NaN is kept.
 template <class Real>
@@ -22,7 +23,7 @@ CRL_HOST_DEVICE static inline Real proximal_weight(Real fisher, Real strength) {
   return x / (1.0 + x);
 }
 
-// Where that step takes theta.
+// theta after that step.
 template <class Real>
 CRL_HOST_DEVICE static inline Real proximal_step(Real theta, Real fisher, Real anchor, Real strength) {
   return theta - proximal_weight(fisher, strength) * (theta - anchor);

@@ -3,10 +3,10 @@
 // A model's parameters are a list of tensors; the penalty sees one vector of P elements, cut into fixed chunks. A
 // SegmentTable knows where each tensor begins in that vector. A FlatView is anything that runs along it: the
 // parameters, their gradients, a direction u_k, a diagonal Fisher. It is stored either as one tensor per parameter or
-// as one flat tensor; both give an address for every flat index, so kernels need not care which.
+// as one flat tensor; both give an address for every flat index, so kernels treat both alike.
 //
-// Chunks are cut at fixed flat indices and never at tensor boundaries, and partial sums belong to chunks. That is what
-// makes every reduction bitwise the same for a list and for a flat tensor, and for any number of threads.
+// Chunks are cut at fixed flat indices and never at tensor boundaries, and partial sums belong to chunks. So every
+// reduction is bitwise the same for a list and for a flat tensor, and for any number of threads.
 #pragma once
 
 #include <algorithm>
@@ -33,7 +33,7 @@ CRL_HOST_DEVICE inline int64_t size_of(DType dtype) {
   }
 }
 
-// Where some elements start and what they are.
+// The address and the dtype of some elements.
 struct Pointer {
   void* data;
   DType dtype;

@@ -1,4 +1,4 @@
-// CPU implementations of the operators over a matrix of per-sample gradients.
+// The operators over a matrix of per-sample gradients on a CPU. crl_kernels/backends/reference.py defines them.
 //
 // Blocks of columns are cut by the matrix's shape alone, tasks are runs of blocks, and sums are added block by block
 // and then task by task, so results are bitwise the same for any number of threads. A block stays in the second-level
@@ -14,17 +14,19 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "core/penalty_math.h"
-#include "cpu/kernels.h"
+#include "cpu/loops.h"
 #include "operands.h"
 
 namespace crl {
 namespace {
 
-constexpr int64_t kBlock = 65536;       // elements: 256 KiB of float32 and what is fetched ahead, in a cache of 512 KiB
-constexpr int64_t kTask = 16 * kBlock;  // elements of one thread's turn, or
-constexpr int64_t kTaskPerSum = 16;     // so many for each sum that a task keeps: of doubles, half the float32 matrix
-// The sums of squares for which a float32 sum neither overflows nor loses small terms. Where a row or a vector of a
-// block is beyond, the block is done again in float64.
+constexpr int64_t kBlock = 65536;  // elements: 256 KiB of float32 and the prefetched block, in a cache of 512 KiB
+// A task has at least kTask elements, and kTaskPerSum for each sum that it keeps, so that the tasks' sums take a small
+// part of the matrix's memory.
+constexpr int64_t kTask = 16 * kBlock;
+constexpr int64_t kTaskPerSum = 16;
+// Between these sums of squares, a float32 sum neither overflows nor loses small terms. A block with a row or a vector
+// outside of them is summed again in float64.
 constexpr double kSmallest = 0x1p-80, kLargest = 0x1p80;
 
 int64_t columns_per_block(int64_t num_rows) {
@@ -53,9 +55,8 @@ class Matrix {
   char* data_;
 };
 
-// Blocks of columns and the tasks that they form.
+// Blocks of columns and the tasks that they form. Each task keeps `num_sums` sums.
 struct Blocks {
-  // Tasks keep `num_sums` sums each.
   Blocks(const Matrix& matrix, int64_t num_sums)
       : columns(columns_per_block(matrix.num_rows)),
         per_task(std::max<int64_t>(1, std::max(kTask, kTaskPerSum * num_sums) / (columns * matrix.num_rows))),
@@ -63,7 +64,7 @@ struct Blocks {
 
   int64_t tasks() const { return (end + columns * per_task - 1) / (columns * per_task); }
 
-  // Calls block(first column, how many) for each block of a task.
+  // Calls block(first column, number of columns) for each block of a task.
   template <class Block>
   void for_each(int64_t task, const Block& block) const {
     const int64_t stop = std::min(end, (task + 1) * columns * per_task);
@@ -75,7 +76,8 @@ struct Blocks {
   int64_t columns, per_task, end;
 };
 
-// Runs task(index, sums) for each task with `count` sums of its own, and adds those in order into `result`.
+// Runs task(index, sums) for each task, which has `count` sums of its own, and adds the tasks' sums in order to
+// `result`.
 template <class Task>
 void reduce_tasks(const Blocks& blocks, int64_t count, double* result, const Task& task) {
   std::vector<double> partial(blocks.tasks() * count);
@@ -88,7 +90,7 @@ void reduce_tasks(const Blocks& blocks, int64_t count, double* result, const Tas
   }
 }
 
-// Whether float32 sums over a vector with this sum of squares are good: it is in range, or all of the vector is zero.
+// Whether float32 sums over a vector with this sum of squares are accurate: it is in range, or the vector is zero.
 bool in_range(double sq_norm, Pointer vector, int64_t n) {
   if (sq_norm >= kSmallest && sq_norm <= kLargest) return true;
   const auto* bytes = static_cast<const char*>(vector.data);
@@ -121,7 +123,7 @@ Tensors sample_gradient_stats(const Tensor grads, const std::optional<Tensor> di
     return Pointer{static_cast<char*>(tensor.data_ptr()) + index * size_of(dtype), dtype};
   };
 
-  const Kernels& loops = kernels();
+  const Loops& loops = chosen_loops();
   const int64_t count = num_rows * (1 + terms);  // square norms, then projections row by row
   const Blocks blocks(matrix, count);
   std::vector<double> result(count);
@@ -174,7 +176,7 @@ Tensor sample_gram(const Tensor grads) {
   Tensor gram = new_empty(grads, {num_rows, num_rows}, DType::kFloat64);
   double* const result = gram.mutable_data_ptr<double>();
 
-  const Kernels& loops = kernels();
+  const Loops& loops = chosen_loops();
   reduce_tasks(blocks, num_rows * num_rows, result, [&](int64_t task, double* total) {
     std::vector<double> block(num_rows * num_rows);
     std::vector<float> widened(dtype == matrix.dtype ? 0 : num_rows * blocks.columns);
@@ -193,12 +195,12 @@ Tensor sample_gram(const Tensor grads) {
       const auto row_at = [&](int64_t i) {
         return Pointer{static_cast<char*>(rows.data) + i * stride * size_of(dtype), dtype};
       };
-      // The triangle of 8 rows with all up to themselves; what is above the diagonal in it is not used.
+      // Products of 8 rows with all rows up to them; those above the diagonal are not used.
       const auto dots = [&](bool in_float64) {
         std::fill(block.begin(), block.end(), 0.0);
         for (int64_t i = 0; i < num_rows; i += 8) {
-          const int64_t some = std::min<int64_t>(8, num_rows - i);
-          loops.sample_dots(row_at(i), stride, some, rows, stride, i + some, n, 0, in_float64,
+          const int64_t count = std::min<int64_t>(8, num_rows - i);
+          loops.sample_dots(row_at(i), stride, count, rows, stride, i + count, n, 0, in_float64,
                             block.data() + i * num_rows, num_rows);
         }
       };

@@ -1,9 +1,9 @@
 // A vector of doubles, loaded from and stored to any parameter dtype.
 //
 // GCC and Clang vector extensions: the same lines become AVX-512, AVX2, SSE2 or NEON, in registers of their own width,
-// according to the target that is in force where this file is included (see kernels.inc for CRL_ISA, CRL_AVX2 and
-// CRL_AVX512). Arithmetic is float64, so every dtype goes through the same loops; AdamW's is its
-// parameters' own.
+// according to the target that is in force where this file is included (see loops.inc for CRL_ISA, CRL_AVX2 and
+// CRL_AVX512). Arithmetic is float64, so every dtype goes through the same loops; only AdamW computes in its
+// parameters' dtype.
 //
 // load<Real>(source) and store(target, value) move one double or kWidth of them, with the same rounding.
 #pragma once
@@ -48,8 +48,8 @@ inline Vector load_bits(const void* source) {
   return vector;
 }
 
-// Conversions. GCC 12 makes several instructions of the generic form, so where there is one instruction it is asked for
-// by name: a dot product of 250,000 bfloat16 elements takes 64 us instead of 126 us (EPYC, AVX2).
+// Conversions. GCC 12 compiles the generic form to several instructions, so the one instruction, where it exists, is
+// called by name: a dot product of 250,000 bfloat16 elements takes 64 us instead of 126 us (EPYC, AVX2).
 #if defined(__SSE2__)
 // 8 bytes in the low half of a register, and back.
 template <class Bits>

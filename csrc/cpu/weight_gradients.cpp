@@ -1,5 +1,4 @@
-// CPU implementation of sample_weight_gradients, whose schema and meaning are in crl_kernels/_ops.py and
-// backends/reference.py.
+// sample_weight_gradients on a CPU. crl_kernels/backends/reference.py defines it.
 
 #include <algorithm>
 #include <cstring>
@@ -13,14 +12,14 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "core/penalty_math.h"
-#include "cpu/kernels.h"
+#include "cpu/loops.h"
 #include "cpu/weight_gradients.h"
 #include "operands.h"
 
 namespace crl {
 namespace {
 
-// Rows of all samples for one tile should fit the second-level cache beside what they are made of.
+// The rows of all samples for one tile should fit the second-level cache beside the operands that they come from.
 constexpr int64_t kTileBytes = 256 * 1024;
 // Partial statistics, added in order at the end, so that results do not depend on the number of threads.
 constexpr int64_t kTasks = 16;
@@ -34,7 +33,7 @@ struct Shape {
   int64_t padded_width() const { return width + 2 * padding_w; }
 };
 
-// Numbers of elements, where a product that int64 does not hold would pass for a small one.
+// A number of elements, checked: a product that overflows int64 would look like a small one.
 int64_t product(std::initializer_list<int64_t> factors) {
   int64_t result = 1;
   for (const int64_t factor : factors) {
@@ -152,7 +151,7 @@ class Packed {
   T* data_;
 };
 
-// Zeros in a block's places of channels that do not exist: an infinite factor has made NaN of the zeros there.
+// Zeros for the channels of a block that do not exist: an infinite factor times their zeros is NaN.
 template <class T>
 void clear_missing(T* block, int64_t num_rows, int64_t num_columns, int64_t columns) {
   if (num_rows == kBlockRows && num_columns == columns) return;
@@ -166,9 +165,9 @@ using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 template <class T>
 Result statistics_of(const Shape& s, const Tensor& input, const Tensor& grad_output,
                      const std::optional<Tensor>& directions, bool with_gram, bool with_squares) {
-  const WeightGradientLoops& loops = weight_gradient_loops();
+  const Loops& loops = chosen_loops();
   const DType dtype = dtype_of(input);
-  const int64_t columns = loops.columns(dtype);
+  const int64_t columns = loops.block_columns(dtype);
   const int64_t numel = product({s.groups * s.out_channels, s.in_channels, s.kernel_h, s.kernel_w});
   const int64_t num_directions = directions ? directions->size(0) : 1;
 
@@ -249,7 +248,7 @@ Result statistics_of(const Shape& s, const Tensor& input, const Tensor& grad_out
                 [&](int64_t from, int64_t to) { tile_directions[k * length + to] = direction_data[k * numel + from]; });
           }
         }
-        loops.statistics(dtype, rows.data(), s.samples, length, statistics);
+        loops.tile_statistics(dtype, rows.data(), s.samples, length, statistics);
         for_each([&](int64_t to, int64_t from) { sum_data[to] = tile_sum[from]; });
         if (with_squares) for_each([&](int64_t to, int64_t from) { squares_data[to] = tile_squares[from]; });
       }

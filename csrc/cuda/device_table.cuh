@@ -1,4 +1,4 @@
-// A segment table and its flat views in device memory, and how a thread finds its elements in it.
+// A segment table and its flat views in device memory, and how a thread locates its elements in it.
 //
 // The flat vector is cut into octets of 8 elements and tiles of 2,048. A block works on a tile at a time and each of
 // its threads on one octet, whatever tensors the elements lie in, so sums do not depend on where tensors begin. Eight
@@ -33,16 +33,16 @@ CRL_HOST_DEVICE inline int64_t entry_of(uintptr_t origin, DType dtype) {
 CRL_HOST_DEVICE inline int64_t origin_of(int64_t entry) { return entry >> 2; }
 CRL_HOST_DEVICE inline DType dtype_of(int64_t entry) { return static_cast<DType>(entry & 3); }
 
-// Where a thread's octet lies: its first flat element, the segment that holds that, and whether it holds all eight.
+// A thread's octet: its first flat element, the segment that holds it, and whether that segment holds all eight.
 struct Place {
   int64_t index;
   int segment;
-  bool whole;
+  bool in_one_segment;
 };
 
-// What kernels see. The index gives, for every window, the segment that holds its first element, and one more for the
-// last element: a window of large tensors needs no search, and one of small tensors a short search in L1. It is that
-// coarse so that it is nothing beside the parameters (3 KiB for 25 million), and few blocks wait for it.
+// The table as kernels see it. The index gives, for every window, the segment that holds its first element, and one
+// more for the last element: a window of large tensors needs no search, and one of small tensors a short search in L1.
+// It is so coarse that its size is negligible (3 KiB for 25 million parameters), and few blocks wait for it.
 struct DeviceTable {
   const int64_t* entries;
   const int64_t* begins;   // of the segments, then the end of the last
@@ -57,7 +57,7 @@ struct DeviceTable {
     return {reinterpret_cast<void*>(origin_of(entry) + index * size_of(dtype)), dtype};
   }
 
-  // The place of this thread's octet. Past the end of the vector it is not whole.
+  // The place of this thread's octet. Past the end of the vector it is not in one segment.
   __device__ Place place(int64_t tile) const {
     const int64_t index = tile * kTile + threadIdx.x * kOctet;
     const int64_t* window = windows + tile / (kWindow / kTile);

@@ -42,7 +42,7 @@ class Launcher {
     return torch::stable::empty(shape, dtype, std::nullopt, device_);
   }
 
-  // As many blocks as the device holds at once, but no more than there is work for, and at least one.
+  // As many blocks as the device holds at once, but at most `work`, and at least one.
   template <class... Parameters>
   int resident_blocks(void (*kernel)(Parameters...), int threads, int64_t work) const {
     int blocks = 0;

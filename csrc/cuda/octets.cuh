@@ -12,12 +12,11 @@
 namespace crl {
 namespace {
 
-// What comes from memory is evicted first: a pass needs it once. Directions are read twice for a value and its
-// gradient, and are kept.
+// kOnce: data that a pass reads once is evicted first. kKeep: directions, which a value and its gradient read twice.
 enum class Caching { kOnce, kKeep };
 
-// Eight elements as they came from memory. They are converted later, so that a thread can ask for several octets before
-// it waits for the first: to Widest, which is float where no tensor of the lists is float64 and double elsewhere. Both
+// Eight elements as they are in memory. They are converted later, so that a thread can load several octets before it
+// waits for the first: to Widest, which is float where no tensor of the lists is float64 and double elsewhere. Both
 // hold every value exactly; arithmetic converts float to float64 one element at a time, in half the registers.
 template <class Widest>
 struct Octet {
@@ -85,8 +84,8 @@ __device__ void store_element(Pointer target, double value) {
   }
 }
 
-// A thread's elements in shared memory, where a loop can index them: an octet in pieces is rare, and unrolled code for
-// it takes registers from the one that is not.
+// A thread's elements in shared memory, where a loop can index them: an octet in several segments is rare, and unrolled
+// code for it takes registers from the common case.
 template <class Widest>
 __device__ Widest& staged(int i) {
   __shared__ Widest elements[kOctet][kThreads];
@@ -98,7 +97,7 @@ template <class Widest, Caching kCaching = Caching::kOnce>
 __device__ Octet<Widest> read(const DeviceTable& table, const View& view, const Place& place, int term = 0) {
   Octet<Widest> octet;
   const Pointer first = table.at(view, term, place.segment, place.index);
-  if (place.whole && aligned(first)) {
+  if (place.in_one_segment && aligned(first)) {
     octet.dtype = first.dtype;
     const char* source = static_cast<const char*>(first.data);
 #pragma unroll
@@ -146,7 +145,7 @@ __device__ void convert(Octet<Widest>& octet) {
 template <class Widest>
 __device__ void write(const DeviceTable& table, const View& view, const Place& place, const Octet<Widest>& values) {
   const Pointer first = table.at(view, 0, place.segment, place.index);
-  if (place.whole && aligned(first)) {
+  if (place.in_one_segment && aligned(first)) {
     Octet<Widest> rounded = values;
     switch (first.dtype) {
       case DType::kFloat64:

@@ -1,5 +1,5 @@
 """The CUDA operators on a machine without a GPU: compiled for the host, threads as fibers, under the same tests, and
-under tests of what only they have: tables on the device, vector accesses, two ways to a value and its gradient."""
+under tests of their own: tables on the device, vector accesses, two ways to compute a value and its gradient."""
 
 import ctypes
 import os
@@ -92,7 +92,7 @@ def parameters(lengths: list[int], dtype: torch.dtype = torch.float32, seed: int
     return [torch.randn(n, generator=generator).to(dtype) for n in lengths]
 
 
-# A pass and its finish are two launches. A table that has to be written is one more for each 500 words, and the index.
+# A pass and its finish are two launches. Writing a table is one more for each 500 words, and one for the index.
 PASS = 2
 TABLE = 2
 
@@ -149,7 +149,7 @@ def test_the_table_not_used_for_longest_is_dropped(device):
 
 @needs_emulation
 def test_a_captured_call_writes_its_own_table(device):
-    """It has to be in the graph, and what the graph's pool holds is no one else's."""
+    """It has to be in the graph, and memory of the graph's pool belongs to the graph alone."""
     theta, u = parameters([100]), parameters([100], seed=1)
     device.set(stream=3)
     assert device.launches(lambda: ops.low_rank_projections(theta, u, 1)) == PASS + TABLE
@@ -300,7 +300,7 @@ def test_places_beyond_two_to_the_31(device):
     begins = [sum(lengths[:i]) for i in range(len(lengths))]
     array = ctypes.c_int64 * len(lengths)
     for tile in (0, 2**31 // 2048 - 1, 2**31 // 2048, 2**32 // 2048 + 1, sum(lengths) // 2048):
-        segments, found = (ctypes.c_int64 * 256)(), (ctypes.c_int64 * 256)()
+        segments, octets = (ctypes.c_int64 * 256)(), (ctypes.c_int64 * 256)()
         device.library.emulated_places(
             ctypes.c_int64(len(lengths)),
             array(*lengths),
@@ -308,7 +308,7 @@ def test_places_beyond_two_to_the_31(device):
             array(*dtypes),
             ctypes.c_int64(tile),
             segments,
-            found,
+            octets,
         )
         for thread in range(256):
             index = 2048 * tile + 8 * thread
@@ -317,4 +317,4 @@ def test_places_beyond_two_to_the_31(device):
                 continue
             segment = max(i for i, begin in enumerate(begins) if begin <= index < begin + lengths[i])
             assert segments[thread] == segment
-            assert found[thread] == addresses[segment] + (index - begins[segment]) * sizes[dtypes[segment]]
+            assert octets[thread] == addresses[segment] + (index - begins[segment]) * sizes[dtypes[segment]]

@@ -71,13 +71,13 @@ def magnitudes(grads: Tensor, direction: Tensor | None) -> list[Tensor]:
     return [size.mean(0), size.square().sum(1), size @ weight, size.square().mean(0)]
 
 
-def assert_as_good_as_plain(found: list[Tensor], grads: Tensor, direction: Tensor | None) -> None:
+def assert_as_good_as_plain(results: list[Tensor], grads: Tensor, direction: Tensor | None) -> None:
     values = grads.double()
     mean = values.mean(0)
     exact = [mean, values.square().sum(1), values @ (mean if direction is None else direction.double()),
              values.square().mean(0)]  # fmt: skip
     sizes = magnitudes(grads, direction)
-    for ours, theirs, truth, size in zip(found, plain(grads, direction), exact, sizes, strict=False):
+    for ours, theirs, truth, size in zip(results, plain(grads, direction), exact, sizes, strict=False):
         assert largest_error(ours, truth, size) <= max(2 * largest_error(theirs, truth, size), least_bound(grads.dtype))
 
 
@@ -100,14 +100,14 @@ def test_statistics(backend, rows, columns, dtype, layout, terms, diagonal, seed
     mean_dtype = reference.mean_dtype(grads.dtype)
     directions = None if terms is None else make(terms, columns, mean_dtype, "contiguous", seed + 1)
     poison()
-    found = backend.sample_gradient_stats(grads, directions, diagonal)
+    results = backend.sample_gradient_stats(grads, directions, diagonal)
     shapes = [(columns,), (rows,), (rows,) if terms is None else (rows, terms), (columns,)]
     dtypes = [mean_dtype, torch.float64, torch.float64, mean_dtype]
-    assert [(t.shape, t.dtype) for t in found] == list(zip(shapes, dtypes, strict=True))[: 3 + diagonal]
+    assert [(t.shape, t.dtype) for t in results] == list(zip(shapes, dtypes, strict=True))[: 3 + diagonal]
     if terms is None:
-        assert_as_good_as_plain(found, grads, None)
+        assert_as_good_as_plain(results, grads, None)
     for k in range(terms or 0):
-        ours = [found[0], found[1], found[2][:, k], *found[3:]]
+        ours = [results[0], results[1], results[2][:, k], *results[3:]]
         assert_as_good_as_plain(ours, grads, directions[k])
 
 
@@ -124,13 +124,13 @@ def test_statistics(backend, rows, columns, dtype, layout, terms, diagonal, seed
 def test_gram(backend, rows, columns, dtype, layout, seed):
     grads = make(rows, columns, DTYPES[dtype], layout, seed)
     poison()
-    found = backend.sample_gram(grads)
-    assert (found.shape, found.dtype) == ((rows, rows), torch.float64)
-    assert torch.equal(found, found.T)
+    gram = backend.sample_gram(grads)
+    assert (gram.shape, gram.dtype) == ((rows, rows), torch.float64)
+    assert torch.equal(gram, gram.T)
     values = grads.double()
     low = grads if grads.dtype == torch.float64 else grads.float()
     exact, size = values @ values.T, values.abs() @ values.abs().T
-    assert largest_error(found, exact, size) <= max(
+    assert largest_error(gram, exact, size) <= max(
         2 * largest_error(low @ low.T, exact, size), least_bound(grads.dtype)
     )
 
@@ -268,7 +268,7 @@ def test_operators_refuse_what_would_read_elsewhere():
             call()
 
 
-@pytest.mark.skipif(registry.INTERPRETED, reason="what is compiled does not depend on what runs the operators")
+@pytest.mark.skipif(registry.INTERPRETED, reason="compiled code does not depend on the operators' backend")
 def test_compile_fullgraph_equals_eager():
     grads = make(6, 50, torch.float32, "contiguous", 0)
 
@@ -276,8 +276,8 @@ def test_compile_fullgraph_equals_eager():
         return *ck.sample_gradient_stats(grads, diagonal=True), *ck.sample_gradient_stats(grads, grads[:2]), \
             ck.sample_gram(grads)  # fmt: skip
 
-    for found, expected in zip(torch.compile(both, fullgraph=True)(grads), both(grads), strict=True):
-        assert torch.equal(found, expected)
+    for result, expected in zip(torch.compile(both, fullgraph=True)(grads), both(grads), strict=True):
+        assert torch.equal(result, expected)
 
 
 @needs_cpu_library

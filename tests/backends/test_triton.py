@@ -32,9 +32,9 @@ needs_interpreter = pytest.mark.skipif(
 if registry.INTERPRETED:
     import triton.language as tl
 
-    from crl_kernels.backends.triton import kernels, operators, tables
+    from crl_kernels.backends.triton import chunks, operands, operators, tables
 
-    @kernels._kernel
+    @chunks.kernel
     def addresses_kernel(
         begins: tl.tensor,
         firsts: tl.tensor,
@@ -47,20 +47,20 @@ if registry.INTERPRETED:
         BLOCK: tl.constexpr,
     ) -> None:
         """The addresses that a program would read, one for each lane and one for the chunk; 0 beyond the end."""
-        whole, first, segment, start, inside = kernels.locate(begins, firsts, numel, chunk.to(tl.int64), BLOCK)
-        lanes = kernels.elements(tl.load(entries + segment * stride), start, CODE, False, BLOCK).to(tl.int64)
-        block = kernels.elements(tl.load(entries + first * stride), start, CODE, True, BLOCK).to(tl.int64)
+        in_one_segment, first, segment, start, inside = chunks.locate(begins, firsts, numel, chunk.to(tl.int64), BLOCK)
+        lanes = chunks.elements(tl.load(entries + segment * stride), start, CODE, False, BLOCK).to(tl.int64)
+        block = chunks.elements(tl.load(entries + first * stride), start, CODE, True, BLOCK).to(tl.int64)
         lane = tl.arange(0, BLOCK)
         tl.store(result + lane, tl.where(inside, lanes, 0))
-        tl.store(result + BLOCK + lane, tl.where(whole, block, 0))
+        tl.store(result + BLOCK + lane, tl.where(in_one_segment, block, 0))
 
 
 @pytest.mark.skipif(registry.INTERPRETED, reason="this is the run that the test below starts")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_operators_and_derivatives():
-    """Of these files all but what is slow here; the bitwise test of lists is below, on less data.
+    """These files without the tests that are slow here; the bitwise test of lists is below, on less data.
 
-    Compilers see operators, not their kernels, so what is compiled is tested where it is not interpreted.
+    Compilers see operators, not their kernels, so compiled code is tested where it is not interpreted.
     """
     files = [str(TESTS / name) for name in TESTED]
     slow = "what_is_written_is_bitwise or drift_is_exact or any_number_of_threads or (gradcheck and rank1)"
@@ -77,8 +77,8 @@ def test_operators_and_derivatives():
 
 @needs_interpreter
 def test_bitwise_the_same_flat_or_in_a_list(monkeypatch):
-    """Sums and what is written, for chunks of 128; pieces begin at any address."""
-    monkeypatch.setattr(kernels, "BLOCK", 128)
+    """Sums and written tensors, for chunks of 128; pieces begin at any address."""
+    monkeypatch.setattr(chunks, "BLOCK", 128)
     generator = torch.Generator().manual_seed(0)
     lengths = [300, 1, 0, 33, 128, 1000, 17, 257]
     flat, u, s = torch.randn(3, sum(lengths), generator=generator)
@@ -134,14 +134,14 @@ def expected_addresses(lengths, pointers, size, chunk, block):
     ],
 )
 def test_tables_of_lengths_beyond_32_bits(lengths, chunks, dtype, size):
-    """Nothing is read: made-up tensors at made-up addresses, and what programs would read."""
+    """Nothing is read: the addresses that programs would read, for made-up tensors at made-up addresses."""
     block = 2**15
     pointers = [2**47 - 2**44 - 16 * i for i in range(len(lengths))]
     place = tables.Place(torch.device("cpu"), 0, False)
-    view = tables._view(tuple(lengths), 1, tuple(lengths), (dtype,) * len(lengths), tuple(pointers), place)
-    begins, firsts = tables._segments(tuple(lengths), block, place)
+    view = tables.write_view(tuple(lengths), 1, tuple(lengths), (dtype,) * len(lengths), tuple(pointers), place)
+    begins, firsts = tables.write_segments(tuple(lengths), block, place)
     assert len(firsts) == -(-sum(lengths) // block) + 1
-    code = tables._DTYPES[dtype][0]
+    code = tables.DTYPES[dtype][0]
     for chunk in (c % (len(firsts) - 1) for c in chunks):
         result = torch.empty(2, block, dtype=torch.int64)
         addresses_kernel[(1,)](
@@ -157,20 +157,20 @@ def test_tables_of_lengths_beyond_32_bits(lengths, chunks, dtype, size):
 @needs_interpreter
 def test_an_unchanged_list_costs_no_copy_and_tables_are_bounded():
     params = [torch.randn(5), torch.randn(3)]
-    first, again = tables.Flat(params), tables.Flat(params)
+    first, again = operands.Flat(params), operands.Flat(params)
     assert first._firsts is again._firsts
     assert first.view(params).entries is again.view(params).entries
     for other in ([params[0], torch.randn(3)], [params[0].to(torch.bfloat16), params[1]]):
         assert first.view(other).entries is not first.view(params).entries
     for length in range(2 * tables.TABLES):
-        tables.Flat([torch.empty(length)]).view([torch.empty(length)])
-    assert tables._cached_view.cache_info().currsize <= tables.TABLES
-    assert tables._cached_segments.cache_info().currsize <= tables.TABLES
+        operands.Flat([torch.empty(length)]).view([torch.empty(length)])
+    assert tables.cached_view.cache_info().currsize <= tables.TABLES
+    assert tables.cached_segments.cache_info().currsize <= tables.TABLES
 
 
 @needs_interpreter
 def test_tables_that_are_written_by_kernels_hold_the_same_words():
-    """What a CUDA-graph capture does in place of a copy."""
+    """A CUDA-graph capture writes tables so, in place of a copy."""
     words = [2**62 + 1, -(2**60) - 7, 0, 3] * 50
     captured, copied = (tables.Place(torch.device("cpu"), 0, capturing).upload(words) for capturing in (True, False))
     assert captured.tolist() == words

@@ -60,11 +60,11 @@ def statistics(rows: Tensor, directions: Tensor | None) -> list[Tensor]:
     return [total, flat.square().sum(1), flat @ u.T, flat @ flat.T, rows.square().sum(0)]
 
 
-def assert_as_good_as_plain(found, input: Tensor, grad_output: Tensor, geometry, directions: Tensor | None) -> None:
+def assert_as_good_as_plain(results, input: Tensor, grad_output: Tensor, geometry, directions: Tensor | None) -> None:
     """Errors in units of the magnitudes that are added; 16-bit operands are float32's business.
 
-    Plain PyTorch may be lucky where there are few elements, so what is expected of n terms in any order is allowed too:
-    sqrt(n) roundings (Higham and Mary, doi 10.1137/18M1226312).
+    Plain PyTorch may be lucky where there are few elements, so the expected error of n terms in any order is allowed
+    too: sqrt(n) roundings (Higham and Mary, doi 10.1137/18M1226312).
     """
     terms = max(1, grad_output.shape[0] * grad_output.shape[2] * grad_output.shape[3])
     allowed = least_bound(input.dtype) * terms**0.5
@@ -75,7 +75,7 @@ def assert_as_good_as_plain(found, input: Tensor, grad_output: Tensor, geometry,
         rows_of(input.double().abs(), grad_output.double().abs(), *geometry),
         None if directions is None else directions.double().abs(),
     )
-    for ours, theirs, truth, magnitude in zip(found, plain, exact, size, strict=True):
+    for ours, theirs, truth, magnitude in zip(results, plain, exact, size, strict=True):
         if ours.numel() > 0:
             assert largest_error(ours, truth, magnitude) <= max(2 * largest_error(theirs, truth, magnitude), allowed)
 
@@ -140,19 +140,19 @@ def test_statistics(
         directions = torch.randn(terms, *weight, generator=generator, dtype=torch.float64).to(sums)
     geometry = (kernel, stride, padding, dilation, groups)
     poison()
-    found = backend.sample_weight_gradients(
+    results = backend.sample_weight_gradients(
         input, grad_output, *map(list, geometry[:4]), groups, directions, gram, squares
     )
     shapes = [weight, (count,), (count, 1 if terms is None else terms), (count, count) if gram else (0, 0)]
     dtypes = [sums, torch.float64, torch.float64, torch.float64, sums]
-    assert [t.dtype for t in found] == dtypes
-    assert [t.shape for t in found] == [*shapes, weight if squares else (0,)]
-    assert all(t.is_contiguous() for t in found)
+    assert [t.dtype for t in results] == dtypes
+    assert [t.shape for t in results] == [*shapes, weight if squares else (0,)]
+    assert all(t.is_contiguous() for t in results)
     if count == 0:
-        assert not found[0].any()
-        assert not found[4].any()
+        assert not results[0].any()
+        assert not results[4].any()
     else:
-        assert_as_good_as_plain(found, input, grad_output, geometry, directions)
+        assert_as_good_as_plain(results, input, grad_output, geometry, directions)
 
 
 @needs_library
@@ -182,10 +182,10 @@ def test_any_number_of_programs_and_tiles(monkeypatch, programs):
         make((3, 40, 3, 4), torch.float32, "contiguous", 0),
         make((3, 20, 4, 3), torch.float32, "contiguous", 1),
     )
-    found = torch.ops.crl_kernels.sample_weight_gradients(
+    results = torch.ops.crl_kernels.sample_weight_gradients(
         input, grad_output, *map(list, geometry[:4]), 1, None, False, True
     )
-    assert_as_good_as_plain(found, input, grad_output, geometry, None)
+    assert_as_good_as_plain(results, input, grad_output, geometry, None)
 
 
 @needs_library
@@ -236,12 +236,12 @@ def test_16_bit_layers_give_float32_statistics(dtype, gram, tokens):
 
     assert gradient(a, b).matrix().dtype == torch.float32
     for directions in (None, u):
-        found, expected = (
+        result, expected = (
             gradient(*x).statistics(Wanted(directions, gram, not tokens)) for x in ((a, b), (a.float(), b.float()))
         )
-        assert found.sum.dtype == torch.float32
+        assert result.sum.dtype == torch.float32
         for name in ("sum", "sq_norms", "projections", "gram", "squares"):
-            ours, theirs = getattr(found, name), getattr(expected, name)
+            ours, theirs = getattr(result, name), getattr(expected, name)
             assert (ours is None) == (theirs is None)
             if ours is not None:
                 torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)

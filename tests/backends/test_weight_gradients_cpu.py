@@ -74,13 +74,13 @@ def statistics(rows: Tensor, u: Tensor | None, gram: bool, squares: bool) -> lis
 
 def assert_as_good_as_plain(backend, a: Tensor, b: Tensor, geometry, groups, u: Tensor | None, gram, squares) -> None:
     poison()
-    found = backend.sample_weight_gradients(a, b, *geometry, groups, u, gram, squares)
+    results = backend.sample_weight_gradients(a, b, *geometry, groups, u, gram, squares)
     count, weight = len(a), (b.shape[1], a.shape[1] // groups, *geometry[0])
     num_directions, side = 1 if u is None else len(u), count if gram else 0
     shapes = [weight, (count,), (count, num_directions), (side, side), weight if squares else (0,)]
     dtypes = [a.dtype, torch.float64, torch.float64, torch.float64, a.dtype]
-    assert [(t.shape, t.dtype) for t in found] == list(zip(shapes, dtypes, strict=True))
-    assert all(t.is_contiguous() for t in found)
+    assert [(t.shape, t.dtype) for t in results] == list(zip(shapes, dtypes, strict=True))
+    assert all(t.is_contiguous() for t in results)
 
     def of(a: Tensor, b: Tensor, u: Tensor | None) -> list[Tensor]:
         rows = reference.sample_weight_gradient_matrix(a, b, *geometry, groups).flatten(1)
@@ -89,18 +89,18 @@ def assert_as_good_as_plain(backend, a: Tensor, b: Tensor, geometry, groups, u: 
     exact = reference.sample_weight_gradients(
         a.double(), b.double(), *geometry, groups, None if u is None else u.double(), gram, squares
     )
-    # With few pixels plain PyTorch may be lucky, so what is expected of n terms one after the other, sqrt(n) roundings,
-    # is allowed too: a run of at most 64 pixels, then the samples. With many pixels it is not lucky.
+    # With few pixels plain PyTorch may be lucky, so the expected error of n terms one after the other, sqrt(n)
+    # roundings, is allowed too: a run of at most 64 pixels, then the samples. With many pixels it is not lucky.
     pixels = b.shape[2] * b.shape[3]
     allowed = least_bound(a.dtype) * (max(1, min(64, pixels) + count) ** 0.5 if pixels <= 256 else 1)
     wanted = [0, 1, 2] + [3] * gram + [4] * squares
     sizes = of(a.double().abs(), b.double().abs(), None if u is None else u.double().abs())
     for i, theirs, size in zip(wanted, of(a, b, u), sizes, strict=True):
         truth = exact[i].reshape(size.shape)
-        ours = largest_error(found[i].reshape(size.shape), truth, size)
+        ours = largest_error(results[i].reshape(size.shape), truth, size)
         assert ours <= max(2 * largest_error(theirs, truth, size), allowed), i
     if gram:
-        assert torch.equal(found[3], found[3].T) or backend is reference
+        assert torch.equal(results[3], results[3].T) or backend is reference
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -160,11 +160,11 @@ def test_the_reference_is_what_autograd_finds_sample_by_sample(inputs, outputs, 
     weight = torch.zeros(groups * outputs, inputs, *geometry[0], dtype=torch.float64, requires_grad=True)
     kernel, stride, padding, dilation = geometry
     b = torch.randn(3, groups * outputs, *output_sizes((7, 6), geometry), generator=generator, dtype=torch.float64)
-    found = reference.sample_weight_gradient_matrix(a, b, kernel, stride, padding, dilation, groups)
+    results = reference.sample_weight_gradient_matrix(a, b, kernel, stride, padding, dilation, groups)
     for i in range(3):
         output = F.conv2d(a[i : i + 1], weight, None, stride, padding, dilation, groups)
         (expected,) = torch.autograd.grad(output, weight, b[i : i + 1])
-        torch.testing.assert_close(found[i], expected)
+        torch.testing.assert_close(results[i], expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -211,15 +211,15 @@ def test_bitwise_the_same_from_run_to_run_and_for_any_number_of_threads(shapes, 
 @pytest.mark.parametrize("in_input", [False, True])
 @pytest.mark.parametrize("sizes", [(5, 7), (40, 13)], ids=str)
 def test_nan_and_inf_reach_their_results_and_no_other(backend, bad, in_input, sizes):
-    """Beside channels that fill no whole vector."""
+    """Beside channels that do not fill a vector."""
     operands = [torch.full((3, channels, 4, 4), 0.5) for channels in sizes]
     operands[0 if in_input else 1][1, 3, 2, 2] = bad
     u = torch.ones(2, sizes[1], sizes[0], 1, 1)
-    found = backend.sample_weight_gradients(*operands, *ONE, 1, u, True, True)
+    results = backend.sample_weight_gradients(*operands, *ONE, 1, u, True, True)
     expected = reference.sample_weight_gradients(*(t.double() for t in operands), *ONE, 1, u.double(), True, True)
-    for ours, truth in zip(found, expected, strict=True):
+    for ours, truth in zip(results, expected, strict=True):
         torch.testing.assert_close(ours.double(), truth, equal_nan=True)
-    assert found[1].isfinite().tolist() == [True, False, True]
+    assert results[1].isfinite().tolist() == [True, False, True]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -237,10 +237,10 @@ def test_nan_and_inf_reach_their_results_and_no_other(backend, bad, in_input, si
 def test_statistics_of_nothing_are_zero(backend, input, output):
     u = torch.ones(2, output[1], input[1], 1, 1)
     poison()
-    found = backend.sample_weight_gradients(torch.ones(input), torch.ones(output), *ONE, 1, u, True, True)
+    results = backend.sample_weight_gradients(torch.ones(input), torch.ones(output), *ONE, 1, u, True, True)
     weight, count = (output[1], input[1], 1, 1), input[0]
-    assert [t.shape for t in found] == [weight, (count,), (count, 2), (count, count), weight]
-    assert not any(t.any() for t in found)
+    assert [t.shape for t in results] == [weight, (count,), (count, 2), (count, count), weight]
+    assert not any(t.any() for t in results)
 
 
 ARGUMENTS = {
@@ -318,8 +318,8 @@ def test_compile_fullgraph_equals_eager(dtype, directions):
         geometry = tuple(list(pair) for pair in SAME)
         return *operator(a, b, *geometry, 1, u, True, True), *operator(a, b, *geometry, 1, u, False, False)
 
-    for found, expected in zip(torch.compile(both, fullgraph=True)(a, b), both(a, b), strict=True):
-        assert torch.equal(found, expected)
+    for result, expected in zip(torch.compile(both, fullgraph=True)(a, b), both(a, b), strict=True):
+        assert torch.equal(result, expected)
 
 
 @needs_cpu_library

@@ -36,7 +36,7 @@ def build_core(tmp_path_factory):
         shared = shared.parent  # one build for all workers
     paths = (CSRC, Path(torch.__file__).parent / "include", pybind11.get_include(), sysconfig.get_path("include"))
     includes = [f"-I{path}" for path in paths]
-    sources = [HERE / "crl_core.cpp", CSRC / "cpu" / "dispatch.cpp", *sorted((CSRC / "cpu").glob("kernels_*.cpp"))]
+    sources = [HERE / "crl_core.cpp", CSRC / "cpu" / "dispatch.cpp", *sorted((CSRC / "cpu").glob("loops_*.cpp"))]
 
     def build(name: str, *options: str) -> Path:
         folder = shared / name

@@ -16,10 +16,10 @@
 #include <utility>
 #include <vector>
 
+#include "core/adamw_math.h"
 #include "core/penalty_math.h"
 #include "core/segments.h"
-#include "cpu/kernels.h"
-#include "cpu/weight_gradients.h"
+#include "cpu/loops.h"
 
 namespace py = pybind11;
 
@@ -44,7 +44,7 @@ DType dtype_of(const py::dtype& dtype) {
 
 Pointer pointer(const py::array& array) { return {const_cast<void*>(array.data()), dtype_of(array.dtype())}; }
 
-// An argument of a loop, made from what Python gives.
+// An argument of a loop, from a Python object.
 template <class T>
 struct Argument {
   using Python = T;
@@ -102,20 +102,33 @@ Walk walk(const std::array<int64_t, 4>& steps) { return {steps[0], steps[1], ste
 
 void* data_or_null(const std::optional<py::array>& array) { return array ? pointer(*array).data : nullptr; }
 
-void add_loops(const WeightGradientLoops& table, py::dict& dict) {
-  dict["columns"] = py::cpp_function([table](const py::dtype& dtype) { return table.columns(dtype_of(dtype)); });
+py::dict loops_by_name(const Loops& loops) {
+  py::dict dict;
+  dict["dot"] = loop(loops.dot);
+  dict["combine"] = loop(loops.combine);
+  dict["quadratic"] = loop(loops.quadratic);
+  dict["quadratic_gradient"] = loop(loops.quadratic_gradient);
+  dict["shrink"] = loop(loops.shrink);
+  dict["adamw"] = loop(loops.adamw);
+  dict["low_rank_adamw"] = loop(loops.low_rank_adamw);
+  dict["diagonal_adamw"] = loop(loops.diagonal_adamw);
+  dict["sample_sums"] = loop(loops.sample_sums);
+  dict["sample_dots"] = loop(loops.sample_dots);
+  dict["divide"] = loop(loops.divide);
+  dict["block_columns"] =
+      py::cpp_function([&loops](const py::dtype& dtype) { return loops.block_columns(dtype_of(dtype)); });
   dict["correlate"] =
-      py::cpp_function([table](const py::array& rows, const std::array<int64_t, 4>& row_steps, const py::array& columns,
-                               const std::array<int64_t, 4>& column_steps, int64_t height, int64_t width, int64_t ky,
-                               int64_t kx, const py::array& block) {
-        table.correlate(pointer(rows).dtype, rows.data(), walk(row_steps), columns.data(), walk(column_steps), height,
+      py::cpp_function([&loops](const py::array& rows, const std::array<int64_t, 4>& row_steps,
+                                const py::array& columns, const std::array<int64_t, 4>& column_steps, int64_t height,
+                                int64_t width, int64_t ky, int64_t kx, const py::array& block) {
+        loops.correlate(pointer(rows).dtype, rows.data(), walk(row_steps), columns.data(), walk(column_steps), height,
                         width, ky, kx, pointer(block).data);
       });
-  dict["statistics"] =
-      py::cpp_function([table](const py::array& rows, int64_t samples, int64_t length, const py::array& sq_norms,
-                               const py::array& projections, const std::optional<py::array>& gram,
-                               const std::optional<py::array>& directions, int64_t num_directions, const py::array& sum,
-                               const std::optional<py::array>& sum_of_squares) {
+  dict["tile_statistics"] =
+      py::cpp_function([&loops](const py::array& rows, int64_t samples, int64_t length, const py::array& sq_norms,
+                                const py::array& projections, const std::optional<py::array>& gram,
+                                const std::optional<py::array>& directions, int64_t num_directions,
+                                const py::array& sum, const std::optional<py::array>& sum_of_squares) {
         const TileStatistics result = {Argument<double*>(sq_norms).value,
                                        Argument<double*>(projections).value,
                                        Argument<double*>(gram).value,
@@ -123,40 +136,36 @@ void add_loops(const WeightGradientLoops& table, py::dict& dict) {
                                        num_directions,
                                        pointer(sum).data,
                                        data_or_null(sum_of_squares)};
-        table.statistics(pointer(rows).dtype, rows.data(), samples, length, result);
+        loops.tile_statistics(pointer(rows).dtype, rows.data(), samples, length, result);
       });
-}
-
-py::dict loops(const Kernels& table, const WeightGradientLoops& weight_gradient_table) {
-  py::dict dict;
-  dict["dot"] = loop(table.dot);
-  dict["combine"] = loop(table.combine);
-  dict["quadratic"] = loop(table.quadratic);
-  dict["quadratic_gradient"] = loop(table.quadratic_gradient);
-  dict["shrink"] = loop(table.shrink);
-  dict["adamw"] = loop(table.adamw);
-  dict["low_rank_adamw"] = loop(table.low_rank_adamw);
-  dict["diagonal_adamw"] = loop(table.diagonal_adamw);
-  dict["sample_sums"] = loop(table.sample_sums);
-  dict["sample_dots"] = loop(table.sample_dots);
-  dict["divide"] = loop(table.divide);
-  add_loops(weight_gradient_table, dict);
   return dict;
 }
 
-// The loops of every instruction set that this processor runs, by name: kernels() is the last of them.
+// The loops of every instruction set that this processor runs, by name: chosen_loops() is the last of them.
 py::dict runnable_loops() {
-  using Tables = std::pair<const Kernels*, const WeightGradientLoops*>;
-  std::vector<Tables> sets = {{&baseline::kernels, &baseline::weight_gradient_loops}};
+  std::vector<const Loops*> tables = {&baseline::loops};
 #if defined(__x86_64__)
-  sets.insert(sets.end(),
-              {{&avx2::kernels, &avx2::weight_gradient_loops}, {&avx512::kernels, &avx512::weight_gradient_loops}});
+  tables.insert(tables.end(), {&avx2::loops, &avx512::loops});
 #endif
   py::dict dict;
-  for (const auto& [table, weight_gradient_table] : sets) {
-    dict[table->name] = loops(*table, *weight_gradient_table);
-    if (table == &kernels()) break;
+  for (const Loops* table : tables) {
+    dict[table->name] = loops_by_name(*table);
+    if (table == &chosen_loops()) break;
   }
+  return dict;
+}
+
+// The columns of AdamW's settings, by name.
+py::dict settings_columns() {
+  py::dict dict;
+  dict["factor"] = int64_t{kFactor};
+  dict["beta1"] = int64_t{kBeta1};
+  dict["beta2"] = int64_t{kBeta2};
+  dict["decay"] = int64_t{kDecay};
+  dict["step_size"] = int64_t{kStepSize};
+  dict["root_scale"] = int64_t{kRootScale};
+  dict["eps"] = int64_t{kEps};
+  dict["share"] = int64_t{kShare};
   return dict;
 }
 
@@ -184,6 +193,8 @@ PYBIND11_MODULE(crl_core, m) {
   m.attr("BLOCK_ROWS") = kBlockRows;
   m.def("sample_columns", &sample_columns);
   m.attr("LOOPS") = runnable_loops();
+  m.attr("SETTINGS") = settings_columns();
+  m.attr("NUM_SETTINGS") = int64_t{kSettings};
   m.def("proximal_weight", [](double fisher, double strength) { return proximal_weight(fisher, strength); });
   m.def("ordered_sum", [](const py::array& values, int64_t count, int64_t stride) {
     return ordered_sum(Argument<double*>(values).value, count, stride);

@@ -1,14 +1,16 @@
 """The loops over one piece, for every instruction set that this processor runs.
 
 Most cases are small multiples of 1/8, for which every float64 product and sum below is exact: then fused, unfused and
-reordered arithmetic must all give the same bits, and only the rounding to the target's dtype is left to compare.
+reordered arithmetic must all give the same bits, and only the rounding to the target's dtype remains to compare.
 
 Every input ends where its allocation ends, and so does every other target, so that AddressSanitizer sees an access one
 element too far; the other targets end in elements that must stay as they are.
 """
 
+import ast
 from fractions import Fraction
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -188,8 +190,28 @@ def test_shrink(loops, dtype, state_dtype):
         assert theta.holds(after[:n]), (n, offset)
 
 
-# A row of AdamW's settings: factor, beta1, beta2, decay, step_size, root_scale, eps, share.
-SETTINGS = np.array([0.7, 0.9, 0.99, 0.999, 0.01, 1.3, 1e-3, 0.6])
+SETTINGS = {
+    "factor": 0.7,
+    "beta1": 0.9,
+    "beta2": 0.99,
+    "decay": 0.999,
+    "step_size": 0.01,
+    "root_scale": 1.3,
+    "eps": 1e-3,
+    "share": 0.6,
+}
+SHARE = SETTINGS["share"]
+
+
+def test_columns_of_settings(core):
+    """In C++, here, and in AdamWSettings, whose file is only parsed, because the sanitizers' run has no torch."""
+    assert {name: column for column, name in enumerate(SETTINGS)} == core.SETTINGS
+    assert len(SETTINGS) == core.NUM_SETTINGS
+    reference = Path(__file__).parents[2] / "crl_kernels" / "backends" / "reference.py"
+    [row] = [node for node in ast.parse(reference.read_text()).body if getattr(node, "name", "") == "AdamWSettings"]
+    assert [field.target.id for field in row.body if isinstance(field, ast.AnnAssign)] == [*SETTINGS]
+
+
 adamw_dtypes = pytest.mark.parametrize(
     ("dtype", "gradient_dtype"),
     [("float32", "float32"), ("float32", "bfloat16"), ("float32", "float16"), ("float64", "float64")],
@@ -206,7 +228,7 @@ def adamw_outputs(inputs: list[np.ndarray], start: np.ndarray, pull: np.ndarray)
     """theta, m and v after a step, one operation after the other in theta's own arithmetic."""
     theta, gradient, m, v = inputs
     real = theta.dtype.type
-    factor, beta1, beta2, decay, step_size, root_scale, eps, _ = SETTINGS
+    factor, beta1, beta2, decay, step_size, root_scale, eps, _ = SETTINGS.values()
     g = real(factor) * widen(gradient).astype(real) + pull
     first = m + real(1 - beta1) * (g - m)
     second = real(beta2) * v + real(1 - beta2) * g * g
@@ -219,7 +241,7 @@ def adamw_slices(inputs: list[np.ndarray], n: int, offset: int, tail: int) -> li
 
 
 def piece_of(slices: list[Slice]) -> list[np.ndarray]:
-    return [*(each.elements for each in slices), Slice(SETTINGS, 0).elements]
+    return [*(each.elements for each in slices), Slice(np.array([*SETTINGS.values()]), 0).elements]
 
 
 @adamw_dtypes
@@ -229,8 +251,8 @@ def test_adamw(loops, dtype, gradient_dtype):
     for n, _, offset, tail in fewer_placements():
         theta, gradient, m, v = adamw_slices(inputs, n, offset, tail)
         loops["adamw"](piece_of([theta, gradient, m, v]), n)
-        for found, expected in zip((theta, m, v), after, strict=True):
-            assert found.holds(expected[:n]), (n, offset)
+        for target, expected in zip((theta, m, v), after, strict=True):
+            assert target.holds(expected[:n]), (n, offset)
         assert gradient.holds(inputs[1][:n])
 
 
@@ -241,13 +263,13 @@ def test_low_rank_adamw(core, loops, dtype, gradient_dtype, terms, decoupled):
     """The step in theta's arithmetic, and lanes as test_dot has them, of theta as it is written."""
     inputs, real = adamw_inputs(dtype, gradient_dtype), DTYPES[dtype]
     u = [anywhere(other_dtype, 40 + k, max(LENGTHS)) for k, other_dtype in enumerate(terms)]
-    c, share = np.linspace(-0.3, 0.4, len(terms)), SETTINGS[7]
+    c = np.linspace(-0.3, 0.4, len(terms))
     if len(terms) == 1:
-        pull = real(share * c[0]) * widen(u[0]).astype(real)
+        pull = real(SHARE * c[0]) * widen(u[0]).astype(real)
     else:
         total = np.empty(max(LENGTHS), real)
         loops["combine"](total, u, c, len(terms), total.size, True)
-        pull = real(share) * total
+        pull = real(SHARE) * total
     nothing = pull * 0
     after = adamw_outputs(inputs, inputs[0] + (pull if decoupled else 0), nothing if decoupled else pull)
     before = np.arange(len(terms) * core.LANES) / 8
@@ -256,8 +278,8 @@ def test_low_rank_adamw(core, loops, dtype, gradient_dtype, terms, decoupled):
         directions, lanes = slices(u, n), Slice(before, 0)
         piece = piece_of([theta, gradient, m, v])
         loops["low_rank_adamw"](piece, directions, c, len(terms), decoupled, index, n, lanes.elements)
-        for found, expected in zip((theta, m, v), after, strict=True):
-            assert found.holds(expected[:n]), (n, offset)
+        for target, expected in zip((theta, m, v), after, strict=True):
+            assert target.holds(expected[:n]), (n, offset)
         expected_lanes = before.copy()
         loops["dot"](after[0][:n].copy(), directions, len(terms), index, n, expected_lanes)
         assert lanes.holds(expected_lanes), (n, offset)
@@ -271,9 +293,9 @@ def test_diagonal_adamw(core, loops, dtype, gradient_dtype, state_dtype, decoupl
     inputs, real = adamw_inputs(dtype, gradient_dtype), DTYPES[dtype]
     fisher, anchor = np.abs(anywhere(state_dtype, 34, max(LENGTHS))), anywhere(state_dtype, 35, max(LENGTHS))
     start, nothing = inputs[0].copy(), inputs[0] * 0
-    loops["shrink"](start, fisher, anchor, start.size, SETTINGS[7])
+    loops["shrink"](start, fisher, anchor, start.size, SHARE)
     slope = widen(fisher) * (widen(inputs[0]) - widen(anchor))
-    pull = (SETTINGS[7] * slope).astype(real)
+    pull = (SHARE * slope).astype(real)
     after = adamw_outputs(inputs, start, nothing) if decoupled else adamw_outputs(inputs, inputs[0], pull)
     before = np.arange(core.LANES) / 8
     for n, index, offset, tail in fewer_placements():
@@ -281,25 +303,25 @@ def test_diagonal_adamw(core, loops, dtype, gradient_dtype, state_dtype, decoupl
         state, lanes = slices([fisher, anchor], n), Slice(before, 0)
         piece = piece_of([theta, gradient, m, v])
         loops["diagonal_adamw"](piece, *state, decoupled, index, n, lanes.elements)
-        for found, expected in zip((theta, m, v), after, strict=True):
-            assert found.holds(expected[:n]), (n, offset)
+        for target, expected in zip((theta, m, v), after, strict=True):
+            assert target.holds(expected[:n]), (n, offset)
         expected_lanes = before.copy()
         loops["quadratic"](inputs[0][:n].copy(), *state, index, n, expected_lanes)
         assert lanes.holds(expected_lanes), (n, offset)
 
 
-# Any float64 values: what the arithmetic may cost.
+# Any float64 values: the largest error that the arithmetic may have.
 
 
 def fractions(elements: np.ndarray) -> list[Fraction]:
     return [Fraction(value) for value in widen(elements).tolist()]
 
 
-def between(found: np.ndarray, exact: list[Fraction], doubt: list[Fraction], dtype: str) -> bool:
+def between(rounded: np.ndarray, exact: list[Fraction], doubt: list[Fraction], dtype: str) -> bool:
     """Whether each element is a rounding of some number within ``doubt`` of the exact one."""
     lowest = narrow(np.array([float(e - d) for e, d in zip(exact, doubt, strict=True)]), dtype)
     highest = narrow(np.array([float(e + d) for e, d in zip(exact, doubt, strict=True)]), dtype)
-    return bool(np.all((widen(lowest) <= widen(found)) & (widen(found) <= widen(highest))))
+    return bool(np.all((widen(lowest) <= widen(rounded)) & (widen(rounded) <= widen(highest))))
 
 
 @dtype
@@ -431,11 +453,11 @@ def convert(loops, elements: np.ndarray, dtype: str, step: int) -> np.ndarray:
     return target
 
 
-def same(found: np.ndarray, expected: np.ndarray) -> bool:
+def same(elements: np.ndarray, expected: np.ndarray) -> bool:
     """Bit by bit, except that a NaN may be any NaN."""
-    found64, expected64 = widen(found), widen(expected)
+    elements64, expected64 = widen(elements), widen(expected)
     nan = np.isnan(expected64)
-    return bool(np.array_equal(np.isnan(found64), nan) and found[~nan].tobytes() == expected[~nan].tobytes())
+    return bool(np.array_equal(np.isnan(elements64), nan) and elements[~nan].tobytes() == expected[~nan].tobytes())
 
 
 def all_elements(dtype: str) -> np.ndarray:

@@ -74,5 +74,5 @@ def test_ordered_sum_adds_in_index_order(core, values, stride):
     expected = 0.0
     for value in values:
         expected += value
-    found = core.ordered_sum(spread, len(values), stride)
-    assert found == expected or (math.isnan(found) and math.isnan(expected))
+    total = core.ordered_sum(spread, len(values), stride)
+    assert total == expected or (math.isnan(total) and math.isnan(expected))

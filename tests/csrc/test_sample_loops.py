@@ -23,7 +23,7 @@ def blocks():
 
 
 def block_of(dtype: str, rows: int, n: int, stride: int, offset: int) -> tuple[np.ndarray, np.ndarray]:
-    """(rows as the loops take them, (rows, n) float64); what lies between the rows is a known pattern of large size."""
+    """(rows as the loops take them, (rows, n) float64); between the rows is a known pattern of large numbers."""
     elements = np.empty((rows - 1) * stride + n, DTYPES[dtype])
     elements.view(np.uint8).fill(0x5A)
     matrix = np.stack([eighths(dtype, 40 + i)[:n] for i in range(rows)])
@@ -75,7 +75,7 @@ def test_sample_dots(loops, dtype, in_float64, terms):
 
 @dtype
 def test_sums_in_float32_are_short(core, loops, dtype):
-    """Of any values: 32 roundings of float32 and those of the tree at most."""
+    """For any values: at most 32 roundings of float32 and those of the tree."""
     rows, n = 8, 40_000
     matrix = np.stack([anywhere(dtype, 200 + i, n) for i in range(rows)])
     values = widen(matrix)
@@ -102,9 +102,9 @@ def test_nan_and_infinity_reach_their_results_and_no_other(core, loops, in_float
     sums, squares, norms, dots = np.zeros(room), np.zeros(room), np.zeros(rows), np.zeros(rows)
     loops["sample_sums"](matrix, n, rows, n, 0, in_float64, sums, squares, norms)
     loops["sample_dots"](matrix, n, rows, np.ones(n, np.float32), n, 1, n, 0, in_float64, dots, 1)
-    for found, place in ((sums[:n], at), (squares[:n], at), (norms, 4), (dots, 4)):
-        assert np.array_equal(found[place], bad, equal_nan=True)
-        assert np.isfinite(np.delete(found, place)).all()
+    for results, place in ((sums[:n], at), (squares[:n], at), (norms, 4), (dots, 4)):
+        assert np.array_equal(results[place], bad, equal_nan=True)
+        assert np.isfinite(np.delete(results, place)).all()
 
 
 @dtype
@@ -128,7 +128,7 @@ def integers(shape: tuple[int, ...], dtype: type, seed: int) -> np.ndarray:
 @pytest.mark.parametrize("dilation", [(1, 1), (3, 2)], ids=str)
 def test_correlate(core, loops, real, input_in_rows, stride, dilation):
     """Images of one pixel, of fewer and of more pixels than a run, in a row and in many, and of none."""
-    columns = loops["columns"](np.dtype(real))
+    columns = loops["block_columns"](np.dtype(real))
     kernel = (2, 3)
     for seed, (height, width) in enumerate(
         [(1, 1), (3, 5), (9, 7), (1, 200), (200, 1), (13, 64), (5, 65), (0, 3), (3, 0)]
@@ -161,7 +161,7 @@ def test_correlate(core, loops, real, input_in_rows, stride, dilation):
 @pytest.mark.parametrize("squares", [False, True])
 def test_statistics_of_a_tile(loops, real, directions, gram, squares):
     for samples in (0, 1, 2, 3, 4, 5, 7, 8, 9, 33):
-        length = loops["columns"](np.dtype(real)) * (1, 5, 12)[samples % 3]
+        length = loops["block_columns"](np.dtype(real)) * (1, 5, 12)[samples % 3]
         rows = integers((samples, length), real, samples)
         u = integers((directions, length), real, 90) if directions else None
         count = 1 if directions is None else directions
@@ -169,7 +169,7 @@ def test_statistics_of_a_tile(loops, real, directions, gram, squares):
         products = np.full((samples, samples), 0.5) if gram else None
         total = Slice(np.full(length, np.nan, real), samples % 8, 3)
         total_squares = Slice(np.full(length, np.nan, real), samples % 8, 3)
-        loops["statistics"](
+        loops["tile_statistics"](
             rows,
             samples,
             length,

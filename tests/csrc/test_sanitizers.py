@@ -15,7 +15,7 @@ OPTIONS = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all",
 
 pytestmark = pytest.mark.sanitizers
 
-# One faulty call each, and what the sanitizer says about it.
+# One faulty call each, and the sanitizer's message about it.
 FAULTS = {
     "address": (
         "import numpy as np; core.LOOPS['baseline']['combine'](np.zeros(1), [np.zeros(2)], np.ones(1), 1, 2, False)",

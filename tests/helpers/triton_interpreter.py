@@ -1,8 +1,8 @@
 """Makes Triton's interpreter round to bfloat16 as GPUs do, to the nearest, ties to even (it truncates), multiply
-matrices of bfloat16 as what they are (it takes their bits for integers), and programs larger or fewer, because each
-costs it 10 ms.
+matrices of bfloat16 as such (it takes their bits for integers), and run larger or fewer programs, because each costs
+it 10 ms.
 
-This reaches into Triton, so it is for tests only. It fails loudly where a version of Triton has moved what it replaces.
+This changes Triton's internals, so it is for tests only. It raises an error where a version of Triton lacks them.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-from crl_kernels.backends.triton import kernels, weight_gradients
+from crl_kernels.backends.triton import chunks, weight_gradients
 
 _convert = interpreter._convert_float
 
@@ -41,5 +41,5 @@ def _create_dot(self: Any, a: Any, b: Any, *arguments: Any) -> Any:
 
 interpreter._convert_float = _convert_float
 interpreter.InterpreterBuilder.create_dot = _create_dot
-kernels.BLOCK = 4096
+chunks.BLOCK = 4096
 weight_gradients.PROGRAMS = 4

@@ -1,20 +1,19 @@
-"""The operators over a matrix of per-sample gradients, in Triton. Schemas are in ``_ops.py``, meanings in
-``reference.py``. Grids depend on the matrix's shape alone, so results do not depend on the GPU's size."""
+"""The operators over a matrix of per-sample gradients, in Triton. ``reference.py`` defines them.
+Grids depend on the matrix's shape alone, so results do not depend on the GPU's size."""
 
 import torch
 from torch import Tensor
 
-from . import kernels
-from . import sample_matrix_kernels as matrix_kernels
-from .tables import check
+from . import sample_matrix_kernels
+from .chunks import NUM_WARPS
+from .reductions import finish
+from .tables import DTYPES, check
 
 TILE = 4096  # elements of a tile: 16 for each of 256 threads
 ROWS = 256  # at most, in a tile
-COLUMNS = 1024  # at least, of a program whose rows fit one tile: what partial sums cost is 1/512 of the matrix
+COLUMNS = 1024  # at least, of a program whose rows fit one tile: partial sums cost 1/512 of the matrix
 TERMS = 16  # directions that are projected on in one read
 GROUP = 64  # rows of the Gram matrix that a program takes on either side
-LANES = 2048  # partial sums that the second stage adds at once
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def _next_power_of_2(n: int) -> int:
@@ -22,18 +21,10 @@ def _next_power_of_2(n: int) -> int:
 
 
 def _matrix(grads: Tensor) -> Tensor:
-    """Itself, or a copy where the columns are not adjacent."""
+    """``grads``, or a copy where its columns are not adjacent."""
     check(grads.dim() == 2 and grads.shape[0] > 0, "expected an (N, P) matrix with N > 0")
-    check(grads.dtype in _DTYPES, "expected float32, float64, bfloat16 or float16 tensors")
+    check(grads.dtype in DTYPES, "expected float32, float64, bfloat16 or float16 tensors")
     return grads if grads.shape[1] < 2 or grads.stride(1) == 1 else grads.contiguous()
-
-
-def finish(partial: Tensor, result: Tensor) -> None:
-    """result = partial.sum(-1), in order."""
-    if result.numel() > 0:
-        kernels.finish_kernel[(result.numel(),)](
-            partial, partial.shape[-1], result, LANES=LANES, num_warps=kernels.NUM_WARPS
-        )
 
 
 def stats_constants(num_rows: int) -> dict[str, int | bool]:
@@ -66,12 +57,12 @@ def sample_gradient_stats(grads: Tensor, directions: Tensor | None, diagonal: bo
         squares = grads.new_empty(num_columns if diagonal else 0, dtype=dtype)
         sq_norms = grads.new_empty(num_rows, dtype=torch.float64)
         norms = grads.new_empty(num_rows, programs, dtype=torch.float64)
-        found = []
+        parts = []
         for first in range(0, max(num_terms, 1), TERMS):
             terms = min(TERMS, num_terms - first)
             dots = grads.new_empty(num_rows, terms, programs, dtype=torch.float64)
             if programs > 0:
-                matrix_kernels.stats_kernel[(programs,)](
+                sample_matrix_kernels.stats_kernel[(programs,)](
                     matrix,
                     matrix.stride(0),
                     num_rows,
@@ -87,12 +78,11 @@ def sample_gradient_stats(grads: Tensor, directions: Tensor | None, diagonal: bo
                     DIAGONAL=diagonal,
                     TERMS=_next_power_of_2(terms),
                     **constants,
-                    num_warps=kernels.NUM_WARPS,
+                    num_warps=NUM_WARPS,
                 )
-            found.append(grads.new_empty(num_rows, terms, dtype=torch.float64))
-            finish(dots, found[-1])
+            parts.append(finish(dots, grads.new_empty(num_rows, terms, dtype=torch.float64)))
         finish(norms, sq_norms)
-        projections = found[0] if len(found) == 1 else torch.cat(found, 1)
+        projections = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         results = [mean, sq_norms, projections.squeeze(1) if directions is None else projections]
         return [*results, squares] if diagonal else results
 
@@ -123,7 +113,7 @@ def sample_gram(grads: Tensor) -> Tensor:
         groups = -(-num_rows // int(constants["BLOCK_N"]))
         partial = grads.new_empty(num_rows, num_rows, programs, dtype=torch.float64)
         if programs > 0:
-            matrix_kernels.gram_kernel[(groups * groups * programs,)](
+            sample_matrix_kernels.gram_kernel[(groups * groups * programs,)](
                 matrix,
                 matrix.stride(0),
                 num_rows,

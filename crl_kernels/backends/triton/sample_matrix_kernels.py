@@ -1,7 +1,7 @@
 """The Triton kernels over a matrix (N, P) of per-sample gradients. Operators in ``sample_matrix.py`` launch them.
 
-A program takes a run of BLOCKS blocks of BLOCK_P columns, and of each block all rows, BLOCK_N at a time. Its sums go to
-a place of its own, and ``finish_kernel`` of ``kernels.py`` adds those in order: no atomics, so results are bitwise the
+A program reads a run of BLOCKS blocks of BLOCK_P columns, and all rows of each block, BLOCK_N at a time. It has its own
+place for its sums, and ``finish_kernel`` adds the programs' sums in order: no atomics, so results are bitwise the
 same from run to run. Where all rows fit one tile, it stays in registers between the column sums and the projections;
 where they do not, it is read a second time, from the cache.
 """

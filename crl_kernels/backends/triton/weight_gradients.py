@@ -1,6 +1,6 @@
-"""Per-sample weight gradients of convolutions, and of linear layers as convolutions, in Triton. The schema is in
-``_ops.py``, the meaning in ``reference.py``. Grids depend on shapes alone, so results do not depend on the GPU's size.
-Nothing here has run on a GPU yet: tile sizes follow from arithmetic and from what compilers report."""
+"""Per-sample weight gradients of convolutions, and of linear layers as convolutions, in Triton. ``reference.py``
+defines the operator. Grids depend on shapes alone, so results do not depend on the GPU's size. Nothing here has run on
+a GPU yet: tile sizes follow from arithmetic and from compilers' reports."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from . import weight_gradient_kernels as weight_kernels
-from .sample_matrix import finish
+from . import weight_gradients_kernels
+from .reductions import finish
 from .tables import check
 
 # Registers of a program's 128 threads, for a tile of 64 by 128: 64 each for a sample's gradient, 64 for the sum, and
@@ -182,21 +182,21 @@ class _Sweep:
         self._run_length = max(1, -(-g.samples // runs))
         self.runs = -(-g.samples // self._run_length)
         rows_join = _rows_join(grad_output)
-        of_pixels = g.offsets == 1 and g.stride == (1, 1) and g.padding == (0, 0)
+        pixelwise = g.offsets == 1 and g.stride == (1, 1) and g.padding == (0, 0)
         self._constants["GRAD_ROWS_JOIN"] = rows_join
         self._constants["INPUT_ROWS_JOIN"] = (
-            of_pixels and (g.height, g.width) == (g.out_height, g.out_width) and _rows_join(self._input)
+            pixelwise and (g.height, g.width) == (g.out_height, g.out_width) and _rows_join(self._input)
         )
 
     def run(self, directions: Tensor | None, sums: Tensor | None, squares: Tensor, norms: Tensor, dots: Tensor) -> None:
-        """directions: (K, O, J) float32; dots: (N, K, tiles). sums and norms are left alone where sums is None."""
+        """directions: (K, O, J) float32; dots: (N, K, tiles). Without sums, sums and norms are not written."""
         g = self._geometry
         if self.tiles * self.runs == 0:
             return
         constants = self._constants
         if sums is None:  # with 64 pixels, addresses and a direction's 64 registers beside a gradient's would spill
             constants = constants | {"BLOCK_P": min(32, int(constants["BLOCK_P"]))}
-        weight_kernels.weight_gradient_kernel[(self.tiles * self.runs,)](
+        weight_gradients_kernels.weight_gradient_kernel[(self.tiles * self.runs,)](
             self._input,
             self._grad_output,
             *(self._input.stride(d) for d in range(4)),
@@ -237,7 +237,7 @@ def _sum_runs(sums: Tensor, runs: int, g: Geometry) -> Tensor:
     result = sums.new_empty(g.groups * g.out_channels, g.in_channels, *g.kernel)
     if g.numel > 0:
         blocks = -(-g.in_channels * g.offsets // SUM_COLUMNS)
-        weight_kernels.sum_kernel[(g.groups * g.out_channels * blocks,)](
+        weight_gradients_kernels.sum_kernel[(g.groups * g.out_channels * blocks,)](
             sums, runs, g.numel, g.in_channels, g.offsets, result, BLOCK=SUM_COLUMNS, num_warps=4
         )
     return result
@@ -255,14 +255,14 @@ def sample_weight_gradients(
     gram: bool,
     squares: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """float64 operands and the Gram matrix are left to the reference, which has the matrix of all g_i in memory.
+    """float64 operands and the Gram matrix go to the reference, which has the matrix of all g_i in memory.
 
     A sample's gradient and sums over a run of samples are added in float32, the rest in float64; squares are float32,
     so a norm beyond its range becomes infinite and one below it 0.
 
-    Without directions, each g_i is made a second time, for its projection on the sum of all, which is known only after
-    the first time. That takes the multiplications of <b_i, conv2d(a_i, sum)>, on the same tensor cores, and nothing is
-    rounded to 16 bits: conv2d would take the sum in the operands' dtype, or these in float32, a tenth as fast.
+    Without directions, each g_i is computed twice: its projection on the sum of all needs the whole sum. That takes as
+    many multiplications as <b_i, conv2d(a_i, sum)>, on the same tensor cores, and rounds nothing to 16 bits: conv2d
+    would need the sum in the operands' dtype, or the operands in float32, a tenth as fast.
     """
     arguments = (kernel_size, stride, padding, dilation, groups)
     g = _geometry(input, grad_output, *arguments)
@@ -282,7 +282,7 @@ def sample_weight_gradients(
         sweep = _Sweep(input, grad_output, g, squares, directions is not None)
         num_terms = 1 if directions is None else directions.shape[0]
         sums, sums_of_squares = (
-            input.new_empty(max(1, sweep.runs) * wanted, g.numel, dtype=torch.float32) for wanted in (True, squares)
+            input.new_empty(max(1, sweep.runs) * needed, g.numel, dtype=torch.float32) for needed in (True, squares)
         )
         norms = input.new_empty(g.samples, sweep.tiles, dtype=torch.float32)
         dots = input.new_empty(g.samples, num_terms, sweep.tiles, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""What the CUDA compiler makes of the kernels: no spilled registers, and 16-byte accesses. Needs no GPU."""
+"""The CUDA compiler's machine code: no spilled registers, and 16-byte accesses. Needs no GPU."""
 
 import os
 import re
@@ -51,7 +51,7 @@ pytestmark = [
 
 
 def compiled(source: Path, architecture: str, folder: Path) -> tuple[str, str]:
-    """(what the assembler says of each kernel, the machine code)."""
+    """(the assembler's report on each kernel, the machine code)."""
     target = folder / f"{source.stem}_{architecture}.cubin"
     includes = [f"-I{path}" for path in (CSRC, *include_paths())]
     defines = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA"]

@@ -9,9 +9,10 @@ import pytest
 from helpers.triton_targets import TARGETS, needs_linker_for_amd, tool, triton  # skips where kernels are interpreted
 from triton.compiler import ASTSource
 
-from crl_kernels.backends.triton import kernels
+from crl_kernels.backends.triton import adamw_kernels, chunks, penalty_kernels, reductions
 
 F32, F64, BF16, F16 = 1, 2, 4, 8  # bits of DTYPES
+KERNELS = vars(penalty_kernels) | vars(adamw_kernels) | vars(reductions)
 BYTES = {F32: 4, F64: 8, BF16: 2, F16: 2}
 
 # Views that a kernel reads, and those that it writes too: constants that hold their dtypes.
@@ -83,8 +84,8 @@ def name_of(case) -> str:
 
 
 def compiled(kernel: str, constants: dict[str, int], target: str):
-    function = getattr(kernels, kernel)
-    constants = constants | {"BLOCK": kernels.block(kernel)}
+    function = KERNELS[kernel]
+    constants = constants | {"BLOCK": chunks.block(kernel)}
 
     def type_of(parameter: str) -> str:
         if parameter in constants:
@@ -93,9 +94,9 @@ def compiled(kernel: str, constants: dict[str, int], target: str):
             return "i32"
         return TYPES.get(parameter, "*i64" if parameter in TABLES else "*fp64")
 
-    options = {"num_warps": kernels.NUM_WARPS}
+    options = {"num_warps": chunks.NUM_WARPS}
     if TARGETS[target].backend == "cuda":
-        options["maxnreg"] = kernels.registers(kernel, constants)
+        options["maxnreg"] = chunks.registers(kernel, constants)
     source = ASTSource(function, {name: type_of(name) for name in function.arg_names}, constexprs=constants)
     return triton.compile(source, target=TARGETS[target], options=options)
 
@@ -114,10 +115,10 @@ def test_sm_90_reads_and_writes_16_bytes_at_a_time(case):
     reads, writes = READS[kernel], WRITES.get(kernel, ())
     if constants.get("OVERWRITE"):
         reads = reads[1:]
-    threads = 32 * kernels.NUM_WARPS
+    threads = 32 * chunks.NUM_WARPS
     for access, views in (("ld", reads), ("st", writes)):
         wide = re.findall(rf"\b{access}\.global\S*\.v(?:4\.[bfu]32|2\.[bfu]64)\b", ptx)
-        assert len(wide) == wide_accesses(kernels.block(kernel), constants, views, threads)
+        assert len(wide) == wide_accesses(chunks.block(kernel), constants, views, threads)
 
 
 @pytest.mark.parametrize("case", [*USUAL, *MIXED, *WIDEST], ids=name_of)
@@ -129,7 +130,7 @@ def test_sm_90_does_not_spill(case, tmp_path):
     usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack = (int(n) for n in re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     assert stack == 0, usage
-    assert registers <= kernels.registers(*case)
+    assert registers <= chunks.registers(*case)
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx942"])
@@ -147,17 +148,17 @@ def test_compiles_for_other_gpus(target):
 def test_the_second_stage_compiles(target):
     if target == "gfx942":
         needs_linker_for_amd()
-    for function in (kernels.finish_kernel, kernels.force_kernel):
+    for function in (reductions.finish_kernel, penalty_kernels.force_kernel):
         types = {name: TYPES.get(name, "*fp64") for name in function.arg_names} | {"LANES": "constexpr"}
         source = ASTSource(function, types, constexprs={"LANES": 2048})
-        asm = triton.compile(source, target=TARGETS[target], options={"num_warps": kernels.NUM_WARPS}).asm
+        asm = triton.compile(source, target=TARGETS[target], options={"num_warps": chunks.NUM_WARPS}).asm
         assert asm["hsaco" if target == "gfx942" else "cubin"]
 
 
 @pytest.mark.parametrize("kernel", [*READS, "finish_kernel", "force_kernel"])
 def test_a_list_and_a_flat_tensor_run_the_same_binary(kernel):
     """No value or alignment of an argument is specialised on: another binary might add lanes in another order."""
-    parameters = getattr(kernels, kernel).params
+    parameters = KERNELS[kernel].params
     assert [p.name for p in parameters if not p.is_constexpr and not p.do_not_specialize] == []
 
 
@@ -184,7 +185,7 @@ class Driver:
 
 driver.set_active(Driver())
 
-from crl_kernels.backends.triton import kernels, operators
+from crl_kernels.backends.triton import adamw_kernels, operators, penalty_kernels, reductions
 
 binaries = {}
 
@@ -201,8 +202,9 @@ class Compiled:
         return launch
 
 
-for name in [name for name in vars(kernels) if name.endswith("_kernel") and name != "_kernel"]:
-    setattr(kernels, name, Compiled(getattr(kernels, name)))
+for module in (penalty_kernels, adamw_kernels, reductions):
+    for name in [name for name in vars(module) if name.endswith("_kernel")]:
+        setattr(module, name, Compiled(getattr(module, name)))
 
 flat, u = torch.randn(2, 5000)
 one, c = torch.ones((), dtype=torch.float64), torch.ones(3, dtype=torch.float64)[1:2]

@@ -12,8 +12,7 @@ from helpers.triton_targets import TARGETS, needs_linker_for_amd, tool  # skips 
 from triton import compile as compile_kernel
 from triton.compiler import ASTSource
 
-from crl_kernels.backends.triton import kernels, sample_matrix
-from crl_kernels.backends.triton import sample_matrix_kernels as matrix_kernels
+from crl_kernels.backends.triton import chunks, sample_matrix, sample_matrix_kernels
 
 NAMES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
 ALIGNED = ("grads", "stride", "num_columns", "directions", "mean", "squares")  # as torch allocates them
@@ -38,12 +37,12 @@ def compiled(kernel, constants, dtype, target: str, num_warps: int):
 
 def stats(use, rows: int, dtype, target: str):
     constants = use | sample_matrix.stats_constants(rows)
-    return compiled(matrix_kernels.stats_kernel, constants, dtype, target, kernels.NUM_WARPS)
+    return compiled(sample_matrix_kernels.stats_kernel, constants, dtype, target, chunks.NUM_WARPS)
 
 
 def gram(rows: int, dtype, target: str):
     constants = sample_matrix.gram_constants(rows, dtype, target == "gfx942")
-    return compiled(matrix_kernels.gram_kernel, constants, dtype, target, sample_matrix.gram_warps(constants))
+    return compiled(sample_matrix_kernels.gram_kernel, constants, dtype, target, sample_matrix.gram_warps(constants))
 
 
 def stack_bytes(binary, tmp_path) -> int:
@@ -59,7 +58,7 @@ def test_sm_90_reads_the_matrix_16_bytes_at_a_time_and_does_not_spill(rows, dtyp
     for use in USES:
         binary = stats(use, rows, dtype, "sm_90")
         wide = re.findall(r"\bld\.global\S*\.v(?:4\.[bfu]32|2\.[bfu]64)\b", binary.asm["ptx"])
-        tile = sample_matrix.TILE * dtype.itemsize // (16 * 32 * kernels.NUM_WARPS)
+        tile = sample_matrix.TILE * dtype.itemsize // (16 * 32 * chunks.NUM_WARPS)
         assert len(wide) >= tile * (1 if rows <= sample_matrix.ROWS else 2)
         assert stack_bytes(binary, tmp_path) == 0
 

@@ -38,8 +38,7 @@ class Driver:
 
 driver.set_active(Driver())
 
-from crl_kernels.backends.triton import kernels, weight_gradients
-from crl_kernels.backends.triton import weight_gradient_kernels as weight_kernels
+from crl_kernels.backends.triton import reductions, weight_gradients, weight_gradients_kernels
 
 launches = []
 
@@ -61,8 +60,8 @@ class Compiled:
         return launch
 
 
-for module in (kernels, weight_kernels):
-    for name in [name for name in vars(module) if name.endswith("_kernel") and name != "_kernel"]:
+for module in (reductions, weight_gradients_kernels):
+    for name in [name for name in vars(module) if name.endswith("_kernel")]:
         setattr(module, name, Compiled(getattr(module, name)))
 
 

@@ -1,12 +1,12 @@
-// Runs CUDA kernels on the host: enough of CUDA for csrc/cuda, so that a machine without a GPU can test all of it but
-// the hardware.
+// Runs CUDA kernels on the host: enough of CUDA for csrc/cuda, so that a machine without a GPU can test all but the
+// hardware.
 //
 // A thread is a fiber. The threads of a block run in random order between two barriers, and one warp, chosen at random,
 // only when all others wait; the blocks of a grid run in random order, in a cooperative launch from one barrier of the
 // grid to the next. So a result that depends on the order comes out wrong, and a thread or a block that misses a
 // barrier ends the program. Shared memory belongs to its block and starts as NaN; a 16-byte access at another address
-// ends the program too. What this cannot show: races between threads that run at the same time, the memory model,
-// registers, speed.
+// ends the program too. It cannot show races between threads that run at the same time, the memory model, registers or
+// speed.
 #pragma once
 
 #include <setjmp.h>
@@ -36,8 +36,8 @@ using std::sqrt;
 
 namespace emulation {
 
-[[noreturn]] inline void fail(const char* what) {
-  std::fprintf(stderr, "%s\n", what);
+[[noreturn]] inline void fail(const char* message) {
+  std::fprintf(stderr, "%s\n", message);
   std::abort();
 }
 
@@ -54,7 +54,7 @@ struct Fiber {
   jmp_buf resume;
   State state;
   unsigned shuffles = 0;
-  char slots[2][8];  // what the fiber shuffles; two, so that one barrier is enough for each shuffle
+  char slots[2][8];  // the values that the fiber shuffles; two, so that one barrier is enough for each shuffle
 
   static constexpr size_t kStack = 1 << 16;
 };
@@ -103,7 +103,7 @@ inline void start(Block& block, int threads) {
   for (Fiber& fiber : block.fibers) fiber.state = State::kReady;
 }
 
-// Runs a block until its threads are all at the grid's barrier or all done; says which.
+// Runs a block until its threads are all at the grid's barrier or all done; returns that state.
 inline State run_block(Block& block, unsigned index) {
   running = &block;
   emulation::block.x = index;
@@ -122,11 +122,11 @@ inline State run_block(Block& block, unsigned index) {
   unsigned slow = random() % warps;
   for (;;) {
     std::shuffle(order.begin(), order.end(), random);
-    const auto run_warps = [&](bool which) {
+    const auto run_warps = [&](bool slow_one) {
       bool ran = false;
       for (unsigned t : order) {
         thread.x = t;
-        if ((t / kWarp == slow) != which || fiber().state != State::kReady) continue;
+        if ((t / kWarp == slow) != slow_one || fiber().state != State::kReady) continue;
         step();
         ran = true;
       }

@@ -22,7 +22,9 @@ struct EmulatedGuard {  // the emulated device has no index to switch to
 #define DeviceGuard EmulatedGuard
 
 #define CUDA CPU  // the dispatch key of the registration; the headers above have their own use for the name
-#include "cuda/operators.cu"
+#include "cuda/adamw.cu"
+#include "cuda/penalty.cu"
+#include "cuda/table_cache.cu"
 
 namespace crl {
 namespace {
@@ -36,9 +38,10 @@ void place_kernel(DeviceTable table, View view, int64_t tile, int64_t* segments,
 }  // namespace
 }  // namespace crl
 
-// Where the 256 threads of a tile find their octets, for tensors with made-up lengths, addresses and dtypes.
+// The segments and addresses of the octets of a tile's 256 threads, for tensors with made-up lengths, addresses and
+// dtypes.
 extern "C" void emulated_places(int64_t count, const int64_t* lengths, const int64_t* addresses, const int64_t* dtypes,
-                                int64_t tile, int64_t* found_segments, int64_t* found_addresses) {
+                                int64_t tile, int64_t* octet_segments, int64_t* octet_addresses) {
   const crl::SegmentTable segments(std::vector<int64_t>(lengths, lengths + count));
   crl::FlatView tensors(count);
   for (int64_t i = 0; i < count; ++i) {
@@ -49,5 +52,5 @@ extern "C" void emulated_places(int64_t count, const int64_t* lengths, const int
   const crl::Tensor anywhere = torch::stable::empty({1}, crl::ScalarType::Float);
   const crl::WrittenTable written = crl::write_table(packed.words(), segments, crl::Launcher(anywhere));
   emulation::run(1, crl::kThreads, false,
-                 [&] { crl::place_kernel(written.table, view, tile, found_segments, found_addresses); });
+                 [&] { crl::place_kernel(written.table, view, tile, octet_segments, octet_addresses); });
 }

@@ -15,8 +15,7 @@
 #include "core/adamw_math.h"
 #include "core/penalty_math.h"
 #include "core/segments.h"
-#include "cpu/kernels.h"
-#include "cpu/weight_gradients.h"
+#include "cpu/loops.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
@@ -27,8 +26,7 @@
 
 #define CRL_ISA avx2
 #define CRL_AVX2
-#include "cpu/kernels.inc"
-#include "cpu/weight_gradients.inc"
+#include "cpu/loops.inc"
 
 #if defined(__clang__)
 #pragma clang attribute pop

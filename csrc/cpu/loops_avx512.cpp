@@ -15,8 +15,7 @@
 #include "core/adamw_math.h"
 #include "core/penalty_math.h"
 #include "core/segments.h"
-#include "cpu/kernels.h"
-#include "cpu/weight_gradients.h"
+#include "cpu/loops.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))), \
@@ -26,13 +25,12 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")
 #endif
 
-// GCC 12 calls the registers that its own intrinsics leave undefined on purpose uninitialised.
+// GCC 12 warns of uninitialised registers that its own intrinsics leave undefined on purpose.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 
 #define CRL_ISA avx512
 #define CRL_AVX512
-#include "cpu/kernels.inc"
-#include "cpu/weight_gradients.inc"
+#include "cpu/loops.inc"
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -2,7 +2,7 @@
 
 An implicit matrix product, whose inner loop is one sample's pixels: with j = (kernel offset, input channel),
 
-    g_i[o, j] = sum_p b_i[o, p] a_i[j, p]        p: output pixels; a_i[j, p]: the input's pixel that p and j meet in
+    g_i[o, j] = sum_p b_i[o, p] a_i[j, p]        p: output pixels; a_i[j, p]: the input at p and j's offset
 
 A program owns one tile of (o, j) and a run of samples. The tile of one sample stays in registers, becomes that
 sample's share of a square norm and of projections, is added to the sum, and is never written.
@@ -14,7 +14,8 @@ There are no atomics, so results are bitwise the same from run to run. Nothing h
 import triton
 import triton.language as tl
 
-# Numbers whose being 1 or a multiple of 16 saves nothing: each such difference would be compiled for, 1 to 2 s.
+# Kernels are not specialised on these numbers: separate binaries for 1 and for multiples of 16 are no faster, and each
+# takes 1 to 2 s to compile.
 _PLAIN = ["samples", "run_length", "height", "width", "out_tiles", "column_tiles", "tiles"]
 
 
@@ -69,13 +70,14 @@ def weight_gradient_kernel(
     BLOCK_J: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ) -> None:
-    """Of tile t of the weight and run r of samples. If SUMS: sums[r, o, j] = sum_i g_i[o, j], the tile's share of
+    """For tile t of the weight and run r of samples. If SUMS: sums[r, o, j] = sum_i g_i[o, j], the tile's share of
     |g_i|^2 in norms[i, t] and, if SQUARES, squares[r, o, j] = sum_i g_i[o, j]^2. If PROJECT: the tile's share of
     directions[k] . g_i in dots[i, k, t].
 
-    ``directions`` is (K, O, J) float32. JOINT: a tile takes any consecutive j; else channels of one kernel offset, so
-    that what lies within the image depends on the pixel alone. ROWS_JOIN: pixels are at equal distances from one image
-    row to the next, and of a 1 x 1 kernel on the input's side. EDGES: some tile has rows or columns beyond the weight.
+    ``directions`` is (K, O, J) float32. JOINT: a tile has any consecutive j; else channels of one kernel offset, so
+    that whether a position lies in the image depends on the pixel alone. ROWS_JOIN: an image's pixels are at equal
+    distances from one row to the next, and, for the input, the kernel is 1 x 1. EDGES: some tile has rows or columns
+    beyond the weight.
     """
     tile = tl.program_id(0) % tiles
     run = tl.program_id(0) // tiles
@@ -96,10 +98,10 @@ def weight_gradient_kernel(
     shift_y = offset // kernel_width * dilation_y - padding_y
     shift_x = offset % kernel_width * dilation_x - padding_x
     rows = group * out_channels + out
-    of_rows = rows * grad_channel
-    of_columns = (group * in_channels + channel) * input_channel
-    if not INPUT_ROWS_JOIN:  # there it is 0, and 16-byte loads need to know
-        of_columns += shift_y.to(tl.int64) * input_y + shift_x.to(tl.int64) * input_x
+    row_offsets = rows * grad_channel
+    column_offsets = (group * in_channels + channel) * input_channel
+    if not INPUT_ROWS_JOIN:  # where rows join, the shift is 0, and 16-byte loads need to know that
+        column_offsets += shift_y.to(tl.int64) * input_y + shift_x.to(tl.int64) * input_x
     place = rows[:, None] * (offsets * in_channels) + column[None, :]
     valid = out_inside[:, None] & column_inside[None, :]
 
@@ -124,19 +126,19 @@ def weight_gradient_kernel(
                 a_pixels = pixel.to(tl.int64) * input_x
             else:
                 a_pixels = (y * stride_y).to(tl.int64) * input_y + (x * stride_x).to(tl.int64) * input_x
-            met = pixel_inside[:, None] & column_inside[None, :]
+            a_mask = pixel_inside[:, None] & column_inside[None, :]
             if PADDED:
                 if JOINT:
                     in_y = (y * stride_y)[:, None] + shift_y[None, :]
                     in_x = (x * stride_x)[:, None] + shift_x[None, :]
-                    met = met & (in_y >= 0) & (in_y < height) & (in_x >= 0) & (in_x < width)
+                    a_mask = a_mask & (in_y >= 0) & (in_y < height) & (in_x >= 0) & (in_x < width)
                 else:
                     in_y = y * stride_y + shift_y
                     in_x = x * stride_x + shift_x
-                    met = met & ((in_y >= 0) & (in_y < height) & (in_x >= 0) & (in_x < width))[:, None]
+                    a_mask = a_mask & ((in_y >= 0) & (in_y < height) & (in_x >= 0) & (in_x < width))[:, None]
             b_mask = out_inside[:, None] & pixel_inside[None, :]
-            b = tl.load(b_image + of_rows[:, None] + b_pixels[None, :], mask=b_mask, other=0.0)
-            a = tl.load(a_image + of_columns[None, :] + a_pixels[:, None], mask=met, other=0.0)
+            b = tl.load(b_image + row_offsets[:, None] + b_pixels[None, :], mask=b_mask, other=0.0)
+            a = tl.load(a_image + column_offsets[None, :] + a_pixels[:, None], mask=a_mask, other=0.0)
             gradient = tl.dot(b, a, gradient, input_precision=PRECISION)
         if EDGES:  # 0 times an infinite operand
             gradient = tl.where(valid, gradient, 0.0)

@@ -1,0 +1,126 @@
+"""AdamW's operators in Triton, with the penalty inside the step. ``reference.py`` defines them."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..reference import ADAMW_COLUMNS
+from . import adamw_kernels
+from .chunks import block
+from .operands import Flat, Target, check_state, check_targets, on_device_of_first
+from .reductions import finish
+from .tables import check
+
+
+class _AdamWOperands:
+    """The operands of a step of AdamW, as kernels take them."""
+
+    def __init__(
+        self,
+        flat: Flat,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        exp_avgs: Sequence[Tensor],
+        exp_avg_sqs: Sequence[Tensor],
+        settings: Tensor,
+        found_inf: Tensor | None,
+    ) -> None:
+        check(len(grads) == len(params), "expected one gradient for each parameter")
+        for parameter, gradient in zip(params, grads, strict=True):
+            check(parameter.dtype in (torch.float32, torch.float64), "AdamW moves float32 and float64 tensors")
+            check(
+                gradient.dtype == parameter.dtype or (parameter.dtype == torch.float32 and gradient.itemsize == 2),
+                "a gradient has its parameter's dtype, or 16 bits beside float32",
+            )
+        check_targets(exp_avgs, params)
+        check_targets(exp_avg_sqs, params)
+        if found_inf is None:
+            found_inf = torch.zeros((), dtype=torch.float32, device=params[0].device)
+        check(
+            found_inf.numel() == 1 and found_inf.dtype == torch.float32 and found_inf.device == params[0].device,
+            "found_inf is one float32 on the device of the parameters",
+        )
+        self._targets = [Target(flat, tensors) for tensors in (params, exp_avgs, exp_avg_sqs)]
+        theta, m, v = (target.view for target in self._targets)
+        self.grads = flat.view(grads)
+        self.theta = theta
+        views = (theta, self.grads, m, v)
+        self.arguments = [
+            *(part for view in views for part in (view.entries, view.stride)),
+            flat.numbers(settings, len(ADAMW_COLUMNS) * len(params)),
+            found_inf,
+        ]
+
+    def write_back(self) -> None:
+        for target in self._targets:
+            target.write_back()
+
+
+@on_device_of_first
+def low_rank_adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    settings: Tensor,
+    found_inf: Tensor | None,
+    directions: Sequence[Tensor],
+    coefficients: Tensor,
+    decoupled: bool,
+) -> Tensor:
+    flat = Flat(params, block("low_rank_adamw_kernel"))
+    num_terms = coefficients.numel()
+    operands = _AdamWOperands(flat, params, grads, exp_avgs, exp_avg_sqs, settings, found_inf)
+    u = flat.view(directions, num_terms) if num_terms else operands.theta
+    partial = flat.empty_float64(num_terms, flat.chunks)
+    flat.run(
+        adamw_kernels.low_rank_adamw_kernel,
+        *operands.arguments,
+        u.entries,
+        u.stride,
+        u.pieces,
+        num_terms,
+        flat.numbers(coefficients, num_terms),
+        partial,
+        PARAMS=operands.theta.dtypes,
+        GRADIENTS=operands.grads.dtypes,
+        DIRECTIONS=u.dtypes,
+        DECOUPLED=decoupled,
+    )
+    operands.write_back()
+    return finish(partial, flat.empty_float64(num_terms))
+
+
+@on_device_of_first
+def diagonal_adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    settings: Tensor,
+    found_inf: Tensor | None,
+    fisher: Sequence[Tensor],
+    anchor: Sequence[Tensor],
+    decoupled: bool,
+) -> Tensor:
+    check_state(fisher, anchor)
+    flat = Flat(params, block("diagonal_adamw_kernel"))
+    operands = _AdamWOperands(flat, params, grads, exp_avgs, exp_avg_sqs, settings, found_inf)
+    s, m = flat.view(fisher), flat.view(anchor)
+    partial = flat.empty_float64(flat.chunks)
+    flat.run(
+        adamw_kernels.diagonal_adamw_kernel,
+        *operands.arguments,
+        s.entries,
+        s.stride,
+        m.entries,
+        m.stride,
+        partial,
+        PARAMS=operands.theta.dtypes,
+        GRADIENTS=operands.grads.dtypes,
+        STATE=s.dtypes,
+        DECOUPLED=decoupled,
+    )
+    operands.write_back()
+    return finish(partial, flat.empty_float64())

@@ -1,0 +1,180 @@
+"""AdamW's Triton kernels, with the penalty inside the step. Operators in ``adamw.py`` launch them.
+
+A tensor has one row of settings, so a program goes through the segments that its chunk touches, one after the other.
+"""
+
+import triton
+import triton.language as tl
+
+from ..reference import ADAMW_COLUMNS
+from .chunks import kernel, locate, read, write, zeros
+from .penalty_kernels import proximal_weight
+
+# Kernels take global numbers as constexpr only.
+FACTOR = tl.constexpr(ADAMW_COLUMNS.factor)
+BETA1 = tl.constexpr(ADAMW_COLUMNS.beta1)
+BETA2 = tl.constexpr(ADAMW_COLUMNS.beta2)
+DECAY = tl.constexpr(ADAMW_COLUMNS.decay)
+STEP_SIZE = tl.constexpr(ADAMW_COLUMNS.step_size)
+ROOT_SCALE = tl.constexpr(ADAMW_COLUMNS.root_scale)
+EPS = tl.constexpr(ADAMW_COLUMNS.eps)
+SHARE = tl.constexpr(ADAMW_COLUMNS.share)
+COLUMNS = tl.constexpr(len(ADAMW_COLUMNS))
+
+
+@triton.jit
+def _segment_range(firsts: tl.tensor, place: tl.tuple) -> tl.tuple:
+    """The first and the last segment that a chunk touches."""
+    in_one_segment, first, _, _, _ = place
+    last = first
+    if in_one_segment == 0:
+        last = tl.load(firsts + tl.program_id(0).to(tl.int64) + 1)
+    return first, last
+
+
+@triton.jit
+def _restrict(place: tl.tuple, index: tl.tensor) -> tl.tuple:
+    """The part of a place that lies in one segment, and its lanes."""
+    in_one_segment, first, segment, start, inside = place
+    selected = inside & (segment == index)
+    return (in_one_segment, first, segment, start, selected), selected
+
+
+@triton.jit
+def _adamw(row: tl.tensor, theta: tl.tensor, gradient: tl.tensor, m: tl.tensor, v: tl.tensor) -> tl.tuple:
+    """(theta, m, v) after a step along ``gradient``, in theta's dtype; see ``reference.low_rank_adamw_``."""
+    beta1, beta2 = tl.load(row + BETA1), tl.load(row + BETA2)
+    first = m + (1 - beta1).to(m.dtype) * (gradient - m)
+    second = beta2.to(v.dtype) * v + (1 - beta2).to(v.dtype) * gradient * gradient
+    root = tl.load(row + ROOT_SCALE).to(v.dtype) * tl.sqrt(second) + tl.load(row + EPS).to(v.dtype)
+    theta = tl.load(row + DECAY).to(theta.dtype) * theta - tl.load(row + STEP_SIZE).to(theta.dtype) * (first / root)
+    return theta, first, second
+
+
+@kernel
+def low_rank_adamw_kernel(
+    begins: tl.tensor,
+    firsts: tl.tensor,
+    numel: tl.tensor,
+    parameters: tl.tensor,
+    parameters_stride: tl.tensor,
+    gradients: tl.tensor,
+    gradients_stride: tl.tensor,
+    exp_avgs: tl.tensor,
+    exp_avgs_stride: tl.tensor,
+    exp_avg_sqs: tl.tensor,
+    exp_avg_sqs_stride: tl.tensor,
+    settings: tl.tensor,
+    found_inf: tl.tensor,
+    directions: tl.tensor,
+    directions_stride: tl.tensor,
+    pieces: tl.tensor,
+    num_terms: tl.tensor,
+    coefficients: tl.tensor,
+    partial: tl.tensor,
+    PARAMS: tl.constexpr,
+    GRADIENTS: tl.constexpr,
+    DIRECTIONS: tl.constexpr,
+    DECOUPLED: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """A step of AdamW, and partial[k, chunk] = u_k . theta after it. The second reading of u_k is from L2."""
+    chunk = tl.program_id(0).to(tl.int64)
+    chunks = tl.num_programs(0)
+    place = locate(begins, firsts, numel, chunk, BLOCK)
+    skip = tl.load(found_inf) > 0
+    total = tl.zeros([BLOCK], tl.float64)
+    term = directions
+    for k in range(num_terms):
+        u = read(term, directions_stride, place, DIRECTIONS, BLOCK)
+        total += tl.load(coefficients + k) * u.to(tl.float64)
+        term += pieces
+
+    result = zeros(PARAMS, BLOCK)
+    index, last = _segment_range(firsts, place)
+    while index <= last:
+        part, selected = _restrict(place, index)
+        theta = read(parameters, parameters_stride, part, PARAMS, BLOCK)
+        gradient = read(gradients, gradients_stride, part, GRADIENTS, BLOCK).to(theta.dtype)
+        m = read(exp_avgs, exp_avgs_stride, part, PARAMS, BLOCK)
+        v = read(exp_avg_sqs, exp_avg_sqs_stride, part, PARAMS, BLOCK)
+        row = settings + index.to(tl.int64) * COLUMNS
+        pull = (tl.load(row + SHARE) * total).to(theta.dtype)
+        gradient = tl.load(row + FACTOR).to(theta.dtype) * gradient
+        if DECOUPLED:
+            stepped, m, v = _adamw(row, theta + pull, gradient, m, v)
+        else:
+            stepped, m, v = _adamw(row, theta, gradient + pull, m, v)
+        if PARAMS == 3:  # computed in float64; the projection is of theta as it is stored
+            stored = stepped.to(tl.float32).to(tl.float64)
+            stepped = tl.where((tl.load(parameters + index * parameters_stride) & 3) == 0, stored, stepped)
+        stepped = tl.where(skip, theta, stepped)
+        result = tl.where(selected, stepped, result)
+        if skip == 0:
+            write(parameters, parameters_stride, part, stepped, PARAMS, BLOCK)
+            write(exp_avgs, exp_avgs_stride, part, m, PARAMS, BLOCK)
+            write(exp_avg_sqs, exp_avg_sqs_stride, part, v, PARAMS, BLOCK)
+        index += 1
+
+    for _ in range(num_terms):
+        u = read(directions, directions_stride, place, DIRECTIONS, BLOCK)
+        tl.store(partial + chunk, tl.sum(result.to(tl.float64) * u.to(tl.float64), axis=0))
+        directions += pieces
+        partial += chunks
+
+
+@kernel
+def diagonal_adamw_kernel(
+    begins: tl.tensor,
+    firsts: tl.tensor,
+    numel: tl.tensor,
+    parameters: tl.tensor,
+    parameters_stride: tl.tensor,
+    gradients: tl.tensor,
+    gradients_stride: tl.tensor,
+    exp_avgs: tl.tensor,
+    exp_avgs_stride: tl.tensor,
+    exp_avg_sqs: tl.tensor,
+    exp_avg_sqs_stride: tl.tensor,
+    settings: tl.tensor,
+    found_inf: tl.tensor,
+    fisher: tl.tensor,
+    fisher_stride: tl.tensor,
+    anchor: tl.tensor,
+    anchor_stride: tl.tensor,
+    partial: tl.tensor,
+    PARAMS: tl.constexpr,
+    GRADIENTS: tl.constexpr,
+    STATE: tl.constexpr,
+    DECOUPLED: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """A step of AdamW with the diagonal penalty, and partial[chunk] = sum S (theta - m)^2 before it."""
+    chunk = tl.program_id(0).to(tl.int64)
+    place = locate(begins, firsts, numel, chunk, BLOCK)
+    skip = tl.load(found_inf) > 0
+    squares = tl.zeros([BLOCK], tl.float64)
+    index, last = _segment_range(firsts, place)
+    while index <= last:
+        part, selected = _restrict(place, index)
+        theta = read(parameters, parameters_stride, part, PARAMS, BLOCK)
+        gradient = read(gradients, gradients_stride, part, GRADIENTS, BLOCK).to(theta.dtype)
+        m = read(exp_avgs, exp_avgs_stride, part, PARAMS, BLOCK)
+        v = read(exp_avg_sqs, exp_avg_sqs_stride, part, PARAMS, BLOCK)
+        s = read(fisher, fisher_stride, part, STATE, BLOCK).to(tl.float64)
+        distance = theta.to(tl.float64) - read(anchor, anchor_stride, part, STATE, BLOCK).to(tl.float64)
+        slope = s * distance
+        squares = tl.where(selected, slope * distance, squares)
+        row = settings + index.to(tl.int64) * COLUMNS
+        gradient = tl.load(row + FACTOR).to(theta.dtype) * gradient
+        if DECOUPLED:
+            start = theta.to(tl.float64) - proximal_weight(s, tl.load(row + SHARE)) * distance
+            stepped, m, v = _adamw(row, start.to(theta.dtype), gradient, m, v)
+        else:
+            stepped, m, v = _adamw(row, theta, gradient + (tl.load(row + SHARE) * slope).to(theta.dtype), m, v)
+        if skip == 0:
+            write(parameters, parameters_stride, part, stepped, PARAMS, BLOCK)
+            write(exp_avgs, exp_avgs_stride, part, m, PARAMS, BLOCK)
+            write(exp_avg_sqs, exp_avg_sqs_stride, part, v, PARAMS, BLOCK)
+        index += 1
+    tl.store(partial + chunk, tl.sum(squares, axis=0))

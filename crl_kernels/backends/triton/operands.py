@@ -1,0 +1,119 @@
+"""From lists of tensors to the operands of kernels: what every operator does first."""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from . import chunks, tables
+from .tables import View, check
+
+_Result = TypeVar("_Result")
+
+
+def on_device_of_first(operator: Callable[..., _Result]) -> Callable[..., _Result]:
+    """Triton launches on the current device and its current stream."""
+
+    @wraps(operator)
+    def guarded(first: Sequence[Tensor], *arguments: Any) -> _Result:
+        device = first[0].device if first else torch.device("cpu")
+        with contextlib.nullcontext() if device.type == "cpu" else torch.cuda.device(device):
+            return operator(first, *arguments)
+
+    return guarded
+
+
+class Flat:
+    """A list of tensors as one flat vector, and the tables with which kernels run along it."""
+
+    def __init__(self, like: Sequence[Tensor], block: int | None = None) -> None:
+        check(len(like) > 0, "expected at least one tensor")
+        self._like = like
+        self._block = block or chunks.BLOCK
+        self.lengths = tuple([tensor.numel() for tensor in like])
+        self.chunks = -(-sum(self.lengths) // self._block)
+        self._index = like[0].get_device()
+        self._place = tables.Place.of(like[0])
+        segments = tables.write_segments if self._place.capturing else tables.cached_segments
+        self._begins, self._firsts = segments(self.lengths, self._block, self._place)
+        self._copies: list[Sequence[Tensor]] = []
+
+    def view(self, tensors: Sequence[Tensor], num_terms: int = 1) -> View:
+        """Tensors to read: for each term one flat tensor, or one tensor for each segment. Tensors that are not
+        contiguous are copied; the copies live as long as this object."""
+        if not all(tensor.is_contiguous() for tensor in tensors):
+            tensors = [tensor.contiguous() for tensor in tensors]
+            self._copies.append(tensors)
+        check(all(tensor.get_device() == self._index for tensor in tensors), "tensors are on different devices")
+        view = tables.write_view if self._place.capturing else tables.cached_view
+        return view(
+            self.lengths,
+            num_terms,
+            self.lengths if tensors is self._like else tuple([tensor.numel() for tensor in tensors]),
+            tuple([tensor.dtype for tensor in tensors]),
+            tuple([tensor.data_ptr() for tensor in tensors]),
+            self._place,
+        )
+
+    def numbers(self, tensor: Tensor, count: int) -> Tensor:
+        """Coefficients: consecutive doubles on the device of the other operands."""
+        check(tensor.numel() == count, f"expected {count} coefficients, got {tensor.numel()}")
+        check(
+            tensor.dtype == torch.float64 and tensor.get_device() == self._index,
+            "coefficients are a float64 tensor on the device of the parameters",
+        )
+        return tensor.contiguous()
+
+    def empty_float64(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float64, device=self._place.device)
+
+    def run(self, kernel: Any, *arguments: Any, **constants: Any) -> None:
+        """Runs a kernel with one program for each chunk."""
+        if self.chunks == 0:
+            return
+        if torch.version.hip is None:
+            constants["maxnreg"] = chunks.registers(kernel.__name__, constants)
+        kernel[(self.chunks,)](
+            self._begins,
+            self._firsts,
+            sum(self.lengths),
+            *arguments,
+            **constants,
+            BLOCK=self._block,
+            num_warps=chunks.NUM_WARPS,
+        )
+
+
+class Target:
+    """Tensors to write. Those that are not contiguous are written through a contiguous copy: call ``write_back`` after
+    the kernel."""
+
+    def __init__(self, flat: Flat, tensors: Sequence[Tensor]) -> None:
+        self._tensors = tensors
+        self._contiguous = [tensor.contiguous() for tensor in tensors]  # itself, where it is contiguous
+        self.view = flat.view(self._contiguous)
+
+    def write_back(self) -> None:
+        for tensor, contiguous in zip(self._tensors, self._contiguous, strict=True):
+            if contiguous is not tensor:
+                tensor.copy_(contiguous)
+
+
+def check_targets(targets: Sequence[Tensor], params: Sequence[Tensor]) -> None:
+    check(len(targets) == len(params), "expected one target for each parameter")
+    check(
+        all(target.dtype == parameter.dtype for target, parameter in zip(targets, params, strict=True)),
+        "a target has another dtype than its parameter",
+    )
+
+
+def check_state(fisher: Sequence[Tensor], anchor: Sequence[Tensor]) -> None:
+    check(len(fisher) == len(anchor), "fisher and anchor are lists of different lengths")
+    for s, m in zip(fisher, anchor, strict=True):
+        check(
+            s.dtype == m.dtype and s.dtype in (torch.float32, torch.float64),
+            "the diagonal Fisher and its anchor are both float32 or both float64",
+        )

@@ -1,0 +1,186 @@
+"""The penalties' Triton kernels, low-rank and diagonal. Operators in ``penalty.py`` launch them."""
+
+import triton
+import triton.language as tl
+
+from .chunks import kernel, locate, read, write
+from .reductions import row_sum
+
+# The low-rank penalty.
+
+
+@kernel
+def projections_kernel(
+    begins: tl.tensor,
+    firsts: tl.tensor,
+    numel: tl.tensor,
+    parameters: tl.tensor,
+    parameters_stride: tl.tensor,
+    directions: tl.tensor,
+    directions_stride: tl.tensor,
+    pieces: tl.tensor,
+    num_terms: tl.tensor,
+    partial: tl.tensor,
+    PARAMS: tl.constexpr,
+    DIRECTIONS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """partial[k, chunk] = u_k . theta over the chunk. theta is read once for all terms."""
+    chunk = tl.program_id(0).to(tl.int64)
+    chunks = tl.num_programs(0)
+    place = locate(begins, firsts, numel, chunk, BLOCK)
+    theta = read(parameters, parameters_stride, place, PARAMS, BLOCK)
+    for _ in range(num_terms):
+        u = read(directions, directions_stride, place, DIRECTIONS, BLOCK)
+        tl.store(partial + chunk, tl.sum(theta.to(tl.float64) * u.to(tl.float64), axis=0))
+        directions += pieces
+        partial += chunks
+
+
+@kernel
+def combine_kernel(
+    begins: tl.tensor,
+    firsts: tl.tensor,
+    numel: tl.tensor,
+    targets: tl.tensor,
+    targets_stride: tl.tensor,
+    directions: tl.tensor,
+    directions_stride: tl.tensor,
+    pieces: tl.tensor,
+    num_terms: tl.tensor,
+    coefficients: tl.tensor,
+    TARGETS: tl.constexpr,
+    DIRECTIONS: tl.constexpr,
+    OVERWRITE: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """targets (+)= sum_k c_k u_k, rounded once."""
+    place = locate(begins, firsts, numel, tl.program_id(0).to(tl.int64), BLOCK)
+    total = tl.zeros([BLOCK], tl.float64)
+    for k in range(num_terms):
+        u = read(directions, directions_stride, place, DIRECTIONS, BLOCK)
+        total += tl.load(coefficients + k) * u.to(tl.float64)
+        directions += pieces
+    if not OVERWRITE:
+        total += read(targets, targets_stride, place, TARGETS, BLOCK).to(tl.float64)
+    write(targets, targets_stride, place, total, TARGETS, BLOCK)
+
+
+@kernel
+def force_kernel(
+    partial: tl.tensor,
+    count: tl.tensor,
+    curvatures: tl.tensor,
+    anchor_projections: tl.tensor,
+    coefficient: tl.tensor,
+    force: tl.tensor,
+    value: tl.tensor,
+    LANES: tl.constexpr,
+) -> None:
+    """force[k] = c a_k d_k and value[k] = (c / 2) a_k d_k^2, with the drift d_k = sum of partial[k, :] - b_k."""
+    k = tl.program_id(0)
+    drift = row_sum(partial, count, LANES) - tl.load(anchor_projections + k)
+    pull = tl.load(coefficient) * (tl.load(curvatures + k) * drift)
+    tl.store(force + k, pull)
+    tl.store(value + k, 0.5 * pull * drift)
+
+
+# The diagonal penalty.
+
+
+@kernel
+def quadratic_kernel(
+    begins: tl.tensor,
+    firsts: tl.tensor,
+    numel: tl.tensor,
+    parameters: tl.tensor,
+    parameters_stride: tl.tensor,
+    fisher: tl.tensor,
+    fisher_stride: tl.tensor,
+    anchor: tl.tensor,
+    anchor_stride: tl.tensor,
+    partial: tl.tensor,
+    PARAMS: tl.constexpr,
+    STATE: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """partial[chunk] = sum S (theta - m)^2 over the chunk."""
+    chunk = tl.program_id(0).to(tl.int64)
+    place = locate(begins, firsts, numel, chunk, BLOCK)
+    theta = read(parameters, parameters_stride, place, PARAMS, BLOCK)
+    s = read(fisher, fisher_stride, place, STATE, BLOCK)
+    m = read(anchor, anchor_stride, place, STATE, BLOCK)
+    distance = theta.to(tl.float64) - m.to(tl.float64)
+    tl.store(partial + chunk, tl.sum(s.to(tl.float64) * distance * distance, axis=0))
+
+
+@kernel
+def gradient_kernel(
+    begins: tl.tensor,
+    firsts: tl.tensor,
+    numel: tl.tensor,
+    targets: tl.tensor,
+    targets_stride: tl.tensor,
+    parameters: tl.tensor,
+    parameters_stride: tl.tensor,
+    fisher: tl.tensor,
+    fisher_stride: tl.tensor,
+    anchor: tl.tensor,
+    anchor_stride: tl.tensor,
+    coefficient: tl.tensor,
+    partial: tl.tensor,
+    PARAMS: tl.constexpr,
+    STATE: tl.constexpr,
+    OVERWRITE: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """targets = c S (theta - m); or targets += that and partial[chunk] = sum S (theta - m)^2, in one pass. A target has
+    its parameter's dtype."""
+    chunk = tl.program_id(0).to(tl.int64)
+    place = locate(begins, firsts, numel, chunk, BLOCK)
+    theta = read(parameters, parameters_stride, place, PARAMS, BLOCK)
+    s = read(fisher, fisher_stride, place, STATE, BLOCK)
+    m = read(anchor, anchor_stride, place, STATE, BLOCK)
+    c = tl.load(coefficient)
+    if OVERWRITE:
+        slope = s.to(tl.float64) * (theta.to(tl.float64) - m.to(tl.float64))
+        write(targets, targets_stride, place, c * slope, PARAMS, BLOCK)
+    else:
+        target = read(targets, targets_stride, place, PARAMS, BLOCK)
+        distance = theta.to(tl.float64) - m.to(tl.float64)
+        slope = s.to(tl.float64) * distance
+        write(targets, targets_stride, place, target.to(tl.float64) + c * slope, PARAMS, BLOCK)
+        tl.store(partial + chunk, tl.sum(slope * distance, axis=0))
+
+
+@triton.jit
+def proximal_weight(s: tl.tensor, strength: tl.tensor) -> tl.tensor:
+    """strength S / (1 + strength S); 0 where S = 0, 1 where it is infinite."""
+    x = tl.where(s == 0.0, 0.0, s * strength)
+    x = tl.where(x > 1.7976931348623157e308, 1.7976931348623157e308, x)  # NaN is kept
+    return x / (1.0 + x)
+
+
+@kernel
+def shrink_kernel(
+    begins: tl.tensor,
+    firsts: tl.tensor,
+    numel: tl.tensor,
+    parameters: tl.tensor,
+    parameters_stride: tl.tensor,
+    fisher: tl.tensor,
+    fisher_stride: tl.tensor,
+    anchor: tl.tensor,
+    anchor_stride: tl.tensor,
+    strength: tl.tensor,
+    PARAMS: tl.constexpr,
+    STATE: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """theta <- theta - w (theta - m), with the proximal weight w."""
+    place = locate(begins, firsts, numel, tl.program_id(0).to(tl.int64), BLOCK)
+    theta = read(parameters, parameters_stride, place, PARAMS, BLOCK).to(tl.float64)
+    s = read(fisher, fisher_stride, place, STATE, BLOCK).to(tl.float64)
+    m = read(anchor, anchor_stride, place, STATE, BLOCK).to(tl.float64)
+    w = proximal_weight(s, tl.load(strength))
+    write(parameters, parameters_stride, place, theta - w * (theta - m), PARAMS, BLOCK)

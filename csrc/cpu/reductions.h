@@ -1,0 +1,94 @@
+// How operators on a CPU go along the chunks of a flat vector, in parallel, and sum over them in a fixed order.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "core/penalty_math.h"
+#include "core/segments.h"
+#include "cpu/loops.h"
+#include "operands.h"
+
+namespace crl {
+
+constexpr int64_t kChunksPerTask = 8;  // 32,768 elements: below that a second thread costs more than it brings
+
+template <class F>
+void parallel_over_chunks(const SegmentTable& table, const F& chunk_range) {
+  torch::stable::parallel_for(0, table.chunks(), kChunksPerTask, chunk_range);
+}
+
+inline Tensor empty_float64(const std::vector<int64_t>& shape) {
+  return torch::stable::empty(shape, ScalarType::Double);
+}
+
+// The sum of the lanes of one chunk.
+inline double lane_sum(const double* lanes) { return ordered_sum(lanes, kLanes); }
+
+inline void pieces_at(const std::vector<Operand>& u, int64_t segment, int64_t index, Pointer* pieces) {
+  for (const Operand& term : u) *pieces++ = term.at(segment, index);
+}
+
+// projections[k] = the sum of everything that calls of piece(segment, begin, n, pieces, lanes) add to the lanes of term
+// k. `pieces` are the terms' elements from `begin` on.
+template <class Piece>
+void project_pieces(const SegmentTable& table, const std::vector<Operand>& u, double* projections, const Piece& piece) {
+  const int64_t num_terms = static_cast<int64_t>(u.size());
+  std::vector<double> partial(table.chunks() * num_terms);  // (chunk, term)
+  parallel_over_chunks(table, [&](int64_t first, int64_t last) {
+    std::vector<double> lanes(num_terms * kLanes);
+    std::vector<Pointer> pieces(num_terms);
+    for (int64_t chunk = first; chunk < last; ++chunk) {
+      std::fill(lanes.begin(), lanes.end(), 0.0);
+      table.for_each_piece(chunk, [&](int64_t segment, int64_t begin, int64_t end) {
+        pieces_at(u, segment, begin, pieces.data());
+        piece(segment, begin, end - begin, pieces.data(), lanes.data());
+      });
+      for (int64_t k = 0; k < num_terms; ++k) partial[chunk * num_terms + k] = lane_sum(lanes.data() + k * kLanes);
+    }
+  });
+
+  for (int64_t k = 0; k < num_terms; ++k) projections[k] = ordered_sum(partial.data() + k, table.chunks(), num_terms);
+}
+
+// projections[k] = u_k . theta, for an Operand or a Target theta
+template <class Theta>
+void project(const SegmentTable& table, const Theta& theta, const std::vector<Operand>& u, double* projections) {
+  const Loops& loops = chosen_loops();
+  const int64_t num_terms = static_cast<int64_t>(u.size());
+  project_pieces(table, u, projections,
+                 [&](int64_t segment, int64_t begin, int64_t n, const Pointer* pieces, double* lanes) {
+                   loops.dot(theta.at(segment, begin), pieces, num_terms, begin, n, lanes);
+                 });
+}
+
+// The sum of everything that calls of piece(segment, begin, n, lanes) add to the lanes, in a fixed order.
+template <class Piece>
+Tensor reduce_pieces(const SegmentTable& table, const Piece& piece) {
+  std::vector<double> partial(table.chunks());
+  parallel_over_chunks(table, [&](int64_t first, int64_t last) {
+    for (int64_t chunk = first; chunk < last; ++chunk) {
+      double lanes[kLanes] = {};
+      table.for_each_piece(
+          chunk, [&](int64_t segment, int64_t begin, int64_t end) { piece(segment, begin, end - begin, lanes); });
+      partial[chunk] = lane_sum(lanes);
+    }
+  });
+  Tensor result = empty_float64({});
+  *result.mutable_data_ptr<double>() = ordered_sum(partial.data(), table.chunks());
+  return result;
+}
+
+// sum S (theta - m)^2, for an Operand or a Target theta
+template <class Theta>
+Tensor quadratic(const SegmentTable& table, const Theta& theta, const Operand& s, const Operand& m) {
+  const Loops& loops = chosen_loops();
+  return reduce_pieces(table, [&](int64_t segment, int64_t begin, int64_t n, double* lanes) {
+    loops.quadratic(theta.at(segment, begin), s.at(segment, begin), m.at(segment, begin), begin, n, lanes);
+  });
+}
+
+}  // namespace crl

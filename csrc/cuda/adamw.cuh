@@ -1,0 +1,152 @@
+// AdamW's kernels, with the penalty inside the step.
+#pragma once
+
+#include "core/adamw_math.h"
+#include "core/penalty_math.h"
+#include "cuda/octets.cuh"
+#include "cuda/reductions.cuh"
+
+namespace crl {
+namespace {
+
+// The operands of a step of AdamW. `found_inf` may be null.
+struct AdamWViews {
+  View theta, gradient, m, v;
+  const double* settings;
+  const float* found_inf;
+
+  __device__ bool skips() const { return found_inf != nullptr && *found_inf > 0.0f; }
+};
+
+// A thread's octets of theta, its gradient and its moments. Arithmetic is float where no tensor of the lists is
+// float64.
+template <class Widest>
+struct AdamWOctets {
+  Octet<Widest> theta, gradient, m, v;
+
+  __device__ AdamWOctets(const DeviceTable& table, const AdamWViews& operands, const Place& place)
+      : theta(read<Widest>(table, operands.theta, place)),
+        gradient(read<Widest>(table, operands.gradient, place)),
+        m(read<Widest>(table, operands.m, place)),
+        v(read<Widest>(table, operands.v, place)) {}
+
+  __device__ void convert_all() {
+    convert(theta);
+    convert(gradient);
+    convert(m);
+    convert(v);
+  }
+
+  // Moves all eight; penalize(j, share, start, gradient) adds the penalty to one element's start or gradient.
+  template <class Penalize>
+  __device__ void step(const DeviceTable& table, const AdamWViews& operands, const Place& place,
+                       const Penalize& penalize) {
+    int segment = place.segment;
+    int64_t end = __ldg(table.begins + segment + 1);
+    const double* row = operands.settings + segment * kSettings;
+    AdamW<Widest> adamw(row);
+#pragma unroll
+    for (int j = 0; j < kOctet; ++j) {
+      if (!place.in_one_segment) {
+        const int64_t index = place.index + j;
+        while (index >= end && index < table.numel) end = __ldg(table.begins + ++segment + 1);
+        row = operands.settings + segment * kSettings;
+        adamw = AdamW<Widest>(row);
+      }
+      Widest start = static_cast<Widest>(theta[j]), g = adamw.factor * static_cast<Widest>(gradient[j]);
+      penalize(j, penalty_share(row), start, g);
+      const Widest first = first_moment(adamw, static_cast<Widest>(m[j]), g);
+      const Widest second = second_moment(adamw, static_cast<Widest>(v[j]), g);
+      Widest value = adamw_step(adamw, start, first, static_cast<Widest>(sqrt(second)));
+      if constexpr (sizeof(Widest) == 8) {  // the projection is of the value as it is stored
+        const bool narrow = table.at(operands.theta, 0, segment, place.index + j).dtype == DType::kFloat32;
+        if (narrow) value = static_cast<float>(value);
+      }
+      theta.set(j, value);
+      m.set(j, first);
+      v.set(j, second);
+    }
+    write(table, operands.theta, place, theta);
+    write(table, operands.m, place, m);
+    write(table, operands.v, place, v);
+  }
+};
+
+// A step of AdamW with share * sum_k coefficients[k] u_k, in the gradient or, decoupled, added to theta before, and
+// partial[k * gridDim.x + block] = u_k . theta after it. A direction's second reading finds the tile in L1 or L2.
+//
+// As in project(), lane j of each warp keeps the sum of term j, for the first 32 terms; more terms read theta again.
+template <class Widest, bool kDecoupled>
+__global__ void __launch_bounds__(kThreads, resident<Widest>(2))
+    low_rank_adamw_kernel(DeviceTable table, AdamWViews operands, View directions, int num_terms,
+                          const double* coefficients, double* partial) {
+  const int lane = threadIdx.x % kWarp, terms = num_terms < kWarp ? num_terms : kWarp;
+  const bool skip = operands.skips();
+  double sum = 0.0;
+  for (int64_t tile = blockIdx.x; tile < table.tiles(); tile += gridDim.x) {
+    const Place place = table.place(tile);
+    AdamWOctets<Widest> octets(table, operands, place);
+    double pull[kOctet] = {};
+    for (int k = 0; k < num_terms; ++k) {
+      Octet<Widest> u = read<Widest, Caching::kKeep>(table, directions, place, k);
+      const double c = coefficients[k];
+      convert(u);
+#pragma unroll
+      for (int j = 0; j < kOctet; ++j) pull[j] = fma(c, u[j], pull[j]);
+    }
+    octets.convert_all();
+    if (!skip) {
+      octets.step(table, operands, place, [&](int j, double share, Widest& start, Widest& gradient) {
+        (kDecoupled ? start : gradient) += static_cast<Widest>(share * pull[j]);
+      });
+    }
+    for (int k = 0; k < terms; ++k) {
+      Octet<Widest> u = read<Widest, Caching::kKeep>(table, directions, place, k);
+      convert(u);
+      double dot = 0.0;
+#pragma unroll
+      for (int j = 0; j < kOctet; ++j) dot = fma(octets.theta[j], u[j], dot);
+      dot = warp_sum(dot);
+      if (lane == k) sum += dot;
+    }
+  }
+  write_term_sums(sum, 0, terms, partial);
+  project<Widest>(table, operands.theta, directions, num_terms, partial, kWarp);
+}
+
+// The same with share S (theta - m), or the proximal step of that strength, and partial[block] = sum S (theta - m)^2
+// before it.
+template <class Widest, bool kDecoupled>
+__global__ void __launch_bounds__(kThreads, resident<Widest>(kDecoupled ? 1 : 2))
+    diagonal_adamw_kernel(DeviceTable table, AdamWViews operands, View fisher_view, View anchor_view, double* partial) {
+  const bool skip = operands.skips();
+  double sum = 0.0;
+  for (int64_t tile = blockIdx.x; tile < table.tiles(); tile += gridDim.x) {
+    const Place place = table.place(tile);
+    AdamWOctets<Widest> octets(table, operands, place);
+    Octet<Widest> fisher = read<Widest>(table, fisher_view, place);
+    Octet<Widest> anchor = read<Widest>(table, anchor_view, place);
+    octets.convert_all();
+    convert(fisher);
+    convert(anchor);
+#pragma unroll
+    for (int j = 0; j < kOctet; ++j) {
+      const double distance = octets.theta[j] - anchor[j];
+      sum = fma(fisher[j] * distance, distance, sum);
+    }
+    if (!skip) {
+      octets.step(table, operands, place, [&](int j, double share, Widest& start, Widest& gradient) {
+        if (kDecoupled) {
+          start = static_cast<Widest>(proximal_step(octets.theta[j], fisher[j], anchor[j], share));
+        } else {
+          gradient += static_cast<Widest>(share * (fisher[j] * (octets.theta[j] - anchor[j])));
+        }
+      });
+    }
+  }
+  const double total = block_sum(sum);
+  if (threadIdx.x == 0) partial[blockIdx.x] = total;
+}
+
+}  // namespace
+}  // namespace crl
