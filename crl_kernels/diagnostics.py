@@ -36,13 +36,21 @@ _FRACTIONS = (0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98)
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What :func:`diagnose` found.
+    """What ``diagnose`` found.
 
-    at: timestep -> Spectrum; uniform: with t uniform over 0 .. num_timesteps - 1. layers: name of the module that owns
-    the parameters -> the same, under the timestep or "uniform". snr: timestep -> signal-to-noise ratio, or empty.
-    cosines: between the mean gradients of the timesteps in the order of ``at``, and t uniform last; nan where a mean is
-    lost in noise. bands: share of the trace with t uniform in the span of the top directions of all the timesteps,
-    held out; its interval takes the directions as given.
+    Attributes:
+        num_timesteps: uniform t is drawn from 0 .. num_timesteps - 1.
+        num_samples: at every timestep.
+        num_parameters: that were looked at.
+        at: timestep -> Spectrum.
+        uniform: the Spectrum with t uniform.
+        layers: name of the module that owns the parameters -> timestep or "uniform" -> Spectrum.
+        snr: timestep -> signal-to-noise ratio, or empty.
+        cosines: between the mean gradients of the timesteps in the order of ``at``, and t uniform last; nan where a
+            mean is lost in noise.
+        bands: share of the trace with t uniform in the span of the top directions of all the timesteps, held out; its
+            interval takes the directions as given.
+        verdict: the answer; ``verdict.sentences`` says it in three sentences.
     """
 
     num_timesteps: int
@@ -78,7 +86,7 @@ class Diagnosis:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "Diagnosis":
-        """Reads back what :meth:`save` wrote, to six significant digits."""
+        """Reads back what ``save`` wrote, to six significant digits."""
         raw = json.loads((Path(folder) / "report.json").read_text(encoding="utf-8"))
         verdict: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw["verdict"].items()}
         return cls(
@@ -221,15 +229,15 @@ def diagnose(
         per_sample_loss_at: ``(model, batch, t) -> (N,)``, one loss for each sample, computed from that sample alone at
             timestep t_i; t is (N,), int64, on the model's device. Noise may come from the global generators.
         loader: batches of images (and labels, captions, ...) without timesteps, in any order, on the model's device, as
-            in :func:`estimate_fisher`.
+            in ``estimate_fisher``.
         timesteps: by default 2, 10, 30, 50, 70, 90 and 98 % of ``num_timesteps``.
         num_timesteps: uniform t is drawn from 0 .. num_timesteps - 1.
         samples: N, at least 48, cut down to a multiple of 16; a loader that has fewer gives all it has.
         snr: signal-to-noise ratio of a timestep, or of each of ``timesteps``; only shown.
         generator: seeds the random numbers of the loss and of uniform t.
-        include, exclude: patterns that choose parameters, as in :class:`LowRankHistory`.
+        include, exclude: patterns that choose parameters, as in ``LowRankHistory``.
         progress: told what is looked at.
-        mixed_losses: True takes losses that depend on other samples too, as in :func:`estimate_fisher`.
+        mixed_losses: True takes losses that depend on other samples too, as in ``estimate_fisher``.
 
     Raises:
         TypeError, ValueError: for input that does not fit, naming it; non-finite gradients, or none but zeros; a loss
