@@ -1,4 +1,4 @@
-"""The Python blocks of each how-to page run one after the other, as they stand there."""
+"""The Python blocks of each how-to page, and of the reference, run one after the other, as they stand there."""
 
 import sys
 import warnings
@@ -9,7 +9,8 @@ import pytest
 import torch
 from pages import python_blocks
 
-PAGES = sorted((Path(__file__).parents[2] / "docs" / "how-to").glob("*.md"))
+DOCS = Path(__file__).parents[2] / "docs"
+PAGES = [*sorted((DOCS / "how-to").glob("*.md")), DOCS / "reference" / "per-sample.md"]
 WITHOUT_BLOCKS = {"fsdp2"}  # includes sharded_loop.py, which has a test of its own
 NEEDS = {"other-trainers": ["accelerate", "transformers"], "resume": ["safetensors"]}
 
