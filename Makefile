@@ -6,7 +6,7 @@ VENV := .venv
 RUN := OMP_NUM_THREADS=1 $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: install demo compare test test-all bench lint clean
+.PHONY: install demo compare test test-all bench lint docs clean
 
 install: $(VENV)/.built
 
@@ -18,7 +18,7 @@ $(VENV)/.torch:
 	touch $@
 
 $(VENV)/.built: $(VENV)/.torch $(SOURCES)
-	$(VENV)/bin/pip install --quiet --no-build-isolation --editable ".[trainer,bench,dev]"
+	$(VENV)/bin/pip install --quiet --no-build-isolation --editable ".[trainer,bench,dev,docs]"
 	touch $@
 
 demo: install
@@ -44,5 +44,8 @@ lint: install
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/clang-format --dry-run --Werror $(shell find csrc -type f)
 
+docs: install
+	$(VENV)/bin/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info runs crl_kernels/*.so
+	rm -rf $(VENV) build dist site *.egg-info runs crl_kernels/*.so

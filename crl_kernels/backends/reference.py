@@ -243,7 +243,7 @@ def sample_weight_gradients(
     gram: bool,
     squares: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Of each sample's weight gradient g_i of a convolution (:func:`sample_weight_gradient_matrix`): sum_i g_i;
+    """Of each sample's weight gradient g_i of a convolution (``sample_weight_gradient_matrix``): sum_i g_i;
     |g_i|^2, (N,) float64; directions_k . g_i, or, without directions, (sum_j g_j) . g_i, (N, K) float64; g_i . g_j,
     (N, N) float64, or (0, 0); and sum_i g_i^2, element by element, or (0,). Sums have the
     matrix's dtype."""

@@ -60,15 +60,15 @@ def diagnose(
         per_sample_loss_at: ``(model, batch, t) -> (N,)``, one loss for each sample, computed from that sample alone at
             timestep t_i; t is (N,), int64, on the model's device. Noise may come from the global generators.
         loader: batches of images (and labels, captions, ...) without timesteps, in any order, on the model's device, as
-            in :func:`estimate_fisher`.
+            in ``estimate_fisher``.
         timesteps: by default 2, 10, 30, 50, 70, 90 and 98 % of ``num_timesteps``.
         num_timesteps: uniform t is drawn from 0 .. num_timesteps - 1.
         samples: N, at least 48, cut down to a multiple of 16; a loader that has fewer gives all it has.
         snr: signal-to-noise ratio of a timestep, or of each of ``timesteps``; only shown.
         generator: seeds the random numbers of the loss and of uniform t.
-        include, exclude: patterns that choose parameters, as in :class:`LowRankHistory`.
+        include, exclude: patterns that choose parameters, as in ``LowRankHistory``.
         progress: told what is looked at.
-        mixed_losses: True takes losses that depend on other samples too, as in :func:`estimate_fisher`.
+        mixed_losses: True takes losses that depend on other samples too, as in ``estimate_fisher``.
 
     Raises:
         TypeError, ValueError: for input that does not fit, naming it; non-finite gradients, or none but zeros; a loss

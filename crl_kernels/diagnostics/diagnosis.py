@@ -20,7 +20,7 @@ from .verdict import Verdict, short
 
 @dataclass(frozen=True)
 class Diagnosis(Findings):
-    """The fields of :class:`Findings`, and how they are written, read back and shown."""
+    """The fields of ``Findings``, and how they are written, read back and shown."""
 
     def save(self, folder: str | os.PathLike[str], title: str = "Is rank 1 enough?") -> list[Path]:
         """Writes report.json, report.md and, as PNG and SVG, five pictures; returns their paths.
@@ -44,7 +44,7 @@ class Diagnosis(Findings):
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "Diagnosis":
-        """Reads back what :meth:`save` wrote, to six significant digits."""
+        """Reads back what ``save`` wrote, to six significant digits."""
         raw = json.loads((Path(folder) / "report.json").read_text(encoding="utf-8"))
         verdict: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw["verdict"].items()}
         return cls(

@@ -8,13 +8,21 @@ from .verdict import Verdict
 
 @dataclass(frozen=True)
 class Findings:
-    """What :func:`diagnose` measured.
+    """What ``diagnose`` measured.
 
-    at: timestep -> Spectrum; uniform: with t uniform over 0 .. num_timesteps - 1. layers: name of the module that owns
-    the parameters -> the same, under the timestep or "uniform". snr: timestep -> signal-to-noise ratio, or empty.
-    cosines: between the mean gradients of the timesteps in the order of ``at``, and t uniform last; nan where a mean is
-    lost in noise. bands: share of the trace with t uniform in the span of the top directions of all the timesteps,
-    held out; its interval takes the directions as given.
+    Attributes:
+        num_timesteps: uniform t is drawn from 0 .. num_timesteps - 1.
+        num_samples: samples at every timestep.
+        num_parameters: parameters of the diagnosis.
+        at: timestep -> Spectrum.
+        uniform: the Spectrum with t uniform.
+        layers: name of the module that owns the parameters -> timestep or "uniform" -> Spectrum.
+        snr: timestep -> signal-to-noise ratio, or empty.
+        cosines: between the mean gradients of the timesteps in the order of ``at``, and t uniform last; nan where a
+            mean is lost in noise.
+        bands: share of the trace with t uniform in the span of the top directions of all the timesteps, held out; its
+            interval takes the directions as given.
+        verdict: the answer; ``verdict.sentences`` says it in three sentences.
     """
 
     num_timesteps: int

@@ -87,7 +87,7 @@ class Spectrum:
 
 
 def spectrum_of(gram: Tensor, diagonals: Tensor | None = None, ranks: Sequence[int] = RANKS) -> Spectrum:
-    """Everything in :class:`Spectrum`, from a Gram matrix.
+    """Everything in ``Spectrum``, from a Gram matrix.
 
     Args:
         gram: (N, N), g_i . g_j of samples in random order; N a multiple of 16, at least 48. Sixteen consecutive runs

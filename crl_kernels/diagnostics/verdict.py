@@ -37,7 +37,7 @@ class Verdict:
 
 
 def judge(uniform: Spectrum, at: Mapping[int, Spectrum], bands: Estimate | None = None) -> Verdict:
-    """Applies :class:`Verdict`'s rule to the numbers of t uniform, of single timesteps, and of their bands."""
+    """Applies ``Verdict``'s rule to the numbers of t uniform, of single timesteps, and of their bands."""
     answer, direction = _rank_1(uniform)
     found = {t: _rank_1(spectrum) for t, spectrum in at.items()}
     enough, no, undecided = (tuple(t for t in at if found[t][0] == a) for a in ("yes", "no", "undecided"))

@@ -25,8 +25,6 @@ def whole_parameters(model: nn.Module) -> Generator[Any, None, None]:
     """In the block, a sharded model (FSDP2, HSDP) is a whole one in every process: per-sample gradients of a process's
     own samples exist there, and processes need not keep step. All of them enter it together.
 
-    ::
-
         with whole_parameters(model), SampleGradients(model) as sg:
             per_sample_loss(model, batch).sum().backward()
 

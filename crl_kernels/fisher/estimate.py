@@ -48,11 +48,11 @@ def estimate_fisher(
 ) -> LowRankFisher | DiagonalFisher:
     """Estimates the empirical Fisher of a task at the model's present parameters, which become the anchor theta*.
 
-    low_rank, "mean":  u = mu / |mu| with mu the mean gradient over the first half of the data
-    low_rank, "top":   u_1 .. u_k the top eigenvectors of F over the first half
-                       either way a_k = mean (u_k . g_i)^2 and the slopes s_k = mean u_k . g_i over the second half, for
-                       the u_k that is stored
-    diagonal:          mean g_ij^2 over all the data, with theta*
+        low_rank, "mean":  u = mu / |mu| with mu the mean gradient over the first half of the data
+        low_rank, "top":   u_1 .. u_k the top eigenvectors of F over the first half
+                           either way a_k = mean (u_k . g_i)^2 and the slopes s_k = mean u_k . g_i over the second
+                           half, for the u_k that is stored
+        diagonal:          mean g_ij^2 over all the data, with theta*
 
     "top" needs only the batch's Gram matrix G: if G alpha = N lambda alpha, then sum_i alpha_i g_i / sqrt(N lambda) is
     an eigenvector of F, and one weighted sum of gradients. Within one batch that is exact. Batches are merged one after
@@ -76,11 +76,11 @@ def estimate_fisher(
     Several processes: if the model is in a DistributedDataParallel (the loss is then given the module inside) or
     sharded (FSDP2, HSDP), or with ``process_group=``, each process estimates from its own loader, sums and per-sample
     numbers are exchanged once after each half, and all processes return the same Fisher, that of all their samples. Of
-    a sharded model each process has the whole parameters meanwhile, see :func:`whole_parameters`, and the Fisher that
+    a sharded model each process has the whole parameters meanwhile, see ``whole_parameters``, and the Fisher that
     it returns is whole; a history that it is appended to keeps this process's shards of it.
 
     Which sample a row of a layer belongs to is measured, and every parameter's per-sample gradients are proven to add
-    up to ordinary ones, on the first batch and on every batch with new shapes: see :class:`SampleGradients`, whose
+    up to ordinary ones, on the first batch and on every batch with new shapes: see ``SampleGradients``, whose
     passes for that, ceil(log_8 N) + 3 for a batch of N, make such a batch cost a few times what another one does. On
     the first batch a loss that was not met before with this model is called five times more, or seven for few samples,
     with some samples exchanged for others, to notice losses that mix samples.
@@ -105,7 +105,7 @@ def estimate_fisher(
             numbers in each process.
         storage_dtype: of the directions: torch.float32 (the default), torch.bfloat16, or torch.float64 (the default for
             float64 models).
-        include, exclude: patterns that choose parameters, as in :class:`LowRankHistory`.
+        include, exclude: patterns that choose parameters, as in ``LowRankHistory``.
         process_group: of torch.distributed, over which to share the work.
         progress: show on stderr how many samples are done.
         mixed_losses: True takes losses that depend on other samples too; g_i is then the gradient of loss i by all
@@ -128,7 +128,7 @@ def estimate_fisher(
 
     Memory beside the model: 16 bytes per parameter and stratum for sums in float64, the directions twice, with strata
     a batch's sums (4 bytes, of its first batch 8), with "top" about six sketches of k + 8 rows; and what
-    :meth:`SampleGradients.weighted_sums` says.
+    ``SampleGradients.weighted_sums`` says.
 
     Source: arXiv 2509.23593; held-out curvatures, strata and standard errors are ours.
     """

@@ -169,7 +169,7 @@ class LowRankFisher:
             mean_gradient: parameter name -> mu, the task's mean gradient.
             c: the coefficient c* = mean_i (u . g_i)^2 / |mu|^2 >= 0, of the same loss convention as mu.
             anchor: parameter name -> theta*.
-            storage_dtype: see :class:`LowRankFisher`.
+            storage_dtype: see ``LowRankFisher``.
 
         Source: arXiv 2509.23593.
         """
@@ -203,7 +203,7 @@ class LowRankFisher:
         return self.directions.nbytes + sum(tensor.nbytes for tensor in scalars if tensor is not None)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file; read it with :func:`load_fisher`."""
+        """Writes a safetensors file; read it with ``load_fisher``."""
         tensors = {f"directions.{name}": tensor for name, tensor in self.layout.split(self.directions).items()}
         tensors |= {"curvatures": self.curvatures, "anchor_projections": self.anchor_projections}
         if self.slopes is not None:
@@ -255,7 +255,7 @@ class DiagonalFisher:
         return self.fisher_diagonal.nbytes + self.anchor.nbytes
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file; read it with :func:`load_fisher`."""
+        """Writes a safetensors file; read it with ``load_fisher``."""
         tensors = {f"fisher_diagonal.{name}": part for name, part in self.layout.split(self.fisher_diagonal).items()}
         tensors |= {f"anchor.{name}": part for name, part in self.layout.split(self.anchor).items()}
         files.write(path, "DiagonalFisher", tensors, _facts(self.layout, self.statistics))

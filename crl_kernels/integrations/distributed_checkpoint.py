@@ -24,7 +24,7 @@ def load_history(history: LowRankHistory | DiagonalHistory, path: str | os.PathL
     """Reads into ``history`` what was saved of one under ``key``. All processes call it.
 
     If parameters have joined since it was saved: read it into a history of the others (``include=``), then call
-    :meth:`~crl_kernels.LowRankHistory.rebind`.
+    ``LowRankHistory.rebind``.
 
     Raises:
         FileNotFoundError: no checkpoint.

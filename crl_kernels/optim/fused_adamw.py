@@ -65,7 +65,7 @@ class FusedAdamW(Optimizer):
     directions), or 8 for a diagonal history. A low-rank term's projection u_k . theta is carried: the pass that writes
     theta sums it, in float64, for the next step. It is read from the parameters once, and again after the history or
     this optimizer's state was loaded, terms were appended, parameters were frozen or freed, and after any write from
-    outside that the parameters' version counters show. Writes through ``.data`` do not show: call :meth:`resync`.
+    outside that the parameters' version counters show. Writes through ``.data`` do not show: call ``resync``.
 
     Clipping. The penalty is not clipped, since it comes after. To have it clipped, use ``FusedAdamW`` without a history
     and call ``history.add_penalty_grad_(lam)`` before clipping.

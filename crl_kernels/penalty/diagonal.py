@@ -23,8 +23,8 @@ class DiagonalHistory(History[DiagonalFisher]):
     like Welford's variance, because the sums of F theta* and F theta*^2 cancel. State: 8 bytes per parameter.
 
     Args:
-        model, include, exclude: see :class:`LowRankHistory`.
-        decay: see :meth:`append`.
+        model, include, exclude: see ``LowRankHistory``.
+        decay: see ``append``.
     """
 
     _fisher_type = DiagonalFisher
@@ -49,7 +49,7 @@ class DiagonalHistory(History[DiagonalFisher]):
         return self._num_tasks
 
     def penalty(self, lam: float | Tensor) -> Tensor:
-        """(lam / 2) (sum_j S_j (theta_j - m_j)^2 + R); see :func:`crl_kernels.diagonal_ewc_penalty`."""
+        """(lam / 2) (sum_j S_j (theta_j - m_j)^2 + R); see ``diagonal_ewc_penalty``."""
         check_strength("lam", lam)
         if not self._num_tasks:
             return self._zero()

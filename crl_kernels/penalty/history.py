@@ -129,7 +129,7 @@ class History(ABC, Generic[_Fisher]):
             raise
 
     def attach(self, optimizer: Optimizer, lam: float | Tensor, *, decoupled: bool = False) -> None:
-        """Puts the penalty into every ``optimizer.step()``, by hooks, until :meth:`detach`.
+        """Puts the penalty into every ``optimizer.step()``, by hooks, until ``detach``.
 
         As a gradient: adds the penalty's gradient just before the step, so after gradient accumulation and clipping,
         at the scale that a GradScaler has given the gradients. Decoupled: takes the proximal step just after it, each
@@ -146,7 +146,7 @@ class History(ABC, Generic[_Fisher]):
         Args:
             optimizer: any torch optimizer that has all bound parameters, or a wrapper of one.
             lam: strength; a 0-dim tensor may be changed in place between steps.
-            decoupled: the proximal step of :meth:`decoupled_step_` instead of the gradient.
+            decoupled: the proximal step of ``decoupled_step_`` instead of the gradient.
 
         Raises:
             TypeError, ValueError: not an optimizer, one that maximizes, lacks bound parameters, calls no hooks or has
@@ -154,7 +154,7 @@ class History(ABC, Generic[_Fisher]):
             RuntimeError: attached already.
 
         Warns:
-            UserWarning: once, when the penalty is too stiff to be a gradient; see :meth:`stiffness`.
+            UserWarning: once, when the penalty is too stiff to be a gradient; see ``stiffness``.
         """
         check_strength("lam", lam, finite=not decoupled)
         if not isinstance(optimizer, Optimizer) and not is_wrapper(optimizer):
@@ -176,7 +176,7 @@ class History(ABC, Generic[_Fisher]):
         self._attachment = Attachment(self, stepped, lam, decoupled)
 
     def detach(self) -> None:
-        """Takes the hooks of :meth:`attach` out of the optimizer."""
+        """Takes the hooks of ``attach`` out of the optimizer."""
         if self._attachment is None:
             raise RuntimeError("this history is not attached to an optimizer.")
         self._attachment.remove()
@@ -200,7 +200,7 @@ class History(ABC, Generic[_Fisher]):
         return self
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes :meth:`state_dict` to a safetensors file, with the history's options and a digest.
+        """Writes ``state_dict`` to a safetensors file, with the history's options and a digest.
 
         Of sharded parameters all processes call it, tensors are gathered one by one, and the first process writes.
         """
@@ -213,14 +213,14 @@ class History(ABC, Generic[_Fisher]):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: nn.Module, *, grown: Iterable[str] = ()) -> Self:
-        """Reads what :meth:`save` wrote and binds it to ``model``, by name, on the model's device.
+        """Reads what ``save`` wrote and binds it to ``model``, by name, on the model's device.
 
         A file from before parameters joined, or got more rows, loads into the model as it is now if ``grown`` names
         them; one from afterwards needs no ``grown``, and does not load into the model as it was.
 
         Args:
             path, model: the file, and a model with the same parameters.
-            grown: see :meth:`rebind`.
+            grown: see ``rebind``.
 
         Raises:
             OSError: no file that can be opened: FileNotFoundError, IsADirectoryError, PermissionError.
@@ -302,18 +302,18 @@ class History(ABC, Generic[_Fisher]):
     def state_dict(self) -> dict[str, Tensor]:
         """The state as tensors by parameter name, for a trainer's own checkpoints. They share memory with the state,
         and are sharded as the parameters are. Sharded ones are for torch.distributed.checkpoint; torch.save fails on
-        them (a DTensor over a part of a storage), and :meth:`save` writes whole ones.
+        them (a DTensor over a part of a storage), and ``save`` writes whole ones.
 
-        Options (``include``, ``decay`` and so on) and what :meth:`attach` did are not in it.
+        Options (``include``, ``decay`` and so on) and what ``attach`` did are not in it.
         """
         return self._state() | {"num_tasks": torch.tensor(self._num_tasks)}
 
     def load_state_dict(self, state: Mapping[str, Tensor], *, grown: Iterable[str] = ()) -> None:
-        """Takes over what :meth:`state_dict` gave, by parameter name; nothing changes when it does not fit.
+        """Takes over what ``state_dict`` gave, by parameter name; nothing changes when it does not fit.
 
         Args:
             state: of a history of the same parameters, but for those that ``grown`` names.
-            grown: see :meth:`rebind`.
+            grown: see ``rebind``.
 
         Raises:
             TypeError: no mapping to tensors.

@@ -28,7 +28,7 @@ class LowRankHistory(History[LowRankFisher]):
         first_order: keep each task's slope, too: its own expansion along u_k is s_k x + a_k x^2 / 2 with
             x = u_k . theta - b_k, which is a_k (x + s_k / a_k)^2 / 2 less the constant s_k^2 / (2 a_k). So b_k becomes
             b_k - s_k / a_k, at no cost; the constant is left out of the value.
-        decay: see :meth:`append`.
+        decay: see ``append``.
         max_terms: at most so many terms are kept. Beyond that, terms are merged into the best approximation of
             sum_k a_k u_k u_k^T by ``max_terms`` orthogonal directions, each of which keeps its exact penalty. Terms are
             then no longer one task's.
@@ -79,7 +79,7 @@ class LowRankHistory(History[LowRankFisher]):
         return [self._named(u) for u in self._directions]
 
     def penalty(self, lam: float | Tensor) -> Tensor:
-        """(lam / 2) sum_k a_k (u_k . theta - b_k)^2; see :func:`crl_kernels.rank1_ewc_penalty`."""
+        """(lam / 2) sum_k a_k (u_k . theta - b_k)^2; see ``rank1_ewc_penalty``."""
         check_strength("lam", lam)
         if not self._directions:
             return self._zero()

@@ -284,7 +284,7 @@ def _is_column(opened: _Parts, count: int) -> bool:
 
 
 def _holds_columns(node: Any, count: int) -> bool | None:
-    """As :func:`_is_container` says of parts, of anything."""
+    """As ``_is_container`` says of parts, of anything."""
     if (rows := _rows(node)) is not None:
         return rows == count
     if (opened := _opened(node)) is None:
@@ -300,7 +300,7 @@ def _rebuilt(batches: Sequence[Any], rows: _Rows) -> Any:
 
 
 def _rebuilt_at(place: str, nodes: Sequence[Any], counts: Sequence[int], rows: _Rows) -> Any:
-    """:func:`_rebuilt` of what is at one place in each batch."""
+    """``_rebuilt`` of what is at one place in each batch."""
     if all(_rows(node) is not None for node in nodes):
         for node, count in zip(nodes, counts, strict=True):
             if len(node) != count:

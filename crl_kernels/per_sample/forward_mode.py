@@ -46,10 +46,10 @@ def jvp_projections(
     Args:
         model: left as it is; ``model.eval()`` is the caller's.
         per_sample_loss: ``(model, batch) -> (N,)``, one loss for each sample, from that sample alone.
-        batch: what ``per_sample_loss`` takes, of N samples, as in :func:`estimate_fisher`.
+        batch: what ``per_sample_loss`` takes, of N samples, as in ``estimate_fisher``.
         direction: parameter name -> tensor u of the parameter's shape; or (K, \*shape), for K directions. A parameter
             that is left out counts as zero.
-        include, exclude: patterns that choose parameters, as in :class:`LowRankHistory`.
+        include, exclude: patterns that choose parameters, as in ``LowRankHistory``.
 
     Returns:
         (N,) float64, or (N, K) for K directions.

@@ -18,20 +18,31 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class SampleGradientStats(NamedTuple):
-    """Of per-sample gradients g_i, i = 1..N, of P elements."""
+    """Of per-sample gradients g_i, i = 1..N, of P elements.
 
-    mean: Tensor  # (P,) mu = mean_i g_i; float64 for float64 gradients, else float32
-    sq_norms: Tensor  # (N,) float64: |g_i|^2
-    projections: Tensor  # (N,) float64: g_i . mu or g_i . u; (N, K): g_i . u_k
-
-
-class SampleGradientStatsWithDiagonal(NamedTuple):
-    """The same, and the diagonal of the empirical Fisher."""
+    Attributes:
+        mean: (P,) mu = mean_i g_i; float64 for float64 gradients, else float32
+        sq_norms: (N,) float64: |g_i|^2
+        projections: (N,) float64: g_i . mu or g_i . u; (N, K): g_i . u_k
+    """
 
     mean: Tensor
     sq_norms: Tensor
     projections: Tensor
-    diagonal: Tensor  # (P,) mean_i g_ij^2, of the mean's dtype
+
+
+class SampleGradientStatsWithDiagonal(NamedTuple):
+    """The same, and the diagonal of the empirical Fisher.
+
+    Attributes:
+        mean, sq_norms, projections: as in ``SampleGradientStats``
+        diagonal: (P,) mean_i g_ij^2, of the mean's dtype
+    """
+
+    mean: Tensor
+    sq_norms: Tensor
+    projections: Tensor
+    diagonal: Tensor
 
 
 def _check_grads(grads: Tensor) -> None:

@@ -92,7 +92,7 @@ class Codes:
         self.passes = [weights.to(device, torch.float64) for weights in (*passes, self.last)]
 
     def rows(self, prints: Sequence[Tensor], dims: tuple[int, ...], noise: float = 0.0) -> Rows | None:
-        """Of a tensor whose :func:`fingerprint` along ``dims`` was ``prints`` in the passes; None if samples share
+        """Of a tensor whose ``fingerprint`` along ``dims`` was ``prints`` in the passes; None if samples share
         rows, whatever the choice among ``dims``. ``noise``: how far fingerprints of equal passes are apart."""
         for chosen in _choices(len(dims)):
             *coded, last = (_along(chosen, each) for each in prints)

@@ -111,8 +111,6 @@ def _weak_sink(owner: "SampleGradients") -> Callable[[], Sink]:
 class SampleGradients:
     """Statistics of the per-sample gradients g_i of a batch of N, from one ordinary backward pass.
 
-    ::
-
         with SampleGradients(model) as sg:
             losses = per_sample_loss(model, batch)      # (N,), each from its own sample alone
             losses.sum().backward()
@@ -137,7 +135,7 @@ class SampleGradients:
     ways through the model by multiplying them, without an index, are not seen.)
 
     The block's pass must start from the sum or the mean of a tensor whose first dimension is the sample, as it does
-    from ``losses.sum()``, or be made by :meth:`backward`. From anything else, such as the mean over a batch that
+    from ``losses.sum()``, or be made by ``backward``. From anything else, such as the mean over a batch that
     ``F.mse_loss`` returns, the losses cannot be seen: then the first dimension of every layer's output is taken for the
     sample, and a warning says so.
 
@@ -150,7 +148,7 @@ class SampleGradients:
     losses for each sample. A warning names either, once.
 
     One backward pass of the user's a block. The graph may be retained (``backward(retain_graph=True)``), for
-    :meth:`weighted_sums` or for others: backward passes after the block are ordinary ones. Losses that a GradScaler has
+    ``weighted_sums`` or for others: backward passes after the block are ordinary ones. Losses that a GradScaler has
     multiplied give gradients multiplied by as much. Hooks on activations are called in the passes that measure, too.
 
     Args:
@@ -160,11 +158,11 @@ class SampleGradients:
         gram: also take the Gram matrix.
         loss_reduction: "sum" if the backward pass starts from ``losses.sum()``, "mean" if from ``losses.mean()``.
         diagonal: also take the mean of squares, the diagonal Fisher.
-        include, exclude: patterns that choose parameters, as in :class:`LowRankHistory`.
+        include, exclude: patterns that choose parameters, as in ``LowRankHistory``.
 
     Raises:
         TypeError, ValueError: for arguments that do not fit, naming them; a BatchNorm in training mode; a sharded model
-            outside of :func:`whole_parameters`.
+            outside of ``whole_parameters``.
         RuntimeError: no backward pass in the block, or two.
         NotImplementedError: per-sample gradients that this pass cannot give, by parameter.
 
@@ -475,8 +473,6 @@ class SampleGradients:
         r"""sum_i w_ki g_i for each row k of weights, from one backward pass: sums over the classes of a batch, say, or
         eigenvectors of its Fisher, of any length, whose weights come from ``gram``.
 
-        ::
-
             with SampleGradients(model, gram=True) as sg:
                 losses = per_sample_loss(model, batch)
                 losses.sum().backward(retain_graph=True)
@@ -491,7 +487,7 @@ class SampleGradients:
             weights: (K, N).
 
         Returns:
-            name -> (K, \*shape), float32, or float64 if a parameter is; views of what :meth:`weighted_rows` returns.
+            name -> (K, \*shape), float32, or float64 if a parameter is; views of what ``weighted_rows`` returns.
 
         Memory for the result, for one layer's part of it once more, and for per-sample gradients about 64 MiB, or what
         one sample's take in a layer if that is more; where tokens are few, for copies of a layer's inputs and output
