@@ -1,4 +1,4 @@
-"""Serves benchmarks/results inside the site, so that pages link to it as they do on GitHub: ../benchmarks/results/..."""
+"""Serves benchmarks/results with the site, so that ../benchmarks/results/... works there as it does on GitHub."""
 
 from pathlib import Path
 

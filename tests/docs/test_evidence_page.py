@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 import pytest
-from page_text import TABLE, cells, page, prose, records, result, table_after, tables
+from page_text import TABLE, page, prose, records, result, table_after, tables
 
 EVIDENCE = page("docs/evidence.md")
 PROSE = prose(EVIDENCE)

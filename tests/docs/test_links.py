@@ -1,4 +1,4 @@
-"""Links between pages, as GitHub resolves them: the file exists and has the heading. `mkdocs build --strict` checks the site."""
+"""Links between pages, as GitHub resolves them: the file and its heading exist. `mkdocs --strict` checks the site."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,7 @@ from page_text import ROOT
 
 BLOB = "https://github.com/crl-kernels/crl-kernels/blob/main/"
 TREE = "https://github.com/crl-kernels/crl-kernels/tree/main/"
-PAGES = sorted((ROOT / "docs").rglob("*.md")) + [ROOT / "CONTRIBUTING.md", ROOT / "python" / "README.md"]
+PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "python" / "README.md"]
 CODE = r"^(```|~~~).*?^\1|`[^`\n]*`"
 
 
