@@ -1,0 +1,51 @@
+"""Pages and benchmark results as text, and their tables as lists of cells."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+TABLE = r"(?:^\|.*\n)+"
+
+
+def page(path: str) -> str:
+    return (ROOT / path).read_text()
+
+
+def prose(text: str) -> str:
+    """The text with every run of white space as one space, so that a pattern may cross the end of a line."""
+    return " ".join(text.split())
+
+
+def result(path: str) -> str:
+    return (RESULTS / path).read_text()
+
+
+def records(path: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in result(path).splitlines()]
+
+
+def cells(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()]
+
+
+def tables(text: str) -> list[list[list[str]]]:
+    return [cells(table) for table in re.findall(TABLE, text, re.MULTILINE)]
+
+
+def table_after(text: str, mark: str) -> list[list[str]]:
+    """The first table after a mark, which must be there."""
+    assert mark in text
+    return tables(text.partition(mark)[2])[0]
+
+
+def run_blocks(text: str, name: str) -> dict[str, Any]:
+    """Run a page's Python blocks one after the other; what they leave behind."""
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert blocks
+    namespace: dict[str, Any] = {}
+    for block in blocks:
+        exec(compile(block, name, "exec"), namespace)
+    return namespace

@@ -1,0 +1,149 @@
+"""Every table of docs/benchmarks.md, and the ratios in its text, are what the benchmarks wrote."""
+
+import json
+import re
+
+import torch
+from page_text import TABLE, page, prose, result, run_blocks, table_after, tables
+
+BENCHMARKS = page("docs/benchmarks.md")
+PROSE = prose(BENCHMARKS)
+
+
+def by_name(table: list[list[str]]) -> dict[str, list[str]]:
+    return {row[0]: row[1:] for row in table[2:]}
+
+
+def test_python_block_runs():
+    torch.manual_seed(0)
+    namespace = run_blocks(BENCHMARKS, "docs/benchmarks.md")
+    assert namespace["top"].keys() == dict(namespace["model"].named_parameters()).keys()
+
+
+def test_table_of_penalties_is_what_the_benchmark_wrote():
+    written = re.search(TABLE, result("penalty_cpu_1thread_summary.md"), re.MULTILINE)[0]
+    assert written.count("\n") >= 4
+    assert written in BENCHMARKS
+
+
+def test_rows_of_sample_gradients_are_what_the_benchmark_wrote():
+    quoted = table_after(BENCHMARKS, "`python -m benchmarks.sample_gradients")
+    written = tables(result("sample_gradients.md"))[0]
+    assert len(quoted) == 16
+    assert [row for row in written if row in quoted] == quoted
+
+
+def test_ratios_of_other_models_are_what_the_benchmark_wrote():
+    transformer, unet = map(by_name, tables(result("sample_gradients_others.md")))
+    written = [
+        row[column].split()[0]
+        for table in (unet, transformer)
+        for row in (table["SampleGradients"], table["vmap(grad), finished"])
+        for column in (2, 3)
+    ]
+    pattern = (
+        r"takes ([\d.]+) times as long as the plain pass, with ([\d.]+) times its memory, and `vmap\(grad\)` ([\d.]+) "
+        r"with ([\d.]+)\. On a small transformer it takes ([\d.]+) with ([\d.]+), and `vmap\(grad\)` ([\d.]+) with "
+        r"([\d.]+):"
+    )
+    assert list(re.search(pattern, PROSE).groups()) == written
+
+
+def test_ratios_of_a_matrix_that_exists_are_what_the_benchmark_wrote():
+    rows = {row[1]: row[-1] for row in tables(result("sample_matrix_cpu_1thread.md"))[0] if "float32" in row[0]}
+    quoted = re.search(r"takes ([\d.]+) times as long as one `torch\.sum` .*? PyTorch ([\d.]+) times", PROSE).groups()
+    assert quoted == (rows["sample_gradient_stats"], rows["mean, norm, matmul"])
+
+
+def test_ratios_of_estimation_are_what_the_benchmark_wrote():
+    rows = by_name(tables(result("estimation_cpu.md"))[0])
+    names = ("batch size 32", "8 strata, batch size 32", "rank=10, batch size 32")
+    quoted = re.search(
+        r"processes ([\d.]+) times as many .*? ([\d.]+) times .*? rank 10 ([\d.]+) times", PROSE
+    ).groups()
+    assert quoted == tuple(f"{float(rows[f'estimate_fisher, {name}'][-1]):.1f}" for name in names)
+
+
+WAYS = {
+    "`FusedAdamW`, rank 1, fp32 / bf16": ("FusedAdamW", "1, fp32", "1, bf16"),
+    "`FusedAdamW`, diagonal": ("FusedAdamW, diagonal", "any, fp32"),
+    "`add_penalty_grad_`, rank 1, fp32 / bf16": ("add_penalty_grad_", "1, fp32", "1, bf16"),
+    "`attach`, decoupled, rank 1, fp32 / bf16": ("attach, decoupled", "1, fp32", "1, bf16"),
+    "`rank1_ewc_penalty` in the loss, fp32 / bf16": ("rank1_ewc_penalty in the loss", "1, fp32", "1, bf16"),
+    "a Python loop of diagonal EWC in the loss": ("diagonal, a Python loop in the loss", "1, fp32"),
+}
+
+
+def test_costs_in_a_training_step_are_what_the_benchmark_wrote():
+    unet, transformer = (
+        {(way, terms): (added, state) for way, terms, _, added, state in table[2:]}
+        for table in tables(result("trainers_cpu_1thread.md"))
+    )
+    quoted = by_name(table_after(BENCHMARKS, "`python -m benchmarks.trainers`"))
+    assert quoted.keys() == WAYS.keys()
+    for label, (added, state) in quoted.items():
+        way, *terms = WAYS[label]
+        assert added.split(" / ") == [unet[way, t][0] for t in terms]
+        assert [float(number) for number in state.split(" / ")] == [float(unet[way, t][1]) for t in terms]
+        for t in terms:  # "A transformer ... gives the same within half a point"
+            assert abs(float(unet[way, t][0].split()[0]) - float(transformer[way, t][0].split()[0])) <= 0.5
+
+
+OPTIMIZER = {
+    "`FusedAdamW`": ("FusedAdamW, one term, {}, gradient", "FusedAdamW, diagonal, gradient", "FusedAdamW, no penalty"),
+    "`add_penalty_grad_`, then AdamW": (
+        "AdamW(fused=True), add_penalty_grad_, one term, {}",
+        "AdamW(fused=True), add_penalty_grad_, diagonal",
+        None,
+    ),
+}
+
+
+def test_ratios_of_the_optimizer_are_what_the_benchmark_wrote():
+    written = by_name(tables(result("optimizer_cpu_1thread.md"))[0])
+    quoted = by_name(table_after(BENCHMARKS, "`python -m benchmarks.optimizer`"))
+    bound = quoted.pop("lower bound, by bytes moved")
+    assert quoted.keys() == OPTIMIZER.keys()
+    for label, row in quoted.items():
+        rank1, diagonal, without = OPTIMIZER[label]
+        names = [rank1.format("bf16"), rank1.format("fp32"), diagonal, without]
+        assert row == [written[name][3] if name else "" for name in names]
+        if label == "`FusedAdamW`":
+            assert bound == [written[name][2] for name in names]
+    quoted = re.search(r"plain read of a float32 vector takes ([\d.]+)\. A Python loop .*? takes ([\d.]+)\.", PROSE)
+    read, loop = (
+        written["AdamW(fused=True), then one vector read"],
+        written["AdamW(fused=True) + diagonal, Python loop"],
+    )
+    assert quoted.groups() == (read[3], f"{float(loop[3]):.1f}")
+    quoted = re.search(r"Three and ten terms take ([\d.]+) and ([\d.]+) .*?, and ([\d.]+) and ([\d.]+) with", PROSE)
+    names = ("FusedAdamW, {} terms, fp32, gradient", "AdamW(fused=True), add_penalty_grad_, {} terms, fp32")
+    ratios = (float(written[name.format(count)][3]) for name in names for count in (3, 10))
+    assert quoted.groups() == tuple(f"{ratio:.1f}" for ratio in ratios)
+
+
+def test_overhead_of_small_models_is_what_the_benchmark_wrote():
+    sizes = {size["label"]: size["rows"] for size in json.loads(result("penalty_cpu_1thread.json"))["sizes"]}
+    rows = {row["name"]: row for row in sizes["0.6M/100"]}
+    ours, autograd = rows["rank-1, add_penalty_grad_"], rows["rank-1, autograd"]
+    quoted = re.search(r"`add_penalty_grad_` takes ([\d.]+) ms, ([\d.]+) times .*? autograd takes ([\d.]+) ms", PROSE)
+    assert quoted.groups() == (f"{ours['ms']:.2f}", f"{ours['times_addition_kept']:.2f}", f"{autograd['ms']:.1f}")
+
+
+def test_what_methods_cost_is_what_the_benchmark_wrote():
+    quoted = PROSE[PROSE.index("`python -m benchmarks.trainer_cost`") :]
+    small, large, alone = map(by_name, tables(result("trainer_cost.md")))
+
+    def ratio(table: dict[str, list[str]], method: str) -> str:
+        return table[method][0].split()[0]
+
+    for pattern, written in (
+        (r"takes ([\d.]+) \(([\d.]+)\) times as long as fine-tuning's", [ratio(t, "gd") for t in (small, large)]),
+        (r"four past tasks, ([\d.]+) \(([\d.]+)\)", [ratio(t, "gd+rank1") for t in (small, large)]),
+        (r"as long as (\d+) \((\d+)\) steps", [t["gd+rank1"][-1] for t in (small, large)]),
+        (
+            r"rank 1 takes ([\d.]+ %) .*? one past task, ([\d.]+ %) for four",
+            [alone[f"rank1, decoupled, {n}"][0] for n in ("1 past task", "4 past tasks")],
+        ),
+    ):
+        assert list(re.search(pattern, quoted).groups()) == written
