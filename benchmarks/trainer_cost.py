@@ -8,12 +8,8 @@ its own calls against the plain step beside them. One thread, process CPU time, 
 percentile: the machine may be busy, so only ratios are worth reading.
 """
 
-import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -39,10 +35,9 @@ from torch import Tensor
 import crl_kernels
 from crl_kernels import DiagonalFisher, LowRankFisher
 
-from . import memory
-from .measure import commit, interleaved, percentiles, processor
+from .common import command, memory
+from .common.measure import commit, interleaved, percentiles, processor
 
-ROOT = Path(__file__).parent.parent
 PLAIN, TASKS = "fine-tune", 4
 PENALISED = [f"gd+{p}" for p in ("diagonal", "rank1", "rank10", "rank50", "bands8")]
 METHODS = [PLAIN, "replay", "gd", "replay+gd", "masip", *(m + mode for m in PENALISED for mode in ("", ":gradient"))]
@@ -130,15 +125,6 @@ def steps(size: int, rounds: int, methods: list[str]) -> dict[str, Any]:
     return {"size": size, "rounds": rounds, "parameters": parameters, "rows": rows}
 
 
-def peak_in_its_own_process(method: str, size: int) -> int | None:
-    command = [sys.executable, "-m", "benchmarks.trainer_cost", "--peak", method, "--sizes", str(size)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command[1:])} failed:\n{done.stderr}")
-    found: int | None = json.loads(done.stdout.strip().rpartition("\n")[2])
-    return found
-
-
 def peak(method: str, size: int) -> int | None:
     if not memory.can_measure():
         return None
@@ -223,23 +209,14 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(result: dict[str, Any], folder: Path | None) -> None:
-    """After each part, because memory takes minutes."""
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "trainer_cost.json").write_text(json.dumps(result, indent=1) + "\n")
-        (folder / "trainer_cost.md").write_text(markdown(result))
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command.parser(__doc__, "trainer_cost.json and .md")
     parser.add_argument("--sizes", nargs="+", type=int, default=[*SIZES], help="pixels (default: 8 16)")
     parser.add_argument("--methods", nargs="+", default=METHODS, help="(default: all of the table)")
     parser.add_argument("--rounds", type=int, default=20, help="rounds of the steps (default: 20)")
     parser.add_argument("--model", default="paper", help="UNet for rank-1 by itself (default: paper)")
     parser.add_argument("--model-rounds", type=int, default=3, help="rounds on it (default: 3)")
     parser.add_argument("--no-peaks", action="store_true", help="leave out the processes that measure memory")
-    parser.add_argument("--out", type=Path, help="folder for trainer_cost.{json,md} (default: print only)")
     parser.add_argument("--peak", metavar="METHOD", help="only this method's peak memory, of one size: bytes, as JSON")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -248,7 +225,7 @@ def main() -> None:
         return
     methods = list(dict.fromkeys([PLAIN, *arguments.methods]))
     result: dict[str, Any] = {
-        "command": " ".join(["python -m benchmarks.trainer_cost", *sys.argv[1:]]),
+        "command": command.command_line("trainer_cost"),
         "date": date.today().isoformat(),
         "machine": processor(),
         "torch": torch.__version__,
@@ -257,13 +234,14 @@ def main() -> None:
         "sizes": [],
     }
     result["rank1"] = rank1_on(arguments.model, 8, arguments.model_rounds)
-    for size in arguments.sizes:
+    for size in arguments.sizes:  # written after each part, because a part takes minutes
         result["sizes"].append(steps(size, arguments.rounds, methods))
-        write(result, arguments.out)
+        command.write(arguments.out, "trainer_cost", result, markdown(result))
     for part in [] if arguments.no_peaks else result["sizes"]:
         for row in part["rows"]:
-            row["peak_bytes"] = peak_in_its_own_process(row["method"], part["size"])
-        write(result, arguments.out)
+            options = ["--peak", row["method"], "--sizes", str(part["size"])]
+            row["peak_bytes"] = command.in_own_process("trainer_cost", options)
+        command.write(arguments.out, "trainer_cost", result, markdown(result))
     print(markdown(result))
 
 
