@@ -4,7 +4,7 @@ import json
 import re
 
 import torch
-from page_text import TABLE, page, prose, result, run_blocks, table_after, tables
+from helpers.page_text import TABLE, page, prose, result, run_blocks, table_after, tables
 
 BENCHMARKS = page("docs/benchmarks.md")
 PROSE = prose(BENCHMARKS)

@@ -4,56 +4,10 @@ import re
 from typing import Any
 
 import pytest
-<<<<<<<< HEAD:tests/project/test_readme.py
-import torch
-from crl_diffusion.files import read_rows
-
-ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
-PROSE = " ".join(README.split())
-TABLE = r"(?:^\|.*\n)+"
-
-
-def cells(table: str) -> list[list[str]]:
-    return [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()]
-
-
-def test_python_blocks_run_one_after_the_other():
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) >= 3
-    torch.manual_seed(0)
-    namespace: dict[str, object] = {}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="only .* of the trace")
-        for block in blocks:
-            exec(compile(block, "README.md", "exec"), namespace)
-    assert len(namespace["history"]) == 2
-    assert bool(torch.isfinite(namespace["value"]))
-
-
-@pytest.mark.parametrize("target", re.findall(r"\]\((?!http)([^)#]+)\)", README))
-def test_links_and_pictures_exist(target):
-    assert (ROOT / target).exists()
-
-
-def test_make_targets_exist():
-    makefile = (ROOT / "Makefile").read_text()
-    for target in set(re.findall(r"^make (\w+)", README, re.MULTILINE)):
-        assert f"\n{target}:" in makefile
-
-
-@pytest.mark.parametrize("result", ["demo/comparison.md", "penalty_cpu_1thread_summary.md"])
-def test_tables_are_those_that_the_benchmarks_wrote(result):
-    """The first table of each."""
-    written = re.search(TABLE, (ROOT / "benchmarks" / "results" / result).read_text(), re.MULTILINE)[0]
-    assert written.count("\n") >= 4
-    assert written in README
-========
-from page_text import TABLE, page, prose, records, result, table_after, tables
+from helpers.page_text import TABLE, page, prose, records, result, table_after, tables
 
 EVIDENCE = page("docs/evidence.md")
 PROSE = prose(EVIDENCE)
->>>>>>>> w-readme:tests/docs/test_evidence_page.py
 
 
 INSTEAD = {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pages import python_blocks
+from helpers.pages import python_blocks
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = [*sorted((DOCS / "how-to").glob("*.md")), DOCS / "reference" / "per-sample.md"]

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from page_text import ROOT, cells, page, prose, result, run_blocks, table_after, tables
+from helpers.page_text import ROOT, cells, page, prose, result, run_blocks, table_after, tables
 
 from crl_kernels import FusedAdamW, LowRankFisher, LowRankHistory, rank1_ewc_penalty
 
