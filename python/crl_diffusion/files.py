@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -184,18 +185,13 @@ class TensorBoard:
 
 @contextmanager
 def locked(path: Path, refusal: str | None = None) -> Iterator[None]:
-    """One process at a time holds the lock file; the others wait or, with a refusal, raise an OptionError that says it.
-    The lock goes with the process, however it ends."""
+    """Hold a lock file within the block. While another process holds it, wait or, with a `refusal`, raise an
+    OptionError with that text. The system releases the lock when the process ends, however it ends."""
     try:
-        import fcntl
-    except ImportError:  # not a POSIX system
-        yield
-        return
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if refusal else 0))
-        except BlockingIOError:
-            raise OptionError(refusal) from None
+        lock = FileLock(path).acquire(timeout=0 if refusal else -1)
+    except Timeout:
+        raise OptionError(refusal) from None
+    with lock:
         yield
 
 

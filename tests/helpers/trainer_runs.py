@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from crl_diffusion.config.settings import RunConfig
 from crl_diffusion.run_folder import checkpoint
+from crl_diffusion.training import loop
+from torch import Tensor, nn
 
 SHORT: dict[str, Any] = {
     "tasks": 2,
@@ -30,6 +33,18 @@ SHORT: dict[str, Any] = {
 def options(settings: dict[str, Any]) -> list[str]:
     """Settings as a command line has them."""
     return [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def train(config: RunConfig, out: Path, extractor_folder: Path) -> list[str]:
+    """Train in this process; returns the lines that the run has printed."""
+    lines: list[str] = []
+    loop.train(config, out, extractor_folder=extractor_folder, say=lines.append)
+    return lines
+
+
+def flat(model: nn.Module) -> Tensor:
+    """All parameters in one vector."""
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 def same_end(a: Path, b: Path, said: str = "") -> None:

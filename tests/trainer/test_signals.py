@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from crl_diffusion import cli, errors, signals
+from crl_diffusion import cli, errors, files, signals
 from crl_diffusion.config.settings import RunConfig
-from crl_diffusion.evaluation import evaluate
+from crl_diffusion.evaluation import evaluate, summaries
 from crl_diffusion.methods import penalties
 from crl_diffusion.methods.replay import Pool
 from crl_diffusion.reporting import report, run_pictures
@@ -118,9 +118,9 @@ def test_losses_since_the_last_row_are_kept(
         (penalties, "estimate_fisher"),
         (Pool, "refill"),
         (evaluate, "measure"),
-        (checkpoint, "save_file"),
+        (files, "save_file"),
         (run_pictures, "of_run"),
-        (loop, "summarise"),
+        (summaries, "summarise"),
     ],
 )
 def test_elsewhere_a_run_ends_at_once(

@@ -1,7 +1,7 @@
 """The command line: `crl-diffusion train | compare | report | diagnose | list`.
 
-An option that cannot be honoured, a record that cannot be read and a place that cannot be written to give one line on
-stderr and exit code 2; training that cannot go on, exit code 1; SIGINT, SIGTERM and SIGHUP 128 and their number.
+Exit code 2, with a message on stderr: an option that cannot be used, a record that cannot be read, a folder that cannot
+be written. Exit code 1: training cannot continue. After SIGINT, SIGTERM or SIGHUP: 128 plus the signal's number.
 """
 
 from __future__ import annotations

@@ -46,11 +46,6 @@ def train(command: Train) -> int:
     from crl_diffusion.training import loop
 
     first = is_first()
-    if loop.finished(config, command.out, command.extractor) is not None:
-        if first:
-            console.print(f"{command.out} is finished already", highlight=False)
-        return 0
-
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"))
     clock = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
     with Progress(*columns, *clock, console=console, disable=quiet_output(console) or not first) as progress:
@@ -72,14 +67,17 @@ def train(command: Train) -> int:
             return 1
     if not first:
         return 0
-    forgotten = "-" if summary["forgetting"] is None else f"{summary['forgetting']:.1f}"
-    quality = f"conditional accuracy {summary['accuracy']:.3f}"
-    say(f"average FID {summary['average_fid']:.1f}, forgetting {forgotten}, {quality}")
+    fid, forgetting, accuracy = (summary[name] for name in ("average_fid", "forgetting", "accuracy"))
+    say(
+        f"average FID {fid:.1f}, forgetting {'-' if forgetting is None else f'{forgetting:.1f}'}, "
+        f"conditional accuracy {'-' if accuracy is None else f'{accuracy:.3f}'}"
+    )
     say(f"pictures and records: {command.out}")
     return 0
 
 
 def compare(command: Compare) -> int:
+    from crl_diffusion import processes
     from crl_diffusion.comparison import cells, runner
 
     for name, values in (("methods", command.methods), ("seeds", command.seeds)):
@@ -88,7 +86,7 @@ def compare(command: Compare) -> int:
     baseline = spell(command.baseline)
     if command.jobs < 0:
         raise OptionError(f"--jobs is {command.jobs}; it must be 0 or more")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if processes.launched() > 1:
         raise OptionError("compare starts its own processes; start it without torchrun, which is for train")
     work = cells.cells(command, command.methods, command.seeds, command.out, command.lams)
     for cell in work:
@@ -99,25 +97,25 @@ def compare(command: Compare) -> int:
     from crl_diffusion.errors import WriteError
     from crl_diffusion.evaluation import evaluate
     from crl_diffusion.reporting import report, runs
-    from crl_diffusion.run_folder.layout import check_folder, require_measured, require_place, resolve, resolve_device
+    from crl_diffusion.run_folder.layout import check_folder, require_measured, require_place, resolve
     from crl_diffusion.training import forecast, loop
     from crl_diffusion.training.plan import require_fisher_images, stage_steps
 
-    on_cpu = resolve_device(command.device) == "cpu"
     require_place("--out", command.out)
     for cell in work:
         cell.config = resolve(cell.config)
         cell.finished = loop.finished(cell.config, cell.folder, command.extractor) is not None
         check_folder(cell.config, cell.folder)
+    device = work[0].config.device
     cells.check_others(work, command.out)
     images = tasks.load(work[0].config, command.data_root)
     for cell in work:
         require_fisher_images(cell.config, images)
         cell.stage_steps = stage_steps(cell.config, images)
     folder = command.extractor_folder or command.out
-    jobs = command.jobs or ((os.cpu_count() or 1) if on_cpu else 1)
+    jobs = command.jobs or ((os.cpu_count() or 1) if device == "cpu" else 1)
     try:
-        tools = evaluate.instruments(command.extractor, images, folder, resolve_device(command.device))
+        tools = evaluate.instruments(command.extractor, images, folder, device)
         evaluate.prepare(tools, work[0].config, images)
     except WriteError as error:
         raise OptionError(f"{error}; make {str(folder)!r} writable, with room on its disk") from error

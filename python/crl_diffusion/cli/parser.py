@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import io
-import re
-import sys
 from collections.abc import Sequence
-from contextlib import redirect_stderr
 from typing import Annotated, Any, Union
 
 import tyro
@@ -16,59 +12,40 @@ from crl_diffusion.config.presets import PRESETS
 from crl_diffusion.errors import OptionError
 
 DESCRIPTION = (
-    "Class-incremental diffusion models: train one method, compare several, report on and diagnose what is there, list "
-    "what there is to choose from."
+    "Trains diffusion models on a sequence of tasks, each with new classes. `train` runs one method and `compare` "
+    "several. `report` and `diagnose` read finished runs. `list` shows the data sets, models, methods and presets."
 )
 
 
 def parse(argv: Sequence[str]) -> Command:
-    """tyro's parser, with its boxed complaints made into one line. A preset's values are the options' defaults."""
-    name = _preset_asked_for(argv)
+    """The options of one command. A preset's values are the defaults of the other options.
+
+    An option that tyro cannot read ends the process with tyro's message on stderr and exit code 2.
+    """
+    name = _preset_name(argv)
     if name not in PRESETS:
         raise OptionError(f"--preset is {name!r}; choose one of {', '.join(PRESETS)}")
     preset = PRESETS[name]
-    begin: dict[str, Any] = {"out": tyro.MISSING, "preset": name, "extractor": preset.extractor, **preset.settings}
-    choices = Union[  # noqa: UP007 - made of values
-        Annotated[Train, tyro.conf.subcommand("train", default=Train(method=tyro.MISSING, **begin))],
+    defaults: dict[str, Any] = {"out": tyro.MISSING, "preset": name, "extractor": preset.extractor, **preset.settings}
+    commands = Union[  # noqa: UP007 - built from values
+        Annotated[Train, tyro.conf.subcommand("train", default=Train(method=tyro.MISSING, **defaults))],
         Annotated[
             Compare,
-            tyro.conf.subcommand("compare", default=Compare(methods=preset.methods, seeds=preset.seeds, **begin)),
+            tyro.conf.subcommand("compare", default=Compare(methods=preset.methods, seeds=preset.seeds, **defaults)),
         ],
         Annotated[Report, tyro.conf.subcommand("report")],
         Annotated[Diagnose, tyro.conf.subcommand("diagnose")],
         Annotated[List, tyro.conf.subcommand("list")],
     ]
-    complaint = io.StringIO()
-    try:
-        with redirect_stderr(complaint):
-            parsed: Command = tyro.cli(choices, prog="crl-diffusion", description=DESCRIPTION, args=list(argv))  # type: ignore[arg-type]
-    except SystemExit as end:
-        if not end.code:
-            raise
-        raise OptionError(one_line(complaint.getvalue())) from None
-    sys.stderr.write(complaint.getvalue())
-    return parsed
+    return tyro.cli(commands, prog="crl-diffusion", description=DESCRIPTION, args=list(argv))  # type: ignore[arg-type]
 
 
-def _preset_asked_for(argv: Sequence[str]) -> str:
-    """The last value of --preset; it has to be known before the other options' defaults are."""
-    found = "demo"
-    for word, following in zip(argv, [*argv[1:], ""], strict=False):
-        if word == "--preset":
-            found = following
-        elif word.startswith("--preset="):
-            found = word.partition("=")[2]
-    return found
-
-
-def one_line(box: str) -> str:
-    """What a box of tyro's says, without its frame, colours and help texts."""
-    words: list[str] = []
-    for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines():
-        text = line.strip("│╭╮╰╯ ")
-        if re.fullmatch("─+", text):  # the rule above help texts, or the bottom of the frame
-            if words:
-                break
-            continue
-        words.append(re.sub("[─ ]+", " ", text) if "─" not in text else re.sub("[─ ]+", " ", text).strip() + ":")
-    return " ".join(words) + "; see --help"
+def _preset_name(argv: Sequence[str]) -> str:
+    """The last value of --preset: it is needed before tyro runs, since it sets the defaults of the other options."""
+    name = "demo"
+    for argument, following in zip(argv, [*argv[1:], ""], strict=False):
+        if argument == "--preset":
+            name = following
+        elif argument.startswith("--preset="):
+            name = argument.partition("=")[2]
+    return name

@@ -12,13 +12,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from crl_diffusion.config.method import Method
 from crl_diffusion.config.settings import RunConfig, Settings
 from crl_diffusion.config.spelling import parse_method, spell
 from crl_diffusion.errors import OptionError, RecordError
-from crl_diffusion.run_folder.readers import read_config, read_metrics
+from crl_diffusion.reporting.runs import read_finished
+from crl_diffusion.run_folder.layout import differences
+from crl_diffusion.run_folder.readers import read_metrics
 
 
 @dataclass
@@ -90,24 +91,14 @@ def _cost(method: Method) -> tuple[int, bool]:
 def check_others(work: Sequence[Cell], out: Path) -> None:
     """Refuse a folder that holds runs with other settings than these, whose numbers would not compare, or finished ones
     that are not part of this comparison and could not be shown beside it."""
-    from crl_diffusion.reporting.runs import read_finished  # torch: not before the options are known to be good
-
     for path in sorted(out.glob("*/summary.json")):
         if path.parent not in [cell.folder for cell in work]:
             read_finished(path.parent)
-    wanted = _comparable(work[0].config.as_json())
     for path in sorted(out.glob("*/config.json")):
-        saved = _comparable(read_config(path.parent)["run"])
-        differ = sorted(key for key in saved.keys() | wanted.keys() if saved.get(key) != wanted.get(key))
-        if differ:
-            what = ", ".join(f"{key} {saved.get(key)!r} there, {wanted.get(key)!r} asked for" for key in differ)
+        if changes := differences(work[0].config, path.parent, ignored=("method", "recipe", "seed")):
             raise OptionError(
-                f"--out {str(out)!r} holds runs with other settings: {path.parent.name} ({what}); use another folder"
+                f"--out {str(out)!r} holds runs with other settings: {path.parent.name} ({changes}); use another folder"
             )
-
-
-def _comparable(run: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in run.items() if key not in ("method", "recipe", "seed")}
 
 
 def options(config: RunConfig) -> list[str]:

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from crl_diffusion.config.settings import DATA_PLANS, RunConfig, planned
+from crl_diffusion.config.settings import DATA_PLANS, RunConfig
 
 
 class Stage(NamedTuple):
@@ -33,7 +33,6 @@ CURRICULA: dict[str, Callable[[Sequence[tuple[int, ...]]], list[Stage]]] = {"con
 
 def task_classes(config: RunConfig) -> list[tuple[int, ...]]:
     """Classes of each task: (0, 1), (2, 3), ..., or the same of a shuffled order."""
-    config = planned(config)
     order = list(range(DATA_PLANS[config.data].classes or config.tasks * config.classes_per_task))
     if config.class_order >= 0:
         random.Random(config.class_order).shuffle(order)

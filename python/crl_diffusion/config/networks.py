@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from crl_diffusion.config.settings import RunConfig, planned
+from crl_diffusion.config.settings import RunConfig
 from crl_diffusion.errors import OptionError
 
 
@@ -30,7 +30,7 @@ MODELS: dict[str, UNetPreset] = {
 
 def require_size(config: RunConfig) -> None:
     """Refuse images that the model's resolutions do not halve evenly."""
-    size, halvings = planned(config).image_size, len(MODELS[config.model].channels) - 1
+    size, halvings = config.image_size, len(MODELS[config.model].channels) - 1
     if size % 2**halvings:
         raise OptionError(
             f"--image-size is {size}, and --model {config.model} halves images {halvings} time(s); choose a multiple "

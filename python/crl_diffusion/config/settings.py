@@ -184,10 +184,10 @@ def check(config: RunConfig) -> None:
         raise OptionError(f"--clip is {config.clip}; it must be a finite number, 0 or more")
     if not 0 <= config.ema < 1:
         raise OptionError(f"--ema is {config.ema}; it must be at least 0 and less than 1")
-    wanted = planned(config)
-    classes = DATA_PLANS[config.data].classes
-    if classes and wanted.tasks * wanted.classes_per_task > classes:
+    plan = DATA_PLANS[config.data]
+    tasks, classes_per_task = config.tasks or plan.tasks, config.classes_per_task or plan.classes_per_task
+    if 0 < plan.classes < tasks * classes_per_task:
         raise OptionError(
-            f"--tasks is {wanted.tasks} and --classes-per-task is {wanted.classes_per_task}, but {config.data} has "
-            f"{classes} classes; their product must not be larger"
+            f"--tasks is {tasks} and --classes-per-task is {classes_per_task}, but {config.data} has {plan.classes} "
+            "classes; their product must not be larger"
         )

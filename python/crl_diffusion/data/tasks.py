@@ -15,7 +15,7 @@ import torch
 
 from crl_diffusion.config.curriculum import task_classes
 from crl_diffusion.config.networks import require_size
-from crl_diffusion.config.settings import RunConfig, planned
+from crl_diffusion.config.settings import RunConfig
 from crl_diffusion.data.images import Images, join, rank_in_class
 from crl_diffusion.data.source import Preset, Source
 from crl_diffusion.data.sources import DATASETS
@@ -59,12 +59,11 @@ class Data:
 
 
 def load(config: RunConfig, root: Path) -> Data:
-    """Read a run's data set; `root` is only used by sets kept on disk.
+    """Read the data set of a resolved configuration; `root` is only used by sets kept on disk.
 
     Validation images are taken from the training part, and only for runs that use them; then `per_class` keeps the
     first images of each class.
     """
-    config = planned(config)
     preset = DATASETS[config.data]
     if preset.sizes and config.image_size not in preset.sizes:
         offered = " or ".join(map(str, preset.sizes))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -64,15 +64,19 @@ def require_measured(out: Path, kept: dict[str, str]) -> None:
 
 
 def check_folder(config: RunConfig, out: Path) -> None:
-    """Refuse a folder whose run is another one, naming the options that differ."""
-    path = out / "config.json"
-    if not path.exists():
-        return
-    saved, wanted = read_config(out)["run"], resolve(config).as_json()
-    differ = sorted(key for key in saved.keys() | wanted.keys() if saved.get(key) != wanted.get(key))
-    if differ:
-        what = ", ".join(f"{key} {saved.get(key)!r} there, {wanted.get(key)!r} asked for" for key in differ)
-        raise OptionError(f"--out {str(out)!r} holds another run ({what}); use another folder, or delete this one")
+    """OptionError if the folder holds a run of another configuration; it names the options that differ."""
+    if (out / "config.json").exists() and (changes := differences(config, out)):
+        raise OptionError(f"--out {str(out)!r} holds another run ({changes}); use another folder, or delete this one")
+
+
+def differences(config: RunConfig, out: Path, ignored: Collection[str] = ()) -> str:
+    """The options in which a resolved configuration differs from that of the run in `out`, with both values; "" if
+    there are none."""
+    saved, wanted = read_config(out)["run"], config.as_json()
+    keys = sorted(key for key in saved.keys() | wanted.keys() if saved.get(key) != wanted.get(key))
+    return ", ".join(
+        f"{key} {saved.get(key)!r} there, {wanted.get(key)!r} asked for" for key in keys if key not in ignored
+    )
 
 
 FOLDERS = ("checkpoints", "samples", "tensorboard")

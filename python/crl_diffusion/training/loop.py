@@ -36,13 +36,13 @@ from crl_diffusion.run_folder.layout import (
     restore_config,
     writing,
 )
+from crl_diffusion.training import snapshot, trouble
 from crl_diffusion.training.forecast import StepClock
 from crl_diffusion.training.plan import require_fisher_images
 from crl_diffusion.training.run import Run, Say, loss_table
 from crl_diffusion.training.step import new_optimizer
 
 Advance = Callable[[int, int], None]  # told how many steps of the run are done, and of how many
-SMALLEST_SCALE = 2.0**-10  # below it the gradient scaler has halved 26 times: fp16 does not hold this network
 
 
 def train(
@@ -63,6 +63,7 @@ def train(
     if not first:
         say = _nothing
     if (summary := finished(config, out, features, say)) is not None:
+        say(f"{out} is finished already")
         return summary
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -89,7 +90,7 @@ def train(
                 run = Run(config, out, data, tools, say)
 
                 # To resume: the newest good checkpoint.
-                run.resume()
+                snapshot.resume(run)
                 run.log({"started": started, "processes": processes.count(), "git": origin.git_state()}, "timings")
                 with TensorBoard(out / "tensorboard" if first else None, run.steps_done) as board:
                     while run.stage < len(run.stages):
@@ -153,13 +154,13 @@ def run_stage(run: Run, stage: Stage, board: TensorBoard, advance: Advance) -> N
                 run.losses = []
                 before, since = run.step, time.perf_counter()
             if at_checkpoint:
-                run.save()
+                snapshot.save(run)
                 since = time.perf_counter()
 
             # A signal, to any of the processes.
             if signum := processes.largest(signals.pending()):
                 if not at_checkpoint:
-                    run.save()
+                    snapshot.save(run)
                 processes.everyone(None)  # until the first has written
                 raise signals.Stopped(signum, f" after step {run.step} of stage {stage.number + 1}, which is kept")
 
@@ -176,21 +177,13 @@ def run_stage(run: Run, stage: Stage, board: TensorBoard, advance: Advance) -> N
         run.remember(stage)
     run.stage, run.step = run.stage + 1, 0
     run.optimizer = new_optimizer(run.model)
-    run.save()
+    snapshot.save(run)
 
 
 def log_losses(run: Run, stage: Stage, losses: Sequence[Tensor], seconds: float, board: TensorBoard) -> None:
-    """Mean losses since the last row; stops at the first that is not finite."""
+    """Mean losses since the last row. TrainingError if one of them is not finite."""
     table = loss_table(losses)
-    bad = torch.nonzero(~table.isfinite().all(1)).flatten()
-    if len(bad):
-        raise TrainingError(explain(run, stage, run.step - len(table) + 1, table[: int(bad[0]) + 1]))
-    scaler = run.precision.scaler
-    if scaler is not None and scaler.get_scale() < SMALLEST_SCALE:
-        raise TrainingError(
-            f"fp16 gradients still overflow at step {run.step} of stage {stage.number + 1}, scaled by "
-            f"{scaler.get_scale():g}; try --precision bf16, whose range is that of fp32, in a new folder"
-        )
+    trouble.require_finite(run, stage, table)
     real, replayed = table[:, :2].contiguous().mean(0).tolist()
     run.log({"kind": "step", "stage": stage.number + 1, "step": run.step, "loss": real, "replay_loss": replayed})
     penalty = run.penalty.seconds if run.penalty is not None else []
@@ -200,34 +193,6 @@ def log_losses(run: Run, stage: Stage, losses: Sequence[Tensor], seconds: float,
         penalty.clear()
     run.log(timing, "timings")
     board.scalars(run.steps_done, {"loss/real": real, "loss/replay": replayed})
-
-
-def explain(run: Run, stage: Stage, first: int, table: Tensor) -> str:
-    """What is not finite, when, and the likely cause. `table` has the real loss, the replayed loss and the gradient's
-    norm of the steps from `first` on, (steps, 3), and ends with the first row that is not finite."""
-    config, penalty = run.config, run.method.penalty
-    real, replayed = table[-1, :2].isfinite().tolist()
-    if real and replayed:
-        what = "the gradient is not finite, though the loss is,"
-    elif real:
-        what = "the loss on replayed images is not finite"
-    elif replayed and run.teacher is not None:
-        what = "the loss on real images is not finite"
-    else:
-        what = "the loss is not finite"
-    norms = [f"{value:.2g}" for value in table[:-1, 2].tolist()[-3:]]
-    before = f" (norms of the gradient just before: {', '.join(norms)})" if norms else ""
-
-    cause = f"the learning rate is likely too high: try --lr {config.lr / 3:.2g}"
-    if config.precision == "fp16" and not (real and replayed):
-        cause = "fp16 holds nothing above 65504, and the network's activations may be: try --precision bf16"
-    elif penalty is not None and stage.number > 0 and penalty.mode == "gradient":
-        cause = f"a stiff penalty in gradient mode is unstable: try lam={penalty.lam / 10:g} or the decoupled mode"
-    elif real and not replayed:
-        cause = "the teacher's images or predictions are likely broken: look at the evaluation after the last task"
-    elif not config.clip:
-        cause = f"the gradient is not clipped: try --clip 1, or --lr {config.lr / 3:.2g}"
-    return f"{what} at step {first + len(table) - 1} of stage {stage.number + 1}{before}; {cause}, in a new folder"
 
 
 def finish(run: Run) -> Row:

@@ -1,4 +1,4 @@
-"""The command line: help, and one clear line with exit code 2 for what cannot be done."""
+"""The command line: help, and a clear message with exit code 2 for options that cannot be used."""
 
 from __future__ import annotations
 
@@ -17,16 +17,33 @@ from helpers.trainer_runs import command
     [
         ([], ["Missing subcommand", "train, compare, report, diagnose, list"]),
         (["tran"], ["tran"]),
-        (["train", "--method", "gd+rank0", "--out", "x"], ["method 'gd+rank0'", "rank1"]),
         (["train", "--method", "gd"], ["Missing", "--out"]),
-        (["train", "--method", "gd", "--out", "x", "--step", "3"], ["Unrecognized", "--step"]),
+        (["train", "--method", "gd", "--out", "x", "--stpes", "3"], ["Perhaps you meant", "--steps"]),
         (["train", "--method", "gd", "--out", "x", "--steps", "many"], ["--steps", "'many'"]),
-        (["train", "--method", "gd", "--out", "x", "--steps", "0"], ["--steps is 0", "at least 1"]),
         (["train", "--method", "gd", "--out", "x", "--lam", "3"], ["Unrecognized", "--lam"]),
+        (["report", "--preset", "demo", "x"], ["Unrecognized", "--preset"]),
+    ],
+)
+def test_what_tyro_cannot_read_ends_with_its_message_and_exit_code_2(
+    arguments: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(arguments)
+    assert end.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    for part in parts:
+        assert part in printed.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["train", "--method", "gd+rank0", "--out", "x"], ["method 'gd+rank0'", "rank1"]),
+        (["train", "--method", "gd", "--out", "x", "--steps", "0"], ["--steps is 0", "at least 1"]),
         (["train", "--method", "gd:lam=3", "--out", "x"], ["method 'gd:lam=3'", "gd has no penalty", "rank1"]),
         (["train", "--method", "gd", "--out", "x", "--preset", "papers"], ["--preset is 'papers'", "paper-cifar10"]),
         (["train", "--method", "gd", "--out", "x", "--preset=demo", "--preset"], ["--preset is ''"]),
-        (["report", "--preset", "demo", "x"], ["Unrecognized", "--preset"]),
         (["train", "--method", "gd", "--out", "x", "--image-size", "9"], ["--image-size is 9", "8 pixels"]),
         (["train", "--method", "gd", "--out", "x", "--data", "mnist", "--data-root", "none"], ["none/MNIST/raw"]),
         (["compare", "--out", "x", "--methods", "gd", "gd"], ["--methods is 'gd gd'", "none twice"]),

@@ -1,23 +1,17 @@
-"""Presets resolve to the paper's numbers, written out here once more; the written list is what the command prints."""
+"""Presets resolve to the paper's numbers, written out here once more."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
-from crl_diffusion import cli
 from crl_diffusion.cli import options, parser
 from crl_diffusion.config import presets
 from crl_diffusion.config.curriculum import stages
 from crl_diffusion.config.method import METHODS, Penalty
 from crl_diffusion.config.presets import OURS, PRESETS, UNUSED, resolved
-from crl_diffusion.config.settings import DATA_PLANS, RunConfig, check, planned
+from crl_diffusion.config.settings import RunConfig, check, planned
 from crl_diffusion.config.spelling import parse_method, spell
-from crl_diffusion.training import forecast
 from crl_diffusion.training.step import new_optimizer
-from helpers.trainer_runs import child_environment
 
-PRESETS_FILE = Path(__file__).parents[3] / "python" / "PRESETS.md"
 # arXiv 2509.23593: data, tasks, classes a task, epochs a task, replay images a class.
 PAPER = {
     "paper-mnist": ("mnist", 5, 2, 200, 5000),
@@ -111,35 +105,3 @@ def test_the_command_line_starts_from_a_preset_and_options_win(name: str) -> Non
     assert (compare.methods, compare.seeds) == (PRESETS[name].methods, (4,))
     before = parser.parse(["train", "--batch", "7", "--method", "gd", "--out", "x", f"--preset={name}"])
     assert before == train  # wherever the option stands
-
-
-def test_the_written_list_is_what_the_command_prints(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert cli.main(["list", "--markdown"]) == 0
-    assert PRESETS_FILE.read_text(encoding="utf-8") == capsys.readouterr().out, (
-        "write it again: crl-diffusion list --markdown > python/PRESETS.md"
-    )
-    for name, value in child_environment().items():
-        monkeypatch.setenv(name, value)
-    assert cli.main(["list"]) == 0
-    said = capsys.readouterr().out
-    for name in [*PRESETS, *DATA_PLANS, "gd+rank1:gradient,lam=15000", "rank<n>", "35,751,427"]:
-        assert name in said
-
-
-def test_passes_are_counted() -> None:
-    """By hand: two tasks of two classes."""
-    sizes = {"pool": 5, "pool_steps": 2, "eval_samples": 3, "eval_steps": 4, "batch": 8, "replay_batch": 6}
-    config = RunConfig(method="gd+rank1", tasks=2, fisher_samples=100, **sizes)
-    evaluations = (2 + 4) * 3 * 4
-    expected = 38 * 3 * 8 + 19 * (3 * 8 + (3 + 1) * 6) + evaluations + 2 * 5 * 2 + 4 * 100
-    assert forecast.passes(config, [38, 19]) == expected
-    assert forecast.passes(RunConfig(method="joint", tasks=2, **sizes), [57]) == 57 * 3 * 8 + 4 * 3 * 4
-    fresh = RunConfig(method="masip", tasks=2, fresh_steps=2, **sizes)
-    assert forecast.passes(fresh, [10, 10]) == 20 * 3 * 8 + 10 * (3 + 1 + 2) * 6 + evaluations
-
-
-def test_times_in_words() -> None:
-    words = [forecast.in_words(seconds) for seconds in (40, 600, 2.2 * 3600, 15 * 3600, 31 * 86400)]
-    assert words == ["40 seconds", "10 minutes", "2.2 hours", "15 hours", "31 days"]

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 from crl_diffusion import files
-from crl_diffusion.config.settings import RunConfig
+from crl_diffusion.config.settings import RunConfig, planned
 from crl_diffusion.data import cache, tasks
 from crl_diffusion.data.torchvision_sets import CIFAR10_CLASSES
 from crl_diffusion.diffusion.noising import SCHEDULES
@@ -35,7 +35,7 @@ MNISTS = [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST")]
 
 
 def load(name: str, root: Path, **settings: Any) -> tasks.Data:
-    return tasks.load(RunConfig(method="fine-tune", data=name, **settings), root)  # type: ignore[arg-type]
+    return tasks.load(planned(RunConfig(method="fine-tune", data=name, **settings)), root)  # type: ignore[arg-type]
 
 
 def refused(name: str, root: Path, **settings: Any) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from crl_diffusion.config.settings import RunConfig
+from crl_diffusion.config.settings import RunConfig, planned
 from crl_diffusion.data import images, sources, tasks
 from crl_diffusion.data.images import Images
 from crl_diffusion.data.source import Preset, Source
@@ -21,7 +21,7 @@ UNUSED = Path("unused")
 
 
 def config(**settings: Any) -> RunConfig:
-    return RunConfig(method="fine-tune", **settings)
+    return planned(RunConfig(method="fine-tune", **settings))
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from crl_diffusion import errors
+from crl_diffusion import errors, files
 from crl_diffusion.errors import OptionError
 from crl_diffusion.files import Log, read_json, read_rows, write_json
 from crl_diffusion.run_folder import checkpoint
@@ -152,7 +152,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_no_part_of_the_new(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint if call == "save_file" else os, call, full)
+        patched.setattr(files if call == "save_file" else os, call, full)
         with pytest.raises(errors.WriteError, match=r"00-00000200.*cannot be written.*No space left on device"):
             checkpoint.save(tmp_path, _make(0, 200))
     assert [path.name for path in tmp_path.iterdir()] == ["00-00000100.safetensors"]

@@ -25,7 +25,7 @@ import torch._dynamo
 import torch.utils.tensorboard
 import torchmetrics.image.fid  # noqa: F401
 from crl_diffusion import cli, files
-from crl_diffusion.evaluation import evaluate
+from crl_diffusion.evaluation import evaluate, summaries
 from crl_diffusion.methods import penalties, replay
 from crl_diffusion.methods.replay import Pool
 from crl_diffusion.reporting import run_pictures
@@ -42,14 +42,14 @@ TRACED: list[tuple[Any, str]] = [
     (evaluate, "measure"),
     (evaluate, "write_tensors"),
     (loop, "claim"),
-    (checkpoint, "save_file"),
+    (files, "save_file"),
     (checkpoint, "_prune"),
     (os, "fsync"),
     (os, "replace"),
     (files.Log, "append"),
     (files.Log, "keep"),
     (run_pictures, "of_run"),
-    (loop, "summarise"),
+    (summaries, "summarise"),
     (loop, "write_json"),
     (layout, "write_json"),
 ]

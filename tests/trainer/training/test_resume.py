@@ -25,8 +25,9 @@ Short = Callable[..., RunConfig]
 # Other moments: test_kills.py.
 KILLED = """
 import os, signal, sys
-import crl_diffusion.{module} as module
+from importlib import import_module
 from crl_diffusion.cli import main
+module = import_module("crl_diffusion.{module}")
 original, calls = module.{name}, 0
 def counted(*args, **kwargs):
     global calls
@@ -45,7 +46,7 @@ def test_sigkill_in_mid_task_and_the_same_command_again(finished: Path, extracto
     arguments = ["train", "--method", "gd+rank1", *options(SHORT), "--out", out, "--extractor-folder", extractor_folder]
 
     # In the 6th and last step of the second task, with a checkpoint after the 4th.
-    script = KILLED.format(module="state", name="training_step", call=12)
+    script = KILLED.format(module="training.run", name="training_step", call=12)
     assert python("-c", script, *arguments).returncode == -signal.SIGKILL
     assert sorted(path.stem for path in (out / "checkpoints").iterdir())[-1] == "01-00000004"
     assert not (out / "summary.json").exists()

@@ -1,0 +1,54 @@
+"""Why training cannot go on: numbers that are not finite, and their likely cause."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from crl_diffusion.config.curriculum import Stage
+from crl_diffusion.errors import TrainingError
+from crl_diffusion.training.run import Run
+
+SMALLEST_SCALE = 2.0**-10  # below it the gradient scaler has halved 26 times: fp16 cannot represent this network
+
+
+def require_finite(run: Run, stage: Stage, table: Tensor) -> None:
+    """TrainingError if a number is not finite, or fp16 gradients still overflow. `table`: see `loss_table`; its last
+    row is the run's newest step."""
+    bad = torch.nonzero(~table.isfinite().all(1)).flatten()
+    if len(bad):
+        raise TrainingError(explain(run, stage, run.step - len(table) + 1, table[: int(bad[0]) + 1]))
+    scaler = run.precision.scaler
+    if scaler is not None and scaler.get_scale() < SMALLEST_SCALE:
+        raise TrainingError(
+            f"fp16 gradients still overflow at step {run.step} of stage {stage.number + 1}, scaled by "
+            f"{scaler.get_scale():g}; try --precision bf16, whose range is that of fp32, in a new folder"
+        )
+
+
+def explain(run: Run, stage: Stage, first: int, table: Tensor) -> str:
+    """What is not finite, when, and the likely cause. `table` has the real loss, the replayed loss and the gradient's
+    norm of the steps from `first` on, (steps, 3), and ends with the first row that is not finite."""
+    config, penalty = run.config, run.method.penalty
+    real, replayed = table[-1, :2].isfinite().tolist()
+    if real and replayed:
+        what = "the gradient is not finite, though the loss is,"
+    elif real:
+        what = "the loss on replayed images is not finite"
+    elif replayed and run.teacher is not None:
+        what = "the loss on real images is not finite"
+    else:
+        what = "the loss is not finite"
+    norms = [f"{value:.2g}" for value in table[:-1, 2].tolist()[-3:]]
+    before = f" (norms of the gradient just before: {', '.join(norms)})" if norms else ""
+
+    cause = f"the learning rate is likely too high: try --lr {config.lr / 3:.2g}"
+    if config.precision == "fp16" and not (real and replayed):
+        cause = "fp16 holds nothing above 65504, and the network's activations may be: try --precision bf16"
+    elif penalty is not None and stage.number > 0 and penalty.mode == "gradient":
+        cause = f"a stiff penalty in gradient mode is unstable: try lam={penalty.lam / 10:g} or the decoupled mode"
+    elif real and not replayed:
+        cause = "the teacher's images or predictions are likely broken: look at the evaluation after the last task"
+    elif not config.clip:
+        cause = f"the gradient is not clipped: try --clip 1, or --lr {config.lr / 3:.2g}"
+    return f"{what} at step {first + len(table) - 1} of stage {stage.number + 1}{before}; {cause}, in a new folder"

@@ -1,0 +1,74 @@
+"""Stages counted in epochs; averaged weights."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from crl_diffusion.config.settings import RunConfig
+from crl_diffusion.run_folder import checkpoint
+from crl_diffusion.training.run import Run
+from helpers.trainer_runs import flat, same_end, train
+
+MakeRun = Callable[[RunConfig], Run]
+Short = Callable[..., RunConfig]
+quiet = pytest.mark.filterwarnings("ignore:(only .* of the trace of the Fisher|the mean gradient is mostly noise)")
+
+
+def test_epochs_are_passes_over_the_images_of_a_stage(short: Short, make_run: MakeRun) -> None:
+    run = make_run(short("gd", epochs=3, batch=50))
+    images = [len(run.task_images(stage, "train").labels) for stage in run.stages]
+    assert run.stage_steps == [3 * math.ceil(n / 50) for n in images]
+    assert all(n % 50 for n in images)
+    together = make_run(short("joint", epochs=3, batch=50))
+    assert together.stage_steps == [3 * math.ceil(sum(images) / 50)]
+    assert make_run(short("joint")).stage_steps == [12]
+
+
+def test_the_average_becomes_the_model_at_the_end_of_a_task(short: Short, make_run: MakeRun) -> None:
+    run = make_run(short("fine-tune", ema=0.5, precision="fp64"))
+    stage = run.stages[0]
+    images = run.task_images(stage, "train")
+    expected = flat(run.model)
+    for n in range(1, 5):
+        run.take_step(images, stage)
+        decay = min(0.5, n / (n + 9))
+        expected = decay * expected + (1 - decay) * flat(run.model)
+    trained = flat(run.model)
+    run.adopt_average()
+    torch.testing.assert_close(flat(run.model), expected, rtol=1e-13, atol=1e-15)
+    assert (trained - expected).norm() > 1e-4 * expected.norm()
+    assert run.average is None
+
+
+@quiet
+def test_with_an_average_and_a_scaler_interrupted_and_resumed(
+    short: Short, tmp_path: Path, extractor_folder: Path
+) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    config = short("gd+rank1:gradient", ema=0.9, precision="fp16")
+    train(config, whole, extractor_folder)
+
+    # What is averaged is the next task's start, its teacher and the penalty's anchor.
+    within, end = (checkpoint.load(whole / "checkpoints" / f"01-{step:08d}.safetensors") for step in (4, 0))
+    assert within.part("average").keys() == within.part("model").keys()
+    assert within.part("scaler").keys() == {"scale", "good_steps"}
+    assert not end.part("average")
+    penalty, projected = end.part("memory/penalty"), 0.0
+    for name, value in end.part("model").items():
+        assert torch.equal(value, end.part("memory/teacher")[name])
+        projected += (value.double() * penalty[f"directions.0.{name}"].double()).sum().item()
+    assert penalty["anchor_projections"].tolist() == pytest.approx([projected], rel=1e-5)
+
+    shutil.copytree(whole, cut)
+    (cut / "summary.json").unlink()
+    for name in ("02-00000000", "01-00000006"):
+        (cut / "checkpoints" / f"{name}.safetensors").unlink()
+    assert any(
+        "resuming after 1 finished stage(s) and 4 steps" in line for line in train(config, cut, extractor_folder)
+    )
+    same_end(whole, cut)

@@ -1,0 +1,80 @@
+"""A checkpoint with a good digest that does not fit its run is passed over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+from crl_diffusion.config.settings import RunConfig
+from crl_diffusion.run_folder import checkpoint
+from crl_diffusion.run_folder.checkpoint import Checkpoint
+from crl_diffusion.run_folder.layout import resolve
+from crl_diffusion.training import snapshot
+from crl_diffusion.training.run import Run
+from torch import Tensor
+
+MakeRun = Callable[[RunConfig], Run]
+Short = Callable[..., RunConfig]
+quiet = pytest.mark.filterwarnings("ignore:(only .* of the trace of the Fisher|the mean gradient is mostly noise)")
+
+
+def _forge(path: Path, change: Callable[[Checkpoint], Checkpoint]) -> None:
+    """Writes a checkpoint anew, with a digest that fits it."""
+    changed = change(checkpoint.load(path))
+    start = path.with_name(f"{changed.stage:02d}-00000000.safetensors")
+    assert changed.step == 0 or start.exists()
+    checkpoint.save(path.parent, changed)
+
+
+def _without(saved: Checkpoint, name: str) -> Checkpoint:
+    assert any(key.startswith(name) for key in saved.tensors)
+    return saved._replace(tensors={k: v for k, v in saved.tensors.items() if not k.startswith(name)})
+
+
+def _with(saved: Checkpoint, name: str, change: Callable[[Tensor], Tensor]) -> Checkpoint:
+    key = next(key for key in saved.tensors if key.startswith(name))
+    return saved._replace(tensors={**saved.tensors, key: change(saved.tensors[key])})
+
+
+FORGERIES: dict[str, tuple[str, Callable[[Checkpoint], Checkpoint], str]] = {
+    "shape": ("01-00000006", lambda s: _with(s, "model/", lambda t: t[:1]), "its model has torch.float32 (1,"),
+    "dtype": ("01-00000006", lambda s: _with(s, "model/", lambda t: t.double()), "its model has torch.float64"),
+    "name": ("01-00000006", lambda s: _without(s, "model/conv_in.bias"), "its model lacks or has too many: conv_in"),
+    "moments": ("01-00000006", lambda s: _without(s, "optimizer/exp_avg_sq"), "its optimizer lacks or has too many"),
+    "run": ("01-00000006", lambda s: s._replace(run="another"), "it belongs to a run of another configuration"),
+    "log": ("01-00000006", lambda s: s._replace(rows={"metrics": 1}), "no 'timings'"),
+    "teacher": ("01-00000000", lambda s: _without(s, "memory/teacher"), "its teacher lacks or has too many"),
+    "pool": ("01-00000000", lambda s: _without(s, "memory/source"), "no 'pixels'"),
+    "penalty": ("01-00000000", lambda s: _without(s, "memory/penalty"), "no 'penalty'"),
+    "directions": (
+        "01-00000000",
+        lambda s: _with(s, "memory/penalty/directions.0.conv_in.weight", lambda t: t[..., :1]),
+        "conv_in.weight",
+    ),
+}
+
+
+@quiet
+@pytest.mark.parametrize("forgery", FORGERIES)
+def test_a_forged_checkpoint_is_passed_over(
+    forgery: str, finished: Path, extractor_folder: Path, tmp_path: Path, short: Short, make_run: MakeRun
+) -> None:
+    name, change, complaint = FORGERIES[forgery]
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    names = sorted(path.stem for path in (finished / "checkpoints").iterdir())
+    for kept in names[: names.index(name) + 1]:
+        (folder / f"{kept}.safetensors").write_bytes((finished / "checkpoints" / f"{kept}.safetensors").read_bytes())
+    _forge(folder / f"{name}.safetensors", change)
+    config = resolve(short())
+    run = make_run(config)
+    newest, complaints = checkpoint.latest(folder, partial(snapshot.require_fits, run))
+    assert f"checkpoint {name}.safetensors is damaged" in complaints[0]
+    assert complaint in complaints[0]
+    if name == "01-00000006":
+        assert newest is not None
+        assert (newest.stage, newest.step) == (1, 4)
+    else:
+        assert newest is None
