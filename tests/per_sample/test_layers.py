@@ -450,7 +450,7 @@ def without_rules() -> tuple[nn.Module, tuple[Tensor, ...]]:
 
 def test_a_use_without_a_rule_is_said_once():
     model, batch = without_rules()
-    recorder._said.clear()
+    recorder._warned.clear()
     with pytest.warns(UserWarning, match=r"no rule for the per-sample gradients of '1.slope' in prelu: .* each sample"):
         check(model, batch)
     with warnings.catch_warnings():
@@ -519,7 +519,7 @@ def hidden_use() -> nn.Module:
 def test_what_cannot_be_seen_takes_a_pass_a_sample(trained):
     model = hidden_use().double()
     model.lin.requires_grad_(trained)
-    recorder._said.clear()
+    recorder._warned.clear()
     with pytest.warns(UserWarning, match="per-sample gradients of 'scale' cannot be read.*each sample"):
         check(model, (tokens()[0].double(),))
 
