@@ -20,7 +20,7 @@ from ..per_sample.batches import batch_size, concatenate_batches, limited, reord
 from ..per_sample.independence import require_independent_losses
 from ..per_sample.sample_gradients import SampleGradients
 from .diagnosis import Diagnosis
-from .spectrum import GROUPS, Estimate, Spectrum, share_of_bands, spectrum_of, top_coefficients
+from .spectrum import GROUPS, IntervalEstimate, Spectrum, share_of_bands, spectrum_of, top_coefficients
 from .verdict import judge
 
 PerSampleLossAt = Callable[[nn.Module, Any, Tensor], Tensor]
@@ -132,7 +132,7 @@ class _View:
     layers: dict[str, Spectrum]
     means: tuple[Tensor, Tensor]
     tops: tuple[Tensor, Tensor]
-    bands: Estimate | None
+    bands: IntervalEstimate | None
 
 
 class _Look:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .findings import Findings
-from .spectrum import Estimate, Spectrum
+from .spectrum import IntervalEstimate, Spectrum
 from .verdict import Verdict, short
 
 
@@ -114,10 +114,10 @@ _ROWS: tuple[tuple[str, Callable[[Spectrum], str]], ...] = (
 
 
 def _dumps(value: Any) -> str:
-    """JSON with Estimates as [value, low, high], six significant digits, null for nan."""
+    """JSON with IntervalEstimates as [value, low, high], six significant digits, null for nan."""
 
     def plain(x: Any) -> Any:
-        if isinstance(x, Estimate):
+        if isinstance(x, IntervalEstimate):
             return [plain(y) for y in (x.value, x.low, x.high)]
         if isinstance(x, Spectrum):
             return {field.name: plain(getattr(x, field.name)) for field in fields(x)}
@@ -139,8 +139,8 @@ def _number(x: float | None) -> float:
     return math.nan if x is None else float(x)
 
 
-def _read_estimate(raw: Sequence[float | None]) -> Estimate:
-    return Estimate(*map(_number, raw))
+def _read_estimate(raw: Sequence[float | None]) -> IntervalEstimate:
+    return IntervalEstimate(*map(_number, raw))
 
 
 def _read_spectrum(raw: Mapping[str, Any]) -> Spectrum:

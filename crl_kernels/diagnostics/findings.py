@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .spectrum import Estimate, Spectrum
+from .spectrum import IntervalEstimate, Spectrum
 from .verdict import Verdict
 
 
@@ -33,5 +33,5 @@ class Findings:
     layers: dict[str, dict[str, Spectrum]]
     snr: dict[int, float]
     cosines: list[list[float]]
-    bands: Estimate | None
+    bands: IntervalEstimate | None
     verdict: Verdict

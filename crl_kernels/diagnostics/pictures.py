@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .findings import Findings
-from .spectrum import Estimate, Spectrum
+from .spectrum import IntervalEstimate, Spectrum
 from .verdict import ENOUGH, short
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart, and markers for those who print in grey.
@@ -18,7 +18,7 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 _MARKERS = "osD^vPX"
 _LAYER_INCHES = 0.17
 
-Choice = Callable[[Spectrum], Estimate]
+Choice = Callable[[Spectrum], IntervalEstimate]
 
 
 def write(findings: Findings, folder: Path) -> list[Path]:

@@ -24,7 +24,7 @@ _CANCELLED = 1e-10
 
 
 @dataclass(frozen=True)
-class Estimate:
+class IntervalEstimate:
     """A value and its 95 % interval; nan where there is none."""
 
     value: float
@@ -69,21 +69,21 @@ class Spectrum:
     """
 
     num_samples: int
-    trace: Estimate
-    kappa: Estimate
-    rho: Estimate
-    participation_ratio: Estimate
-    mean_abs_cos: Estimate
-    lambda1_share: Estimate
-    lambda2_over_lambda1: Estimate
-    stable_rank: Estimate
+    trace: IntervalEstimate
+    kappa: IntervalEstimate
+    rho: IntervalEstimate
+    participation_ratio: IntervalEstimate
+    mean_abs_cos: IntervalEstimate
+    lambda1_share: IntervalEstimate
+    lambda2_over_lambda1: IntervalEstimate
+    stable_rank: IntervalEstimate
     eigenvalues: tuple[float, ...]
-    held_out_mean: Estimate
-    held_out: dict[int, Estimate]
-    top_over_mean: Estimate
-    error_mean: Estimate
-    error: dict[int, Estimate]
-    error_diagonal: Estimate
+    held_out_mean: IntervalEstimate
+    held_out: dict[int, IntervalEstimate]
+    top_over_mean: IntervalEstimate
+    error_mean: IntervalEstimate
+    error: dict[int, IntervalEstimate]
+    error_diagonal: IntervalEstimate
 
 
 def spectrum_of(gram: Tensor, diagonals: Tensor | None = None, ranks: Sequence[int] = RANKS) -> Spectrum:
@@ -121,7 +121,7 @@ def spectrum_of(gram: Tensor, diagonals: Tensor | None = None, ranks: Sequence[i
     held = torch.stack(_held_out(gram, group, kept, ranks))
     trace, kappa, rho, participation, cosine = _intervals(moments[:, :5])
     if not kappa.low > 0:
-        rho = Estimate(math.nan)
+        rho = IntervalEstimate(math.nan)
     first, second, stable, eigenvalues = _in_sample(gram)
 
     shares = _intervals(held[:, : 2 + len(ranks)])
@@ -148,15 +148,15 @@ def spectrum_of(gram: Tensor, diagonals: Tensor | None = None, ranks: Sequence[i
         top_over_mean=shares[1],
         error_mean=errors[0],
         error=dict(zip(ranks, errors[1 : 1 + len(ranks)], strict=True)),
-        error_diagonal=errors[-1] if diagonals is not None else Estimate(math.nan),
+        error_diagonal=errors[-1] if diagonals is not None else IntervalEstimate(math.nan),
     )
 
 
 def _nothing(n: int, ranks: Sequence[int]) -> Spectrum:
     """The Spectrum of a layer whose gradients are all zero."""
-    nan = Estimate(math.nan)
+    nan = IntervalEstimate(math.nan)
     values: dict[str, Any] = {field.name: nan for field in fields(Spectrum)}
-    values |= {"num_samples": n, "trace": Estimate(0.0, 0.0, 0.0), "eigenvalues": ()}
+    values |= {"num_samples": n, "trace": IntervalEstimate(0.0, 0.0, 0.0), "eigenvalues": ()}
     return Spectrum(**values | {"held_out": dict.fromkeys(ranks, nan), "error": dict.fromkeys(ranks, nan)})
 
 
@@ -235,7 +235,7 @@ def top_coefficients(block: Tensor, count: int) -> Tensor:
     return torch.where(good, vectors / values.clamp(min=1e-300).sqrt(), 0.0)
 
 
-def _in_sample(gram: Tensor) -> tuple[Estimate, Estimate, Estimate, tuple[float, ...]]:
+def _in_sample(gram: Tensor) -> tuple[IntervalEstimate, IntervalEstimate, IntervalEstimate, tuple[float, ...]]:
     n = len(gram)
     values, vectors = torch.linalg.eigh(gram / n)
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
@@ -245,9 +245,9 @@ def _in_sample(gram: Tensor) -> tuple[Estimate, Estimate, Estimate, tuple[float,
     of_trace = gram.diagonal() - trace
     share, ratio, stable = values[0] / trace, values[1] / values[0], trace / values[0]
 
-    def interval(value: Tensor, psi: Tensor) -> Estimate:
+    def interval(value: Tensor, psi: Tensor) -> IntervalEstimate:
         reach = _student(n - 1) * float(psi.square().sum() / (n * (n - 1))) ** 0.5
-        return Estimate(float(value), float(value) - reach, float(value) + reach)
+        return IntervalEstimate(float(value), float(value) - reach, float(value) + reach)
 
     return (
         interval(share, (first - share * of_trace) / trace),
@@ -257,13 +257,13 @@ def _in_sample(gram: Tensor) -> tuple[Estimate, Estimate, Estimate, tuple[float,
     )
 
 
-def _intervals(table: Tensor) -> list[Estimate]:
+def _intervals(table: Tensor) -> list[IntervalEstimate]:
     """Estimates from rows of values: of all samples first, then with each group left out."""
     values, replicates = table[0], table[1:]
     g = len(replicates)
     errors = ((g - 1) / g * (replicates - replicates.mean(0)).square().sum(0)).sqrt()
     reach = _student(g - 1) * errors
-    return [Estimate(*row) for row in torch.stack([values, values - reach, values + reach], 1).tolist()]
+    return [IntervalEstimate(*row) for row in torch.stack([values, values - reach, values + reach], 1).tolist()]
 
 
 def _student(degrees: int) -> float:
@@ -273,15 +273,15 @@ def _student(degrees: int) -> float:
     return z + math.fsum(term / degrees ** (i + 1) for i, term in enumerate(terms))
 
 
-def _clipped(e: Estimate) -> Estimate:
-    return Estimate(*(min(1.0, max(0.0, x)) if x == x else x for x in (e.value, e.low, e.high)))
+def _clipped(e: IntervalEstimate) -> IntervalEstimate:
+    return IntervalEstimate(*(min(1.0, max(0.0, x)) if x == x else x for x in (e.value, e.low, e.high)))
 
 
-def _root(e: Estimate) -> Estimate:
-    return Estimate(*(math.sqrt(x) if x == x else x for x in asdict(_clipped(e)).values()))
+def _root(e: IntervalEstimate) -> IntervalEstimate:
+    return IntervalEstimate(*(math.sqrt(x) if x == x else x for x in asdict(_clipped(e)).values()))
 
 
-def share_of_bands(projections: Tensor, overlaps: Tensor, sq_norms: Tensor) -> Estimate:
+def share_of_bands(projections: Tensor, overlaps: Tensor, sq_norms: Tensor) -> IntervalEstimate:
     """Share of the trace in the span of T directions: those of one half on the samples of the other, both ways.
 
     projections (N, 2T), overlaps U U^T (2T, 2T): rows of the first half are the even ones. A sample's square norm in

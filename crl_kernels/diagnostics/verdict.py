@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .spectrum import Estimate, Spectrum
+from .spectrum import IntervalEstimate, Spectrum
 
 ENOUGH = 0.5
 MARGIN = 0.05
@@ -36,7 +36,7 @@ class Verdict:
     sentences: tuple[str, str, str]
 
 
-def judge(uniform: Spectrum, at: Mapping[int, Spectrum], bands: Estimate | None = None) -> Verdict:
+def judge(uniform: Spectrum, at: Mapping[int, Spectrum], bands: IntervalEstimate | None = None) -> Verdict:
     """Applies ``Verdict``'s rule to the numbers of t uniform, of single timesteps, and of their bands."""
     answer, direction = _rank_1(uniform)
     found = {t: _rank_1(spectrum) for t, spectrum in at.items()}
@@ -114,7 +114,7 @@ def _second_sentence(
     return f"One timestep at a time, rank 1 is {parts[0]}{carried}{''.join('; ' + part for part in parts[1:])}."
 
 
-def _third_sentence(use: str, answer: str, s: Spectrum, count: int, bands: Estimate | None) -> str:
+def _third_sentence(use: str, answer: str, s: Spectrum, count: int, bands: IntervalEstimate | None) -> str:
     if use == "mean":
         return 'Use estimate_fisher with rank=1 and direction="mean", as the paper does.'
     if use == "top":

@@ -82,7 +82,7 @@ def in_backward() -> bool:
 class LayerCall:
     """A call of a function with a rule, or by ``any_function``."""
 
-    recorder: "Recorder"
+    recorder: "CallRecorder"
     operands: tuple[Operand | None, ...]
     key: Any = None  # its number in the forward pass; set when it arrives, if made in a checkpoint's second run
 
@@ -100,16 +100,16 @@ class LayerCall:
         if self.recorder.purpose in (Pass.MEASURE, Pass.CHECK) and isinstance(self.operands[slot], Derived):
             self.recorder.note(self, slot, gradient, tuple(range(gradient.dim())))
 
-    def takes(self, slot: int) -> bool:
+    def wants(self, slot: int) -> bool:
         """Whether per-sample gradients of the operand are to be taken, where ``rows`` gave some."""
-        operand, layout = self.operands[slot], self.recorder.layout
+        operand, layout = self.operands[slot], self.recorder.sample_layout
         if operand is None or layout is None:
             return False
         if isinstance(operand, ParameterUse):
             return operand.index not in layout.by_passes
         return (self.key, slot) in layout.shared
 
-    def settle(self, slot: int, gradient: SampleGradient, edge: GradientEdge | None) -> Tensor:
+    def take(self, slot: int, gradient: SampleGradient, edge: GradientEdge | None) -> Tensor:
         """Takes the operand's per-sample gradients and returns their sum. ``edge``: of the operand in the graph."""
         operand = self.operands[slot]
         if isinstance(operand, ParameterUse):
@@ -143,7 +143,7 @@ class _Prints:
 
 
 @dataclass(eq=False)
-class Layout:
+class SampleLayout:
     """Where the samples are in each call of one sequence of calls."""
 
     count: int
@@ -159,7 +159,7 @@ class Layout:
     assumed: bool = False  # the first dimension is taken for the sample, unmeasured
 
 
-class Recorder(TorchFunctionMode):
+class CallRecorder(TorchFunctionMode):
     """See the module's docstring."""
 
     def __init__(self, params: Sequence[Tensor], names: Sequence[str], sink: Callable[[], Sink]) -> None:
@@ -168,7 +168,7 @@ class Recorder(TorchFunctionMode):
         self._index = {id(parameter): i for i, parameter in enumerate(params)}
         self.recording = False
         self.purpose = Pass.ORDINARY
-        self.layout: Layout | None = None
+        self.sample_layout: SampleLayout | None = None
         self.signature = 0  # of the differentiable calls in the forward pass
         self.moves_rows = False  # by indices or products, which differ from batch to batch, or by what is not seen
         self._nodes = _nodes_made()  # by the end of the last call
@@ -335,11 +335,11 @@ class Recorder(TorchFunctionMode):
         if self.purpose in (Pass.MEASURE, Pass.CHECK):
             self.note(call, None, b, dims)
             return None
-        assert self.layout is not None
-        if self.layout.assumed:
-            first = dims[:1] == (0,) and b.shape[0] == self.layout.count
-            return Rows.batch_first(self.layout.count, b.device) if first else None
-        return self.layout.calls.get(call.key)
+        assert self.sample_layout is not None
+        if self.sample_layout.assumed:
+            first = dims[:1] == (0,) and b.shape[0] == self.sample_layout.count
+            return Rows.batch_first(self.sample_layout.count, b.device) if first else None
+        return self.sample_layout.calls.get(call.key)
 
     def note(self, call: LayerCall, slot: int | None, gradient: Tensor, dims: tuple[int, ...]) -> None:
         prints = self._prints.setdefault((call.key, slot), _Prints(dims))
@@ -357,9 +357,9 @@ class Recorder(TorchFunctionMode):
             self.noise = max(self.noise, 4 * float(difference.max()) if difference.numel() else 0.0)
         self._prints.clear()
 
-    def layout_of(self, codes: Codes) -> Layout:
+    def layout_of(self, codes: Codes) -> SampleLayout:
         """What was measured in the passes of ``codes``."""
-        layout = Layout(codes.count, lasting=not self.moves_rows, reached=bool(self._prints))
+        layout = SampleLayout(codes.count, lasting=not self.moves_rows, reached=bool(self._prints))
         for (call, slot), prints in self._prints.items():
             complete = len(prints.passes) == len(codes.passes)
             rows = codes.rows(prints.passes, prints.dims, self.noise) if complete else None
@@ -371,7 +371,7 @@ class Recorder(TorchFunctionMode):
         self._prints.clear()
         return layout
 
-    def confirms(self, layout: Layout, codes: Codes) -> bool:
+    def confirms(self, layout: SampleLayout, codes: Codes) -> bool:
         """Whether every row still is of the same sample, from all passes of ``codes`` but the last."""
         prints = {call: prints for (call, slot), prints in self._prints.items() if slot is None}
         self._prints.clear()
@@ -426,11 +426,11 @@ class Recorder(TorchFunctionMode):
         rows = matrix if weights is None else torch.einsum("kn,n...->k...", weights.to(matrix.dtype), matrix)
         self.take_rows(lambda i: ([edge], [rows[i]]), len(rows), self._params)
 
-    def say_slow(self, function: str, inputs: Sequence[Tensor], count: int) -> None:
+    def warn_slow(self, function: str, inputs: Sequence[Tensor], count: int) -> None:
         if count == 1:
             return
         names = {self.names[use.index] for use in map(self.operand, inputs) if isinstance(use, ParameterUse)}
-        say_once(
+        warn_once(
             f"there is no rule for the per-sample gradients of {join_names(sorted(names))} in {function}: they take a "
             "backward pass through it for each sample of a batch.",
         )
@@ -461,12 +461,12 @@ class Recorder(TorchFunctionMode):
             self.sink.take(use, _Taken(torch.stack(gradients), self.sink.weights() is not None))
 
 
-_said: set[str] = set()
+_warned: set[str] = set()
 
 
-def say_once(message: str) -> None:
-    if message not in _said:
-        _said.add(message)
+def warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
         warnings.warn(message, stacklevel=2)
 
 

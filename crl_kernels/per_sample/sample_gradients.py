@@ -29,12 +29,12 @@ from .directions import rows_of
 from .graph import Losses
 from .layer_gradients import MatrixGradient, SampleGradient, Statistics, Wanted
 from .operands import ParameterUse, contiguous_strides
-from .recorder import Layout, Pass, Recorder, Sink, dense, say_once
+from .recorder import CallRecorder, Pass, SampleLayout, Sink, dense, warn_once
 from .rows import Codes
 
 _NOT_OF_THIS_BLOCK = "weighted_sums needs losses that the model has computed in this SampleGradients block."
 # Of each model, where the samples are in the sequences of calls that were measured; the latest so many.
-_LAYOUTS: "weakref.WeakKeyDictionary[nn.Module, dict[Any, Layout]]" = weakref.WeakKeyDictionary()
+_LAYOUTS: "weakref.WeakKeyDictionary[nn.Module, dict[Any, SampleLayout]]" = weakref.WeakKeyDictionary()
 _LAYOUTS_KEPT = 256
 # How far two ways to a sum of gradients may be apart, relatively.
 _ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-3}
@@ -202,7 +202,7 @@ class SampleGradients:
         if self._entered:
             raise RuntimeError("a SampleGradients serves one block; make another for the next batch.")
         require_no_inference_mode("SampleGradients")
-        if any(isinstance(mode, Recorder) for mode in _get_current_function_mode_stack()):
+        if any(isinstance(mode, CallRecorder) for mode in _get_current_function_mode_stack()):
             raise RuntimeError(
                 "a SampleGradients block lies in another one. Use one block, of a module that holds both models: "
                 "SampleGradients(nn.ModuleList([first, second]))."
@@ -214,7 +214,7 @@ class SampleGradients:
         self._assumed_sums: dict[int, Tensor] = {}  # of what was taken in a pass that is not checked, flat
         self._shared: dict[int, Tensor] = {}  # (N, numel), of parameters that are used more than once
         self._sums: dict[int, Tensor] = {}  # float32 sums of 16-bit parameters' gradients, flat
-        self._recorder = Recorder(params, self._binding.layout.names, _weak_sink(self))
+        self._recorder = CallRecorder(params, self._binding.layout.names, _weak_sink(self))
         with ExitStack() as stack:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(self._recorder)
@@ -272,17 +272,17 @@ class SampleGradients:
         """Before the block's backward pass: called by the recorder."""
         recorder = self._recorder
         if losses is None:
-            recorder.layout = self._assumed()
+            recorder.sample_layout = self._assumed()
             return
         if losses.count == 0:
             raise ValueError("losses is empty: there are no samples in the batch.")
-        recorder.layout = self._layout_of(losses)
-        if by_passes := recorder.layout.by_passes:
+        recorder.sample_layout = self._layout_of(losses)
+        if by_passes := recorder.sample_layout.by_passes:
             self._take_by_passes(losses, by_passes)
 
-    def _assumed(self) -> Layout:
+    def _assumed(self) -> SampleLayout:
         recorder = self._recorder
-        say_once(
+        warn_once(
             "the backward pass inside of a SampleGradients block starts from something else than the sum or the mean "
             "of the losses, so what belongs to which sample cannot be checked: the first dimension of every layer's "
             "output is taken for the sample. Compute one loss for each sample and call sg.backward(losses)."
@@ -292,14 +292,14 @@ class SampleGradients:
             for operand in call.operands:
                 if isinstance(operand, ParameterUse):
                     uses.setdefault(operand.index, []).append(operand)
-        return Layout(recorder.first_size or 0, several=_several(uses), assumed=True)
+        return SampleLayout(recorder.first_size or 0, several=_several(uses), assumed=True)
 
-    def _layout_of(self, losses: Losses) -> Layout:
+    def _layout_of(self, losses: Losses) -> SampleLayout:
         recorder = self._recorder
         known = _LAYOUTS.setdefault(self._model, {})
         key = (*recorder.key_of(losses), self._binding.layout.names)
-        if recorder.layout is not None and key == self._layout_key:  # the block's own
-            return recorder.layout
+        if recorder.sample_layout is not None and key == self._layout_key:  # the block's own
+            return recorder.sample_layout
         layout = known.get(key)
         if layout is None or not self._holds(layout, losses):
             before, layout = layout, self._measure(losses)
@@ -308,11 +308,11 @@ class SampleGradients:
             if len(known) >= _LAYOUTS_KEPT:
                 del known[next(iter(known))]
             known[key] = layout
-        if recorder.layout is None:
+        if recorder.sample_layout is None:
             self._layout_key = key
         return layout
 
-    def _holds(self, layout: Layout, losses: Losses) -> bool:
+    def _holds(self, layout: SampleLayout, losses: Losses) -> bool:
         """Whether a layout of the same calls is this batch's, as far as it takes no measurement to say so."""
         recorder = self._recorder
         if layout.moves:
@@ -332,7 +332,7 @@ class SampleGradients:
         layout.blocks += 1  # what the first batches lacked, a later one may show: the 1st, 2nd, 4th, ... is measured
         return confirmed and (recorder.moves_rows or layout.blocks.bit_count() > 1)
 
-    def _measure(self, losses: Losses) -> Layout:
+    def _measure(self, losses: Losses) -> SampleLayout:
         """Where the samples are, proven."""
         recorder = self._recorder
         codes = Codes(losses.count, self._binding.device)
@@ -345,9 +345,9 @@ class SampleGradients:
             self._pass(losses, weights, Pass.MEASURE)
         wanted = self._pass(losses, codes.passes[-1], Pass.CHECK)
         layout = recorder.layout_of(codes)
-        before, recorder.layout = recorder.layout, layout
+        before, recorder.sample_layout = recorder.sample_layout, layout
         weighed = self._weigh(losses, codes.passes[-1][None])
-        recorder.layout = before
+        recorder.sample_layout = before
         layout.several = _several(weighed.uses)
         sums = list(self._binding.layout.split(weighed.rows[0]).values())
         layout.by_passes = _disagreeing(sums, wanted)
@@ -357,7 +357,7 @@ class SampleGradients:
             layout.lasting, layout.zero = False, tuple(range(len(wanted)))
         elif layout.by_passes and losses.count > 1:
             names = join_names(self._binding.layout.names[i] for i in layout.by_passes)
-            say_once(
+            warn_once(
                 f"the per-sample gradients of {names} cannot be read from the layers that use them: something that is "
                 "no function of PyTorch's hides a use, or the samples share what is computed. They take a backward "
                 "pass from the losses for each sample of a batch. Exclude them with exclude= if that is too slow."
@@ -384,8 +384,8 @@ class SampleGradients:
         found = self._weighing = _WeightedSums(weights, self._binding)
         try:
             self._pass(losses, torch.ones_like(weights[0]), Pass.SUMS)
-            assert recorder.layout is not None
-            if by_passes := recorder.layout.by_passes:
+            assert recorder.sample_layout is not None
+            if by_passes := recorder.sample_layout.by_passes:
                 self._take_by_passes(losses, by_passes)
         finally:
             self._weighing = None
@@ -413,7 +413,7 @@ class SampleGradients:
 
     def take(self, use: ParameterUse, gradient: SampleGradient) -> Tensor:
         """Takes what is wanted of a use's per-sample gradients and returns their sum."""
-        layout = self._recorder.layout
+        layout = self._recorder.sample_layout
         assert layout is not None
         if use.index in layout.by_passes and not self._by_passes:
             return gradient.matrix().sum(0)
@@ -505,7 +505,7 @@ class SampleGradients:
         if not self._entered:
             raise RuntimeError(_NOT_OF_THIS_BLOCK)
         recorder, binding = self._recorder, self._binding
-        count = None if recorder.layout is None else recorder.layout.count
+        count = None if recorder.sample_layout is None else recorder.sample_layout.count
         if not isinstance(weights, Tensor):
             raise TypeError(f"weights is a {type(weights).__name__}; expected a tensor (K, {count or 'N'}).")
         if not isinstance(losses, Tensor):
@@ -530,14 +530,14 @@ class SampleGradients:
                 stack.callback(setattr, recorder, "recording", False)
             elif recorder.finished_passes:
                 raise RuntimeError("weighted_sums after the block's backward pass: call it when the block has ended.")
-            of_the_block = recorder.layout
-            recorder.layout = self._layout_of(edge)
-            if recorder.calls and not recorder.layout.reached:
-                recorder.layout = of_the_block
+            of_the_block = recorder.sample_layout
+            recorder.sample_layout = self._layout_of(edge)
+            if recorder.calls and not recorder.sample_layout.reached:
+                recorder.sample_layout = of_the_block
                 raise RuntimeError(_NOT_OF_THIS_BLOCK)
             found = self._weigh(edge, weights.detach().to(binding.device))
             if of_the_block is not None or not found.uses:
-                recorder.layout = of_the_block
+                recorder.sample_layout = of_the_block
             if not found.uses:
                 raise RuntimeError(_NOT_OF_THIS_BLOCK)
         self._only_weighed, self.num_samples = in_block, len(losses)
@@ -552,14 +552,14 @@ class SampleGradients:
 
     def _finish(self, grads: list[Tensor | None]) -> None:
         recorder, layout = self._recorder, self._binding.layout
-        if recorder.layout is None or all(grad is None for grad in grads):
+        if recorder.sample_layout is None or all(grad is None for grad in grads):
             raise RuntimeError(
                 "no gradient reached the model's parameters inside of the SampleGradients block. Run the model and "
                 "losses.sum().backward() in it."
             )
-        if recorder.layout.assumed:
+        if recorder.sample_layout.assumed:
             self._require_seen(grads)
-        count = self.num_samples = recorder.layout.count
+        count = self.num_samples = recorder.sample_layout.count
         for index, matrix in self._shared.items():
             whole = self._whole(index)
             gradient = MatrixGradient(matrix.reshape(count, *whole.shape))

@@ -1,12 +1,16 @@
-"""How functions that take parameters are run so that per-sample gradients can be read in the backward pass.
+"""Rules: how a function that takes parameters runs, so that its backward pass gives per-sample gradients.
 
-``RULES`` maps a function (``torch.conv2d``) to a rule. A rule is given a Recorder and the function's arguments, and
-runs the function through an ``autograd.Function``. Its backward asks the recorder where the samples are in the
-gradient b of the output; if they are apart there, it hands over each operand's per-sample gradients. The gradient by
-the input is always the ordinary one; the operand's own is the sum that the statistics need anyway. A rule returns
-``NotImplemented`` where it does not apply. ``any_function`` serves every function, with a backward pass a sample.
+To add a rule for a layer:
+    1. Write ``rule(recorder, *arguments)`` in this folder; ``linear.py`` is the model to copy. It returns
+       ``NotImplemented`` where it does not apply.
+    2. Run the function inside an ``autograd.Function`` on ``recorder.call(*operands)``, the parameters by slot.
+    3. In its backward pass, ``call.rows(b, dims)`` says which samples the rows of the output's gradient b belong to,
+       or None. If rows are known, give each operand's per-sample gradients to ``take_gradient``; else return the sum.
+    4. Add the function to ``RULES``, and a case to ``CASES`` in tests/helpers/layer_cases.py.
 
-A backward pass with create_graph=True, for a loss that has a derivative in it, is PyTorch's own.
+The gradient by the input is always the ordinary one. ``any_function`` serves every function without a rule, with one
+backward pass for each sample. A backward pass with create_graph=True, for a loss that contains a derivative, runs
+PyTorch's own functions.
 """
 
 from collections.abc import Callable

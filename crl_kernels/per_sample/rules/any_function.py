@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from .calls import Call, Recorder, is_in_place
+from .interface import Call, Recorder, is_in_place
 
 # Or views, which ``binds`` knows: attributes such as .shape and .T, and questions.
 _NOT_DIFFERENTIABLE = {"__get__", "__set__", "__len__", "__hash__", "__repr__", "detach", "requires_grad_"}
@@ -40,7 +40,7 @@ class _Arrival(torch.autograd.Function):
         if rows is not None:
             edge = GradientEdge(*ctx.next_functions[-1])
             weights = ctx.recorder.weights_of_rows(rows.count)
-            ctx.recorder.say_slow(ctx.function, ctx.stand_ins, rows.count)
+            ctx.recorder.warn_slow(ctx.function, ctx.stand_ins, rows.count)
             ctx.recorder.take_rows(lambda i: ([edge], [rows.weigh(b, weights[i])]), len(weights), ctx.stand_ins)
         return None, None, None, None, b
 

@@ -10,9 +10,7 @@ from torch.autograd.graph import GradientEdge
 
 from ..layer_gradients import MatrixGradient
 from ..rows import Rows
-from .calls import Call, Recorder, is_in_place
-
-# Broadcast parameters
+from .interface import Call, Recorder, is_in_place
 
 
 class _Expand(torch.autograd.Function):
@@ -33,10 +31,10 @@ class _Expand(torch.autograd.Function):
         shared = [dim for dim, size in enumerate(aligned) if dim < missing or size == 1 != b.shape[dim]]
         rows = call.rows(b, shared or range(b.dim()))
         total = None
-        if rows is not None and call.takes(0):
+        if rows is not None and call.wants(0):
             operand = ctx.next_functions[0]
             edge = None if operand[0] is None else GradientEdge(*operand)
-            total = call.settle(0, MatrixGradient(_reduced(rows, b, aligned, shape)), edge)
+            total = call.take(0, MatrixGradient(_reduced(rows, b, aligned, shape)), edge)
         if total is None:
             total = b.sum_to_size(shape)
             call.note_gradient(0, total)

@@ -9,9 +9,7 @@ from torch import Tensor
 
 from ..layer_gradients import ConvolutionGradient, MatrixGradient, Reshaped, SampleGradient
 from ..rows import Rows
-from .calls import Call, Recorder, differentiable_gradients, settle_operand, sum_tokens
-
-# Convolutions
+from .interface import Call, Recorder, differentiable_gradients, sum_tokens, take_gradient
 
 
 class _Convolution(torch.autograd.Function):
@@ -39,11 +37,11 @@ class _Convolution(torch.autograd.Function):
         rows = call.rows(b, (0,))
         if rows is not None:
             if needs[1]:
-                by_weight = settle_operand(
+                by_weight = take_gradient(
                     ctx, call, 0, inputs, lambda: _convolution_gradient(rows, a, b, weight, geometry)
                 )
             if needs[2]:
-                by_bias = settle_operand(
+                by_bias = take_gradient(
                     ctx,
                     call,
                     1,

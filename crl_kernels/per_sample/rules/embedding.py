@@ -7,9 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..layer_gradients import EmbeddingGradient
-from .calls import Call, Recorder, as_matrix, differentiable_gradients, settle_operand
-
-# Embedding
+from .interface import Call, Recorder, as_matrix, differentiable_gradients, take_gradient
 
 
 class _Embedding(torch.autograd.Function):
@@ -32,7 +30,7 @@ class _Embedding(torch.autograd.Function):
         by_weight = None
         if rows is not None:
             own, gradients = rows.tokens(ids[..., None], b)
-            by_weight = settle_operand(
+            by_weight = take_gradient(
                 ctx, call, 0, inputs, lambda: EmbeddingGradient(own[..., 0], gradients, weight.shape[0])
             )
         if by_weight is None and not call.skips(0):

@@ -8,9 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..layer_gradients import LinearGradient, MatrixGradient
-from .calls import Call, Recorder, as_matrix, settle_operand, sum_tokens
-
-# Linear
+from .interface import Call, Recorder, as_matrix, sum_tokens, take_gradient
 
 
 class _Linear(torch.autograd.Function):
@@ -39,9 +37,9 @@ class _Linear(torch.autograd.Function):
             if rows is not None and any(needs[1:]):
                 a_samples, b_samples = rows.tokens(a, b)
                 if needs[1]:
-                    by_weight = settle_operand(ctx, call, 0, inputs, lambda: LinearGradient(a_samples, b_samples))
+                    by_weight = take_gradient(ctx, call, 0, inputs, lambda: LinearGradient(a_samples, b_samples))
                 if needs[2]:
-                    by_bias = settle_operand(ctx, call, 1, inputs, lambda: MatrixGradient(sum_tokens(b_samples)))
+                    by_bias = take_gradient(ctx, call, 1, inputs, lambda: MatrixGradient(sum_tokens(b_samples)))
             if needs[1] and by_weight is None and not call.skips(0):
                 by_weight = (as_matrix(b).T @ as_matrix(a)).to(weight.dtype)
                 call.note_gradient(0, by_weight)

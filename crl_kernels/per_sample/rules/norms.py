@@ -11,9 +11,7 @@ from torch import Tensor
 from ..layer_gradients import MatrixGradient, SampleGradient
 from ..rows import Rows
 from .broadcast import broadcast_operand
-from .calls import Call, Recorder, device_autocasts, differentiable_gradients, settle_operand, sum_tokens
-
-# Norms
+from .interface import Call, Recorder, device_autocasts, differentiable_gradients, sum_tokens, take_gradient
 
 
 class _GroupNorm(torch.autograd.Function):
@@ -74,7 +72,7 @@ def _of_rows(
         return None
     matrix = gradients.reshape(gradients.numel() // max(1, operand.numel()), *operand.shape)
     if rows is not None:
-        found = settle_operand(ctx, call, slot, inputs, lambda: MatrixGradient(rows.sum(matrix)))
+        found = take_gradient(ctx, call, slot, inputs, lambda: MatrixGradient(rows.sum(matrix)))
         if found is not None:
             return found
     total = matrix.sum(0).to(operand.dtype)
@@ -129,9 +127,9 @@ class _LayerNorm(torch.autograd.Function):
                 return MatrixGradient(rows.sum(sum_tokens(tokens)))
 
             if needs[1]:
-                by_weight = settle_operand(ctx, call, 0, inputs, lambda: per_sample(b * ((input - mean) * rstd)))
+                by_weight = take_gradient(ctx, call, 0, inputs, lambda: per_sample(b * ((input - mean) * rstd)))
             if needs[2]:
-                by_bias = settle_operand(ctx, call, 1, inputs, lambda: per_sample(b))
+                by_bias = take_gradient(ctx, call, 1, inputs, lambda: per_sample(b))
         ordinary = [needs[0]]
         for slot, taken in enumerate((by_weight, by_bias)):
             ordinary.append(needs[slot + 1] and taken is None and not call.skips(slot))

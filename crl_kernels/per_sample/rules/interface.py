@@ -1,4 +1,4 @@
-"""What the rules of all kinds of layer share: what a rule is given, and how it hands over an operand's gradient."""
+"""What a rule may ask of the recorder, how it hands over an operand's gradient, and what several rules compute."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -12,17 +12,17 @@ from ..rows import Rows
 
 
 class Call(Protocol):
-    """A call of a function with a rule, and its operands by slot."""
+    """One call of a function, and its operands by slot. ``recorder.LayerCall`` documents the methods."""
 
     def rows(self, b: Tensor, dims: Sequence[int]) -> Rows | None: ...
     def skips(self, slot: int) -> bool: ...
     def note_gradient(self, slot: int, gradient: Tensor) -> None: ...
-    def takes(self, slot: int) -> bool: ...
-    def settle(self, slot: int, gradient: SampleGradient, edge: GradientEdge | None) -> Tensor: ...
+    def wants(self, slot: int) -> bool: ...
+    def take(self, slot: int, gradient: SampleGradient, edge: GradientEdge | None) -> Tensor: ...
 
 
 class Recorder(Protocol):
-    """What rules need of whoever records."""
+    """The part of ``recorder.CallRecorder`` that rules use."""
 
     def binds(self, tensor: Tensor) -> bool:
         """Whether the tensor is a bound parameter or a view of one."""
@@ -35,7 +35,8 @@ class Recorder(Protocol):
     def call(self, *operands: Any) -> Call: ...
 
     def weights_of_rows(self, count: int) -> Tensor:
-        """(K, N): the weights of each of the K rows that are wanted; of N single samples, the unit matrix."""
+        """(K, N): the weights of the K sums of per-sample gradients that are taken; the unit matrix for the gradients
+        of N single samples."""
         ...
 
     def take_rows(
@@ -44,32 +45,34 @@ class Recorder(Protocol):
         count: int,
         inputs: Sequence[Tensor],
     ) -> None:
-        """One backward pass for each of ``count`` rows."""
+        """Makes one backward pass for each of ``count`` rows."""
         ...
 
-    def say_slow(self, function: str, inputs: Sequence[Tensor], count: int) -> None: ...
+    def warn_slow(self, function: str, inputs: Sequence[Tensor], count: int) -> None: ...
 
 
-def _edge(ctx: Any, inputs: Sequence[Tensor | None], which: int) -> GradientEdge | None:
-    """Of the which-th of a Function's tensor arguments, in the graph."""
+def _edge(ctx: Any, inputs: Sequence[Tensor | None], index: int) -> GradientEdge | None:
+    """The edge of tensor argument ``index`` of an ``autograd.Function`` in the graph."""
     present = [i for i, tensor in enumerate(inputs) if tensor is not None]
-    node, output = ctx.next_functions[present.index(which)]
+    node, output = ctx.next_functions[present.index(index)]
     return None if node is None else GradientEdge(node, output)
 
 
-def settle_operand(
+def take_gradient(
     ctx: Any,
     call: Call,
     slot: int,
     inputs: Sequence[Tensor | None],
     gradient: Callable[[], SampleGradient],
 ) -> Tensor | None:
-    """The operand's gradient, if per-sample ones are taken of it. Operands are a Function's tensor arguments after the
-    first, the input."""
+    """Hands over an operand's per-sample gradients and returns their sum; None if nobody wants them.
+
+    ``inputs`` are the Function's tensor arguments: the layer's input first, then the operands in the order of slots.
+    """
     operand = inputs[slot + 1]
-    if operand is None or not call.takes(slot):
+    if operand is None or not call.wants(slot):
         return None
-    return call.settle(slot, gradient(), _edge(ctx, inputs, slot + 1)).to(operand.dtype)
+    return call.take(slot, gradient(), _edge(ctx, inputs, slot + 1)).to(operand.dtype)
 
 
 def differentiable_gradients(
@@ -79,8 +82,8 @@ def differentiable_gradients(
     with torch._C.DisableTorchFunction(), torch.enable_grad():
         result = function(*inputs)
         wanted = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
-        found = iter(torch.autograd.grad(result, wanted, b, create_graph=True, allow_unused=True))
-        return [next(found) if tensor is not None and tensor.requires_grad else None for tensor in inputs]
+        gradients = iter(torch.autograd.grad(result, wanted, b, create_graph=True, allow_unused=True))
+        return [next(gradients) if tensor is not None and tensor.requires_grad else None for tensor in inputs]
 
 
 def device_autocasts(tensor: Tensor) -> bool:
@@ -93,11 +96,9 @@ def as_matrix(tensor: Tensor) -> Tensor:
 
 
 def sum_tokens(b: Tensor) -> Tensor:
+    """(N, T, C) -> (N, C), summed in at least float32."""
     dtype = torch.float64 if b.dtype == torch.float64 else torch.float32
     return b.sum(1, dtype=dtype) if b.shape[1] != 1 else b[:, 0]
-
-
-# Every other function
 
 
 def is_in_place(function: Callable[..., Any]) -> bool:
