@@ -15,7 +15,7 @@ from .. import operators
 from ..distributed.shards import is_sharded, local_part
 from ..model.names import join_names
 from ..penalty.diagonal import DiagonalHistory
-from ..penalty.folded import FoldedPenalty, fold_history
+from ..penalty.folded import FoldedPenalty, check_history, fold_history
 from ..penalty.low_rank import LowRankHistory
 from ..penalty.strength import check_strength
 
@@ -147,7 +147,7 @@ class FusedAdamW(Optimizer):
         check_strength("lam", lam, finite=not decoupled)
         if not isinstance(verify_every, int) or verify_every < 0:
             raise ValueError(f"verify_every is {verify_every!r}; expected an integer >= 0, where 0 is never.")
-        _check_history(history)
+        check_history(history)
         self.lam, self._decoupled, self._verify_every = lam, decoupled, verify_every
         self._history = history
         self._steps_taken = 0
@@ -166,8 +166,8 @@ class FusedAdamW(Optimizer):
             "decoupled_weight_decay": True,  # so that torch's Adam, which may load the state, is told
         }
         super().__init__(params, defaults)
-        if history is not None:
-            history._binding.rates(self.param_groups)  # which says what is missing
+        if self._penalty is not None:
+            self._penalty.require_members(self.param_groups)
         first = next(chain.from_iterable(group["params"] for group in self.param_groups), None)
         device = None if first is None else first.device
         self.last_penalty = torch.zeros((), dtype=torch.float64, device=device)
@@ -279,7 +279,7 @@ class FusedAdamW(Optimizer):
             )
         check_strength("lam", self.lam, finite=not self._decoupled)
         penalty = self._penalty if self._penalty is not None and len(self._penalty.history) else None
-        bound = penalty.history._bound_params() if penalty is not None else []
+        bound = penalty.bound_params() if penalty is not None else []
         roles = self._find_roles(bound)
         self._check_gradients(roles)
         if roles is not self._roles:
@@ -297,8 +297,7 @@ class FusedAdamW(Optimizer):
 
         moved = [parameter for parameter in bound if parameter.requires_grad]
         if penalty is not None:
-            prepare = partial(self._operands, moved)
-            self.last_penalty = penalty.step_(prepare, self.lam, self.param_groups)
+            self.last_penalty = penalty.step_(partial(self._operands, moved), self.lam, self.param_groups)
         others: dict[torch.device, list[Tensor]] = {}
         for parameter in roles.others:
             if parameter.grad is not None:
@@ -345,7 +344,7 @@ class FusedAdamW(Optimizer):
         self._adopt_writes(halves)
         params = self._local([self.state.get(parameter, {}).get("master", parameter) for parameter in bound])
         if not fits:
-            penalty.history._binding.rates(self.param_groups)  # the history may have been rebound
+            penalty.require_members(self.param_groups)  # the history may have been rebound
             penalty.read(params, moving)
         elif difference := penalty.find_difference(params, moving):
             warnings.warn(
@@ -568,10 +567,3 @@ def _new_state(parameter: Tensor) -> dict[str, Tensor]:
         "exp_avg_sq": torch.zeros_like(theta, memory_format=torch.preserve_format),
     }
     return state | {"master": theta} if half else state
-
-
-def _check_history(history: object) -> None:
-    if history is not None and not isinstance(history, LowRankHistory | DiagonalHistory):
-        raise TypeError(f"history is a {type(history).__name__}; expected a LowRankHistory or a DiagonalHistory.")
-    if history is not None and history._attachment is not None:
-        raise ValueError("history is attached to an optimizer, and its penalty would count twice; call detach() first.")
