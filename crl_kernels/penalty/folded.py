@@ -1,11 +1,15 @@
-"""A history's penalty folded into the pass of an AdamW step, and what is carried from one step to the next.
+"""A history's penalty folded into the pass of an AdamW step, and the sums that are carried from one step to the next.
 
-Low rank. The pass that writes theta also sums u_k . theta, so the next step starts with its projections p and reads
-nothing for them. It adds sum_k c_k u_k: to the gradient, c_k = lam a_k (p_k - b_k); or, decoupled, to theta before the
-step, with the c of ``LowRankHistory.decoupled_step_``. Diagonal. Every element has all that it needs.
+Low rank. The pass that writes theta also sums the projections p_k = u_k . theta, so that the next step need not read
+theta for them. The pass adds sum_k c_k u_k: to the gradient, with c_k = lam a_k (p_k - b_k); or, decoupled, to theta
+before the step, with the c of ``LowRankHistory.decoupled_step_``. Diagonal. The penalty acts on each element by itself,
+so nothing is carried for moving parameters.
 
-Bound parameters that do not move, because they were frozen, are read once: their part of the projections, or of the
-value, is carried too.
+Frozen parameters are bound parameters that no longer require a gradient and do not move. They are read once: their part
+of the projections, or of the value, is carried too.
+
+An optimizer uses this module through ``fold_history``, ``check_history`` and the public methods of ``FoldedPenalty``.
+Only this module knows which parts of a history's state a step needs.
 """
 
 from abc import ABC, abstractmethod
@@ -21,53 +25,72 @@ from .diagonal import DiagonalHistory
 from .low_rank import LowRankHistory
 from .strength import Groups, Rate
 
-_SAME = 1e-12  # what sums of one vector in two orders may differ by, relative to |u| |theta|
+_SUMMATION_ERROR = 1e-12  # how far two summation orders of u . theta may differ, relative to |u| |theta|
 
 _History = TypeVar("_History", LowRankHistory, DiagonalHistory)
-# From each moving parameter's share, as a number, and what all are multiplied by, if not 1, to the pass's operands.
-Prepare = Callable[[list[float], Tensor | None], operators.AdamWState]
+# Makes the operands of an AdamW pass over the moving parameters. Arguments: each parameter's ratio of the penalty's
+# strength, and that strength as a 0-dim tensor. None means a strength of 1.
+MakeOperands = Callable[[list[float], Tensor | None], operators.AdamWState]
 
 
 class FoldedPenalty(ABC, Generic[_History]):
-    """What is carried belongs to a state of the history and to the parameters that moved; both are remembered."""
+    """A history's penalty inside an optimizer's step, with the sums that it carries from step to step.
+
+    Carried sums belong to one state of the history and to one set of moving parameters; both are remembered.
+    """
 
     def __init__(self, history: _History, decoupled: bool) -> None:
         self.history: _History = history
         self._decoupled = decoupled
-        self._terms: object = None
+        self._state_read: object = None  # the history's state that the carried sums belong to
         self._moving: tuple[int, ...] = ()
 
     @property
     def _shards(self) -> Shards:
         return self.history._binding.shards
 
+    def bound_params(self) -> list[Tensor]:
+        """The history's parameters, in its order. Raises ValueError if one was replaced, resized or moved."""
+        return self.history._bound_params()
+
+    def require_members(self, param_groups: Sequence[Mapping[str, Any]]) -> None:
+        """Raises ValueError for a bound parameter in no group, TypeError for a group without a learning rate."""
+        self.history._binding.rates(param_groups)
+
     def is_current(self, moving: tuple[int, ...]) -> bool:
-        """Whether what is carried still fits: no terms were appended, loaded or moved, nothing was frozen or freed."""
-        return self._terms is self._state() and self._moving == moving
+        """Whether the carried sums still fit: no terms were appended, loaded or moved, and no parameter was frozen or
+        unfrozen."""
+        return self._state_read is self._state() and self._moving == moving
 
     def read(self, params: Sequence[Tensor], moving: tuple[int, ...]) -> None:
-        """Computes what is carried from the bound parameters; those at ``moving`` will be moved."""
-        self._terms, self._moving = self._state(), moving
-        still = tuple(sorted(set(range(len(params))) - set(moving)))
-        self._read([params[i] for i in moving], self._members(moving), [params[i] for i in still], still)
+        """Computes the carried sums from the bound parameters; steps will move those at the indices ``moving``."""
+        self._state_read, self._moving = self._state(), moving
+        frozen = tuple(sorted(set(range(len(params))) - set(moving)))
+        self._read([params[i] for i in moving], self._members(moving), [params[i] for i in frozen], frozen)
 
     def find_difference(self, params: Sequence[Tensor], moving: tuple[int, ...]) -> str | None:
-        """Reads anew; says in words how far what was carried had gone from it, if it had. Waits for the device."""
+        """Computes the carried sums again. Returns the difference in words, or None if there is none. Waits for the
+        device."""
         before = self._carried()
         self.read(params, moving)
         squares = torch.stack([p.detach().double().square().sum() for p in params]).sum()
         return self._difference(before, self._carried(), self._shards.sum_(squares).sqrt())
 
     @abstractmethod
-    def step_(self, prepare: Prepare, lam: float | Tensor, lr: Sequence[Mapping[str, Any]]) -> Tensor:
+    def step_(self, make_operands: MakeOperands, lam: float | Tensor, lr: Sequence[Mapping[str, Any]]) -> Tensor:
         """Takes the step of the moving parameters; returns the penalty before it, 0-dim float64."""
 
     @abstractmethod
-    def _state(self) -> object: ...
+    def _state(self) -> object:
+        """An object that the history replaces whenever its state changes."""
 
     @abstractmethod
     def _read(
-        self, moving: list[Tensor], members: tuple[int, ...] | None, still: list[Tensor], others: tuple[int, ...]
+        self,
+        moving: list[Tensor],
+        moving_members: tuple[int, ...] | None,
+        frozen: list[Tensor],
+        frozen_members: tuple[int, ...],
     ) -> None: ...
 
     @abstractmethod
@@ -77,11 +100,11 @@ class FoldedPenalty(ABC, Generic[_History]):
     def _difference(self, before: Tensor, now: Tensor, norm: Tensor) -> str | None: ...
 
     def _members(self, moving: tuple[int, ...]) -> tuple[int, ...] | None:
-        """As ``History._pieces`` takes them: None for all."""
+        """Indices for ``History._pieces``: None stands for all parameters."""
         return None if len(moving) == len(self.history.names) else moving
 
     def _proximal(self, lam: float | Tensor, lr: Rate) -> tuple[Groups, Tensor, list[float]]:
-        """(groups of moving parameters, the largest rate times lam, each one's ratio to that)."""
+        """(groups of moving parameters, the largest learning rate times lam, each moving parameter's ratio to it)."""
         if not self._moving:
             return (), self.history._float64(0.0), []
         groups, rate = self.history._groups(lr, self._members(self._moving))
@@ -98,10 +121,14 @@ class FoldedLowRank(FoldedPenalty[LowRankHistory]):
         return self.history._directions  # a new list whenever terms change
 
     def _read(
-        self, moving: list[Tensor], members: tuple[int, ...] | None, still: list[Tensor], others: tuple[int, ...]
+        self,
+        moving: list[Tensor],
+        moving_members: tuple[int, ...] | None,
+        frozen: list[Tensor],
+        frozen_members: tuple[int, ...],
     ) -> None:
-        self._projections = self._project(moving, members)
-        self._of_still = self._project(still, others)
+        self._projections = self._project(moving, moving_members)
+        self._frozen_part = self._project(frozen, frozen_members)
 
     def _project(self, params: list[Tensor], members: tuple[int, ...] | None) -> Tensor:
         if not params:
@@ -113,15 +140,15 @@ class FoldedLowRank(FoldedPenalty[LowRankHistory]):
         return self.history._pieces(self.history._directions, members)
 
     def _carried(self) -> Tensor:
-        return self._projections + self._of_still
+        return self._projections + self._frozen_part
 
     def _difference(self, before: Tensor, now: Tensor, norm: Tensor) -> str | None:
         lengths = self.history._gram(None).diagonal().sqrt().to(now.device)
-        if bool(((before - now).abs() <= _SAME * lengths * norm).all()):
+        if bool(((before - now).abs() <= _SUMMATION_ERROR * lengths * norm).all()):
             return None
         return f"the projections u_k . theta were {before.tolist()} and are {now.tolist()}"
 
-    def step_(self, prepare: Prepare, lam: float | Tensor, lr: Sequence[Mapping[str, Any]]) -> Tensor:
+    def step_(self, make_operands: MakeOperands, lam: float | Tensor, lr: Sequence[Mapping[str, Any]]) -> Tensor:
         history = self.history
         drift = self._carried() - history.anchor_projections
         force = history._float64(lam) * (history.curvatures * drift)
@@ -131,7 +158,7 @@ class FoldedLowRank(FoldedPenalty[LowRankHistory]):
         else:
             coefficients, ratios = force, [1.0] * len(self._moving)
         if self._moving:
-            state = prepare(ratios, None)
+            state = make_operands(ratios, None)
             directions = self._pieces(self._members(self._moving))
             projections = operators.low_rank_adamw_(state, directions, coefficients, self._decoupled)
             self._projections = self._shards.sum_(projections)
@@ -143,36 +170,48 @@ class FoldedDiagonal(FoldedPenalty[DiagonalHistory]):
         return self.history._fisher  # a new tensor whenever tasks change
 
     def _read(
-        self, moving: list[Tensor], members: tuple[int, ...] | None, still: list[Tensor], others: tuple[int, ...]
+        self,
+        moving: list[Tensor],
+        moving_members: tuple[int, ...] | None,
+        frozen: list[Tensor],
+        frozen_members: tuple[int, ...],
     ) -> None:
-        self._of_still = self.history._float64(0.0)
-        if still:
-            self._of_still = self._shards.sum_(operators.diagonal_quadratic(still, *self._pieces(others)))
+        self._frozen_part = self.history._float64(0.0)
+        if frozen:
+            self._frozen_part = self._shards.sum_(operators.diagonal_quadratic(frozen, *self._pieces(frozen_members)))
 
     def _pieces(self, members: tuple[int, ...] | None) -> tuple[list[Tensor], list[Tensor]]:
         pieces = self.history._pieces([self.history._fisher, self.history._anchor], members)
         return pieces[: len(pieces) // 2], pieces[len(pieces) // 2 :]
 
     def _carried(self) -> Tensor:
-        return self._of_still
+        return self._frozen_part
 
     def _difference(self, before: Tensor, now: Tensor, norm: Tensor) -> str | None:
         if bool(before == now):
             return None
         return f"the share of frozen parameters in sum S (theta - m)^2 was {before.item()} and is {now.item()}"
 
-    def step_(self, prepare: Prepare, lam: float | Tensor, lr: Sequence[Mapping[str, Any]]) -> Tensor:
+    def step_(self, make_operands: MakeOperands, lam: float | Tensor, lr: Sequence[Mapping[str, Any]]) -> Tensor:
         history = self.history
         if self._decoupled:
             _, strength, ratios = self._proximal(lam, lr)
         else:
             strength, ratios = history._float64(lam), [1.0] * len(self._moving)
-        total = self._of_still + history._residual
+        total = self._frozen_part + history._residual
         if self._moving:
             pieces = self._pieces(self._members(self._moving))
-            moved = operators.diagonal_adamw_(prepare(ratios, strength), *pieces, self._decoupled)
-            total = total + self._shards.sum_(moved)
+            value = operators.diagonal_adamw_(make_operands(ratios, strength), *pieces, self._decoupled)
+            total = total + self._shards.sum_(value)
         return total * (0.5 * history._float64(lam))
+
+
+def check_history(history: object) -> None:
+    """Raises unless ``history`` is None or a history that no optimizer has by ``attach``."""
+    if history is not None and not isinstance(history, LowRankHistory | DiagonalHistory):
+        raise TypeError(f"history is a {type(history).__name__}; expected a LowRankHistory or a DiagonalHistory.")
+    if history is not None and history._attachment is not None:
+        raise ValueError("history is attached to an optimizer, and its penalty would count twice; call detach() first.")
 
 
 def fold_history(history: LowRankHistory | DiagonalHistory | None, decoupled: bool) -> FoldedPenalty[Any] | None:
