@@ -1,1 +1,1 @@
-"""``pytest benchmarks``, and tables of ratios that are measured in one run: ``python -m benchmarks.penalty``."""
+"""Commands that measure, ``python -m benchmarks.NAME``, and ``pytest benchmarks``: rank-1 EWC against diagonal EWC."""

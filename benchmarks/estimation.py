@@ -1,19 +1,17 @@
-"""``python -m benchmarks.estimation``: samples per second of ``estimate_fisher`` and of the paper's way.
+"""``python -m benchmarks.estimation``: samples per second of ``estimate_fisher`` and of the paper's procedure.
 
 The paper's code goes through the task twice with batch size 1: once for mu, once for c* = mean (u . g_i)^2 / |mu|^2.
-Both see the same noised images, of the demo's UNet, in one process, in interleaved rounds. Prints a Markdown table, and
-writes it with all figures to ``--out``.
+Both see the same noised images and the demo's UNet, in one process, in interleaved rounds. The command prints a
+Markdown table, and writes it with all figures to ``--out``.
 """
 
 import argparse
-import json
 import platform
 import sys
 import time
 import warnings
 from collections.abc import Callable
 from datetime import date
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,15 +19,15 @@ from torch import Tensor, nn
 
 from crl_kernels import LowRankFisher, estimate_fisher
 
-from .measure import commit, interleaved, percentiles, processor
+from .common import command
+from .common.measure import clock, commit, interleaved, percentiles, processor
 
-ROOT = Path(__file__).parent.parent
 PAPER = "the paper's two passes, batch size 1"
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # noised, t, label, noise
 
 
 def problem(preset: str, size: int, samples: int, device: torch.device) -> tuple[nn.Module, Batch]:
-    sys.path.insert(0, str(ROOT / "python"))  # benchmarks run from a checkout, where this may not be installed
+    sys.path.insert(0, str(command.ROOT / "python"))  # benchmarks run from a checkout, where this may not be installed
     from crl_diffusion import diffusion, model
 
     shape, classes = (1, size, size), 10
@@ -109,8 +107,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         warnings.simplefilter("ignore")  # the model is not trained, and nobody uses what is estimated
         ours, theirs = estimate_fisher(model, per_sample_loss, batches, unbiased=False), paper(model, batch)
         torch.testing.assert_close(ours.curvatures, theirs.curvatures, rtol=1e-3, atol=0)
-        clock = time.process_time if on_cpu and torch.get_num_threads() == 1 else time.perf_counter
-        seconds = interleaved(calls, args.rounds, clock)
+        timer = clock() if on_cpu else time.perf_counter
+        seconds = interleaved(calls, args.rounds, timer)
     rows = []
     for name, times in seconds.items():
         row: dict[str, Any] = {"name": name, **percentiles(times)}
@@ -127,7 +125,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "clock": "process time" if clock is time.process_time else "wall time",
+        "clock": "process time" if timer is time.process_time else "wall time",
         "parameters": sum(p.numel() for p in model.parameters()),
         "rows": rows,
     }
@@ -153,7 +151,8 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    results = command.ROOT / "benchmarks" / "results"
+    parser = command.parser(__doc__, "estimation_DEVICE.json and .md", results)
     parser.add_argument("--model", default="tiny", help="preset of crl_diffusion.model")
     parser.add_argument("--size", type=int, default=16, help="pixels of an image's side")
     parser.add_argument("--samples", type=int, default=128)
@@ -161,16 +160,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     result = measure(args)
-    text = markdown(result)
-    name = f"estimation_{args.device.partition(':')[0]}"
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    (args.out / f"{name}.md").write_text(text)
-    print(text)
+    command.write(args.out, f"estimation_{args.device.partition(':')[0]}", result, markdown(result))
+    print(markdown(result))
 
 
 if __name__ == "__main__":

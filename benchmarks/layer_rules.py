@@ -1,7 +1,8 @@
-"""``python -m benchmarks.layer_rules``: ways to the statistics of one layer's per-sample weight gradients.
+"""``python -m benchmarks.layer_rules``: algorithms for the statistics of one layer's per-sample weight gradients.
 
-Every way gives the sum over the batch, all square norms and all projections on that sum, and with ``Gram matrix`` also
-that of the samples. They are checked against each other, take turns on one thread, and are timed in process CPU time.
+Every algorithm returns the sum over the batch, all square norms and all projections on that sum; with ``Gram matrix``
+it also returns the samples' Gram matrix. The algorithms are checked against each other, and take turns on one thread;
+times are process CPU time.
 
     explicit        the operator sample_weight_gradients
     Gram            linear layers: |g_i|^2 = sum_ts (a_it . a_is) (b_it . b_is), float64; sum and projections in two
@@ -11,13 +12,10 @@ that of the samples. They are checked against each other, take turns on one thre
                     of pixels, float32; sum and projections as convolutions
 """
 
-import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import date
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -25,9 +23,10 @@ from torch.nn import functional
 
 from crl_kernels.backends import registry
 
-from .measure import interleaved, processor
+from .common import command
+from .common.measure import interleaved, processor
 
-Way = Callable[[], tuple[Tensor, ...]]  # sum, square norms, projections, and the Gram matrix where it is asked for
+Algorithm = Callable[[], tuple[Tensor, ...]]  # sum, square norms, projections, and perhaps the Gram matrix
 
 TOKENS = [1, 2, 4, 8, 16, 49, 196]
 WIDTHS = [(32, 32), (32, 512), (512, 32), (128, 128), (128, 512), (512, 128), (512, 512), (1024, 1024)]
@@ -51,10 +50,10 @@ MOST_WORK, MOST_ROWS = 2_000_000_000, 1600
 
 def explicit(input: Tensor, grad_output: Tensor, kernel: int, gram: bool) -> tuple[Tensor, ...]:
     padding = kernel // 2
-    found = torch.ops.crl_kernels.sample_weight_gradients(
+    results = torch.ops.crl_kernels.sample_weight_gradients(
         input, grad_output, [kernel] * 2, [1, 1], [padding] * 2, [1, 1], 1, None, gram, False
     )
-    return found[:4] if gram else found[:3]
+    return results[:4] if gram else results[:3]
 
 
 def token_gram(a: Tensor, b: Tensor, gram: bool) -> tuple[Tensor, ...]:
@@ -92,40 +91,40 @@ def shifted_gram(input: Tensor, grad_output: Tensor, kernel: int) -> tuple[Tenso
     return total, sq_norms, projections
 
 
-def linear(samples: int, tokens: int, d_in: int, d_out: int) -> tuple[Callable[[], Tensor], dict[str, Way]]:
+def linear(samples: int, tokens: int, d_in: int, d_out: int) -> tuple[Callable[[], Tensor], dict[str, Algorithm]]:
     a, b = torch.randn(samples, tokens, d_in), torch.randn(samples, tokens, d_out)
     images = tuple(tensor.mT.unsqueeze(2) for tensor in (a, b))
-    ways: dict[str, Way] = {}
+    algorithms: dict[str, Algorithm] = {}
     for gram, suffix in ((False, ""), (True, " + Gram matrix")):
-        ways[f"explicit{suffix}"] = lambda gram=gram: explicit(*images, 1, gram)
+        algorithms[f"explicit{suffix}"] = lambda gram=gram: explicit(*images, 1, gram)
         if not gram or samples * tokens <= MOST_ROWS:
-            ways[f"Gram{suffix}"] = lambda gram=gram: token_gram(a, b, gram)
-    return lambda: b.flatten(0, 1).T @ a.flatten(0, 1), ways
+            algorithms[f"Gram{suffix}"] = lambda gram=gram: token_gram(a, b, gram)
+    return lambda: b.flatten(0, 1).T @ a.flatten(0, 1), algorithms
 
 
 def convolution(samples: int, d_in: int, d_out: int, side: int, kernel: int) -> tuple[Callable[[], Tensor], dict]:
     input, grad_output = torch.randn(samples, d_in, side, side), torch.randn(samples, d_out, side, side)
-    ways: dict[str, Way] = {"shifted Gram": lambda: shifted_gram(input, grad_output, kernel)}
+    algorithms: dict[str, Algorithm] = {"shifted Gram": lambda: shifted_gram(input, grad_output, kernel)}
     for gram, suffix in ((False, ""), (True, " + Gram matrix")):
-        ways[f"explicit{suffix}"] = lambda gram=gram: explicit(input, grad_output, kernel, gram)
+        algorithms[f"explicit{suffix}"] = lambda gram=gram: explicit(input, grad_output, kernel, gram)
         if not gram or samples * side * side <= MOST_ROWS:
-            ways[f"unfolded Gram{suffix}"] = lambda gram=gram: unfolded_gram(input, grad_output, kernel, gram)
+            algorithms[f"unfolded Gram{suffix}"] = lambda gram=gram: unfolded_gram(input, grad_output, kernel, gram)
     shape = (d_out, d_in, kernel, kernel)
-    return lambda: torch.nn.grad.conv2d_weight(input, shape, grad_output, padding=kernel // 2), ways
+    return lambda: torch.nn.grad.conv2d_weight(input, shape, grad_output, padding=kernel // 2), algorithms
 
 
-def check(ways: dict[str, Way]) -> None:
-    """All against the explicit kernel's, the largest difference within 1e-4 of the largest value."""
-    expected = ways["explicit + Gram matrix"]()
-    for name, way in ways.items():
-        results = zip(("sum", "square norms", "projections", "Gram matrix"), way(), expected, strict=False)
-        for what, found, right in results:
-            error = (found.flatten() - right.flatten()).abs().max() / right.abs().max()
+def check(algorithms: dict[str, Algorithm]) -> None:
+    """Requires all results to equal the explicit kernel's, within 1e-4 of the largest value."""
+    expected = algorithms["explicit + Gram matrix"]()
+    for name, algorithm in algorithms.items():
+        results = zip(("sum", "square norms", "projections", "Gram matrix"), algorithm(), expected, strict=False)
+        for statistic, actual, right in results:
+            error = (actual.flatten() - right.flatten()).abs().max() / right.abs().max()
             if not error < 1e-4:
-                raise AssertionError(f"{name}: {what} differ by {error:.1e} of the largest")
+                raise AssertionError(f"{name}: {statistic} differ by {error:.1e} of the largest")
 
 
-def cases() -> Iterator[tuple[str, tuple[Callable[[], Tensor], dict[str, Way]]]]:
+def cases() -> Iterator[tuple[str, tuple[Callable[[], Tensor], dict[str, Algorithm]]]]:
     sizes = [(32, tokens, *widths) for widths in WIDTHS for tokens in TOKENS]
     sizes += [(n, tokens, *widths) for n in (8, 128) for widths in OTHER_BATCHES for tokens in TOKENS if tokens <= 16]
     for samples, tokens, d_in, d_out in sizes:
@@ -137,8 +136,7 @@ def cases() -> Iterator[tuple[str, tuple[Callable[[], Tensor], dict[str, Way]]]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="folder for layer_rules_cpu_1thread.md (default: print only)")
+    parser = command.parser(__doc__, "layer_rules_cpu_1thread.md")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -148,7 +146,7 @@ def main() -> None:
     lines = [
         "# Statistics of per-sample weight gradients, by layer and way",
         "",
-        f"`{' '.join(['python -m benchmarks.layer_rules', *sys.argv[1:]])}`, {date.today()}, {processor()}, 1 thread, "
+        f"`{command.command_line('layer_rules')}`, {date.today()}, {processor()}, 1 thread, "
         f"process CPU time, torch {torch.__version__}, "
         f"{registry.implementation('cpu', 'sample_weight_gradients')} kernels, float32; medians of "
         f"{arguments.rounds} rounds, ms. Ordinary: the batch's weight gradient alone.",
@@ -157,13 +155,14 @@ def main() -> None:
         "|---" * (len(names) + 2) + "|",
     ]
     print("\n".join(lines), flush=True)
-    for name, (ordinary, ways) in cases():
-        check(ways)
-        seconds = interleaved({"ordinary": ordinary, **ways}, arguments.rounds, time.process_time)
-        told = [f"{1e3 * statistics.median(seconds[n]):.2f}" if n in seconds else "" for n in ("ordinary", *names)]
-        lines.append(f"| {name} | {' | '.join(told)} |")
+    for name, (ordinary, algorithms) in cases():
+        check(algorithms)
+        seconds = interleaved({"ordinary": ordinary, **algorithms}, arguments.rounds, time.process_time)
+        cells = [f"{1e3 * statistics.median(seconds[n]):.2f}" if n in seconds else "" for n in ("ordinary", *names)]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
         print(lines[-1], flush=True)
     if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
         (arguments.out / "layer_rules_cpu_1thread.md").write_text("\n".join(lines) + "\n")
 
 

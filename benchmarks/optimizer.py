@@ -1,20 +1,17 @@
 """``python -m benchmarks.optimizer``: a step of FusedAdamW with a penalty inside, beside torch's AdamW(fused=True)
 without one, with ``add_penalty_grad_`` before it, and with a Python loop for diagonal EWC.
 
-Steps take turns, medians are taken, and ratios within the same rounds. With one thread the clock is process CPU time;
-with more it is wall time. All optimizers share their gradients; ``limit`` is the ratio of the bytes that a step has to
-move. Where a core waits for what it reads rather than for the memory's bandwidth, as one alone often does, reading
-counts for more than writing, and AdamW's 28 bytes are 16 read and 12 written: the row that reads one float32 vector
-more, after the step and for a sum alone, is there to compare a float32 term with.
+The steps take turns; times are medians, and ratios are taken within the same rounds. With one thread the clock is
+process CPU time; with more it is wall time. All optimizers share their gradients. ``limit`` is the ratio of the bytes
+that a step has to move. A core that waits for its reads rather than for the memory's bandwidth, as one core alone often
+does, pays more for reading than for writing, and AdamW's 28 bytes are 16 read and 12 written. So one row reads one more
+float32 vector after the step, to compare a float32 term with.
 """
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
 from datetime import date
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,21 +20,22 @@ from torch import nn
 import crl_kernels as ck
 from crl_kernels.backends import registry
 
-from . import allocator, peers
-from .contenders import CONTENDERS
-from .measure import commit, interleaved, percentiles, processor, require_memory
-from .problem import Problem
+from .common import allocator, command
+from .common.measure import clock, commit, interleaved, percentiles, processor, require_memory
+from .common.problem import Problem
+from .penalty import peers
+from .penalty.contenders import CONTENDERS
 
 ADAMW, LOOP = "AdamW(fused=True)", "AdamW(fused=True) + diagonal, Python loop"
 READ = "AdamW(fused=True), then one vector read"
 ADAMW_BYTES = 28  # theta, m and v are read and written, the gradient is read
 LAM = 1.0
 TARGETS = {"one term": 1.20, "Python loop": 4.0}
-BYTES = 474  # per parameter, of everything at once
+BYTES = 474  # per parameter, all rows together
 
 
 class Model(nn.Module):
-    """Parameters of one optimizer's own, because a write by another would be noticed; gradients are the problem's."""
+    """Parameters of one optimizer, because FusedAdamW notices writes by others; the gradients are the problem's."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__()
@@ -47,7 +45,7 @@ class Model(nn.Module):
 
 
 def low_rank_history(model: nn.Module, terms: int, dtype: torch.dtype) -> ck.LowRankHistory:
-    """Of random directions, set from a state: tasks would take three times as much memory."""
+    """Random directions, set from a state, because appending tasks would take three times as much memory."""
     history = ck.LowRankHistory(model)
     state = {"curvatures": torch.ones(terms).double(), "anchor_projections": torch.zeros(terms).double()}
     for k in range(terms):
@@ -86,7 +84,7 @@ def added_before(model: Model, history: ck.LowRankHistory | ck.DiagonalHistory) 
     return step
 
 
-def steps(problem: Problem) -> dict[str, tuple[int, Callable[[], object]]]:
+def steps_on(problem: Problem) -> dict[str, tuple[int, Callable[[], object]]]:
     """(bytes per parameter, step) by name."""
     for gradient in problem.grads:
         gradient.normal_(std=1e-3)
@@ -104,7 +102,7 @@ def steps(problem: Problem) -> dict[str, tuple[int, Callable[[], object]]]:
         adamw.step()
         torch.dot(vector, vector)
 
-    found: dict[str, tuple[int, Callable[[], object]]] = {
+    steps: dict[str, tuple[int, Callable[[], object]]] = {
         ADAMW: (ADAMW_BYTES, adamw.step),
         READ: (ADAMW_BYTES + 4, read),
         "FusedAdamW, no penalty": (ADAMW_BYTES, ck.FusedAdamW(Model(problem).parameters()).step),
@@ -113,19 +111,18 @@ def steps(problem: Problem) -> dict[str, tuple[int, Callable[[], object]]]:
         for mode in ("gradient", "decoupled"):
             model = Model(problem)
             optimizer = ck.FusedAdamW(model.parameters(), history=make(model), lam=LAM, decoupled=mode == "decoupled")
-            found[f"FusedAdamW, {name}, {mode}"] = (ADAMW_BYTES + inside, optimizer.step)
+            steps[f"FusedAdamW, {name}, {mode}"] = (ADAMW_BYTES + inside, optimizer.step)
         model = Model(problem)
-        found[f"{ADAMW}, add_penalty_grad_, {name}"] = (ADAMW_BYTES + before, added_before(model, make(model)))
-    found[LOOP] = (ADAMW_BYTES + CONTENDERS["diagonal, Python loop"].bytes, loop)
-    return found
+        steps[f"{ADAMW}, add_penalty_grad_, {name}"] = (ADAMW_BYTES + before, added_before(model, make(model)))
+    steps[LOOP] = (ADAMW_BYTES + CONTENDERS["diagonal, Python loop"].bytes, loop)
+    return steps
 
 
 def measure(numel: int, tensors: int, rounds: int) -> dict[str, Any]:
     require_memory(numel * BYTES, torch.device("cpu"))
     problem = Problem(numel, tensors)
-    found = steps(problem)
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    seconds = interleaved({name: call for name, (_, call) in found.items()}, rounds, clock)
+    steps, timer = steps_on(problem), clock()
+    seconds = interleaved({name: call for name, (_, call) in steps.items()}, rounds, timer)
 
     def ratio(name: str, other: str) -> float:
         return statistics.median(a / b for a, b in zip(seconds[name], seconds[other], strict=True))
@@ -139,14 +136,14 @@ def measure(numel: int, tensors: int, rounds: int) -> dict[str, Any]:
             "loop_over_this": ratio(LOOP, name),
             **percentiles(seconds[name]),
         }
-        for name, (bytes_, _) in found.items()
+        for name, (bytes_, _) in steps.items()
     ]
     return {
         "date": str(date.today()),
         "commit": commit(),
         "processor": processor(),
         "threads": torch.get_num_threads(),
-        "clock": "process CPU" if clock is time.process_time else "wall",
+        "clock": "process CPU" if timer is time.process_time else "wall",
         "torch": torch.__version__,
         "kernels": registry.implementation("cpu", "low_rank_adamw_"),
         "parameters": numel,
@@ -179,23 +176,17 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command.parser(__doc__, "optimizer_cpu_Nthread.json and .md")
     parser.add_argument("--parameters", type=int, default=25_000_000)
     parser.add_argument("--tensors", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="folder for optimizer_cpu_Nthread.json and .md")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     allocator.keep_freed_memory()
     result = measure(arguments.parameters, arguments.tensors, arguments.rounds)
-    text = markdown(result)
-    print(text)
-    if arguments.out is not None:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        file = arguments.out / f"optimizer_cpu_{arguments.threads}thread"
-        file.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-        file.with_suffix(".md").write_text(text)
+    print(markdown(result))
+    command.write(arguments.out, f"optimizer_cpu_{arguments.threads}thread", result, markdown(result))
 
 
 if __name__ == "__main__":

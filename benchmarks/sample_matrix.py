@@ -1,13 +1,12 @@
 """``python -m benchmarks.sample_matrix``: statistics of per-sample gradients, beside one ``torch.sum`` over them.
 
-Calls take turns, medians are taken, and ratios within the same rounds. With one thread the clock is process CPU time;
-with more it is wall time. Freed memory is kept where the C library can do that (allocator.py), or plain PyTorch's
-temporaries and everybody's results are faulted in anew at every call; ``--system-allocator`` leaves that as it is.
+The calls take turns; times are medians, and ratios are taken within the same rounds. With one thread the clock is
+process CPU time; with more it is wall time. Freed memory is kept where the C library can do that (common/allocator.py).
+Otherwise every call would fault in the pages of its results and temporaries; ``--system-allocator`` measures that.
 """
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from datetime import date
@@ -18,8 +17,8 @@ from torch import Tensor
 import crl_kernels as ck
 from crl_kernels.backends import registry
 
-from . import allocator
-from .measure import interleaved, percentiles, processor, require_memory
+from .common import allocator, command
+from .common.measure import clock, interleaved, percentiles, processor, require_memory
 
 SUM = "torch.sum"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -63,12 +62,12 @@ def main() -> None:
     parser.add_argument("--system-allocator", action="store_true", help="give freed memory back to the system")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    clock = time.process_time if arguments.threads == 1 else time.perf_counter
+    timer = clock()
     kept = not arguments.system_allocator and allocator.keep_freed_memory()
     print(
-        f"`{' '.join(['python -m benchmarks.sample_matrix', *sys.argv[1:]])}`, {date.today()}, {processor()}, "
+        f"`{command.command_line('sample_matrix')}`, {date.today()}, {processor()}, "
         f"{arguments.threads} thread{'s' if arguments.threads > 1 else ''}, "
-        f"{'process CPU' if clock is time.process_time else 'wall'} time, {'freed memory kept, ' if kept else ''}"
+        f"{'process CPU' if timer is time.process_time else 'wall'} time, {'freed memory kept, ' if kept else ''}"
         f"torch {torch.__version__}, {registry.implementation('cpu', 'sample_gradient_stats')} kernels; "
         f"median [20th, 80th percentile] of {arguments.rounds} rounds.\n"
     )
@@ -79,7 +78,7 @@ def main() -> None:
             # 8: the matrix in float32 while it is made, the results, and plain PyTorch's temporaries.
             require_memory(rows * columns * 8, torch.device("cpu"))
             grads = matrix(rows, columns, DTYPES[name])
-            seconds = interleaved(calls(grads, not arguments.no_gram), arguments.rounds, clock)
+            seconds = interleaved(calls(grads, not arguments.no_gram), arguments.rounds, timer)
             base = statistics.median(seconds[SUM])
             for call, times in seconds.items():
                 p = percentiles(times)

@@ -1,19 +1,15 @@
 """``python -m benchmarks.trainer_cost``: what each method of the trainer costs a step, as ratios to fine-tuning.
 
 Steps of all methods take turns in one process, in the fifth task: pools are full, and penalties hold four past tasks
-(random directions and curvatures: a step's cost does not depend on their values). Memory is the peak of one step beyond
-what was there before it, each method in a process of its own; the state is what a penalty keeps. A Fisher matrix, which
-a penalty estimates once a task, takes turns with plain steps. Then rank-1 alone on the rank-1 paper's UNet:
-its own calls against the plain step beside them. One thread, process CPU time, medians with the 20th and 80th
-percentile: the machine may be busy, so only ratios are worth reading.
+(random directions and curvatures, because a step's cost does not depend on their values). Memory is the peak of one
+step beyond what the process held before it, each method in a process of its own. State is what a penalty keeps. The
+estimate of a Fisher matrix, one per task, takes turns with plain steps. A second table is about rank-1 alone, on the
+rank-1 paper's UNet: the penalty's calls against the plain step. One thread, process CPU time, medians with the 20th and
+80th percentile. The machine may be busy, so read the ratios only.
 """
 
-import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -37,15 +33,14 @@ from torch import Tensor
 import crl_kernels
 from crl_kernels import DiagonalFisher, LowRankFisher
 
-from . import memory
-from .measure import commit, interleaved, percentiles, processor
+from .common import command, memory
+from .common.measure import commit, interleaved, percentiles, processor
 
-ROOT = Path(__file__).parent.parent
 PLAIN, TASKS = "fine-tune", 4
 PENALISED = [f"gd+{p}" for p in ("diagonal", "rank1", "rank10", "rank50", "bands8")]
 METHODS = [PLAIN, "replay", "gd", "replay+gd", "masip", *(m + mode for m in PENALISED for mode in ("", ":gradient"))]
 SIZES = (8, 16)  # pixels: digits as they are, and as large as the trainer's MNIST
-FISHER_SAMPLES, PLAIN_STEPS, FISHER_ROUNDS = 512, 10, 3
+PLAIN_STEPS, FISHER_ROUNDS = 10, 3
 
 
 def run_of(method: str, size: int, folder: Path) -> tuple[Run, data.Images]:
@@ -68,7 +63,7 @@ def run_of(method: str, size: int, folder: Path) -> tuple[Run, data.Images]:
 
 
 def fisher_of(run: Run) -> LowRankFisher | DiagonalFisher:
-    """Of one task, at random."""
+    """One task's Fisher matrix, at random."""
     spec = run.method.penalty
     assert spec is not None
     parameters = {name: p.detach() for name, p in run.model.named_parameters()}
@@ -88,11 +83,11 @@ def step_of(run: Run, images: data.Images) -> Callable[[], object]:
     return step
 
 
-def estimate_of(run: Run, images: data.Images) -> Callable[[], object]:
-    """Of a Fisher matrix, which is thrown away."""
+def estimate_of(run: Run, images: data.Images, samples: int) -> Callable[[], object]:
+    """The estimate of a Fisher matrix from so many samples; the result is discarded."""
     assert run.penalty is not None
     penalty = PenaltyState(run.penalty.spec, run.model)
-    config = replace(run.config, fisher_samples=FISHER_SAMPLES)
+    config = replace(run.config, fisher_samples=samples)
     batches = fisher_batches(images, run.stages[TASKS], config, run.schedule, run.like)
 
     def estimate() -> None:
@@ -101,12 +96,12 @@ def estimate_of(run: Run, images: data.Images) -> Callable[[], object]:
     return estimate
 
 
-def steps(size: int, rounds: int, methods: list[str]) -> dict[str, Any]:
+def steps(size: int, rounds: int, methods: list[str], fisher_samples: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # these models are not trained, and nobody uses their Fisher matrices
         runs = {method: run_of(method, size, Path(folder)) for method in methods}
         seconds = interleaved({m: step_of(*run) for m, run in runs.items()}, rounds, time.process_time)
-        estimates = {m: estimate_of(*run) for m, run in runs.items() if run[0].penalty is not None}
+        estimates = {m: estimate_of(*run, fisher_samples) for m, run in runs.items() if run[0].penalty is not None}
         step = step_of(*runs[PLAIN])
         beside = {PLAIN: lambda: [step() for _ in range(PLAIN_STEPS)]}
         fishers = interleaved(beside | estimates, FISHER_ROUNDS, time.process_time)
@@ -122,19 +117,10 @@ def steps(size: int, rounds: int, methods: list[str]) -> dict[str, Any]:
         row["fisher_steps"] = None
         if method in estimates:
             took = statistics.median(fishers[method]) / statistics.median(fishers[PLAIN])
-            row["fisher_steps"] = PLAIN_STEPS * took * 1000 / FISHER_SAMPLES
+            row["fisher_steps"] = PLAIN_STEPS * took * 1000 / fisher_samples
         rows.append(row)
     parameters = sum(p.numel() for p in runs[PLAIN][0].model.parameters())
     return {"size": size, "rounds": rounds, "parameters": parameters, "rows": rows}
-
-
-def peak_in_its_own_process(method: str, size: int) -> int | None:
-    command = [sys.executable, "-m", "benchmarks.trainer_cost", "--peak", method, "--sizes", str(size)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command[1:])} failed:\n{done.stderr}")
-    found: int | None = json.loads(done.stdout.strip().rpartition("\n")[2])
-    return found
 
 
 def peak(method: str, size: int) -> int | None:
@@ -221,23 +207,15 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(result: dict[str, Any], folder: Path | None) -> None:
-    """After each part, because memory takes minutes."""
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "trainer_cost.json").write_text(json.dumps(result, indent=1) + "\n")
-        (folder / "trainer_cost.md").write_text(markdown(result))
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command.parser(__doc__, "trainer_cost.json and .md")
     parser.add_argument("--sizes", nargs="+", type=int, default=[*SIZES], help="pixels (default: 8 16)")
     parser.add_argument("--methods", nargs="+", default=METHODS, help="(default: all of the table)")
     parser.add_argument("--rounds", type=int, default=20, help="rounds of the steps (default: 20)")
+    parser.add_argument("--fisher-samples", type=int, default=512, help="of one Fisher matrix (default: 512)")
     parser.add_argument("--model", default="paper", help="UNet for rank-1 by itself (default: paper)")
     parser.add_argument("--model-rounds", type=int, default=3, help="rounds on it (default: 3)")
     parser.add_argument("--no-peaks", action="store_true", help="leave out the processes that measure memory")
-    parser.add_argument("--out", type=Path, help="folder for trainer_cost.{json,md} (default: print only)")
     parser.add_argument("--peak", metavar="METHOD", help="only this method's peak memory, of one size: bytes, as JSON")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -246,7 +224,7 @@ def main() -> None:
         return
     methods = list(dict.fromkeys([PLAIN, *arguments.methods]))
     result: dict[str, Any] = {
-        "command": " ".join(["python -m benchmarks.trainer_cost", *sys.argv[1:]]),
+        "command": command.command_line("trainer_cost"),
         "date": date.today().isoformat(),
         "machine": processor(),
         "torch": torch.__version__,
@@ -255,13 +233,14 @@ def main() -> None:
         "sizes": [],
     }
     result["rank1"] = rank1_on(arguments.model, 8, arguments.model_rounds)
-    for size in arguments.sizes:
-        result["sizes"].append(steps(size, arguments.rounds, methods))
-        write(result, arguments.out)
+    for size in arguments.sizes:  # written after each part, because a part takes minutes
+        result["sizes"].append(steps(size, arguments.rounds, methods, arguments.fisher_samples))
+        command.write(arguments.out, "trainer_cost", result, markdown(result))
     for part in [] if arguments.no_peaks else result["sizes"]:
         for row in part["rows"]:
-            row["peak_bytes"] = peak_in_its_own_process(row["method"], part["size"])
-        write(result, arguments.out)
+            options = ["--peak", row["method"], "--sizes", str(part["size"])]
+            row["peak_bytes"] = command.in_own_process("trainer_cost", options)
+        command.write(arguments.out, "trainer_cost", result, markdown(result))
     print(markdown(result))
 
 

@@ -1,21 +1,18 @@
-"""``python -m benchmarks.trainers``: what the penalty costs in somebody's training step, by each way to put it there.
+"""``python -m benchmarks.trainers``: what the penalty costs in a user's training step, for each API that adds it.
 
-Models: the paper's UNet, images of 3 x 32 x 32, and a transformer of 25 M parameters, both predicting noise. A step is
-the forward and backward pass, which is the same for all and timed by itself, and what comes after: AdamW(fused=True),
-or that with the penalty. The second part takes turns with plain AdamW's, so that a difference of a thousandth of a step
-shows although a step itself varies by more. accelerate and Hugging Face's Trainer go through ``attach``.
+Models: the paper's UNet on images of 3 x 32 x 32, and a transformer of 25 M parameters, both predicting noise. A step
+has two parts. The forward and backward pass is the same for all rows and timed separately. The update that follows is
+AdamW(fused=True), alone or with the penalty. Each row's update takes turns with plain AdamW's, so a difference of a
+thousandth of a step shows, although steps vary by more. accelerate and Hugging Face's Trainer use ``attach``.
 
 State is what a history keeps. Optimizers keep AdamW's two moments in every row.
 """
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,14 +21,15 @@ from torch import Tensor, nn
 
 import crl_kernels as ck
 
-from . import allocator, peers
-from .measure import Call, commit, interleaved, processor, require_memory
+from .common import allocator, command
+from .common.measure import Call, clock, commit, interleaved, processor, require_memory
+from .common.problem import Task
 from .optimizer import diagonal_history, low_rank_history
-from .problem import Task
-from .sample_gradient_models import CLASSES, SIZE, TIMESTEPS, TINY, Diffusers, Transformer
+from .penalty import peers
+from .sample_gradients.models import CLASSES, SIZE, TIMESTEPS, TINY, Diffusers, Transformer
 
 LAM, LR = 1.0, 1e-4
-BYTES = 120  # per parameter, of the hungriest row: two models, their moments, a loop's temporaries
+BYTES = 120  # per parameter, of the row that needs most: two models, their moments, a loop's temporaries
 History = ck.LowRankHistory | ck.DiagonalHistory
 
 
@@ -51,9 +49,9 @@ SUBJECTS = {
 DEFAULT = ["paper's UNet", "transformer"]
 
 
-# Ways to put a penalty into a trainer: (model, history) -> what a step does once gradients are there.
+# Where a penalty goes in a training step: (model, history) -> the update that follows the backward pass.
 
-Way = Callable[[nn.Module, History], Call]
+Placement = Callable[[nn.Module, History], Call]
 
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
@@ -64,31 +62,31 @@ def in_the_loss(model: nn.Module, history: History) -> Call:
     optimizer = adamw(model)
     penalty = ck.rank1_ewc_penalty if isinstance(history, ck.LowRankHistory) else ck.diagonal_ewc_penalty
 
-    def rest() -> None:
+    def update() -> None:
         penalty(history, lam=LAM).backward()  # adds to the gradients, as in one backward pass
         optimizer.step()
 
-    return rest
+    return update
 
 
 def in_the_gradient(model: nn.Module, history: History) -> Call:
     optimizer = adamw(model)
 
-    def rest() -> None:
+    def update() -> None:
         history.add_penalty_grad_(LAM)
         optimizer.step()
 
-    return rest
+    return update
 
 
 def after_the_step(model: nn.Module, history: History) -> Call:
     optimizer = adamw(model)
 
-    def rest() -> None:
+    def update() -> None:
         optimizer.step()
         history.decoupled_step_(LAM, optimizer.param_groups)
 
-    return rest
+    return update
 
 
 def attached(model: nn.Module, history: History, decoupled: bool = False) -> Call:
@@ -102,7 +100,7 @@ def inside(model: nn.Module, history: History, decoupled: bool = False) -> Call:
 
 
 def python_loop(model: nn.Module) -> Call:
-    """Diagonal EWC as most libraries have it."""
+    """Diagonal EWC as most libraries write it."""
     params = list(model.parameters())
     flat = torch.cat([p.detach().flatten() for p in params])
     lengths = [p.numel() for p in params]
@@ -115,14 +113,14 @@ def python_loop(model: nn.Module) -> Call:
     penalize = peers.diagonal_python_loop(1)(problem)
     optimizer = adamw(model)
 
-    def rest() -> None:
+    def update() -> None:
         penalize()
         optimizer.step()
 
-    return rest
+    return update
 
 
-WAYS: dict[str, Way] = {
+PLACEMENTS: dict[str, Placement] = {
     "rank1_ewc_penalty in the loss": in_the_loss,
     "add_penalty_grad_": in_the_gradient,
     "attach": attached,
@@ -131,7 +129,7 @@ WAYS: dict[str, Way] = {
     "attach, decoupled": lambda model, history: attached(model, history, decoupled=True),
     "FusedAdamW, decoupled": lambda model, history: inside(model, history, decoupled=True),
 }
-DIAGONAL_WAYS: dict[str, Way] = {
+DIAGONAL_PLACEMENTS: dict[str, Placement] = {
     "diagonal_ewc_penalty in the loss": in_the_loss,
     "add_penalty_grad_, diagonal": in_the_gradient,
     "FusedAdamW, diagonal": inside,
@@ -145,14 +143,14 @@ HISTORIES: dict[str, Callable[[nn.Module], History]] = {
 
 
 def rows_of(make: Callable[[], nn.Module]) -> Iterator[tuple[str, str, Call, int]]:
-    """(way, past tasks and dtype, the rest of a step, bytes of state), made one after the other."""
+    """(placement, past tasks and dtype, update, bytes of state), made one after the other."""
     for tasks, history_of in HISTORIES.items():
-        for name, way in WAYS.items():
+        for name, placement in PLACEMENTS.items():
             history = history_of(model := make())
-            yield name, tasks, way(model, history), bytes_of(history)
-    for name, way in DIAGONAL_WAYS.items():
+            yield name, tasks, placement(model, history), bytes_of(history)
+    for name, placement in DIAGONAL_PLACEMENTS.items():
         history = diagonal_history(model := make())
-        yield name, "any, fp32", way(model, history), bytes_of(history)
+        yield name, "any, fp32", placement(model, history), bytes_of(history)
     model = make()
     yield LOOP, "1, fp32", python_loop(model), 8 * sum(p.numel() for p in model.parameters())
 
@@ -163,18 +161,18 @@ def bytes_of(history: History) -> int:
 
 def clock_of(device: str) -> Callable[[], float]:
     if device == "cpu":
-        return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+        return clock()
 
-    def clock() -> float:
+    def synchronized() -> float:
         torch.cuda.synchronize()
         return time.perf_counter()
 
-    return clock
+    return synchronized
 
 
-def measure(name: str, rounds: int, passes: int, device: str = "cpu") -> dict[str, Any]:
+def measure(subject_name: str, rounds: int, passes: int, device: str = "cpu") -> dict[str, Any]:
     """Rows of one model; the forward and backward pass is taken ``passes`` times."""
-    subject, clock = SUBJECTS[name], clock_of(device)
+    subject, timer = SUBJECTS[subject_name], clock_of(device)
 
     def with_gradients() -> nn.Module:
         model = subject.make().to(device)
@@ -191,21 +189,21 @@ def measure(name: str, rounds: int, passes: int, device: str = "cpu") -> dict[st
     def forward_and_backward() -> None:
         (model(x, t, label) - x).square().mean().backward()
 
-    seconds = interleaved({"": forward_and_backward}, passes, clock)
+    seconds = interleaved({"": forward_and_backward}, passes, timer)
     common = statistics.median(seconds[""])
     plain = adamw(model).step
     rows, plain_seconds = [], []
-    for way, tasks, rest, state in rows_of(with_gradients):
-        seconds = interleaved({"plain": plain, way: rest}, rounds, clock)
-        extra = statistics.median(a - b for a, b in zip(seconds[way], seconds["plain"], strict=True))
+    for name, tasks, update, state in rows_of(with_gradients):
+        seconds = interleaved({"plain": plain, name: update}, rounds, timer)
+        extra = statistics.median(a - b for a, b in zip(seconds[name], seconds["plain"], strict=True))
         plain_seconds += seconds["plain"]
-        rows.append({"way": way, "past_tasks": tasks, "extra_ms": 1e3 * extra, "state_bytes": state})
+        rows.append({"way": name, "past_tasks": tasks, "extra_ms": 1e3 * extra, "state_bytes": state})
     step = common + statistics.median(plain_seconds)
     for row in rows:
         row["percent_of_step"] = 0.1 * row["extra_ms"] / step
         row["state_bytes_per_parameter"] = row["state_bytes"] / numel
     return {
-        "model": name,
+        "model": subject_name,
         "parameters": numel,
         "tensors": len(list(model.parameters())),
         "images": subject.images,
@@ -250,12 +248,11 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command.parser(__doc__, "trainers_cpu_Nthread.json and .md")
     parser.add_argument("--models", nargs="+", choices=SUBJECTS, default=DEFAULT, metavar="MODEL", help=str(DEFAULT))
     parser.add_argument("--rounds", type=int, default=9, help="of what comes after the backward pass (default: 9)")
     parser.add_argument("--passes", type=int, default=5, help="forward and backward (default: 5)")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="folder for trainers_cpu_Nthread.json and .md")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     allocator.keep_freed_memory()
@@ -270,11 +267,7 @@ def main() -> None:
         "models": [measure(name, arguments.rounds, arguments.passes) for name in arguments.models],
     }
     print(markdown(result))
-    if arguments.out is not None:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        file = arguments.out / f"trainers_cpu_{arguments.threads}thread"
-        file.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-        file.with_suffix(".md").write_text(markdown(result))
+    command.write(arguments.out, f"trainers_cpu_{arguments.threads}thread", result, markdown(result))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
-"""glibc gives temporaries above 32 MiB back to the system when they are freed, and faults them in again at the next
-call, page by page. That is what a user of such code pays, unless something else in the process has left a hole that
-they fit; so rows are measured with the system's allocator, and once more with freed memory kept, which is every row at
-its best."""
+"""glibc returns temporaries above 32 MiB to the system when they are freed, and the next call faults them in again. A
+user of such code pays for that, unless the heap has a hole where they fit. So rows are measured with the system's
+allocator, and once more with freed memory kept, where every row is at its best."""
 
 import ctypes
 
@@ -10,7 +9,7 @@ _SMALL = 1 << 16
 
 
 def keep_freed_memory() -> bool:
-    """From now on; False where the C library has no such switch."""
+    """For the rest of the process; False where the C library has no such switch."""
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):
         return False
@@ -18,8 +17,8 @@ def keep_freed_memory() -> bool:
 
 
 def return_freed_memory() -> bool:
-    """The opposite, so that what the process holds is what is alive: every block of 64 KiB or more is mapped for
-    itself, and unmapped when it is freed."""
+    """The opposite, so that the process holds live memory only: every block of 64 KiB or more has a mapping of its own,
+    which goes when the block is freed."""
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):
         return False

@@ -1,8 +1,8 @@
-"""The memory that one call needs at its peak beyond what is there before it: what the system has given the process at
-most, which counts everything, C++ scratch and the libraries' own buffers included.
+"""The peak memory of one call, beyond what the process held before it: resident memory, so C++ scratch and the buffers
+inside libraries are included.
 
-Linux keeps the peak (VmHWM) and lets it be reset. That is a measure of live memory only if freed memory goes back at
-once, so the allocator is told to give it back. For a plain forward and backward pass the result is then within 0.1 % of
+Linux keeps the peak (VmHWM) and lets it be reset. That measures live memory only if freed memory goes back at once, so
+the allocator is set to return it. For a plain forward and backward pass the result is then within 0.1 % of
 the peak of live bytes in torch's own allocator, as torch.profiler(profile_memory=True) records it, which misses what
 oneDNN and C++ containers take.
 """
@@ -18,8 +18,8 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def can_measure() -> bool:
-    """Whether the system and the C library can do this. Freed memory is given back at once from now on, so this comes
-    before memory has been kept: a hole in the heap would be filled, and not given back."""
+    """Whether the system and the C library can do this. From here on freed memory is returned at once. Call it before
+    ``keep_freed_memory``: a block that fits a hole in the heap would not be returned."""
     try:
         _reset_peak()
     except OSError:
@@ -28,8 +28,8 @@ def can_measure() -> bool:
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
-    """Once ``can_measure()`` has said so, of a call that has run before, so that nothing is made for good. What it
-    returns is counted."""
+    """Requires ``can_measure()``, and a call that has run before, so that it creates no caches. The call's result is
+    counted."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     before = _kilobytes("VmRSS")

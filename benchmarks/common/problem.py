@@ -1,4 +1,4 @@
-"""What every contender works on: P float32 parameters in N equal tensors, their gradients, and past tasks.
+"""The data that every contender works on: P float32 parameters in N equal tensors, their gradients, and past tasks.
 
 A past task has a unit direction u, a diagonal Fisher F = u^2 and an anchor theta*, each flat. Its penalties:
 
@@ -19,7 +19,7 @@ TASKS = 10  # of the rows with a history
 
 
 class Unavailable(Exception):
-    """Why a contender cannot be measured here; the table says it in the contender's row."""
+    """Why a contender cannot be measured here; its row in the table says so."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Task:
 
 
 class Problem(nn.Module):
-    """Parameters, gradients and one task; the further ones of ``tasks`` are made when they are asked for."""
+    """Parameters, gradients and one task; ``tasks`` makes the others at its first use."""
 
-    BYTES = 28  # per parameter, while it is made
+    BYTES = 28  # per parameter, during construction
 
     def __init__(self, numel: int, tensors: int, device: str = "cpu") -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Problem(nn.Module):
         self._held = nn.ParameterList(part.clone() for part in theta.split(self.lengths))
         for parameter in self._held:
             parameter.grad = torch.zeros_like(parameter)
-        # Plain lists, because to walk a ParameterList takes 2 us per parameter, which is no row's own.
+        # Plain lists, because iterating over a ParameterList takes 2 us per parameter, which no row should pay.
         self.params = list(self._held)
         self.grads = [parameter.grad for parameter in self.params]
 
@@ -69,7 +69,7 @@ class Problem(nn.Module):
         return 0 if tasks == 1 else 12 * (TASKS - 1)
 
     def bytes_of_tasks(self, tasks: int) -> int:
-        """Bytes per parameter that these tasks will take beyond what is there."""
+        """Bytes per parameter that these tasks will add."""
         return 0 if "tasks" in self.__dict__ else self.more_bytes(tasks)
 
     def split(self, flat: Tensor) -> list[Tensor]:
@@ -83,7 +83,7 @@ class Problem(nn.Module):
         return torch.full((), value, dtype=torch.float64, device=self.device)
 
     def directions(self, terms: int, dtype: torch.dtype) -> list[Tensor]:
-        """Of the first tasks, as they are stored; made once for each dtype."""
+        """The first tasks' directions, in the dtype in which they are stored; made once for each dtype."""
         if (terms, dtype) not in self._directions:
             tasks = [self.task] if terms == 1 else self.tasks[:terms]
             self._directions[terms, dtype] = [task.direction.to(dtype) for task in tasks]
@@ -108,7 +108,7 @@ class Problem(nn.Module):
 
     @cached_property
     def diagonal_history(self) -> ck.DiagonalHistory:
-        """Of one task, set from a state, because to append one takes 60 bytes per parameter for a moment."""
+        """One task, set from a state, because appending it needs 60 bytes per parameter meanwhile."""
         history = ck.DiagonalHistory(self)
         fisher = {f"fisher_diagonal.{name}": part for name, part in self.named(self.task.fisher).items()}
         anchor = {f"anchor.{name}": part for name, part in self.named(self.task.anchor).items()}

@@ -10,15 +10,15 @@ Grid = Mapping[str, tuple[float, ...]]
 
 @dataclass(frozen=True)
 class Experiment:
-    """A setting and its candidates. Seeds of the tuning are not among those that are shown afterwards."""
+    """A setting and its candidates. Reports show none of the tuning's seeds."""
 
     options: str  # of `crl-diffusion compare`, in every run
     seeds: tuple[int, ...]
     tuning: str = ""  # options of the tuning runs only
     grid: Grid = field(default_factory=dict)  # candidate -> its coarse lambdas
-    margin: float | None = None  # FID points that a candidate must better its baseline by to go on; None: all go on
+    margin: float | None = None  # FID points by which a candidate must beat its baseline to go on; None: all go on
     required: tuple[str, ...] = ()  # candidates that always go on
-    ended: Mapping[str, str] = field(default_factory=dict)  # candidate -> why it goes no further in spite of the above
+    ended: Mapping[str, str] = field(default_factory=dict)  # candidate -> why it is dropped all the same
     controls: Mapping[str, str] = field(default_factory=dict)  # control -> the candidate whose lambda it is run with
     references: tuple[str, ...] = ("fine-tune", "joint", "gd")  # run without tuning
     coarse_seed: int = 100
@@ -28,9 +28,9 @@ class Experiment:
 LOW_RANK, BANDS, DIAGONAL = (10.0, 100.0, 1000.0), (30.0, 300.0, 3000.0), (300.0, 3000.0, 30000.0)
 
 
-def grid(**lams_of: tuple[tuple[float, ...], str]) -> Grid:
-    """Candidates by family: the lambdas of each, and the names of those that take them."""
-    return {name: lams for lams, names in lams_of.values() for name in names.split()}
+def grid(**families: tuple[tuple[float, ...], str]) -> Grid:
+    """By family of candidates: their lambdas, and their names."""
+    return {name: lams for lams, names in families.values() for name in names.split()}
 
 
 EVERYTHING = grid(
@@ -64,8 +64,8 @@ EXPERIMENTS = {
         grid=EVERYTHING,
         seeds=(0, 1, 2, 3, 4, 5),
         margin=0.3,
-        # "gd+rank1:slopes" and "gd+bands8:slopes" were added here while the fine runs were under way; by the margin the
-        # first would have been dropped.
+        # "gd+rank1:slopes" and "gd+bands8:slopes" were added here during the fine runs; the margin would have dropped
+        # the first.
         required=(
             *("gd+diagonal", "gd+diagonal:gradient", "gd+rank1", "gd+rank1:gradient", "gd+rank1:slopes"),
             *("gd+bands8", "gd+bands8:slopes"),
@@ -75,7 +75,7 @@ EXPERIMENTS = {
             "rank10": "within 1 % of fine-tuning, and its Fisher cost 20 backward passes a batch then",
             "rank50": "within 1 % of fine-tuning, and its Fisher cost 60 backward passes a batch then",
         },
-        # "alone" was thought of after four of the final seeds.
+        # The "alone" controls were added after four of the final seeds.
         controls={
             "gd+bands8:random,slopes": "gd+bands8:slopes",
             "gd+bands8:slopes,once": "gd+bands8:slopes",
@@ -83,16 +83,16 @@ EXPERIMENTS = {
             "gd+rank1:slopes,alone": "gd+rank1:slopes",
         },
     ),
-    # Controls of digits-drift, with the lambdas that it froze; thought of after its first final runs. More distillation
-    # instead of a Fisher: 60 steps more look at 1,920 images, old and new, where a Fisher looks at 2,000; 125 steps
-    # more at twice as many.
+    # Controls of digits-drift, with the lambdas that it kept; added after its first final runs. More distillation
+    # instead of a Fisher: 60 more steps see 1,920 images, old and new, where a Fisher sees 2,000; 125 more steps see
+    # twice as many.
     "digits-drift-matched": Experiment(options=f"{DRIFT} --steps 260", seeds=(0, 1, 2, 3, 4, 5), references=("gd",)),
     "digits-drift-longer": Experiment(options=f"{DRIFT} --steps 325", seeds=(0, 1, 2, 3, 4, 5), references=("gd",)),
-    # More replay images instead: 18 KB more, where 8 bands of directions are 46 MB.
+    # More replay images instead of a Fisher: 18 KB more, where 8 bands of directions are 46 MB.
     "digits-drift-pool": Experiment(
         options=f"{DRIFT.replace('--pool 4', '--pool 32')} --steps 200", seeds=(0, 1, 2, 3, 4, 5), references=("gd",)
     ),
-    # Directions and slopes of images that the model was not trained on. There are fewer to train on, so gd is here too.
+    # Directions and slopes from images that the model was not trained on. Fewer are left to train on, so gd runs too.
     "digits-drift-held-out": Experiment(
         options=f"{DRIFT} --steps 200 --fisher-images validation",
         seeds=(0, 1, 2, 3, 4, 5),
@@ -105,8 +105,8 @@ EXPERIMENTS = {
         grid=FEW,
         seeds=(0, 1, 2, 3, 4, 5),
     ),
-    # Images that a person reads; decoupled was the better mode of each penalty on digits. Tuning took about
-    # 180 core-minutes on MNIST; that of FashionMNIST is one stage of shorter runs, so that it stays near 300 in all.
+    # Real images; decoupled was the better mode of each penalty on digits. Tuning took about 180 core-minutes on MNIST.
+    # On FashionMNIST it is one stage of shorter runs, to keep the total near 300.
     **{
         name: Experiment(
             options=f"--data {data} {IMAGES} --steps 1000",
@@ -118,8 +118,8 @@ EXPERIMENTS = {
         )
         for name, data, tasks, fine_seed in (("mnist", "mnist", 3, 101), ("fashion-mnist", "fashion_mnist", 2, None))
     },
-    # MNIST trained for longer, with the lambdas that mnist froze: thought of after its final runs, whose conditional
-    # accuracy of task 1 when learnt was 0.845 on the mean, where 0.85 was aimed at.
+    # MNIST trained for longer, with the lambdas that mnist kept. Added after its final runs, because their mean
+    # conditional accuracy of task 1 when learnt was 0.845, below the aim of 0.85.
     "mnist-longer": Experiment(
         options=f"--data mnist {IMAGES} --steps 1500",
         seeds=(0, 1, 2),

@@ -1,8 +1,8 @@
-"""Finished runs in one file: a line of JSON each, from which their run folders can be made again on another machine.
+"""Finished runs in one file, a line of JSON each, from which another machine can restore their run folders.
 
-A line holds what a report needs of a run and no more: its configuration and origin, its summary, and the numbers that
-say how well its Fisher matrices are known. Checkpoints, images and losses are left out, and so is what would name the
-machine. `compare` takes a folder made from a line for what it is, a finished run, and does not run it again.
+A line holds what a report needs: the run's configuration and origin, its summary, and statistics of its Fisher
+matrices. It omits checkpoints, images and losses, and what would identify the machine. `compare` treats a restored
+folder as a finished run, and does not run it again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from crl_diffusion.penalties import STATISTICS
 from crl_diffusion.records import Log, Row, read_rows, write_json
 from crl_diffusion.report import Finished, find
 
-from .measure import processor
+from ..common.measure import processor
 
 ORIGIN = ("run", "data_name", "extractor", "classifier", "git")  # parts of config.json, with the environment's versions
 FISHER = ("kind", "task", *STATISTICS, "state_bytes")
@@ -40,10 +40,10 @@ def as_line(run: Finished, folder: str) -> Row:
 def record(ledger: Path, root: Path) -> int:
     """Append the finished runs of `root`/STAGE/RUN that have no line yet; returns how many.
 
-    A run that its line contradicts ends the program: one of the two is not what was reported."""
+    The program ends if a run and its line differ, because a report may be based on either."""
     ledger.parent.mkdir(parents=True, exist_ok=True)
     rows, log = {row["folder"]: row for row in read_rows(ledger)}, Log(ledger)
-    log.keep(len(rows))  # without what a crash has left of a line
+    log.keep(len(rows))  # drops a line that a crash has cut short
     for stage in sorted(path for path in root.iterdir() if path.is_dir()):
         for run in find([stage])[0]:
             folder = str(run.path.relative_to(root))
@@ -52,15 +52,15 @@ def record(ledger: Path, root: Path) -> int:
             elif differing := [key for key, value in rows[folder]["summary"].items() if run.summary.get(key) != value]:
                 sys.exit(
                     f"{str(run.path)!r} and its line in {str(ledger)!r} differ in {', '.join(differing)}; remove the "
-                    "line if the run was made anew, or the folder to have it made again from the line"
+                    "line if the run was repeated, or the folder to restore it from the line"
                 )
     log.sync()
     return log.count - len(rows)
 
 
 def restore(ledger: Path, root: Path) -> int:
-    """Make the folders of all lines that are not in `root`; returns how many."""
-    made = 0
+    """Restore the folders of all lines that are not in `root`; returns how many."""
+    count = 0
     for row in read_rows(ledger):
         folder = root / row["folder"]
         if (folder / "summary.json").exists():
@@ -70,5 +70,5 @@ def restore(ledger: Path, root: Path) -> int:
         (folder / "metrics.jsonl").write_text("".join(json.dumps(part) + "\n" for part in rows), encoding="utf-8")
         write_json(folder / "config.json", row["record"])
         write_json(folder / "summary.json", row["summary"])  # last: it marks the run as finished
-        made += 1
-    return made
+        count += 1
+    return count

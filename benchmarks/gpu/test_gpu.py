@@ -1,14 +1,14 @@
-"""``benchmarks.gpu`` on a machine without a GPU: what fails is recorded as failed. ``--dry-run`` runs in CI."""
+"""``benchmarks.gpu`` on a machine without a GPU: a stage that fails is recorded as failed. ``--dry-run`` runs in CI."""
 
-from . import gpu
+from .stages import in_own_process
 
 
 def test_a_stage_that_cannot_run_is_recorded_as_failed():
-    found = gpu.in_its_own_process("races", "tpu", small=True)
-    assert found["status"] == "failed"
-    assert "CRL_KERNELS_BACKEND='tpu'" in found["reason"]
+    stage = in_own_process("races", "tpu", small=True)
+    assert stage["status"] == "failed"
+    assert "CRL_KERNELS_BACKEND='tpu'" in stage["reason"]
 
 
 def test_a_stage_that_needs_a_gpu_is_not_called_ok():
-    found = gpu.in_its_own_process("graphs", "auto", small=True)
-    assert (found["status"], found["reason"]) == ("not run", "needs CUDA graphs")
+    stage = in_own_process("graphs", "auto", small=True)
+    assert (stage["status"], stage["reason"]) == ("not run", "needs CUDA graphs")

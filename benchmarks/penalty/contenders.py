@@ -1,7 +1,7 @@
-"""All rows of the table, with what each one moves and keeps.
+"""All rows of the table, with the bytes that each one moves and keeps.
 
-``traffic`` names the bytes per parameter that a scheme's passes move, every operand of every pass counted once where
-it is read and once where it is written: what the scheme needs of the memory, whatever caches save.
+``traffic`` names the bytes per parameter that a scheme's passes move. Every operand of every pass is counted once where
+it is read and once where it is written, whatever caches save.
 """
 
 from collections.abc import Callable
@@ -13,23 +13,23 @@ from torch import Tensor
 import crl_kernels as ck
 from crl_kernels.backends import reference
 
+from ..common.problem import LAM, TASKS, Problem
 from . import peers
-from .problem import LAM, TASKS, Problem
 
 Make = Callable[[Problem], Callable[[], object]]
 
 
 @dataclass(frozen=True)
 class Contender:
-    """``make(problem)`` returns the call to be timed. ``state`` counts the bytes per parameter that the past tasks
-    take; ``memory`` those that the call and its making take beyond the problem's own, at most."""
+    """``make(problem)`` returns the call to be timed. ``state`` is how many bytes per parameter the past tasks need;
+    ``memory`` is how many ``make`` and the call need at most, beyond the problem's own."""
 
     penalty: str  # "rank-1" or "diagonal"; "" for yardsticks and operators
     make: Make
     traffic: dict[str, int]
     state: int
     memory: int
-    what: str
+    description: str
     tasks: int = 1
 
     @property
@@ -46,7 +46,7 @@ def copy(problem: Problem) -> Callable[[], Tensor]:
 
 
 def dot_and_axpy(problem: Problem) -> Callable[[], Tensor]:
-    """The memory limit: one dot product and one axpy over flat buffers, which know nothing of lists or penalties."""
+    """The memory limit: one dot product and one axpy over flat buffers, without lists or penalties."""
     theta, direction, gradient = problem.task.anchor, problem.task.direction, problem.scratch
 
     def call() -> Tensor:
@@ -58,7 +58,7 @@ def dot_and_axpy(problem: Problem) -> Callable[[], Tensor]:
 
 
 def foreach_add(problem: Problem) -> Callable[[], None]:
-    """What one multi-tensor call costs over this list."""
+    """The overhead of one multi-tensor call over this list."""
     direction = problem.split(problem.task.direction)
     return lambda: torch._foreach_add_(problem.grads, direction, alpha=0.5)
 
@@ -72,7 +72,7 @@ def in_place(history: Callable[[Problem], ck.LowRankHistory | ck.DiagonalHistory
 
 
 def flattened(problem: Problem) -> Callable[[], Tensor]:
-    """Changes the problem for good: parameters and gradients are views of two buffers from then on."""
+    """Changes the problem permanently: its parameters and gradients become views of two buffers."""
     ck.flatten_parameters(problem)
     problem.grads = [parameter.grad for parameter in problem.params]
     bound = problem.rank1_history
@@ -120,7 +120,7 @@ def ten_times(traffic: dict[str, int]) -> dict[str, int]:
     return {f"{TASKS} x ({name})": TASKS * bytes_ for name, bytes_ in traffic.items()} | added
 
 
-# What every row is compared with, measured beside each of them.
+# Every row is compared with these, which are measured beside it.
 YARDSTICKS = {
     "copy": Contender("", copy, {"x": 4, "y": 4}, 0, 4, "y.copy_(x), flat: the bandwidth of this machine"),
     "dot + axpy, flat": Contender(

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import torch
 
+from ..common.problem import LAM, TASKS, Problem
 from .contenders import Contender, Make
-from .problem import LAM, TASKS, Problem
 
 ops = torch.ops.crl_kernels
 
@@ -34,7 +34,7 @@ def diagonal(call: Callable[..., object]) -> Make:
 
 
 def decoupled(history: Callable[[Problem], object]) -> Make:
-    """A rate so small that parameters stay where they are for the other rows; the traffic does not depend on it."""
+    """The rate is so small that the parameters keep their values for the other rows; the traffic is the same."""
 
     def make(problem: Problem) -> Callable[[], object]:
         bound = history(problem)

@@ -1,6 +1,6 @@
-"""The same penalties as others write them: the paper, most continual-learning libraries, Avalanche itself, and two
-ways of an expert in plain PyTorch. Each ``make(problem)`` returns the call to be timed, which adds the gradient to
-``.grad`` and returns the value."""
+"""The same penalties as others write them: the paper, most continual-learning libraries, Avalanche itself, and experts
+in plain PyTorch, with multi-tensor operators or torch.compile. Each ``make(problem)`` returns the call to be timed,
+which adds the gradient to ``.grad`` and returns the value."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from .problem import LAM, Problem, Task, Unavailable
+from ..common.problem import LAM, Problem, Task, Unavailable
 
 Call = Callable[[], Tensor]
 
@@ -21,7 +21,7 @@ def tasks_of(problem: Problem, tasks: int) -> list[Task]:
 
 
 def rank1_paper(tasks: int) -> Callable[[Problem], Call]:
-    """The way of the paper's code: concatenate all parameters; subtract, multiply and sum; go back through autograd."""
+    """As in the paper's code: concatenate all parameters; subtract, multiply and sum; backward through autograd."""
 
     def make(problem: Problem) -> Call:
         past, coefficient = tasks_of(problem, tasks), 1.0
@@ -40,7 +40,7 @@ def rank1_paper(tasks: int) -> Callable[[Problem], Call]:
 
 
 def diagonal_python_loop(tasks: int) -> Callable[[Problem], Call]:
-    """The way of most continual-learning libraries: a Python loop over the parameters, through autograd."""
+    """As in most continual-learning libraries: a Python loop over the parameters, through autograd."""
 
     def make(problem: Problem) -> Call:
         past = [(problem.split(task.fisher), problem.split(task.anchor)) for task in tasks_of(problem, tasks)]
@@ -93,8 +93,8 @@ def _dot(left: list[Tensor], right: list[Tensor]) -> Tensor:
 
 
 def rank1_foreach(problem: Problem) -> Call:
-    """u . theta* precomputed, one dot per tensor, one multi-tensor update. A GPU's coefficient stays on the GPU, which
-    costs a pass more."""
+    """u . theta* precomputed, one dot per tensor, one multi-tensor update. On a GPU the coefficient stays there, which
+    costs one more pass."""
     direction = problem.split(problem.task.direction)
     projection = (problem.task.direction.double() @ problem.task.anchor.double()).float()
 

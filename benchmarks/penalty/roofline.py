@@ -11,7 +11,7 @@ def _speed(row: dict[str, Any]) -> float:
 
 
 def draw(title: str, sizes: list[dict[str, Any]], path: Path) -> None:
-    """``sizes`` as ``benchmarks.penalty`` writes them: a label, and rows with names, GB/s or a reason."""
+    """``sizes``: as in the record of ``benchmarks.penalty``."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
+from ..common.problem import LAM, Problem, Unavailable
 from .contenders import CONTENDERS
 from .operators import OPERATORS
-from .problem import LAM, Problem, Unavailable
 
 NUMEL = 2_500_000
 
 
-def made(contender, problem):
+def call_of(contender, problem):
     try:
         return contender.make(problem)
     except Unavailable as reason:
@@ -24,7 +24,7 @@ def test_value_and_gradient(benchmark, name, tensors):
         pytest.skip("to compile a graph of 100 tensors takes 45 s: python -m benchmarks.penalty does it")
     torch.set_num_threads(1)
     problem = Problem(NUMEL, tensors)
-    call = made((CONTENDERS | OPERATORS)[name], problem)
+    call = call_of((CONTENDERS | OPERATORS)[name], problem)
     benchmark.group = f"penalty value + gradient, {NUMEL:,} parameters, {tensors} tensor(s), one thread"
     benchmark.extra_info["state bytes per parameter"] = (CONTENDERS | OPERATORS)[name].state
     benchmark.pedantic(call, rounds=10, warmup_rounds=2, iterations=1)
@@ -33,9 +33,9 @@ def test_value_and_gradient(benchmark, name, tensors):
 
 @pytest.mark.parametrize("name", [name for name, contender in CONTENDERS.items() if contender.penalty])
 def test_contenders_compute_the_same_penalty(name):
-    """A contender that does less is not faster: value and gradient against float64."""
+    """Value and gradient against float64, because a contender that computes less is not faster."""
     problem, contender = Problem(10_000, 7), CONTENDERS[name]
-    call = made(contender, problem)
+    call = call_of(contender, problem)
     value = call().detach().double()
     theta = torch.cat([parameter.detach() for parameter in problem.params]).double()
     expected, expected_gradient = 0.0, torch.zeros_like(theta)

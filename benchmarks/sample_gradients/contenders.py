@@ -1,11 +1,11 @@
-"""Everybody's way to per-sample gradients of one batch, from the losses to the numbers that a Fisher estimate needs:
+"""How each library computes per-sample gradients of one batch: from the losses to what a Fisher estimate needs.
 
     norms        |g_i|^2, (N,)              mean         mu = mean_i g_i, one tensor per parameter
     projections  mu . g_i, (N,)             matrix       all g_i, one (N, *shape) tensor per parameter
     gram         g_i . g_j, (N, N)          diagonal     mean_i g_ij^2, one tensor per parameter
 
-Libraries that give the matrix have two rows: as they give it, and finished to norms, mean and projections by plain
-PyTorch. ``.grad`` counts as the sum of the gradients, so a library that leaves it behind has given the mean.
+A library that returns the matrix has two rows: the matrix alone, and "finished", where plain PyTorch computes norms,
+mean and projections from it. ``.grad`` is the sum of the gradients, so a library that leaves it there gives the mean.
 """
 
 import copy
@@ -22,11 +22,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from crl_kernels import SampleGradients, sample_gradients
 
-from .problem import Unavailable
-from .sample_gradient_models import CLASSES, SIZE, TIMESTEPS
+from ..common.problem import Unavailable
+from .models import CLASSES, SIZE, TIMESTEPS
 
-Found = dict[str, Any]  # by the names above
-Call = Callable[[], Found]
+Statistics = dict[str, Any]  # by the names above
+Call = Callable[[], Statistics]
 
 
 class Case:
@@ -54,7 +54,7 @@ class Case:
         return sum(parameter.numel() for parameter in self.params)
 
     def copy(self) -> nn.Module:
-        """The model again, for those who change what they are given."""
+        """Another copy of the model, for contenders that change it."""
         self._models.append(copy.deepcopy(self.model))
         return self._models[-1]
 
@@ -82,7 +82,7 @@ class Case:
         """The batch's samples, as batches of one."""
         return (tuple(part[i : i + 1] for part in self.batch) for i in range(self.samples))
 
-    def truth(self) -> Found:
+    def truth(self) -> Statistics:
         """By a loop, summed in float64."""
         matrix = [torch.zeros(self.samples, p.numel(), dtype=p.dtype) for p in self.params]
         for i, sample in enumerate(self.single()):
@@ -103,10 +103,10 @@ class Contender:
 
     make: Callable[[Case], Call]
     gives: tuple[str, ...]
-    what: str
+    description: str
 
 
-def finished(matrix: list[Tensor]) -> Found:
+def finished(matrix: list[Tensor]) -> Statistics:
     """Norms, mean and projections, without temporaries of the matrix's size."""
     norms, projections, means = [], [], []
     for block in matrix:
@@ -119,18 +119,18 @@ def finished(matrix: list[Tensor]) -> Found:
 
 
 def plain(case: Case) -> Call:
-    def call() -> Found:
+    def call() -> Statistics:
         case.backward(case.model)
         return {"mean": case.mean_of(case.model)}
 
     return call
 
 
-def floor(case: Case) -> Call:
+def without_weight_gradients(case: Case) -> Call:
     model = case.copy().requires_grad_(False)
     images = case.batch[0].clone().requires_grad_(True)
 
-    def call() -> Found:
+    def call() -> Statistics:
         images.grad = None
         case.losses(model, (images, *case.batch[1:])).sum().backward()
         return {}
@@ -140,7 +140,7 @@ def floor(case: Case) -> Call:
 
 def loop(kept: bool) -> Callable[[Case], Call]:
     def make(case: Case) -> Call:
-        def call() -> Found:
+        def call() -> Statistics:
             matrix = [torch.empty(case.samples, p.numel(), dtype=p.dtype) for p in case.params] if kept else []
             norms, mean = [], [torch.zeros_like(p) for p in case.params]
             for i, sample in enumerate(case.single()):
@@ -166,7 +166,7 @@ def vmapped(chunk: int | None, finish: bool) -> Callable[[Case], Call]:
         in_dims = (None, *(0 for _ in case.batch))
         gradients = torch.func.vmap(torch.func.grad(loss), in_dims=in_dims, chunk_size=chunk)
 
-        def call() -> Found:
+        def call() -> Statistics:
             matrix = gradients(tuple(parameter.detach() for parameter in case.params), *case.batch)
             return finished(matrix) if finish else {"matrix": matrix}
 
@@ -176,9 +176,10 @@ def vmapped(chunk: int | None, finish: bool) -> Callable[[Case], Call]:
 
 
 def faster_attention(call: Call) -> Call:
-    """vmap runs the CPU's own attention sample by sample: with it or with the composed one, whichever is faster."""
+    """vmap runs the CPU's fused attention sample by sample, so this returns the call with the fused or the composed
+    attention, whichever is faster."""
 
-    def composed() -> Found:
+    def composed() -> Statistics:
         with sdpa_kernel(SDPBackend.MATH):
             return call()
 
@@ -195,7 +196,7 @@ def jvp(case: Case) -> Call:
     case.backward(case.model)
     mean = tuple(case.mean_of(case.model))
 
-    def call() -> Found:
+    def call() -> Statistics:
         primals = (tuple(parameter.detach() for parameter in case.params),)
         with sdpa_kernel(SDPBackend.MATH):  # the CPU's own attention has no forward-mode derivative
             _, tangents = torch.func.jvp(lambda params: case.losses_at(params, case.batch), primals, (mean,))
@@ -218,14 +219,14 @@ def opacus_hooks(finish: bool) -> Callable[[Case], Call]:
             from opacus import GradSampleModule
         model = GradSampleModule(case.copy(), loss_reduction="sum")
 
-        def call() -> Found:
+        def call() -> Statistics:
             case.backward(model)
             matrix = [parameter.grad_sample for parameter in model.parameters()]
-            found = finished(matrix) if finish else {"matrix": matrix}
+            statistics = finished(matrix) if finish else {"matrix": matrix}
             model.zero_grad()  # which frees the matrix; grad_sample is refused a second time otherwise
             for parameter in model.parameters():
                 parameter.grad_sample = None
-            return found
+            return statistics
 
         return call
 
@@ -237,7 +238,7 @@ def opacus_ghost(case: Case) -> Call:
         from opacus.grad_sample import GradSampleModuleFastGradientClipping
     model = GradSampleModuleFastGradientClipping(case.copy(), loss_reduction="sum")
 
-    def call() -> Found:
+    def call() -> Statistics:
         case.backward(model)
         return {"norms": model.get_norm_sample().square(), "mean": case.mean_of(model)}
 
@@ -245,7 +246,7 @@ def opacus_ghost(case: Case) -> Call:
 
 
 def backpack(quantity: str, finish: bool = False) -> Callable[[Case], Call]:
-    """Parameters of layers that it does not know get no quantity, after a warning, and are missing from the norms."""
+    """BackPACK warns about layers that it does not know, and leaves their parameters out of the norms."""
 
     def make(case: Case) -> Call:
         with imported("backpack-for-pytorch"):
@@ -254,7 +255,7 @@ def backpack(quantity: str, finish: bool = False) -> Callable[[Case], Call]:
         model = extend(case.copy())
         extension, field = {"norms": (BatchL2Grad, "batch_l2"), "matrix": (BatchGrad, "grad_batch")}[quantity]
 
-        def call() -> Found:
+        def call() -> Statistics:
             with backpack(extension()), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 case.backward(model)
@@ -278,15 +279,15 @@ def torchjd(mean: bool) -> Callable[[Case], Call]:
         model = case.copy()
         engine = Engine(model, batch_dim=0)
 
-        def call() -> Found:
+        def call() -> Statistics:
             model.zero_grad()
             losses = case.losses(model)
             gram = engine.compute_gramian(losses)
-            found = {"gram": gram, "norms": gram.diagonal(), "projections": gram.mean(1)}
+            statistics = {"gram": gram, "norms": gram.diagonal(), "projections": gram.mean(1)}
             if mean:
                 losses.sum().backward()
-                found["mean"] = case.mean_of(model)
-            return found
+                statistics["mean"] = case.mean_of(model)
+            return statistics
 
         return call
 
@@ -295,14 +296,14 @@ def torchjd(mean: bool) -> Callable[[Case], Call]:
 
 def ours(gram: bool = False, diagonal: bool = False, first: bool = False) -> Callable[[Case], Call]:
     def make(case: Case) -> Call:
-        def call() -> Found:
-            if first:  # nothing is known of where the samples are
+        def call() -> Statistics:
+            if first:  # forget where the samples are in each layer's tensors
                 sample_gradients._LAYOUTS.clear()
-            with SampleGradients(case.model, gram=gram, diagonal=diagonal) as found:
+            with SampleGradients(case.model, gram=gram, diagonal=diagonal) as sg:
                 case.backward(case.model)
-            told = {"norms": found.sq_norms, "projections": found.projections}
-            told["mean"] = [found.mean[name] for name in case.names]
-            return told | ({"gram": found.gram} if gram else {}) | ({"diagonal": found.diagonal} if diagonal else {})
+            statistics = {"norms": sg.sq_norms, "projections": sg.projections}
+            statistics["mean"] = [sg.mean[name] for name in case.names]
+            return statistics | ({"gram": sg.gram} if gram else {}) | ({"diagonal": sg.diagonal} if diagonal else {})
 
         return call
 
@@ -314,11 +315,13 @@ MAIN = ("norms", "mean", "projections")
 CONTENDERS = {
     PLAIN: Contender(plain, ("mean",), "losses.sum().backward(): the yardstick"),
     "without weight gradients": Contender(
-        floor, (), "the floor: parameters frozen, the gradient of the images taken instead"
+        without_weight_gradients, (), "the floor: parameters frozen, the gradient of the images taken instead"
     ),
     "SampleGradients": Contender(ours(), MAIN, "this library"),
     "SampleGradients, first batch": Contender(
-        ours(first=True), MAIN, "this library, on a batch with new shapes: with the passes that measure and prove"
+        ours(first=True),
+        MAIN,
+        "this library, on a batch with new shapes: with the passes that measure and prove",
     ),
     "SampleGradients, gram": Contender(ours(gram=True), (*MAIN, "gram"), "this library, gram=True"),
     "SampleGradients, diagonal": Contender(ours(diagonal=True), (*MAIN, "diagonal"), "this library, diagonal=True"),
@@ -348,15 +351,15 @@ CONTENDERS = {
 }
 
 
-def errors(found: Found, truth: Found) -> dict[str, float]:
-    """Largest |x - truth| / |truth| of what was found (of the mean: of the whole vector)."""
-    if "matrix" in found:
-        found = finished(found["matrix"])
-    told = {}
+def errors(statistics: Statistics, truth: Statistics) -> dict[str, float]:
+    """Largest |x - truth| / |truth| of norms and projections, and the mean's as one vector."""
+    if "matrix" in statistics:
+        statistics = finished(statistics["matrix"])
+    relative = {}
     for name in ("norms", "projections"):
-        if name in found:
-            told[name] = ((found[name].double() - truth[name]).abs().max() / truth[name].abs().max()).item()
-    if "mean" in found and len(found["mean"]) == len(truth["mean"]):
-        ours_, theirs = (torch.cat([part.double().flatten() for part in of["mean"]]) for of in (found, truth))
-        told["mean"] = ((ours_ - theirs).norm() / theirs.norm()).item()
-    return told
+        if name in statistics:
+            relative[name] = ((statistics[name].double() - truth[name]).abs().max() / truth[name].abs().max()).item()
+    if "mean" in statistics and len(statistics["mean"]) == len(truth["mean"]):
+        mean, exact = (torch.cat([part.double().flatten() for part in parts["mean"]]) for parts in (statistics, truth))
+        relative["mean"] = ((mean - exact).norm() / exact.norm()).item()
+    return relative

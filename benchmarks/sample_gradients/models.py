@@ -1,4 +1,4 @@
-"""Models and batches that per-sample gradients are measured on: noise prediction, loss_i = mean over pixels of the
+"""Models that per-sample gradients are measured on: noise prediction, loss_i = mean over pixels of the
 squared error, images of 1 x 28 x 28.
 
     unet         1,036,737 parameters: GroupNorm, attention at 7 x 7, timestep and class embeddings, channels 32/64/128
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .problem import Unavailable
+from ..common.problem import Unavailable
 
 CLASSES = 10
 TIMESTEPS = 1000

@@ -1,0 +1,59 @@
+"""What every command does: read its options, write its files, and measure a row in a process of its own."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+
+
+def parser(description: str | None, files: str, out: Path | None = None) -> argparse.ArgumentParser:
+    """A parser with ``--out``, the folder for ``files``."""
+    options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--out", type=Path, default=out, help=f"folder for {files} (default: {out or 'print only'})")
+    return options
+
+
+def command_line(name: str) -> str:
+    """The command that is running, for its record."""
+    return " ".join([f"python -m benchmarks.{name}", *sys.argv[1:]])
+
+
+def write(folder: Path | None, stem: str, record: dict[str, Any], markdown: str) -> None:
+    """FOLDER/STEM.json and FOLDER/STEM.md; nothing without a folder."""
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
+        (folder / f"{stem}.md").write_text(markdown)
+
+
+def run(
+    name: str, arguments: Sequence[str], environment: dict[str, str], timeout: float | None = None
+) -> subprocess.CompletedProcess[str]:
+    """``python -m benchmarks.NAME ARGUMENTS``, with these variables added to the environment."""
+    return subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{name}", *arguments],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def last_line(output: str) -> str:
+    """A command prints its result as JSON in the last line; libraries may have printed before it."""
+    return output.strip().rpartition("\n")[2]
+
+
+def in_own_process(name: str, arguments: Sequence[str], threads: int = 1) -> Any:
+    """The result of ``python -m benchmarks.NAME ARGUMENTS``; a command that fails ends this one too."""
+    process = run(name, arguments, {"OMP_NUM_THREADS": str(threads)})
+    if process.returncode != 0:
+        raise SystemExit(f"python -m benchmarks.{name} {' '.join(arguments)} failed:\n{process.stderr}")
+    return json.loads(last_line(process.stdout))

@@ -1,0 +1,48 @@
+"""The tables of ``python -m benchmarks.gpu``."""
+
+from typing import Any
+
+
+def markdown(record: dict[str, Any]) -> str:
+    from ..trainers import table
+
+    facts = ", ".join(f"{key} {value}" for key, value in record["machine"].items())
+    lines = [
+        f"# GPU: correctness and speed\n\n`python -m benchmarks.gpu`, {facts}.\n",
+        "| backend | stage | status | |",
+        "|---|---|---|---|",
+    ]
+    for key, stage in record["stages"].items():
+        backend, _, name = key.partition(": ")
+        lines.append(f"| {backend} | {name} | {stage['status']} | {stage.get('reason', '')} |")
+    for key, stage in record["stages"].items():
+        if stage["status"] != "ok" or not key.endswith("sample_gradients_speed"):
+            continue
+        for size, rows in stage["result"].items():
+            lines += ["", f"## {key}, {size}", "", "| | ms | × plain | peak MiB |", "|---|---|---|---|"]
+            for name, row in rows.items():
+                memory = "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
+                lines.append(f"| {name} | {row['ms']:.2f} | {row['times_plain']:.2f} | {memory} |")
+    for key, stage in record["stages"].items():
+        if stage["status"] == "ok" and key.endswith("optimizer"):
+            numel = stage["result"]["parameters"]
+            lines += ["", f"## {key}, {numel:,} parameters", "", "| | ms | × AdamW(fused=True) |", "|---|---|---|"]
+            for name, row in stage["result"]["times"].items():
+                lines.append(f"| {name} | {row['ms']:.3f} | {row['times_adamw']:.2f} |")
+    for key, stage in record["stages"].items():
+        if stage["status"] == "ok" and key.endswith("trainers"):
+            for name, part in stage["result"].items():
+                lines += ["", f"## {key}, {name}", "", *([part["skipped"]] if "skipped" in part else table(part))]
+    for key, stage in record["stages"].items():
+        if stage["status"] != "ok" or not key.endswith("roofline"):
+            continue
+        for size, rows in stage["result"].items():
+            lines += ["", f"## {key}, {size}", "", "| | ms | GB/s | of copy |", "|---|---|---|---|"]
+            for name, row in rows.items():
+                cells = (
+                    f"{row['ms']:.3f} | {row['gb_per_s']:.0f} | {100 * row['share_of_copy']:.0f} %"
+                    if "ms" in row
+                    else f"{row['skipped']} | |"
+                )
+                lines.append(f"| {name} | {cells} |")
+    return "\n".join(lines) + "\n"
