@@ -1,11 +1,11 @@
 """``python -m benchmarks.trainer_cost``: what each method of the trainer costs a step, as ratios to fine-tuning.
 
 Steps of all methods take turns in one process, in the fifth task: pools are full, and penalties hold four past tasks
-(random directions and curvatures: a step's cost does not depend on their values). Memory is the peak of one step beyond
-what was there before it, each method in a process of its own; the state is what a penalty keeps. A Fisher matrix, which
-a penalty estimates once a task, takes turns with plain steps. Then rank-1 alone on the rank-1 paper's UNet:
-its own calls against the plain step beside them. One thread, process CPU time, medians with the 20th and 80th
-percentile: the machine may be busy, so only ratios are worth reading.
+(random directions and curvatures, because a step's cost does not depend on their values). Memory is the peak of one
+step beyond what the process held before it, each method in a process of its own. State is what a penalty keeps. The
+estimate of a Fisher matrix, one per task, takes turns with plain steps. A second table is about rank-1 alone, on the
+rank-1 paper's UNet: the penalty's calls against the plain step. One thread, process CPU time, medians with the 20th and
+80th percentile. The machine may be busy, so read the ratios only.
 """
 
 import json
@@ -42,7 +42,7 @@ PLAIN, TASKS = "fine-tune", 4
 PENALISED = [f"gd+{p}" for p in ("diagonal", "rank1", "rank10", "rank50", "bands8")]
 METHODS = [PLAIN, "replay", "gd", "replay+gd", "masip", *(m + mode for m in PENALISED for mode in ("", ":gradient"))]
 SIZES = (8, 16)  # pixels: digits as they are, and as large as the trainer's MNIST
-FISHER_SAMPLES, PLAIN_STEPS, FISHER_ROUNDS = 512, 10, 3
+PLAIN_STEPS, FISHER_ROUNDS = 10, 3
 
 
 def run_of(method: str, size: int, folder: Path) -> tuple[Run, Images]:
@@ -65,7 +65,7 @@ def run_of(method: str, size: int, folder: Path) -> tuple[Run, Images]:
 
 
 def fisher_of(run: Run) -> LowRankFisher | DiagonalFisher:
-    """Of one task, at random."""
+    """One task's Fisher matrix, at random."""
     spec = run.method.penalty
     assert spec is not None
     parameters = {name: p.detach() for name, p in run.model.named_parameters()}
@@ -85,11 +85,11 @@ def step_of(run: Run, images: Images) -> Callable[[], object]:
     return step
 
 
-def estimate_of(run: Run, images: Images) -> Callable[[], object]:
-    """Of a Fisher matrix, which is thrown away."""
+def estimate_of(run: Run, images: Images, samples: int) -> Callable[[], object]:
+    """The estimate of a Fisher matrix from so many samples; the result is discarded."""
     assert run.penalty is not None
     penalty = PenaltyState(run.penalty.spec, run.model)
-    config = replace(run.config, fisher_samples=FISHER_SAMPLES)
+    config = replace(run.config, fisher_samples=samples)
     batches = fisher_batches(images, run.stages[TASKS], config, run.schedule, run.like)
 
     def estimate() -> None:
@@ -98,12 +98,12 @@ def estimate_of(run: Run, images: Images) -> Callable[[], object]:
     return estimate
 
 
-def steps(size: int, rounds: int, methods: list[str]) -> dict[str, Any]:
+def steps(size: int, rounds: int, methods: list[str], fisher_samples: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # these models are not trained, and nobody uses their Fisher matrices
         runs = {method: run_of(method, size, Path(folder)) for method in methods}
         seconds = interleaved({m: step_of(*run) for m, run in runs.items()}, rounds, time.process_time)
-        estimates = {m: estimate_of(*run) for m, run in runs.items() if run[0].penalty is not None}
+        estimates = {m: estimate_of(*run, fisher_samples) for m, run in runs.items() if run[0].penalty is not None}
         step = step_of(*runs[PLAIN])
         beside = {PLAIN: lambda: [step() for _ in range(PLAIN_STEPS)]}
         fishers = interleaved(beside | estimates, FISHER_ROUNDS, time.process_time)
@@ -119,7 +119,7 @@ def steps(size: int, rounds: int, methods: list[str]) -> dict[str, Any]:
         row["fisher_steps"] = None
         if method in estimates:
             took = statistics.median(fishers[method]) / statistics.median(fishers[PLAIN])
-            row["fisher_steps"] = PLAIN_STEPS * took * 1000 / FISHER_SAMPLES
+            row["fisher_steps"] = PLAIN_STEPS * took * 1000 / fisher_samples
         rows.append(row)
     parameters = sum(p.numel() for p in runs[PLAIN][0].model.parameters())
     return {"size": size, "rounds": rounds, "parameters": parameters, "rows": rows}
@@ -214,6 +214,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", type=int, default=[*SIZES], help="pixels (default: 8 16)")
     parser.add_argument("--methods", nargs="+", default=METHODS, help="(default: all of the table)")
     parser.add_argument("--rounds", type=int, default=20, help="rounds of the steps (default: 20)")
+    parser.add_argument("--fisher-samples", type=int, default=512, help="of one Fisher matrix (default: 512)")
     parser.add_argument("--model", default="paper", help="UNet for rank-1 by itself (default: paper)")
     parser.add_argument("--model-rounds", type=int, default=3, help="rounds on it (default: 3)")
     parser.add_argument("--no-peaks", action="store_true", help="leave out the processes that measure memory")
@@ -235,7 +236,7 @@ def main() -> None:
     }
     result["rank1"] = rank1_on(arguments.model, 8, arguments.model_rounds)
     for size in arguments.sizes:  # written after each part, because a part takes minutes
-        result["sizes"].append(steps(size, arguments.rounds, methods))
+        result["sizes"].append(steps(size, arguments.rounds, methods, arguments.fisher_samples))
         command.write(arguments.out, "trainer_cost", result, markdown(result))
     for part in [] if arguments.no_peaks else result["sizes"]:
         for row in part["rows"]:

@@ -1,7 +1,9 @@
-"""``python -m benchmarks.penalty`` and ``benchmarks.sample_gradients`` run and write what they say they write. What
-they measure here is worth nothing."""
+"""The benchmarks' commands answer, and write the tables that they describe. Times that they measure here mean nothing:
+all rows of a command share one process, because a process of its own spends its seconds on importing torch."""
 
 import json
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,25 +14,100 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # benchmarks are run from a checkout, and are not installed
 
-from benchmarks import optimizer, penalty, trainers  # noqa: E402
-from benchmarks.contenders import CONTENDERS, YARDSTICKS  # noqa: E402
-from benchmarks.operators import OPERATORS  # noqa: E402
-from benchmarks.problem import Unavailable  # noqa: E402
-from benchmarks.sample_gradient_contenders import CONTENDERS as SAMPLE_GRADIENTS  # noqa: E402
-from benchmarks.sample_gradient_contenders import PLAIN, Case, errors  # noqa: E402
-from benchmarks.sample_gradient_models import TINY, Transformer, UNet  # noqa: E402
-from benchmarks.sample_gradients import error_cell, table_row  # noqa: E402
+from benchmarks import optimizer, trainers  # noqa: E402
+from benchmarks.common import command  # noqa: E402
+from benchmarks.common.problem import Unavailable  # noqa: E402
+from benchmarks.penalty.contenders import CONTENDERS, YARDSTICKS  # noqa: E402
+from benchmarks.penalty.operators import OPERATORS  # noqa: E402
+from benchmarks.penalty.report import SUMMARY  # noqa: E402
+from benchmarks.penalty.rows import parse_size  # noqa: E402
+from benchmarks.sample_gradients.contenders import CONTENDERS as SAMPLE_GRADIENTS  # noqa: E402
+from benchmarks.sample_gradients.contenders import PLAIN, Case, errors  # noqa: E402
+from benchmarks.sample_gradients.models import TINY, Transformer, UNet  # noqa: E402
+from benchmarks.sample_gradients.report import error_cell, table_row  # noqa: E402
+
+FOLDER = ROOT / "benchmarks"
+COMMANDS = sorted(
+    {path.parent.name for path in FOLDER.glob("*/__main__.py")}
+    | {path.stem for path in FOLDER.glob("*.py") if "__main__" in path.read_text()}
+)
+# ``python -c ROWS_IN_ONE_PROCESS NAME ARGUMENTS``: the command, without the processes that it would start.
+ROWS_IN_ONE_PROCESS = """
+import contextlib, io, json, runpy, sys
+from benchmarks.common import command
+
+def run(name, arguments):
+    sys.argv = [name, *arguments]
+    runpy.run_module(f"benchmarks.{name}", run_name="__main__")
+
+def in_own_process(name, arguments, threads=1):
+    argv, output = sys.argv, io.StringIO()
+    with contextlib.redirect_stdout(output):
+        run(name, arguments)
+    sys.argv = argv
+    return json.loads(command.last_line(output.getvalue()))
+
+command.in_own_process = in_own_process
+run(sys.argv[1], sys.argv[2:])
+"""
 
 
-def test_penalty_writes_what_was_asked_for(tmp_path):
+def run(name: str, out: Path, *arguments: str) -> dict:
+    """The record that a command has written to ``out``. It runs in a process of its own, whose allocator it sets."""
+    words = [sys.executable, "-c", ROWS_IN_ONE_PROCESS, name, *arguments, "--out", str(out)]
+    process = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout + process.stderr
+    (file,) = out.glob("*.json")
+    return json.loads(file.read_text())
+
+
+@pytest.fixture
+def run_here(tmp_path, monkeypatch):
+    """As ``run``, in this process, for commands that import diffusers and leave the allocator alone."""
+    pytest.importorskip("diffusers", reason="diffusers has the trainer's UNet")
+    threads = torch.get_num_threads()
+
+    def call(name: str, *arguments: str) -> dict:
+        monkeypatch.setattr(sys, "argv", [name, *arguments, "--out", str(tmp_path)])
+        runpy.run_module(f"benchmarks.{name}", run_name="__main__", alter_sys=True)
+        (file,) = tmp_path.glob("*.json")
+        return json.loads(file.read_text())
+
+    yield call
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_answers_help(name, monkeypatch, capsys):
+    if name in ("evidence", "trainer_cost"):
+        pytest.importorskip("tyro", reason="tyro reads the options of crl_diffusion")
+        pytest.importorskip("diffusers", reason="diffusers has the trainer's UNet")
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module(f"benchmarks.{name}", run_name="__main__", alter_sys=True)
+    assert end.value.code == 0
+    assert "--out" in capsys.readouterr().out or name == "sample_matrix"  # which prints only
+
+
+def test_every_command_that_a_page_quotes_exists():
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *FOLDER.glob("results/**/*.md")]
+    quoted = {name for page in pages for name in re.findall(r"python -m\s+benchmarks\.(\w+)", page.read_text())}
+    assert quoted
+    assert quoted <= {*COMMANDS}
+
+
+def test_a_row_is_measured_in_a_process_of_its_own():
+    row = command.in_own_process("penalty", ["--row", "copy", "--sizes", "5K/1", "--rounds", "2"])
+    assert all(len(seconds) == 2 for times in row["seconds"] for seconds in times.values())
+    with pytest.raises(SystemExit, match=r"(?s)benchmarks.penalty --row nothing failed:.*invalid choice: 'nothing'"):
+        command.in_own_process("penalty", ["--row", "nothing"])
+
+
+def test_penalty_writes_the_chosen_rows(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib draws the roofline")
     only = ["rank-1, add_penalty_grad_", "the paper's way", "Avalanche", "torch.compile", "diagonal_shrink_"]
     # More tensors than are compiled, because compiling would take most of the time.
-    command = [sys.executable, "-m", "benchmarks.penalty", "--sizes", "5K/101", "--rounds", "2", "--only", *only]
-    command += ["--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (size,) = json.loads((tmp_path / "penalty_cpu_1thread.json").read_text())["sizes"]
+    (size,) = run("penalty", tmp_path, "--sizes", "5K/101", "--rounds", "2", "--only", *only)["sizes"]
     names = [row["name"] for row in size["rows"]]
     assert set(YARDSTICKS) < set(names)
     assert names == [
@@ -49,10 +126,7 @@ def test_penalty_writes_what_was_asked_for(tmp_path):
 
 
 def test_optimizer_writes_a_row_for_each_step(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.optimizer", "--parameters", "5000", "--tensors", "7", "--rounds", "2"]
-    done = subprocess.run([*command, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = json.loads((tmp_path / "optimizer_cpu_1thread.json").read_text())["rows"]
+    rows = run("optimizer", tmp_path, "--parameters", "5000", "--tensors", "7", "--rounds", "2")["rows"]
     assert len(rows) == 4 + 3 * len(optimizer.HISTORIES)  # inside in both modes, and before
     assert all(row["ms_p20"] <= row["ms"] <= row["ms_p80"] for row in rows)
     assert (rows[0]["times_adamw"], rows[-1]["loop_over_this"]) == (1, 1)
@@ -60,13 +134,10 @@ def test_optimizer_writes_a_row_for_each_step(tmp_path):
     assert all(f"\n| {row['name']} |" in text for row in rows)
 
 
-def test_trainers_writes_a_row_for_each_way_and_history(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.trainers", "--models", "transformer-tiny", "--rounds", "2"]
-    done = subprocess.run([*command, "--passes", "1", "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (part,) = json.loads((tmp_path / "trainers_cpu_1thread.json").read_text())["models"]
+def test_trainers_writes_a_row_for_each_placement_and_history(tmp_path):
+    (part,) = run("trainers", tmp_path, "--models", "transformer-tiny", "--rounds", "2", "--passes", "1")["models"]
     rows = part["rows"]
-    assert len(rows) == len(trainers.WAYS) * len(trainers.HISTORIES) + len(trainers.DIAGONAL_WAYS) + 1
+    assert len(rows) == len(trainers.PLACEMENTS) * len(trainers.HISTORIES) + len(trainers.DIAGONAL_PLACEMENTS) + 1
     state = {row["past_tasks"]: round(row["state_bytes_per_parameter"]) for row in rows if "diagonal" not in row["way"]}
     assert state == {"1, fp32": 4, "1, bf16": 2, "4, fp32": 16}
     assert {round(row["state_bytes_per_parameter"]) for row in rows if "diagonal" in row["way"]} == {8}
@@ -74,44 +145,41 @@ def test_trainers_writes_a_row_for_each_way_and_history(tmp_path):
     assert all(f"\n| {row['way']} | {row['past_tasks']} | {row['extra_ms']:.2f} |" in text for row in rows)
 
 
-def test_summary_is_made_of_rows_of_the_table():
-    assert set(penalty.SUMMARY) <= set(CONTENDERS)
-    assert penalty.parse_size("0.6M/100") == (600_000, 100)
+def test_summary_consists_of_rows_of_the_table():
+    assert set(SUMMARY) <= set(CONTENDERS)
+    assert parse_size("0.6M/100") == (600_000, 100)
 
 
 @pytest.mark.parametrize("model", TINY)
 @pytest.mark.parametrize("name", SAMPLE_GRADIENTS)
-def test_contenders_find_the_truth(model, name):
+def test_contenders_agree_with_a_loop_over_samples(model, name):
     """In float64; peers that leave parameters out, or fail, are pinned in test_sample_gradient_peers.py."""
     contender = SAMPLE_GRADIENTS[name]
     if "BackPACK" in name or ("Opacus" in name and model == "transformer-tiny"):
         pytest.skip(f"{name} has no rule for a layer of {model}")
     case = Case(TINY[model], samples=3, dtype=torch.float64)
     try:
-        found = contender.make(case)()
+        statistics = contender.make(case)()
     except Unavailable as reason:
         pytest.skip(str(reason))
-    assert sorted(found) == sorted(contender.gives)
-    told = errors(found, case.truth())
-    assert told.keys() >= {"norms", "projections", "mean"} & {*contender.gives}
-    assert all(error < 1e-10 for error in told.values()), told
-    if "gram" in found:
-        torch.testing.assert_close(found["gram"].diagonal(), found["norms"])
-        torch.testing.assert_close(found["gram"].mean(1), found["projections"])
+    assert sorted(statistics) == sorted(contender.gives)
+    relative = errors(statistics, case.truth())
+    assert relative.keys() >= {"norms", "projections", "mean"} & {*contender.gives}
+    assert all(error < 1e-10 for error in relative.values()), relative
+    if "gram" in statistics:
+        torch.testing.assert_close(statistics["gram"].diagonal(), statistics["norms"])
+        torch.testing.assert_close(statistics["gram"].mean(1), statistics["projections"])
 
 
-def test_models_have_the_size_that_is_said_of_them():
+def test_models_have_the_documented_sizes():
     assert sum(parameter.numel() for parameter in UNet().parameters()) == 1_036_737
     assert sum(parameter.numel() for parameter in Transformer().parameters()) == 1_024_144
 
 
-def test_sample_gradients_writes_what_was_asked_for(tmp_path):
+def test_sample_gradients_writes_the_chosen_rows(tmp_path):
     only = ["SampleGradients, gram", "vmap(grad), finished", "Opacus ghost"]
-    command = [sys.executable, "-m", "benchmarks.sample_gradients", "--models", "transformer-tiny", "--samples", "2"]
-    command += ["--rounds", "2", "--out", str(tmp_path), "--only", *only]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (model,) = json.loads((tmp_path / "sample_gradients.json").read_text())["models"]
+    options = ["--models", "transformer-tiny", "--samples", "2", "--rounds", "2", "--only", *only]
+    (model,) = run("sample_gradients", tmp_path, *options)["models"]
     by_name = {row["name"]: row for row in model["rows"]}
     assert [*by_name] == [PLAIN, "SampleGradients, gram", "vmap(grad), finished", "Opacus ghost norms"]
     ghost = by_name.pop("Opacus ghost norms")  # not installed, or without a rule for the root's own parameter
@@ -132,27 +200,20 @@ def test_rows_that_fail_or_are_wrong_say_so():
     assert error_cell({"norms": 2e-7}) == "2e-07"
 
 
-def test_estimation_writes_what_was_asked_for(tmp_path):
-    pytest.importorskip("diffusers", reason="diffusers has the demo's UNet")
-    command = [sys.executable, "-m", "benchmarks.estimation", "--size", "8", "--samples", "32", "--batch-size", "8"]
-    done = subprocess.run([*command, "--rounds", "1", "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = json.loads((tmp_path / "estimation_cpu.json").read_text())["rows"]
+def test_estimation_writes_a_row_for_each_estimate(run_here, tmp_path):
+    options = ["--model", "mini", "--size", "8", "--samples", "24", "--batch-size", "12", "--rounds", "1"]
+    rows = run_here("estimation", *options)["rows"]
     assert len(rows) == 7
     assert rows[0]["times_paper"] == 1
-    assert all(row["samples_per_s"] == 32e3 / row["ms"] for row in rows)
+    assert all(row["samples_per_s"] == 24e3 / row["ms"] for row in rows)
     text = (tmp_path / "estimation_cpu.md").read_text()
     assert all(f"\n| {row['name']} |" in text for row in rows)
 
 
-def test_trainer_cost_writes_what_was_asked_for(tmp_path):
-    pytest.importorskip("diffusers", reason="diffusers has the trainer's UNet")
+def test_trainer_cost_writes_the_chosen_methods(run_here, tmp_path):
     only = ["masip", "gd+diagonal", "gd+rank10:gradient"]
-    command = [sys.executable, "-m", "benchmarks.trainer_cost", "--sizes", "8", "--methods", *only, "--rounds", "2"]
-    command += ["--model", "mini", "--model-rounds", "1", "--no-peaks", "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads((tmp_path / "trainer_cost.json").read_text())
+    options = ["--fisher-samples", "32", "--model", "mini", "--model-rounds", "1", "--no-peaks"]
+    result = run_here("trainer_cost", "--sizes", "8", "--methods", *only, "--rounds", "2", *options)
     (part,) = result["sizes"]
     assert [row["method"] for row in part["rows"]] == ["fine-tune", *only]
     assert part["rows"][0]["times_plain"] == 1

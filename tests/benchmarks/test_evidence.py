@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from crl_diffusion.cli import parser
 from crl_diffusion.config.settings import RunConfig, Settings, check
 from crl_diffusion.errors import OptionError
 from crl_diffusion.reporting import runs
@@ -16,8 +15,11 @@ from helpers.run_folders import fabricate, measured_as
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # benchmarks are run from a checkout, not installed
 
-from benchmarks import evidence, ledger
-from benchmarks.experiments import EXPERIMENTS, Experiment
+from benchmarks.evidence import __main__ as evidence
+from benchmarks.evidence import ledger, tuning
+from benchmarks.evidence.experiments import EXPERIMENTS, Experiment
+from benchmarks.evidence.report import final_runs, tuning_sheet, write_report
+from benchmarks.evidence.tuning import Tuning, compare_arguments
 
 SMALL = Experiment(
     options="--data digits --tasks 3 --steps 20",
@@ -69,7 +71,7 @@ def tuned(tmp_path):
 
 
 def test_lambda_is_the_best_of_the_fine_runs_and_the_dominated_are_dropped(tuned):
-    screening = evidence.Tuning(tuned, SMALL).screening()
+    screening = Tuning(tuned, SMALL).screening()
     bands, diagonal, rank1 = screening["gd+bands8:slopes"], screening["gd+diagonal"], screening["gd+rank1"]
     assert (bands.coarse.lam, bands.lam) == (30.0, 90.0)
     assert bands.coarse.excess == pytest.approx(-1.0)
@@ -81,8 +83,8 @@ def test_lambda_is_the_best_of_the_fine_runs_and_the_dominated_are_dropped(tuned
     assert screening["rank1"].fine is None  # against fine-tuning, whose replay it shares
 
 
-def test_stages_follow_from_what_was_found(tuned):
-    stages = evidence.stages(SMALL, tuned)
+def test_stages_follow_from_the_finished_runs(tuned):
+    stages = tuning.stages(SMALL, tuned)
     assert "rank1:lam=10" in stages["coarse"][0].split()
     assert set(stages["fine"][0].split()) == {"gd", "fine-tune", *FINE}
     assert stages["final"] == (
@@ -92,36 +94,36 @@ def test_stages_follow_from_what_was_found(tuned):
 
 
 def test_nothing_is_chosen_from_runs_that_are_not_there(tuned, tmp_path):
-    assert {row.lam for row in evidence.Tuning(tmp_path, SMALL).screening().values()} == {None}
+    assert {row.lam for row in Tuning(tmp_path, SMALL).screening().values()} == {None}
     always = replace(SMALL, margin=None)
     for gone in ("fine/gd+rank1_lam=*", "coarse/gd"):  # a candidate's own runs; its baseline
         for run in tuned.glob(gone):
             shutil.rmtree(run)
-        screened = evidence.Tuning(tuned, always).screening()
+        screened = Tuning(tuned, always).screening()
         assert screened["gd+rank1"].lam is None
-        assert evidence.tuning_sheet(always, screened).body[0][-1] == "not tuned yet"
-        assert "gd+rank1" not in evidence.stages(always, tuned)["final"][0]
+        assert tuning_sheet(always, screened).body[0][-1] == "not tuned yet"
+        assert "gd+rank1" not in tuning.stages(always, tuned)["final"][0]
 
 
 def test_only_runs_of_the_tuning_s_own_seeds_count_and_only_comparable_ones(tuned):
-    before = evidence.Tuning(tuned, SMALL).found
+    before = Tuning(tuned, SMALL).fids
     fabricate(tuned / "coarse" / "other", "gd", 999, tasks=3, held_out="validation")
-    assert evidence.Tuning(tuned, SMALL).found == before
+    assert Tuning(tuned, SMALL).fids == before
     fabricate(tuned / "coarse" / "shorter", "gd+rank1:lam=7", SMALL.coarse_seed, tasks=3, steps=5)
     with pytest.raises(OptionError, match="these runs differ in their"):
-        evidence.Tuning(tuned, SMALL)
+        Tuning(tuned, SMALL)
 
 
 def test_before_any_run_everything_goes_into_the_coarse_stage(tmp_path):
-    methods = evidence.stages(SMALL, tmp_path)["coarse"][0].split()
+    methods = tuning.stages(SMALL, tmp_path)["coarse"][0].split()
     assert set(methods) == {*BASELINES, *COARSE}
-    sweep = evidence.Tuning(tmp_path, SMALL).sweep("coarse", "gd+rank1", (10.0, 100.0))
+    sweep = Tuning(tmp_path, SMALL).sweep("coarse", "gd+rank1", (10.0, 100.0))
     assert all(math.isnan(value) for value in sweep.values.values())
 
 
 def test_without_a_margin_every_candidate_goes_on(tuned):
     tune(tuned, "fine", {"rank1:lam=3.3": 81.0, "rank1:lam=10": 82.0, "rank1:lam=30": 83.0})
-    screening = evidence.Tuning(tuned, replace(SMALL, margin=None)).screening()
+    screening = Tuning(tuned, replace(SMALL, margin=None)).screening()
     assert {name: row.lam for name, row in screening.items()} == {
         "gd+rank1": 33.0, "gd+bands8:slopes": 90.0, "gd+diagonal": 100.0, "rank1": 3.3
     }  # fmt: skip
@@ -129,24 +131,24 @@ def test_without_a_margin_every_candidate_goes_on(tuned):
 
 def test_without_a_fine_stage_the_coarse_lambdas_are_kept(tuned):
     coarse = replace(SMALL, fine_seed=None)
-    screening = evidence.Tuning(tuned, coarse).screening()
+    screening = Tuning(tuned, coarse).screening()
     assert {name: row.lam for name, row in screening.items()} == {
         "gd+rank1": 100.0, "gd+bands8:slopes": 30.0, "gd+diagonal": 300.0, "rank1": None
     }  # fmt: skip
-    stages = evidence.stages(coarse, tuned)
-    assert stages["coarse"] == evidence.stages(SMALL, tuned)["coarse"]
+    stages = tuning.stages(coarse, tuned)
+    assert stages["coarse"] == tuning.stages(SMALL, tuned)["coarse"]
     assert stages["fine"] == ("", ())
     assert "gd+bands8:slopes,lam=30" in stages["final"][0].split()
-    sheet = evidence.tuning_sheet(coarse, screening)
+    sheet = tuning_sheet(coarse, screening)
     assert "no fine stage" in sheet.caption
     assert sheet.body[1][-3:] == ["–", "–", "30"]
 
 
 def test_what_an_experiment_ends_goes_no_further(tuned):
     ended = replace(SMALL, ended={"gd+bands8:slopes": "too dear"})
-    assert evidence.Tuning(tuned, ended).screening()["gd+bands8:slopes"].fine is None
-    assert "bands8" not in evidence.stages(ended, tuned)["final"][0]
-    assert evidence.tuning_sheet(ended, evidence.Tuning(tuned, ended).screening()).body[1][-1] == "too dear"
+    assert Tuning(tuned, ended).screening()["gd+bands8:slopes"].fine is None
+    assert "bands8" not in tuning.stages(ended, tuned)["final"][0]
+    assert tuning_sheet(ended, Tuning(tuned, ended).screening()).body[1][-1] == "too dear"
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -154,11 +156,11 @@ def test_commands_of_the_experiments_are_understood(name, tmp_path):
     experiment = EXPERIMENTS[name]
     assert not {experiment.coarse_seed, experiment.fine_seed} & set(experiment.seeds)
     assert {*experiment.required, *experiment.controls.values()} <= set(experiment.grid)
-    for stage, (methods, seeds) in evidence.stages(experiment, tmp_path).items():
+    for stage, (methods, seeds) in tuning.stages(experiment, tmp_path).items():
         if not methods:
             assert not experiment.grid or (stage == "fine" and experiment.fine_seed is None)
             continue
-        arguments = evidence.compare_arguments(experiment, stage, methods, seeds[0])
+        arguments = compare_arguments(experiment, stage, methods, seeds[0])
         command = parser.parse(["compare", "--out", str(tmp_path), *arguments])
         assert command.held_out == ("test" if stage == "final" else "validation")
         for method in command.methods:
@@ -167,7 +169,7 @@ def test_commands_of_the_experiments_are_understood(name, tmp_path):
 
 
 def test_a_ledger_gives_back_what_a_report_needs(tuned, tmp_path):
-    final(tuned, evidence.stages(SMALL, tuned)["final"][0], (0, 1))
+    final(tuned, tuning.stages(SMALL, tuned)["final"][0], (0, 1))
     lines, elsewhere = tmp_path / "results" / "small.jsonl", tmp_path / "elsewhere"
     count = ledger.record(lines, tuned)
     assert count == len(BASELINES) * 2 + len(COARSE) + len(FINE) + 12
@@ -181,7 +183,7 @@ def test_a_ledger_gives_back_what_a_report_needs(tuned, tmp_path):
     assert ledger.record(lines, elsewhere) == 0
     pages = []
     for root in (tuned, elsewhere):
-        evidence.write_report("small", SMALL, root, lines, lines.parent)
+        write_report("small", SMALL, root, lines, lines.parent)
         pages.append((lines.parent / "small.md").read_text())
         (lines.parent / "small.png").unlink()
     assert pages[0] == pages[1]
@@ -207,10 +209,10 @@ def test_a_ledger_survives_a_line_cut_short_and_refuses_runs_that_contradict_it(
 
 
 def test_final_runs_that_are_not_chosen_are_left_out(tuned, tmp_path):
-    chosen = evidence.stages(SMALL, tuned)["final"][0]
+    chosen = tuning.stages(SMALL, tuned)["final"][0]
     final(tuned, f"{chosen} gd+bands8:slopes,lam=30", (0, 1))
     shutil.rmtree(next(tuned.glob("final/gd+diagonal*-seed1")))
-    runs, remarks = evidence.final_runs(SMALL, tuned)
+    runs, remarks = final_runs(SMALL, tuned)
     assert {run.method for run in runs} == set(chosen.split())
     assert remarks == [
         "**Not finished**: 1 of the final runs.",
@@ -233,16 +235,16 @@ def test_an_interrupted_stage_ends_the_experiment_and_failed_runs_do_not(tmp_pat
 
 
 def test_an_unfinished_experiment_says_so(tuned, tmp_path):
-    methods = evidence.stages(SMALL, tuned)["final"][0]
+    methods = tuning.stages(SMALL, tuned)["final"][0]
     final(tuned, methods, (0,))
     ledger.record(tmp_path / "small.jsonl", tuned)
-    evidence.write_report("small", SMALL, tuned, tmp_path / "small.jsonl", tmp_path)
+    write_report("small", SMALL, tuned, tmp_path / "small.jsonl", tmp_path)
     assert "**Not finished**: 6 of the final runs." in (tmp_path / "small.md").read_text()
     shutil.rmtree(tuned / "final")
-    evidence.write_report("small", SMALL, tuned, tmp_path / "small.jsonl", tmp_path)
+    write_report("small", SMALL, tuned, tmp_path / "small.jsonl", tmp_path)
     assert "12 of the final runs" in (tmp_path / "small.md").read_text()
     shutil.rmtree(tuned / "fine")
-    evidence.write_report("small", SMALL, tuned, tmp_path / "small.jsonl", tmp_path)
+    write_report("small", SMALL, tuned, tmp_path / "small.jsonl", tmp_path)
     text = (tmp_path / "small.md").read_text()
     assert f"**Not finished**: {len(BASELINES) + len(FINE)} of the fine runs, and what follows from them." in text
     assert "nan" not in text
@@ -262,7 +264,7 @@ def test_an_experiment_without_candidates_has_nothing_to_tune(tmp_path, monkeypa
     assert ran == [[word.format(seed) for word in expected] for seed in untuned.seeds]
     final(tmp_path, "gd gd+rank1:lam=33", untuned.seeds)
     ledger.record(tmp_path / "untuned.jsonl", tmp_path)
-    evidence.write_report("untuned", untuned, tmp_path, tmp_path / "untuned.jsonl", tmp_path)
+    write_report("untuned", untuned, tmp_path, tmp_path / "untuned.jsonl", tmp_path)
     text = (tmp_path / "untuned.md").read_text()
     assert "Tuning" not in text
     assert "lambda was chosen" not in text
