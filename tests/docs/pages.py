@@ -1,4 +1,7 @@
-"""Pages of the documentation: their fenced blocks, and what runs them as they stand."""
+"""Pages of the documentation: their fenced blocks, and what runs them as they stand.
+
+To write what a page prints into its text blocks: python tests/docs/pages.py docs/tutorials/PAGE.md
+"""
 
 import contextlib
 import io
@@ -6,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -58,3 +62,17 @@ def shell(commands: str) -> str:
     result = subprocess.run(["bash", "-euo", "pipefail", "-c", commands], capture_output=True, text=True, env=env)
     assert result.returncode == 0, f"{commands}\n{result.stdout}\n{result.stderr}"
     return result.stdout
+
+
+def renew(path: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        printed = iter([output for output, _ in run(path)])
+        os.chdir(ROOT)
+    shown = re.compile(r"^```text\n.*?^```$", re.MULTILINE | re.DOTALL)
+    page = shown.sub(lambda block: f"```text\n{next(printed)}```", path.read_text())
+    path.write_text(re.sub(r" +$", "", page, flags=re.MULTILINE))
+
+
+if __name__ == "__main__":
+    renew(Path(sys.argv[1]).resolve())

@@ -1,4 +1,7 @@
-"""The command line's page has the text that `--help` prints. To renew the page: python tests/docs/test_command_line_page.py"""
+"""The command line's page has the text that `--help` prints.
+
+To renew the page: python tests/docs/test_command_line_page.py
+"""
 
 import os
 import re
