@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from crl_diffusion.cli import parser
 from crl_diffusion.config.settings import RunConfig, Settings, check
 from crl_diffusion.errors import OptionError
 from crl_diffusion.reporting import runs

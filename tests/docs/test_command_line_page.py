@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from pages import DOCS, ROOT
+from helpers.pages import DOCS, ROOT
 
 PAGE = DOCS / "reference" / "command-line.md"
 RENEW = "python tests/docs/test_command_line_page.py"

@@ -5,7 +5,7 @@ import re
 from functools import cache
 
 import pytest
-from pages import DOCS, ROOT
+from helpers.pages import DOCS, ROOT
 
 VARIABLE = "…"
 PAGE = (DOCS / "install.md").read_text()

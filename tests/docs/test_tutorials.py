@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pages import DOCS, run
+from helpers.pages import DOCS, run
 
 TUTORIALS = DOCS / "tutorials"
 NUMBER = r"-?\d+(?:[.,]\d+)*"
