@@ -136,7 +136,7 @@ def cases() -> Iterator[tuple[str, tuple[Callable[[], Tensor], dict[str, Algorit
 
 
 def main() -> None:
-    parser = command.parser(__doc__, "layer_rules_cpu_1thread.md")
+    parser = command.parser("layer_rules", __doc__, "layer_rules_cpu_1thread.md")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -176,7 +176,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = command.parser(__doc__, "optimizer_cpu_Nthread.json and .md")
+    parser = command.parser("optimizer", __doc__, "optimizer_cpu_Nthread.json and .md")
     parser.add_argument("--parameters", type=int, default=25_000_000)
     parser.add_argument("--tensors", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=15)

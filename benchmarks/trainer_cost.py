@@ -210,7 +210,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = command.parser(__doc__, "trainer_cost.json and .md")
+    parser = command.parser("trainer_cost", __doc__, "trainer_cost.json and .md")
     parser.add_argument("--sizes", nargs="+", type=int, default=[*SIZES], help="pixels (default: 8 16)")
     parser.add_argument("--methods", nargs="+", default=METHODS, help="(default: all of the table)")
     parser.add_argument("--rounds", type=int, default=20, help="rounds of the steps (default: 20)")

@@ -248,7 +248,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = command.parser(__doc__, "trainers_cpu_Nthread.json and .md")
+    parser = command.parser("trainers", __doc__, "trainers_cpu_Nthread.json and .md")
     parser.add_argument("--models", nargs="+", choices=SUBJECTS, default=DEFAULT, metavar="MODEL", help=str(DEFAULT))
     parser.add_argument("--rounds", type=int, default=9, help="of what comes after the backward pass (default: 9)")
     parser.add_argument("--passes", type=int, default=5, help="forward and backward (default: 5)")

@@ -12,9 +12,13 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 
 
-def parser(description: str | None, files: str, out: Path | None = None) -> argparse.ArgumentParser:
-    """A parser with ``--out``, the folder for ``files``."""
-    options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser(name: str, description: str | None, files: str, out: Path | None = None) -> argparse.ArgumentParser:
+    """The options of ``python -m benchmarks.NAME``, with ``--out``, the folder for ``files``."""
+    options = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     options.add_argument("--out", type=Path, default=out, help=f"folder for {files} (default: {out or 'print only'})")
     return options
 

@@ -87,4 +87,4 @@ def main(command: Command) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Command))
+    main(tyro.cli(Command, prog="python -m benchmarks.evidence"))

@@ -49,7 +49,7 @@ def build_where_missing() -> None:
 
 
 def main() -> int:
-    parser = command.parser(__doc__, "gpu.json and gpu.md")
+    parser = command.parser("gpu", __doc__, "gpu.json and gpu.md")
     parser.add_argument("--dry-run", action="store_true", help="the same code on a CPU, with small sizes")
     parser.add_argument("--stage", choices=STAGES, help="run one stage in this process")
     arguments = parser.parse_args()

@@ -28,7 +28,7 @@ from .rows import measure, measure_row
 
 
 def main() -> None:
-    parser = command.parser(__doc__, "penalty_*.json, *.md and the picture")
+    parser = command.parser("penalty", __doc__, "penalty_*.json, *.md and the picture")
     parser.add_argument(
         "--sizes",
         nargs="+",

@@ -40,7 +40,7 @@ def installed() -> dict[str, str]:
 
 
 def main() -> None:
-    parser = command.parser(__doc__, "sample_gradients.json and .md")
+    parser = command.parser("sample_gradients", __doc__, "sample_gradients.json and .md")
     parser.add_argument(
         "--models", nargs="+", default=list(MODELS), choices=[*MODELS, *TINY], help=f"(default: {' '.join(MODELS)})"
     )
