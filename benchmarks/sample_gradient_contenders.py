@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from crl_kernels import SampleGradients
-from crl_kernels.per_sample import sample_gradients
+from crl_kernels.per_sample import loss_passes
 
 from .problem import Unavailable
 from .sample_gradient_models import CLASSES, SIZE, TIMESTEPS
@@ -298,7 +298,7 @@ def ours(gram: bool = False, diagonal: bool = False, first: bool = False) -> Cal
     def make(case: Case) -> Call:
         def call() -> Found:
             if first:  # nothing is known of where the samples are
-                sample_gradients._LAYOUTS.clear()
+                loss_passes.LAYOUTS.clear()
             with SampleGradients(case.model, gram=gram, diagonal=diagonal) as found:
                 case.backward(case.model)
             told = {"norms": found.sq_norms, "projections": found.projections}
