@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from crl_kernels import SampleGradients
-from crl_kernels.per_sample import sample_gradients
+from crl_kernels.per_sample import loss_passes
 
 from ..common.problem import Unavailable
 from .models import CLASSES, SIZE, TIMESTEPS
@@ -297,10 +297,10 @@ def torchjd(mean: bool) -> Callable[[Case], Call]:
 
 def ours(gram: bool = False, diagonal: bool = False, first: bool = False) -> Callable[[Case], Call]:
     def make(case: Case) -> Call:
-        def call() -> Statistics:
-            if first:  # forget where the samples are in each layer's tensors
-                sample_gradients._LAYOUTS.clear()
-            with SampleGradients(case.model, gram=gram, diagonal=diagonal) as sg:
+        def call() -> Found:
+            if first:  # nothing is known of where the samples are
+                loss_passes.LAYOUTS.clear()
+            with SampleGradients(case.model, gram=gram, diagonal=diagonal) as found:
                 case.backward(case.model)
             statistics = {"norms": sg.sq_norms, "projections": sg.projections}
             statistics["mean"] = [sg.mean[name] for name in case.names]

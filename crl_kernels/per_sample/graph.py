@@ -24,7 +24,7 @@ class Losses:
         return self.shape[0]
 
     @cached_property
-    def _of_the_pass(self) -> Tensor | float:
+    def _block_gradient(self) -> Tensor | float:
         """The gradient that reaches the losses in the block's pass: 1 from their sum, 1 / N from their mean, and what
         a GradScaler multiplies them by, without which 16-bit gradients may vanish."""
         if self.start is None:
@@ -39,7 +39,7 @@ class Losses:
         """The gradient of the tensor in a pass in which sample i has w_i times what it has in the block's."""
         kind = self.edge.node._input_metadata[self.edge.output_nr]
         weights = weights.to(kind.device, kind.dtype).reshape(-1, *(1,) * (len(self.shape) - 1)).expand(self.shape)
-        return weights * self._of_the_pass
+        return weights * self._block_gradient
 
 
 # What a call has besides tensors, as something that can be hashed

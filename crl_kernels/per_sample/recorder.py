@@ -14,10 +14,11 @@ import enum
 import inspect
 import types
 import warnings
+import weakref
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,12 +29,14 @@ from torch.utils._pytree import tree_flatten
 
 from ..model.names import join_names
 from ..model.preserved import without_gradient_hooks
+from .collector import GradientCollector
 from .graph import INDEX_ARGUMENT, Graph, Losses, call_constants, flattened, graph_of, losses_of_pass
 from .layer_gradients import MatrixGradient, SampleGradient
 from .operands import Derived, Operand, ParameterUse, contiguous_strides
-from .rows import Codes, Rows, fingerprint
+from .rows import Rows
 from .rules import RULES
 from .rules.any_function import any_function
+from .sample_layout import Measurement, SampleLayout
 
 _BACKWARD = (Tensor.backward, torch.autograd.backward, torch.autograd.grad)
 # Functions with an integer or boolean tensor among their arguments that move no rows.
@@ -60,11 +63,11 @@ class Pass(enum.Enum):
     SUMS = enum.auto()  # of per-sample gradients with weights
 
 
-def _no(*_: Any) -> bool:
+def _false(*_: Any) -> bool:
     return False
 
 
-def _in_transform() -> bool:
+def _inside_transform() -> bool:
     """Of torch.func, which knows no function of ours; the proof finds what happens there."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
@@ -89,7 +92,7 @@ class LayerCall:
     def rows(self, b: Tensor, dims: Sequence[int]) -> Rows | None:
         """In which of ``dims`` of the output whose gradient is ``b`` the samples are, if per-sample gradients are to be
         taken there in this pass."""
-        return self.recorder.arrive(self, b, tuple(dims))
+        return self.recorder.rows_of_output(self, b, tuple(dims))
 
     def skips(self, slot: int) -> bool:
         """Whether nobody reads the operand's gradient in this pass."""
@@ -98,7 +101,7 @@ class LayerCall:
     def note_gradient(self, slot: int, gradient: Tensor) -> None:
         """Of a derived operand, for what is measured."""
         if self.recorder.purpose in (Pass.MEASURE, Pass.CHECK) and isinstance(self.operands[slot], Derived):
-            self.recorder.note(self, slot, gradient, tuple(range(gradient.dim())))
+            self.recorder.measurement.note(self.key, slot, gradient, range(gradient.dim()))
 
     def wants(self, slot: int) -> bool:
         """Whether per-sample gradients of the operand are to be taken, where ``rows`` gave some."""
@@ -113,57 +116,27 @@ class LayerCall:
         """Takes the operand's per-sample gradients and returns their sum. ``edge``: of the operand in the graph."""
         operand = self.operands[slot]
         if isinstance(operand, ParameterUse):
-            return self.recorder.sink.take(operand, gradient)
+            return self.recorder.take(operand, gradient)
         assert edge is not None
         matrix = gradient.matrix()
         self.recorder.pull_back(edge, matrix)
         return matrix.sum(0)
 
 
-class Sink(Protocol):
-    """Where per-sample gradients go."""
-
-    def take(self, use: ParameterUse, gradient: SampleGradient) -> Tensor:
-        """Returns their sum."""
-        ...
-
-    def weights(self) -> Tensor | None:
-        """(K, N) if only sums with these weights are wanted."""
-        ...
-
-    def prepare(self, losses: "Losses | None") -> None:
-        """Before the block's backward pass."""
-        ...
-
-
-@dataclass
-class _Prints:
-    dims: tuple[int, ...]
-    passes: list[Tensor] = field(default_factory=list)
-
-
-@dataclass(eq=False)
-class SampleLayout:
-    """Where the samples are in each call of one sequence of calls."""
-
-    count: int
-    calls: dict[Any, Rows] = field(default_factory=dict)  # of those whose output no two samples share
-    shared: set[Any] = field(default_factory=set)  # (call, slot) of derived operands that samples share
-    several: set[int] = field(default_factory=set)  # parameters that several calls give overlapping gradients
-    by_passes: tuple[int, ...] = ()  # parameters whose per-sample gradients take a backward pass a sample
-    lasting: bool = True  # holds for other batches of the same calls; else that is looked at in each of them
-    moves: bool = False  # did not hold for one, by indices
-    blocks: int = 0  # in which that was looked at
-    reached: bool = True  # by the passes
-    zero: tuple[int, ...] = ()  # parameters whose gradients were zero, of which nothing could be proven
-    assumed: bool = False  # the first dimension is taken for the sample, unmeasured
-
-
 class CallRecorder(TorchFunctionMode):
     """See the module's docstring."""
 
-    def __init__(self, params: Sequence[Tensor], names: Sequence[str], sink: Callable[[], Sink]) -> None:
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        names: Sequence[str],
+        collector: GradientCollector,
+        prepare: Callable[[Losses | None], None],
+    ) -> None:
+        """``prepare`` is called with the losses before the block's backward pass."""
         super().__init__()
+        # Weakly: the object that they belong to keeps the recorder, and nothing is to wait for the garbage collector.
+        self._collector, self._prepare = weakref.ref(collector), weakref.WeakMethod(prepare)
         self._params, self.names = list(params), names
         self._index = {id(parameter): i for i, parameter in enumerate(params)}
         self.recording = False
@@ -175,17 +148,17 @@ class CallRecorder(TorchFunctionMode):
         self._unseen: list[range] = []
         self.first_size: int | None = None  # of the first differentiable tensor's first dimension
         self.calls: list[LayerCall] = []
-        self._prints: dict[Any, _Prints] = {}  # of the present measurement, by call and slot
-        self.noise = 0.0
+        self.measurement = Measurement()  # the present one
         self.arrivals = 0  # of calls in the present pass
         self.finished_passes = 0
-        self._late = 0  # calls of checkpoints' second runs in the present pass
-        self._sink = sink
+        self._second_runs = 0  # calls of checkpoints' second runs in the present pass
         self._graph = Graph(0, [], False, False)  # of the present losses
 
     @property
-    def sink(self) -> Sink:
-        return self._sink()
+    def collector(self) -> GradientCollector:
+        collector = self._collector()
+        assert collector is not None  # a backward pass of its block, or of weighted_sums, is running
+        return collector
 
     # What is called with what
 
@@ -193,12 +166,12 @@ class CallRecorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _BACKWARD:
             return self._backward(func, args, kwargs)
-        if not torch.is_grad_enabled() or not self.recording or _in_transform():
+        if not torch.is_grad_enabled() or not self.recording or _inside_transform():
             return func(*args, **kwargs)
         if any(isinstance(arg, Tensor) and arg.is_nested for arg in args):  # found by the proof
             return func(*args, **kwargs)
         if func is F.multi_head_attention_forward:
-            return self.inside(func, args, kwargs)
+            return self.run_recorded(func, args, kwargs)
         self._note_unseen_nodes()
         rule = RULES.get(func)
         result = NotImplemented if rule is None else rule(self, *args, **kwargs)
@@ -208,7 +181,7 @@ class CallRecorder(TorchFunctionMode):
             )
         if not in_backward():
             if (nodes := _nodes_made()) > self._nodes:
-                self._sign(func, args, kwargs, result)
+                self._add_to_signature(func, args, kwargs, result)
             self._nodes = nodes
         return result
 
@@ -218,7 +191,7 @@ class CallRecorder(TorchFunctionMode):
             self._unseen.append(range(self._nodes, nodes))
             self._nodes = nodes
 
-    def _sign(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+    def _add_to_signature(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         """Notes a call that is part of the graph."""
         first = result[0] if isinstance(result, (tuple, list)) and result else result
         shape = first.shape if isinstance(first, Tensor) else None
@@ -238,10 +211,12 @@ class CallRecorder(TorchFunctionMode):
         elif func in _SORTS or (func not in _KEEP_ROWS and INDEX_ARGUMENT in flattened(key)):
             self.moves_rows = not self._takes_parameters_only(args, kwargs)
 
-    def inside(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def run_recorded(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Runs a Python function of torch's and sees what it calls. It asks first whether a mode wants it, and would
         come back here; so a copy of it runs, which is told that none does."""
-        answers = dict.fromkeys(("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"), _no)
+        answers = dict.fromkeys(
+            ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"), _false
+        )
         body = types.FunctionType(func.__code__, {**func.__globals__, **answers}, func.__name__, func.__defaults__)
         body.__kwdefaults__ = func.__kwdefaults__
         with nullcontext() if self in _get_current_function_mode_stack() else self:  # a call is handled once
@@ -301,26 +276,28 @@ class CallRecorder(TorchFunctionMode):
 
     def _backward(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func is torch.autograd.grad or in_backward() or not self.recording or self.purpose is not Pass.ORDINARY:
-            return self.inside(func, args, kwargs)
+            return self.run_recorded(func, args, kwargs)
         _require_plain(func, args, kwargs)
         if not self.finished_passes:
-            self.sink.prepare(losses_of_pass(func, args, kwargs))
-        with self.purposed(Pass.STATISTICS):
-            result = self.inside(func, args, kwargs)
+            prepare = self._prepare()
+            assert prepare is not None  # the block is on the stack
+            prepare(losses_of_pass(func, args, kwargs))
+        with self.for_purpose(Pass.STATISTICS):
+            result = self.run_recorded(func, args, kwargs)
             self.finished_passes += bool(self.arrivals)
         return result
 
     @contextmanager
-    def purposed(self, purpose: Pass) -> Generator[None, None, None]:
+    def for_purpose(self, purpose: Pass) -> Generator[None, None, None]:
         """A backward pass in the block is for this purpose."""
-        before = self.purpose, self._late, self.arrivals
-        self.purpose, self._late, self.arrivals = purpose, 0, 0
+        before = self.purpose, self._second_runs, self.arrivals
+        self.purpose, self._second_runs, self.arrivals = purpose, 0, 0
         try:
             yield
         finally:
-            self.purpose, self._late, self.arrivals = before
+            self.purpose, self._second_runs, self.arrivals = before
 
-    def arrive(self, call: LayerCall, b: Tensor, dims: tuple[int, ...]) -> Rows | None:
+    def rows_of_output(self, call: LayerCall, b: Tensor, dims: tuple[int, ...]) -> Rows | None:
         if self.purpose is Pass.ORDINARY or torch.is_grad_enabled():
             return None
         if self.purpose is Pass.STATISTICS and self.finished_passes:
@@ -330,10 +307,10 @@ class CallRecorder(TorchFunctionMode):
             )
         self.arrivals += 1
         if call.key is None:
-            call.key = f"second run {self._late}"
-            self._late += 1
+            call.key = f"second run {self._second_runs}"
+            self._second_runs += 1
         if self.purpose in (Pass.MEASURE, Pass.CHECK):
-            self.note(call, None, b, dims)
+            self.measurement.note(call.key, None, b, dims)
             return None
         assert self.sample_layout is not None
         if self.sample_layout.assumed:
@@ -341,53 +318,14 @@ class CallRecorder(TorchFunctionMode):
             return Rows.batch_first(self.sample_layout.count, b.device) if first else None
         return self.sample_layout.calls.get(call.key)
 
-    def note(self, call: LayerCall, slot: int | None, gradient: Tensor, dims: tuple[int, ...]) -> None:
-        prints = self._prints.setdefault((call.key, slot), _Prints(dims))
-        prints.passes.append(fingerprint(gradient, dims))
-
-    def begin_measurement(self) -> None:
-        self._prints.clear()
-        self.noise = 0.0
-
-    def measure_noise(self) -> None:
-        """How far fingerprints of two equal passes, which were the only ones, are apart: not at all on a CPU."""
-        for prints in self._prints.values():
-            one, other = prints.passes
-            difference = ((one - other).abs() / one).nan_to_num(0.0)
-            self.noise = max(self.noise, 4 * float(difference.max()) if difference.numel() else 0.0)
-        self._prints.clear()
-
-    def layout_of(self, codes: Codes) -> SampleLayout:
-        """What was measured in the passes of ``codes``."""
-        layout = SampleLayout(codes.count, lasting=not self.moves_rows, reached=bool(self._prints))
-        for (call, slot), prints in self._prints.items():
-            complete = len(prints.passes) == len(codes.passes)
-            rows = codes.rows(prints.passes, prints.dims, self.noise) if complete else None
-            layout.lasting = layout.lasting and complete and (rows is None or rows.lasting)
-            if slot is None and rows is not None:
-                layout.calls[call] = rows
-            elif slot is not None and rows is None:
-                layout.shared.add((call, slot))
-        self._prints.clear()
-        return layout
-
-    def confirms(self, layout: SampleLayout, codes: Codes) -> bool:
-        """Whether every row still is of the same sample, from all passes of ``codes`` but the last."""
-        prints = {call: prints for (call, slot), prints in self._prints.items() if slot is None}
-        self._prints.clear()
-        return all(
-            call in prints and codes.confirm(rows, prints[call].passes, prints[call].dims, self.noise)
-            for call, rows in layout.calls.items()
-        )
-
-    def key_of(self, losses: "Losses") -> Any:
+    def key_of(self, losses: Losses) -> Any:
         """Blocks with the same key have their samples in the same places, unless rows move."""
         self._note_unseen_nodes()
         self._graph = graph_of([losses.edge], self._index, self._unseen)
         self.moves_rows = self.moves_rows or self._graph.hidden
         return self.signature, self._graph.signature, tuple(losses.shape)
 
-    def differentiate(self, losses: "Losses", weights: Tensor, inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    def differentiate(self, losses: Losses, weights: Tensor, inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
         """Gradients of sum_i w_i loss_i, with the graph retained."""
         return self._gradients([losses.edge], [losses.seeds(weights)], inputs)
 
@@ -397,7 +335,7 @@ class CallRecorder(TorchFunctionMode):
         if not in_backward() and self._graph.reentrant:
             return self._accumulated(edges, seeds, inputs, self._graph.leaves)
         options = {"retain_graph": True, "allow_unused": True}
-        found: Sequence[Tensor | None] = self.inside(torch.autograd.grad, (edges, list(inputs), seeds), options)
+        found: Sequence[Tensor | None] = self.run_recorded(torch.autograd.grad, (edges, list(inputs), seeds), options)
         return found
 
     def _accumulated(
@@ -410,19 +348,24 @@ class CallRecorder(TorchFunctionMode):
             try:
                 for leaf in touched:
                     leaf.grad, leaf._post_accumulate_grad_hooks = None, None  # type: ignore[assignment]
-                self.inside(torch.autograd.backward, (edges, seeds), {"retain_graph": True})
+                self.run_recorded(torch.autograd.backward, (edges, seeds), {"retain_graph": True})
                 return [each.grad for each in inputs]
             finally:
                 for leaf, gradient, hooks in before:
                     leaf.grad, leaf._post_accumulate_grad_hooks = gradient, hooks
 
     def weights_of_rows(self, count: int) -> Tensor:
-        weights = self.sink.weights()
+        weights = self.collector.weights()
         return torch.eye(count, dtype=torch.float64, device=self._params[0].device) if weights is None else weights
+
+    def take(self, use: ParameterUse, gradient: SampleGradient) -> Tensor:
+        """Hands over the per-sample gradients of a use and returns their sum."""
+        assert self.sample_layout is not None
+        return self.collector.take(use, gradient, self.sample_layout)
 
     def pull_back(self, edge: GradientEdge, matrix: Tensor) -> None:
         """Takes per-sample gradients of parameters, from those of a tensor that is made of them: (N, *shape)."""
-        weights = self.sink.weights()
+        weights = self.collector.weights()
         rows = matrix if weights is None else torch.einsum("kn,n...->k...", weights.to(matrix.dtype), matrix)
         self.take_rows(lambda i: ([edge], [rows[i]]), len(rows), self._params)
 
@@ -441,7 +384,7 @@ class CallRecorder(TorchFunctionMode):
         """One backward pass for each row of what is taken, to those of ``inputs`` that it reaches. Inputs are bound
         parameters or what stands for them in one call."""
         kept: dict[int, list[Tensor]] = {}
-        with self.purposed(Pass.ORDINARY):
+        with self.for_purpose(Pass.ORDINARY):
             reached = list(range(len(inputs)))
             for i in range(count):
                 edges, gradients = seeds(i)
@@ -458,7 +401,7 @@ class CallRecorder(TorchFunctionMode):
         for k, gradients in kept.items():
             use = self.operand(inputs[k])
             assert isinstance(use, ParameterUse)
-            self.sink.take(use, _Taken(torch.stack(gradients), self.sink.weights() is not None))
+            self.take(use, _TakenRows(torch.stack(gradients), self.collector.weights() is not None))
 
 
 _warned: set[str] = set()
@@ -470,7 +413,7 @@ def warn_once(message: str) -> None:
         warnings.warn(message, stacklevel=2)
 
 
-class _Taken(MatrixGradient):
+class _TakenRows(MatrixGradient):
     """Rows that are those of the samples, or already the sums with weights."""
 
     def __init__(self, matrix: Tensor, summed: bool) -> None:

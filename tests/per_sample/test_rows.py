@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from crl_kernels import SampleGradients, estimate_fisher
+from crl_kernels.per_sample.loss_passes import LAYOUTS, LossPasses
 from crl_kernels.per_sample.rows import Codes, Rows, fingerprint
 
 N, D = 6, 5
@@ -93,13 +94,13 @@ def test_tokens_of_ragged_rows_are_filled_up_with_zeros():
 def measured(monkeypatch):
     """The blocks in which something was measured."""
     seen: list[int] = []
-    measure = SampleGradients._measure
+    measure = LossPasses._measure
 
     def counted(self, losses):
         seen.append(losses.count)
         return measure(self, losses)
 
-    monkeypatch.setattr(SampleGradients, "_measure", counted)
+    monkeypatch.setattr(LossPasses, "_measure", counted)
     return seen
 
 
@@ -289,7 +290,7 @@ def test_a_first_batch_with_a_number_that_is_none_is_nothing_to_go_by():
         hold(m, torch.randn(N, D))
         with SampleGradients(m) as sg:
             squares(m, torch.randn(N, D)).sum().backward()
-        assert sg._recorder.layout.by_passes == ()
+        assert sg._recorder.sample_layout.by_passes == ()
 
 
 def test_weighted_sums_of_other_losses_than_the_blocks():
@@ -306,13 +307,13 @@ def test_weighted_sums_of_other_losses_than_the_blocks():
 
 def test_a_product_that_moves_nothing_is_looked_at_and_not_measured_again(measured, monkeypatch):
     looked: list[bool] = []
-    holds = SampleGradients._holds
+    holds = LossPasses._holds
 
     def counted(self, layout, losses):
         looked.append(holds(self, layout, losses))
         return looked[-1]
 
-    monkeypatch.setattr(SampleGradients, "_holds", counted)
+    monkeypatch.setattr(LossPasses, "_holds", counted)
     m = Parts(lambda m, x: (m.a(x).T @ m.b(x)).flatten(), a=nn.Linear(D, 3), b=nn.Linear(D, 2))
     losses = lambda m, x: torch.stack([m(each).square().sum() for each in x])  # noqa: E731
     for _ in range(4):
@@ -357,16 +358,15 @@ def test_a_proof_of_zeros_is_none():
 
 
 def test_nothing_is_remembered_of_a_model_that_is_gone():
-    from crl_kernels.per_sample.sample_gradients import _LAYOUTS
 
     gc.collect()
-    before = len(_LAYOUTS)
+    before = len(LAYOUTS)
     m = mlp()
     hold(m, torch.randn(N, D))
-    assert len(_LAYOUTS) == before + 1
+    assert len(LAYOUTS) == before + 1
     del m
     gc.collect()
-    assert len(_LAYOUTS) == before
+    assert len(LAYOUTS) == before
 
 
 # Numbers that are no numbers
