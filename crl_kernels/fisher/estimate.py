@@ -2,8 +2,8 @@
 
 The empirical Fisher is F = mean_i g_i g_i^T over PER-SAMPLE gradients g_i, one for each sample's own loss. (The square
 of a batch's mean gradient is another matrix, smaller by orders of magnitude.) Low rank: the first half of the data
-gives the directions, the second half the curvatures along them, because a direction looks steeper on the samples that
-it was fitted to.
+gives the directions, the second half the curvatures along them, because the curvature along a direction is too large on
+the samples that the direction was fitted to.
 """
 
 import math
@@ -20,8 +20,8 @@ from ..model.binding import Binding
 from ..model.preserved import preserved, require_no_inference_mode, same_random_numbers
 from ..per_sample.batches import generators_of, halves, limited, shown
 from .forms import DiagonalFisher, LowRankFisher
-from .loss_source import LossSource, PerSampleLoss, current_parameters, require_finite_losses
-from .low_rank import LowRankEstimate
+from .loss_source import LossSource, PerSampleLoss, current_parameters, require_finite_gradients
+from .low_rank import LowRankEstimator
 from .statistics import FisherStatistics
 
 _SMALL_RHO = 0.1
@@ -46,91 +46,92 @@ def estimate_fisher(
     progress: bool = False,
     mixed_losses: bool = False,
 ) -> LowRankFisher | DiagonalFisher:
-    """Estimates the empirical Fisher of a task at the model's present parameters, which become the anchor theta*.
+    """Estimates a task's empirical Fisher at the model's present parameters, which become the anchor theta*.
 
-        low_rank, "mean":  u = mu / |mu| with mu the mean gradient over the first half of the data
-        low_rank, "top":   u_1 .. u_k the top eigenvectors of F over the first half
-                           either way a_k = mean (u_k . g_i)^2 and the slopes s_k = mean u_k . g_i over the second
-                           half, for the u_k that is stored
-        diagonal:          mean g_ij^2 over all the data, with theta*
+    low_rank, "mean":  u = mu / |mu| with mu the mean gradient over the first half of the data
+    low_rank, "top":   u_1 .. u_k the top eigenvectors of F over the first half
+                       both: a_k = mean (u_k . g_i)^2 and the slopes s_k = mean u_k . g_i over the second half, for the
+                       stored (rounded) u_k
+    diagonal:          mean g_ij^2 over all the data, with theta*
 
     "top" needs only the batch's Gram matrix G: if G alpha = N lambda alpha, then sum_i alpha_i g_i / sqrt(N lambda) is
-    an eigenvector of F, and one weighted sum of gradients. Within one batch that is exact. Batches are merged one after
-    another: the best k + 8 rows of each, by eigenvalue, join the k + 8 rows kept so far, and the best k + 8 of all
-    stay. In spectral norm the rows leave out no more than the sum of the largest eigenvalue dropped at each step.
-    Measured (tests/test_estimate.py): 25 batches of 32, eigenvalues 1/j in 200 dimensions, k = 1 and 3: merged
-    directions hold more than 0.9998 of the trace that the best k do. All sums of a batch are taken in one backward
-    pass, so "top" costs two; a higher rank costs longer sums, and no passes.
+    an eigenvector of F, and one weighted sum of gradients. This is exact within one batch. Batches are merged one after
+    another: the k + 8 rows of a batch with the largest eigenvalues join the k + 8 rows kept so far, and the best k + 8
+    of them stay. In spectral norm, the error of the rows is at most the sum of the largest eigenvalues dropped at each
+    step.
+    Measured (tests/fisher/test_estimate.py): 25 batches of 32, eigenvalues 1/j in 200 dimensions, k = 1 and 3: merged
+    directions contain more than 0.9998 of the trace along the best k. One backward pass computes all sums of a batch,
+    so "top" costs two backward passes; a higher rank makes the sums longer and adds no pass.
 
     Strata: if per_sample_loss returns ``(losses, stratum)`` with an integer for each sample (a band of timesteps, a
     class), then F = sum_s p_s F_s: each stratum has its own ``rank`` directions, so the result has strata x rank terms,
     in ascending order of the strata, whose curvatures and slopes are p_s a_s and p_s s_s, with p_s the stratum's share
     of the second half. ``statistics.strata`` has each stratum's own, ``statistics.term_strata`` the stratum of each
-    term. A stratum that only one half of the data has is left out, with a warning. The number of strata does not change
-    how many backward passes a batch costs; in the second half every sample is projected on two rows for each. A
-    diagonal Fisher is the same with and without strata.
+    term. A stratum with samples in only one half of the data is left out, with a warning. The number of strata does not
+    change how many backward passes a batch costs; in the second half every sample is projected on two rows per stratum.
+    A diagonal Fisher is the same with and without strata.
 
-    The model is in evaluation mode meanwhile, and hooks on its parameters' gradients are not called. Its mode,
-    gradients, buffers, hooks and the global random state are left as they were, also when the loss raises.
+    During estimation the model is in evaluation mode, and hooks on its parameters' gradients are not called. Afterwards
+    its mode, gradients, buffers, hooks and the global random state are as before, also when the loss raises.
 
-    Several processes: if the model is in a DistributedDataParallel (the loss is then given the module inside) or
-    sharded (FSDP2, HSDP), or with ``process_group=``, each process estimates from its own loader, sums and per-sample
-    numbers are exchanged once after each half, and all processes return the same Fisher, that of all their samples. Of
-    a sharded model each process has the whole parameters meanwhile, see ``whole_parameters``, and the Fisher that
-    it returns is whole; a history that it is appended to keeps this process's shards of it.
+    Several processes: if the model is in a DistributedDataParallel (the loss then gets the module inside) or sharded
+    (FSDP2, HSDP), or with ``process_group=``, each process estimates from its own loader. Processes exchange sums and
+    per-sample numbers once after each half, and all return the same Fisher, that of all their samples. During
+    estimation each process has the full parameters of a sharded model, see ``whole_parameters``, and it returns the
+    full Fisher; a history that gets this Fisher keeps the shards of this process.
 
-    Which sample a row of a layer belongs to is measured, and every parameter's per-sample gradients are proven to add
-    up to ordinary ones, on the first batch and on every batch with new shapes: see ``SampleGradients``, whose
-    passes for that, ceil(log_8 N) + 3 for a batch of N, make such a batch cost a few times what another one does. On
-    the first batch a loss that was not met before with this model is called five times more, or seven for few samples,
-    with some samples exchanged for others, to notice losses that mix samples.
+    ``SampleGradients`` measures which sample a row of a layer belongs to, and checks that every parameter's
+    per-sample gradients add up to ordinary ones, on the first batch and on every batch with new shapes. This needs
+    ceil(log_8 N) + 3 passes for a batch of N, so such a batch costs a few times as much as another. On the first batch,
+    a loss that is new for this model is called five more times, or seven for few samples, with some samples exchanged
+    for others, to detect losses that mix samples.
 
     Args:
         model: the model at the end of its task.
         per_sample_loss: ``(model, batch) -> (N,)``, one loss for each sample, computed from that sample alone; or
-            ``(losses, stratum)``, see above. How often it calls the model, and on how many rows, is its own affair.
+            ``(losses, stratum)``, see above. It may call the model any number of times, on any number of rows.
         loader: batches, in random order: tensors or numpy arrays whose first dimension is the sample, and lists of N
             captions or other things, in tuples, lists, dicts or other Mappings, dataclasses. Low rank needs its
-            ``len``, or ``max_samples``, so that it can be cut in half.
+            ``len``, or ``max_samples``, to split it into halves.
         kind: ``"low_rank"`` or ``"diagonal"``.
         rank: directions of a low-rank Fisher, for each stratum.
-        direction: ``"mean"``, the default for rank 1, or ``"top"``, which a higher rank implies. Near an optimum the
-            mean vanishes while gradients still lie along one line; then the top eigenvector is the direction.
+        direction: ``"mean"``, the default for rank 1, or ``"top"``, the default for a higher rank. Near an optimum the
+            mean vanishes while gradients may still lie along one line; then use the top eigenvector.
         unbiased: False for the paper's estimate, whose directions AND curvatures come from all samples: with "mean", mu
             and c* = a / |mu|^2 are those of the paper's code; with "top", curvatures are the eigenvalues. Curvatures
-            and rho are then too large and have no standard error. Two passes over the loader, from the same random
-            state, so that timesteps and noise are the same; |mu|^2 and kappa are free of bias all the same.
-        max_samples: stop after so many, in each process.
-        generator: seeds the random numbers that the loss draws from the global generators (timesteps, noise); other
-            numbers in each process.
+            and rho are then too large and have no standard error. The estimate reads the loader twice, from the same
+            random state, so that timesteps and noise are the same; |mu|^2 and kappa are still unbiased.
+        max_samples: the largest number of samples to read, in each process.
+        generator: seeds the random numbers that the loss draws from the global generators (timesteps, noise),
+            differently in each process.
         storage_dtype: of the directions: torch.float32 (the default), torch.bfloat16, or torch.float64 (the default for
             float64 models).
         include, exclude: patterns that choose parameters, as in ``LowRankHistory``.
-        process_group: of torch.distributed, over which to share the work.
-        progress: show on stderr how many samples are done.
-        mixed_losses: True takes losses that depend on other samples too; g_i is then the gradient of loss i by all
-            that it depends on, at the cost of a backward pass for each sample.
+        process_group: of torch.distributed; its processes share the work.
+        progress: show the number of processed samples on stderr.
+        mixed_losses: True accepts losses that depend on other samples too; g_i is then the full gradient of loss i, at
+            the cost of a backward pass for each sample.
 
     Returns:
-        LowRankFisher or DiagonalFisher, with ``statistics``. Gradients are those of the loss as it is given: with the
-        mean over an image's d values of the squared error the paper's lam applies; with half of the sum, multiply lam
-        by 2 / d for a penalty in the gradient, and by 4 / d^2 for the decoupled step, at the same learning rate. With
-        slopes (``first_order``), which scale otherwise than curvatures, no lam is equal.
+        LowRankFisher or DiagonalFisher, with ``statistics``. Gradients are those of the loss as it is scaled. If the
+        loss is the mean of the squared error over an image's d values, the paper's lam applies. If it is half of the
+        sum, multiply lam by 2 / d for a penalty in the gradient, and by 4 / d^2 for the decoupled step, at the same
+        learning rate. With slopes (``first_order``), which scale differently from curvatures, no lam is equivalent.
 
     Warns:
-        UserWarning: when the directions hold less than a tenth of the trace of F; when a mean direction is mostly
-            noise, a signal share below one half; when a stratum is left out.
+        UserWarning: if the directions contain less than a tenth of the trace of F; if a mean direction is mostly
+            noise, with a signal share below one half; if a stratum is left out.
 
     Raises:
-        TypeError, ValueError: for input that does not fit, naming it; non-finite gradients; a mean gradient of zero; a
-            loss that mixes samples.
+        TypeError, ValueError: an invalid argument, by name; non-finite gradients; a mean gradient of zero; a loss that
+            mixes samples.
         RuntimeError: in torch.inference_mode().
 
-    Memory beside the model: 16 bytes per parameter and stratum for sums in float64, the directions twice, with strata
-    a batch's sums (4 bytes, of its first batch 8), with "top" about six sketches of k + 8 rows; and what
-    ``SampleGradients.weighted_sums`` says.
+    Memory in addition to the model: 16 bytes per parameter and stratum for sums in float64; two copies of the
+    directions; with strata the sums of a batch (4 bytes, 8 for a stratum's first batch); with "top" about six sketches
+    of k + 8 rows; and the memory of ``SampleGradients.weighted_sums``.
 
-    Source: arXiv 2509.23593; held-out curvatures, strata and standard errors are ours.
+    Source: arXiv 2509.23593; held-out curvatures, strata and standard errors are additions of this library.
     """
     if kind not in ("low_rank", "diagonal"):
         raise ValueError(f"kind is {kind!r}; expected 'low_rank' or 'diagonal'.")
@@ -162,17 +163,17 @@ def estimate_fisher(
             if kind == "diagonal":
                 return _estimate_diagonal(source, shown(limited(loader, max_samples), "diagonal", progress), processes)
             direction = direction or ("mean" if rank == 1 else "top")
-            estimate = LowRankEstimate(source, processes, rank, direction, storage_dtype or binding.dtype)
+            estimator = LowRankEstimator(source, processes, rank, direction, storage_dtype or binding.dtype)
             if unbiased:
                 parts = halves(loader, max_samples)
-                estimate.find_directions(shown(next(parts), "directions", progress))
-                samples, _ = estimate.look_along_them(shown(next(parts), "curvatures", progress))
+                estimator.find_directions(shown(next(parts), "directions", progress))
+                samples, _ = estimator.project_samples(shown(next(parts), "curvatures", progress))
             else:
                 with same_random_numbers(binding.device, generators_of(loader)):
-                    first = estimate.find_directions(shown(limited(loader, max_samples), "directions", progress))
-                samples, second = estimate.look_along_them(shown(limited(loader, max_samples), "curvatures", progress))
+                    first = estimator.find_directions(shown(limited(loader, max_samples), "directions", progress))
+                samples, second = estimator.project_samples(shown(limited(loader, max_samples), "curvatures", progress))
                 _require_same_losses(first, second)
-            fisher = estimate.fisher(samples, held_out=unbiased)
+            fisher = estimator.fisher_from(samples, held_out=unbiased)
     _warn(fisher.statistics, rank, direction)
     return fisher
 
@@ -181,12 +182,12 @@ def _estimate_diagonal(source: LossSource, batches: Iterable[Any], processes: Pr
     binding = source.binding
     sum_squares = torch.zeros(binding.layout.numel, dtype=torch.float64, device=binding.device)
     count = 0
-    for batch in source.checked(batches):
+    for batch in source.check_batches(batches):
         with source.sample_gradients(diagonal=True) as sg:
             losses, _ = source.losses(batch)
             sg.backward(losses)
-        source.forget_gradients()
-        sum_squares.add_(require_finite_losses(binding.layout.flatten(sg.diagonal)), alpha=len(losses))
+        source.clear_gradients()
+        sum_squares.add_(require_finite_gradients(binding.layout.flatten(sg.diagonal)), alpha=len(losses))
         count += len(losses)
     count = sum(processes.gather(count))
     if not count:
@@ -215,11 +216,11 @@ def _require_same_losses(first: Tensor, second: Tensor) -> None:
 def _warn(statistics: FisherStatistics | None, rank: int, direction: str) -> None:
     assert statistics is not None
     if not statistics.rho >= _SMALL_RHO:
-        what = "the mean gradient" if direction == "mean" else f"the top {rank} directions"
+        directions = "the mean gradient" if direction == "mean" else f"the top {rank} directions"
         warnings.warn(
-            f"only {statistics.rho:.1%} of the trace of the Fisher lies along {what} (rho = {statistics.rho:.3g}, from "
-            f"{statistics.num_samples} samples): the low-rank penalty leaves most of this task's curvature free. Give "
-            "more samples, a higher rank, or kind='diagonal'.",
+            f"only {statistics.rho:.1%} of the trace of the Fisher lies along {directions} "
+            f"(rho = {statistics.rho:.3g}, from {statistics.num_samples} samples): the low-rank penalty "
+            "leaves most of this task's curvature free. Give more samples, a higher rank, or kind='diagonal'.",
             stacklevel=3,
         )
     noisy = [part for part in statistics.strata or (statistics,) if not part.signal_share >= _SMALL_SIGNAL]

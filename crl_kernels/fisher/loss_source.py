@@ -1,4 +1,4 @@
-"""Losses of a task's batches, one per sample, and the gradients of their weighted sums."""
+"""Checked per-sample losses of a task's batches, and their gradients."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -15,17 +15,17 @@ PerSampleLoss = Callable[[nn.Module, Any], Tensor | tuple[Tensor, Tensor]]
 
 
 class LossSource:
-    """Per-sample losses of a model, checked, and gradients of weighted sums of them."""
+    """The per-sample losses of one model, checked, and their per-sample gradients or the sum of these."""
 
     def __init__(self, model: nn.Module, per_sample_loss: PerSampleLoss, binding: Binding, mixed_losses: bool) -> None:
         self.model, self.binding, self._loss = model, binding, per_sample_loss
         self.stratified: bool | None = None
-        self._may_mix = mixed_losses  # or is known not to
+        self._independence_settled = mixed_losses  # may be mixed, or were found to be independent
 
-    def checked(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """The batches; on the first one of several samples, whether losses mix them is looked at."""
+    def check_batches(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """Yields the batches. On the first batch of several samples, checks that losses do not mix samples."""
         for batch in batches:
-            if not self._may_mix:
+            if not self._independence_settled:
                 require_independent_losses(
                     "per_sample_loss",
                     self._loss,
@@ -34,20 +34,20 @@ class LossSource:
                     self.model,
                     self.binding.device,
                 )
-                self._may_mix = batch_size(batch) > 1
+                self._independence_settled = batch_size(batch) > 1
             yield batch
 
     def losses(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """(losses, stratum), each (N,); all strata are 0 if the loss does not give them."""
+        """(losses, stratum of each sample), each (N,); all strata are 0 if the loss returns none."""
         count = batch_size(batch)
         losses: Any = self._loss(self.model, batch)
         stratum = None
         if stratified := isinstance(losses, tuple) and len(losses) == 2:
             losses, stratum = losses
         if not isinstance(losses, Tensor) or losses.shape != (count,):
-            got = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else f"a {type(losses).__name__}"
+            kind = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else f"a {type(losses).__name__}"
             raise ValueError(
-                f"per_sample_loss returned {got} for a batch of {count}; expected ({count},), one loss per sample, "
+                f"per_sample_loss returned {kind} for a batch of {count}; expected ({count},), one loss per sample, "
                 "such as (error ** 2).mean(dim=(1, 2, 3))."
             )
         if not losses.requires_grad:
@@ -58,9 +58,9 @@ class LossSource:
         if not stratified:
             return losses, torch.zeros(count, dtype=torch.int64, device=losses.device)
         if not isinstance(stratum, Tensor) or stratum.shape != (count,):
-            got = f"shape {tuple(stratum.shape)}" if isinstance(stratum, Tensor) else f"a {type(stratum).__name__}"
+            kind = f"shape {tuple(stratum.shape)}" if isinstance(stratum, Tensor) else f"a {type(stratum).__name__}"
             raise ValueError(
-                f"per_sample_loss returned strata of {got} for a batch of {count}; expected a tensor ({count},)."
+                f"per_sample_loss returned strata of {kind} for a batch of {count}; expected a tensor ({count},)."
             )
         if stratum.is_floating_point() or stratum.is_complex() or stratum.dtype == torch.bool:
             raise TypeError(f"per_sample_loss returned strata of {stratum.dtype}; expected integers.")
@@ -69,12 +69,12 @@ class LossSource:
     def sample_gradients(self, **options: Any) -> SampleGradients:
         return SampleGradients(self.model, include=self.binding.include, exclude=self.binding.exclude, **options)
 
-    def forget_gradients(self) -> None:
-        """.grad holds nothing of the caller's meanwhile, and nobody reads it."""
+    def clear_gradients(self) -> None:
+        """Frees ``.grad``, which nobody reads; the caller's gradients were set aside before."""
         for parameter in self.model.parameters():
             parameter.grad = None
 
-    def sum_of_gradients(self, losses: Tensor) -> Tensor:
+    def gradient_sum(self, losses: Tensor) -> Tensor:
         """sum_i g_i, (P,), by an ordinary backward pass."""
         params = self.binding.params
         gradients = torch.autograd.grad(losses.sum(), params, allow_unused=True)
@@ -86,7 +86,7 @@ class LossSource:
         )
 
 
-def require_finite_losses(values: Tensor) -> Tensor:
+def require_finite_gradients(values: Tensor) -> Tensor:
     if not bool(torch.isfinite(values).all()):
         raise ValueError("per_sample_loss has NaN or infinite gradients, and a Fisher of them would mean nothing.")
     return values

@@ -1,4 +1,4 @@
-"""Low-rank estimates: directions from the first half of the data, curvatures from the second."""
+"""Low-rank estimates: the first pass over the data gives the directions, the second the curvatures along them."""
 
 import math
 import warnings
@@ -12,20 +12,20 @@ from torch import Tensor
 from ..distributed.processes import Processes
 from ..model.binding import Binding
 from .forms import LowRankFisher
-from .loss_source import LossSource, current_parameters, require_finite_losses
-from .statistics import MeanProjections, curvature_of, statistics_of
+from .loss_source import LossSource, current_parameters, require_finite_gradients
+from .statistics import MeanProjections, compute_statistics, curvature_and_error
 
 _OVERSAMPLING = 8  # rows of a sketch beyond the rank
 
 
 class _Stratum:
-    """What the first look at one stratum's gradients leaves: sums of two parts of them, a sketch, then directions."""
+    """The gradients of one stratum in the first pass: sums of two parts of them, a sketch, and then the directions."""
 
     def __init__(self, binding: Binding) -> None:
         self.sums = torch.zeros(2, binding.layout.numel, dtype=torch.float64, device=binding.device)
         self.counts = [0, 0]
         self.sketch = torch.zeros(0, binding.layout.numel, dtype=binding.dtype, device=binding.device)
-        self.directions = self.sketch  # (rank, P) in the storage dtype, after the first look
+        self.directions = self.sketch  # (rank, P) in the storage dtype, set after the first pass
 
     @property
     def count(self) -> int:
@@ -37,7 +37,7 @@ class _Stratum:
         return mean
 
     def parts(self, members: Tensor) -> list[tuple[int, Tensor]]:
-        """Which of a batch's samples go to which part. Only the first ones are cut in two."""
+        """(part, its samples of a batch). Only the stratum's first batch is split; others go to the smaller part."""
         if not self.count and len(members) > 1:
             return list(enumerate(members.tensor_split(2)))
         return [(int(self.counts[1] < self.counts[0]), members)]
@@ -46,8 +46,9 @@ class _Stratum:
         self.sketch = _top_rows(torch.cat([self.sketch, rows]), count)
 
 
-# A sum of a batch's gradients: whose it is, of which part of its samples, None for a row of its sketch; weights, (N,).
-_Sum = tuple[_Stratum, int | None, Tensor]
+# A weighted sum of a batch's gradients: its stratum; the part of the samples, or None for a row of the sketch; the
+# weights, (N,).
+_WeightedSum = tuple[_Stratum, int | None, Tensor]
 
 
 def _top_rows(matrix: Tensor, count: int) -> Tensor:
@@ -68,18 +69,18 @@ def _top_eigenvectors(gram: Tensor, count: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Samples:
-    """What the second look keeps of each sample, in float64 on the CPU: a few numbers."""
+class _SampleProjections:
+    """A few numbers for each sample of the second pass, in float64 on the CPU."""
 
-    stratum: Tensor  # (N,) int64
+    labels: Tensor  # (N,) int64: the stratum of each sample
     sq_norms: Tensor  # (N,)
-    projections: Tensor  # (N, rank) on its own stratum's directions; 0 for a stratum that has none
-    on_mean: Tensor  # (N, 2) on its own stratum's mean, and on the mean of the first part
-    on_whole: Tensor  # (N, 2) the same for the mean over all strata
+    projections: Tensor  # (N, rank) on the directions of the sample's stratum; 0 if it has none
+    on_mean: Tensor  # (N, 2) on the mean of the sample's stratum, and on the mean of its first part
+    on_overall_mean: Tensor  # (N, 2) the same for the mean over all strata
 
 
-class LowRankEstimate:
-    """Two looks at the data: one that finds directions, and one along them."""
+class LowRankEstimator:
+    """Two passes over the data: one finds the directions, the other projects on them."""
 
     def __init__(
         self, source: LossSource, processes: Processes, rank: int, direction: str, storage_dtype: torch.dtype
@@ -90,194 +91,200 @@ class LowRankEstimate:
 
     @property
     def count(self) -> int:
-        """Samples of the first look."""
-        return sum(found.count for found in self._strata.values())
+        """The number of samples in the first pass."""
+        return sum(stratum.count for stratum in self._strata.values())
 
     def find_directions(self, batches: Iterable[Any]) -> Tensor:
-        """The first look. Returns the losses, (N,)."""
-        seen = []
-        for batch in self._source.checked(batches):
-            losses, plan, sums = self._sums_of(batch)
-            seen.append(losses.detach().double())
-            rows: dict[_Stratum, list[int]] = {}
-            for i, (found, part, _) in enumerate(plan):
+        """The first pass. Returns the losses, (N,)."""
+        losses_by_batch = []
+        for batch in self._source.check_batches(batches):
+            losses, plan, sums = self._sum_batch(batch)
+            losses_by_batch.append(losses.detach().double())
+            sketch_rows: dict[_Stratum, list[int]] = {}
+            for i, (stratum, part, _) in enumerate(plan):
                 if part is None:
-                    rows.setdefault(found, []).append(i)
+                    sketch_rows.setdefault(stratum, []).append(i)
                 else:
-                    found.sums[part] += sums[i]
-            for found, its in rows.items():
-                found.merge(sums[its], self._rows_kept)
-            del losses, sums  # before the next batch's are made
+                    stratum.sums[part] += sums[i]
+            for stratum, rows in sketch_rows.items():
+                stratum.merge(sums[rows], self._rows_kept)
+            del losses, sums  # before the next batch allocates its own
         self._exchange()
-        for key, found in self._strata.items():
-            require_finite_losses(found.sums)
-            found.directions = self._directions_of(found, f" of stratum {key}" if self._source.stratified else "")
-        return torch.cat(seen)
+        for label, stratum in self._strata.items():
+            require_finite_gradients(stratum.sums)
+            where = f" of stratum {label}" if self._source.stratified else ""
+            stratum.directions = self._directions_of(stratum, where)
+        return torch.cat(losses_by_batch)
 
-    def _sums_of(self, batch: Any) -> tuple[Tensor, list[_Sum], Tensor]:
-        """A batch's losses, (N,), the sums of its gradients that are wanted, and those sums, (len, P)."""
+    def _sum_batch(self, batch: Any) -> tuple[Tensor, list[_WeightedSum], Tensor]:
+        """A batch's losses, (N,), the plan of its gradients' weighted sums, and these sums, (len(plan), P)."""
         source = self._source
         if not self._top and source.stratified is False and self._strata:  # one sum, that of all samples
-            losses, stratum = source.losses(batch)
-            return losses, self._plan(stratum), source.sum_of_gradients(losses)[None]
+            losses, labels = source.losses(batch)
+            return losses, self._plan_sums(labels), source.gradient_sum(losses)[None]
         with source.sample_gradients(gram=self._top) as sg:
-            losses, stratum = source.losses(batch)
+            losses, labels = source.losses(batch)
             if not self._top:
-                plan = self._plan(stratum)
+                plan = self._plan_sums(labels)
                 return losses, plan, sg.weighted_rows(losses, _weights(plan))
             sg.backward(losses, retain_graph=True)
-        source.forget_gradients()
+        source.clear_gradients()
         assert sg.gram is not None
-        plan = self._plan(stratum, require_finite_losses(sg.gram))
+        plan = self._plan_sums(labels, require_finite_gradients(sg.gram))
         return losses, plan, sg.weighted_rows(losses, _weights(plan))
 
-    def _plan(self, stratum: Tensor, gram: Tensor | None = None) -> list[_Sum]:
-        """Which sums of a batch's gradients are wanted: parts of each stratum's sum, and with ``gram`` its top rows."""
-        plan: list[_Sum] = []
-        for key in stratum.unique().tolist():
-            if key not in self._strata:
-                self._strata[key] = _Stratum(self._source.binding)
-            found = self._strata[key]
-            members = (stratum == key).nonzero().flatten()
-            for part, samples in found.parts(members):
-                plan.append((found, part, _spread(samples, torch.ones_like(samples), stratum)))
-                found.counts[part] += len(samples)
+    def _plan_sums(self, labels: Tensor, gram: Tensor | None = None) -> list[_WeightedSum]:
+        """The weighted sums of a batch's gradients: each stratum's parts, and with ``gram`` its top rows."""
+        plan: list[_WeightedSum] = []
+        for label in labels.unique().tolist():
+            if label not in self._strata:
+                self._strata[label] = _Stratum(self._source.binding)
+            stratum = self._strata[label]
+            members = (labels == label).nonzero().flatten()
+            for part, samples in stratum.parts(members):
+                plan.append((stratum, part, _scatter_weights(samples, torch.ones_like(samples), labels)))
+                stratum.counts[part] += len(samples)
             if gram is not None:
                 for weights in _top_eigenvectors(gram[members][:, members], self._rows_kept):
-                    plan.append((found, None, _spread(members, weights, stratum)))
+                    plan.append((stratum, None, _scatter_weights(members, weights, labels)))
         return plan
 
     def _exchange(self) -> None:
-        """The strata of all processes, each the same in all of them."""
+        """Merges the strata of all processes; afterwards each process has the same ones."""
         if not self.count:
             raise ValueError("loader yields no samples.")
-        everyone = self._processes.gather({key: (s.counts, len(s.sketch)) for key, s in self._strata.items()})
-        mine, self._strata = self._strata, {}
-        for key in sorted({key for theirs in everyone for key in theirs}):
-            found = self._strata[key] = mine.get(key) or _Stratum(self._source.binding)
-            if len(everyone) == 1:
+        # For each process: label -> (counts, rows of the sketch).
+        sizes = self._processes.gather({label: (s.counts, len(s.sketch)) for label, s in self._strata.items()})
+        local, self._strata = self._strata, {}
+        for label in sorted({label for process_sizes in sizes for label in process_sizes}):
+            stratum = self._strata[label] = local.get(label) or _Stratum(self._source.binding)
+            if len(sizes) == 1:
                 continue
-            self._processes.sum_(found.sums)
-            found.counts = [sum(theirs[key][0][part] for theirs in everyone if key in theirs) for part in (0, 1)]
-            sketch, found.sketch = found.sketch, found.sketch[:0]
-            for process, theirs in enumerate(everyone):
-                if rows := theirs[key][1] if key in theirs else 0:
-                    theirs_sketch = (
-                        sketch if process == self._processes.rank else sketch.new_empty(rows, sketch.shape[1])
-                    )
-                    found.merge(self._processes.broadcast_(theirs_sketch, process), self._rows_kept)
+            self._processes.sum_(stratum.sums)
+            stratum.counts = [sum(s[label][0][part] for s in sizes if label in s) for part in (0, 1)]
+            local_sketch, stratum.sketch = stratum.sketch, stratum.sketch[:0]
+            for process, process_sizes in enumerate(sizes):
+                if rows := process_sizes[label][1] if label in process_sizes else 0:
+                    is_local = process == self._processes.rank
+                    sketch = local_sketch if is_local else local_sketch.new_empty(rows, local_sketch.shape[1])
+                    stratum.merge(self._processes.broadcast_(sketch, process), self._rows_kept)
 
-    def _directions_of(self, found: _Stratum, where: str) -> Tensor:
+    def _directions_of(self, stratum: _Stratum, where: str) -> Tensor:
         """(rank, P), in the storage dtype."""
-        if self._rank > found.count:
+        if self._rank > stratum.count:
             raise ValueError(
-                f"rank is {self._rank}, but the first half of the data{where} has only {found.count} samples; give "
+                f"rank is {self._rank}, but the first half of the data{where} has only {stratum.count} samples; give "
                 "more."
             )
-        rows = _top_rows(found.sketch, self._rank) if self._top else found.mean[None]
+        rows = _top_rows(stratum.sketch, self._rank) if self._top else stratum.mean[None]
         norms = rows.norm(dim=1, keepdim=True)
         if not bool((norms > 0).all()):
-            what = f"the gradients{where} span fewer than {self._rank} directions and the next"
-            what = what if self._top else f"the mean gradient{where}"
+            subject = f"the gradients{where} span fewer than {self._rank} directions and the next"
+            subject = subject if self._top else f"the mean gradient{where}"
             raise ValueError(
-                f"{what} over the first half of the data is zero, so rank {self._rank} has no direction. Use "
+                f"{subject} over the first half of the data is zero, so rank {self._rank} has no direction. Use "
                 "kind='diagonal', and check that the loss depends on the parameters."
             )
         directions: Tensor = (rows / norms).to(self._dtype)
         return directions
 
-    def look_along_them(self, batches: Iterable[Any]) -> tuple[_Samples, Tensor]:
-        """The second look: square norms and projections on directions and means, of every sample of all processes; and
+    def project_samples(self, batches: Iterable[Any]) -> tuple[_SampleProjections, Tensor]:
+        """The second pass: square norms and projections on directions and means, of the samples of all processes; and
         this process's losses, (N,)."""
-        binding, keys = self._source.binding, torch.tensor(list(self._strata), device=self._source.binding.device)
-        kept = list(self._strata.values())
-        blocks = [self._rows_of(found) for found in kept]
+        binding = self._source.binding
+        known_labels = torch.tensor(list(self._strata), device=binding.device)
+        strata = list(self._strata.values())
+        blocks = [self._projected_rows(stratum) for stratum in strata]
         direction = binding.layout.split(torch.cat(blocks))
         width, rank = len(blocks[0]), self._rank
-        first_count = sum(found.counts[0] for found in kept)
-        shares = [(found.count / self.count, found.counts[0] / max(first_count, 1)) for found in kept]
+        first_count = sum(stratum.counts[0] for stratum in strata)
+        shares = [(s.count / self.count, s.counts[0] / max(first_count, 1)) for s in strata]
         weights = torch.tensor(shares, dtype=torch.float64, device=binding.device)
-        # With "mean", the projection on the mean is that on the direction, up to the rounding of what is stored.
-        norms = [1.0 if self._top else float(found.mean.norm()) for found in kept]
+        # With "mean", the projection on the mean is the one on the direction times its norm, up to storage rounding.
+        norms = [1.0 if self._top else float(stratum.mean.norm()) for stratum in strata]
         mean_norms = torch.tensor(norms, dtype=torch.float64, device=binding.device)
-        seen, seen_losses = [], []
-        for batch in self._source.checked(batches):
+        table_parts, losses_by_batch = [], []
+        for batch in self._source.check_batches(batches):
             with self._source.sample_gradients(direction=direction) as sg:
-                losses, stratum = self._source.losses(batch)
+                losses, labels = self._source.losses(batch)
                 sg.backward(losses)
-            self._source.forget_gradients()
-            projections = sg.projections.double().reshape(len(losses), len(kept), width)
+            self._source.clear_gradients()
+            projections = sg.projections.double().reshape(len(losses), len(strata), width)
             on_means = projections[..., -1 if self._top else 0] * mean_norms
             pairs = torch.stack([on_means, projections[..., rank]], dim=-1)
-            own = (stratum[:, None] == keys)[..., None]  # one True, or none for a stratum that the first look lacked
-            columns = [torch.stack([stratum.double(), require_finite_losses(sg.sq_norms).double()], dim=1)]
-            columns += [(projections[..., :rank] * own).sum(1), (pairs * own).sum(1), (pairs * weights).sum(1)]
-            seen.append(torch.cat(columns, dim=1).detach())
-            seen_losses.append(losses.detach().double())
-        if not seen:
+            in_stratum = (labels[:, None] == known_labels)[
+                ..., None
+            ]  # all False for a stratum that the first pass lacked
+            columns = [torch.stack([labels.double(), require_finite_gradients(sg.sq_norms).double()], dim=1)]
+            columns += [(values * in_stratum).sum(1) for values in (projections[..., :rank], pairs)]
+            columns.append((pairs * weights).sum(1))
+            table_parts.append(torch.cat(columns, dim=1).detach())
+            losses_by_batch.append(losses.detach().double())
+        if not table_parts:
             raise ValueError(
                 f"loader ended after {self.count} samples, before the second half began. Give max_samples= the number "
                 "of samples that it yields."
             )
-        table = torch.cat(self._processes.gather(torch.cat(seen).cpu()))
-        stratum, sq_norms, projections, on_mean, on_whole = table.split([1, 1, rank, 2, 2], dim=1)
-        samples = _Samples(stratum[:, 0].long(), sq_norms[:, 0], projections, on_mean, on_whole)
-        return samples, torch.cat(seen_losses)
+        table = torch.cat(self._processes.gather(torch.cat(table_parts).cpu()))
+        labels, sq_norms, projections, on_mean, on_overall_mean = table.split([1, 1, rank, 2, 2], dim=1)
+        samples = _SampleProjections(labels[:, 0].long(), sq_norms[:, 0], projections, on_mean, on_overall_mean)
+        return samples, torch.cat(losses_by_batch)
 
-    def _rows_of(self, found: _Stratum) -> Tensor:
-        """What samples are projected on: the stored directions, the mean of the first part and, for "top", of all."""
-        rows = [found.directions, (found.sums[0] / max(found.counts[0], 1))[None]]
+    def _projected_rows(self, stratum: _Stratum) -> Tensor:
+        """The vectors to project on: the stored directions, the mean of the first part and, for "top", the mean."""
+        rows = [stratum.directions, (stratum.sums[0] / max(stratum.counts[0], 1))[None]]
         if self._top:
-            rows.append(found.mean[None])
+            rows.append(stratum.mean[None])
         return torch.cat([row.to(self._source.binding.dtype) for row in rows])
 
-    def fisher(self, samples: _Samples, *, held_out: bool) -> LowRankFisher:
+    def fisher_from(self, samples: _SampleProjections, *, held_out: bool) -> LowRankFisher:
+        """The Fisher, with statistics; ``held_out`` if other samples gave the directions."""
         total = len(samples.sq_norms)
         squares = samples.projections.square()
         directions, curvatures, errors, slopes, strata = [], [], [], [], []
-        lost = dict.fromkeys(set(samples.stratum.tolist()) - set(self._strata), "second")
-        for key, found in self._strata.items():
-            members = samples.stratum == key
+        incomplete = dict.fromkeys(set(samples.labels.tolist()) - set(self._strata), "second")
+        for label, stratum in self._strata.items():
+            members = samples.labels == label
             if not (count := int(members.sum())):
-                lost[key] = "first"
+                incomplete[label] = "first"
                 continue
-            # Over all samples, the curvature is p_s a_s, and its error that of both.
-            curvature, error = curvature_of(squares[members], total)
-            directions.append(found.directions)
+            # Divided by the number of all samples, the curvature is p_s a_s; the error is that of this product.
+            curvature, error = curvature_and_error(squares[members], total)
+            directions.append(stratum.directions)
             curvatures.append(curvature)
             errors.append(error)
             slopes.append(samples.projections[members].sum(0) / total)
             if self._source.stratified:
                 means = MeanProjections(
-                    samples.on_mean[members, 0], samples.on_mean[members, 1], found.count, found.counts[0]
+                    samples.on_mean[members, 0], samples.on_mean[members, 1], stratum.count, stratum.counts[0]
                 )
                 strata.append(
-                    statistics_of(
+                    compute_statistics(
                         samples.sq_norms[members],
                         squares[members].sum(1),
                         means,
                         held_out=held_out,
-                        curvature_se=_errors(curvature_of(squares[members], count)[1], held_out),
-                        stratum=key,
+                        curvature_se=_standard_errors(curvature_and_error(squares[members], count)[1], held_out),
+                        stratum=label,
                         share=count / total,
                     )
                 )
-        if lost:
+        if incomplete:
             warnings.warn(
                 "each stratum needs samples in both halves of the data, and is left out of the Fisher otherwise: "
-                + ", ".join(f"{key} is only in the {half} half" for key, half in sorted(lost.items()))
+                + ", ".join(f"{label} is only in the {half} half" for label, half in sorted(incomplete.items()))
                 + ". Give more samples, or fewer strata.",
                 stacklevel=3,
             )
         if not directions:
             raise ValueError("per_sample_loss: no stratum has samples in both halves of the data; shuffle the loader.")
-        first = sum(found.counts[0] for found in self._strata.values())
-        statistics = statistics_of(
+        first_count = sum(stratum.counts[0] for stratum in self._strata.values())
+        statistics = compute_statistics(
             samples.sq_norms,
             squares.sum(1),
-            MeanProjections(samples.on_whole[:, 0], samples.on_whole[:, 1], self.count, first),
+            MeanProjections(samples.on_overall_mean[:, 0], samples.on_overall_mean[:, 1], self.count, first_count),
             held_out=held_out,
-            curvature_se=_errors(torch.cat(errors), held_out),
+            curvature_se=_standard_errors(torch.cat(errors), held_out),
             strata=tuple(strata),
         )
         binding = self._source.binding
@@ -291,14 +298,14 @@ class LowRankEstimate:
         )
 
 
-def _weights(plan: Sequence[_Sum]) -> Tensor:
+def _weights(plan: Sequence[_WeightedSum]) -> Tensor:
     return torch.stack([weights for _, _, weights in plan])
 
 
-def _spread(samples: Tensor, weights: Tensor, like: Tensor) -> Tensor:
-    """(N,) weights in float64: those given at ``samples``, zero elsewhere."""
+def _scatter_weights(samples: Tensor, weights: Tensor, like: Tensor) -> Tensor:
+    """(N,) weights in float64: ``weights`` at ``samples``, zero elsewhere."""
     return torch.zeros(like.shape, dtype=torch.float64, device=like.device).index_copy(0, samples, weights.double())
 
 
-def _errors(errors: Tensor, held_out: bool) -> tuple[float, ...]:
+def _standard_errors(errors: Tensor, held_out: bool) -> tuple[float, ...]:
     return tuple(errors.tolist()) if held_out else (math.nan,) * len(errors)

@@ -1,8 +1,9 @@
-"""What an estimate says of itself: trace, kappa, rho, signal share, and how far each may be off.
+"""Statistics of a Fisher estimate: trace, kappa, rho, signal share, and their standard errors.
 
-They come from samples that did not choose the directions. A few numbers a sample are enough: n_i = |g_i|^2, the sum
-over the directions of (u_k . g_i)^2, and projections on the mean gradient of the samples that chose the directions.
-Standard errors are the jackknife's, without one sample at a time: samples are independent, so no groups are needed.
+They are computed from the samples that did not give the directions. A few numbers for each sample are enough:
+n_i = |g_i|^2, the sum over the directions of (u_k . g_i)^2, and projections on the mean gradient of the samples that
+gave the directions. Standard errors are from the jackknife, which leaves out one sample at a time: samples are
+independent, so no groups are needed.
 """
 
 import math
@@ -18,32 +19,32 @@ from ..model.names import join_names
 
 @dataclass(frozen=True)
 class FisherStatistics:
-    """What an estimate was made from, how much of F it holds, and how far its numbers may be off.
+    """The number of samples of an estimate, how much of F it contains, and standard errors.
 
-    Read rho first. mean_gradient_sq_norm and kappa are unbiased, so near an optimum, where mu is lost in noise, they
-    may be below zero. Intervals are value +- 1.96 se; where something is not known it is nan. A diagonal Fisher has
-    num_samples and trace alone.
+    Read rho first. mean_gradient_sq_norm and kappa are unbiased, so they may be below zero near an optimum, where the
+    noise is larger than mu. 95 % intervals are value +- 1.96 se; an unknown value is nan. A diagonal Fisher has only
+    num_samples and trace.
 
     Attributes:
-        num_samples: N, of all halves and processes.
+        num_samples: N, in both halves and all processes.
         trace: tr F = mean |g_i|^2, in squared gradient units.
         mean_gradient_sq_norm: |mu|^2, without the bias tr(Cov) / N of |mean g_i|^2.
         kappa: |mu|^2 / tr F, the share of the trace that the mean gradient explains.
         rho: sum_k a_k / tr F, the share of the trace that lies along the directions; without strata these are
             orthonormal, so it is at most 1.
-        curvature_se: standard error of each curvature of the Fisher, the directions taken as given.
-        rho_se, kappa_se: standard errors of rho, the directions taken as given, and of kappa.
-        signal_share: M kappa / (M kappa + 1 - kappa), the expected squared cosine between mu and the mean of M
-            samples, with M the samples that the directions were made from. It is 1 - 1 / (M k) up to a share of 1 / M,
-            if k is the kappa of those M samples with its bias.
+        curvature_se: standard error of each curvature of the Fisher, for fixed directions.
+        rho_se, kappa_se: standard errors of rho, for fixed directions, and of kappa.
+        signal_share: M kappa / (M kappa + 1 - kappa), the expected squared cosine between mu and the mean of the M
+            samples that gave the directions. It equals 1 - 1 / (M k), up to a relative 1 / M, where k is the biased
+            kappa of those M samples.
         samples_needed: N for which signal_share would be 0.9, 9 (1 - kappa) / kappa times N / M; inf if kappa <= 0.
-        stratum: which one these statistics are about; None for all the data.
+        stratum: the stratum that these statistics describe; None for all the data.
         share: p_s, the stratum's share of the samples that gave the curvatures.
-        strata: the statistics of each stratum, in the order of the Fisher's terms. A stratum's own curvatures are
-            those of F_s: the Fisher's divided by p_s.
+        strata: the statistics of each stratum, in the order of the Fisher's terms. They describe F_s, whose
+            curvatures are the Fisher's divided by p_s.
 
     Raises:
-        TypeError, ValueError: a field that is no number, or out of its range, by name.
+        TypeError, ValueError: a field that is not a number or is out of range; the message names it.
     """
 
     num_samples: int
@@ -84,7 +85,7 @@ class FisherStatistics:
 
     @classmethod
     def _from_facts(cls, facts: Any) -> "FisherStatistics":
-        """From a file: what asdict() gave, through JSON. Raises TypeError or ValueError for anything else."""
+        """From a file's JSON, which has the fields as asdict() gives them. Raises TypeError or ValueError otherwise."""
         if not isinstance(facts, dict) or not {"num_samples", "trace"} <= facts.keys():
             raise ValueError(f"statistics are {facts!r}; expected at least num_samples and trace.")
         if unknown := facts.keys() - {field.name for field in fields(cls)}:
@@ -100,7 +101,7 @@ class FisherStatistics:
 
 
 _LARGEST = sys.float_info.max
-_RANGES = {  # lowest, highest, and whether nan stands for what is not known
+_RANGES = {  # lowest, highest, and whether it may be nan, for an unknown value
     "trace": (0.0, _LARGEST, False),
     "mean_gradient_sq_norm": (-_LARGEST, _LARGEST, True),
     "kappa": (-_LARGEST, _LARGEST, True),
@@ -118,7 +119,7 @@ def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-_ENOUGH = 0.9  # the signal share that samples_needed aims at
+_TARGET_SIGNAL_SHARE = 0.9  # for samples_needed
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ class MeanProjections:
 
 
 def jackknife_ratio(numerator: Tensor, denominator: Tensor) -> tuple[float, float]:
-    """(mean numerator / mean denominator, its variance), each without one sample at a time; nan where undefined."""
+    """(mean numerator / mean denominator, its jackknife variance); nan where undefined."""
     count = len(numerator)
     value = float(numerator.sum() / denominator.sum())
     if count < 2:
@@ -141,9 +142,9 @@ def jackknife_ratio(numerator: Tensor, denominator: Tensor) -> tuple[float, floa
     return value, float((count - 1) / count * (without_one - without_one.mean()).square().sum())
 
 
-def statistics_of(
+def compute_statistics(
     sq_norms: Tensor,
-    along: Tensor,
+    sq_projections: Tensor,
     means: MeanProjections,
     *,
     held_out: bool,
@@ -152,19 +153,19 @@ def statistics_of(
     share: float = 1.0,
     strata: tuple[FisherStatistics, ...] = (),
 ) -> FisherStatistics:
-    """The statistics of N samples with square norms ``sq_norms`` and sums ``along`` of squared projections, (N,).
+    """The statistics of N samples from their square norms and their sums of squared projections, each (N,).
 
-    Held out:  |mu|^2 = mean_i m . g_i, the product of two independent means, and kappa = |mu|^2 / mean n_i.
-    Not:       m is the samples' own mean, and |mu|^2 = (N |m|^2 - mean n_i) / (N - 1).
+    held_out:      |mu|^2 = mean_i m . g_i, the product of two independent means, and kappa = |mu|^2 / mean n_i.
+    not held_out:  m is the mean of the same samples, and |mu|^2 = (N |m|^2 - mean n_i) / (N - 1).
 
-    The variance of kappa has a part from the N samples, given m, which the jackknife finds, and one from m, which is
-    mu^T Cov mu / M over the square of the trace: the covariance of the projections on the means of two separate parts
-    of the M samples has just mu^T Cov mu as its expectation, while the variance of the projections on m would count the
-    noise of m twice.
+    The variance of kappa has two parts. One comes from the N samples, for fixed m; the jackknife estimates it. The
+    other comes from m, and is mu^T Cov mu / M divided by the square of the trace. The covariance of the projections on
+    the means of two separate parts of the M samples has the expectation mu^T Cov mu; the variance of the projections on
+    m would count the noise of m twice.
     """
     count = len(sq_norms)
     trace = float(sq_norms.mean())
-    rho, rho_variance = jackknife_ratio(along, sq_norms)
+    rho, rho_variance = jackknife_ratio(sq_projections, sq_norms)
     kappa, kappa_variance = jackknife_ratio(means.on_mean, sq_norms)
     sq_norm = float(means.on_mean.mean())
     if held_out:
@@ -177,7 +178,7 @@ def statistics_of(
         num_samples = count
     signal = min(max(kappa, 0.0), 1.0) if not math.isnan(kappa) else math.nan
     odds = means.count * signal  # signal : noise = M kappa : 1 - kappa
-    needed = _ENOUGH / (1 - _ENOUGH) * (1 - signal) / signal if signal else math.inf
+    needed = _TARGET_SIGNAL_SHARE / (1 - _TARGET_SIGNAL_SHARE) * (1 - signal) / signal if signal else math.inf
     return FisherStatistics(
         num_samples,
         trace,
@@ -196,7 +197,7 @@ def statistics_of(
 
 
 def _variance_from_mean(means: MeanProjections) -> float:
-    """mu^T Cov mu / M, not below zero; nan if the mean was not made of two parts."""
+    """mu^T Cov mu / M, at least zero; nan if the mean does not have two parts."""
     rest = means.count - means.first_count
     if not means.first_count or not rest or len(means.on_mean) < 2:
         return math.nan
@@ -205,8 +206,9 @@ def _variance_from_mean(means: MeanProjections) -> float:
     return max(float(covariance), 0.0) / means.count
 
 
-def curvature_of(squares: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """(mean, standard error) over ``count`` samples, of squared projections (M, k); those of all others are zero."""
+def curvature_and_error(squares: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """(mean, standard error) of squared projections over ``count`` samples; ``squares`` is (M, k), and the other
+    count - M samples have zeros."""
     mean = squares.sum(0) / count
     if count < 2:
         return mean, torch.full_like(mean, math.nan)

@@ -1,0 +1,93 @@
+"""Small models, losses and data for Fisher estimates, and per-sample gradients by a loop."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import crl_kernels as ck
+
+
+class Network(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.GELU(), nn.Dropout(0.5), nn.Linear(8, 3))
+        self.unused = nn.Parameter(torch.ones(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    x, y = batch
+    return (model(x) - y).square().mean(1)
+
+
+def data(count: int = 50, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 6, generator=generator), torch.randn(count, 3, generator=generator) + 1
+
+
+def loader(count: int = 50, batch_size: int = 8) -> DataLoader:
+    return DataLoader(TensorDataset(*data(count)), batch_size=batch_size)
+
+
+def gradients_by_loop(model: nn.Module, count: int = 50, samples: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """(N, P) float64: one backward pass per sample."""
+    model.eval()
+    x, y = data(count) if samples is None else samples
+    x, y = x.to(model.unused.dtype), y.to(model.unused.dtype)
+    params = list(model.parameters())
+    rows = []
+    for i in range(count):
+        gradients = torch.autograd.grad(loss(model, (x[i : i + 1], y[i : i + 1])).sum(), params, allow_unused=True)
+        rows.append(
+            torch.cat(
+                [(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(gradients, params, strict=True)]
+            )
+        )
+    model.train()
+    return torch.stack(rows).double()
+
+
+def flat_directions(fisher: ck.LowRankFisher) -> Tensor:
+    return fisher.directions.double()
+
+
+class Linear(nn.Module):
+    """loss_i = x_i . theta, so x_i is the gradient of sample i."""
+
+    def __init__(self, count: int = 20) -> None:
+        super().__init__()
+        self.theta = nn.Linear(count, 1, bias=False, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.theta(x)
+
+
+def linear_loss(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x)[:, 0]
+
+
+def split_by_parameter(vector: Tensor, model: nn.Module) -> list[Tensor]:
+    params = list(model.parameters())
+    return [part.reshape(p.shape) for part, p in zip(vector.split([p.numel() for p in params]), params, strict=True)]
+
+
+def loss_and_class(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return loss(model, batch[:2]), batch[2]
+
+
+def stratified(count: int = 60, batch_size: int = 7) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
+    """Strata -1, 3 and 8, unevenly."""
+    x, y = (part.double() for part in data(count))
+    classes = torch.tensor([8, 3, 3, -1, 8, 8, 3, 8])[torch.arange(count) * 5 % 8]
+    return classes, list(zip(x.split(batch_size), y.split(batch_size), classes.split(batch_size), strict=True))
+
+
+# Small random problems are neither rank 1 nor free of noise; the warnings about that have tests of their own.
+IGNORE_ESTIMATE_WARNINGS = [
+    pytest.mark.filterwarnings("ignore:only .* of the trace"),
+    pytest.mark.filterwarnings("ignore:the mean gradient.* is mostly noise"),
+]
