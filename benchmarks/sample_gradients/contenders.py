@@ -297,10 +297,10 @@ def torchjd(mean: bool) -> Callable[[Case], Call]:
 
 def ours(gram: bool = False, diagonal: bool = False, first: bool = False) -> Callable[[Case], Call]:
     def make(case: Case) -> Call:
-        def call() -> Found:
+        def call() -> Statistics:
             if first:  # nothing is known of where the samples are
                 loss_passes.LAYOUTS.clear()
-            with SampleGradients(case.model, gram=gram, diagonal=diagonal) as found:
+            with SampleGradients(case.model, gram=gram, diagonal=diagonal) as sg:
                 case.backward(case.model)
             statistics = {"norms": sg.sq_norms, "projections": sg.projections}
             statistics["mean"] = [sg.mean[name] for name in case.names]

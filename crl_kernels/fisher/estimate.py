@@ -48,11 +48,11 @@ def estimate_fisher(
 ) -> LowRankFisher | DiagonalFisher:
     """Estimates a task's empirical Fisher at the model's present parameters, which become the anchor theta*.
 
-    low_rank, "mean":  u = mu / |mu| with mu the mean gradient over the first half of the data
-    low_rank, "top":   u_1 .. u_k the top eigenvectors of F over the first half
-                       both: a_k = mean (u_k . g_i)^2 and the slopes s_k = mean u_k . g_i over the second half, for the
-                       stored (rounded) u_k
-    diagonal:          mean g_ij^2 over all the data, with theta*
+        low_rank, "mean":  u = mu / |mu| with mu the mean gradient over the first half of the data
+        low_rank, "top":   u_1 .. u_k the top eigenvectors of F over the first half
+                           both: a_k = mean (u_k . g_i)^2 and the slopes s_k = mean u_k . g_i over the second half, for the
+                           stored (rounded) u_k
+        diagonal:          mean g_ij^2 over all the data, with theta*
 
     "top" needs only the batch's Gram matrix G: if G alpha = N lambda alpha, then sum_i alpha_i g_i / sqrt(N lambda) is
     an eigenvector of F, and one weighted sum of gradients. This is exact within one batch. Batches are merged one after
