@@ -50,8 +50,8 @@ def estimate_fisher(
 
         low_rank, "mean":  u = mu / |mu| with mu the mean gradient over the first half of the data
         low_rank, "top":   u_1 .. u_k the top eigenvectors of F over the first half
-                           both: a_k = mean (u_k . g_i)^2 and the slopes s_k = mean u_k . g_i over the second half, for the
-                           stored (rounded) u_k
+                           both: a_k = mean (u_k . g_i)^2 and the slopes s_k = mean u_k . g_i over the second half,
+                           for the stored (rounded) u_k
         diagonal:          mean g_ij^2 over all the data, with theta*
 
     "top" needs only the batch's Gram matrix G: if G alpha = N lambda alpha, then sum_i alpha_i g_i / sqrt(N lambda) is
