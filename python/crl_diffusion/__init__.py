@@ -1,7 +1,7 @@
 """Reference trainer: class-incremental diffusion models, with replay and with penalties from `crl_kernels`.
 
-A method is a value (`method.METHODS`); `loop.train` runs one of them, top to bottom; `report` reads the folders that
-runs leave behind. The command line is `crl-diffusion`, or `python -m crl_diffusion`.
+A method is a value (`config.method.METHODS`). `training.loop.train` runs one method, and `reporting` reads the folders
+of finished runs. The command line is `crl-diffusion` or `python -m crl_diffusion`.
 """
 
 from crl_diffusion.config.method import METHODS, Method, Penalty, Replay

@@ -1,4 +1,4 @@
-"""Is rank 1 enough for a trained model? From a run folder to `crl_kernels.diagnostics`. No mathematics here."""
+"""Is rank 1 enough for a trained model? Reads a run folder and calls `crl_kernels.diagnose`. No mathematics here."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ from crl_diffusion.run_folder.layout import digest_of, resolve_device
 from crl_diffusion.run_folder.readers import read_run_config
 from crl_diffusion.training.fisher_batches import per_sample_loss
 from crl_diffusion.training.run import Say
-from crl_kernels import Diagnosis
-from crl_kernels import diagnose as look
+from crl_kernels import Diagnosis, diagnose
 
 
 def per_sample_loss_at(schedule: Schedule, model: nn.Module, batch: Sequence[Tensor], t: Tensor) -> Tensor:
@@ -34,7 +33,7 @@ def per_sample_loss_at(schedule: Schedule, model: nn.Module, batch: Sequence[Ten
     return per_sample_loss(model, (schedule.add_noise(images, noise, t), t, label, noise))
 
 
-def of_run(
+def diagnose_run(
     run: Path,
     out: Path,
     task: int | None,
@@ -45,8 +44,10 @@ def of_run(
     device: Device,
     say: Say,
 ) -> tuple[Diagnosis, list[Path]]:
-    """Diagnoses the newest checkpoint of a run on training images of `task` (from 1), or of all classes learnt, and
-    writes the report to `out`; returns it and its files."""
+    """Diagnose the newest checkpoint of a run on training images of `task` (from 1) or of all classes learnt.
+
+    Writes the report to `out`. Returns it and its files.
+    """
     config = read_run_config(run)
 
     def require_fits(saved: checkpoint.Checkpoint) -> None:
@@ -57,9 +58,9 @@ def of_run(
     for line in complaints:
         say(line)
     if saved is None:
-        raise OptionError(f"{str(run)!r} has no good checkpoint; train first, with at least one checkpoint")
+        raise OptionError(f"{str(run)!r} has no good checkpoint; train until the first checkpoint is written")
 
-    # Classes that the model knows: of finished stages and, within a stage, of that one too.
+    # The model knows the classes of finished stages and of the stage that it is in.
     plan = stages(config)
     reached = plan[saved.stage] if saved.step else plan[saved.stage - 1]
     if task is not None and not 1 <= task <= reached.learnt:
@@ -71,20 +72,20 @@ def of_run(
         raise OptionError(f"--samples is {samples}, but there are only {len(images)} images; ask for fewer")
 
     # The model, and images in random order.
-    where = torch.device(resolve_device(device))
+    place = torch.device(resolve_device(device))
     schedule = noising.SCHEDULES[config.schedule]
-    precision = Precision(config.precision, where)
+    precision = Precision(config.precision, place)
     model = precision.of(build(config.model, data.shape, data.classes, config.seed))
     model.load_state_dict(saved.part("model"))
-    model.to(where)
+    model.to(place)
     order = torch.randperm(len(images), generator=noising.stream(seed, "diagnosis images"))[:samples]
     dtype = next(model.parameters()).dtype
     drawn = images.take(order)
-    batch = (to_float(drawn.pixels, dtype).to(where), drawn.labels.to(where))
+    batch = (to_float(drawn.pixels, dtype).to(place), drawn.labels.to(place))
 
     moment = f"{saved.stage} finished stage(s)" + (f" and {saved.step} steps of the next" if saved.step else "")
     say(f"{config.method} on {config.data}, seed {config.seed}, after {moment}; {samples} images")
-    found = look(
+    diagnosis = diagnose(
         model,
         partial(per_sample_loss_at, schedule),
         [batch],
@@ -95,5 +96,5 @@ def of_run(
         generator=noising.stream(seed, "diagnosis noise"),
         progress=say,
     )
-    what = f"{config.data}, {config.method}" + ("" if task is None else f", task {task}")
-    return found, found.save(out, f"Is rank 1 enough? {what}")
+    subject = f"{config.data}, {config.method}" + ("" if task is None else f", task {task}")
+    return diagnosis, diagnosis.save(out, f"Is rank 1 enough? {subject}")

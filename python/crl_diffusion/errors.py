@@ -1,4 +1,4 @@
-"""Errors that end a command with one line on stderr: what was wrong, and what to do."""
+"""Errors that end a command with one line on stderr: what is wrong, and what to do."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from pathlib import Path
 
 
 class OptionError(ValueError):
-    """An option that cannot be honoured: the command line prints its one line and exits with code 2."""
+    """An option that cannot be used. The command line prints the message and exits with code 2."""
 
 
 class WriteError(RuntimeError):
-    """A file could not be written; those that were there are as they were."""
+    """A file could not be written. Existing files are unchanged."""
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; says at which step and why that is likely."""
+    """Training cannot continue. The message names the step and the likely cause."""
 
 
 PUT_BACK = "put it back from a copy"
 
 
 class RecordError(OptionError):
-    """A file that is not what the trainer has written: `damage` names it and what is wrong, `remedy` what to do."""
+    """A file is not as the trainer wrote it. `damage` names it and what is wrong; `remedy` says what to do."""
 
     def __init__(self, path: Path, damage: str, remedy: str) -> None:
         self.damage = f"{str(path)!r} {damage}"

@@ -1,6 +1,6 @@
-"""Files: JSON written whole or not at all, logs of JSON lines that a crash cannot confuse, tensors, and locks.
+"""Files: JSON and tensors that are written completely or not at all, logs of JSON lines, TensorBoard, locks.
 
-A file that cannot be read raises a `RecordError`: one line that names the file, what is wrong with it and what to do.
+A file that cannot be read raises a `RecordError`, which names the file, what is wrong with it and what to do.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ Row = dict[str, Any]
 
 
 def require_file(path: Path) -> None:
-    """RecordError if there is something other than a file."""
+    """RecordError if the path exists and is not a regular file."""
     if path.exists() and not path.is_file():
-        what = "a folder" if path.is_dir() else "no regular file"
-        raise RecordError(path, f"is {what}, expected a file", "move it away, and give the same command again")
+        kind = "a folder" if path.is_dir() else "no regular file"
+        raise RecordError(path, f"is {kind}, expected a file", "move it away, and give the same command again")
 
 
 def require_folder(path: Path) -> None:
-    """RecordError if there is something other than a folder."""
+    """RecordError if the path exists and is not a folder."""
     if path.exists() and not path.is_dir():
         raise RecordError(path, "is a file, expected a folder", "move it away, and give the same command again")
 
 
 def read_file(path: Path, remedy: str = PUT_BACK) -> bytes:
-    """A file's content; RecordError if there is none."""
+    """The content of a file; RecordError if it is missing or cannot be read."""
     require_file(path)
     try:
         return path.read_bytes()
@@ -48,7 +48,7 @@ def read_file(path: Path, remedy: str = PUT_BACK) -> bytes:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write beside the final name, sync, rename: readers see the old file or the new one."""
+    """Write a temporary file next to `path`, sync it, rename it: readers see the old file or the new one."""
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
@@ -58,12 +58,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Indented JSON, on the disk whole or not at all."""
+    """Write indented JSON, completely or not at all."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def read_json(path: Path, remedy: str = PUT_BACK) -> Any:
-    """The value in a file of JSON; RecordError if there is none."""
+    """The value in a JSON file; RecordError if it cannot be read."""
     try:
         return _parse(read_file(path, remedy))
     except ValueError as error:
@@ -73,10 +73,10 @@ def read_json(path: Path, remedy: str = PUT_BACK) -> Any:
 
 
 def read_rows(path: Path, remedy: str = PUT_BACK, count: int | None = None) -> list[Row]:
-    """The whole rows of a log, or the first `count` of them; a last line that a crash has cut off is left out, and
-    there are none without a file. RecordError, with its number, for a row that is no JSON object."""
+    """The complete rows of a log, or the first `count` of them. A last line that a crash cut off is ignored; a missing
+    file has no rows. RecordError, with the number of the row, if a row is not a JSON object."""
     rows = []
-    for number, line in enumerate(_whole_lines(path)[:count], start=1):
+    for number, line in enumerate(_complete_lines(path)[:count], start=1):
         try:
             row = _parse(line)
         except ValueError as error:
@@ -88,7 +88,7 @@ def read_rows(path: Path, remedy: str = PUT_BACK, count: int | None = None) -> l
 
 
 def _parse(content: bytes) -> Any:
-    """JSON in UTF-8; ValueError says in a few words why it is none."""
+    """Parse JSON in UTF-8; ValueError says briefly what is wrong."""
     try:
         return json.loads(content.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -99,8 +99,8 @@ def _parse(content: bytes) -> Any:
         raise ValueError("no JSON of this package: nested too deeply") from None
 
 
-def _whole_lines(path: Path) -> list[bytes]:
-    """Without their newlines; what follows the last newline was cut off by a crash."""
+def _complete_lines(path: Path) -> list[bytes]:
+    """The complete lines without their newlines. Text after the last newline was cut off by a crash."""
     return read_file(path).split(b"\n")[:-1] if path.exists() else []
 
 
@@ -112,11 +112,11 @@ def _sha256(lines: Sequence[bytes]) -> Any:
 
 
 class Log:
-    """A file of JSON lines that grows; `keep` cuts it back to what a checkpoint knows of. `count` rows are in it."""
+    """A growing file of JSON lines with `count` rows. `keep` removes the rows that a checkpoint does not count."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        lines = _whole_lines(path)
+        lines = _complete_lines(path)
         self.count, self._digest = len(lines), _sha256(lines)
 
     @property
@@ -125,15 +125,15 @@ class Log:
         return str(self._digest.hexdigest())
 
     def begins_with(self, count: int, digest: str) -> bool:
-        """Whether the file's first `count` rows are there and have this digest; "" stands for any."""
-        lines = _whole_lines(self.path)[:count]
+        """Whether the file has at least `count` rows and the first `count` have this digest; "" accepts any digest."""
+        lines = _complete_lines(self.path)[:count]
         return len(lines) == count and digest in ("", _sha256(lines).hexdigest())
 
     def keep(self, count: int) -> None:
-        """Keep the first `count` rows: those written after the checkpoint will be written again."""
+        """Keep only the first `count` rows. The rows after the checkpoint will be written again."""
         if not self.path.exists():
             return
-        lines = _whole_lines(self.path)
+        lines = _complete_lines(self.path)
         if len(lines) < count:
             raise RecordError(
                 self.path,
@@ -153,15 +153,15 @@ class Log:
         self._digest.update(line)
 
     def sync(self) -> None:
-        """Have the rows on the disk before a checkpoint counts them."""
+        """Write the rows to the disk before a checkpoint counts them."""
         if self.path.exists():
             with open(self.path, "rb") as file:
                 os.fsync(file.fileno())
 
 
 class TensorBoard:
-    """Scalars for TensorBoard; `purge_step` hides what an interrupted run had written beyond its checkpoint. Without a
-    folder, nothing is written."""
+    """Scalars for TensorBoard. `purge_step` hides values that an interrupted run wrote after its checkpoint. Without
+    a folder, nothing is written."""
 
     def __init__(self, folder: Path | None, purge_step: int) -> None:
         self.writer = None
@@ -196,8 +196,8 @@ def locked(path: Path, refusal: str | None = None) -> Iterator[None]:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file, on the disk whole or not at all, also if several processes write it. WriteError if the disk
-    is full, say."""
+    """Write a safetensors file completely or not at all, also if several processes write it. WriteError if that is
+    impossible, for example because the disk is full."""
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -213,7 +213,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in this folder survive a power cut, where the system can."""
+    """Make a rename in this folder survive a power cut, on systems that can."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:

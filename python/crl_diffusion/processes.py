@@ -1,8 +1,8 @@
 """The processes that share one run: `torchrun --nproc-per-node N -m crl_diffusion train ...`. One process without it.
 
-All processes hold the same model and draw the same global batches from the same named streams; each computes its share
-and sums are exchanged, so that a run's numbers do not depend on how many processes make it, up to rounding. The
-functions here are told nothing: they ask torch.distributed. Those that exchange something must be called by all.
+All processes hold the same model and draw the same global batches from the same named streams. Each computes its share,
+and sums are exchanged. So the results of a run do not depend on the number of processes, up to rounding. The functions
+here ask torch.distributed for the state of the group. Functions that exchange data must be called by all processes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from crl_diffusion.errors import OptionError
 
 T = TypeVar("T")
 
-# The first process measures FIDs and writes files alone, and the others wait; at paper scale that is many minutes.
+# The first process measures FIDs and writes files while the others wait; at paper scale that takes many minutes.
 TIMEOUT = timedelta(hours=6)
 
 
@@ -43,48 +43,50 @@ def group() -> Any:
 
 
 def launched() -> int:
-    """How many processes torchrun has started; 1 without it."""
+    """Number of processes that torchrun started; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def launched_rank() -> int:
-    """Which of them this one is, also before they have joined."""
+    """The rank of this process among them, also before they have joined."""
     return int(os.environ.get("RANK", "0"))
 
 
 @contextmanager
 def together(device: torch.device) -> Iterator[torch.device]:
-    """Join the processes that torchrun has started, and part from them at the end; yields this process's device."""
+    """Join the processes that torchrun started, and leave them at the end. Yields the device of this process."""
     if launched() == 1 or _several():
         yield device
         return
     backend = "gloo"
     if device.type == "cuda":
-        local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local >= there:
-            raise OptionError(f"torchrun has started process {local} of this machine, which has {there} CUDA device(s)")
+        local, devices = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= devices:
+            raise OptionError(
+                f"torchrun has started process {local} of this machine, which has {devices} CUDA device(s)"
+            )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     distributed.init_process_group(backend, timeout=TIMEOUT)
     yield device
-    distributed.destroy_process_group()  # after an error, the others may be waiting: let the process end, and they do
+    distributed.destroy_process_group()  # not after an error: the others may wait until this process ends
 
 
 def share(n: int) -> slice:
-    """Which of n things are this process's."""
+    """The slice of n items that belongs to this process."""
     return slice(n * rank() // count(), n * (rank() + 1) // count())
 
 
 def sum_(tensor: Tensor) -> Tensor:
-    """In place, the sum over processes."""
+    """Sum over processes, in place."""
     if count() > 1:
         distributed.all_reduce(tensor)
     return tensor
 
 
 def largest(number: int) -> int:
-    """Of all processes' numbers; exchanged on the CPU, whatever they compute on."""
+    """The largest of all processes' numbers, exchanged on the CPU."""
     if count() == 1:
         return number
     numbers = torch.tensor(number)
@@ -98,7 +100,7 @@ def gather(tensor: Tensor) -> Tensor:
 
 
 def everyone(value: T) -> list[T]:
-    """Every process's value, in the order of ranks."""
+    """The values of all processes, in the order of their ranks."""
     if count() == 1:
         return [value]
     values: list[Any] = [None] * count()
@@ -107,7 +109,7 @@ def everyone(value: T) -> list[T]:
 
 
 def from_first(value: T) -> T:
-    """The first process's value; what the others give is not looked at."""
+    """The value of the first process; the values of the others are ignored."""
     if count() == 1:
         return value
     values: list[Any] = [value]

@@ -1,9 +1,9 @@
-"""SIGINT, SIGTERM and SIGHUP: what runs at a terminal, in a batch system or under a launcher is told to stop with.
+"""SIGINT, SIGTERM and SIGHUP: the signals with which terminals, batch systems and launchers stop a process.
 
-The first signal raises `Stopped` wherever the program is, since every file is written whole or not at all; within
-`deferred` it waits, so that a training loop can finish its step and write a checkpoint. A second signal ends the
-process at once. Terminals and launchers tell a whole group of processes, whose members pass it on: what comes within a
-second of the first is taken for the same one.
+The first signal raises `Stopped` wherever the program is; every file is written completely or not at all. Within
+`deferred` the signal waits, so that a training loop can finish its step and write a checkpoint. A second signal ends
+the process at once. Terminals and launchers signal a whole group of processes, whose members pass the signal on: a
+signal that comes within a second of the first counts as the same one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ HANDLED = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if 
 
 
 class Stopped(BaseException):
-    """A signal has asked this process to end; no Exception, so that nothing takes it for a failure of its own."""
+    """A signal asked this process to end. Not an Exception, so no handler of errors catches it."""
 
     def __init__(self, signum: int, where: str = "") -> None:
         super().__init__(f"interrupted by {signal.Signals(signum).name}{where}")
@@ -29,7 +29,7 @@ class Stopped(BaseException):
 
 
 class _State:
-    """Signals come to the process, so there is one of these."""
+    """The signal state of the process; there is only one."""
 
     pending = 0  # the signal that waits for the end of a deferred block
     since: float | None = None  # when the first signal came
@@ -37,14 +37,14 @@ class _State:
 
 
 def pending() -> int:
-    """The signal that has come within a deferred block; 0 if there is none."""
+    """The signal that is waiting for the end of a deferred block; 0 if there is none."""
     return _State.pending
 
 
 @contextmanager
 def handled() -> Iterator[None]:
-    """Signals raise `Stopped` within the block. Those that are ignored stay so (nohup ignores SIGHUP), and so do all
-    outside of the main thread, where Python has no signals."""
+    """Signals raise `Stopped` within the block. Ignored signals stay ignored (nohup ignores SIGHUP). Outside the main
+    thread nothing changes, because Python handles signals only there."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -62,7 +62,7 @@ def handled() -> Iterator[None]:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """A signal that comes within the block is raised at its end; `pending` tells of it before."""
+    """A signal that comes within the block is raised at its end; `pending` returns it before."""
     _State.depth += 1
     try:
         yield

@@ -1,4 +1,4 @@
-"""Run folders without training: the files that `train` leaves, with numbers that only look like results."""
+"""Run folders without training: the files that `train` writes, with invented numbers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 
 def measured_as(folder: Path, **values: float) -> None:
-    """Other values in all rows of a fabricated run's last evaluation, and the summary that follows."""
+    """Put other values into all rows of a fabricated run's last evaluation, and write its summary again."""
     path = folder / "metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     last = max(row["after_task"] for row in rows if row["kind"] == "evaluation")
@@ -26,7 +26,7 @@ def measured_as(folder: Path, **values: float) -> None:
 def fabricate(folder: Path, method: str, seed: int, level: float = 10.0, channels: int = 1, **settings: Any) -> Path:
     """A finished run at `folder` whose FIDs are about `level` when learnt; returns the folder.
 
-    Numbers depend on method, seed and level only, and all methods of a seed share most of their noise, as real ones do.
+    The numbers depend only on method, seed and level. All methods of a seed share most of their noise, as in real runs.
     """
     config = planned(RunConfig(method=method, seed=seed, **{"device": "cpu", **settings}))
     shared, own = np.random.default_rng(seed), np.random.default_rng([seed, len(method), ord(method[-1])])

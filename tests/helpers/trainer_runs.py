@@ -47,16 +47,16 @@ def flat(model: nn.Module) -> Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-def same_end(a: Path, b: Path, said: str = "") -> None:
+def same_end(a: Path, b: Path, message: str = "") -> None:
     """Equal metrics, byte by byte, and equal checkpoints of every finished stage, bit by bit."""
-    assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes(), said
+    assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes(), message
     for stage in range(1, SHORT["tasks"] + 1):
         first, second = (checkpoint.load(run / "checkpoints" / f"{stage:02d}-00000000.safetensors") for run in (a, b))
-        assert first.tensors.keys() == second.tensors.keys(), said
+        assert first.tensors.keys() == second.tensors.keys(), message
         for name, tensor in first.tensors.items():
-            assert torch.equal(tensor, second.tensors[name]), f"{name}\n{said}"
+            assert torch.equal(tensor, second.tensors[name]), f"{name}\n{message}"
     samples = f"samples/after-task-{SHORT['tasks']}.safetensors"
-    assert (a / samples).read_bytes() == (b / samples).read_bytes(), said
+    assert (a / samples).read_bytes() == (b / samples).read_bytes(), message
 
 
 def child_environment() -> dict[str, str]:
@@ -65,7 +65,7 @@ def child_environment() -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": paths, "CI": "true"}
 
 
-def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+def crl_diffusion(*arguments: object) -> subprocess.CompletedProcess[str]:
     """`python -m crl_diffusion` with as many threads as this process has."""
     return python("-m", "crl_diffusion", *arguments)
 

@@ -18,7 +18,7 @@ from crl_diffusion.config.settings import RunConfig
 from crl_diffusion.evaluation import evaluate, summaries
 from crl_diffusion.methods import penalties
 from crl_diffusion.methods.replay import Pool
-from crl_diffusion.reporting import report, run_pictures
+from crl_diffusion.reporting import run_pictures, runs
 from crl_diffusion.run_folder import checkpoint
 from crl_diffusion.training import loop
 from crl_diffusion.training import run as training_run
@@ -87,7 +87,8 @@ def test_a_step_is_finished_and_kept(
         assert cli.main(_arguments(out, extractor_folder)) == 128 + number
     said = capsys.readouterr().err
     assert said == (
-        f"crl-diffusion: interrupted by {number.name} {where}, which is kept; give the same command again to resume\n"
+        f"crl-diffusion: interrupted by {number.name} {where}, with a checkpoint; "
+        "give the same command again to resume\n"
     )
     assert sorted(path.stem for path in (out / "checkpoints").iterdir())[-1] == kept
     assert signal.getsignal(number) == before
@@ -161,7 +162,7 @@ def test_a_signal_that_comes_twice_at_once_is_one(
 def test_report_is_interrupted(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _at_call(monkeypatch, report, "find", 2, _kill(signal.SIGHUP))
+    _at_call(monkeypatch, runs, "find", 1, _kill(signal.SIGHUP))
     assert cli.main(["report", str(finished), "--out", str(tmp_path)]) == 128 + signal.SIGHUP
     assert capsys.readouterr().err == "crl-diffusion: interrupted by SIGHUP; give the same command again to resume\n"
 
@@ -289,7 +290,7 @@ def test_one_process_of_several_stops_all_of_them(extractor_folder: Path, tmp_pa
     done = python(*launch, script, *_arguments(tmp_path / "run", extractor_folder))
     assert done.returncode != 0
     assert done.stdout.count(f"ended with {128 + signal.SIGTERM}") == 2, done.stderr
-    assert done.stderr.count("crl-diffusion: interrupted by SIGTERM after step 3 of stage 2, which is kept") == 1
+    assert done.stderr.count("crl-diffusion: interrupted by SIGTERM after step 3 of stage 2, with a checkpoint") == 1
     newest, complaints = checkpoint.latest(tmp_path / "run" / "checkpoints")
     assert newest is not None
     assert (newest.stage, newest.step, complaints) == (1, 3, [])

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         complain(f"error: {error}")
         return 2
     except OSError as error:
-        complain(f"error: {error}; see that there is such a place, that it can be read and written, and has room")
+        complain(f"error: {error}; check that the path exists, can be read and written, and has free space")
         return 2
     except signals.Stopped as stop:
         if is_first():

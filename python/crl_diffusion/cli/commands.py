@@ -1,4 +1,4 @@
-"""What each command does."""
+"""The commands: each function runs one and returns the exit code."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ FILE_WIDTH = 150  # columns of a table that goes to a file or a pipe
 
 
 def complain(line: str) -> None:
-    """On stderr, where there is one: a terminal that has hung up takes nothing."""
+    """Print a line on stderr. A terminal that has hung up is ignored."""
     with suppress(OSError):
         print(f"crl-diffusion: {line}", file=sys.stderr, flush=True)
 
 
 def is_first() -> bool:
-    """Of torchrun's processes the first one speaks for all."""
+    """Whether this is the first of torchrun's processes, which prints for all; also before torch is imported."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def quiet_output(console: Console) -> bool:
-    """Plain lines instead of bars: no terminal, or CI says so."""
+    """Whether to print plain lines instead of bars: without a terminal, or if the variable CI is set."""
     return not console.is_terminal or os.environ.get("CI", "").lower() in ("1", "true")
 
 
@@ -41,7 +41,7 @@ def train(command: Train) -> int:
     config = RunConfig(**{field.name: getattr(command, field.name) for field in fields(RunConfig)})
     console = Console(soft_wrap=True)
 
-    # torch and diffusers take seconds to import: not before the options are known to be good.
+    # torch and diffusers take seconds to import, so the options are checked first.
     from crl_diffusion.errors import TrainingError
     from crl_diffusion.training import loop
 
@@ -87,7 +87,7 @@ def compare(command: Compare) -> int:
     if command.jobs < 0:
         raise OptionError(f"--jobs is {command.jobs}; it must be 0 or more")
     if processes.launched() > 1:
-        raise OptionError("compare starts its own processes; start it without torchrun, which is for train")
+        raise OptionError("compare starts its own processes; run it without torchrun, which is for train")
     work = cells.cells(command, command.methods, command.seeds, command.out, command.lams)
     for cell in work:
         check(cell.config)
@@ -122,13 +122,13 @@ def compare(command: Compare) -> int:
     for line in tools.about(work[0].config, images):
         console.print(line, highlight=False, markup=False)
     if not all(cell.finished for cell in work):
-        for begun in sorted(command.out.glob("*/config.json")):
-            require_measured(begun.parent, {"data_name": images.name, **tools.names()})
-        a_pass = forecast.seconds_per_pass(work[0].config, images.shape, images.classes)
-        console.print(runner.estimate(work, jobs, a_pass), highlight=False)
+        for path in sorted(command.out.glob("*/config.json")):
+            require_measured(path.parent, {"data_name": images.name, **tools.names()})
+        pass_seconds = forecast.seconds_per_pass(work[0].config, images.shape, images.classes)
+        console.print(runner.estimate(work, jobs, pass_seconds), highlight=False)
     failed = runner.run(work, jobs, command.data_root, command.extractor, folder, console, quiet_output(console))
     if len(failed) < len(work):
-        # With what the folder held before: a comparison may grow.
+        # All runs of the folder: a comparison can grow.
         runs = [run for run in runs.find([command.out])[0] if run.path.parent == command.out]
         order = in_order(run.method for run in runs)
         show(console, *report.write([run.path for run in runs], command.out, baseline, order))
@@ -136,7 +136,7 @@ def compare(command: Compare) -> int:
         complain(f"{cell.name} failed; its last lines:\n{runner.tail(cell)}")
     if failed:
         complain(
-            f"{len(failed)} of {len(work)} runs failed; finished ones are kept; give the same command again to go on"
+            f"{len(failed)} of {len(work)} runs failed; finished ones are kept; give the same command again to continue"
         )
         return 1
     return 0
@@ -147,7 +147,7 @@ def report(command: Report) -> int:
     from crl_diffusion.run_folder.layout import require_place
 
     if not command.folders:
-        raise OptionError("no folder was given; name those that `train` or `compare` has written")
+        raise OptionError("no folder was given; name folders written by `train` or `compare`")
     console = Console(soft_wrap=True)
     runs, unfinished = runs.find(command.folders)
     for run in unfinished:
@@ -169,7 +169,7 @@ def diagnose(command: Diagnose) -> int:
             chosen = " ".join(map(str, command.timesteps))
             raise OptionError(f"--timesteps is {chosen!r}; give timesteps from 0 to 999, none twice")
     if not (command.run / "config.json").exists():
-        raise OptionError(f"{str(command.run)!r} holds no run; give a folder that `train` has written")
+        raise OptionError(f"{str(command.run)!r} holds no run; give a folder written by `train`")
     console = Console(soft_wrap=True)
 
     from crl_diffusion import diagnosis
@@ -182,7 +182,7 @@ def diagnose(command: Diagnose) -> int:
     def say(line: str) -> None:
         console.print(line, highlight=False, markup=False)
 
-    found, paths = diagnosis.of_run(
+    result, paths = diagnosis.diagnose_run(
         command.run,
         out,
         command.task,
@@ -193,9 +193,9 @@ def diagnose(command: Diagnose) -> int:
         command.device,
         say,
     )
-    say("\n" + "\n".join(found.verdict.sentences) + "\n")
-    head, body = found.table()
-    caption = f"{found.num_samples} samples at every timestep; brackets are 95 % intervals."
+    say("\n" + "\n".join(result.verdict.sentences) + "\n")
+    head, body = result.table()
+    caption = f"{result.num_samples} samples at every timestep; brackets are 95 % intervals."
     show(console, tables.rich_table(head, body, caption), paths)
     return 0
 
@@ -203,14 +203,14 @@ def diagnose(command: Diagnose) -> int:
 def list_choices(command: List) -> int:
     from crl_diffusion.cli import listing
 
-    found = listing.listings()
+    tables = listing.listings()
     if command.markdown:
-        print(listing.markdown(found), end="")
+        print(listing.markdown(tables), end="")
         return 0
     console = Console()
     if not console.is_terminal:
         console = Console(width=FILE_WIDTH)
-    for table in found:
+    for table in tables:
         console.print(listing.rich_table(table))
     return 0
 

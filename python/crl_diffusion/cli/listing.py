@@ -1,5 +1,5 @@
-"""What there is to choose from, as tables: data sets, models, methods, presets. `crl-diffusion list` prints them, and
-`crl-diffusion list --markdown > python/PRESETS.md` writes them down; a test compares the file with this.
+"""Tables of the data sets, models, methods and presets. `crl-diffusion list` prints them, and
+`crl-diffusion list --markdown > python/PRESETS.md` writes them to a file, which a test compares with them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from crl_diffusion.config.settings import DATA_PLANS, Settings
 from crl_diffusion.config.spelling import penalty_names
 
 PREFACE = """\
-# What the trainer offers
+# Data sets, models, methods and presets of the trainer
 
 Written by `crl-diffusion list --markdown > python/PRESETS.md`; a test compares this file with the
 configuration objects.
@@ -42,7 +42,7 @@ def _data() -> Listing:
         [name, f"{plan.image_size}", f"{plan.tasks} x {plan.classes_per_task}", f"{plan.classes or 'any'}"]
         for name, plan in DATA_PLANS.items()
     ]
-    return Listing("Data sets", ("--data", "pixels", "tasks x classes", "classes"), rows, "Pixels and tasks: defaults.")
+    return Listing("Data sets", ("--data", "pixels", "tasks x classes", "classes"), rows, "Pixels, tasks: defaults.")
 
 
 def _models() -> Listing:
@@ -78,9 +78,9 @@ def _replays() -> Listing:
         "Methods: what is replayed",
         ("--method", "replays", "weights", "curriculum"),
         rows,
-        "A penalty goes by itself or behind a replay: rank1, gd+rank1, replay+gd+bands8. pool: images that the old "
-        "model draws once after every task; fresh: drawn anew in every step. Target noise: denoising as of data; "
-        "target teacher: the old model's prediction. k: tasks so far.",
+        "A penalty is used alone or after a replay: rank1, gd+rank1, replay+gd+bands8. pool: images that the old model "
+        "draws once after every task; fresh: images that it draws in every step. Target noise: ordinary denoising; "
+        "target teacher: the prediction of the old model. k: number of tasks so far.",
     )
 
 
@@ -98,15 +98,21 @@ def _penalties() -> Listing:
 
 def _options() -> Listing:
     rows = [
-        ["decoupled", "its own proximal step after the optimizer's, at the same learning rate"],
-        ["gradient", "its gradient is added to the loss's, before clipping, as the paper has it"],
-        ["once", "control: one proximal step at the end of a task, no penalty afterwards"],
-        ["alone", "control: the slopes' pull alone, fading as they would be used up, and nothing that holds"],
-        ["lam=NUMBER", "strength, for a loss that is the mean over C*H*W; inf (not as a gradient) pins the directions"],
-        ["top", "directions: top eigenvectors of the Fisher matrix"],
+        ["decoupled", "a proximal step of the penalty after each optimizer step, with the same learning rate"],
+        ["gradient", "the gradient of the penalty is added to that of the loss before clipping, as in the paper"],
+        ["once", "control, not a method to use: one proximal step at the end of each task, no penalty afterwards"],
+        [
+            "alone",
+            "control, not a method to use: the first-order term only, fading with every task; nothing quadratic",
+        ],
+        [
+            "lam=NUMBER",
+            "strength, for a loss that is the mean over C*H*W; inf (not with gradient) pins the directions",
+        ],
+        ["top", "directions: the top eigenvectors of the Fisher matrix"],
         ["mean", "direction: the mean gradient (not with rank<n>)"],
-        ["random", "control: random unit directions with the same curvatures and slopes"],
-        ["slopes", "keep each task's first-order term: the anchor moves down the old task's slope"],
+        ["random", "control, not a method to use: random unit directions with the same curvatures and slopes"],
+        ["slopes", "keep the first-order term of each task: it moves the anchor down the slope of the old task's loss"],
     ]
     return Listing("Methods: options of a penalty, NAME:OPTION,...", ("option", "meaning"), rows)
 
@@ -116,7 +122,7 @@ def _presets() -> Listing:
         [name, preset.about, " ".join(preset.methods), " ".join(map(str, preset.seeds)), preset.extractor]
         for name, preset in PRESETS.items()
     ]
-    return Listing("Presets", ("--preset", "what", "methods of compare", "seeds", "FID features"), rows)
+    return Listing("Presets", ("--preset", "experiment", "methods of compare", "seeds", "FID features"), rows)
 
 
 def _settings() -> Listing:
@@ -131,9 +137,9 @@ def _settings() -> Listing:
         "Presets, resolved",
         ("option", *configs, "paper presets' number"),
         rows,
-        "The demo's numbers are all ours, and it takes 300 steps a task where the others count epochs. Epochs 0: steps "
-        "count. Fisher samples 0: every image of a task once. Class order -1: the labels' own. Images a class 0: all. "
-        "Optimizer: Adam, made anew for every task; 1000 timesteps.",
+        "All numbers of the demo are ours; it takes 300 steps for each task, the others count epochs. Epochs 0: steps "
+        "are used. Fisher samples 0: every image of a task once. Class order -1: the order of the labels. Per class 0: "
+        "all images. Optimizer: Adam, new for every task; 1000 timesteps.",
     )
 
 
@@ -161,9 +167,9 @@ def rich_table(listing: Listing) -> Table:
     return table
 
 
-def markdown(found: Sequence[Listing]) -> str:
+def markdown(tables: Sequence[Listing]) -> str:
     parts = [PREFACE]
-    for listing in found:
+    for listing in tables:
         rows = [listing.head, ["---"] * len(listing.head), *listing.rows]
         lines = ["| " + " | ".join(cell.replace("<", "&lt;") for cell in row) + " |" for row in rows]
         parts += [f"## {listing.title}\n", "\n".join(lines) + "\n", *([f"{listing.note}\n"] if listing.note else [])]

@@ -1,4 +1,4 @@
-"""Each command's options, as tyro reads them."""
+"""The options of each command. tyro turns these classes into a parser and their docstrings into `--help`."""
 
 from __future__ import annotations
 
@@ -14,90 +14,96 @@ from crl_diffusion.config.settings import Device, ExtractorName, RunConfig, Sett
 
 @dataclass(frozen=True, kw_only=True)
 class Train(RunConfig):
-    """Train one method with one seed. To resume, give the same command again; a finished run is left alone."""
+    """Train one method with one seed. To resume an interrupted run, give the same command again. A finished run is not
+    changed."""
 
     out: Path
     """Folder of the run."""
     preset: PresetName = "demo"
-    """Settings to begin with; options given beside it win. `crl-diffusion list` shows what each stands for."""
+    """Named set of settings. Other options override it. `crl-diffusion list` shows the settings of each preset."""
     data_root: Path = Path("data")
-    """Where data sets are kept that do not come with a package, in torchvision's layout (MNIST/raw/...)."""
+    """Folder of the data sets, in the layout of torchvision (MNIST/raw/...). Not needed for digits."""
     extractor: ExtractorName = "cnn"
-    """Network whose features FIDs are measured on: cnn and lenet are small classifiers that are trained on the data set
-    first; inception is the literature's, whose weights you download. Accuracies are always the cnn's."""
+    """Network that provides the features for the FID. cnn and lenet are small classifiers, trained on the data set
+    first. inception is the network of the literature; you download its weights. Accuracies always come from cnn."""
     extractor_folder: Path | None = None
-    """Folder where trained extractors and statistics of real images are kept, and where inception's weights are looked
-    for, pt_inception-2015-12-05-6726825d.pth; by default <out>."""
+    """Folder for trained extractors and for statistics of real images. For inception, put its weights here:
+    pt_inception-2015-12-05-6726825d.pth. By default <out>."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compare(Settings):
-    """Train several methods with several seeds, one process a core, and put them into one table and pictures."""
+    """Train several methods with several seeds, and report them in one table and in pictures. Each run is a process of
+    its own."""
 
     out: Path
-    """Folder of the comparison; each run has a folder in it. More methods and seeds can be added to it later."""
+    """Folder of the comparison. Each run gets a folder in it. You can add methods and seeds later."""
     preset: PresetName = "demo"
-    """Settings, methods and seeds to begin with; options given beside it win. `crl-diffusion list` shows them."""
+    """Named set of settings, methods and seeds. Other options override it. `crl-diffusion list` shows the presets."""
     methods: tuple[str, ...] = ("fine-tune", "gd", "gd+rank1")
-    """What to compare: NAME or NAME:OPTION,... each."""
+    """Methods to compare, each as NAME or NAME:OPTION,... as for `train --method`. The options once, alone and random
+    are controls for experiments, not methods to use."""
     seeds: tuple[int, ...] = (0,)
-    """One run of each method for each."""
+    """Random seeds. Each method is run once with each of them."""
     lams: tuple[float, ...] = ()
-    """One run for each of these strengths, of every method that has a penalty; by default its own."""
+    """Values of lam, the strength of the penalty. Every method that has a penalty is run once with each value. By
+    default each method uses its own."""
     jobs: int = 0
-    """Runs at a time; 0 means one a CPU core or, on a CUDA device, one."""
+    """Number of runs at the same time. 0 means one for each CPU core or, on a CUDA device, one."""
     baseline: str = "gd"
-    """With two seeds or more, differences are taken to this method, paired by seed."""
+    """Method that the others are compared with. Differences are paired by seed and need two seeds or more."""
     data_root: Path = Path("data")
-    """Where data sets are kept that do not come with a package, in torchvision's layout (MNIST/raw/...)."""
+    """Folder of the data sets, in the layout of torchvision (MNIST/raw/...). Not needed for digits."""
     extractor: ExtractorName = "cnn"
-    """Network whose features FIDs are measured on: cnn and lenet are small classifiers that are trained on the data set
-    first; inception is the literature's, whose weights you download. Accuracies are always the cnn's."""
+    """Network that provides the features for the FID. cnn and lenet are small classifiers, trained on the data set
+    first. inception is the network of the literature; you download its weights. Accuracies always come from cnn."""
     extractor_folder: Path | None = None
-    """Folder where trained extractors and statistics of real images are kept, and where inception's weights are looked
-    for, pt_inception-2015-12-05-6726825d.pth; by default <out>."""
+    """Folder for trained extractors and for statistics of real images. For inception, put its weights here:
+    pt_inception-2015-12-05-6726825d.pth. By default <out>."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Table and pictures from run folders, or from folders that hold run folders; trains nothing."""
+    """Make the table and pictures from existing runs. Nothing is trained."""
 
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """What `train` or `compare` has written."""
+    """Run folders, or folders that contain run folders, as written by `train` or `compare`."""
     out: Path | None = None
-    """Where to write; by default the first folder."""
+    """Folder for the report. By default the first of the given folders."""
     baseline: str = "gd"
-    """With two seeds or more, differences are taken to this method, paired by seed."""
+    """Method that the others are compared with. Differences are paired by seed and need two seeds or more."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnose:
-    """Is rank 1 enough for a trained model? Looks at its Fisher at single timesteps and over all; trains nothing."""
+    """Is rank 1 enough for a trained model? Measures its Fisher matrix at single timesteps and over all timesteps.
+    Nothing is trained."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """Folder of a run that `train` has written; its newest checkpoint is looked at."""
+    """Run folder, as written by `train`. Its newest checkpoint is used."""
     task: int | None = None
-    """Take only the images of this task, from 1; by default those of all tasks that the model has learnt."""
+    """Use only the images of this task. Tasks are counted from 1. By default all tasks that the model has learnt."""
     samples: int = 256
-    """Per-sample gradients at every timestep, at least 48; one backward pass holds them, so memory limits them."""
+    """Per-sample gradients at each timestep, at least 48. One backward pass holds all of them, so memory limits
+    them."""
     timesteps: tuple[int, ...] = ()
-    """Timesteps to look at, from 0 to 999; by default 20 100 300 500 700 900 980."""
+    """Timesteps to measure, from 0 to 999. By default 20 100 300 500 700 900 980."""
     seed: int = 0
-    """Names the random streams that images, noise and uniform timesteps come from."""
+    """Random seed for the choice of images, the noise and the uniform timesteps."""
     out: Path | None = None
-    """Where to write; by default <run>/diagnosis."""
+    """Folder for the report. By default <run>/diagnosis."""
     data_root: Path = Path("data")
-    """Where data sets are kept that do not come with a package, in torchvision's layout (MNIST/raw/...)."""
+    """Folder of the data sets, in the layout of torchvision (MNIST/raw/...). Not needed for digits."""
     device: Device = "auto"
-    """Where to compute; auto takes a CUDA device if there is one."""
+    """Device. auto means CUDA if a CUDA device is available, otherwise the CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class List:
-    """Data sets, models, methods and presets with their numbers."""
+    """List the data sets, models, methods and presets with their numbers."""
 
     markdown: bool = False
-    """Print what python/PRESETS.md holds."""
+    """Print Markdown: the content of python/PRESETS.md."""
 
 
 Command = Train | Compare | Report | Diagnose | List

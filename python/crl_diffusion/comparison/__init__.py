@@ -1,1 +1,1 @@
-"""Many runs: methods x seeds as processes of their own, and one report."""
+"""Many runs, methods x seeds, each in a process of its own."""

@@ -1,8 +1,8 @@
-"""Many runs: methods x seeds as processes of their own, one a core, and then one table.
+"""The cells of a comparison: one run for each method and seed.
 
-Each cell is a run folder made by `crl-diffusion train` and named by `folder_name`; finished cells are kept, interrupted
-ones go on from their last checkpoint. A folder holds one comparison: more methods and seeds add to it, other settings
-are refused.
+Each cell is a run folder, written by `crl-diffusion train` and named by `folder_name`. Finished cells are kept;
+interrupted cells continue from their last checkpoint. A folder holds one comparison: methods and seeds can be added,
+other settings are refused.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Cell:
 
     @property
     def steps_done(self) -> int:
-        """Read from the run's own log, which is all that processes share; 0 where that is damaged, as the run says."""
+        """Read from the log of the run, which is another process; 0 if the log is damaged (the run reports it)."""
         if self.finished:
             return self.steps
         try:
@@ -57,19 +57,19 @@ class Cell:
 def cells(
     settings: Settings, methods: Sequence[str], seeds: Sequence[int], out: Path, lams: Sequence[float] = ()
 ) -> list[Cell]:
-    """All cells, the longest first, so that no core is left alone with a long one at the end. With `lams`, a method
-    that has a penalty gets one cell for each."""
+    """All cells, the longest first, so that no long run is left for one core at the end. With `lams`, each method that
+    has a penalty gets one cell for each lam."""
     common = {field.name: getattr(settings, field.name) for field in fields(Settings)}
-    made = [
+    work = [
         Cell(RunConfig(**common, method=method, seed=seed), out / folder_name(method, seed))
         for seed in seeds
         for method in with_lams(methods, lams)
     ]
-    return sorted(made, key=lambda cell: _cost(cell.config.recipe), reverse=True)
+    return sorted(work, key=lambda cell: _cost(cell.config.recipe), reverse=True)
 
 
 def with_lams(methods: Sequence[str], lams: Sequence[float]) -> list[str]:
-    """The methods in their one spelling, each that has a penalty once for each lam."""
+    """The methods in canonical spelling, those with a penalty once for each lam."""
     spelled: list[str] = []
     for method in methods:
         if parse_method(method).penalty is None or not lams:
@@ -80,7 +80,7 @@ def with_lams(methods: Sequence[str], lams: Sequence[float]) -> list[str]:
 
 
 def folder_name(method: str, seed: int) -> str:
-    """What files may be called on every system: gd+bands8:top,lam=60 -> gd+bands8_top_lam=60-seed0."""
+    """A name that every file system allows: gd+bands8:top,lam=60 -> gd+bands8_top_lam=60-seed0."""
     return f"{method.replace(':', '_').replace(',', '_')}-seed{seed}"
 
 
@@ -89,8 +89,8 @@ def _cost(method: Method) -> tuple[int, bool]:
 
 
 def check_others(work: Sequence[Cell], out: Path) -> None:
-    """Refuse a folder that holds runs with other settings than these, whose numbers would not compare, or finished ones
-    that are not part of this comparison and could not be shown beside it."""
+    """Refuse a folder that holds runs with other settings, whose results cannot be compared with these. RecordError if
+    the records of another finished run, which the report would include, are damaged."""
     for path in sorted(out.glob("*/summary.json")):
         if path.parent not in [cell.folder for cell in work]:
             read_finished(path.parent)
@@ -102,7 +102,7 @@ def check_others(work: Sequence[Cell], out: Path) -> None:
 
 
 def options(config: RunConfig) -> list[str]:
-    """The options of `crl-diffusion train` that give this configuration."""
+    """The options of `crl-diffusion train` for this configuration."""
     default, words = RunConfig(method=config.method), []
     for name, value in asdict(config).items():
         option = f"--{name.replace('_', '-')}"
@@ -112,7 +112,7 @@ def options(config: RunConfig) -> list[str]:
     return words
 
 
-def command(cell: Cell, data_root: Path, extractor: str, extractor_folder: Path) -> list[str]:
-    """The command that makes this cell, which anyone can give again by hand."""
+def train_command(cell: Cell, data_root: Path, extractor: str, extractor_folder: Path) -> list[str]:
+    """The command line that runs this cell; a user can also run it by hand."""
     places = ["--out", str(cell.folder), "--data-root", str(data_root), "--extractor-folder", str(extractor_folder)]
     return [sys.executable, "-m", "crl_diffusion", "train", *options(cell.config), "--extractor", extractor, *places]

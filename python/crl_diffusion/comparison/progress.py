@@ -12,7 +12,7 @@ from crl_diffusion.comparison.cells import Cell
 
 
 class _Bars:
-    """One bar a cell, for people."""
+    """One bar for each cell, for a terminal."""
 
     def __init__(self, work: Sequence[Cell], progress: Progress) -> None:
         self.progress = progress
@@ -36,7 +36,7 @@ class _Bars:
 
 
 class _Lines:
-    """One line when a cell begins and when it ends, for logs."""
+    """One line when a cell starts and when it ends, for a log file."""
 
     def __init__(self, work: Sequence[Cell], console: Console) -> None:
         self.work, self.console = work, console

@@ -1,4 +1,4 @@
-"""Cells run as processes of their own, one per core."""
+"""Running the cells of a comparison, several processes at a time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from crl_diffusion.comparison.cells import Cell, command
+from crl_diffusion.comparison.cells import Cell, train_command
 from crl_diffusion.comparison.progress import progress_display
 from crl_diffusion.signals import Stopped
 from crl_diffusion.training import forecast
@@ -33,7 +33,7 @@ def run(
     waiting = [cell for cell in work if not cell.finished]
     running: list[Cell] = []
     failed: list[Cell] = []
-    # One thread a process: on models this small a second thread costs more than it gives.
+    # One thread for each process: on models this small a second thread costs more than it gains.
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     with progress_display(work, console, quiet) as show:
         try:
@@ -43,7 +43,7 @@ def run(
                     cell.folder.mkdir(parents=True, exist_ok=True)
                     with open(cell.folder / "log.txt", "ab") as log:
                         cell.process = subprocess.Popen(
-                            command(cell, data_root, extractor, extractor_folder),
+                            train_command(cell, data_root, extractor, extractor_folder),
                             stdin=subprocess.DEVNULL,
                             stdout=log,
                             stderr=subprocess.STDOUT,
@@ -57,14 +57,14 @@ def run(
                     if not cell.finished:
                         failed.append(cell)
                 show.update(running)
-        except BaseException as error:  # each run goes on from its last checkpoint when asked again
+        except BaseException as error:  # the same command continues each run from its last checkpoint
             end(running, error.signum if isinstance(error, Stopped) else signal.SIGTERM)
             raise
     return failed
 
 
 def end(running: Sequence[Cell], signum: int) -> None:
-    """Pass a signal on and wait until all have written their checkpoints; after a second signal, do not wait."""
+    """Send a signal to all processes and wait for their checkpoints; after a second signal, kill them."""
     started = [cell.process for cell in running if cell.process is not None]
     for process in started:
         process.send_signal(signum)
@@ -78,16 +78,16 @@ def end(running: Sequence[Cell], signum: int) -> None:
 
 
 def tail(cell: Cell) -> str:
-    """The last lines that a failed run has written."""
+    """The last lines of the log of a failed run."""
     path = cell.folder / "log.txt"
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    killed = cell.process is not None and (cell.process.poll() or 0) < 0  # it could not say so itself
+    killed = cell.process is not None and (cell.process.poll() or 0) < 0  # a killed process cannot write that itself
     ended = [f"(killed by signal {-cell.process.returncode})"] if killed and cell.process is not None else []
     return "\n".join(lines[-LOG_TAIL:] + ended)
 
 
 def estimate(work: Sequence[Cell], jobs: int, seconds_per_pass: float) -> str:
-    """What is still to be done, in words, from the time that one image takes."""
+    """The remaining time in words, from the time of the forward pass of one image."""
     left = [forecast.passes(cell.config, cell.stage_steps) * (1 - cell.steps_done / cell.steps) for cell in work]
     longest, total = max(left) * seconds_per_pass, sum(left) * seconds_per_pass
     wall = max(longest, total / min(jobs, len(work)))

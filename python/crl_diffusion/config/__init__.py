@@ -1,1 +1,1 @@
-"""Methods, settings and presets as frozen values, without torch."""
+"""Methods, settings and presets as frozen values. Nothing here imports torch."""

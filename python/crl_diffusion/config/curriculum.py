@@ -1,4 +1,4 @@
-"""Stages: which classes are learnt together, and in which order."""
+"""Stages: which classes are learnt together, and in which order. All functions take a resolved configuration."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from crl_diffusion.config.settings import DATA_PLANS, RunConfig
 
 
 class Stage(NamedTuple):
-    """One stretch of training on one set of classes with a fresh optimizer, followed by an evaluation."""
+    """Training on one set of classes with a new optimizer, followed by an evaluation."""
 
     number: int  # from 0
     classes: tuple[int, ...]
     learnt: int  # tasks that the model should know at the end of the stage
-    share: int  # length, in units of the steps of one task
+    share: int  # number of steps, in units of the steps of one task
 
 
 def continual(tasks: Sequence[tuple[int, ...]]) -> list[Stage]:
-    """One stage a task, in order, each seeing its own classes only."""
+    """One stage for each task, in order, with the classes of that task only."""
     return [Stage(i, classes, i + 1, 1) for i, classes in enumerate(tasks)]
 
 
@@ -32,7 +32,7 @@ CURRICULA: dict[str, Callable[[Sequence[tuple[int, ...]]], list[Stage]]] = {"con
 
 
 def task_classes(config: RunConfig) -> list[tuple[int, ...]]:
-    """Classes of each task: (0, 1), (2, 3), ..., or the same of a shuffled order."""
+    """Classes of each task: (0, 1), (2, 3), ..., or the same pairs of a shuffled order."""
     order = list(range(DATA_PLANS[config.data].classes or config.tasks * config.classes_per_task))
     if config.class_order >= 0:
         random.Random(config.class_order).shuffle(order)

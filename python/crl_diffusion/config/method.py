@@ -1,8 +1,8 @@
 """Methods as values: what is replayed, what is penalised, and in which order classes arrive.
 
-The parts of a method are named here. `methods/replay.py` and `methods/penalties.py` give them their meaning and do not
-know one another; the training loop reads the parts and never asks for a method's name. Nothing in `config/` imports
-torch, so that a mistyped option is answered at once.
+The parts of a method are defined here and implemented in `methods/replay.py` and `methods/penalties.py`, which do not
+import one another. The training loop reads the parts and never the name of a method. Nothing in `config/` imports
+torch, so the command line reports a mistyped option at once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Direction = Literal["mean", "top", "random"]
 
 @dataclass(frozen=True)
 class Replay:
-    """One batch of old images in every step: where images come from, what the model is asked to predict on them."""
+    """One batch of old images in every step: where the images come from and what the model must predict on them."""
 
     source: Literal["pool", "fresh"]
     target: Literal["noise", "teacher"]
@@ -27,9 +27,11 @@ class Replay:
 
 @dataclass(frozen=True)
 class Penalty:
-    """(lam / 2) * sum over past tasks of the quadratic that a Fisher matrix defines around the old optimum.
+    """(lam / 2) * sum over past tasks of (theta - theta_k)^T F_k (theta - theta_k), with Fisher matrix F_k and anchor
+    theta_k.
 
-    A low-rank matrix has `rank` directions for each of `bands` equal bands of timesteps: F = sum_s p_s F_s.
+    A low-rank F has `rank` directions for each of `bands` equal bands of timesteps: F = sum_s p_s F_s, where p_s is the
+    share of samples in band s. The modes once and alone and the direction random are controls for experiments.
     """
 
     fisher: Literal["low_rank", "diagonal"]
@@ -45,8 +47,8 @@ class Penalty:
 class Method:
     """What is replayed, what is penalised, and the order in which classes arrive.
 
-    Weights of the k-th task: "sum" trains on real + sum of replay.weight * replay; "tasks" on 1/k of the real loss and
-    1 - 1/k of the replayed ones, so that every task seen so far counts alike.
+    Loss of the k-th task: with weights "sum", real loss + sum of replay.weight * replay loss; with "tasks", 1/k of the
+    real loss + (1 - 1/k) of the replay losses, so every task so far has the same weight.
     """
 
     replays: tuple[Replay, ...] = ()
@@ -56,20 +58,21 @@ class Method:
 
 
 # A decoupled penalty pulls parameters back along a direction of curvature a with a time constant of 1 / (lr * lam * a)
-# steps. Here that is about one task (mean lr 1e-3 * lam * a * 300 steps ~ 1): felt, and soft enough to learn the next
-# one. After the first digits the rank-1 term had a = 0.13, and the diagonal's mean, weighted by itself, was 9e-4.
+# steps. These values make it about one task (mean lr 1e-3 * lam * a * 300 steps ~ 1): strong enough to matter, weak
+# enough to learn the next task. After the first digits the rank-1 term had a = 0.13, and the diagonal's mean, weighted
+# by itself, was 9e-4.
 LOW_RANK_LAM = 20.0
 DIAGONAL_LAM = 3000.0
 
 POOL_NOISE, POOL_TEACHER = Replay("pool", "noise"), Replay("pool", "teacher")
 REPLAYS: dict[str, Method] = {
     "": Method(),
-    "replay": Method((POOL_NOISE,)),  # images of the old model as if they were data
+    "replay": Method((POOL_NOISE,)),  # images of the old model, used as data
     "gd": Method((POOL_TEACHER,)),  # generative distillation as the rank-1 paper describes it
-    "replay+gd": Method((POOL_NOISE, POOL_TEACHER)),  # as its authors' code has it
-    "masip": Method((Replay("fresh", "teacher"),), weights="tasks"),  # as arXiv 2311.14028 has it
+    "replay+gd": Method((POOL_NOISE, POOL_TEACHER)),  # generative distillation as in its authors' code
+    "masip": Method((Replay("fresh", "teacher"),), weights="tasks"),  # as in arXiv 2311.14028
 }
-FAMILIES: dict[str, Callable[[int], Penalty]] = {  # their names end in a number; there are 1000 timesteps to band
+FAMILIES: dict[str, Callable[[int], Penalty]] = {  # names that end in a number; at most 1000, the number of timesteps
     "rank": lambda k: Penalty("low_rank", LOW_RANK_LAM, rank=k, direction="top"),
     "bands": lambda n: Penalty("low_rank", LOW_RANK_LAM, bands=n),
 }

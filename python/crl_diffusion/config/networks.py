@@ -1,4 +1,4 @@
-"""Sizes of the networks, without torch: for checks and lists."""
+"""Sizes of the networks, without torch: for checks and for `crl-diffusion list`."""
 
 from __future__ import annotations
 
@@ -9,27 +9,26 @@ from crl_diffusion.errors import OptionError
 
 
 @dataclass(frozen=True)
-class UNetPreset:
-    """Widths of the resolutions, residual blocks at each, channels a group of the norms, and the resolutions, 0 being
-    the highest, with self-attention beside the middle block's; None means none at all."""
+class UNetSize:
+    """Sizes of one UNet. Each level halves the resolution of the one before; level 0 is the highest."""
 
-    channels: tuple[int, ...]
-    layers: int
-    groups: int
-    attention: tuple[int, ...] | None
+    channels: tuple[int, ...]  # of each level
+    layers: int  # residual blocks in each level
+    groups: int  # of the group norms
+    attention: tuple[int, ...] | None  # levels with self-attention, besides the middle block; None: no attention at all
 
 
-# No attention in the small ones: on one CPU thread and 8 to 16 pixels it costs more time than it gives quality.
-MODELS: dict[str, UNetPreset] = {
-    "mini": UNetPreset((16, 32), 1, 8, None),
-    "tiny": UNetPreset((24, 48), 1, 8, None),
-    "small": UNetPreset((64, 128), 1, 16, None),
-    "paper": UNetPreset((128, 256, 256, 256), 2, 32, (1,)),  # 35.7 M, as google/ddpm-cifar10-32
+# The small networks have no attention: on one CPU thread and 8 to 16 pixels it costs more time than it gains quality.
+MODELS: dict[str, UNetSize] = {
+    "mini": UNetSize((16, 32), 1, 8, None),
+    "tiny": UNetSize((24, 48), 1, 8, None),
+    "small": UNetSize((64, 128), 1, 16, None),
+    "paper": UNetSize((128, 256, 256, 256), 2, 32, (1,)),  # 35.7 M, as google/ddpm-cifar10-32
 }
 
 
 def require_size(config: RunConfig) -> None:
-    """Refuse images that the model's resolutions do not halve evenly."""
+    """OptionError unless the image size of a resolved configuration can be halved once for each level of the model."""
     size, halvings = config.image_size, len(MODELS[config.model].channels) - 1
     if size % 2**halvings:
         raise OptionError(

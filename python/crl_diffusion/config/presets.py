@@ -1,10 +1,10 @@
 """Presets: named settings of whole experiments, as differences from the defaults.
 
-`crl-diffusion train --preset NAME` starts from a preset's settings, `compare --preset NAME` from its methods and seeds
-as well; any option given beside it wins. `crl-diffusion list` prints what each resolves to.
+`crl-diffusion train --preset NAME` uses the settings of a preset, `compare --preset NAME` also its methods and seeds.
+Other options override them. `crl-diffusion list` prints the resolved settings of each preset.
 
 The paper is arXiv 2509.23593: three data sets of 10 classes as 5 tasks x 2, ImageNet at 32 pixels as 20 tasks x 50,
-labels in their own order. Where it gives no number that we know of, the value is ours, and OURS says so.
+labels in their own order. Where it gives no number that we know of, the value is ours and listed in OURS.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from crl_diffusion.config.settings import RunConfig, planned
 from crl_diffusion.config.spelling import spell
 
 PresetName = Literal["demo", "paper-mnist", "paper-fashion-mnist", "paper-cifar10", "paper-imagenet32"]
-PAPER_LAM = 15000  # belongs to the loss that is a MEAN over C*H*W, which is also the trainer's
+PAPER_LAM = 15000  # for a loss that is the MEAN over C*H*W, as the trainer's is
 
-# The paper's methods in the trainer's spelling. It adds penalties to the gradient. What it calls generative
-# distillation (GD) matches the teacher's prediction on pooled images; its authors' code adds the images as data too.
+# The paper's methods in the trainer's spelling. The paper adds penalties to the gradient. Its generative distillation
+# (GD) matches the teacher's prediction on pooled images; its authors' code also uses these images as data.
 PAPER_METHODS: dict[str, str] = {
     "joint (not continual)": "joint",
     "fine-tuning": "fine-tune",
@@ -28,8 +28,8 @@ PAPER_METHODS: dict[str, str] = {
     "diagonal + GD": f"gd+diagonal:gradient,lam={PAPER_LAM}",
     "rank-1 + GD": f"gd+rank1:gradient,lam={PAPER_LAM}",
 }
-# Asked for by name; not in the presets' comparison. The paper found its rank-k terms by stochastic power iteration,
-# ours are exact top eigenvectors of the samples' Gram matrix.
+# Available by name; not in the presets' comparison. The paper computes its rank-k terms by stochastic power iteration,
+# the trainer takes exact top eigenvectors of the samples' Gram matrix.
 PAPER_VARIANTS: dict[str, str] = {
     "rank-1 + GD, as the authors' code has it": f"replay+gd+rank1:gradient,lam={PAPER_LAM}",
     **{f"rank-{k} + GD (exact eigenvectors)": f"gd+rank{k}:gradient,lam={PAPER_LAM}" for k in (2, 3, 4, 5)},
@@ -37,7 +37,7 @@ PAPER_VARIANTS: dict[str, str] = {
 
 
 class Preset(NamedTuple):
-    """One experiment: settings that differ from the defaults, and what `compare` runs unless told otherwise."""
+    """One experiment: settings that differ from the defaults, and the default methods and seeds of `compare`."""
 
     about: str
     settings: dict[str, Any]
@@ -64,9 +64,9 @@ _PAPER: dict[str, Any] = {
     "log_every": 100,
     "checkpoint_every": 1000,
 }
-# Settings whose number in the paper presets is ours. As many images are drawn for a class as it has held-out ones.
+# Settings whose value in the paper presets is ours. eval_samples is the number of held-out images of a class.
 OURS = ("replay_batch", "lr_schedule", "clip", "ema", "precision", "eval_samples", "log_every", "checkpoint_every")
-# Read by methods that the paper has not, or replaced by another setting: left out of the table of the presets.
+# Not in the table of the presets: read only by methods that are not the paper's, or replaced by another setting.
 UNUSED = ("steps", "fresh_steps", "device")
 
 
@@ -87,5 +87,5 @@ PRESETS: dict[str, Preset] = {
 
 
 def resolved(name: str, method: str = "fine-tune", seed: int = 0) -> RunConfig:
-    """A preset's run with the data set's defaults filled in."""
+    """The resolved configuration of one run of a preset."""
     return planned(RunConfig(method=spell(method), seed=seed, **PRESETS[name].settings))

@@ -1,4 +1,4 @@
-"""The frozen configuration of a run: settings, their checks, and each data set's defaults."""
+"""The frozen configuration of a run: settings, their checks, and the defaults of each data set."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ ExtractorName = Literal["cnn", "lenet", "inception"]
 
 
 class DataPlan(NamedTuple):
-    """What a data set is unless told otherwise: side of its images, tasks, classes of each."""
+    """Defaults of a data set: side of its images in pixels, number of tasks, classes in each task."""
 
     image_size: int
     tasks: int
     classes_per_task: int
-    classes: int  # 0: as many as the tasks have
+    classes: int  # in the data set; 0: not known in advance
 
 
 DATA_PLANS: dict[str, DataPlan] = {
@@ -37,67 +37,70 @@ DATA_PLANS: dict[str, DataPlan] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Everything that decides a run's numbers, except its method and its seed."""
+    """Everything that determines the results of a run, except its method and its seed."""
 
     data: DataName = "digits"
-    """Data set: digits comes with scikit-learn, the others are read from --data-root; folder is any folder of images
-    with train/<class>/ and test/<class>/ in it."""
+    """Data set. digits comes with scikit-learn. The others are read from --data-root. folder is any folder of images
+    that contains train/<class>/ and test/<class>/."""
     image_size: int = 0
-    """Side of the images in pixels; 0 means the data set's default (digits 8, MNIST and FashionMNIST 16, others 32)."""
+    """Side of the images in pixels. 0 means the data set's default: digits 8, MNIST and FashionMNIST 16, others 32."""
     tasks: int = 0
-    """How many tasks to learn; 0 means the data set's default (5; imagenet32 20)."""
+    """Number of tasks. 0 means the data set's default: 5, or 20 for imagenet32."""
     classes_per_task: int = 0
-    """Classes of each task; 0 means the data set's default (2; imagenet32 50)."""
+    """Number of classes in each task. 0 means the data set's default: 2, or 50 for imagenet32."""
     class_order: int = -1
-    """Seed of the order in which classes arrive; -1 is the labels' own order."""
+    """Random seed for the order of the classes. -1 keeps the order of the labels."""
     per_class: int = 0
-    """At most so many training images of each class, the first ones; 0 means all."""
+    """Largest number of training images of each class; the first ones are used. 0 means all."""
     held_out: Literal["test", "validation"] = "test"
-    """Which held-out images the evaluations compare with: test images, or, to choose lam and the like, validation
-    images, which are taken from the training part."""
+    """Images that evaluations compare with. Choose validation to tune lam and other settings: these images are taken
+    from the training images, so the test images stay unseen."""
     model: ModelName = "tiny"
-    """UNet preset: mini (0.16 M parameters) and tiny (0.36 M), made for a CPU, small (2.5 M) or paper (36 M, the rank-1
-    paper's channels, for images of 32 pixels)."""
+    """Size of the UNet: mini (0.16 M parameters) and tiny (0.36 M) suit a CPU; small has 2.5 M; paper has 36 M, the
+    channels of the rank-1 paper, and is meant for images of 32 pixels."""
     schedule: Literal["linear", "cosine"] = "linear"
-    """Noise schedule of the 1000 timesteps."""
+    """Noise schedule over the 1000 timesteps."""
     steps: int = 300
-    """Optimization steps a task."""
+    """Optimization steps of each task."""
     epochs: int = 0
-    """Passes over the images of a task, the last batch of each rounded up, instead of --steps; 0 means that --steps
-    counts."""
+    """Passes over the training images of each task, used instead of --steps. The number of steps of each
+    pass is rounded up. 0 means that --steps is used."""
     batch: int = 32
-    """Real images a step."""
+    """Real images in each step."""
     replay_batch: int = 32
-    """Replayed images a step, for each replay of the method."""
+    """Replayed images in each step, for each replay of the method."""
     lr: float = 2e-3
-    """Adam's learning rate, or its peak; Adam starts afresh with every task."""
+    """Learning rate of Adam; the peak value if --lr-schedule is one-cycle. Each task starts with a new optimizer."""
     lr_schedule: Literal["one-cycle", "constant"] = "one-cycle"
-    """Learning rate over a task: a rise and a long cosine down to 0, or always the same."""
+    """Learning rate within a task: one-cycle rises for a tenth of the steps and then falls to 0 along a cosine;
+    constant does not change."""
     clip: float = 1.0
-    """Largest norm of the gradient; a longer one is scaled down to it. 0 means no limit."""
+    """Largest norm of the gradient. Longer gradients are scaled down to this norm. 0 means no clipping."""
     ema: float = 0.0
-    """Decay of an exponential moving average of the weights; 0 means none. After step n of a task the decay is at most
-    n / (n + 9), so that a task's first weights are soon forgotten. At the end of a task the average becomes the model:
-    it is evaluated, it is the teacher and the penalty's anchor, and the next task starts from it."""
+    """Decay of an exponential moving average (EMA) of the weights. 0 means no average. After step n of a task the decay
+    is at most n / (n + 9), so the weights from the start of the task soon lose their influence. At the end of a task
+    the average replaces the model's weights. Evaluation, the teacher, the penalty's anchor and the next task all use
+    these weights."""
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
-    """Arithmetic of the network in training and in drawing images: bf16 and fp16 through autocast, with float32
-    parameters, and with a gradient scaler for fp16; fp64 also for the parameters. Fisher matrices are estimated in the
-    parameters' own precision."""
+    """Arithmetic of the network, in training and in sampling. bf16 and fp16 use autocast and keep the parameters in
+    float32; fp16 also uses a gradient scaler. fp64 changes the parameters too. Fisher matrices are estimated in the
+    precision of the parameters."""
     pool: int = 100
-    """Images that the teacher draws for each old class after every task."""
+    """Images in the replay pool for each old class. The teacher draws them after every task."""
     pool_steps: int = 10
     """DDIM steps for the images of the pool."""
     fresh_steps: int = 2
-    """DDIM steps for replay images that are drawn anew in every step."""
+    """DDIM steps for replay images that are drawn in every training step (method masip)."""
     eval_samples: int = 100
     """Images drawn for each class in an evaluation."""
     eval_steps: int = 10
     """DDIM steps for the images of an evaluation."""
     fisher_samples: int = 1000
-    """Per-sample gradients for the Fisher matrix of one task, half for its directions and half for its curvatures; 0
-    means every image of the task once."""
+    """Per-sample gradients for the Fisher matrix of each task. With --fisher-estimate held-out, half of them determine
+    the directions and the other half the curvatures. 0 means every image of the task once."""
     fisher_estimate: Literal["held-out", "in-sample"] = "held-out"
-    """Whether directions and curvatures come from different samples, or both from all of them, as in the paper."""
+    """held-out estimates directions and curvatures from different samples. in-sample uses all samples for both, as the
+    paper does."""
     fisher_images: Literal["train", "validation"] = "train"
     """Images of the task that the Fisher matrix is estimated from."""
     log_every: int = 20
@@ -105,7 +108,7 @@ class Settings:
     checkpoint_every: int = 100
     """Steps between two checkpoints within a task."""
     device: Device = "auto"
-    """Where to train; auto takes a CUDA device if there is one."""
+    """Device for training. auto means CUDA if a CUDA device is available, otherwise the CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,18 +116,19 @@ class RunConfig(Settings):
     """One run: settings, one method, one seed."""
 
     method: str
-    """What is replayed and what is penalised: NAME or NAME:OPTION,... such as gd+rank1:gradient,lam=60; see the
-    README."""
+    """What is replayed and what is penalised: NAME or NAME:OPTION,..., for example gd+rank1:gradient,lam=60.
+    `crl-diffusion list` shows all names and options. The options once, alone and random are controls for experiments,
+    not methods to use."""
     seed: int = 0
-    """Names the random streams; runs of one seed see identical batches, noise, timesteps and evaluation latents."""
+    """Random seed. Runs with the same seed see the same batches, noise, timesteps and evaluation latents."""
 
     @property
     def recipe(self) -> Method:
-        """The method's value."""
+        """The parts of the method."""
         return parse_method(self.method)
 
     def as_json(self) -> dict[str, Any]:
-        """The resolved configuration as `config.json` keeps it."""
+        """The configuration as `config.json` stores it."""
         recipe = asdict(self.recipe)
         recipe["replays"] = list(recipe["replays"])  # JSON knows no tuples
         return {**asdict(self), "recipe": recipe}
@@ -135,7 +139,10 @@ class RunConfig(Settings):
 
 
 def planned(config: RunConfig) -> RunConfig:
-    """The configuration with the data set's defaults and the method's one spelling filled in."""
+    """The configuration with the defaults of its data set, and its method in canonical spelling.
+
+    Called where a configuration comes in; all functions but `check` expect its result.
+    """
     plan = DATA_PLANS[config.data]
     return replace(
         config,
@@ -147,7 +154,7 @@ def planned(config: RunConfig) -> RunConfig:
 
 
 def least_fisher_samples(config: RunConfig) -> int:
-    """Samples that a task's Fisher matrix needs: as many as directions, in each half if halves are kept apart."""
+    """Smallest number of samples for the Fisher matrix of a task: its number of directions, twice if held-out."""
     penalty = config.recipe.penalty
     if penalty is None:
         return 4
@@ -155,9 +162,9 @@ def least_fisher_samples(config: RunConfig) -> int:
 
 
 def check(config: RunConfig) -> None:
-    """Refuse what cannot run, naming the option, its value, what was expected and what to do."""
+    """OptionError if the configuration cannot run. It names the option, its value, what was expected and what to do."""
 
-    def whole(name: str, low: int, high: int | None = None) -> None:
+    def require_range(name: str, low: int, high: int | None = None) -> None:
         value = getattr(config, name)
         if value < low or (high is not None and value > high):
             wanted = f"at least {low}" if high is None else f"between {low} and {high}"
@@ -165,13 +172,13 @@ def check(config: RunConfig) -> None:
 
     parse_method(config.method)
     for name in ("steps", "batch", "replay_batch", "pool", "log_every", "checkpoint_every"):
-        whole(name, 1)
+        require_range(name, 1)
     for name in ("image_size", "tasks", "classes_per_task", "per_class", "epochs", "seed", "fisher_samples"):
-        whole(name, 0)
-    whole("class_order", -1)
-    whole("eval_samples", 2)
+        require_range(name, 0)
+    require_range("class_order", -1)
+    require_range("eval_samples", 2)
     for name in ("pool_steps", "fresh_steps", "eval_steps"):
-        whole(name, 1, 1000)
+        require_range(name, 1, 1000)
     least = least_fisher_samples(config)
     if 0 < config.fisher_samples < least:
         raise OptionError(

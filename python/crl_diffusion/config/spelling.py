@@ -1,9 +1,9 @@
 """How a method is written: NAME or NAME:OPTION,OPTION,...
 
-`gd+bands8:top,slopes,gradient,lam=60` is generative distillation with a penalty of eight bands of timesteps, top
-eigenvectors as directions, each task's slope kept, added to the gradient, lam = 60. `rank<k>` and `bands<n>` stand for
-any number: METHODS lists the usual ones. Of two options of one kind the last counts. `spell` writes every method in one
-way only, which names it in tables and folders.
+`gd+bands8:top,slopes,gradient,lam=60` is generative distillation with a penalty: eight bands of timesteps, top
+eigenvectors as directions, the first-order term of each task kept, added to the gradient, lam = 60. `rank<k>` and
+`bands<n>` accept any number from 2 to 1000. Of two options of one kind the last one counts. `spell` gives the canonical
+spelling of a method, which tables and folder names use.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ def parse_method(text: str) -> Method:
     for option in options.split(","):
         penalty = _with_option(penalty, option, text)
     if penalty.mode == "gradient" and math.isinf(penalty.lam):
-        raise OptionError(f"method {text!r}: a gradient needs a finite lam; give one, or the decoupled mode")
+        raise OptionError(f"method {text!r}: a gradient needs a finite lam; give one, or use the decoupled mode")
     if penalty.mode == "alone" and not (penalty.slopes and math.isfinite(penalty.lam)):
-        raise OptionError(f"method {text!r}: alone is the slopes' pull alone; it needs slopes and a finite lam")
+        raise OptionError(f"method {text!r}: alone is the first-order term only; it needs slopes and a finite lam")
     return replace(method, penalty=penalty)
 
 
 def _named(name: str) -> Method:
-    """The method of a name alone: one of METHODS, or REPLAY+FAMILY and a number."""
+    """The method of a name without options: one of METHODS, or REPLAY+FAMILY and a number."""
     if name in METHODS:
         return METHODS[name]
     replayed, plus, penalty = name.rpartition("+")
@@ -54,7 +54,7 @@ def _named(name: str) -> Method:
 
 
 def penalty_names() -> list[str]:
-    """All penalties, a family as one name."""
+    """The names of all penalties, with one name for each family."""
     return [*(name for name in PENALTIES if not NUMBERED.fullmatch(name)), *(f"{family}<n>" for family in FAMILIES)]
 
 
@@ -81,7 +81,7 @@ def _with_option(penalty: Penalty, option: str, text: str) -> Penalty:
 
 
 def spell(text: str, with_lam: bool = True) -> str:
-    """A method's one spelling: options that differ from the name's own, in a fixed order; without lam, if asked."""
+    """The canonical spelling of a method: the options that differ from the defaults of its name, in a fixed order."""
     method, name = parse_method(text), text.partition(":")[0]
     if method.penalty is None:
         return name
@@ -101,7 +101,7 @@ def spell(text: str, with_lam: bool = True) -> str:
 
 
 def in_order(texts: Iterable[str]) -> list[str]:
-    """Methods in the order in which tables show them: without a penalty, then penalties from simple to rich."""
+    """Methods in the order of the tables: first those without a penalty, then from simple to rich penalties."""
 
     def key(text: str) -> tuple[Any, ...]:
         method = parse_method(text)

@@ -1,4 +1,4 @@
-"""What a sceptic asks of the slopes: the same without the data's directions, and without the curvature that holds."""
+"""Controls for experiments on the first-order term: without the quadratic penalty, and with random directions."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from crl_kernels import LowRankFisher, LowRankHistory
 
 
 class SlopesAlone:
-    """The pull of past slopes with nothing that holds: each step moves theta by -lr lam sum_k w_k s_k u_k.
+    """The first-order term without the quadratic penalty: each step moves theta by -lr lam sum_k w_k s_k u_k.
 
-    Left to itself, a decoupled penalty comes closer to a slope's lowest point by 1 / (1 + lr lam a_k) in each step, and
-    pulls the less. w_k is that of whole tasks: it is divided by 1 + lam a_k (sum of a task's lr) with every task that
-    has begun since. Where training takes the parameters does not matter to it.
+    Without a training loss, each step of a decoupled penalty multiplies the distance to the shifted anchor along u_k by
+    1 / (1 + lr lam a_k), so its pull fades. w_k fades in the same way, but once a task: every task that begins divides
+    it by 1 + lam a_k (sum of a task's learning rates). It does not depend on the parameters.
     """
 
     def __init__(self, model: nn.Module, lam: float) -> None:
@@ -24,7 +24,7 @@ class SlopesAlone:
         self._pull: dict[str, Tensor] = {}  # sum_k w_k s_k u_k, by parameter
 
     def learn(self, history: LowRankHistory, fisher: LowRankFisher, task_lr: float) -> None:
-        """Take up the slopes of a task whose terms are the history's last; `task_lr` is the sum of a task's rates."""
+        """Add the slopes of a task, whose terms are the history's last; `task_lr` is the sum of its learning rates."""
         assert fisher.slopes is not None
         slopes = torch.cat([self.slopes.to(fisher.slopes), fisher.slopes])
         self.set(history, slopes / (1 + self.lam * task_lr * history.curvatures))
@@ -46,7 +46,7 @@ class SlopesAlone:
 
 
 def along_random_directions(fisher: Any, model: nn.Module, generator: torch.Generator) -> LowRankFisher:
-    """The same curvatures and slopes along unit directions that know nothing of the data."""
+    """The same curvatures and slopes along random unit directions."""
     parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     terms = len(fisher)
     drawn = {name: torch.randn(terms, *p.shape, generator=generator) for name, p in parameters.items()}

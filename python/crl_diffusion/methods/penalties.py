@@ -1,4 +1,4 @@
-"""Penalties: from a method's `Penalty` value to a `crl_kernels` history of all tasks learnt. No mathematics here."""
+"""Penalties: from the `Penalty` of a method to a `crl_kernels` history of all tasks learnt. No mathematics here."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from crl_kernels import DiagonalFisher, DiagonalHistory, LowRankFisher, LowRankH
 
 PerSampleLoss = Callable[[nn.Module, Any], Tensor]
 STATISTICS = ("num_samples", "kappa", "rho", "trace", "signal_share", "samples_needed")
-SLOPES_ALONE = "slopes_alone"  # beside the names of a history's state
+SLOPES_ALONE = "slopes_alone"  # key in a checkpoint, next to the keys of the history
 
 
 class PenaltyState:
-    """What a run keeps of its past tasks, and the moments at which a penalty may act."""
+    """The history of past tasks, and where the penalty acts in a training step: after backward or after the step."""
 
     def __init__(self, spec: Penalty, model: nn.Module, in_sample: bool = False) -> None:
         self.spec, self.model, self.in_sample = spec, model, in_sample
         self.history: LowRankHistory | DiagonalHistory = self._new_history()
         self.slopes_alone = SlopesAlone(model, spec.lam) if spec.mode == "alone" else None
-        self.seconds: list[float] = []  # time of each call since it was last read
+        self.seconds: list[float] = []  # durations of the penalty's calls since the last row of timings
 
     def after_backward(self) -> None:
-        """Gradient mode: add the penalty's gradient to the loss's."""
+        """Mode gradient: add the gradient of the penalty to that of the loss."""
         if self.spec.mode == "gradient" and len(self.history):
             self._timed(lambda: self.history.add_penalty_grad_(self.spec.lam))
 
     def after_step(self, lr: float) -> None:
-        """What does not go through the gradient: the penalty's own proximal step, or the slopes' pull alone, with the
-        optimizer's learning rate of this step."""
+        """Mode decoupled: the proximal step of the penalty. Mode alone: the step of the first-order term. Both use the
+        learning rate of this optimizer step."""
         if not len(self.history):
             return
         if self.spec.mode == "decoupled":
@@ -53,21 +53,21 @@ class PenaltyState:
         generator: torch.Generator,
         task_lr: float,
     ) -> dict[str, Any]:
-        """Append the Fisher matrix of the task that has just been learnt; returns its statistics, None for those that
-        this kind of matrix does not have. `task_lr` is the sum of a task's learning rates."""
+        """Estimate the Fisher matrix of the task that has just been learnt and append it to the history. Returns its
+        statistics; those that this kind of matrix lacks are None. `task_lr` is the sum of the task's learning rates."""
         fisher = self._estimate(per_sample_loss, batches, generator)
         if self.spec.direction == "random":
             fisher = along_random_directions(fisher, self.model, generator)
         if self.spec.mode == "once":
-            # A control: the whole pull of one task, in one proximal step at its end, and no penalty afterwards.
+            # Control: one proximal step at the end of the task, with its total learning rate; no penalty afterwards.
             once = self._new_history()
             once.append(fisher)
             once.decoupled_step_(self.spec.lam, task_lr)
         self.history.append(fisher)
         if self.slopes_alone is not None:
             self.slopes_alone.learn(self.history, fisher, task_lr)
-        found = {name: getattr(fisher.statistics, name, math.nan) for name in STATISTICS}
-        statistics: dict[str, Any] = {name: x if math.isfinite(x) else None for name, x in found.items()}
+        values = {name: getattr(fisher.statistics, name, math.nan) for name in STATISTICS}
+        statistics: dict[str, Any] = {name: x if math.isfinite(x) else None for name, x in values.items()}
         if isinstance(fisher, LowRankFisher):
             statistics["curvatures"] = fisher.curvatures.tolist()
             statistics["slopes"] = None if fisher.slopes is None else fisher.slopes.tolist()
@@ -78,7 +78,7 @@ class PenaltyState:
         return int(self.history.nbytes)
 
     def state(self) -> dict[str, Tensor]:
-        """The history's state, and beside it what a control keeps; nothing before the first task."""
+        """The state of the history and of the control `alone`; empty before the end of the first task."""
         if not len(self.history):
             return {}
         control = {} if self.slopes_alone is None else {SLOPES_ALONE: self.slopes_alone.slopes}
@@ -134,7 +134,7 @@ class PenaltyState:
         self.seconds.append(time.perf_counter() - start)
 
     def _wait(self) -> None:
-        """A GPU works behind the clock's back: wait for it on both sides of what is timed."""
+        """Wait for the GPU: its work is asynchronous, so it must be finished before the clock is read."""
         device = next(self.model.parameters()).device
         if device.type == "cuda":
             torch.cuda.synchronize(device)

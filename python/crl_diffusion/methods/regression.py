@@ -1,4 +1,4 @@
-"""Everything that is trained on, real or replayed, is one kind of regression data: a `NoisedBatch`."""
+"""Regression data: a `NoisedBatch`, the one form of all training data, real or replayed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def concatenate(batches: Sequence[NoisedBatch]) -> NoisedBatch:
 
 
 class Moment(NamedTuple):
-    """One step of one stage of one seed: it names the step's random streams."""
+    """One step of one stage of one seed, which names the random streams of the step."""
 
     seed: int
     stage: int
@@ -42,7 +42,7 @@ class Moment(NamedTuple):
 
 
 def shares(method: Method, stage: int) -> tuple[float, tuple[float, ...]]:
-    """Weights of the real loss and of each replay's in a stage, the first being 0; see `Method`."""
+    """Weights of the real loss and of each replay loss in a stage (from 0); see `Method`."""
     weights = tuple(part.weight for part in method.replays)
     if method.weights == "sum" or not weights:
         return 1.0, weights
@@ -51,17 +51,17 @@ def shares(method: Method, stage: int) -> tuple[float, tuple[float, ...]]:
 
 
 def real_batch(images: Images, n: int, weight: float, schedule: Schedule, moment: Moment, like: Tensor) -> NoisedBatch:
-    """This process's share of the step's n real images, in epochs, weighing weight / n each; device and dtype are those
+    """This process's share of the n real images of a step. Each has the weight weight / n. Device and dtype are those
     of `like`."""
-    whole = epoch_batch(images, n, moment)
-    chosen = whole.take(torch.arange(n)[processes.share(n)])
+    images_of_step = epoch_batch(images, n, moment)
+    chosen = images_of_step.take(torch.arange(n)[processes.share(n)])
     t, noise = share_of_noise(chosen, n, moment.stream("noise"))
     noised, t, label, noise = noise_up(chosen, t, noise, schedule, like)
     return NoisedBatch(noised, t, label, noise, sample_weights(weight / n, label, like))
 
 
 def epoch_batch(images: Images, n: int, moment: Moment, purpose: str = "epoch") -> Images:
-    """The step's n images of a walk through shuffled epochs, found without having taken the steps before."""
+    """The n images of a step in a sequence of shuffled epochs, computed without the steps before it."""
     total = len(images)
     first = moment.step * n // total
     last = ((moment.step + 1) * n - 1) // total
@@ -76,7 +76,7 @@ def _shuffled(total: int, seed: int, purpose: str, stage: int, epoch: int) -> Te
 
 
 def share_of_noise(images: Images, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Timesteps and noise for images that are this process's share of n: its share of those drawn for all n."""
+    """Timesteps and noise for this process's share of n images: its share of those drawn for all n."""
     t, noise = noising.draw_noise(generator, (n, *images.pixels.shape[1:]))
     return t[processes.share(n)], noise[processes.share(n)]
 
@@ -90,5 +90,5 @@ def noise_up(
     return schedule.add_noise(clean, noise, t), t, images.labels.to(like.device), noise
 
 
-def sample_weights(each: float, label: Tensor, like: Tensor) -> Tensor:
-    return torch.full((len(label),), each, dtype=like.dtype, device=like.device)
+def sample_weights(weight: float, label: Tensor, like: Tensor) -> Tensor:
+    return torch.full((len(label),), weight, dtype=like.dtype, device=like.device)

@@ -1,6 +1,6 @@
-"""Replay: a source says where old images come from, a target what the model has to predict on their noised versions.
+"""Replay: a source provides images of old classes, a target is what the model must predict on their noised versions.
 
-A new source or target is one entry in a table here.
+A new source is one entry in `SOURCES`, a new target one entry in `TARGETS`.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ Target = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor], Tensor]  # teache
 
 
 def _noise(teacher: nn.Module, noised: Tensor, t: Tensor, label: Tensor, noise: Tensor) -> Tensor:
-    """Ordinary denoising of an old image."""
+    """Ordinary denoising: the noise that was added to the image."""
     return noise
 
 
 def _teacher(teacher: nn.Module, noised: Tensor, t: Tensor, label: Tensor, noise: Tensor) -> Tensor:
-    """Distillation: what the frozen model of the last task predicts at the same noised image and timestep."""
+    """Distillation: the prediction of the teacher for the same noised image and timestep."""
     with torch.no_grad():
         return predict(teacher, noised, t, label)
 
@@ -37,20 +37,20 @@ def _teacher(teacher: nn.Module, noised: Tensor, t: Tensor, label: Tensor, noise
 TARGETS: dict[str, Target] = {"noise": _noise, "teacher": _teacher}
 
 
-class Source(Protocol):
-    """Where images of old classes come from. All come from the last task's model, the teacher: it is the only memory,
-    no earlier image is kept."""
+class ReplaySource(Protocol):
+    """Provides images of old classes. The teacher, the frozen model of the last task, draws all of them: no image of an
+    earlier task is kept."""
 
     def __init__(self, config: RunConfig, shape: tuple[int, int, int]) -> None: ...
 
     def refill(self, teacher: nn.Module, classes: Sequence[int], stage: int) -> None:
-        """A task has been learnt: `classes` are all old ones, and the stage has the number `stage`."""
+        """Called when the stage with the number `stage` ends; `classes` are all classes learnt so far."""
 
     def draw(self, teacher: nn.Module, n: int, generator: torch.Generator) -> Images:
         """This process's share of n images of old classes."""
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold of this source."""
+        """Tensors that a checkpoint must hold."""
 
     def load_state(self, state: dict[str, Tensor]) -> None: ...
 
@@ -82,7 +82,7 @@ class Pool:
 
 
 class Fresh:
-    """New images in every step, drawn with a few DDIM steps, their classes uniform over the old ones."""
+    """New images in every step, drawn with a few DDIM steps; their classes are uniform over the old ones."""
 
     def __init__(self, config: RunConfig, shape: tuple[int, int, int]) -> None:
         self.shape, self.steps = shape, config.fresh_steps
@@ -105,22 +105,22 @@ class Fresh:
         self.classes = state["classes"]
 
 
-SOURCES: dict[str, type[Source]] = {"pool": Pool, "fresh": Fresh}
+SOURCES: dict[str, type[ReplaySource]] = {"pool": Pool, "fresh": Fresh}
 
 
 def replay_batch(
     target: str,
     position: int,
     weight: float,
-    source: Source,
+    source: ReplaySource,
     teacher: nn.Module,
     n: int,
     schedule: Schedule,
     moment: Moment,
     like: Tensor,
 ) -> NoisedBatch:
-    """This process's share of the step's n images of one replay, weighing weight / n each; `position` is its place in
-    the method."""
+    """This process's share of the n images of one replay in one step. Each has the weight weight / n. `position` is the
+    replay's position in the method; it names the random streams."""
     chosen = source.draw(teacher, n, moment.stream(f"replay {position}"))
     t, noise = share_of_noise(chosen, n, moment.stream(f"replay noise {position}"))
     noised, t, label, noise = noise_up(chosen, t, noise, schedule, like)

@@ -1,12 +1,12 @@
 """Checkpoints: safetensors files, written so that a crash at any moment leaves the last good one in place.
 
-`02-00000300.safetensors` was taken with two stages finished and 300 steps of the third. The end of stage i is
-`<i+1>-00000000`; those are kept, of the others only the last two. What does not change within a stage (teacher, pool,
-penalties: with fifty directions a task many times the model) is in the file of the stage's start alone, and the later
-ones name that file's digest. A file is written beside its final name, synced to the disk and then renamed, and it
-carries a digest of its contents and the run that it belongs to: what is torn, altered or out of place is noticed and
-passed over. It also knows the run's records: config.json itself, and of logs and kept samples a digest. Digests guard
-against accidents; they are no signatures.
+`02-00000300.safetensors` was written after two finished stages and 300 steps of the third. The end of stage i is
+`<i+1>-00000000`. These files are kept; of the others only the last two. What does not change within a stage (teacher,
+pool, penalties: with fifty directions for each task, many times the model) is stored only in the file of the stage's
+start, and the later files name the digest of that file. A file is written under a temporary name, synced to the disk
+and then renamed. It stores a digest of its contents and of the run that it belongs to, so a torn, altered or misplaced
+file is detected and skipped. It also stores config.json and the digests of logs and sample files. Digests protect
+against accidents; they are not signatures.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from crl_diffusion.errors import WriteError
 from crl_diffusion.files import require_file, require_folder, write_tensors
 
 KEPT_WITHIN_A_STAGE = 2
-MEMORY = "memory/"  # names of tensors that do not change within a stage begin so
+MEMORY = "memory/"  # prefix of tensors that do not change within a stage
 
 
 class StaleRecords(ValueError):
-    """A good checkpoint whose run's records are not those that it was taken after."""
+    """A good checkpoint whose run has other records than when it was written."""
 
 
 class Checkpoint(NamedTuple):
-    """Where a run stood: stages finished, steps taken in the next one, rows written to each log, and its tensors."""
+    """The state of a run: finished stages, steps in the next one, rows of each log, and tensors."""
 
     stage: int
     step: int
     rows: dict[str, int]
     tensors: dict[str, Tensor]
-    run: str = ""  # what only this run's checkpoints say, such as a digest of its configuration
+    run: str = ""  # identifies the run: the digest of its configuration
     digests: Mapping[str, str] = {}  # sha256 of the rows of each log and of other files of the run, by name
     config: str = ""  # the text of config.json
 
     def part(self, name: str) -> dict[str, Tensor]:
-        """Tensors whose name begins with `name/`, without that beginning."""
+        """Tensors whose name begins with `name/`, without that prefix."""
         return {key[len(name) + 1 :]: value for key, value in self.tensors.items() if key.startswith(f"{name}/")}
 
 
@@ -53,7 +53,7 @@ Check = Callable[[Checkpoint], Any]  # raises ValueError or KeyError if a checkp
 
 
 def _digests(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[str, str]:
-    """Of the tensors and the metadata, and of the tensors alone, which is what earlier versions have written."""
+    """Two digests: of tensors and metadata, and of the tensors alone, as earlier versions wrote it."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode())
@@ -68,13 +68,13 @@ def _path(folder: Path, stage: int, step: int) -> Path:
 
 
 def _moment(path: Path) -> tuple[int, int]:
-    """Stage and step in a file's name; that of a file which has none comes before all others."""
+    """Stage and step in the name of a file; (-1, -1), before all others, if the name has none."""
     stage, _, step = path.stem.partition("-")
     return (int(stage), int(step)) if stage.isdecimal() and step.isdecimal() else (-1, -1)
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Write one checkpoint and drop those that are no longer needed. WriteError if the disk is full, say."""
+    """Write one checkpoint and delete those that are no longer needed. WriteError if that fails, as on a full disk."""
     stage, step = checkpoint.stage, checkpoint.step
     path = _path(folder, stage, step)
     try:
@@ -104,14 +104,14 @@ def latest(folder: Path, check: Check = lambda checkpoint: None) -> tuple[Checkp
     for path in sorted(folder.glob("*.safetensors"), key=_moment, reverse=True):
         require_file(path)
         try:
-            found = load(path)
-            check(found)
-            return found, complaints
+            loaded = load(path)
+            check(loaded)
+            return loaded, complaints
         except StaleRecords as error:
             complaints.append(f"{error}, which checkpoint {path.name} was taken after; going back to the one before it")
         except (SafetensorError, OSError, ValueError, KeyError) as error:
-            said = f"no {error}" if isinstance(error, KeyError) else error
-            complaints.append(f"checkpoint {path.name} is damaged ({said}); going back to the one before it")
+            damage = f"no {error}" if isinstance(error, KeyError) else error
+            complaints.append(f"checkpoint {path.name} is damaged ({damage}); going back to the one before it")
     return None, complaints
 
 
@@ -131,18 +131,18 @@ def load(path: Path) -> Checkpoint:
         if start_metadata["digest"] != metadata["start"]:
             raise ValueError(f"it was taken after another {start.name}")
         tensors.update({name: value for name, value in start_tensors.items() if name.startswith(MEMORY)})
-    return _of(metadata, tensors)
+    return _checkpoint(metadata, tensors)
 
 
 def newest_header(folder: Path) -> Checkpoint | None:
-    """What the newest checkpoint says of its run's records, without its tensors; None if it cannot be read."""
+    """The newest checkpoint without its tensors; None if it cannot be read."""
     for path in sorted(folder.glob("*.safetensors"), key=_moment, reverse=True)[:1]:
         with suppress(SafetensorError, OSError, ValueError, KeyError):
-            return _of(_metadata(path), {})
+            return _checkpoint(_metadata(path), {})
     return None
 
 
-def _of(metadata: Mapping[str, str], tensors: dict[str, Tensor]) -> Checkpoint:
+def _checkpoint(metadata: Mapping[str, str], tensors: dict[str, Tensor]) -> Checkpoint:
     def part(beginning: str) -> dict[str, str]:
         return {name[len(beginning) :]: x for name, x in metadata.items() if name.startswith(beginning)}
 
@@ -156,14 +156,14 @@ def end_of_stage(folder: Path, number: int) -> Path:
     return _path(folder, number + 1, 0)
 
 
-def require_like(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], what: str) -> None:
+def require_like(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], part: str) -> None:
     """ValueError unless `tensors` have the names, shapes and dtypes of `wanted`."""
     if odd := tensors.keys() ^ wanted.keys():
-        raise ValueError(f"its {what} lacks or has too many: {', '.join(sorted(odd)[:3])}")
+        raise ValueError(f"its {part} lacks or has too many: {', '.join(sorted(odd)[:3])}")
     for name, tensor in tensors.items():
         if (tensor.shape, tensor.dtype) != (wanted[name].shape, wanted[name].dtype):
             raise ValueError(
-                f"its {what} has {tensor.dtype} {tuple(tensor.shape)} for {name}, and not {wanted[name].dtype} "
+                f"its {part} has {tensor.dtype} {tuple(tensor.shape)} for {name}, and not {wanted[name].dtype} "
                 f"{tuple(wanted[name].shape)}"
             )
 
@@ -191,7 +191,7 @@ def _prune(folder: Path, newest: Path) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """What a process that was killed has left of files that it was writing."""
+    """Delete the temporary files of a process that was killed while it wrote them."""
     for path in folder.glob("*.tmp"):
         if path.is_file():
             path.unlink()

@@ -1,4 +1,4 @@
-"""A run's folder: which run it belongs to, and that one process at a time writes to it."""
+"""The folder of a run: which run it belongs to, what may be in it, and the lock that admits one writing process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from crl_diffusion.run_folder.readers import read_config
 
 
 def resolve(config: RunConfig) -> RunConfig:
-    """The configuration with what depends on the machine and the data set filled in."""
+    """The configuration with everything filled in that depends on the data set and on the machine."""
     return replace(planned(config), device=resolve_device(config.device))
 
 
@@ -33,32 +33,32 @@ def resolve_device(device: Device) -> Device:
 
 
 def digest_of(config: RunConfig) -> str:
-    """Of everything that decides a run's numbers: what a checkpoint says of the run that it belongs to."""
+    """sha256 of everything that determines the results of a run. A checkpoint stores it, to name its run."""
     return digest_of_saved(config.as_json())
 
 
 def digest_of_saved(run: dict[str, Any]) -> str:
-    """The same, of a configuration as config.json keeps it."""
+    """The same for a configuration as stored in config.json."""
     return hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
 
 
-def claim(config: RunConfig, out: Path, data_name: str, measured_with: dict[str, str]) -> None:
-    """Write config.json, or see that the run goes on with the data, and being measured with what it was begun with."""
-    path, kept = out / "config.json", {"data_name": data_name, **measured_with}
-    if not path.exists():
-        made = {"environment": origin.environment(), "git": origin.git_state(), "command": origin.command()}
-        write_json(path, {"run": config.as_json(), **kept, **made})
+def claim(config: RunConfig, out: Path, data_name: str, network_names: dict[str, str]) -> None:
+    """Write config.json or, if it exists, require the same data set and the same networks for evaluation."""
+    path, names = out / "config.json", {"data_name": data_name, **network_names}
+    if path.exists():
+        require_measured(out, names)
         return
-    require_measured(out, kept)
+    history = {"environment": origin.environment(), "git": origin.git_state(), "command": origin.command_line()}
+    write_json(path, {"run": config.as_json(), **names, **history})
 
 
-def require_measured(out: Path, kept: dict[str, str]) -> None:
-    """Refuse other data, or to measure with something else, than the run in `out` was begun with."""
-    begun = read_config(out)
-    for key, name in kept.items():
-        if begun.get(key, name) != name:
+def require_measured(out: Path, names: dict[str, str]) -> None:
+    """OptionError unless the run in `out` was started with the same data set, extractor and classifier."""
+    saved = read_config(out)
+    for key, name in names.items():
+        if saved.get(key, name) != name:
             raise OptionError(
-                f"the {key} is {name}, but the run in {str(out)!r} was begun with {begun[key]}; choose that one with "
+                f"the {key} is {name}, but the run in {str(out)!r} was begun with {saved[key]}; choose that one with "
                 "--data-root, --extractor and --extractor-folder, or another folder"
             )
 
@@ -87,14 +87,14 @@ FILES = (
 
 
 def require_place(option: str, out: Path) -> None:
-    """Refuse a place for a folder that is a file, or lies in one."""
-    there = next(path for path in (out, *out.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise OptionError(f"{option} is {str(out)!r}, but {str(there)!r} is no folder; give another place")
+    """OptionError if `out`, or the nearest of its parents that exists, is not a folder."""
+    existing = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise OptionError(f"{option} is {str(out)!r}, but {str(existing)!r} is not a folder; give another place")
 
 
 def require_layout(out: Path) -> None:
-    """Refuse a run's folder that is a file, or in which a folder stands where a file is written, or the reverse."""
+    """Refuse a path for a run that is a file, or a run folder that has a folder in place of a file or the reverse."""
     require_place("--out", out)
     for name in FOLDERS:
         require_folder(out / name)
@@ -106,8 +106,8 @@ def require_layout(out: Path) -> None:
 
 
 def restore_config(out: Path, say: Callable[[str], None]) -> None:
-    """Write config.json again where it is missing or cannot be read and a checkpoint has it, bit for bit. RecordError
-    if it cannot be read and none has."""
+    """If config.json is missing or cannot be read, write it again from a checkpoint that stores it, bit for bit.
+    RecordError if it cannot be read and no checkpoint stores it."""
     path = out / "config.json"
     try:
         if path.exists():
@@ -126,11 +126,11 @@ def restore_config(out: Path, say: Callable[[str], None]) -> None:
 
 def _require_config(saved: checkpoint.Checkpoint) -> None:
     if not saved.config:
-        raise ValueError("it was taken by an earlier version, and does not know config.json")
+        raise ValueError("it was written by an earlier version and does not store config.json")
 
 
 def make_writable(out: Path) -> None:
-    """Make the folder, unless it is there; OptionError if nothing can be written to it."""
+    """Create the folder if needed. OptionError if it cannot be written to."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / ".lock").touch()
@@ -141,5 +141,5 @@ def make_writable(out: Path) -> None:
 
 
 def writing(out: Path) -> AbstractContextManager[None]:
-    """While a process writes to the folder, another one is refused."""
+    """Lock the folder for writing. OptionError if another process holds the lock."""
     return locked(out / ".lock", f"--out {str(out)!r} is being written by another process; wait for it, or use another")

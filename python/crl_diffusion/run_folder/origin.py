@@ -28,7 +28,7 @@ def environment() -> dict[str, Any]:
     return versions
 
 
-def command() -> str:
+def command_line() -> str:
     """The command line of this process, for a shell."""
     return shlex.join(sys.orig_argv)
 
@@ -36,7 +36,7 @@ def command() -> str:
 def git_state(file: Path = Path(__file__)) -> dict[str, Any] | None:
     """The commit that a source file belongs to, and whether its folder differs from it; None unless git keeps it.
 
-    An installed copy is none of git's, even if its environment lies in somebody's checkout.
+    The files of an installed package are not kept by git, even if the environment lies inside a checkout.
     """
     if _git(file, "ls-files", "--error-unmatch", file.name) is None:
         return None

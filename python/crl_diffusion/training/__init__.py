@@ -1,1 +1,1 @@
-"""One run: its loop, state, steps and snapshots."""
+"""One run: its loop, state, steps, snapshots, and how long it will take."""

@@ -20,7 +20,7 @@ FISHER_BATCH = 32
 
 
 def per_sample_loss(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
-    """The loss whose gradients make the Fisher matrix: (noised, t, label, noise) -> (N,)."""
+    """The loss whose per-sample gradients define the Fisher matrix: (noised, t, label, noise) -> (N,)."""
     noised, t, label, noise = batch
     return noising.per_sample_loss(predict(model, noised, t, label), noise)
 
@@ -43,9 +43,9 @@ def fisher_batches(
 
 
 def fisher_share(batches: Sequence[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
-    """Of each half of the samples, every count-th one: each process's first half is then its part of the first half of
-    all, from which directions come."""
-    whole = [torch.cat(parts) for parts in zip(*batches, strict=True)]
-    half, rank, count = len(whole[0]) // 2, processes.rank(), processes.count()
-    mine = [torch.cat([part[:half][rank::count], part[half:][rank::count]]) for part in whole]
+    """Every count-th sample of each half of the samples. So the first half of a process's samples belongs to the first
+    half of all samples, which determines the directions."""
+    parts = [torch.cat(tensors) for tensors in zip(*batches, strict=True)]
+    half, rank, count = len(parts[0]) // 2, processes.rank(), processes.count()
+    mine = [torch.cat([part[:half][rank::count], part[half:][rank::count]]) for part in parts]
     return list(zip(*(part.split(FISHER_BATCH) for part in mine), strict=True))

@@ -1,9 +1,9 @@
-"""How long a run takes: passes through the network, before it begins and from the time of a few of its own steps.
+"""How long a run takes: estimated before it starts, and during the run from the time of a few of its steps.
 
-The unit is one image's forward pass; a backward pass counts as two. Counted are training with its replays, the
-pool's and the evaluations' sampling, and the estimation of Fisher matrices, where a sample's gradient and its square
-norm or projection cost about four forward passes. Not counted: FIDs, checkpoints, Fisher matrices that are estimated
-from every image of a task once, and penalties' steps, but for those that a timed step has in it.
+The unit is the forward pass of one image; a backward pass counts as two. Training with its replays, sampling for the
+pool and for evaluations, and the estimation of Fisher matrices are counted. In an estimation, the gradient of a sample
+and its square norm or projection cost about four forward passes. FIDs, checkpoints, and Fisher matrices that use every
+image of a task once are not counted. Steps of a penalty count only as far as the timed steps include them.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from crl_diffusion.config.settings import RunConfig
 from crl_diffusion.training.run import Run
 
 FISHER_PASSES = 4
-FEW_IMAGES, LONG = 4, 10.0  # how many are timed where a whole batch would take longer than so many seconds
+FEW_IMAGES, LONG = 4, 10.0  # images that are timed if a batch would take longer than LONG seconds
 
 
 def step_passes(config: RunConfig, stage: Stage) -> int:
-    """Of one step: forwards and backwards on all images, the teacher's targets, and images drawn on the spot."""
+    """Passes of one step: forward and backward on all images, the teacher's predictions, and fresh replay images."""
     total = 3 * config.batch
     for replay in config.recipe.replays if stage.number else ():
         drawing = config.fresh_steps if replay.source == "fresh" else 0
@@ -31,7 +31,7 @@ def step_passes(config: RunConfig, stage: Stage) -> int:
 
 
 def end_passes(config: RunConfig, plan: Sequence[Stage], stage: Stage) -> int:
-    """After a stage's steps: images of the evaluation and of the pool, and the Fisher matrix."""
+    """Passes after the steps of a stage: images of the evaluation and of the pool, and the Fisher matrix."""
     known = sum(len(earlier.classes) for earlier in plan[: stage.number + 1])
     total = known * config.eval_samples * config.eval_steps
     if stage.number + 1 < len(plan):
@@ -43,7 +43,7 @@ def end_passes(config: RunConfig, plan: Sequence[Stage], stage: Stage) -> int:
 
 
 def passes(config: RunConfig, steps: Sequence[int]) -> int:
-    """Of a whole run, whose stages have so many steps."""
+    """Passes of a run whose stages have `steps` steps each."""
     plan = stages(config)
     return sum(
         n * step_passes(config, stage) + end_passes(config, plan, stage) for n, stage in zip(steps, plan, strict=True)
@@ -53,7 +53,7 @@ def passes(config: RunConfig, steps: Sequence[int]) -> int:
 def seconds_left(
     config: RunConfig, plan: Sequence[Stage], steps: Sequence[int], stage: Stage, step: int, step_seconds: float
 ) -> float:
-    """From `step` of `stage` to the run's end, when a step of this stage takes `step_seconds`."""
+    """Seconds from `step` of `stage` to the end of the run, if one step of this stage takes `step_seconds`."""
     left = (steps[stage.number] - step) * step_passes(config, stage) + end_passes(config, plan, stage)
     for later in plan[stage.number + 1 :]:
         left += steps[later.number] * step_passes(config, later) + end_passes(config, plan, later)
@@ -61,10 +61,8 @@ def seconds_left(
 
 
 def seconds_per_pass(config: RunConfig, shape: tuple[int, int, int], classes: int) -> float:
-    """Seconds of one image's forward pass, timed on this machine as a third of a forward and backward pass. On a CPU
-    with one thread, as `compare` runs its cells."""
-    import torch
-
+    """Seconds of the forward pass of one image on this machine: a third of a timed forward and backward pass. On a CPU
+    with one thread, as in the processes of `compare`."""
     from crl_diffusion.diffusion.network import build, predict
 
     device, threads = torch.device(config.device), torch.get_num_threads()
@@ -87,7 +85,7 @@ def seconds_per_pass(config: RunConfig, shape: tuple[int, int, int], classes: in
         few = timed(FEW_IMAGES)
         if few * config.batch / FEW_IMAGES > LONG:
             return few / (3 * FEW_IMAGES)
-        return timed(config.batch) / (3 * config.batch)  # in small networks much of a pass is not about its images
+        return timed(config.batch) / (3 * config.batch)  # much of a small network's time is per pass
     finally:
         torch.set_num_threads(threads)
 
@@ -101,17 +99,17 @@ def in_words(seconds: float) -> str:
     return f"{seconds:.0f} seconds"
 
 
-TIMED_STEPS = 5  # of each stage, after its first: what the forecast of a run's duration rests on
+TIMED_STEPS = 5  # of each stage, after its first step
 
 
 class StepClock:
-    """Times a few steps of a stage and says what that means for the rest of the run."""
+    """Times a few steps of a stage and prints the time that the rest of the run will take."""
 
     def __init__(self, run: Run, stage: Stage) -> None:
         self.run, self.stage, self.ticks, self.begun = run, stage, 0, 0.0
 
     def tick(self) -> None:
-        """A step has been taken."""
+        """To be called after each step."""
         self.ticks += 1
         if self.ticks not in (1, 1 + TIMED_STEPS):
             return
@@ -125,5 +123,5 @@ class StepClock:
         steps = sum(run.stage_steps) - run.steps_done
         if not steps:
             return
-        whole = "this run" if run.steps_done == 1 + TIMED_STEPS else "the rest of this run"
-        run.say(f"about {in_words(left)} for {whole} ({steps} steps, now at {1e3 * seconds:.0f} ms, and images)")
+        scope = "this run" if run.steps_done == 1 + TIMED_STEPS else "the rest of this run"
+        run.say(f"about {in_words(left)} for {scope} ({steps} steps, now at {1e3 * seconds:.0f} ms, and images)")

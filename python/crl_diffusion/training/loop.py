@@ -42,7 +42,7 @@ from crl_diffusion.training.plan import require_fisher_images
 from crl_diffusion.training.run import Run, Say, loss_table
 from crl_diffusion.training.step import new_optimizer
 
-Advance = Callable[[int, int], None]  # told how many steps of the run are done, and of how many
+Advance = Callable[[int, int], None]  # called with the number of finished steps and of all steps
 
 
 def train(
@@ -54,9 +54,9 @@ def train(
     say: Say = print,
     advance: Advance = lambda done, total: None,
 ) -> Row:
-    """Run `config` in the folder `out` from wherever it stands, and return its summary.
+    """Run `config` in the folder `out`, from the start or from its newest checkpoint, and return its summary.
 
-    FIDs are measured on `features`; extractors are kept and looked for in `extractor_folder`, by default `out`.
+    `features` names the network for FIDs. `extractor_folder`, by default `out`, holds trained extractors.
     """
     config = resolve(config)
     first = processes.launched_rank() == 0
@@ -71,7 +71,7 @@ def train(
     require_shares(config)
     require_fisher_images(config, data)
 
-    # Of several processes none may leave before the others do: they stop between two steps, which they agree on.
+    # Several processes must stop together: they agree on the step after which they do.
     several = processes.launched() > 1
     with signals.deferred() if several else nullcontext(), processes.together(torch.device(config.device)):
         if first:
@@ -80,7 +80,7 @@ def train(
             with writing(out) if first else nullcontext():
                 tools = None
                 if first:
-                    # The folder belongs to this configuration, and the first process alone writes to it.
+                    # The folder must belong to this configuration. Only the first process writes to it.
                     restore_config(out, say)
                     check_folder(config, out)
                     tools = evaluate.instruments(features, data, extractor_folder or out, config.device)
@@ -98,22 +98,22 @@ def train(
                 return finish(run)
         except (errors.WriteError, OSError) as error:
             raise TrainingError(
-                f"{error}; earlier checkpoints are as they were: make {str(out)!r} writable, with room on its disk, "
-                "and give the same command again to go on"
+                f"{error}; earlier checkpoints are unchanged: make {str(out)!r} writable, with room on its disk, and "
+                "give the same command again to continue"
             ) from error
 
 
 def finished(
     config: RunConfig, out: Path, features: ExtractorName | Custom, say: Say = lambda line: None
 ) -> Row | None:
-    """The summary of a run that is finished, and whose records are whole; None if there is something left to do."""
+    """The summary of a finished run with undamaged records; None if there is something left to do."""
     require_layout(out)
     if not (out / "summary.json").exists():
         return None
     try:
         summary = runs.read_finished(out)
     except RecordError as error:
-        say(f"{error.damage}; making again what can be")
+        say(f"{error.damage}; trying to make it again")
         return None
     check_folder(config, out)
     evaluate.check_finished(features, out)
@@ -121,11 +121,11 @@ def finished(
 
 
 def _nothing(line: str) -> None:
-    """What the processes other than the first have to say."""
+    """The `say` of all processes but the first: they print nothing."""
 
 
 def require_shares(config: RunConfig) -> None:
-    """Refuse more processes than there are images for."""
+    """OptionError if there are more processes than images in a batch."""
     for name in ("batch", "replay_batch"):
         if getattr(config, name) < processes.launched():
             raise OptionError(
@@ -135,7 +135,7 @@ def require_shares(config: RunConfig) -> None:
 
 
 def run_stage(run: Run, stage: Stage, board: TensorBoard, advance: Advance) -> None:
-    """Steps, evaluation, memory, checkpoint."""
+    """One stage: its steps, its evaluation, what later stages need of it, and a checkpoint."""
     config, steps = run.config, run.stage_steps[stage.number]
     images = run.task_images(stage, "train")
     run.model.train()
@@ -146,7 +146,7 @@ def run_stage(run: Run, stage: Stage, board: TensorBoard, advance: Advance) -> N
             run.losses.append(run.take_step(images, stage))
             clock.tick()
 
-            # Losses, at fixed steps, so that an interrupted run writes the same rows.
+            # Losses are written at fixed steps, so an interrupted run writes the same rows.
             at_checkpoint = run.step % config.checkpoint_every == 0 or run.step == steps
             if run.step % config.log_every == 0 or at_checkpoint:
                 log_losses(run, stage, run.losses, (time.perf_counter() - since) / (run.step - before), board)
@@ -157,12 +157,12 @@ def run_stage(run: Run, stage: Stage, board: TensorBoard, advance: Advance) -> N
                 snapshot.save(run)
                 since = time.perf_counter()
 
-            # A signal, to any of the processes.
+            # A signal to any of the processes stops all of them.
             if signum := processes.largest(signals.pending()):
                 if not at_checkpoint:
                     snapshot.save(run)
                 processes.everyone(None)  # until the first has written
-                raise signals.Stopped(signum, f" after step {run.step} of stage {stage.number + 1}, which is kept")
+                raise signals.Stopped(signum, f" after step {run.step} of stage {stage.number + 1}, with a checkpoint")
 
     run.model.eval()
     run.adopt_average()
@@ -196,7 +196,7 @@ def log_losses(run: Run, stage: Stage, losses: Sequence[Tensor], seconds: float,
 
 
 def finish(run: Run) -> Row:
-    """Pictures and the summary, which marks the run as finished."""
+    """Write the pictures and summary.json, which marks the run as finished."""
     summary: Row = {}
     if processes.is_first():
         from crl_diffusion.reporting import run_pictures  # matplotlib: not before it is needed

@@ -1,4 +1,4 @@
-"""How many steps each stage takes, and whether its images suffice."""
+"""The number of steps of each stage, and whether there are enough images for Fisher matrices."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ def stage_steps(config: RunConfig, data: Data) -> list[int]:
 
 
 def require_fisher_images(config: RunConfig, data: Data) -> None:
-    """Refuse tasks with too few images for the method's Fisher matrices, where those are made of all images. The last
-    task has none."""
+    """OptionError if --fisher-samples is 0 (all images) and a task has too few images for its Fisher matrix. The last
+    task needs no Fisher matrix."""
     least = least_fisher_samples(config)
     if config.recipe.penalty is None or config.fisher_samples:
         return
     for task in data.tasks[:-1]:
-        if (found := len(getattr(task, config.fisher_images))) < least:
+        if (count := len(getattr(task, config.fisher_images))) < least:
             raise OptionError(
-                f"--fisher-samples is 0, all images, but task {task.index + 1} has {found} {config.fisher_images} "
-                f"images and a Fisher matrix for {config.method} needs {least} samples: give a number, and images are "
-                "seen more than once, each time with another timestep and noise"
+                f"--fisher-samples is 0, all images, but task {task.index + 1} has {count} {config.fisher_images} "
+                f"images and a Fisher matrix for {config.method} needs {least} samples: give a number; then images are "
+                "used more than once, each time with another timestep and noise"
             )

@@ -34,10 +34,10 @@ Say = Callable[[str], None]
 
 
 class Run:
-    """The state of a run: everything that a checkpoint holds, and the folder that it is written to."""
+    """The state of a run, and the folder that it is written to. `snapshot` saves and restores it."""
 
     def __init__(self, config: RunConfig, out: Path, data: Data, tools: Instruments | None, say: Say) -> None:
-        """`tools` measure images; only the first process needs them."""
+        """`tools` measure images; the other processes than the first have None. `config` is resolved."""
         self.config, self.out, self.data, self.tools, self.say = config, out, data, tools, say
         self.method: Method = config.recipe
         self.stages: list[Stage] = stages(config)
@@ -47,18 +47,18 @@ class Run:
         self.precision = Precision(config.precision, self.device)
         self.model = self.precision.of(build(config.model, data.shape, data.classes, config.seed)).to(self.device)
         self.like = next(self.model.parameters())
-        self.average: dict[str, Tensor] | None = None  # of the weights, within a stage
+        self.average: dict[str, Tensor] | None = None  # of the weights (--ema), within a stage
         self.teacher: nn.Module | None = None
         self.optimizer = new_optimizer(self.model)
         self.sources = self.new_sources()
         self.penalty = self.new_penalty()
         self.stage, self.step = 0, 0
-        self.losses: list[Tensor] = []  # of the steps since the last row of losses, as `take_step` returns them
+        self.losses: list[Tensor] = []  # results of `take_step` since the last row of losses
         names = ("metrics", "timings") if processes.is_first() else ()
         self.logs = {name: Log(out / f"{name}.jsonl") for name in names}
-        self.samples: dict[str, str] = {}  # digests of the images that evaluations have kept, by file
+        self.samples: dict[str, str] = {}  # digests of the stored images of evaluations, by file
 
-    def new_sources(self) -> dict[str, replay.Source]:
+    def new_sources(self) -> dict[str, replay.ReplaySource]:
         names = dict.fromkeys(part.source for part in self.method.replays)
         return {name: replay.SOURCES[name](self.config, self.data.shape) for name in names}
 
@@ -76,7 +76,7 @@ class Run:
     # One step
 
     def batch(self, images: Images, stage: Stage) -> NoisedBatch:
-        """The step's real images and, once there are old classes, its replayed ones."""
+        """The real images of the step and, once there are old classes, its replayed images."""
         moment = Moment(self.config.seed, stage.number, self.step)
         real, weights = regression.shares(self.method, stage.number)
         batches = [regression.real_batch(images, self.config.batch, real, self.schedule, moment, self.like)]
@@ -91,8 +91,8 @@ class Run:
         return regression.concatenate(batches)
 
     def take_step(self, images: Images, stage: Stage) -> Tensor:
-        """Returns this process's share of the mean loss of the real batch, unweighted, and of the sum over replays of
-        their weighted mean losses, and the norm of the gradient, (3,)."""
+        """One optimization step. Returns (3,): this process's share of the unweighted mean loss of the real batch, its
+        share of the sum of the replays' weighted mean losses, and the norm of the gradient."""
         if self.config.ema and self.average is None:
             self.average = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         lr = self.lr(self.step, self.stage_steps[stage.number])
@@ -106,12 +106,12 @@ class Run:
         self.step += 1
         mine = processes.share(self.config.batch)
         real = taken.losses[: mine.stop - mine.start].sum()
-        norm = taken.norm if taken.moved else torch.zeros_like(taken.norm)  # an overflow was dealt with
+        norm = taken.norm if taken.moved else torch.zeros_like(taken.norm)  # the scaler has skipped an overflow
         weight, _ = regression.shares(self.method, stage.number)
         return torch.stack([real / weight, taken.losses.sum() - real, norm.to(real)])
 
     def adopt_average(self) -> None:
-        """The average of the weights becomes the model."""
+        """Replace the weights of the model by their average."""
         if self.average is not None:
             with torch.no_grad():
                 for name, p in self.model.named_parameters():
@@ -121,25 +121,25 @@ class Run:
     # The end of a stage
 
     def draw(self, latents: Tensor, label: Tensor, model: nn.Module | None = None) -> Tensor:
-        """Images of the model, or of another one like it, for an evaluation."""
+        """Images for an evaluation, drawn with `model` or, by default, the model of the run."""
         with self.precision.autocast():
             return sampling.draw_images(model or self.model, self.schedule, latents, label, self.config.eval_steps)
 
     def evaluate(self, stage: Stage, model: nn.Module | None = None) -> list[Row]:
-        """One row of R, see evaluation.py. All processes draw, the first one measures; the others get no rows."""
+        """One row of the FID matrix. All processes draw images. The first measures them; the others return no rows."""
         draw = partial(self.draw, model=model)
         rows = evaluate.evaluate(draw, self.tools, self.data, self.config, stage.learnt, self.out)
         self.note_samples(stage)
         return rows
 
     def note_samples(self, stage: Stage) -> None:
-        """What the stage's evaluation has kept is from now on what checkpoints hold it to."""
+        """Record the digest of the stage's stored images, for the checkpoints that follow."""
         path = samples_path(self.out, stage.learnt)
         if processes.is_first() and path.exists():
             self.samples[path.relative_to(self.out).as_posix()] = sha256_of(path)
 
     def remember(self, stage: Stage) -> None:
-        """Freeze the teacher, refill the pools and measure the Fisher matrix: all that later tasks are held to."""
+        """Keep what later tasks need of this one: freeze the teacher, refill the pools, estimate the Fisher matrix."""
         learnt = [c for task in self.data.tasks[: stage.learnt] for c in task.classes]
         if self.method.replays:
             self.teacher = frozen_copy(self.model)
@@ -170,7 +170,7 @@ class Run:
 
 
 def loss_table(losses: Sequence[Tensor]) -> Tensor:
-    """What steps have returned, with the losses of all processes added up: float64 (steps, 3), on the CPU."""
+    """Results of `take_step`, with the losses summed over processes: float64 (steps, 3), on the CPU."""
     table = torch.stack([row.double() for row in losses]).cpu()
     table[:, :2] = processes.sum_(table[:, :2].contiguous())
     return table

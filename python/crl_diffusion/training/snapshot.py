@@ -31,7 +31,7 @@ from crl_diffusion.training.run import Run, loss_table
 
 
 def save(run: Run) -> None:
-    """A checkpoint of this moment."""
+    """Write a checkpoint of the run as it is now. All processes must call it; the first one writes."""
     require_same_weights(run)
     losses = loss_table(run.losses) if run.losses else None
     if not processes.is_first():
@@ -49,8 +49,8 @@ def save(run: Run) -> None:
     if losses is not None:
         tensors["losses/table"] = losses
 
-    # What does not change within a stage: there is none before the first task's end, and none is needed after the
-    # last's.
+    # Memory does not change within a stage. There is none before the end of the first task, and none is needed after
+    # the end of the last.
     memory: dict[str, Tensor] = {}
     if run.teacher is not None:
         memory.update({f"teacher/{name}": value for name, value in run.teacher.state_dict().items()})
@@ -69,7 +69,7 @@ def save(run: Run) -> None:
 
 
 def require_same_weights(run: Run) -> None:
-    """All processes take the same steps; where one does not, every number from there on would be wrong."""
+    """TrainingError if the processes' models differ: then every later number would be wrong."""
     if processes.count() == 1:
         return
     digest = hashlib.sha256()
@@ -78,13 +78,13 @@ def require_same_weights(run: Run) -> None:
     if len(set(processes.everyone(digest.hexdigest()))) > 1:
         raise TrainingError(
             f"the processes' models differ at step {run.step} of stage {run.stage + 1}: one of them computes "
-            "otherwise, through a defect, or another version of a library or kind of device; take equal ones, and "
-            "give the same command again to go on from the last checkpoint"
+            "differently, because of a defect, another version of a library or another kind of device; use equal ones "
+            "and give the same command again to continue from the last checkpoint"
         )
 
 
 def resume(run: Run) -> None:
-    """Go back to the newest good checkpoint, or to the start if there is none."""
+    """Restore the newest good checkpoint, or begin at the start if there is none."""
     saved: Checkpoint | None = None
     if processes.is_first():
         saved, complaints = checkpoint.latest(run.out / "checkpoints", partial(require_fits_and_rows, run))
@@ -101,21 +101,20 @@ def resume(run: Run) -> None:
 
 
 def require_records(run: Run, saved: Checkpoint | None) -> None:
-    """RecordError if records are lost that nothing makes again, or that only the whole run does; changes
-    nothing."""
+    """RecordError if records are lost that only a repetition of the whole run can replace. Changes nothing."""
     folder, metrics, timings = (run.out / name for name in ("checkpoints", "metrics.jsonl", "timings.jsonl"))
     if saved is None:
         if checkpoint.latest(folder, partial(require_fits, run))[0] is not None:
             raise RecordError(
                 metrics,
-                "is missing, or does not begin with the rows that any checkpoint was taken after",
-                f"put it back from a copy, or delete {str(folder)!r}, and the run is made again from its start",
+                "is missing, or does not begin with the rows of any checkpoint",
+                f"put it back from a copy, or delete {str(folder)!r}, and the run is repeated from its start",
             )
         if (run.out / "summary.json").exists():
             raise RecordError(
                 run.out,
                 "is a finished run with damaged records and without a good checkpoint",
-                "put them back from a copy, or delete summary.json, and the run is made again from its start",
+                "put them back from a copy, or delete summary.json, and the run is repeated from its start",
             )
         return
     if saved.config and read_file(run.out / "config.json", CONFIG_REMEDY) != saved.config.encode():
@@ -124,7 +123,7 @@ def require_records(run: Run, saved: Checkpoint | None) -> None:
     rows, digest = saved.rows["timings"], saved.digests.get(timings.name, "")
     if not timings.exists():
         if rows:
-            run.say(f"{str(timings)!r} is missing: the run goes on without the times that it held")
+            run.say(f"{str(timings)!r} is missing: the run continues without the times in it")
     elif not run.logs["timings"].begins_with(rows, digest):
         wrong = f"does not begin with the {rows} rows that the checkpoint was taken after"
         raise RecordError(timings, wrong, TIMINGS_REMEDY)
@@ -133,7 +132,7 @@ def require_records(run: Run, saved: Checkpoint | None) -> None:
 
 
 def mend_samples(run: Run, saved: Checkpoint) -> None:
-    """Draw again what is missing or damaged of the images that the evaluations of finished stages have kept."""
+    """Draw missing or damaged images of finished stages' evaluations again."""
     for stage in run.stages[: run.stage]:
         path = samples_path(run.out, stage.learnt)
         wanted = saved.digests.get(path.relative_to(run.out).as_posix(), "")
@@ -147,14 +146,14 @@ def mend_samples(run: Run, saved: Checkpoint) -> None:
             run.samples.pop(path.relative_to(run.out).as_posix(), None)
             run.say(
                 f"{str(path)!r} was missing or damaged, and no checkpoint has the model that drew its images: the "
-                "run goes on without them"
+                "run continues without them"
             )
-            save(run)  # so that nothing looks for them again
+            save(run)  # without their digest: the next resume does not look for them
 
 
 def lacks_samples(run: Run, stage: Stage, wanted: str) -> bool:
-    """Whether the images that the stage's evaluation has kept are not those of this digest; "" stands for any that
-    can be read."""
+    """Whether the images of the stage's evaluation are missing or do not have the digest `wanted`; "" accepts any
+    images that can be read."""
     if wanted:
         return sha256_of(samples_path(run.out, stage.learnt)) != wanted
     try:
@@ -164,14 +163,14 @@ def lacks_samples(run: Run, stage: Stage, wanted: str) -> bool:
 
 
 def draw_again(run: Run, stage: Stage, wanted: str) -> bool:
-    """Repeat the evaluation of a finished stage with the model that its last checkpoint holds; returns whether what
-    it keeps is what was wanted or, where that is not known, has the numbers in metrics.jsonl."""
+    """Repeat the evaluation of a finished stage with the model of its last checkpoint. Returns whether its images have
+    the digest `wanted` or, if that is "", whether its numbers are those in metrics.jsonl."""
     weights: dict[str, Tensor] = {}
     if processes.is_first():
         with suppress(SafetensorError, OSError, ValueError, KeyError):
             end = checkpoint.load(checkpoint.end_of_stage(run.out / "checkpoints", stage.number))
             require_fits(run, end)
-            # The teacher is a copy from before the penalty's own steps, if it takes any.
+            # The teacher was copied before the penalty's own steps (mode once), the model after them.
             weights = end.part(f"{MEMORY}teacher") or end.part("model")
     weights = processes.from_first(weights)
     if not weights:
@@ -188,8 +187,7 @@ def draw_again(run: Run, stage: Stage, wanted: str) -> bool:
 
 
 def require_fits_and_rows(run: Run, saved: Checkpoint) -> None:
-    """ValueError or KeyError unless this is a checkpoint of this run, has all that it must, and was taken after
-    rows that metrics.jsonl begins with; changes nothing."""
+    """As `require_fits`; also ValueError unless metrics.jsonl begins with the rows that the checkpoint counts."""
     require_fits(run, saved)
     rows, digest = saved.rows["metrics"], saved.digests.get("metrics.jsonl", "")
     stale = StaleRecords(f"metrics.jsonl does not begin with the {rows} rows")
@@ -202,7 +200,7 @@ def require_fits_and_rows(run: Run, saved: Checkpoint) -> None:
 
 
 def require_fits(run: Run, saved: Checkpoint) -> None:
-    """ValueError or KeyError unless this is a checkpoint of this run and has all that it must; changes nothing."""
+    """ValueError or KeyError unless this is a complete checkpoint of this run. Changes nothing."""
     if saved.run != digest_of(run.config):
         raise ValueError("it belongs to a run of another configuration")
     if not (saved.stage < len(run.stages) and saved.step <= run.stage_steps[saved.stage]) and (
@@ -224,7 +222,7 @@ def require_fits(run: Run, saved: Checkpoint) -> None:
     for name in run.logs:
         saved.rows[name]
 
-    # Memory is there once a task has been learnt, and not after the last.
+    # Memory exists once a task has been learnt, and not after the last.
     if 0 < saved.stage < len(run.stages):
         require_like(saved.part(f"{MEMORY}teacher"), weights if run.method.replays else {}, "teacher")
         for name, source in run.new_sources().items():
@@ -237,7 +235,7 @@ def require_fits(run: Run, saved: Checkpoint) -> None:
 
 
 def restore(run: Run, saved: Checkpoint) -> None:
-    """Everything as it was at a checkpoint of this run."""
+    """Set the state of the run to that of a checkpoint."""
     run.stage, run.step = saved.stage, saved.step
     run.model.load_state_dict(saved.part("model"))
     run.precision.load_state(saved.part("scaler"))
@@ -249,7 +247,7 @@ def restore(run: Run, saved: Checkpoint) -> None:
             }
     if losses := saved.part("losses"):
         table = losses["table"].to(run.device)
-        if not processes.is_first():  # it holds the sums over processes, which are to be added up once
+        if not processes.is_first():  # it holds sums over processes; they count once
             table[:, :2] = 0
         run.losses = list(table)
     if average := saved.part("average"):

@@ -31,13 +31,12 @@ LR_SCHEDULES: dict[str, Callable[[int, int, float], float]] = {
 }
 
 
-class Taken(NamedTuple):
-    """What a step has found: the weighted losses of this process's samples, (B,), the norm of the gradient that was
-    clipped, (), and whether the optimizer moved."""
+class StepResult(NamedTuple):
+    """The result of one step."""
 
-    losses: Tensor
-    norm: Tensor
-    moved: bool
+    losses: Tensor  # (B,), weighted, of this process's samples
+    norm: Tensor  # (), of the gradient before clipping
+    moved: bool  # whether the optimizer took its step
 
 
 def training_step(
@@ -48,7 +47,7 @@ def training_step(
     lr: float,
     clip: float,
     precision: Precision,
-) -> Taken:
+) -> StepResult:
     """Forward, weighted squared errors, backward, sum over processes, penalty, clip, step.
 
     The weights sum to the same whatever the number of processes, so gradients are summed over them and not averaged.
@@ -70,12 +69,12 @@ def training_step(
     moved = precision.step(optimizer)
     if penalty is not None and moved:
         penalty.after_step(lr)
-    return Taken(losses.detach(), norm.detach(), moved)
+    return StepResult(losses.detach(), norm.detach(), moved)
 
 
 def sum_gradients(model: nn.Module) -> None:
-    """Over processes, in one exchange. Not DistributedDataParallel: a penalty's gradient belongs to no process's share
-    and comes after the sum, and every process must clip by the norm of the whole."""
+    """Sum the gradients over processes in one exchange. DistributedDataParallel does not fit: the penalty's gradient is
+    added once, after the sum, and every process must clip by the norm of the total gradient."""
     if processes.count() == 1:
         return
     gradients = [p.grad for p in model.parameters() if p.grad is not None]

@@ -27,8 +27,8 @@ def require_finite(run: Run, stage: Stage, table: Tensor) -> None:
 
 
 def explain(run: Run, stage: Stage, first: int, table: Tensor) -> str:
-    """What is not finite, when, and the likely cause. `table` has the real loss, the replayed loss and the gradient's
-    norm of the steps from `first` on, (steps, 3), and ends with the first row that is not finite."""
+    """Which number is not finite, at which step, and the likely cause. `table`, (steps, 3), has the real loss, the
+    replayed loss and the norm of the gradient of each step, from step `first` to the first that is not finite."""
     config, penalty = run.config, run.method.penalty
     real, replayed = table[-1, :2].isfinite().tolist()
     if real and replayed:
@@ -44,7 +44,7 @@ def explain(run: Run, stage: Stage, first: int, table: Tensor) -> str:
 
     cause = f"the learning rate is likely too high: try --lr {config.lr / 3:.2g}"
     if config.precision == "fp16" and not (real and replayed):
-        cause = "fp16 holds nothing above 65504, and the network's activations may be: try --precision bf16"
+        cause = "the largest fp16 number is 65504, and the network's activations may exceed it: try --precision bf16"
     elif penalty is not None and stage.number > 0 and penalty.mode == "gradient":
         cause = f"a stiff penalty in gradient mode is unstable: try lam={penalty.lam / 10:g} or the decoupled mode"
     elif real and not replayed:

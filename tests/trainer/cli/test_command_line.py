@@ -9,7 +9,7 @@ import pytest
 from crl_diffusion import cli
 from crl_diffusion.cli import options, parser
 from crl_diffusion.config.method import METHODS
-from helpers.trainer_runs import command
+from helpers.trainer_runs import crl_diffusion
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_what_cannot_be_done_is_one_line_and_exit_code_2(
 
 
 def test_a_process_says_the_same(tmp_path: Path) -> None:
-    result = command("train", "--method", "gd", "--out", tmp_path / "x", "--clip", "-1")
+    result = crl_diffusion("train", "--method", "gd", "--out", tmp_path / "x", "--clip", "-1")
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == "crl-diffusion: error: --clip is -1.0; it must be a finite number, 0 or more\n"
 

@@ -22,10 +22,10 @@ DIES = "import os, signal; print('about to die', flush=True); os.kill(os.getpid(
 def _run(work: list[cells.Cell], monkeypatch: pytest.MonkeyPatch, dying: str = "") -> tuple[list[cells.Cell], str]:
     """Cells as processes that finish at once, or die."""
 
-    def command(cell: cells.Cell, *places: Any) -> list[str]:
+    def train_command(cell: cells.Cell, *places: Any) -> list[str]:
         return [sys.executable, "-c", DIES if cell.name == dying else FINISHES, str(cell.folder)]
 
-    monkeypatch.setattr(runner, "command", command)
+    monkeypatch.setattr(runner, "train_command", train_command)
     monkeypatch.setattr(runner, "POLL_SECONDS", 0.01)
     said = io.StringIO()
     failed = runner.run(work, 2, Path("data"), "cnn", Path("e"), Console(file=said, width=200), quiet=True)

@@ -121,7 +121,7 @@ def test_a_failed_run_is_shown_and_the_others_are_kept(
 def test_the_command_of_a_cell_gives_its_configuration(tmp_path: Path) -> None:
     settings = Settings(steps=7, lr=0.005, data="mnist")
     for cell in cells.cells(settings, ["gd", "gd+rank1:gradient"], [0, 3], tmp_path):
-        parsed = parser.parse(cells.command(cell, Path("data"), "cnn", tmp_path)[3:])
+        parsed = parser.parse(cells.train_command(cell, Path("data"), "cnn", tmp_path)[3:])
         assert isinstance(parsed, options.Train)
         assert all(getattr(parsed, name) == value for name, value in vars(cell.config).items())
 

@@ -95,7 +95,7 @@ def test_spelling_round_trips(
         ("rank1:lam=nan", "lam must be a number, 0 or more"),
         ("rank1:lam=much", "'lam=much'; lam must be a number"),
         ("rank1:gradient,lam=inf", "a gradient needs a finite lam"),
-        ("rank1:alone", "alone is the slopes' pull alone; it needs slopes"),
+        ("rank1:alone", "alone is the first-order term only; it needs slopes"),
         ("rank1:slopes,alone,lam=inf", "it needs slopes and a finite lam"),
         ("diagonal:alone", "it needs slopes"),
         (

@@ -19,7 +19,7 @@ from crl_diffusion.evaluation import summaries
 from crl_diffusion.reporting import run_pictures
 from crl_diffusion.run_folder import checkpoint
 from crl_diffusion.run_folder.readers import read_metrics, read_timings
-from helpers.trainer_runs import SHORT, command, options, same_end
+from helpers.trainer_runs import SHORT, crl_diffusion, options, same_end
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_tensors
@@ -152,7 +152,7 @@ class Case(NamedTuple):
 
 FINISHED, BOTH = ("finished",), ("unfinished", "finished")
 NEWEST = "checkpoints/01-00000004.safetensors"  # of the unfinished run
-FIRST_ROWS = "is missing, or does not begin with the rows that any checkpoint was taken after; put it back"
+FIRST_ROWS = "is missing, or does not begin with the rows of any checkpoint; put it back"
 FOLDER = "is a folder, expected a file; move it away"
 CASES: dict[str, Case] = {
     # config.json is in every checkpoint.
@@ -237,7 +237,7 @@ CASES: dict[str, Case] = {
     "lock a folder": Case(".lock", a_folder, FOLDER),
     "a picture a folder": Case("curves.png", a_folder, FOLDER),
     "tensorboard a file": Case("tensorboard", a_file, "is a file, expected a folder; move it away"),
-    "the run a file": Case("", a_file, "is no folder; give another place"),
+    "the run a file": Case("", a_file, "is not a folder; give another place"),
 }
 
 
@@ -566,7 +566,7 @@ def test_a_place_that_is_no_folder(
     out = tmp_path / "file" / "run" if inside else tmp_path / "file"
     words = {"train": ["--method", "gd"], "compare": ["--methods", "gd"]}.get(name, [str(finished)])
     assert cli.main([name, *words, "--out", str(out)]) == 2
-    one_line(capsys.readouterr().err, "--out is", str(tmp_path / "file"), "is no folder; give another place")
+    one_line(capsys.readouterr().err, "--out is", str(tmp_path / "file"), "is not a folder; give another place")
     assert (tmp_path / "file").read_text() == "kept"
 
 
@@ -590,7 +590,7 @@ def test_compare_refuses_what_it_could_not_show_before_it_trains(
 def test_a_process_says_the_same(finished: Path, extractor_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "run")
     lost(0)(tmp_path / "run" / "metrics.jsonl")
-    done = command(*arguments(tmp_path / "run", extractor_folder))
+    done = crl_diffusion(*arguments(tmp_path / "run", extractor_folder))
     assert done.returncode == 2, done.stderr
     one_line(done.stderr, str(tmp_path / "run" / "metrics.jsonl"), "put it back from a copy, or delete")
 

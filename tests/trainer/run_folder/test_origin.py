@@ -20,11 +20,11 @@ Short = Callable[..., RunConfig]
 
 
 def test_a_run_keeps_its_command_and_its_source_code_but_no_host(finished: Path) -> None:
-    made = read_json(finished / "config.json")
-    assert made["command"] == origin.command()
-    assert made["command"]
-    assert made["git"] == origin.git_state()
-    assert os.uname().nodename not in json.dumps({k: v for k, v in made.items() if k != "command"})
+    saved = read_json(finished / "config.json")
+    assert saved["command"] == origin.command_line()
+    assert saved["command"]
+    assert saved["git"] == origin.git_state()
+    assert os.uname().nodename not in json.dumps({k: v for k, v in saved.items() if k != "command"})
 
 
 def test_the_state_of_the_source_code_is_gits(tmp_path: Path) -> None:
@@ -51,4 +51,4 @@ def test_the_state_of_the_source_code_is_gits(tmp_path: Path) -> None:
 
 def test_the_command_can_be_given_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "crl_diffusion", "--out", "two words"])
-    assert origin.command() == "python -m crl_diffusion --out 'two words'"
+    assert origin.command_line() == "python -m crl_diffusion --out 'two words'"

@@ -69,5 +69,5 @@ def test_more_processes_than_images_are_refused(
     assert cli.main(["train", "--method", "gd", *few, "--out", str(tmp_path / "run")]) == 2
     assert "--replay-batch is 4, but torchrun has started 5 processes" in capsys.readouterr().err
     assert cli.main(["compare", "--out", str(tmp_path / "comparison")]) == 2
-    assert "start it without torchrun" in capsys.readouterr().err
+    assert "run it without torchrun" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

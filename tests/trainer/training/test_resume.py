@@ -15,7 +15,7 @@ from crl_diffusion.errors import OptionError
 from crl_diffusion.files import read_rows
 from crl_diffusion.run_folder.layout import writing
 from crl_diffusion.training import loop
-from helpers.trainer_runs import SHORT, command, options, python, same_end
+from helpers.trainer_runs import SHORT, crl_diffusion, options, python, same_end
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -53,7 +53,7 @@ def test_sigkill_in_mid_task_and_the_same_command_again(finished: Path, extracto
     with open(out / "metrics.jsonl", "ab") as file:
         file.write(b'{"kind": "step", "los')  # what a crash in the middle of a write leaves behind
 
-    again = command(*arguments)
+    again = crl_diffusion(*arguments)
     assert again.returncode == 0, again.stderr
     assert "resuming after 1 finished stage(s) and 4 steps" in again.stdout
     same_end(finished, out)
