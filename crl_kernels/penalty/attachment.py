@@ -1,9 +1,9 @@
-"""A history's penalty inside anyone's optimizer, by step hooks: two lines in a trainer that someone else wrote.
+"""A history's penalty in the steps of any torch optimizer, by step hooks.
 
-Hooks run once for each real step: under gradient accumulation, and when a GradScaler skips a step, as often as the
-optimizer moves. A GradScaler hands some optimizers (``fused=True``) gradients that are still scaled, with the scale in
-``optimizer.grad_scale``, and lets them skip by ``optimizer.found_inf``; both are device tensors and are used as such,
-so nothing waits for the device.
+Hooks run once for each step that the optimizer takes, also under gradient accumulation and when a GradScaler skips a
+step. A GradScaler gives some optimizers (``fused=True``) gradients that are still scaled, with the scale in
+``optimizer.grad_scale``, and tells them to skip by ``optimizer.found_inf``. Both are device tensors, and the hooks use
+them as such, so that they do not wait for the device.
 """
 
 import sys
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _UNSTABLE = 2.0  # gradient descent on a quadratic of curvature h diverges for lr * h > 2
 
 
-class _History(Protocol):
+class _AttachedHistory(Protocol):
     _attachment: "Attachment | None"
 
     def stiffness(self, lam: float | Tensor, lr: float | Tensor) -> float | Tensor: ...
@@ -33,26 +33,28 @@ class _History(Protocol):
 
 
 def is_wrapper(optimizer: object) -> bool:
-    """Whether it acts as an optimizer without being one, as Lightning's wrapper does."""
+    """Whether an object has an optimizer's interface, as Lightning's wrapper does, and may not be a torch Optimizer."""
     return hasattr(optimizer, "step") and isinstance(getattr(optimizer, "param_groups", None), Sequence)
 
 
 def find_stepped(optimizer: Any, params: Sequence[Tensor]) -> Optimizer:
-    """The optimizer that moves ``params``: this one, or one inside of it.
+    """The optimizer that moves ``params``: this one, or one that it wraps.
 
     accelerate, Lightning, SAM and Lookahead keep an optimizer in an attribute of a wrapper and step it themselves. The
-    wrapper's own hooks may never run. An optimizer inside that has only some of the parameters is not followed.
+    wrapper's own hooks may never run. A wrapped optimizer that has only some of the parameters is ignored.
 
     Raises:
-        ValueError: several that have all parameters, or one whose class calls no hooks.
-        TypeError: a wrapper around no such optimizer.
+        ValueError: several wrapped optimizers that have all parameters, or one whose class calls no hooks.
+        TypeError: a wrapper without such an optimizer.
     """
-    wanted = set(map(id, params))
-    seen = [optimizer]
+    param_ids = set(map(id, params))
+    visited = [optimizer]
     while inner := {
         name: value
         for name, value in getattr(optimizer, "__dict__", {}).items()
-        if isinstance(value, Optimizer) and all(value is not other for other in seen) and wanted <= _members(value)
+        if isinstance(value, Optimizer)
+        and all(value is not other for other in visited)
+        and param_ids <= _param_ids(value)
     }:
         if len(set(map(id, inner.values()))) > 1:
             raise ValueError(
@@ -60,7 +62,7 @@ def find_stepped(optimizer: Any, params: Sequence[Tensor]) -> Optimizer:
                 f"{', '.join(inner)}. Attach to the one that steps them."
             )
         optimizer = next(iter(inner.values()))
-        seen.append(optimizer)
+        visited.append(optimizer)
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
             f"optimizer is a {type(optimizer).__name__} and holds no torch.optim.Optimizer of the bound parameters in "
@@ -76,24 +78,24 @@ def find_stepped(optimizer: Any, params: Sequence[Tensor]) -> Optimizer:
     return optimizer
 
 
-def _members(optimizer: Optimizer) -> set[int]:
+def _param_ids(optimizer: Optimizer) -> set[int]:
     return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
 class Attachment:
-    """What ``history.attach`` does to an optimizer, until ``remove``.
+    """The hook that ``history.attach`` registers with an optimizer, until ``remove``.
 
-    Copies and pickles of the optimizer have an attachment of their own, with a copy of the history. torch would drop
-    the hooks, and the copy would train without the penalty.
+    Copies and pickles of the optimizer have their own attachment, with a copy of the history. Otherwise torch would
+    drop the hooks, and the copy would train without the penalty.
     """
 
-    def __init__(self, history: _History, optimizer: Optimizer, lam: float | Tensor, decoupled: bool) -> None:
-        self._history: _History | None = history
+    def __init__(self, history: _AttachedHistory, optimizer: Optimizer, lam: float | Tensor, decoupled: bool) -> None:
+        self._history: _AttachedHistory | None = history
         self._lam = lam
         self._warned = False
         register = optimizer.register_step_post_hook if decoupled else optimizer.register_step_pre_hook
         self._handle: RemovableHandle | None = register(self._after_step if decoupled else self._before_step)
-        # In the instance, where copy and pickle look for it: its class is torch's or someone else's.
+        # Set on the instance, where copy and pickle find it, because the class belongs to torch or to another library.
         optimizer.__getstate__ = partial(_state_with_attachments, optimizer)  # type: ignore[method-assign]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -101,17 +103,17 @@ class Attachment:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._handle = None  # the copied optimizer's hooks have come with its state
+        self._handle = None  # the copied optimizer's state contains its hooks
         if self._history is not None:
             self._history._attachment = self
 
     def remove(self) -> None:
-        self._history = None  # wherever a hook was copied to
+        self._history = None  # disables copies of the hook, too
         if self._handle is not None:
             self._handle.remove()
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Adds the penalty's gradient, at the scale of the gradients that are there."""
+        """Adds the penalty's gradient, at the scale of the present gradients."""
         if self._history is None or _is_nested(optimizer):
             return
         if kwargs.get("closure") is not None or any(callable(argument) for argument in args[1:]):
@@ -125,7 +127,7 @@ class Attachment:
         self._history.add_penalty_grad_(self._lam if scale is None else scale.double() * self._lam)
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The proximal step, unless the optimizer has skipped its own."""
+        """Takes the proximal step, unless the optimizer skipped its own."""
         if self._history is None or _is_nested(optimizer):
             return
         found_inf = getattr(optimizer, "found_inf", None)
@@ -135,28 +137,28 @@ class Attachment:
             lam = torch.where(found_inf > 0, 0.0, strength)
         self._history.decoupled_step_(lam, optimizer.param_groups)
 
-    def _warn_if_stiff(self, history: _History, optimizer: Optimizer) -> None:
+    def _warn_if_stiff(self, history: _AttachedHistory, optimizer: Optimizer) -> None:
         rates: list[Any] = [group.get("lr") for group in optimizer.param_groups]
         if self._warned or not all(isinstance(rate, (int, float, Tensor)) for rate in rates):
-            return  # an optimizer that makes up its rates in its step, such as Adafactor's relative ones
+            return  # the optimizer computes its rates in its step, as Adafactor does with relative steps
         if any(isinstance(x, Tensor) and x.device.type != "cpu" for x in (self._lam, *rates)):
-            return  # looking at a device's number would wait for it
+            return  # reading a number from a device would wait for it
         stiffness = float(history.stiffness(self._lam, max(map(float, rates))))
         if stiffness > _UNSTABLE:
             self._warned = True
             warnings.warn(
                 f"the penalty is stiff: lr * lam * curvature = {stiffness:.3g}. As a gradient it diverges above "
-                f"{_UNSTABLE:.0f} under plain SGD, and what Adam makes of it can drown the task's own. Use a smaller "
+                f"{_UNSTABLE:.0f} under plain SGD, and under Adam it can outweigh the task's gradient. Use a smaller "
                 "lam, or attach with decoupled=True, which is stable at every lam.",
                 stacklevel=2,
             )
 
 
 def _is_nested(optimizer: Optimizer) -> bool:
-    """Whether a hook runs for the ``super().step()`` of an optimizer's own step, for which torch has called it, too."""
+    """Whether the hook runs for a ``super().step()`` inside the optimizer's step, for which torch calls hooks again."""
     if torch.compiler.is_compiling():
         return False
-    wrapper = sys._getframe(2)  # torch's, which calls hooks, a step, and hooks
+    wrapper = sys._getframe(2)  # torch's function that calls pre hooks, the step and post hooks
     frame = wrapper.f_back
     while frame is not None:
         if frame.f_code is wrapper.f_code and frame.f_locals.get("self") is optimizer:
@@ -166,12 +168,12 @@ def _is_nested(optimizer: Optimizer) -> bool:
 
 
 def _state_with_attachments(optimizer: Optimizer) -> dict[str, Any]:
-    """An optimizer's ``__getstate__``, with the hooks of attachments."""
+    """An optimizer's ``__getstate__`` with the hooks of attachments added."""
     state: dict[str, Any] = type(optimizer).__getstate__(optimizer)
     attached = False
     for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
-        hooks = [hook for hook in getattr(optimizer, name).values() if _is_attachments(hook)]
-        # Under keys that no hook which is registered later can have.
+        hooks = [hook for hook in getattr(optimizer, name).values() if _belongs_to_attachment(hook)]
+        # Keys that cannot collide with those of hooks that are registered later.
         state[name] = OrderedDict((hook.__self__, hook) for hook in hooks)
         attached = attached or bool(hooks)
     if attached:
@@ -179,6 +181,6 @@ def _state_with_attachments(optimizer: Optimizer) -> dict[str, Any]:
     return state
 
 
-def _is_attachments(hook: Any) -> bool:
+def _belongs_to_attachment(hook: Any) -> bool:
     attachment = getattr(hook, "__self__", None)
     return isinstance(attachment, Attachment) and attachment._history is not None

@@ -1,4 +1,4 @@
-"""The exact sum of all past tasks' diagonal penalties, in the state of one."""
+"""DiagonalHistory: the exact sum of all past tasks' diagonal penalties, with the memory of one."""
 
 from collections.abc import Container, Iterable, Mapping
 from typing import ClassVar
@@ -15,12 +15,13 @@ from .strength import Rate, check_strength
 
 
 class DiagonalHistory(History[DiagonalFisher]):
-    """The exact sum of all past tasks' diagonal penalties in the state of one.
+    """The exact sum of all past tasks' diagonal penalties, with the memory of one.
 
         (lam / 2) (sum_j S_j (theta_j - m_j)^2 + R)
 
-    S = sum_t F_t, m the S-weighted mean of the anchors, and R, float64, what is left at theta = m. They are updated
-    like Welford's variance, because the sums of F theta* and F theta*^2 cancel. State: 8 bytes per parameter.
+    S = sum_t F_t, m is the S-weighted mean of the anchors, and R (float64) is the remaining sum at theta = m. They are
+    updated as in Welford's algorithm for a variance, because a difference of the sums of F theta* and F theta*^2 would
+    lose accuracy. State: 8 bytes per parameter.
 
     Args:
         model, include, exclude: see :class:`LowRankHistory`.
@@ -60,7 +61,7 @@ class DiagonalHistory(History[DiagonalFisher]):
     def add_penalty_grad_(self, lam: float | Tensor) -> Tensor:
         """Adds the penalty's gradient, lam S (theta - m), to ``.grad``, in one pass; call it after backward.
 
-        Creates a gradient where there is none, as autograd would. Never waits for the device.
+        Creates missing gradients, as autograd does. Never waits for the device.
 
         Returns:
             The penalty's value, a 0-dim float64 tensor.
@@ -99,12 +100,12 @@ class DiagonalHistory(History[DiagonalFisher]):
         old, distance = self._decay * self._fisher.double(), anchor - self._anchor.double()
         total = old + new
         share = torch.where(total > 0, new / total, 0.0)
-        left = self._binding.shards.sum_((old * share * distance.square()).sum())
+        added_residual = self._binding.shards.sum_((old * share * distance.square()).sum())
         dtype = self._fisher.dtype
         self._set_vectors(
             total.to(dtype),
             (self._anchor + share * distance).to(dtype),
-            self._decay * self._residual + left,
+            self._decay * self._residual + added_residual,
         )
         self._require_numbers(f"the sum of curvatures in {dtype}", self._fisher)
         self._require_numbers(f"the mean anchor in {dtype}", self._anchor)

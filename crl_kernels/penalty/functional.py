@@ -1,4 +1,4 @@
-"""Differentiable EWC penalties: of a history, or of raw tensors."""
+"""Differentiable EWC penalties of a history or of raw tensors."""
 
 import math
 from collections.abc import Sequence
@@ -38,16 +38,16 @@ def rank1_ewc_penalty(
             the image of the squared error.
         direction: u; a tensor like ``params``, a sequence like ``params``, or one flat tensor of all elements in order.
         curvature: a >= 0, the Fisher's curvature along u, in squared gradient units.
-        anchor: theta*, in the form of ``params``. Read at every call.
-        anchor_projection: b = u . theta* in float64, in place of ``anchor``: cheaper, and theta* need not be kept.
+        anchor: theta*, in the form of ``params``. Each call reads it.
+        anchor_projection: b = u . theta* in float64, instead of ``anchor``: cheaper, and theta* need not be kept.
 
     Returns:
         0-dim tensor; float64 if any parameter is, else float32.
 
     Raises:
-        TypeError, ValueError: for input that does not fit, naming the argument.
+        TypeError, ValueError: an invalid argument, by name.
 
-    Source: arXiv 2509.23593, with (u, a, b) in place of (mu, c*, theta*).
+    Source: arXiv 2509.23593, with (u, a, b) instead of (mu, c*, theta*).
     """
     if isinstance(params, LowRankHistory):
         _refuse_raw(direction=direction, curvature=curvature, anchor=anchor, anchor_projection=anchor_projection)
@@ -96,7 +96,7 @@ def diagonal_ewc_penalty(
         0-dim tensor; float64 if any parameter is, else float32.
 
     Raises:
-        TypeError, ValueError: for input that does not fit, naming the argument.
+        TypeError, ValueError: an invalid argument, by name.
 
     Source: Kirkpatrick et al., arXiv 1612.00796.
     """
@@ -116,8 +116,8 @@ def diagonal_ewc_penalty(
 
 
 def _refuse_raw(**arguments: object) -> None:
-    if given := [name for name, value in arguments.items() if value is not None]:
-        raise TypeError(f"{', '.join(given)} cannot be given together with a history, which has its own.")
+    if raw := [name for name, value in arguments.items() if value is not None]:
+        raise TypeError(f"{', '.join(raw)} cannot be given together with a history, which has its own.")
 
 
 def _as_list(argument: str, tensors: Tensors) -> list[Tensor]:

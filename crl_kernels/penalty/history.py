@@ -1,6 +1,6 @@
-"""All past tasks of one model, bound to its parameters: what LowRankHistory and DiagonalHistory share.
+"""The base class of LowRankHistory and DiagonalHistory: all past tasks of one model, bound to its parameters.
 
-Ways to use a history in a trainer: add ``rank1_ewc_penalty(history, lam=...)`` to the loss; call
+There are four ways to use a history in a trainer: add ``rank1_ewc_penalty(history, lam=...)`` to the loss; call
 ``add_penalty_grad_(lam)`` after backward; call ``decoupled_step_(lam, lr)`` after the optimizer's step; or let
 ``attach(optimizer, lam)`` do one of the last two.
 """
@@ -43,7 +43,7 @@ def split_key(key: str) -> tuple[str, str]:
 
 
 def _with_rows(tensor: Tensor, shape: torch.Size) -> Tensor:
-    """``tensor`` with zeros appended to its first dimension, if that is all that it lacks of ``shape``."""
+    """``tensor`` with rows of zeros appended, if it differs from ``shape`` only by having fewer rows."""
     if tensor.dim() != len(shape) or not shape or tensor.shape[1:] != shape[1:] or len(tensor) >= shape[0]:
         return tensor
     whole = gathered(tensor)
@@ -51,35 +51,35 @@ def _with_rows(tensor: Tensor, shape: torch.Size) -> Tensor:
 
 
 class History(ABC, Generic[_Fisher]):
-    """What both kinds share: the binding to a model, an optimizer's hooks, and files."""
+    """The parts that both kinds share: the binding to a model, an optimizer's hooks, and files."""
 
     _fisher_type: type[_Fisher]
-    _scalar_keys: ClassVar[tuple[str, ...]]  # of a state, beside the parts of its vectors
-    # Those that are one number, and its type; in a file they are in the metadata.
+    _scalar_keys: ClassVar[tuple[str, ...]]  # keys of a state that do not belong to parameters
+    # The keys of single numbers, and their types; a file has them in its metadata.
     _scalar_types: ClassVar[Mapping[str, type[int] | type[float]]]
 
     def __init__(
         self, model: nn.Module, include: Iterable[str] | None, exclude: Iterable[str] | None, decay: float
     ) -> None:
         if not isinstance(decay, (int, float)) or not 0 < decay <= 1:
-            raise ValueError(f"decay is {decay!r}; expected 0 < decay <= 1, where 1 keeps all tasks alike.")
+            raise ValueError(f"decay is {decay!r}; expected 0 < decay <= 1, where 1 weighs all tasks alike.")
         self._binding = Binding(model, include, exclude)
         self._device = self._binding.device
         self._decay = decay
         self._num_tasks = 0
         self._curvature = 0.0  # see stiffness
         self._attachment: Attachment | None = None
-        self._parts: dict[tuple[int, ...], list[Tensor]] = {}  # what _pieces has cut, until the state changes
+        self._parts: dict[tuple[int, ...], list[Tensor]] = {}  # cache of _pieces, until the state changes
         self._parameter_run, self._gradient_run = (FlatRun(self._binding.shards.lengths) for _ in range(2))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Of copies and pickles. What was cut or found in memory is left out, and so is the attachment: an optimizer
-        that is copied too brings it along."""
+        """The state of copies and pickles, without caches and without the attachment, which comes with a copy of the
+        optimizer."""
         return {name: value for name, value in self.__dict__.items() if name not in _NOT_COPIED}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.__dict__.setdefault("_attachment", None)  # it may have come first
+        self.__dict__.setdefault("_attachment", None)  # the copied attachment may have set it already
         self._parts = {}
         self._parameter_run, self._gradient_run = (FlatRun(self._binding.shards.lengths) for _ in range(2))
 
@@ -91,13 +91,13 @@ class History(ABC, Generic[_Fisher]):
     def append(self, fisher: _Fisher) -> None:
         """Adds a task. The Fisher's parameters are matched by name; nothing changes when they do not fit.
 
-        With ``decay`` = g < 1 the curvatures of the tasks so far are multiplied by g first (online EWC), so that a task
-        counts g^n after n more.
+        With ``decay`` = g < 1 the curvatures of earlier tasks are first multiplied by g (online EWC), so a task has the
+        weight g^n after n more tasks.
 
         Raises:
             TypeError: a Fisher of the other kind.
-            ValueError: parameters that are missing, unknown or of another shape, by name; numbers that no Fisher has,
-                or that overflow.
+            ValueError: parameters that are missing, unknown or of another shape, by name; values that a Fisher cannot
+                have, or that overflow.
         """
         if not isinstance(fisher, self._fisher_type):
             raise TypeError(
@@ -118,8 +118,8 @@ class History(ABC, Generic[_Fisher]):
 
     @contextmanager
     def _unchanged_by_errors(self) -> Generator[None, None, None]:
-        """A block after which the state is all new or, when it raised, as it was. Tensors in it are replaced, never
-        written, so references are enough."""
+        """Restores the state if the block raises. The block replaces tensors of the state and never writes to them, so
+        references are enough."""
         before = dict(self.__dict__)
         try:
             yield
@@ -131,30 +131,33 @@ class History(ABC, Generic[_Fisher]):
     def attach(self, optimizer: Optimizer, lam: float | Tensor, *, decoupled: bool = False) -> None:
         """Puts the penalty into every ``optimizer.step()``, by hooks, until :meth:`detach`.
 
-        As a gradient: adds the penalty's gradient just before the step, so after gradient accumulation and clipping,
-        at the scale that a GradScaler has given the gradients. Decoupled: takes the proximal step just after it, each
-        parameter group with its present learning rate; not when a GradScaler has made the optimizer skip.
+        In gradient mode the hook adds the penalty's gradient just before the step, so after gradient accumulation and
+        clipping, at the scale that a GradScaler has given the gradients. In decoupled mode the hook takes the proximal
+        step just after the optimizer's step, each parameter group with its present learning rate; it does nothing when
+        a GradScaler made the optimizer skip its step.
 
-        A wrapper that keeps the optimizer of these parameters in an attribute and steps it, such as those of
-        accelerate, Lightning, SAM or Lookahead, is followed to that optimizer, whose every step has the penalty. With
-        SAM the penalty's gradient is therefore that of the parameters themselves, not of the perturbed point, and the
-        perturbation is the task's alone; add the penalty to the loss to perturb by it, too.
+        Some wrappers, such as those of accelerate, Lightning, SAM or Lookahead, keep the optimizer of these parameters
+        in an attribute and step it. The hooks go to that inner optimizer, so each of its steps has the penalty. With
+        SAM, therefore, the penalty's gradient is computed at the parameters and not at the perturbed point, and only
+        the task's gradient gives the perturbation; add the penalty to the loss to include it in the perturbation.
 
         A copy or pickle of the optimizer together with the model, ``copy.deepcopy((model, history, optimizer))``, is
-        attached to the copied history. Without the model, its step says that the history has none.
+        attached to the copied history. A copy without the model has a history without parameters, and its step raises
+        RuntimeError.
 
         Args:
-            optimizer: any torch optimizer that has all bound parameters, or a wrapper of one.
+            optimizer: any torch optimizer that has all bound parameters, or a wrapper around one.
             lam: strength; a 0-dim tensor may be changed in place between steps.
-            decoupled: the proximal step of :meth:`decoupled_step_` instead of the gradient.
+            decoupled: take the proximal step of :meth:`decoupled_step_` instead of adding the gradient.
 
         Raises:
-            TypeError, ValueError: not an optimizer, one that maximizes, lacks bound parameters, calls no hooks or has
-                this history's penalty in its step; a wrong ``lam``; decoupled, a group without a learning rate.
-            RuntimeError: attached already.
+            TypeError, ValueError: not an optimizer; one that maximizes, lacks bound parameters, calls no hooks or has
+                this history's penalty in its step; an invalid ``lam``; in decoupled mode, a group without a learning
+                rate.
+            RuntimeError: the history is already attached.
 
         Warns:
-            UserWarning: once, when the penalty is too stiff to be a gradient; see :meth:`stiffness`.
+            UserWarning: once, if the penalty is too stiff for gradient mode; see :meth:`stiffness`.
         """
         check_strength("lam", lam, finite=not decoupled)
         if not isinstance(optimizer, Optimizer) and not is_wrapper(optimizer):
@@ -168,33 +171,33 @@ class History(ABC, Generic[_Fisher]):
         stepped = find_stepped(optimizer, self._binding.params)
         if getattr(stepped, "history", None) is self:
             raise ValueError(
-                "optimizer is a FusedAdamW that has this history's penalty in its step, and it would count twice; "
-                "attach the history to nothing, or leave out history=."
+                "optimizer is a FusedAdamW that has this history's penalty in its step, and it would count twice; do "
+                "not attach the history, or create the optimizer without history=."
             )
         if any(group.get("maximize") for group in stepped.param_groups):
             raise ValueError("optimizer maximizes its objective (maximize=True), and would maximize the penalty too.")
         self._attachment = Attachment(self, stepped, lam, decoupled)
 
     def detach(self) -> None:
-        """Takes the hooks of :meth:`attach` out of the optimizer."""
+        """Removes the hooks of :meth:`attach` from the optimizer."""
         if self._attachment is None:
             raise RuntimeError("this history is not attached to an optimizer.")
         self._attachment.remove()
         self._attachment = None
 
     def stiffness(self, lam: float | Tensor, lr: float | Tensor) -> float | Tensor:
-        """lr lam times the penalty's curvature, dimensionless.
+        """lr * lam * curvature of the penalty, dimensionless.
 
-        The curvature is sum_k a_k |u_k|^2 for a low-rank history, a bound on the steepest direction's, and max_j S_j
-        for a diagonal one. As a gradient under plain SGD the penalty overshoots above 1 and diverges above 2;
-        decoupled, it is stable at every value, and 1 / stiffness is its time constant in steps.
+        For a low-rank history the curvature is sum_k a_k |u_k|^2, an upper bound on the largest one; for a diagonal
+        history it is max_j S_j. In gradient mode with plain SGD, the penalty overshoots above 1 and diverges above 2.
+        In decoupled mode it is stable at every value, and 1 / stiffness is its time constant in steps.
         """
         check_strength("lam", lam)
         check_strength("lr", lr)
         return lr * lam * self._curvature
 
     def to(self, device: torch.device | str) -> Self:
-        """Moves the state, in place, to follow a model that was moved."""
+        """Moves the state to a device, in place; call it after moving the model."""
         self._device = torch.empty(0, device=device).device  # with its index: "cuda" becomes "cuda:0"
         self._move_state(self._device)
         return self
@@ -202,7 +205,7 @@ class History(ABC, Generic[_Fisher]):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes :meth:`state_dict` to a safetensors file, with the history's options and a digest.
 
-        Of sharded parameters all processes call it, tensors are gathered one by one, and the first process writes.
+        With sharded parameters, all processes must call it. Tensors are gathered one by one; the first process writes.
         """
         tensors = {name: gathered(tensor) for name, tensor in self.state_dict().items()}
         if self._binding.shards.whole or torch.distributed.get_rank() == 0:
@@ -213,19 +216,19 @@ class History(ABC, Generic[_Fisher]):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: nn.Module, *, grown: Iterable[str] = ()) -> Self:
-        """Reads what :meth:`save` wrote and binds it to ``model``, by name, on the model's device.
+        """Reads a file of :meth:`save` and binds the history to ``model``, by name, on the model's device.
 
-        A file from before parameters joined, or got more rows, loads into the model as it is now if ``grown`` names
-        them; one from afterwards needs no ``grown``, and does not load into the model as it was.
+        A file that was saved before parameters joined the model or got more rows loads if ``grown`` names these
+        parameters. A file that was saved afterwards needs no ``grown``, and does not load into the smaller model.
 
         Args:
             path, model: the file, and a model with the same parameters.
             grown: see :meth:`rebind`.
 
         Raises:
-            OSError: no file that can be opened: FileNotFoundError, IsADirectoryError, PermissionError.
-            ValueError: not a safetensors file, damaged, changed after it was saved, of another kind, or of another
-                model; names the file and what does not fit.
+            OSError: a file that cannot be opened: FileNotFoundError, IsADirectoryError, PermissionError.
+            ValueError: not a safetensors file; a file that is damaged, was changed after it was saved, or belongs to
+                another kind of history or another model. The message names the file and the mismatch.
         """
         kind, tensors, facts = files.read(path)
         if kind != cls.__name__:
@@ -241,50 +244,50 @@ class History(ABC, Generic[_Fisher]):
         return history
 
     def rebind(self, model: nn.Module, *, grown: Iterable[str] = ()) -> None:
-        """Binds the history to a model whose parameters are other objects than before, by name: one that was sharded,
-        pruned or moved to another kind of device, or that has grown.
+        """Binds the history, by name, to a model whose parameters are other objects than before: a model that was
+        sharded, pruned, moved to another kind of device, or that has grown.
 
         Parameters that ``grown`` names may be new: another head, a block that is trained from now on, the next adapter.
         Or they may have more rows (a larger first dimension), such as a class embedding after
-        ``nn.Embedding(20, width)`` has taken the place of ``nn.Embedding(10, width)``; the rows that the history knows
-        are the first ones. What is new is free: directions, curvatures of a diagonal and anchors are zero there, so old
-        terms mean what they meant, and Fishers that are appended from now on are of all parameters. All other
-        parameters must be as they were; what ``grown`` names and has not grown is left as it is.
+        ``nn.Embedding(20, width)`` has replaced ``nn.Embedding(10, width)``; the history's rows are the first ones.
+        Existing penalties are unchanged, and new parameters and rows are unconstrained: directions, diagonal curvatures
+        and anchors are zero there. Fishers that are appended later must contain all parameters. All other parameters
+        must have their old names and shapes. A parameter that ``grown`` names but that has not grown is unchanged.
 
-        A new parameter is bound unless ``exclude`` leaves it out; a pattern that ``include`` leaves out altogether
-        extends ``include``. An optimizer has to be given new parameters, by ``add_param_group``.
+        A new parameter is bound unless ``exclude`` matches it. A ``grown`` pattern that matches no parameter of
+        ``include`` is added to ``include``. Give new parameters to the optimizer with ``add_param_group``.
 
         Args:
             model: the model as it is now.
             grown: patterns, as those of ``include``.
 
         Raises:
-            RuntimeError: attached to an optimizer.
+            RuntimeError: the history is attached to an optimizer.
             ValueError: parameters that are missing, unknown or of another shape, by name. Nothing has changed then.
         """
         if self._attachment is not None:
             raise RuntimeError("this history is attached to an optimizer; call detach() first.")
         patterns = as_patterns("grown", grown) or ()
-        other = self._bound_to(model, self._options(), patterns)
-        other._set_state(self.state_dict(), "the history", other._binding.named_by("grown", patterns))
-        self.__dict__ = other.__dict__
+        rebound = self._bound_to(model, self._options(), patterns)
+        rebound._set_state(self.state_dict(), "the history", rebound._binding.named_by("grown", patterns))
+        self.__dict__ = rebound.__dict__
 
     @classmethod
     def _bound_to(cls, model: nn.Module, options: Mapping[str, Any], grown: tuple[str, ...]) -> Self:
-        """A history without tasks whose ``include`` has those patterns of ``grown``, too, that match nothing of it."""
+        """A history without tasks. Patterns of ``grown`` that match nothing in ``include`` are added to it."""
         history = cls(model, **options)
-        others = tuple(pattern for pattern in grown if not history._binding.is_known(pattern))
-        if history._binding.include is None or not others:
+        unmatched = tuple(pattern for pattern in grown if not history._binding.is_known(pattern))
+        if history._binding.include is None or not unmatched:
             return history
-        matching("grown", others, history._binding.aliases)  # refuses what the model does not have at all
+        matching("grown", unmatched, history._binding.aliases)  # raises for names that the model lacks
         widened = dict(options)
-        widened["include"] = history._binding.include + others
+        widened["include"] = history._binding.include + unmatched
         return cls(model, **widened)
 
     @classmethod
     def _split_facts(cls, facts: Mapping[str, Any], origin: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """(options, scalars of the state) of a file's facts, of the types that these have. The first version's files
-        have scalars among the tensors."""
+        """(options, scalars of the state) of a file's facts, with checked types. In files of version 1 the scalars are
+        among the tensors."""
         options = dict(facts)
         scalars = {name: options.pop(name) for name in cls._scalar_types if name in facts}
         for name, value in scalars.items():
@@ -300,23 +303,23 @@ class History(ABC, Generic[_Fisher]):
         return options, {name: torch.tensor(value, dtype=dtypes[type(value)]) for name, value in scalars.items()}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The state as tensors by parameter name, for a trainer's own checkpoints. They share memory with the state,
-        and are sharded as the parameters are. Sharded ones are for torch.distributed.checkpoint; torch.save fails on
-        them (a DTensor over a part of a storage), and :meth:`save` writes whole ones.
+        """The state as tensors by parameter name, for a trainer's own checkpoints. They share memory with the state
+        and are sharded as the parameters are. Save sharded tensors with torch.distributed.checkpoint; torch.save fails
+        on them (a DTensor over a part of a storage), and :meth:`save` writes full tensors.
 
-        Options (``include``, ``decay`` and so on) and what :meth:`attach` did are not in it.
+        Options (``include``, ``decay`` and so on) and the attachment of :meth:`attach` are not in it.
         """
         return self._state() | {"num_tasks": torch.tensor(self._num_tasks)}
 
     def load_state_dict(self, state: Mapping[str, Tensor], *, grown: Iterable[str] = ()) -> None:
-        """Takes over what :meth:`state_dict` gave, by parameter name; nothing changes when it does not fit.
+        """Loads a state of :meth:`state_dict`, by parameter name; if it does not fit, nothing changes.
 
         Args:
-            state: of a history of the same parameters, but for those that ``grown`` names.
+            state: of a history of the same parameters, except for those that ``grown`` names.
             grown: see :meth:`rebind`.
 
         Raises:
-            TypeError: no mapping to tensors.
+            TypeError: not a mapping to tensors.
             ValueError: parameters that are missing, unknown or of another shape, by name; tensors of another dtype;
                 numbers that are not finite or, of curvatures, below zero.
         """
@@ -326,7 +329,7 @@ class History(ABC, Generic[_Fisher]):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of state, in this process."""
+        """Bytes of the state in this process."""
         return sum(local_part(tensor).nbytes for tensor in self._state().values())
 
     def __repr__(self) -> str:
@@ -358,12 +361,12 @@ class History(ABC, Generic[_Fisher]):
     def _move_state(self, device: torch.device) -> None: ...
 
     def _options(self) -> dict[str, Any]:
-        """The arguments that made this history, but for the model."""
+        """The constructor's arguments, without the model."""
         return {"include": self._binding.include, "exclude": self._binding.exclude, "decay": self._decay}
 
     def _bound(self, layout: Layout, flat: Tensor) -> Tensor:
-        """A flat (..., P) tensor of another layout in the order, and on the device, of this history; of sharded
-        parameters, this process's part."""
+        """A flat (..., P) tensor of another layout, in this history's order and on its device; this process's part if
+        parameters are sharded."""
         ordered = self._binding.layout.reorder(flat, layout)
         if not self._binding.shards.whole:
             rows = ordered.reshape(-1, self._binding.layout.numel)
@@ -376,13 +379,13 @@ class History(ABC, Generic[_Fisher]):
         return torch.cat([part.reshape(-1) for part in self._binding.shards.cut([named[n] for n in self.names])])
 
     def _named(self, flat: Tensor) -> dict[str, Tensor]:
-        """A vector of the state by parameter name: views, sharded as the parameters are."""
+        """A vector of the state as views by parameter name, sharded as the parameters are."""
         if self._binding.shards.whole:
             return self._binding.layout.split(flat)
         return dict(zip(self.names, self._binding.shards.join(flat), strict=True))
 
     def _scalars_of(self, state: Mapping[str, Tensor], origin: str, *keys: str) -> list[Tensor]:
-        """The tensors of a state that are of no parameter: num_tasks, which is checked, and float64 ones."""
+        """The tensors of a state that belong to no parameter: num_tasks, checked, and the float64 ones of ``keys``."""
         if not isinstance(state, Mapping):
             raise TypeError(f"{origin} is a {type(state).__name__}; expected a mapping from names to tensors.")
         if missing := [key for key in (*keys, "num_tasks") if key not in state]:
@@ -400,8 +403,8 @@ class History(ABC, Generic[_Fisher]):
         origin: str,
         grown: Container[str],
     ) -> list[Tensor]:
-        """The flat vectors whose parts a state holds as prefix + parameter name, checked against the model; those of
-        parameters that have ``grown`` get zeros. Parts of other vectors are refused."""
+        """The flat vectors whose parts a state has under prefix + parameter name, checked against the model. New
+        elements of ``grown`` parameters are zero. Raises ValueError for parts of other vectors."""
         named: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in prefixes}
         for key, tensor in state.items():
             prefix, name = split_key(key)
@@ -421,13 +424,13 @@ class History(ABC, Generic[_Fisher]):
         origin: str,
         grown: Container[str],
     ) -> Tensor:
-        """One of them, from its parts by parameter name."""
-        what = f"{prefix.removesuffix('.')} in {origin}"
+        """One flat vector, from its parts by parameter name."""
+        vector_name = f"{prefix.removesuffix('.')} in {origin}"
         for name, tensor in named.items():
             require_tensor(f"{prefix}{name} in {origin}", tensor, *dtypes)
         if len(kinds := {f"{tensor.dtype} on {tensor.device}" for tensor in named.values()}) != 1:
             listed = ", ".join(sorted(kinds)) or "absent"
-            raise ValueError(f"{what} is {listed}; expected tensors of one dtype, on one device.")
+            raise ValueError(f"{vector_name} is {listed}; expected tensors of one dtype, on one device.")
         stored = self._binding.rename(Layout(list(named), [tensor.shape for tensor in named.values()]))
         parts, like = dict(zip(stored.names, named.values(), strict=True)), next(iter(named.values()))
         for name, shape in zip(self.names, self._binding.layout.shapes, strict=True):
@@ -447,40 +450,40 @@ class History(ABC, Generic[_Fisher]):
             flat = self._bound(layout, layout.flatten(parts))
         else:
             flat = self._cut(parts).to(self._device)
-        self._require_numbers(what, flat, nonnegative=prefix == "fisher_diagonal.")
+        self._require_numbers(vector_name, flat, nonnegative=prefix == "fisher_diagonal.")
         return flat
 
-    def _require_numbers(self, what: str, flat: Tensor, *, nonnegative: bool = False) -> None:
+    def _require_numbers(self, vector_name: str, flat: Tensor, *, nonnegative: bool = False) -> None:
         """Raises ValueError, by parameter, unless a vector of the state is finite and, if asked for, >= 0."""
         shards = self._binding.shards
-        require_numbers(what, self.names, flat.split(shards.lengths), nonnegative=nonnegative, shards=shards)
+        require_numbers(vector_name, self.names, flat.split(shards.lengths), nonnegative=nonnegative, shards=shards)
 
     def _bound_params(self) -> list[Tensor]:
-        """The bound parameters, checked."""
+        """The bound parameters, after a check that they are still the model's."""
         self._binding.check(self._device)
         return list(self._binding.params)
 
     def _params(self) -> list[Tensor]:
-        """The same; of sharded ones, this process's parts."""
+        """This process's parts of the bound parameters, after the same check."""
         return self._binding.shards.local(self._bound_params())
 
     def _run_or_list(self, params: list[Tensor]) -> list[Tensor]:
-        """The parameters as kernels best take them: as one flat tensor after flatten_parameters, else as they are."""
+        """[one flat tensor over all parameters] if they lie in one buffer (flatten_parameters), else ``params``."""
         if torch.compiler.is_compiling():
             return params
         run = self._parameter_run.of(params)
         return params if run is None else [run]
 
     def _gradients(self, params: list[Tensor]) -> tuple[list[Tensor], list[int]]:
-        """Their gradients, created where there is none, and the indices of those; for a parameter that was frozen since
-        binding, a scratch tensor."""
-        found = [parameter.grad for parameter in params]
-        missing = [i for i, gradient in enumerate(found) if gradient is None]
+        """(gradients, indices of those that were missing). A missing gradient is created; for a parameter that was
+        frozen since binding, it is a scratch tensor."""
+        gradients = [parameter.grad for parameter in params]
+        missing = [i for i, gradient in enumerate(gradients) if gradient is None]
         for i in missing:
-            found[i] = torch.zeros_like(params[i])
+            gradients[i] = torch.zeros_like(params[i])
             if params[i].requires_grad:
-                params[i].grad = found[i]
-        return cast(list[Tensor], found), missing
+                params[i].grad = gradients[i]
+        return cast(list[Tensor], gradients), missing
 
     def _require_dense(self, gradients: list[Tensor], params: list[Tensor]) -> None:
         for name, gradient, parameter in zip(self.names, gradients, params, strict=True):
@@ -501,13 +504,13 @@ class History(ABC, Generic[_Fisher]):
                 )
 
     def _accumulate(self, accumulate: Callable[[list[Tensor], list[Tensor]], Tensor]) -> Tensor:
-        """Runs ``accumulate(gradients, params)``, on flat tensors where both lie in one run."""
+        """Runs ``accumulate(gradients, params)``, on one flat tensor each if both lie in one buffer."""
         self._binding.check(self._device, all_devices=False)
         bound: list[Tensor] = list(self._binding.params)
         shards = self._binding.shards
-        found, missing = self._gradients(bound)
+        bound_gradients, missing = self._gradients(bound)
         try:
-            gradients, params = shards.local_gradients(self.names, found), shards.local(bound)
+            gradients, params = shards.local_gradients(self.names, bound_gradients), shards.local(bound)
             run = self._run_or_list(params)
             if run is params or (gradient_run := self._gradient_run.of(gradients)) is None:
                 return accumulate(gradients, params)
@@ -516,7 +519,7 @@ class History(ABC, Generic[_Fisher]):
             for i in missing:
                 bound[i].grad = None
             self._binding.check(self._device)
-            self._require_dense(found, bound)
+            self._require_dense(bound_gradients, bound)
             raise
         torch.autograd.graph.increment_version(gradients)
         return value
@@ -531,7 +534,7 @@ class History(ABC, Generic[_Fisher]):
         return params
 
     def _count_writes(self, params: list[Tensor], run: list[Tensor]) -> None:
-        """Tells autograd, and whoever reads version counters, of what was written through other tensors than these."""
+        """Increments the parameters' version counters if writes went through other tensors (a flat one, or shards)."""
         if run is not params or not self._binding.shards.whole:
             torch.autograd.graph.increment_version(self._binding.params)
 
@@ -541,8 +544,8 @@ class History(ABC, Generic[_Fisher]):
         return torch.full((), value, dtype=torch.float64, device=self._device)
 
     def _groups(self, lr: Rate, moving: tuple[int, ...] | None = None) -> tuple[Groups, float | Tensor]:
-        """Which parameters, of those that move (None: all), do so at which share of the largest learning rate, and that
-        rate."""
+        """(groups of parameters by their share of the largest learning rate, that rate). ``moving`` are the indices of
+        the parameters to consider; None for all."""
         if isinstance(lr, (int, float, Tensor)):
             check_strength("lr", lr)
             return ALL, lr
@@ -562,13 +565,14 @@ class History(ABC, Generic[_Fisher]):
         return tuple((share, members) for share, members in shares if share > 0), largest
 
     def _proximal_strength(self, lam: float | Tensor, lr: float | Tensor) -> Tensor:
-        """lr * lam, which may be infinite; 0 where lr is 0."""
+        """lr * lam, which may be infinite; 0 if lr is 0."""
         check_strength("lam", lam, finite=False)
         rate = self._float64(lr)
         return torch.where(rate == 0, rate, rate * self._float64(lam))
 
     def _pieces(self, vectors: list[Tensor], members: tuple[int, ...] | None) -> list[Tensor]:
-        """The parts of the state's vectors that belong to some parameters, vector by vector; whole ones for all."""
+        """The parts of the state's vectors that belong to the parameters ``members``, vector by vector; the vectors
+        themselves for None, which stands for all parameters."""
         if members is None:
             return vectors
         if members not in self._parts:

@@ -1,4 +1,4 @@
-"""The low-rank terms of all past tasks."""
+"""LowRankHistory: the low-rank penalty terms of all past tasks."""
 
 import math
 from collections.abc import Container, Iterable, Mapping
@@ -25,13 +25,13 @@ class LowRankHistory(History[LowRankFisher]):
         model: its parameters that require a gradient now are bound, by identity.
         include, exclude: patterns that choose parameters: a parameter's name, the name of a module that holds it, or a
             glob such as ``"*.bias"``.
-        first_order: keep each task's slope, too: its own expansion along u_k is s_k x + a_k x^2 / 2 with
-            x = u_k . theta - b_k, which is a_k (x + s_k / a_k)^2 / 2 less the constant s_k^2 / (2 a_k). So b_k becomes
-            b_k - s_k / a_k, at no cost; the constant is left out of the value.
+        first_order: also use each task's slope. The task's expansion along u_k is s_k x + a_k x^2 / 2 with
+            x = u_k . theta - b_k, which equals a_k (x + s_k / a_k)^2 / 2 minus the constant s_k^2 / (2 a_k). So b_k
+            becomes b_k - s_k / a_k, at no cost; the value does not contain the constant.
         decay: see :meth:`append`.
-        max_terms: at most so many terms are kept. Beyond that, terms are merged into the best approximation of
-            sum_k a_k u_k u_k^T by ``max_terms`` orthogonal directions, each of which keeps its exact penalty. Terms are
-            then no longer one task's.
+        max_terms: the largest number of terms. When there are more, they are merged into the best approximation of
+            sum_k a_k u_k u_k^T by ``max_terms`` orthogonal directions, each of which keeps its exact penalty. A term
+            then no longer belongs to one task.
 
     Raises:
         TypeError, ValueError: no such parameter, or parameters that cannot be bound, by name; options out of range.
@@ -57,8 +57,8 @@ class LowRankHistory(History[LowRankFisher]):
         if not isinstance(first_order, bool):
             raise ValueError(f"first_order is {first_order!r}; expected True or False.")
         self._first_order, self._max_terms = first_order, max_terms
-        nothing = torch.zeros(0, dtype=torch.float64, device=self._device)
-        self._set_terms([], nothing, nothing)
+        empty = torch.zeros(0, dtype=torch.float64, device=self._device)
+        self._set_terms([], empty, empty)
 
     def __len__(self) -> int:
         """The number of terms K: one per task for rank 1."""
@@ -71,7 +71,7 @@ class LowRankHistory(History[LowRankFisher]):
 
     @property
     def anchor_projections(self) -> Tensor:
-        """b_k = u_k . theta*_k, less s_k / a_k if first_order: (K,) float64."""
+        """b_k = u_k . theta*_k, minus s_k / a_k if first_order: (K,) float64."""
         return self._anchor_projections
 
     def directions(self) -> list[dict[str, Tensor]]:
@@ -91,7 +91,7 @@ class LowRankHistory(History[LowRankFisher]):
     def add_penalty_grad_(self, lam: float | Tensor) -> Tensor:
         """Adds the penalty's gradient, lam sum_k a_k (u_k . theta - b_k) u_k, to ``.grad``; call it after backward.
 
-        Creates a gradient where there is none, as autograd would. Never waits for the device.
+        Creates missing gradients, as autograd does. Never waits for the device.
 
         Returns:
             The penalty's value, a 0-dim float64 tensor.
@@ -106,7 +106,7 @@ class LowRankHistory(History[LowRankFisher]):
         return self._accumulate(lambda grads, params: operators.low_rank_penalty_accumulate_(grads, params, *state))
 
     def _accumulate_shards(self, gradients: list[Tensor], params: list[Tensor], strength: Tensor) -> Tensor:
-        """What the operator above does, with the exchange of projections between its two halves."""
+        """The same as low_rank_penalty_accumulate_, with a sum of projections over processes in between."""
         drift = self._constant_drift(params)
         force = strength * (self._curvatures * drift)
         operators.low_rank_accumulate_(gradients, self._directions, force)
@@ -122,9 +122,9 @@ class LowRankHistory(History[LowRankFisher]):
 
             theta_g <- theta_g - eta_g lam A_g^T (I + lam sum_g eta_g A_g A_g^T)^-1 r
 
-        ``lam`` may be infinite: the minimum-norm weighted least-squares point. Directions along which A is zero to
-        1e-12 of its largest eigenvalue are left alone. Neither clipping nor the optimizer's scaling touches the penalty
-        here.
+        ``lam`` may be infinite; the result is then the minimum-norm weighted least-squares point. Eigenvectors of
+        A A^T with eigenvalues below 1e-12 of the largest are not moved along. Gradient clipping and the optimizer's
+        scaling do not affect the penalty here.
         """
         groups, rate = self._groups(lr)
         strength = self._proximal_strength(lam, rate)
@@ -139,7 +139,7 @@ class LowRankHistory(History[LowRankFisher]):
         self._count_writes(params, run)
 
     def _proximal_coefficients(self, groups: Groups, strength: Tensor, drift: Tensor) -> Tensor:
-        """What the proximal step adds u_k times to the parameters, for a group's share of 1: (K,)."""
+        """The coefficients of u_k that the proximal step adds to parameters with the largest learning rate: (K,)."""
         if not groups:  # all rates are 0
             return torch.zeros_like(drift)
         eigenvalues, modes = self._spectrum(groups)
@@ -147,7 +147,7 @@ class LowRankHistory(History[LowRankFisher]):
 
     @torch.no_grad()
     def drift(self) -> Tensor:
-        """u_k . theta - b_k, how far the parameters have moved along each term: (K,) float64. Worth logging."""
+        """u_k . theta - b_k, how far the parameters have moved along each direction: (K,) float64; useful in logs."""
         return self._constant_drift(self._params()) if self._directions else self._curvatures.clone()
 
     def _constant_drift(self, params: list[Tensor]) -> Tensor:
@@ -190,7 +190,7 @@ class LowRankHistory(History[LowRankFisher]):
             return
         mixing = (modes[:, kept] / eigenvalues[kept].sqrt()).T.contiguous()
         directions = [operators.low_rank_combine(self._directions, row, self._directions[:1])[0] for row in mixing]
-        # c_i belongs to v_i as it is stored, rounded, so that the drift of the present parameters stays what it was.
+        # c_i belongs to the stored, rounded v_i, so that the drift of the present parameters does not change.
         projections = self._constant_projections(params, directions)
         self._set_terms(directions, eigenvalues[kept], projections - mixing @ self._constant_drift(params))
 
@@ -221,11 +221,11 @@ class LowRankHistory(History[LowRankFisher]):
     def _spectrum(self, groups: Groups) -> tuple[Tensor, Tensor]:
         """(E, W): with Q E Q^T = sum_g (eta_g / max eta) A_g A_g^T, its eigenvalues and the modes W = diag(sqrt(a)) Q.
 
-        Eigenvalues below 1e-12 of the largest are infinite here, which leaves their modes alone. Factored on the CPU
-        when terms or ratios of rates change, so that a step on a device only reads what is there.
+        Eigenvalues below 1e-12 of the largest are replaced by infinity, so that their modes are not moved along. The
+        factorization runs on the CPU, when terms or ratios of rates change; a step on a device only reads the result.
         """
         if groups not in self._spectra:
-            if len(self._spectra) >= 16:  # rates that change their ratio at every step
+            if len(self._spectra) >= 16:  # the ratio of rates changes at every step
                 self._spectra.clear()
             roots = self._curvatures.sqrt().cpu()
             gram = torch.stack([ratio * self._gram(members) for ratio, members in groups]).sum(0)
@@ -245,12 +245,16 @@ class LowRankHistory(History[LowRankFisher]):
     def _set_state(self, state: Mapping[str, Tensor], origin: str, grown: Container[str] = ()) -> None:
         num_tasks, curvatures, anchor_projections = self._scalars_of(state, origin, "curvatures", "anchor_projections")
         count = curvatures.numel()
-        held = {prefix for prefix, _ in map(split_key, state) if prefix}
-        prefixes = [f"directions.{k}." for k in range(count)] if count == len(held) else []
-        if held != set(prefixes) or (num_tasks == 0 and count) or (num_tasks > 0 and not count and not self._max_terms):
+        stored = {prefix for prefix, _ in map(split_key, state) if prefix}
+        prefixes = [f"directions.{k}." for k in range(count)] if count == len(stored) else []
+        if (
+            stored != set(prefixes)
+            or (num_tasks == 0 and count)
+            or (num_tasks > 0 and not count and not self._max_terms)
+        ):
             raise ValueError(
-                f"{origin} has {len(held)} directions and curvatures of shape {tuple(curvatures.shape)} for "
-                f"{int(num_tasks)} tasks; expected as many directions as curvatures, and none for 0 tasks alone."
+                f"{origin} has {len(stored)} directions and curvatures of shape {tuple(curvatures.shape)} for "
+                f"{int(num_tasks)} tasks; expected as many directions as curvatures, and none only for 0 tasks."
             )
         directions = self._vectors_of(state, prefixes, STORAGE_DTYPES, origin, grown)
         require_scalars(f"curvatures in {origin}", curvatures, count, nonnegative=True)

@@ -1,4 +1,4 @@
-"""The strength of a penalty, lam, as a user gives it."""
+"""The user's arguments of a penalty: its strength lam, and learning rates."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ ALL: Groups = ((1.0, None),)
 def check_strength(argument: str, value: float | Tensor, *, finite: bool = True) -> None:
     """Raises unless ``value`` is a real number >= 0, or a 0-dim tensor of one.
 
-    A tensor's value is looked at where that costs nothing: on the CPU, outside of compiled code and of transforms.
+    A tensor's value is checked where that is cheap: on the CPU, outside of compiled code and of transforms.
     """
     if isinstance(value, Tensor):
         if value.dim() != 0 or not value.is_floating_point():
@@ -29,11 +29,13 @@ def check_strength(argument: str, value: float | Tensor, *, finite: bool = True)
             return
         try:
             number = value.item()
-        except RuntimeError:  # batched by vmap: there is no one value to look at
+        except RuntimeError:  # batched by vmap: it has no single value
             return
     elif isinstance(value, (int, float)):
         number = value
     else:
         raise TypeError(f"{argument} is a {type(value).__name__}; expected a float or a 0-dim tensor.")
-    if not number >= 0 or (finite and number == math.inf):  # comparisons: a float may be symbolic in compiled code
+    if not number >= 0 or (
+        finite and number == math.inf
+    ):  # comparisons, because a float may be symbolic in compiled code
         raise ValueError(f"{argument} is {number}; expected a {'finite ' if finite else ''}value >= 0.")
