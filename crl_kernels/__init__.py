@@ -1,10 +1,11 @@
-"""Rank-1 EWC for models that must learn something new without forgetting: fused penalties and Fisher estimators.
+"""Rank-1 EWC for models that learn new tasks without forgetting old ones: fused penalties and Fisher estimators.
 
     history = LowRankHistory(model)
     history.append(estimate_fisher(model, per_sample_loss, loader))   # after each task
     loss = task_loss + rank1_ewc_penalty(history, lam=15_000.0)       # in any trainer
 
-``python -m crl_kernels`` says what was built and what runs. ``__all__`` is the public API; the rest may change.
+``python -m crl_kernels`` prints what was built and which implementations run. ``__all__`` is the public API; everything
+else may change.
 """
 
 from .diagnostics.diagnose import diagnose

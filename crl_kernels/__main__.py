@@ -1,4 +1,4 @@
-"""``python -m crl_kernels``: versions, devices, what was built, what runs where. Worth pasting into a bug report."""
+"""``python -m crl_kernels`` prints versions, devices, and the implementation of each operator, for bug reports."""
 
 import importlib.metadata
 import platform

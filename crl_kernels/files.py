@@ -1,8 +1,9 @@
-"""Files: safetensors, by parameter name, never pickle. Written aside and renamed, so never half a file.
+"""Files in the safetensors format, by parameter name, never pickle. A file is written under a temporary name and then
+renamed, so it is never incomplete.
 
 A file has one entry of metadata, in JSON: the format's version, the kind of its contents, facts about them, and a
-digest: SHA-256 of all that and of the name, dtype, shape and bytes of every tensor. Files of version 1, which had no
-digest, load.
+digest. The digest is the SHA-256 of the other entries and of the name, dtype, shape and bytes of every tensor. Files of
+version 1, which have no digest, also load.
 """
 
 import ctypes
@@ -35,7 +36,7 @@ def write(path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor]
     _require_utf_8(path)
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     description = {"version": _VERSION, "kind": kind, "facts": facts}
-    # One entry: safetensors writes several in an arbitrary order, and equal states should be equal files.
+    # One entry, because safetensors writes several in an arbitrary order, and equal states should give equal files.
     header = {_ENTRY: json.dumps(description | {"digest": _digest(description, plain)})}
     data = library.torch.save(plain, header)
     target = Path(path)
@@ -70,7 +71,7 @@ def _umask() -> int:
 
 
 def _digest(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """Of CPU tensors, contiguous; the same for equal contents, in whatever order a file has them."""
+    """The digest of a description and of contiguous CPU tensors, independent of their order in the file."""
     digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
@@ -81,16 +82,16 @@ def _digest(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> st
 
 
 def described(path: str | os.PathLike[str]) -> str:
-    """A file as the subject or object of an error message."""
+    """The name of a file in an error message."""
     return f"the file {os.fspath(path)!r}"
 
 
 def read(path: str | os.PathLike[str]) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
-    """(kind, tensors, facts) of a file that ``write`` wrote, now or in version 1.
+    """(kind, tensors, facts) of a file that ``write`` wrote, in version 1 or 2.
 
     Raises:
-        OSError: nothing that can be opened: FileNotFoundError, IsADirectoryError, PermissionError.
-        ValueError: any other file, one that is damaged, or one of a later version, by name.
+        OSError: a file that cannot be opened: FileNotFoundError, IsADirectoryError, PermissionError.
+        ValueError: a file of another kind, a damaged file, or a file of a later version; the message names it.
     """
     library = _safetensors()
     _require_utf_8(path)
@@ -98,7 +99,7 @@ def read(path: str | os.PathLike[str]) -> tuple[str, dict[str, Tensor], dict[str
         raise IsADirectoryError(f"path {os.fspath(path)!r} is a folder; expected a file.")
     if not Path(path).is_file():
         raise FileNotFoundError(f"path {os.fspath(path)!r} is not a file.")
-    with open(path, "rb"):  # safetensors has errors of its own for a file that may not be read
+    with open(path, "rb"):  # raises PermissionError, for which safetensors has its own errors
         pass
     try:
         with library.safe_open(path, framework="pt") as file:
@@ -111,7 +112,7 @@ def read(path: str | os.PathLike[str]) -> tuple[str, dict[str, Tensor], dict[str
     try:
         header: Any = json.loads(entry)
     except (RecursionError, ValueError) as error:
-        raise ValueError(f"{described(path)} is damaged: its metadata are no JSON: {error}.") from error
+        raise ValueError(f"{described(path)} is damaged: its metadata is not JSON: {error}.") from error
     version = header.get("version") if isinstance(header, dict) else None
     if type(version) is int and version > _VERSION:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The processes that share an estimate: the few collective calls that it makes, and nothing where there is one."""
+"""The processes that share an estimate, and the collective calls of an estimate; no calls with one process."""
 
 from typing import Any, TypeVar
 
@@ -8,7 +8,7 @@ T = TypeVar("T")
 
 
 class Processes:
-    """Those of ``group``; else those of a model in a DistributedDataParallel; else this one alone."""
+    """The processes of ``group``; without one, those of a DistributedDataParallel model, or only this process."""
 
     def __init__(self, model: nn.Module, group: Any) -> None:
         if group is not None and not (distributed.is_available() and distributed.is_initialized()):
@@ -24,7 +24,7 @@ class Processes:
             raise ValueError("process_group does not contain this process; call estimate_fisher in its members only.")
 
     def gather(self, value: T) -> list[T]:
-        """Everyone's value, in the order of ranks."""
+        """The values of all processes, in the order of ranks."""
         if self._count == 1:
             return [value]
         values: list[Any] = [None] * self._count
@@ -32,12 +32,12 @@ class Processes:
         return values
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """In place, the sum over processes."""
+        """Sums over processes, in place."""
         if self._count > 1:
             distributed.all_reduce(tensor, group=self._group)
         return tensor
 
     def broadcast_(self, tensor: Tensor, rank: int) -> Tensor:
-        """In place, the tensor that ``rank`` has."""
+        """Overwrites ``tensor`` with that of process ``rank``."""
         distributed.broadcast(tensor, distributed.get_global_rank(self._group, rank), self._group)
         return tensor

@@ -1,8 +1,8 @@
-"""Sharded parameters: of every vector, a process keeps what belongs to its own shards, and nothing is gathered.
+"""Sharded parameters: each process keeps the part of every vector that belongs to its shards; nothing is gathered.
 
-The parameters of FSDP2 (``fully_shard``) are DTensors on a mesh of processes. Kernels run on local shards; what is
-summed over the whole model, K dot products in float64, is then summed over the mesh's sharded dimensions: one exchange
-a step for FSDP, and for HSDP, whose other dimension holds copies.
+The parameters of FSDP2 (``fully_shard``) are DTensors on a mesh of processes. Kernels run on local shards. Sums over
+the model, K dot products in float64, are then summed over the mesh's sharded dimensions: one exchange in each step, for
+FSDP and for HSDP, whose other mesh dimension holds copies.
 """
 
 import sys
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 
 
 def is_sharded(tensor: Tensor) -> "TypeIs[DTensor]":
-    """Whether it is a DTensor. Who has one has imported its module, which is slow to import for the others."""
+    """Whether it is a DTensor. Does not import DTensor's module, which is slow; a DTensor exists only after that."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """What this process has of a tensor; differentiable."""
+    """This process's part of a tensor; differentiable."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """All of a tensor, in every process."""
+    """The full tensor, in every process."""
     if not is_sharded(tensor):
         return tensor
     mesh_device = tensor.device_mesh.device_type
@@ -38,48 +38,50 @@ def gathered(tensor: Tensor) -> Tensor:
 
 
 class Shards:
-    """How a model's parameters are cut; ``whole`` where they are not.
+    """How a model's parameters are sharded; ``unsharded`` if they are not.
 
     Raises:
-        ValueError: parameters that are not cut alike, or in a way that is not known here, by name.
+        ValueError: parameters that are sharded differently, or in an unsupported way, by name.
     """
 
     def __init__(self, names: Sequence[str], params: Sequence[Tensor]) -> None:
         first = next(filter(is_sharded, params), None)
-        self.whole = first is None
+        self.unsharded = first is None
         if first is None:
             self.lengths = [parameter.numel() for parameter in params]
             return
         self._like = [_require_like(first, name, parameter) for name, parameter in zip(names, params, strict=True)]
         self._mesh = first.device_mesh
-        self._groups = [self._mesh.get_group(i) for i, cut in enumerate(cuts(first)) if cut]
+        self._groups = [self._mesh.get_group(i) for i, sharded in enumerate(sharded_dimensions(first)) if sharded]
         self._shapes = [part.shape for part in self.local(params)]
         self.lengths = [shape.numel() for shape in self._shapes]
 
     def local(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """This process's parts of parameters; differentiable."""
-        return list(tensors) if self.whole else list(map(local_part, tensors))
+        return list(tensors) if self.unsharded else list(map(local_part, tensors))
 
     def local_gradients(self, names: Sequence[str], gradients: Sequence[Tensor]) -> list[Tensor]:
-        """The same of gradients.
+        """This process's parts of gradients.
 
         Raises:
-            ValueError: one that is not placed as its parameter is.
+            ValueError: a gradient that is placed differently from its parameter.
         """
-        for name, gradient, (placements, _, _) in zip(names, gradients, [] if self.whole else self._like, strict=False):
-            found = gradient.placements if is_sharded(gradient) else "a whole tensor"
-            if found != placements:
+        for name, gradient, (placements, _, _) in zip(
+            names, gradients, [] if self.unsharded else self._like, strict=False
+        ):
+            placed = gradient.placements if is_sharded(gradient) else "a whole tensor"
+            if placed != placements:
                 raise ValueError(
-                    f"the gradient of {name!r} is placed as {found} and the parameter as {placements}; redistribute "
+                    f"the gradient of {name!r} is placed as {placed} and the parameter as {placements}; redistribute "
                     "it, or add rank1_ewc_penalty or diagonal_ewc_penalty to the loss instead."
                 )
         return self.local(gradients)
 
     def cut(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """This process's parts of tensors like the parameters, each whole, or sharded in whatever way on their mesh.
+        """This process's parts of tensors like the parameters, each either full or sharded in any way on their mesh.
 
         Raises:
-            ValueError: one that is sharded over other processes than the parameters are.
+            ValueError: a tensor that is sharded over other processes than the parameters.
         """
         from torch.distributed.tensor import distribute_tensor
 
@@ -92,7 +94,7 @@ class Shards:
                 )
         parts = []
         for tensor, (placements, _, _) in zip(tensors, self._like, strict=True):
-            if not is_sharded(tensor):  # cut here, without an exchange
+            if not is_sharded(tensor):  # sharded locally, without an exchange
                 tensor = distribute_tensor(tensor, self._mesh, placements, src_data_rank=None)
             parts.append(tensor.redistribute(self._mesh, placements).to_local())
         return parts
@@ -108,47 +110,47 @@ class Shards:
         ]
 
     def sum_(self, value: Tensor) -> Tensor:
-        """In place, the sum over all shards."""
-        return value if self.whole else self._reduce(value, distributed.ReduceOp.SUM)
+        """Sums over all shards, in place."""
+        return value if self.unsharded else self._reduce(value, distributed.ReduceOp.SUM)
 
     def max_(self, value: Tensor) -> Tensor:
-        """In place, the largest over all shards."""
-        return value if self.whole else self._reduce(value, distributed.ReduceOp.MAX)
+        """The maximum over all shards, in place."""
+        return value if self.unsharded else self._reduce(value, distributed.ReduceOp.MAX)
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum over all shards. Its derivative by a process's own value is 1: every process has the sum in its own
-        loss, and differentiates it by its own shards."""
-        return value if self.whole else value + (self.sum_(value.detach().clone()) - value.detach())
+        """The sum over all shards. Its derivative by this process's value is 1: each process has the sum in its loss
+        and differentiates it by its own shards."""
+        return value if self.unsharded else value + (self.sum_(value.detach().clone()) - value.detach())
 
     def _reduce(self, value: Tensor, operation: Any) -> Tensor:
-        on_mesh = value.to(self._mesh.device_type)  # with CPU offload, shards lie where their mesh does not reduce
+        on_mesh = value.to(self._mesh.device_type)  # with CPU offload, shards are on another device than the mesh
         for group in self._groups:
             distributed.all_reduce(on_mesh, operation, group)
         return value if on_mesh is value else value.copy_(on_mesh)
 
 
-def cuts(tensor: "DTensor") -> list[bool]:
-    """Along which of the mesh's dimensions it is cut."""
+def sharded_dimensions(tensor: "DTensor") -> list[bool]:
+    """For each dimension of the mesh, whether the tensor is sharded along it."""
     from torch.distributed.tensor import Shard
 
     return [isinstance(placement, Shard) for placement in tensor.placements]
 
 
 def _require_like(first: "DTensor", name: str, parameter: Tensor) -> tuple[Any, Any, Any]:
-    """(placements, shape, stride) of a parameter that is cut along the same dimensions as the first."""
+    """(placements, shape, stride) of a parameter. Raises ValueError if it is sharded differently from ``first``."""
     from torch.distributed.tensor import Replicate, Shard
 
-    where = "Bind a history to each kind, with include= or exclude=."
+    advice = "Bind a history to each kind, with include= or exclude=."
     if not is_sharded(parameter):
-        raise ValueError(f"parameter {name!r} is whole and others are sharded. {where}")
+        raise ValueError(f"parameter {name!r} is whole and others are sharded. {advice}")
     if not all(type(placement) in (Replicate, Shard) for placement in parameter.placements):
         raise ValueError(
             f"parameter {name!r} is placed as {parameter.placements}; expected Shard and Replicate alone, as "
             "fully_shard places parameters."
         )
-    if parameter.device_mesh != first.device_mesh or cuts(parameter) != cuts(first):
+    if parameter.device_mesh != first.device_mesh or sharded_dimensions(parameter) != sharded_dimensions(first):
         raise ValueError(
             f"parameter {name!r} is placed as {parameter.placements} on {parameter.device_mesh}, and others as "
-            f"{first.placements} on {first.device_mesh}. {where}"
+            f"{first.placements} on {first.device_mesh}. {advice}"
         )
     return parameter.placements, parameter.shape, parameter.stride()

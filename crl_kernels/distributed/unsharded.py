@@ -1,4 +1,4 @@
-"""A sharded model as a whole one, for what looks at single samples, whose gradients no process has otherwise."""
+"""whole_parameters: a sharded model with full parameters in every process, for per-sample gradients."""
 
 import sys
 from collections.abc import Generator, Sequence
@@ -9,45 +9,47 @@ from weakref import WeakKeyDictionary
 
 from torch import distributed, nn
 
-from .shards import cuts, gathered, is_sharded
+from .shards import gathered, is_sharded, sharded_dimensions
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
 _FSDP = "torch.distributed.fsdp"
-_open: dict[int, Any] = {}  # id of a parameter that is whole for a block -> the group of its processes
+_open: dict[int, Any] = {}  # id of a full parameter in an open block -> its process group
 _groups: "WeakKeyDictionary[DeviceMesh, Any]" = WeakKeyDictionary()
 
 
 @contextmanager
 def whole_parameters(model: nn.Module) -> Generator[Any, None, None]:
-    """In the block, a sharded model (FSDP2, HSDP) is a whole one in every process: per-sample gradients of a process's
-    own samples exist there, and processes need not keep step. All of them enter it together.
+    """In the block, a sharded model (FSDP2, HSDP) has its full parameters in every process. Each process can then
+    compute per-sample gradients of its own samples, without synchronization. All processes must enter the block
+    together.
 
         with whole_parameters(model), SampleGradients(model) as sg:
             per_sample_loss(model, batch).sum().backward()
 
-    Parameters are gathered on the mesh's device, and what ``fully_shard`` does around the model's forward is left out:
-    mixed precision and the inputs' move to the device, too. Afterwards the model is sharded as it was; changes and
-    gradients of the whole parameters are lost. Blocks may lie in each other, and a model that is whole is left alone.
-    ``estimate_fisher`` and ``diagnose`` do this by themselves. A forward that calls ``unshard()`` is not served.
+    Parameters are gathered on the mesh's device. In the block, the hooks of ``fully_shard`` around the model's forward
+    do not run, so there is no mixed precision and no move of inputs to the device either. After the block the model is
+    sharded as before; changes and gradients of the full parameters are lost. Blocks may be nested, and an unsharded
+    model is not changed. ``estimate_fisher`` and ``diagnose`` enter the block themselves. A forward that calls
+    ``unshard()`` is not supported.
 
-    Memory: the whole parameters, in every process.
+    Memory: the full parameters, in every process.
 
     Yields:
-        The process group of those that share the model; None if it is whole.
+        The process group that shares the model; None if it is not sharded.
 
     Raises:
-        ValueError: parameters that are sharded by something else than ``fully_shard``, or on several meshes.
-        RuntimeError: parameters were left whole by a forward pass that failed.
+        ValueError: parameters that are sharded by something other than ``fully_shard``, or on several meshes.
+        RuntimeError: a forward pass that failed has left parameters unsharded.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; expected a torch.nn.Module.")
     fsdp = sys.modules.get(_FSDP)
     wrapped = [module for module in model.modules() if fsdp is not None and isinstance(module, fsdp.FSDPModule)]
     for module in wrapped:
-        module.reshard()  # a forward without a backward pass leaves whole parameters in their places
+        module.reshard()  # a forward without a backward pass leaves the full parameters in place
     places: list[tuple[nn.Module, str, Any]] = [
         (module, name, parameter)
         for module in model.modules()
@@ -58,29 +60,29 @@ def whole_parameters(model: nn.Module) -> Generator[Any, None, None]:
         yield _group_of_open_block(model, wrapped)
         return
     group = _group_of(_require_fully_sharded(places, wrapped))
-    whole: dict[nn.Parameter, nn.Parameter] = {}  # a tied one once
+    replacements: dict[nn.Parameter, nn.Parameter] = {}  # tied parameters have one entry
     with ExitStack() as stack:
         for module in wrapped:
             stack.enter_context(_without_fsdp(module))
         try:
             for module, name, parameter in places:
-                if parameter not in whole:
+                if parameter not in replacements:
                     value = gathered(parameter.detach())
                     if value.data_ptr() == parameter.to_local().data_ptr():  # one process
                         value = value.clone()
-                    whole[parameter] = nn.Parameter(value, requires_grad=parameter.requires_grad)
-                    _open[id(whole[parameter])] = group
-                setattr(module, name, whole[parameter])
+                    replacements[parameter] = nn.Parameter(value, requires_grad=parameter.requires_grad)
+                    _open[id(replacements[parameter])] = group
+                setattr(module, name, replacements[parameter])
             yield group
         finally:
-            for replacement in whole.values():
+            for replacement in replacements.values():
                 del _open[id(replacement)]
             for module, name, parameter in places:
                 setattr(module, name, parameter)
 
 
 def _group_of_open_block(model: nn.Module, wrapped: Sequence[nn.Module]) -> Any:
-    """None if the model is in no block."""
+    """The process group of the open block that the model is in; None if it is in none."""
     for parameter in model.parameters():
         if id(parameter) in _open:
             return _open[id(parameter)]
@@ -93,15 +95,18 @@ def _group_of_open_block(model: nn.Module, wrapped: Sequence[nn.Module]) -> Any:
 
 
 def _require_fully_sharded(places: Sequence[tuple[nn.Module, str, Any]], wrapped: Sequence[nn.Module]) -> "DeviceMesh":
-    """The mesh of all of them."""
+    """The mesh of the sharded parameters. Raises ValueError if ``fully_shard`` did not place them all, on one mesh."""
     from torch.distributed.tensor import Replicate, Shard
 
     mesh: DeviceMesh = places[0][2].device_mesh
     fully_sharded = {parameter for module in wrapped for parameter in module.parameters()}
     for module, name, parameter in places:
         placements = parameter.placements
-        known = all(type(placement) in (Replicate, Shard) for placement in placements) and sum(cuts(parameter)) == 1
-        if parameter not in fully_sharded or not known:
+        supported = (
+            all(type(placement) in (Replicate, Shard) for placement in placements)
+            and sum(sharded_dimensions(parameter)) == 1
+        )
+        if parameter not in fully_sharded or not supported:
             raise ValueError(
                 f"parameter {name!r} of a {type(module).__name__} is placed as {placements}, and not by fully_shard "
                 "alone. Tensor-parallel layers cannot be made whole here: use a whole copy of the model."
@@ -126,7 +131,7 @@ def _group_of(mesh: "DeviceMesh") -> Any:
 
 @contextmanager
 def _without_fsdp(module: nn.Module) -> Generator[None, None, None]:
-    """In the block, neither its forward nor any other method that was registered for it calls FSDP."""
+    """In the block, the module's forward and its registered methods do not call FSDP."""
     registries: list[dict[int, Any]] = [module._forward_pre_hooks, module._forward_hooks]
     orders = [list(registry) for registry in registries]
     removed = [
@@ -152,8 +157,8 @@ def _without_fsdp(module: nn.Module) -> Generator[None, None, None]:
 
 
 def _was_registered(method: Any) -> bool:
-    """Whether ``register_fsdp_forward_method`` has put it around another."""
+    """Whether it is a wrapper that ``register_fsdp_forward_method`` put around a method."""
     if not isinstance(method, MethodType) or not hasattr(method.__func__, "__wrapped__"):
         return False
-    made_in: str = getattr(method.__func__, "__globals__", {}).get("__name__", "")
-    return made_in.startswith(_FSDP)
+    module_name: str = getattr(method.__func__, "__globals__", {}).get("__name__", "")
+    return module_name.startswith(_FSDP)

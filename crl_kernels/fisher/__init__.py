@@ -1,1 +1,1 @@
-"""One task's curvature: its two forms, how they are estimated, and how good the estimate is."""
+"""One task's curvature: its two forms, their estimation, and statistics of the estimate."""

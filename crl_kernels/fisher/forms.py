@@ -1,4 +1,4 @@
-"""One task's curvature: what elastic weight consolidation keeps of a task after it was learned.
+"""LowRankFisher and DiagonalFisher: the curvature of one learned task, for elastic weight consolidation.
 
 The empirical Fisher of a task is F = mean_i g_i g_i^T over per-sample gradients g_i. Two approximations of it:
 
@@ -65,25 +65,25 @@ def _state_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
 class LowRankFisher:
     """F ~ sum_k a_k u_k u_k^T with anchors b_k = u_k . theta*.
 
-    The penalty that it stands for is (lam / 2) sum_k a_k (u_k . theta - b_k)^2. It is defined by the directions as they
-    are STORED, so curvatures and anchor projections belong to the stored, rounded u_k; theta* is not kept.
+    Its penalty is (lam / 2) sum_k a_k (u_k . theta - b_k)^2. Curvatures and anchor projections belong to the directions
+    as they are STORED, so to the rounded u_k; theta* is not kept.
 
-    Slopes are the first-order term. The task's own expansion along u_k is s_k x + a_k x^2 / 2, x = u_k . theta - b_k:
-    lowest at x = -s_k / a_k and not at theta*, where the mean gradient mu is not quite zero. A history takes them into
-    account if it is told to (``LowRankHistory(first_order=True)``); the paper's penalty leaves them out.
+    Slopes are the first-order term. The task's expansion along u_k is s_k x + a_k x^2 / 2 with x = u_k . theta - b_k.
+    Its minimum is at x = -s_k / a_k and not at theta*, where the mean gradient mu is not exactly zero. A history with
+    ``LowRankHistory(first_order=True)`` uses slopes; the paper's penalty does not.
 
     Args:
         directions: parameter name -> (K, \\*shape) tensor; row k of all of them together is u_k. They need not be
             orthonormal.
         curvatures: (K,), a_k >= 0, in squared gradient units for unit u_k.
         anchor: parameter name -> theta*, the parameters that the task ended with.
-        slopes: (K,), s_k = u_k . mu, in gradient units for unit u_k; or None, if unknown.
+        slopes: (K,), s_k = u_k . mu, in gradient units for unit u_k; None if unknown.
         storage_dtype: of the directions: torch.float32 (the default), torch.bfloat16 or torch.float64 (the default if
             any direction is float64).
-        statistics: what the estimate says of itself, if it was estimated.
+        statistics: the statistics of the estimate; None if the Fisher was not estimated.
 
     Raises:
-        TypeError, ValueError: for input that does not fit, naming it.
+        TypeError, ValueError: an invalid argument, by name.
     """
 
     def __init__(
@@ -162,8 +162,8 @@ class LowRankFisher:
     ) -> "LowRankFisher":
         """The paper's (mu, c*, theta*): F ~ c mu mu^T, penalty (lam / 2) c (mu . (theta - theta*))^2.
 
-        Stored as u = mu / |mu| and a = c (mu . u)^2 / |u|^4 for the u that is stored, which is c |mu|^2 up to its
-        rounding; the slope is mu . u.
+        Stored as u = mu / |mu| and a = c (mu . u)^2 / |u|^4 for the stored u, which is c |mu|^2 up to rounding; the
+        slope is mu . u.
 
         Args:
             mean_gradient: parameter name -> mu, the task's mean gradient.
@@ -214,15 +214,15 @@ class LowRankFisher:
 class DiagonalFisher:
     """F ~ diag(F_jj), F_jj = mean_i g_ij^2, with the anchor theta*.
 
-    The penalty that it stands for is (lam / 2) sum_j F_jj (theta_j - theta*_j)^2.
+    Its penalty is (lam / 2) sum_j F_jj (theta_j - theta*_j)^2.
 
     Args:
         fisher_diagonal: parameter name -> F_jj >= 0, in squared gradient units.
         anchor: parameter name -> theta*.
-        statistics: what the estimate says of itself, if it was estimated.
+        statistics: the statistics of the estimate; None if the Fisher was not estimated.
 
     Raises:
-        TypeError, ValueError: for input that does not fit, naming it.
+        TypeError, ValueError: an invalid argument, by name.
     """
 
     def __init__(
@@ -266,11 +266,12 @@ def _facts(layout: Layout, statistics: FisherStatistics | None) -> dict[str, Any
 
 
 def load_fisher(path: str | os.PathLike[str]) -> LowRankFisher | DiagonalFisher:
-    """Reads what ``LowRankFisher.save`` or ``DiagonalFisher.save`` wrote, on the CPU.
+    """Reads a file of ``LowRankFisher.save`` or ``DiagonalFisher.save``, on the CPU.
 
     Raises:
-        OSError: no file that can be opened: FileNotFoundError, IsADirectoryError, PermissionError.
-        ValueError: not a safetensors file, damaged, changed after it was saved, or not a Fisher; names the file.
+        OSError: a file that cannot be opened: FileNotFoundError, IsADirectoryError, PermissionError.
+        ValueError: a file that is not a safetensors file, is damaged, was changed after it was saved, or holds no
+            Fisher; the message names the file.
     """
     kind, tensors, facts = files.read(path)
     if kind not in ("LowRankFisher", "DiagonalFisher"):
@@ -317,15 +318,15 @@ def _by_name(
     scalars: Set[str],
     dtypes: Sequence[torch.dtype],
 ) -> list[dict[str, Tensor]]:
-    """The tensors of each prefix by parameter name. Raises ValueError unless these and the scalars are all there is,
-    and those of one dtype."""
+    """The tensors of each prefix by parameter name. Raises ValueError for missing or additional tensors, and for
+    several dtypes."""
     expected = {*scalars, *(prefix + name for prefix in prefixes for name in names)}
     if missing := sorted(expected - tensors.keys()):
         raise ValueError(f"it lacks {join_names(missing)}.")
     if unknown := sorted(tensors.keys() - expected):
         raise ValueError(f"it has {join_names(unknown)}, which no Fisher of its parameters has.")
     vectors = [{name: tensors[prefix + name] for name in names} for prefix in prefixes]
-    used = {require_tensor(f"{name!r}", t, *dtypes).dtype for vector in vectors for name, t in vector.items()}
-    if len(used) > 1:
-        raise ValueError(f"its tensors are of {', '.join(sorted(map(str, used)))}; expected one dtype.")
+    used_dtypes = {require_tensor(f"{name!r}", t, *dtypes).dtype for vector in vectors for name, t in vector.items()}
+    if len(used_dtypes) > 1:
+        raise ValueError(f"its tensors are of {', '.join(sorted(map(str, used_dtypes)))}; expected one dtype.")
     return vectors

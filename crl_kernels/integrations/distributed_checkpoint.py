@@ -21,24 +21,24 @@ from ..penalty.low_rank import LowRankHistory
 
 
 def load_history(history: LowRankHistory | DiagonalHistory, path: str | os.PathLike[str], key: str = "history") -> None:
-    """Reads into ``history`` what was saved of one under ``key``. All processes call it.
+    """Loads into ``history`` the state that was saved under ``key``. All processes must call it.
 
-    If parameters have joined since it was saved: read it into a history of the others (``include=``), then call
+    If parameters joined the model after the save, load into a history of the old parameters (``include=``), then call
     ``LowRankHistory.rebind``.
 
     Raises:
         FileNotFoundError: no checkpoint.
-        ValueError: nothing under that key, parts that cannot be read, or the history of another model, by name; numbers
-            that no history has. ``history`` is as it was then.
+        ValueError: nothing under that key; parts that cannot be read; the history of another model, by name; values
+            that a history cannot have. ``history`` has not changed then.
     """
     origin = f"the checkpoint {os.fspath(path)!r}"
-    found = FileSystemReader(path).read_metadata().state_dict_metadata
-    mine = {name.removeprefix(f"{key}."): entry for name, entry in found.items() if name.startswith(f"{key}.")}
-    if not mine:
+    metadata = FileSystemReader(path).read_metadata().state_dict_metadata
+    saved = {name.removeprefix(f"{key}."): entry for name, entry in metadata.items() if name.startswith(f"{key}.")}
+    if not saved:
         raise ValueError(f"{origin} has nothing under key={key!r}.")
     vectors: dict[str, dict[str, TensorStorageMetadata]] = {}
     state = {}
-    for name, entry in mine.items():
+    for name, entry in saved.items():
         if not isinstance(entry, TensorStorageMetadata):
             raise ValueError(f"{name!r} in {origin} is not a tensor.")
         prefix, parameter = split_key(name)

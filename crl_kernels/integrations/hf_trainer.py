@@ -5,11 +5,11 @@
     trainer.train()
     history.append(estimate_fisher(model, per_sample_loss, loader))  # after the task
 
-Trainer clips gradients (``max_grad_norm``, 1 by default) before the optimizer's step, and the penalty comes within it:
-the penalty is **not** clipped, and its gradient is not in the logged ``grad_norm``. A penalty in the loss is clipped
+Trainer clips gradients (``max_grad_norm``, 1 by default) before the optimizer's step, and the penalty is applied inside
+the step: it is **not** clipped, and its gradient is not in the logged ``grad_norm``. A penalty in the loss is clipped
 with the task's gradient, so the two trainings differ as soon as Trainer clips, with every optimizer. With
-``max_grad_norm=0`` they are the same. To have the penalty clipped, add ``history.penalty(lam)`` to the loss in
-``Trainer.compute_loss``. Adafactor's own clipping (``clip_threshold``) is within its step and acts on both alike.
+``max_grad_norm=0`` they are equal. To have the penalty clipped, add ``history.penalty(lam)`` to the loss in
+``Trainer.compute_loss``. Adafactor's own clipping (``clip_threshold``) is inside its step and affects both alike.
 """
 
 from pathlib import Path
@@ -26,18 +26,18 @@ HISTORY_FILE = "ewc_history.safetensors"
 
 
 class EWCCallback(TrainerCallback):
-    """Attaches a history to the Trainer's optimizer while it trains, and saves it beside every checkpoint.
+    """Attaches a history to the Trainer's optimizer during training, and saves it in every checkpoint's folder.
 
     Args:
-        history: bound to the model that is trained; with adapters (peft) it holds what requires a gradient, so the
-            adapters only.
+        history: bound to the trained model; with adapters (peft) it has only the parameters that require a gradient,
+            so the adapters.
         lam, decoupled: see ``LowRankHistory.attach``.
 
-    A checkpoint's folder holds the history as ``ewc_history.safetensors``. To resume, load it from there and give
-    ``resume_from_checkpoint`` as ever.
+    A checkpoint's folder has the history in ``ewc_history.safetensors``. To resume, load the history from there, and
+    pass ``resume_from_checkpoint`` as usual.
 
     Raises:
-        TypeError, ValueError: what ``attach`` refuses, and a history of sharded parameters, when training begins.
+        TypeError, ValueError: when training begins: the errors of ``attach``, and a history of sharded parameters.
     """
 
     def __init__(
@@ -49,10 +49,10 @@ class EWCCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._detach()  # from a training that an exception has ended
-        if not self._history._binding.shards.whole:
+        self._detach()  # from a training that ended with an exception
+        if not self._history._binding.shards.unsharded:
             raise ValueError(
-                "history is of sharded parameters, and EWCCallback saves it from one process alone; attach it to the "
+                "history has sharded parameters, and EWCCallback saves it from one process only; attach it to the "
                 "optimizer yourself, and save it with history.save or torch.distributed.checkpoint in all processes."
             )
         optimizer: Optimizer = kwargs["optimizer"]

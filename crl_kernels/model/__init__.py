@@ -1,1 +1,1 @@
-"""What is known of a user's model: names of parameters, which ones are bound, what an estimate must not change."""
+"""A user's model: parameter names, the binding to parameters, flat buffers, and restoring the model's state."""

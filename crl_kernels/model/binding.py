@@ -1,7 +1,7 @@
-"""Which parameters a Fisher or a history speaks about: by identity in the process, by name on disk, never by position.
+"""The parameters of a Fisher or a history: matched by identity in the process, by name on disk, never by position.
 
 Files, optimizers and calls order parameters differently, and many tensors of a model share a shape, so a match by
-position gives numbers that are silently wrong. Everything here maps by name or refuses, naming what does not fit.
+position can give silently wrong numbers. Everything here matches by name or raises an error with the names.
 """
 
 import gc
@@ -27,11 +27,11 @@ from .names import (
 
 
 class Binding:
-    """The parameters of one model that a history speaks about.
+    """The parameters of one model that a history is bound to.
 
     ``include`` and ``exclude`` are patterns: a parameter's name, the name of a module that holds it, or a shell-style
     glob (``"*.bias"``). Only parameters that require a gradient at the time of binding are bound; a parameter that
-    modules share is bound once.
+    several modules share is bound once.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Binding:
             )
         self.layout = Layout(list(trainable), [parameter.shape for parameter in trainable.values()])
         self._bind(model, list(trainable.values()))
-        self._note_names(model, spellings, {id(parameter): name for name, parameter in named.items()})
+        self._store_names(model, spellings, {id(parameter): name for name, parameter in named.items()})
         self._unbound = {
             name: "does not require a gradient" if name in params else "is left out by include= or exclude="
             for name in named
@@ -73,12 +73,12 @@ class Binding:
         self._shapes = list(self.layout.shapes)
         self.shards = Shards(self.layout.names, self.params)
         self._widest = next((p for p in self.params if p.dtype == torch.float64), self.params[0])
-        self._model: nn.Module | None = model  # None: a copy that has not looked for its model yet
+        self._model: nn.Module | None = model  # None: a copy that has not yet searched for its model
         self._find_places(model)
 
-    def _note_names(self, model: nn.Module, spellings: ParameterNames, first_name: Mapping[int, str]) -> None:
-        """Notes what each parameter may be called, each name of a shared one: without wrappers, with them, as earlier
-        versions did. Unbound ones, too, lest one be taken for a bound one."""
+    def _store_names(self, model: nn.Module, spellings: ParameterNames, first_name: Mapping[int, str]) -> None:
+        """Stores all names of each parameter: without wrapper prefixes, with them, and as in earlier versions; of a
+        shared parameter each name. Includes unbound parameters, so that their names are not taken for bound ones."""
         self.aliases: dict[str, str] = {}
         raw_names: dict[str, str] = {}
         earlier_names: dict[str, str] = {}
@@ -93,14 +93,14 @@ class Binding:
         for earlier in ambiguous:
             del earlier_names[earlier]
         owners = list(self.aliases.values())
-        inside = [
+        inner_names = [
             dict(zip(names, owners, strict=True)) for names in without_outer_wrappers(self.aliases)
-        ]  # of an unknown wrapper
-        self._known_names = [self.aliases, raw_names, *inside, earlier_names]
+        ]  # without an unknown wrapper
+        self._known_names = [self.aliases, raw_names, *inner_names, earlier_names]
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles have: names and the model. Parameters are found in it again, by name."""
-        if not self.shards.whole:
+        """The state of copies and pickles: names and the model, in which the copy finds its parameters by name."""
+        if not self.shards.unsharded:
             raise TypeError(
                 "a history of sharded parameters cannot be copied or pickled. Save it with history.save, or with "
                 "torch.distributed.checkpoint from its state_dict, and load it for the other model."
@@ -117,25 +117,25 @@ class Binding:
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Keeps no model alive: one that was copied for nobody but this copy is then gone when it is looked for."""
+        """Keeps only a weak reference to the model: a model that nothing else uses is then gone when it is needed."""
         model = state.pop("model")
         self.__dict__.update(state)
         self._model = None
         self._copied_model: Callable[[], nn.Module | None] = (lambda: None) if model is None else weakref.ref(model)
-        whole = [torch.empty(shape, device="meta") for shape in self.layout.shapes]
-        self.shards = Shards(self.layout.names, whole)
+        placeholders = [torch.empty(shape, device="meta") for shape in self.layout.shapes]
+        self.shards = Shards(self.layout.names, placeholders)
 
     def require_model(self) -> None:
         """Binds a copy, at its first use, to the model that was copied together with it.
 
         Raises:
-            RuntimeError: it was copied or unpickled alone.
-            ValueError: that model has lost parameters since, by name.
+            RuntimeError: the copy was made without the model.
+            ValueError: the model has lost parameters since, by name.
         """
         if self._model is not None:
             return
         if self._copied_model() is not None:
-            gc.collect()  # modules may refer to one another in circles, which outlive their last user until then
+            gc.collect()  # modules may be in reference cycles, which stay alive until then
         model = self._copied_model()
         if model is None:
             raise RuntimeError(
@@ -151,32 +151,35 @@ class Binding:
         self._bind(model, [named[name] for name in self.layout.names])
 
     def _find_places(self, model: nn.Module) -> list[str]:
-        """Notes where each parameter hangs in the model, to notice when another, or another module, takes its place.
-        Returns the names of those that hang nowhere, and then notes nothing."""
-        places, above = {}, {}
+        """Stores the place of each parameter in the module tree, to detect that it or a module above was replaced.
+        Returns the names of parameters that are not in the tree; if there are any, stores nothing."""
+        places, parents = {}, {}
         for module in model.modules():
             for attribute, parameter in module._parameters.items():
                 places[id(parameter)] = (module, attribute)
             for attribute, child in module._modules.items():
                 if child is not None:
-                    above[child] = (module, attribute)
+                    parents[child] = (module, attribute)
         if lost := [name for name, p in zip(self.layout.names, self.params, strict=True) if id(p) not in places]:
             return lost
-        hung = [places[id(parameter)] for parameter in self.params]
-        self._owners, self._attributes = [module._parameters for module, _ in hung], [name for _, name in hung]
-        chain: dict[nn.Module, None] = {}  # the modules between them and the model, each once
-        for module, _ in hung:
-            while module in above and module not in chain:
+        owners_and_names = [places[id(parameter)] for parameter in self.params]
+        self._owners, self._attributes = (
+            [module._parameters for module, _ in owners_and_names],
+            [name for _, name in owners_and_names],
+        )
+        chain: dict[nn.Module, None] = {}  # the modules between the parameters and the model, each once
+        for module, _ in owners_and_names:
+            while module in parents and module not in chain:
                 chain[module] = None
-                module = above[module][0]
+                module = parents[module][0]
         self._chain = list(chain)
-        self._parents = [above[module][0]._modules for module in chain]
-        self._children = [above[module][1] for module in chain]
+        self._parents = [parents[module][0]._modules for module in chain]
+        self._children = [parents[module][1] for module in chain]
         return []
 
     def require_whole(self) -> None:
-        """Raises ValueError if parameters are sharded: no process has whole per-sample gradients of them."""
-        if not self.shards.whole:
+        """Raises ValueError if parameters are sharded: no process has their full per-sample gradients."""
+        if not self.shards.unsharded:
             raise ValueError(
                 f"model has sharded parameters, such as {self.layout.names[0]!r}, of which no process has whole "
                 "per-sample gradients. Look at them in a block of crl_kernels.whole_parameters(model)."
@@ -189,57 +192,61 @@ class Binding:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of values and of default state: float64 if any parameter is (if dtypes are mixed: was, when bound)."""
+        """The dtype of values and of a new state: float64 if a parameter is float64, else float32. If dtypes were mixed
+        at binding, the first float64 parameter of that time decides."""
         self.require_model()
         return torch.float64 if self._widest.dtype == torch.float64 else torch.float32
 
     def rename(self, layout: Layout) -> Layout:
-        """``layout`` with the names that this model gives its parameters, whichever of their names it has: another one
-        of a shared parameter, or one with wrapper prefixes. One reading is taken for all names, or none."""
+        """``layout`` with this model's names of its parameters, if it has other names of them: those of a shared
+        parameter, or names with wrapper prefixes. All names are interpreted in the same way, or stay."""
         readings = [layout.names, *without_outer_wrappers(layout.names), [earlier_name(name) for name in layout.names]]
         for known in self._known_names:
             for names in readings:
                 if len({known.get(name) for name in names} - {None}) == len(names):
                     return Layout([known[name] for name in names], layout.shapes)
-        names = [self.aliases.get(name, name) for name in layout.names]  # not all fit, and an error will say so
+        names = [
+            self.aliases.get(name, name) for name in layout.names
+        ]  # some do not fit, and the caller raises an error
         return Layout(names, layout.shapes) if len(set(names)) == len(names) else layout
 
     def is_known(self, pattern: str) -> bool:
-        """Whether it matches a bound parameter."""
+        """Whether a pattern matches a bound parameter."""
         return any(matches(alias, pattern) for alias, name in self.aliases.items() if name not in self._unbound)
 
     def named_by(self, argument: str, patterns: Iterable[str]) -> set[str]:
-        """The bound parameters that any of the patterns matches, by any of their names. Raises ValueError for a pattern
-        that matches none."""
+        """The bound parameters with a name that any of the patterns matches. Raises ValueError for a pattern that
+        matches none."""
         bound = {alias: name for alias, name in self.aliases.items() if name not in self._unbound}
         for pattern in patterns:
             if not self.is_known(pattern) and (
-                why := self.why_unbound(name for name in self._unbound if matches(name, pattern))
+                reason := self.why_unbound(name for name in self._unbound if matches(name, pattern))
             ):
-                raise ValueError(f"{argument} pattern {pattern!r} matches no bound parameter: {why.strip()}")
+                raise ValueError(f"{argument} pattern {pattern!r} matches no bound parameter: {reason.strip()}")
         return {bound[alias] for alias in matching(argument, patterns, bound)}
 
     def why_unbound(self, names: Iterable[str]) -> str:
-        """For an error message: why the first of some names that the model has is not bound; empty if it has none."""
+        """For an error message: the reason why the first of ``names`` that the model has is not bound; or an empty
+        string."""
         first = next((name for name in names if name in self._unbound), None)
         return "" if first is None else f"{first!r} is a parameter that {self._unbound[first]}. "
 
     def check(self, state_device: torch.device, *, all_devices: bool = True) -> None:
         """Raises ValueError if a bound parameter was replaced, resized, or moved away from the state, since binding.
 
-        ``all_devices=False`` looks at the first parameter's device only, for callers that let the operator refuse
-        mixed ones.
+        ``all_devices=False`` checks only the first parameter's device, for callers whose operator refuses mixed
+        devices.
         """
         self.require_model()
         if torch.compiler.is_compiling() or not self._unchanged(state_device, all_devices):
             self._refuse_changes(state_device)
 
     def _unchanged(self, device: torch.device, all_devices: bool) -> bool:
-        """A quick look, for every call."""
+        """A quick check for every call."""
         params = self.params
         return (
             params[0].device == device
-            and (not self.shards.whole or self._all_in_place())
+            and (not self.shards.unsharded or self._all_in_place())
             and [parameter.shape for parameter in params] == self._shapes
             and (not all_devices or len(set(map(Tensor.get_device, params))) == 1)
         )
@@ -250,11 +257,11 @@ class Binding:
         )
 
     def _refuse_changes(self, state_device: torch.device) -> None:
-        # While compiling, Dynamo's guards notice a parameter that was replaced; and FSDP replaces sharded ones by whole
-        # ones from a module's forward to its backward. A module may be wrapped in another, with the same parameters.
+        # While compiling, Dynamo's guards detect a replaced parameter. FSDP replaces sharded parameters by full ones
+        # between a module's forward and backward. A module may have been wrapped, with the same parameters.
         model = self._model
-        assert model is not None  # check has seen to that
-        if not torch.compiler.is_compiling() and self.shards.whole and (lost := self._find_places(model)):
+        assert model is not None  # check has called require_model
+        if not torch.compiler.is_compiling() and self.shards.unsharded and (lost := self._find_places(model)):
             raise ValueError(
                 f"parameter {lost[0]!r} is no longer the object that the history was bound to: something replaced it "
                 "or its module (a larger embedding, sharding, pruning, functional_call, a move to another kind of "
@@ -273,7 +280,7 @@ class Binding:
                 )
 
     def members(self, param_groups: Sequence[Mapping[str, Any]]) -> list[list[int]]:
-        """Which bound parameters each of an optimizer's groups has: their indices.
+        """For each of an optimizer's groups, the indices of its bound parameters.
 
         Raises:
             ValueError: a bound parameter that is in no group, by name.
@@ -289,7 +296,7 @@ class Binding:
         return members
 
     def rates(self, param_groups: Sequence[Mapping[str, Any]]) -> dict[float | Tensor, list[int]]:
-        """Which bound parameters each learning rate of an optimizer's groups moves: rate -> their indices.
+        """Learning rate -> indices of the bound parameters that an optimizer's groups move with it.
 
         Raises:
             TypeError: a group without a learning rate.
@@ -305,9 +312,9 @@ class Binding:
                     f"lr of a parameter group is {lr!r}, and the decoupled step needs a number. Give the optimizer a "
                     "learning rate (Adafactor: relative_step=False, lr=...), or attach with decoupled=False."
                 )
-            # A rate on another device is left there while it is the only one: reading it would wait for the device.
-            left = isinstance(lr, Tensor) and lr.device.type != "cpu" and len(param_groups) == 1
-            rates.setdefault(lr.reshape(()) if left else float(lr), []).extend(members)  # type: ignore[union-attr]
+            # A single rate on another device stays there: reading it would wait for the device.
+            stays_on_device = isinstance(lr, Tensor) and lr.device.type != "cpu" and len(param_groups) == 1
+            rates.setdefault(lr.reshape(()) if stays_on_device else float(lr), []).extend(members)  # type: ignore[union-attr]
         return {rate: sorted(members) for rate, members in rates.items()}
 
 

@@ -1,7 +1,7 @@
-"""A model's parameters in one buffer, and their gradients in another, so that kernels walk one tensor and no list.
+"""A model's parameters in one buffer and their gradients in another, so that kernels get one tensor and not a list.
 
-Nothing needs this: lists of tensors work everywhere and give the same numbers, bit for bit. One buffer saves the
-overhead of a list, which shows in small models of many tensors.
+This is optional: lists of tensors work everywhere and give the same numbers, bit for bit. One buffer saves the overhead
+of a list, which is visible in small models with many tensors.
 """
 
 from collections.abc import Sequence
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 def flatten_parameters(model: nn.Module) -> tuple[Tensor, Tensor]:
     """Puts the parameters that require a gradient into one buffer, and their gradients into another, as views.
 
-    The model keeps its Parameter objects, so optimizers, ``state_dict`` and ``load_state_dict`` go on working; values
-    are unchanged, and parameters that had no gradient get one of zeros. Memory formats other than row-major (such as
+    The model keeps its Parameter objects, so optimizers, ``state_dict`` and ``load_state_dict`` work as before. Values
+    are unchanged, and parameters without a gradient get one of zeros. Memory formats other than row-major (such as
     channels_last) are not kept.
 
-    Whatever gives a parameter or a gradient memory of its own ends it: ``zero_grad()``, unless ``set_to_none=False``;
-    ``model.half()`` or ``model.to(device)``. Histories notice at every call, and walk the list instead.
+    Some calls give a parameter or a gradient its own memory again: ``zero_grad()``, unless ``set_to_none=False``;
+    ``model.half()`` or ``model.to(device)``. Histories check this at every call, and then use the list of tensors.
 
     Args:
         model: its parameters that require a gradient, of one dtype and on one device.
@@ -38,8 +38,8 @@ def flatten_parameters(model: nn.Module) -> tuple[Tensor, Tensor]:
         raise ValueError("model has no parameter that requires a gradient.")
     kinds = {(parameter.dtype, parameter.device) for parameter in params}
     if len(kinds) > 1:
-        found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
-        raise ValueError(f"model has parameters of {found}; one buffer holds one dtype on one device.")
+        listed = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
+        raise ValueError(f"model has parameters of {listed}; one buffer holds one dtype on one device.")
     if sparse := [name for name, p in model.named_parameters() if p.grad is not None and p.grad.is_sparse]:
         raise ValueError(f"the gradient of {sparse[0]!r} is sparse and cannot be a view of a buffer.")
     theta = torch.cat([parameter.reshape(-1) for parameter in params])
@@ -52,10 +52,10 @@ def flatten_parameters(model: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 class FlatRun:
-    """Whether a list of tensors lies one after the other in one buffer, and that stretch of it as one tensor.
+    """Finds out whether a list of tensors lies in one buffer, one after the other, and returns that run as one tensor.
 
-    The last answer is kept while the tensors' addresses stay the same: it holds their memory, so that nothing else can
-    move to those addresses.
+    The last result is kept while the tensors' addresses stay the same. It keeps their memory alive, so that no other
+    tensor can get these addresses.
     """
 
     def __init__(self, lengths: Sequence[int]) -> None:
@@ -67,14 +67,14 @@ class FlatRun:
         self._pointers: list[int] = []
         self._run: Tensor | None = None
 
-    def of(self, tensors: Sequence[Tensor]) -> Tensor | None:
-        """The flat tensor over the memory of ``tensors``; None where they do not lie in one row-major run."""
-        if not self._may_run(tensors):  # a quick look at two of them
+    def find(self, tensors: Sequence[Tensor]) -> Tensor | None:
+        """The flat tensor over the memory of ``tensors``; None if they do not lie in one row-major run."""
+        if not self._may_run(tensors):  # a quick check of two of them
             self._pointers, self._run = [], None
             return None
         pointers = list(map(Tensor.data_ptr, tensors))
         if pointers != self._pointers:
-            self._pointers, self._run = pointers, self._find(tensors, pointers)
+            self._pointers, self._run = pointers, self._find_run(tensors, pointers)
         if self._run is not None and not all(map(Tensor.is_contiguous, tensors)):
             return None
         return self._run
@@ -85,7 +85,7 @@ class FlatRun:
         (i, j), distance = self._pair
         return tensors[j].data_ptr() - tensors[i].data_ptr() == distance * tensors[i].element_size()
 
-    def _find(self, tensors: Sequence[Tensor], pointers: Sequence[int]) -> Tensor | None:
+    def _find_run(self, tensors: Sequence[Tensor], pointers: Sequence[int]) -> Tensor | None:
         filled = [(t, p, o) for t, p, o in zip(tensors, pointers, self._offsets, strict=False) if t.numel()]
         first, begin, _ = filled[0]
         if any(pointer != begin + first.element_size() * offset for _, pointer, offset in filled):

@@ -1,4 +1,4 @@
-"""Names of parameters: without the prefixes of wrappers, in patterns, and as the layout of a flat vector."""
+"""Parameter names: names without wrapper prefixes, patterns of names, and the layout of a flat vector."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -7,8 +7,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-# A wrapper puts the name of the child that it wraps into the names of all parameters. The child's name -> classes of
-# wrappers: the name alone does not tell, since a model may have a child of its own called "module".
+# Name of the wrapped child -> classes of wrappers. A wrapper adds that name to the names of all parameters. The name
+# alone does not identify a wrapper, since a model may have a child called "module" itself.
 _WRAPPERS = {
     "module": (
         "torch.nn.parallel.distributed.DistributedDataParallel",
@@ -23,14 +23,14 @@ _WRAPPERS = {
 
 
 def _wrapped_child(module: nn.Module) -> str | None:
-    """What a wrapper calls the module that it wraps; None for any other module."""
+    """The attribute under which a wrapper has the wrapped module; None if ``module`` is no wrapper."""
     classes = {f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__}
     return next((child for child, wrappers in _WRAPPERS.items() if not classes.isdisjoint(wrappers)), None)
 
 
 class ParameterNames:
-    """How a model's parameters may be called: ``model.named_parameters()`` has the raw name, ``name_of`` gives the one
-    without what wrappers add to it: ``module._orig_mod.net.0.weight`` -> ``net.0.weight``."""
+    """Removes wrapper prefixes from the names of a model's parameters: ``name_of`` maps a raw name of
+    ``model.named_parameters()``, ``module._orig_mod.net.0.weight``, to ``net.0.weight``."""
 
     def __init__(self, model: nn.Module) -> None:
         modules = model.named_modules(remove_duplicate=False)
@@ -46,7 +46,7 @@ class ParameterNames:
 
 
 def without_outer_wrappers(names: Iterable[str]) -> Iterator[list[str]]:
-    """Names without the wrappers around the whole model, which are at the front of all names, one after another."""
+    """Yields the names without the first prefix of a wrapper that all of them share, then without two, and so on."""
     names = list(names)
     while len(first := {name.partition(".")[0] for name in names}) == 1 and first <= _WRAPPERS.keys():
         names = [name.partition(".")[2] for name in names]
@@ -54,7 +54,7 @@ def without_outer_wrappers(names: Iterable[str]) -> Iterator[list[str]]:
 
 
 def earlier_name(raw: str) -> str:
-    """The name that earlier versions gave, which looked at the name alone; it is in their files."""
+    """The name in files of earlier versions, which recognized wrappers by name alone."""
     name = ".".join(part for part in raw.split(".") if part == "module" or part not in _WRAPPERS)
     while name.startswith("module."):
         name = name.removeprefix("module.")
@@ -69,7 +69,7 @@ def join_names(names: Iterable[str], limit: int = 5) -> str:
 
 
 class Layout:
-    """Names and shapes of P parameters' worth of tensors, in the order in which a flat vector holds them."""
+    """Names and shapes of tensors with P elements in all, in the order in which a flat (P,) vector contains them."""
 
     def __init__(self, names: Sequence[str], shapes: Sequence[Sequence[int]]) -> None:
         self.names = tuple(names)
@@ -97,7 +97,7 @@ class Layout:
     ) -> None:
         """Raises ValueError, naming the parameters, unless ``other`` has the same names and shapes in some order.
 
-        ``if_missing`` and ``if_unknown`` say what else to do about what ``other`` lacks, or has alone.
+        ``if_missing`` and ``if_unknown`` are further advice for parameters that ``other`` lacks, or that only it has.
         """
         mine, theirs = (dict(zip(layout.names, layout.shapes, strict=True)) for layout in (self, other))
         if missing := [name for name in mine if name not in theirs]:
@@ -120,15 +120,15 @@ _SAME_MODEL = "Use the same model, and the same include= and exclude=, everywher
 
 def matching(argument: str, patterns: Iterable[str] | None, names: Iterable[str]) -> set[str]:
     """The names that any of the patterns matches. Raises ValueError for a pattern that matches none."""
-    known, found = list(names), set()
+    known, matched = list(names), set()
     for pattern in as_patterns(argument, patterns) or ():
-        matched = {name for name in known if matches(name, pattern)}
-        if not matched:
+        pattern_matches = {name for name in known if matches(name, pattern)}
+        if not pattern_matches:
             raise ValueError(
                 f"{argument} pattern {pattern!r} matches none of the model's parameters: {join_names(known)}."
             )
-        found |= matched
-    return found
+        matched |= pattern_matches
+    return matched
 
 
 def as_patterns(argument: str, patterns: Iterable[str] | None) -> tuple[str, ...] | None:

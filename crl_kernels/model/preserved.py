@@ -1,4 +1,4 @@
-"""What looking at a model must not change: its mode, buffers, gradients, hooks, and the global random state."""
+"""Context managers that restore a model after an estimate: mode, buffers, gradients, hooks, random state."""
 
 import random
 import sys
@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 
 
-def require_no_inference_mode(what: str) -> None:
-    """Raises RuntimeError where nothing can be differentiated, whatever torch.enable_grad() says."""
+def require_no_inference_mode(caller: str) -> None:
+    """Raises RuntimeError in inference mode, where torch.enable_grad() does not enable gradients."""
     if torch.is_inference_mode_enabled():
-        raise RuntimeError(f"{what} needs gradients, and torch.inference_mode() is on. Call it outside of that.")
+        raise RuntimeError(f"{caller} needs gradients, and torch.inference_mode() is on. Call it outside of that.")
 
 
 @contextmanager
 def same_random_numbers(
     device: torch.device, generators: Sequence[torch.Generator] = ()
 ) -> Generator[None, None, None]:
-    """Afterwards torch, random, numpy and ``generators`` are in the state in which they were before."""
+    """Restores the random states of torch, random, numpy and ``generators`` after the block."""
     states = [generator.get_state() for generator in generators]
     python_state = random.getstate()
     numpy = sys.modules.get("numpy")
@@ -38,8 +38,8 @@ def same_random_numbers(
 
 @contextmanager
 def without_gradient_hooks(parameters: Iterable[Tensor]) -> Generator[None, None, None]:
-    """Hooks of ``Tensor.register_hook`` on parameters are not called: what they make of a batch's gradient says nothing
-    of a single sample's."""
+    """Disables hooks of ``Tensor.register_hook`` on parameters: they are made for a batch's gradient, not for a single
+    sample's."""
     hooks = [(parameter, parameter._backward_hooks) for parameter in parameters if parameter._backward_hooks]
     try:
         for parameter, _ in hooks:
@@ -52,18 +52,18 @@ def without_gradient_hooks(parameters: Iterable[Tensor]) -> Generator[None, None
 
 @contextmanager
 def preserved(model: nn.Module, device: torch.device) -> Generator[None, None, None]:
-    """Evaluation mode and no gradients; then mode, buffers, gradients and global random state as they were, whatever
-    happens."""
+    """Sets evaluation mode and removes gradients; restores mode, buffers, gradients, hooks and the global random state
+    after the block, also if it raises."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    # An optimizer that steps inside of the backward pass would train the model.
+    # Disabled in the block: an optimizer that steps inside of the backward pass would train the model.
     hooks = [(parameter, parameter._post_accumulate_grad_hooks) for parameter in model.parameters()]
     try:
         with same_random_numbers(device), without_gradient_hooks(model.parameters()):
             model.eval()
             for parameter, _ in gradients:
-                parameter.grad = None  # backward passes then write tensors of their own
+                parameter.grad = None  # so that backward passes allocate new tensors
                 parameter._post_accumulate_grad_hooks = None  # type: ignore[assignment]
             yield
     finally:

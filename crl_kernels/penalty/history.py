@@ -208,10 +208,10 @@ class History(ABC, Generic[_Fisher]):
         With sharded parameters, all processes must call it. Tensors are gathered one by one; the first process writes.
         """
         tensors = {name: gathered(tensor) for name, tensor in self.state_dict().items()}
-        if self._binding.shards.whole or torch.distributed.get_rank() == 0:
+        if self._binding.shards.unsharded or torch.distributed.get_rank() == 0:
             scalars = {name: tensors.pop(name).item() for name in self._scalar_types}
             files.write(path, type(self).__name__, tensors, self._options() | scalars)
-        if not self._binding.shards.whole:
+        if not self._binding.shards.unsharded:
             torch.distributed.barrier()
 
     @classmethod
@@ -368,7 +368,7 @@ class History(ABC, Generic[_Fisher]):
         """A flat (..., P) tensor of another layout, in this history's order and on its device; this process's part if
         parameters are sharded."""
         ordered = self._binding.layout.reorder(flat, layout)
-        if not self._binding.shards.whole:
+        if not self._binding.shards.unsharded:
             rows = ordered.reshape(-1, self._binding.layout.numel)
             parts = [self._cut(self._binding.layout.split(row)) for row in rows]
             ordered = torch.stack(parts).view(*ordered.shape[:-1], sum(self._binding.shards.lengths))
@@ -380,7 +380,7 @@ class History(ABC, Generic[_Fisher]):
 
     def _named(self, flat: Tensor) -> dict[str, Tensor]:
         """A vector of the state as views by parameter name, sharded as the parameters are."""
-        if self._binding.shards.whole:
+        if self._binding.shards.unsharded:
             return self._binding.layout.split(flat)
         return dict(zip(self.names, self._binding.shards.join(flat), strict=True))
 
@@ -446,7 +446,7 @@ class History(ABC, Generic[_Fisher]):
             if_missing="If they have joined the model since, name them in grown=. ",
             if_unknown=self._binding.why_unbound(layout.names),
         )
-        if self._binding.shards.whole:
+        if self._binding.shards.unsharded:
             flat = self._bound(layout, layout.flatten(parts))
         else:
             flat = self._cut(parts).to(self._device)
@@ -471,7 +471,7 @@ class History(ABC, Generic[_Fisher]):
         """[one flat tensor over all parameters] if they lie in one buffer (flatten_parameters), else ``params``."""
         if torch.compiler.is_compiling():
             return params
-        run = self._parameter_run.of(params)
+        run = self._parameter_run.find(params)
         return params if run is None else [run]
 
     def _gradients(self, params: list[Tensor]) -> tuple[list[Tensor], list[int]]:
@@ -512,7 +512,7 @@ class History(ABC, Generic[_Fisher]):
         try:
             gradients, params = shards.local_gradients(self.names, bound_gradients), shards.local(bound)
             run = self._run_or_list(params)
-            if run is params or (gradient_run := self._gradient_run.of(gradients)) is None:
+            if run is params or (gradient_run := self._gradient_run.find(gradients)) is None:
                 return accumulate(gradients, params)
             value = accumulate([gradient_run], run)
         except (RuntimeError, ValueError):
@@ -535,7 +535,7 @@ class History(ABC, Generic[_Fisher]):
 
     def _count_writes(self, params: list[Tensor], run: list[Tensor]) -> None:
         """Increments the parameters' version counters if writes went through other tensors (a flat one, or shards)."""
-        if run is not params or not self._binding.shards.whole:
+        if run is not params or not self._binding.shards.unsharded:
             torch.autograd.graph.increment_version(self._binding.params)
 
     def _float64(self, value: float | Tensor) -> Tensor:

@@ -100,7 +100,7 @@ class LowRankHistory(History[LowRankFisher]):
         if not self._directions:
             return self._float64(0.0)
         strength = self._float64(lam)
-        if not self._binding.shards.whole:
+        if not self._binding.shards.unsharded:
             return self._accumulate(lambda grads, params: self._accumulate_shards(grads, params, strength))
         state = self._directions, self._curvatures, self._anchor_projections, strength
         return self._accumulate(lambda grads, params: operators.low_rank_penalty_accumulate_(grads, params, *state))

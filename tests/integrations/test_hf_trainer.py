@@ -221,6 +221,6 @@ def test_a_history_of_another_model_is_refused_before_anything_moves(tmp_path):
 def test_sharded_histories_are_refused(tmp_path, monkeypatch):
     model = language_model()
     history = after_one_task(model)
-    monkeypatch.setattr(history._binding.shards, "whole", False)
+    monkeypatch.setattr(history._binding.shards, "unsharded", False)
     with pytest.raises(ValueError, match=r"sharded parameters.*history\.save or torch\.distributed\.checkpoint"):
         trainer_of(model, tmp_path, EWCCallback(history, LAM)).train()

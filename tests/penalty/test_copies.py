@@ -325,6 +325,6 @@ def test_histories_in_flat_buffers():
 
 def test_sharded_histories_are_not_copied(monkeypatch):
     history = history_of(network(), "low_rank")
-    monkeypatch.setattr(history._binding.shards, "whole", False)
+    monkeypatch.setattr(history._binding.shards, "unsharded", False)
     with pytest.raises(TypeError, match=r"sharded parameters cannot be copied or pickled. Save it with history.save"):
         copy.deepcopy(history)
