@@ -1,1 +1,1 @@
-"""Is rank 1 enough for this model? ``diagnose`` measures, ``Diagnosis`` holds the answer."""
+"""Is rank 1 enough for this model? ``diagnose`` measures, ``Diagnosis`` is the result."""

@@ -1,8 +1,8 @@
-"""Gradients of a model at chosen timesteps, and what is measured of them.
+"""``diagnose`` measures the Fisher of a model at chosen timesteps.
 
-F = E[g g^T] over per-sample gradients g at one timestep t, or with t uniform; mu = E[g]. Everything comes from the Gram
-matrix G_ij = g_i . g_j of N samples (and the Fisher's diagonal), never from a P x P or N x P matrix: spectrum.py makes
-the numbers of it, verdict.py the answer.
+F = E[g g^T] over per-sample gradients g at one timestep t, or with t uniform; mu = E[g]. Everything is computed from
+the Gram matrix G_ij = g_i . g_j of N samples (and the Fisher's diagonal), never from a P x P or N x P matrix.
+spectrum.py computes the numbers, verdict.py the answer.
 """
 
 import math
@@ -43,39 +43,39 @@ def diagnose(
     progress: Callable[[str], None] | None = None,
     mixed_losses: bool = False,
 ) -> Diagnosis:
-    """Looks at the Fisher of a model at single timesteps and with t uniform, and says whether rank 1 is enough.
+    """Measures the Fisher of a model at single timesteps and with t uniform, and says whether rank 1 is enough.
 
-    ONE batch of N samples, put together from the loader, serves at every timestep: N is limited by the memory of one
-    backward pass over N samples. Samples of one timestep must be compared with one another, and a Gram matrix over
-    several batches would need their gradients kept, N x P. At each timestep there is that pass, one for weighted
-    sums (the mean over one half and the top direction of each half), and N samples more, in sixteen batches, for the
-    diagonal; and G, P floats for each of sixteen groups.
+    ONE batch of N samples, joined from the loader's batches, is used at every timestep, so the memory of one backward
+    pass over N samples limits N. (The samples of one timestep are compared with one another; a Gram matrix over several
+    batches would have to keep their gradients, N x P.) Each timestep costs that pass; one pass for weighted sums (the
+    mean over one half, and the top direction of each half); and passes over the N samples in sixteen batches for the
+    diagonal. The memory is G, and P floats for each of sixteen groups.
 
-    The model is in evaluation mode meanwhile. Its mode, gradients, buffers, hooks and the global random state are left
-    as they were, also when the loss raises. Of a sharded model (FSDP2, HSDP) all processes call this together, have the
-    whole parameters meanwhile, and each returns the diagnosis of its own loader's samples.
+    The model is in evaluation mode during the call. Its mode, gradients, buffers and hooks, and the global random
+    state, are restored, also when the loss raises. For a sharded model (FSDP2, HSDP), all processes call this function
+    together; each holds the whole parameters during the call and returns the diagnosis of its own loader's samples.
 
     Args:
         model: the model at the end of its task.
         per_sample_loss_at: ``(model, batch, t) -> (N,)``, one loss for each sample, computed from that sample alone at
             timestep t_i; t is (N,), int64, on the model's device. Noise may come from the global generators.
-        loader: batches of images (and labels, captions, ...) without timesteps, in any order, on the model's device, as
-            in :func:`estimate_fisher`.
+        loader: batches of images (and labels, captions, ...) without timesteps, in any order, on the model's device;
+            see :func:`estimate_fisher`.
         timesteps: by default 2, 10, 30, 50, 70, 90 and 98 % of ``num_timesteps``.
         num_timesteps: uniform t is drawn from 0 .. num_timesteps - 1.
-        samples: N, at least 48, cut down to a multiple of 16; a loader that has fewer gives all it has.
-        snr: signal-to-noise ratio of a timestep, or of each of ``timesteps``; only shown.
-        generator: seeds the random numbers of the loss and of uniform t.
+        samples: N, at least 48, rounded down to a multiple of 16; all samples, if the loader has fewer.
+        snr: signal-to-noise ratio of a timestep, or of each of ``timesteps``; only shown in tables and pictures.
+        generator: seeds the random numbers of the loss and of the uniform t.
         include, exclude: patterns that choose parameters, as in :class:`LowRankHistory`.
-        progress: told what is looked at.
-        mixed_losses: True takes losses that depend on other samples too, as in :func:`estimate_fisher`.
+        progress: called with a line of text before each timestep.
+        mixed_losses: True accepts losses that depend on other samples too, as in :func:`estimate_fisher`.
 
     Raises:
-        TypeError, ValueError: for input that does not fit, naming it; non-finite gradients, or none but zeros; a loss
-            that mixes samples.
+        TypeError, ValueError: an argument that does not fit, by name; gradients that are not finite, or all zero; a
+            loss that mixes samples.
         RuntimeError: in torch.inference_mode().
 
-    Source: the claim of rank 1: arXiv 2509.23593; Gram matrix, held-out shares and the rule: ours.
+    Source: the claim that rank 1 is enough: arXiv 2509.23593. New here: the Gram matrix, held-out shares and the rule.
     """
     if timesteps is None:
         timesteps = list(dict.fromkeys(int(f * num_timesteps) for f in _FRACTIONS))
@@ -84,7 +84,7 @@ def diagnose(
     timesteps = sorted(timesteps)
     if samples < 3 * GROUPS:
         raise ValueError(f"samples is {samples}; expected at least {3 * GROUPS}, to be cut into {GROUPS} groups.")
-    say = progress or (lambda line: None)
+    report = progress or (lambda line: None)
     require_no_inference_mode("diagnose")
     with whole_parameters(model):
         binding = Binding(model, include, exclude)
@@ -92,41 +92,42 @@ def diagnose(
             if generator is not None:
                 torch.manual_seed(int(torch.randint(2**62, (), generator=generator, device=generator.device)))
             batch = _one_batch(loader, samples)
-            look = _Look(model, binding, per_sample_loss_at, batch)
+            gradients = _BatchGradients(model, binding, per_sample_loss_at, batch)
             if not mixed_losses:
-                look.require_independent_losses(timesteps[0])
-            views = []
+                gradients.require_independent_losses(timesteps[0])
+            measurements = []
             for t in timesteps:
-                say(f"t = {t}")
-                views.append(look.at(torch.full((look.count,), t, device=binding.device)))
-            say("t uniform")
-            tops = torch.stack([top for view in views for top in view.tops]) if len(views) > 1 else None
-            views.append(look.at(torch.randint(num_timesteps, (look.count,)).to(binding.device), tops))
+                report(f"t = {t}")
+                measurements.append(gradients.at(torch.full((gradients.count,), t, device=binding.device)))
+            report("t uniform")
+            tops = torch.stack([top for m in measurements for top in m.tops]) if len(measurements) > 1 else None
+            measurements.append(gradients.at(torch.randint(num_timesteps, (gradients.count,)).to(binding.device), tops))
 
-    uniform = views[-1].spectrum
-    at = {t: view.spectrum for t, view in zip(timesteps, views, strict=False)}
+    uniform = measurements[-1].spectrum
+    at = {t: m.spectrum for t, m in zip(timesteps, measurements, strict=False)}
     names = [*map(str, timesteps), "uniform"]
     layers = {
-        layer: {name: view.layers[layer] for name, view in zip(names, views, strict=True)} for layer in views[0].layers
+        layer: {name: m.layers[layer] for name, m in zip(names, measurements, strict=True)}
+        for layer in measurements[0].layers
     }
-    bands = views[-1].bands
+    bands = measurements[-1].bands
     return Diagnosis(
         num_timesteps,
-        look.count,
+        gradients.count,
         binding.layout.numel,
         at,
         uniform,
         layers,
         ratios,
-        _cosines(views),
+        _cosines(measurements),
         bands,
         judge(uniform, at, bands),
     )
 
 
 @dataclass(frozen=True)
-class _View:
-    """One timestep's numbers, the means of both halves, and the top directions of both, (P,) each."""
+class _Measurement:
+    """The numbers of one timestep; the mean and the top direction of each half of the samples, (P,) each."""
 
     spectrum: Spectrum
     layers: dict[str, Spectrum]
@@ -135,8 +136,8 @@ class _View:
     bands: IntervalEstimate | None
 
 
-class _Look:
-    """Gradients of one batch, at any timesteps."""
+class _BatchGradients:
+    """Per-sample gradients of one batch, at any timesteps."""
 
     def __init__(
         self,
@@ -151,8 +152,9 @@ class _Look:
         # A parameter of the model itself has no module to be named after.
         self._owner = {name: name.rpartition(".")[0] or name for name in binding.layout.names}
 
-    def at(self, t: Tensor, directions: Tensor | None = None) -> _View:
-        """``directions``, (2T, P): of the first and the second half for each of T timesteps, to be held against t."""
+    def at(self, t: Tensor, directions: Tensor | None = None) -> _Measurement:
+        """Measures at timesteps ``t``, (N,). ``directions``, (2T, P): the top directions of the first and the second
+        half for each of T timesteps, whose share of the trace at ``t`` is ``bands``."""
         n, half = self.count, self.count // 2
         named = None if directions is None else self._binding.layout.split(directions)
         with SampleGradients(self._model, direction=named, gram=True, **self._choice) as gradients:
@@ -161,7 +163,7 @@ class _Look:
         gram = gradients.gram
         assert gram is not None
         if not bool(torch.isfinite(gram).all()):
-            raise ValueError("per_sample_loss_at has NaN or infinite gradients, and nothing can be said about them.")
+            raise ValueError("per_sample_loss_at has NaN or infinite gradients, so there is nothing to measure.")
         if not bool(gram.diagonal().any()):
             raise ValueError("every per-sample gradient is zero; check that the loss depends on the parameters.")
 
@@ -181,7 +183,7 @@ class _Look:
         bands = None
         if directions is not None:
             bands = share_of_bands(gradients.projections, directions.double() @ directions.double().T, gram.diagonal())
-        return _View(
+        return _Measurement(
             spectrum_of(gram, torch.stack(list(diagonals.values())).sum(0)),
             {owner: spectrum_of(block, diagonals[owner]) for owner, block in layers.items()},
             (mean, other),
@@ -215,7 +217,7 @@ class _Look:
         return losses
 
     def _diagonals(self, t: Tensor) -> dict[str, Tensor]:
-        """By layer, (16, 16): products of the diagonal Fishers of the groups."""
+        """By layer, (16, 16): inner products of the diagonal Fishers of the groups."""
         size = self.count // GROUPS
         rows: dict[str, list[Tensor]] = {name: [] for name in self._binding.layout.names}
         for begin in range(0, self.count, size):
@@ -233,11 +235,13 @@ class _Look:
         return products
 
 
-def _cosines(views: Sequence[_View]) -> list[list[float]]:
-    """mu_s . mu_t / (|mu_s| |mu_t|) without the noise: products of different halves, so of different samples."""
-    first, second = (torch.stack([view.means[i] for view in views]).double() for i in (0, 1))
+def _cosines(measurements: Sequence[_Measurement]) -> list[list[float]]:
+    """mu_s . mu_t / (|mu_s| |mu_t|), unbiased: only products of different halves, so of different samples, enter."""
+    first, second = (torch.stack([measurement.means[i] for measurement in measurements]).double() for i in (0, 1))
     cross = first @ second.T
-    sq_norms = [s.kappa.value * s.trace.value if s.kappa.low > 0 else math.nan for s in (v.spectrum for v in views)]
+    sq_norms = [
+        s.kappa.value * s.trace.value if s.kappa.low > 0 else math.nan for s in (v.spectrum for v in measurements)
+    ]
     scale = torch.tensor(sq_norms, dtype=torch.float64).sqrt()
     cosines = ((cross + cross.T) / 2).cpu() / (scale[:, None] * scale)
     cosines.diagonal().copy_(scale / scale)
@@ -246,7 +250,7 @@ def _cosines(views: Sequence[_View]) -> list[list[float]]:
 
 
 def _one_batch(loader: Iterable[Any], samples: int) -> Any:
-    """The first ``samples`` samples, or all there are, cut to a multiple of 16, in a fixed random order."""
+    """The first ``samples`` samples, or all if there are fewer, cut to a multiple of 16, in a fixed random order."""
     batches = list(limited(loader, samples))
     total = sum(map(batch_size, batches))
     count = total // GROUPS * GROUPS

@@ -1,9 +1,4 @@
-"""The findings about a model's Fisher: per timestep, per layer, with intervals; in words, in files and in pictures.
-
-diagnosis = diagnose(model, per_sample_loss_at, loader)
-print(*diagnosis.verdict.sentences, sep="\n")
-diagnosis.save("report")                        # report.json, report.md, pictures
-"""
+"""``Diagnosis``, the result of ``diagnose``: its fields, its tables and its files."""
 
 import json
 import math
@@ -20,13 +15,34 @@ from .verdict import Verdict, short
 
 @dataclass(frozen=True)
 class Diagnosis(Findings):
-    """The fields of :class:`Findings`, and how they are written, read back and shown."""
+    """What :func:`diagnose` measured of a model's Fisher: by timestep and by layer, with 95 % intervals.
+
+    ::
+
+        diagnosis = diagnose(model, per_sample_loss_at, loader)
+        print(*diagnosis.verdict.sentences, sep="\\n")
+        diagnosis.save("report")                # report.json, report.md, pictures
+
+    Fields:
+        num_timesteps     t is an integer from 0 to num_timesteps - 1
+        num_samples       N, at each timestep
+        num_parameters    P
+        at                timestep -> Spectrum of F at this timestep
+        uniform           Spectrum of F with t uniform over all timesteps
+        layers            name of the module that owns the parameters -> {timestep as a string, or "uniform": Spectrum}
+        snr               timestep -> signal-to-noise ratio; empty if none was given
+        cosines           matrix of cosines between the mean gradients of the timesteps, in the order of ``at``, and of
+                          t uniform, last; nan where a mean cannot be told from noise
+        bands             share of the trace with t uniform in the span of the top directions of all the timesteps,
+                          held out; the interval treats the directions as fixed; None for one timestep
+        verdict           Verdict: the answer, and the sentences that say it
+    """
 
     def save(self, folder: str | os.PathLike[str], title: str = "Is rank 1 enough?") -> list[Path]:
         """Writes report.json, report.md and, as PNG and SVG, five pictures; returns their paths.
 
         Raises:
-            ImportError: matplotlib is missing; report.json and report.md are written all the same.
+            ImportError: matplotlib is missing; report.json and report.md have been written.
         """
         out = Path(folder)
         out.mkdir(parents=True, exist_ok=True)
@@ -65,15 +81,15 @@ class Diagnosis(Findings):
         return values | {"verdict": asdict(self.verdict)}
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """Headings and rows: one for each timestep and one for t uniform."""
-        places = [*((str(t), s) for t, s in self.at.items()), ("uniform", self.uniform)]
-        rows = [(label, [place(s) for _, s in places]) for label, place in _ROWS]
+        """Headings and rows; one column for each timestep and one for t uniform."""
+        columns = [*((str(t), s) for t, s in self.at.items()), ("uniform", self.uniform)]
+        rows = [(label, [cell(s) for _, s in columns]) for label, cell in _ROWS]
         if self.snr:
             rows.insert(0, ("SNR", [*(short(self.snr[t]) for t in self.at), ""]))
-        return ["t", *(name for name, _ in places)], [[label, *cells] for label, cells in rows]
+        return ["t", *(name for name, _ in columns)], [[label, *cells] for label, cells in rows]
 
     def markdown(self, title: str) -> str:
-        """The report as text."""
+        """The report as Markdown text."""
         head, body = self.table()
         lines = [f"# {title}", "", *self.verdict.sentences, "", "| " + " | ".join(head) + " |"]
         lines += ["|---" + "|---:" * (len(head) - 1) + "|", *("| " + " | ".join(row) + " |" for row in body), ""]
@@ -114,7 +130,7 @@ _ROWS: tuple[tuple[str, Callable[[Spectrum], str]], ...] = (
 
 
 def _dumps(value: Any) -> str:
-    """JSON with IntervalEstimates as [value, low, high], six significant digits, null for nan."""
+    """JSON with an IntervalEstimate as [value, low, high], six significant digits, null for nan."""
 
     def plain(x: Any) -> Any:
         if isinstance(x, IntervalEstimate):

@@ -1,4 +1,4 @@
-"""What was measured of a model's Fisher, as plain values: the part of a diagnosis that tables and pictures read."""
+"""The fields of a diagnosis. ``pictures.py`` reads them here, so that it need not import ``Diagnosis``."""
 
 from dataclasses import dataclass
 
@@ -8,22 +8,15 @@ from .verdict import Verdict
 
 @dataclass(frozen=True)
 class Findings:
-    """What :func:`diagnose` measured.
-
-    at: timestep -> Spectrum; uniform: with t uniform over 0 .. num_timesteps - 1. layers: name of the module that owns
-    the parameters -> the same, under the timestep or "uniform". snr: timestep -> signal-to-noise ratio, or empty.
-    cosines: between the mean gradients of the timesteps in the order of ``at``, and t uniform last; nan where a mean is
-    lost in noise. bands: share of the trace with t uniform in the span of the top directions of all the timesteps,
-    held out; its interval takes the directions as given.
-    """
+    """The fields of :class:`Diagnosis`, which documents them."""
 
     num_timesteps: int
-    num_samples: int
+    num_samples: int  # at each timestep
     num_parameters: int
-    at: dict[int, Spectrum]
+    at: dict[int, Spectrum]  # by timestep
     uniform: Spectrum
-    layers: dict[str, dict[str, Spectrum]]
-    snr: dict[int, float]
+    layers: dict[str, dict[str, Spectrum]]  # by module, then by timestep (as a string) or "uniform"
+    snr: dict[int, float]  # by timestep; may be empty
     cosines: list[list[float]]
     bands: IntervalEstimate | None
     verdict: Verdict

@@ -1,4 +1,4 @@
-"""The pictures of a diagnosis, each as PNG and SVG. Only this file needs matplotlib."""
+"""The pictures of a diagnosis, each as PNG and SVG. Only this module needs matplotlib."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from .findings import Findings
 from .spectrum import IntervalEstimate, Spectrum
 from .verdict import ENOUGH, short
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart, and markers for those who print in grey.
+# Okabe and Ito's palette, which colour-blind readers can distinguish, and markers for prints in grey.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osD^vPX"
 _LAYER_INCHES = 0.17
@@ -22,7 +22,7 @@ Choice = Callable[[Spectrum], IntervalEstimate]
 
 
 def write(findings: Findings, folder: Path) -> list[Path]:
-    """Draws all of them into ``folder``; returns the files."""
+    """Writes all pictures to ``folder``; returns their paths."""
     figures = {
         "collinearity": _collinearity(findings),
         "spectrum": _spectrum(findings),
@@ -45,8 +45,8 @@ def _against_t(axis: Axes, findings: Findings, curves: Sequence[tuple[str, Choic
     t = list(findings.at)
     for i, (label, choose) in enumerate(curves):
         colour, marker = _COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)]
-        found = [choose(s) for s in findings.at.values()]
-        value, low, high = (np.array([getattr(e, part) for e in found]) for part in ("value", "low", "high"))
+        estimates = [choose(s) for s in findings.at.values()]
+        value, low, high = (np.array([getattr(e, part) for e in estimates]) for part in ("value", "low", "high"))
         axis.plot(t, value, color=colour, marker=marker, markersize=5, linewidth=1.8, label=label)
         if np.isfinite(low).all():
             axis.fill_between(t, low, high, color=colour, alpha=0.15, linewidth=0)
@@ -59,8 +59,8 @@ def _against_t(axis: Axes, findings: Findings, curves: Sequence[tuple[str, Choic
         top = axis.twiny()
         top.set_xlim(axis.get_xlim())
         gap = 0.045 * findings.num_timesteps  # labels nearer than this would touch
-        shown = [x for i, x in enumerate(t) if all(abs(x - other) > gap for other in t[:i])]
-        top.set_xticks(shown, [short(findings.snr[x]) for x in shown], fontsize=8)
+        labelled = [x for i, x in enumerate(t) if all(abs(x - other) > gap for other in t[:i])]
+        top.set_xticks(labelled, [short(findings.snr[x]) for x in labelled], fontsize=8)
         top.set_xlabel("signal-to-noise ratio", fontsize=9)
 
 

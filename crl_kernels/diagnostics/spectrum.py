@@ -1,8 +1,8 @@
-"""From Gram matrices to what they say of a Fisher: shares of its trace and Frobenius errors, with intervals.
+"""``spectrum_of`` computes, from a Gram matrix, shares of a Fisher's trace and Frobenius errors, with intervals.
 
 F = E[g g^T] over per-sample gradients g; G_ij = g_i . g_j over N samples. Estimates of functions of F are unbiased
-(only products of different samples enter) or held out (directions from one half of the samples, what they hold on the
-other half, both ways, averaged); what is in sample is called so.
+(only products of different samples enter), or held out (directions from one half of the samples, and their share on the
+other half; both ways, averaged), or in sample, where the name says so.
 """
 
 import math
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 RANKS = (1, 2, 4, 8, 16)
-GROUPS = 16  # of the jackknife; the first eight are one half of the samples, the others the other
+GROUPS = 16  # of the jackknife; groups 0 to 7 are the first half of the samples, groups 8 to 15 the second
 KEPT_EIGENVALUES = 32
-# Train directions below this share of the largest eigenvalue are dropped: they hold nothing, and projections on them
-# divide by its root, which turns errors of 1e-6 in a float32 Gram matrix into errors of 1e-3.
+# Directions whose eigenvalue is below this share of the largest are dropped: they hold nothing, and projections on them
+# divide by the eigenvalue's root, which turns errors of 1e-6 in a float32 Gram matrix into errors of 1e-3.
 _NEGLIGIBLE = 1e-6
 _CANCELLED = 1e-10
 
@@ -42,22 +42,22 @@ class IntervalEstimate:
 
 @dataclass(frozen=True)
 class Spectrum:
-    """What the Gram matrix of N samples says about F, for one timestep (or t uniform), for one layer or all.
+    """Estimates about F from the Gram matrix of N samples, for one timestep (or t uniform) and one layer (or all).
 
     Unbiased, or a ratio of unbiased estimates:
         trace                  tr F = E |g|^2
-        kappa                  |mu|^2 / tr F, the signal share; below 0 when mu is lost in noise
+        kappa                  |mu|^2 / tr F, the signal share; can be below 0 when mu cannot be told from noise
         rho                    mu^T F mu / (|mu|^2 tr F), the share of the trace along the exact mean gradient; nan when
-                               the interval of kappa reaches 0, because nothing can be said about a direction then
+                               the interval of kappa reaches 0, because the direction of mu is then unknown
         participation_ratio    (sum l)^2 / sum l^2 over F's eigenvalues l
     Leave-one-out:
-        mean_abs_cos           mean |cos(g_i, mean of the OTHER samples)|: a sample does not meet itself in the mean
-    In sample, biased upwards (lambda_1) by about what N samples of noise would give; intervals are of their spread:
+        mean_abs_cos           mean |cos(g_i, mean of the OTHER samples)|: the mean does not contain the sample itself
+    In sample, biased upwards (lambda_1) by about what N samples of noise would give; intervals show the spread only:
         lambda1_share          lambda_1 / tr F
         lambda2_over_lambda1
         stable_rank            tr F / lambda_1
         eigenvalues            the first 32, as shares of the trace, without intervals
-    Held out, and so a little below what the population's own directions hold:
+    Held out, and so a little below the share that the population's own directions hold:
         held_out_mean          share of the trace along the mean gradient
         held_out[k]            share of the trace along the top k eigenvectors; with lambda1_share above and
                                held_out[1] below, lambda_1 / tr F of the population lies between
@@ -87,14 +87,14 @@ class Spectrum:
 
 
 def spectrum_of(gram: Tensor, diagonals: Tensor | None = None, ranks: Sequence[int] = RANKS) -> Spectrum:
-    """Everything in :class:`Spectrum`, from a Gram matrix.
+    """All fields of :class:`Spectrum`, from a Gram matrix.
 
     Args:
         gram: (N, N), g_i . g_j of samples in random order; N a multiple of 16, at least 48. Sixteen consecutive runs
             of samples are the groups of the jackknife, the first eight of them the first half.
         diagonals: (16, 16), d_g . d_h of the diagonal Fishers d_g = mean of g_ij^2 over each group's samples. Products
             of different groups are unbiased for sum_j F_jj^2; |diag F|^2 of all samples is not.
-        ranks: the k of ``held_out`` and ``error``; those above N / 4 are left out.
+        ranks: the k of ``held_out`` and ``error``; values above N / 4 are left out.
 
     Intervals are estimate +- t_15(0.975) s, with s the delete-one-group jackknife's standard error, or, for the
     eigenvalues in sample, that of the infinitesimal jackknife: the influence of sample i on lambda_k is
@@ -109,10 +109,12 @@ def spectrum_of(gram: Tensor, diagonals: Tensor | None = None, ranks: Sequence[i
         raise ValueError(f"diagonals has shape {tuple(diagonals.shape)}; expected ({GROUPS}, {GROUPS}).")
     gram = gram.detach().double().cpu()
     if not bool(torch.isfinite(gram).all()):
-        raise ValueError("gram has NaN or infinite entries: the loss has such gradients, and nothing can be said then.")
+        raise ValueError(
+            "gram has NaN or infinite entries: the loss has such gradients, so there is nothing to measure."
+        )
     ranks = [k for k in ranks if k <= n // 4]
     if not bool(gram.diagonal().sum() > 0):
-        return _nothing(n, ranks)
+        return _zero_spectrum(n, ranks)
 
     group = torch.arange(n) // (n // GROUPS)
     everything = torch.ones(n, dtype=torch.bool)
@@ -152,7 +154,7 @@ def spectrum_of(gram: Tensor, diagonals: Tensor | None = None, ranks: Sequence[i
     )
 
 
-def _nothing(n: int, ranks: Sequence[int]) -> Spectrum:
+def _zero_spectrum(n: int, ranks: Sequence[int]) -> Spectrum:
     """The Spectrum of a layer whose gradients are all zero."""
     nan = IntervalEstimate(math.nan)
     values: dict[str, Any] = {field.name: nan for field in fields(Spectrum)}
@@ -186,23 +188,25 @@ def _moments(gram: Tensor) -> Tensor:
 
 
 def _held_out(gram: Tensor, group: Tensor, kept: Sequence[Tensor], ranks: Sequence[int]) -> list[Tensor]:
-    """For each choice of samples: share along the mean, top less mean, shares of top k, 1 - squared errors likewise.
+    """For each mask in ``kept``, one row: the share along the mean; the top direction's share minus the mean's; the
+    shares of the top k; 1 - squared error of the mean and of the top k.
 
-    Directions are u = sum_i c_i g_i over the samples of one half, so u . g_j = sum_i c_i G_ij for those of the other.
+    Directions are u = sum_i c_i g_i over the samples of one half, so u . g_j = sum_i c_i G_ij for samples j of the
+    other half.
     """
     half = group < GROUPS // 2
     most = max(ranks)
-    made: dict[tuple[int, ...], Tensor] = {}  # a group that is left out changes the directions of its own half only
+    known: dict[tuple[int, ...], Tensor] = {}  # leaving out a group changes the directions of its own half only
 
     def directions(samples: Tensor) -> Tensor:
         key = tuple(samples.tolist())
-        if key not in made:
+        if key not in known:
             block = gram[samples][:, samples]
-            # A sum that cancels to rounding errors has no direction, and holds nothing.
+            # A sum that cancels up to rounding errors has no direction, so its share is zero.
             sq_norm = block.sum()
             scale = sq_norm.rsqrt() if sq_norm > _CANCELLED * block.trace() else torch.zeros_like(sq_norm)
-            made[key] = torch.cat([scale.expand(len(block), 1), top_coefficients(block, most)], 1)
-        return made[key]
+            known[key] = torch.cat([scale.expand(len(block), 1), top_coefficients(block, most)], 1)
+        return known[key]
 
     results = []
     for keep in kept:
@@ -214,8 +218,8 @@ def _held_out(gram: Tensor, group: Tensor, kept: Sequence[Tensor], ranks: Sequen
             projections = (gram[test][:, train] @ directions(train)).square()
             held = held + projections.mean(0)
             trace = trace + block.diagonal().mean()
-            # (u^T F u)^2 and |F|_F^2 from pairs of different samples: of these very samples both, so that a matrix of
-            # exact rank has an error of exactly 0.
+            # (u^T F u)^2 and |F|_F^2, both from the pairs of different samples of this half, so that a matrix of exact
+            # rank has an error of exactly 0.
             square = square + (projections.sum(0).square() - projections.square().sum(0)) / (b * (b - 1))
             frobenius_sq = frobenius_sq + (block.square().sum() - block.diagonal().square().sum()) / (b * (b - 1))
         share, caught = held / trace, square / frobenius_sq
@@ -267,7 +271,7 @@ def _intervals(table: Tensor) -> list[IntervalEstimate]:
 
 
 def _student(degrees: int) -> float:
-    """Student's t quantile at 0.975 by the first terms of its expansion: within 2e-4 from 15 degrees on."""
+    """Student's t quantile at 0.975, by the first terms of its expansion; error below 2e-4 from 15 degrees on."""
     z = NormalDist().inv_cdf(0.975)
     terms = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
     return z + math.fsum(term / degrees ** (i + 1) for i, term in enumerate(terms))
@@ -282,7 +286,7 @@ def _root(e: IntervalEstimate) -> IntervalEstimate:
 
 
 def share_of_bands(projections: Tensor, overlaps: Tensor, sq_norms: Tensor) -> IntervalEstimate:
-    """Share of the trace in the span of T directions: those of one half on the samples of the other, both ways.
+    """Share of the trace in the span of T directions: directions of one half on samples of the other half, both ways.
 
     projections (N, 2T), overlaps U U^T (2T, 2T): rows of the first half are the even ones. A sample's square norm in
     the span of U is p^T (U U^T)^-1 p.

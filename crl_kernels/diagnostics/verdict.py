@@ -1,4 +1,4 @@
-"""Is rank 1 enough? The rule, on a Fisher's spectra, and the sentences that say what it found."""
+"""Is rank 1 enough? The rule for a Fisher's spectra, and the sentences that state the result."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,20 +11,22 @@ MARGIN = 0.05
 
 @dataclass(frozen=True)
 class Verdict:
-    """The answer, and the three sentences that say it.
+    """The answer, and three sentences that state it.
 
-    The rule, on held-out shares of the trace and their 95 % intervals:
-        a form is enough where the lower end is at least one half, not enough where the upper end is below one half, and
-        undecided in between;
-        rank 1 is enough where the mean gradient or the top eigenvector is; ``direction`` is "top" where its share is
-        above the mean's by more than 0.05 at the lower end of the difference's interval, or where only it is enough,
-        and "mean" otherwise;
-        ``use``, with t uniform, is the first of these that is enough, in the order of their number of directions:
-        "mean", "top", "rank 2", "rank 4", "bands" (one direction at each of the listed timesteps), "rank 8",
-        "rank 16"; and "diagonal", which keeps the whole trace, though not the directions, where none is.
+    The rule uses held-out shares of the trace and their 95 % intervals. A form of the Fisher is enough if the lower end
+    of its share is at least one half, not enough if the upper end is below one half, and undecided otherwise. Rank 1 is
+    enough if the mean gradient or the top eigenvector is enough.
 
-    answer: "yes", "no" or "undecided", of rank 1 with t uniform. enough_at, not_at, undecided_at: timesteps, where
-    rank 1 is judged for F of that timestep alone.
+    Fields:
+        answer          "yes", "no" or "undecided": is rank 1 enough with t uniform?
+        direction       "top" if the top eigenvector's share is above the mean's by more than 0.05 at the lower end of
+                        the difference's interval, or if only the top eigenvector is enough; "mean" otherwise
+        use             with t uniform, the first of these that is enough, in the order of their number of directions:
+                        "mean", "top", "rank 2", "rank 4", "bands" (one direction at each of the listed timesteps),
+                        "rank 8", "rank 16"; if none is, "diagonal", which keeps the whole trace but not the directions
+        enough_at, not_at, undecided_at
+                        timesteps, by whether rank 1 is enough for F of that timestep alone
+        sentences       about t uniform, about single timesteps, and what to use
     """
 
     answer: str
@@ -39,8 +41,8 @@ class Verdict:
 def judge(uniform: Spectrum, at: Mapping[int, Spectrum], bands: IntervalEstimate | None = None) -> Verdict:
     """Applies :class:`Verdict`'s rule to the numbers of t uniform, of single timesteps, and of their bands."""
     answer, direction = _rank_1(uniform)
-    found = {t: _rank_1(spectrum) for t, spectrum in at.items()}
-    enough, no, undecided = (tuple(t for t in at if found[t][0] == a) for a in ("yes", "no", "undecided"))
+    rank_1_at = {t: _rank_1(spectrum) for t, spectrum in at.items()}
+    enough, no, undecided = (tuple(t for t in at if rank_1_at[t][0] == a) for a in ("yes", "no", "undecided"))
 
     candidates = [(k, f"rank {k}", share) for k, share in uniform.held_out.items() if k > 1]
     if bands is not None:
@@ -58,7 +60,7 @@ def judge(uniform: Spectrum, at: Mapping[int, Spectrum], bands: IntervalEstimate
         undecided,
         (
             _first_sentence(answer, direction, uniform),
-            _second_sentence(found, at, enough, no, undecided),
+            _second_sentence(rank_1_at, at, enough, no, undecided),
             _third_sentence(use, answer, uniform, len(at), bands),
         ),
     )
@@ -90,7 +92,7 @@ def _first_sentence(answer: str, direction: str, s: Spectrum) -> str:
 
 
 def _second_sentence(
-    found: Mapping[int, tuple[str, str]],
+    rank_1_at: Mapping[int, tuple[str, str]],
     at: Mapping[int, Spectrum],
     enough: Sequence[int],
     no: Sequence[int],
@@ -101,7 +103,7 @@ def _second_sentence(
     parts = []
     if enough:
         parts.append(f"enough at t = {_listed(enough)}")
-        top = [t for t in enough if found[t][1] == "top"]
+        top = [t for t in enough if rank_1_at[t][1] == "top"]
         if top:
             which = "there" if len(top) == len(enough) else f"at t = {_listed(top)}"
             parts[-1] += f" ({which} along the top eigenvector rather than the mean)"

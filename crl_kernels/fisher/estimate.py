@@ -18,7 +18,7 @@ from ..distributed.processes import Processes
 from ..distributed.unsharded import whole_parameters
 from ..model.binding import Binding
 from ..model.preserved import preserved, require_no_inference_mode, same_random_numbers
-from ..per_sample.batches import generators_of, halves, limited, shown
+from ..per_sample.batches import generators_of, halves, limited, timed
 from .forms import DiagonalFisher, LowRankFisher
 from .loss_source import LossSource, PerSampleLoss, current_parameters, require_finite_losses
 from .low_rank import LowRankEstimate
@@ -160,17 +160,17 @@ def estimate_fisher(
                 seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
                 torch.manual_seed(seed + processes.rank)
             if kind == "diagonal":
-                return _estimate_diagonal(source, shown(limited(loader, max_samples), "diagonal", progress), processes)
+                return _estimate_diagonal(source, timed(limited(loader, max_samples), "diagonal", progress), processes)
             direction = direction or ("mean" if rank == 1 else "top")
             estimate = LowRankEstimate(source, processes, rank, direction, storage_dtype or binding.dtype)
             if unbiased:
                 parts = halves(loader, max_samples)
-                estimate.find_directions(shown(next(parts), "directions", progress))
-                samples, _ = estimate.look_along_them(shown(next(parts), "curvatures", progress))
+                estimate.find_directions(timed(next(parts), "directions", progress))
+                samples, _ = estimate.look_along_them(timed(next(parts), "curvatures", progress))
             else:
                 with same_random_numbers(binding.device, generators_of(loader)):
-                    first = estimate.find_directions(shown(limited(loader, max_samples), "directions", progress))
-                samples, second = estimate.look_along_them(shown(limited(loader, max_samples), "curvatures", progress))
+                    first = estimate.find_directions(timed(limited(loader, max_samples), "directions", progress))
+                samples, second = estimate.look_along_them(timed(limited(loader, max_samples), "curvatures", progress))
                 _require_same_losses(first, second)
             fisher = estimate.fisher(samples, held_out=unbiased)
     _warn(fisher.statistics, rank, direction)

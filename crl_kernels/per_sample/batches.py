@@ -1,13 +1,13 @@
-"""Batches of a loader: what in them goes with the samples, how many samples they hold, the first so many, two halves,
-and a line that shows progress.
+"""Batches of a loader: which parts of them belong to single samples, how many samples they hold, how they are cut,
+reordered and joined, two halves of a loader, and a line that shows progress.
 
 A batch of N samples is a tree. Its containers are Mappings of any class, dataclasses, attrs classes, named tuples,
 other objects that hold tensors as attributes, and lists and tuples. Its leaves:
 
     a tensor or numpy array of N rows              a column: row i belongs to sample i
-    a list or tuple of N things                    a column too: captions, ids, PIL images, dicts of annotations,
+    a list or tuple of N items                     a column too: captions, ids, PIL images, dicts of annotations,
                                                    tensors of different sizes; also a PackedSequence or nested tensor
-    a string, a number, None, a 0-dim tensor,      a constant: as it is, whatever is done with the samples
+    a string, a number, None, a 0-dim tensor,      a constant: stays as it is when samples are cut or joined
     a torch.Size, any other object
 
 N is the common first dimension of the tensors and arrays that lie in no list below the batch itself; without any, of
@@ -39,7 +39,7 @@ _Rows = Callable[[Sequence[Any]], Any]  # the same column of one or several batc
 
 
 def batch_size(batch: Any) -> int:
-    """N, see above.
+    """N, as the module's docstring defines it.
 
     Raises:
         ValueError: nothing in the batch has N entries, or its tensors and arrays differ in their first dimension.
@@ -65,7 +65,7 @@ def slice_batch(batch: Any, begin: int, end: int) -> Any:
     """Samples ``begin`` to ``end``: a batch of the same classes, whose tensors and arrays are views.
 
     Raises:
-        ValueError, TypeError: for what cannot be cut, naming its place in the batch.
+        ValueError, TypeError: a part that cannot be cut, by its place in the batch.
     """
 
     def rows(columns: Sequence[Any]) -> Any:
@@ -101,7 +101,7 @@ def concatenate_batches(batches: Sequence[Any]) -> Any:
 
     Raises:
         ValueError, TypeError: batches of different structure, tensors whose further dimensions differ, constants that
-            differ; naming the place in the batch.
+            differ; each by its place in the batch.
     """
 
     def rows(columns: Sequence[Any]) -> Any:
@@ -115,10 +115,10 @@ def concatenate_batches(batches: Sequence[Any]) -> Any:
 
 
 class _Parts(NamedTuple):
-    """A container, opened: its parts by place, and what makes a container like it of other parts.
+    """A container's parts by place, and a function that builds the same kind of container from other parts.
 
-    kind: "named" where every part has a name of its own; "list" for lists and tuples, whose parts may be columns or
-    samples; "samples" where they can only be samples.
+    kind: "named" if every part has a name of its own; "list" for lists and tuples, whose parts may be columns or
+    samples; "samples" if the parts can only be samples.
     """
 
     kind: Literal["named", "list", "samples"]
@@ -177,10 +177,10 @@ def _opened_mapping(node: Mapping[Any, Any]) -> _Parts:
 
 
 def _mapping_of(kind: type, values: dict[Any, Any]) -> Any:
-    made = kind(values)
-    if set(made.keys()) != set(values.keys()):
+    mapping = kind(values)
+    if set(mapping.keys()) != set(values.keys()):
         raise TypeError(f"{kind.__name__}(dict) has other keys")
-    return made
+    return mapping
 
 
 def _list_like(node: list[Any], parts: list[Any]) -> list[Any]:
@@ -190,7 +190,7 @@ def _list_like(node: list[Any], parts: list[Any]) -> list[Any]:
 
 
 def _object_like(node: Any, attributes: dict[str, Any]) -> Any:
-    copied = copy.copy(node)  # no __init__, no __post_init__: they may do more than once what must be done once
+    copied = copy.copy(node)  # without __init__ and __post_init__, whose effects must not happen twice
     for name, value in attributes.items():
         object.__setattr__(copied, name, value)  # frozen dataclasses too
     return copied
@@ -216,14 +216,14 @@ def _is_numpy(node: Any) -> bool:
 
 
 def _is_array(node: Any) -> bool:
-    """A tensor, a numpy array, or what acts as one tensor, such as a TensorDict with a batch size."""
+    """A tensor, a numpy array, or an object that acts as one tensor, such as a TensorDict with a batch size."""
     if isinstance(node, Tensor):
         return not node.is_nested
     return _is_numpy(node) or (hasattr(type(node), "__torch_function__") and bool(getattr(node, "shape", ())))
 
 
 def _rows(node: Any) -> int | None:
-    """How many rows a tensor or array has; None for a leaf or container of another kind, and without dimensions."""
+    """The number of rows of a tensor or array; None without dimensions, and for any other leaf or container."""
     return int(node.shape[0]) if _is_array(node) and len(node.shape) else None
 
 
@@ -232,7 +232,7 @@ def _kind(node: Any) -> str:
 
 
 def _is_column_only(opened: _Parts) -> bool:
-    """A list of neither tensors nor containers: whatever it has is one for each sample."""
+    """A list of neither tensors nor containers, which has one entry for each sample."""
     return opened.kind == "samples" or (
         opened.kind == "list" and all(_rows(part) is None and _opened(part) is None for part in opened.parts.values())
     )
@@ -284,7 +284,7 @@ def _is_column(opened: _Parts, count: int) -> bool:
 
 
 def _holds_columns(node: Any, count: int) -> bool | None:
-    """As :func:`_is_container` says of parts, of anything."""
+    """The answer of :func:`_is_container`, for any node."""
     if (rows := _rows(node)) is not None:
         return rows == count
     if (opened := _opened(node)) is None:
@@ -295,12 +295,12 @@ def _holds_columns(node: Any, count: int) -> bool | None:
 
 
 def _rebuilt(batches: Sequence[Any], rows: _Rows) -> Any:
-    """One batch of the first one's classes, in which every column is what ``rows`` makes of it in all the batches."""
+    """One batch of the first one's classes, in which every column is ``rows`` of that column in all the batches."""
     return _rebuilt_at("batch", batches, [batch_size(batch) for batch in batches], rows)
 
 
 def _rebuilt_at(place: str, nodes: Sequence[Any], counts: Sequence[int], rows: _Rows) -> Any:
-    """:func:`_rebuilt` of what is at one place in each batch."""
+    """:func:`_rebuilt` for the nodes at one place in each batch."""
     if all(_rows(node) is not None for node in nodes):
         for node, count in zip(nodes, counts, strict=True):
             if len(node) != count:
@@ -369,7 +369,7 @@ def _is_one_column(place: str, nodes: Sequence[Any], opened: Sequence[_Parts], c
 
 
 def _constant(place: str, nodes: Sequence[Any], counts: Sequence[int]) -> Any:
-    """What is no column, the same in all batches."""
+    """A part that is not a column; it must be the same in all batches."""
     first = nodes[0]
     for node, count in zip(nodes, counts, strict=True):
         known = _is_array(node) or isinstance(node, _CONSTANTS)
@@ -387,7 +387,7 @@ def _constant(place: str, nodes: Sequence[Any], counts: Sequence[int]) -> Any:
 
 
 def require_loader(loader: Any) -> None:
-    """Refuses what is no iterable of batches, or would be taken for one by mistake.
+    """Raises an error for an object that is not an iterable of batches, or that only looks like one.
 
     Raises:
         TypeError: a Dataset, whose items are samples; a tensor, array, dict or string, which can be iterated, but not
@@ -429,7 +429,7 @@ def limited(loader: Iterable[Any], max_samples: int | None) -> Iterator[Any]:
 
 
 def _length(source: Any) -> int | None:
-    """None where nothing tells: no len, or a stream behind something that claims to have one."""
+    """None if it is unknown: no len, or a stream inside an object that has a __len__."""
     try:
         return len(source)
     except (TypeError, NotImplementedError):
@@ -437,11 +437,11 @@ def _length(source: Any) -> int | None:
 
 
 def _samples_in(loader: Any, size: int) -> int | None:
-    """How many samples a loader yields whose first batch has ``size``; None where only its number of batches tells.
+    """The number of samples of a loader whose first batch has ``size``; None if only its number of batches is known.
 
-    The length of a sampler, or of a stream's dataset, is believed only if so many samples make as many batches of that
-    size as the loader has: with drop_last, a batch sampler of another kind, several processes, or items that are
-    batches themselves, it counts something else.
+    The length of a sampler, or of a stream's dataset, is used only if that many samples make as many batches of this
+    size as the loader has. With drop_last, a batch sampler of another kind, several processes, or items that are
+    batches themselves, the length counts something else.
     """
     if isinstance(loader, (list, tuple)):
         return sum(batch_size(batch) for batch in loader)
@@ -456,10 +456,10 @@ def _samples_in(loader: Any, size: int) -> int | None:
 
 
 def halves(loader: Iterable[Any], max_samples: int | None) -> Iterator[Iterator[Any]]:
-    """Two iterators over batches, to be used up one after the other: the first half of the samples, then the rest.
+    """Two iterators over batches, to be read one after the other: the first half of the samples, then the rest.
 
-    Half is half of the samples where their number is known, and half of the batches otherwise, of an odd number half of
-    the samples of the one in the middle; with ``max_samples``, half of that at most. No sample is in both.
+    Half means half of the samples if their number is known, otherwise half of the batches; if the number of batches is
+    odd, the batch in the middle is cut in half. With ``max_samples``, it is at most half of that. No sample is in both.
     """
     batches = _counted(loader, max_samples)
     first = next(batches, None)
@@ -471,9 +471,8 @@ def halves(loader: Iterable[Any], max_samples: int | None) -> Iterator[Iterator[
     if samples is None and length is None and max_samples is None:
         raise ValueError("loader has no len, so it cannot be cut in half; give max_samples=.")
     half = min((count // 2 for count in (samples, max_samples) if count is not None), default=math.inf)
-    middle = (
-        math.inf
-    )  # index of the batch at which the second half begins; its fraction, how much of it is in the first
+    # Index of the batch at which the second half begins; its fraction is the part of that batch in the first half.
+    middle = math.inf
     if samples is None and length is not None:
         middle = (begin + max(length, begin + 1)) / 2
     if half == 0 or size * (middle - begin) < 1:
@@ -499,33 +498,33 @@ def halves(loader: Iterable[Any], max_samples: int | None) -> Iterator[Iterator[
 
 
 def generators_of(loader: Any) -> list[torch.Generator]:
-    """The random generators that a DataLoader and its samplers hold, apart from the global one."""
+    """The random generators that a DataLoader and its samplers hold, without the global one."""
     batch_sampler = getattr(loader, "batch_sampler", None)
     owners = (loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
-    found = (getattr(owner, "generator", None) for owner in owners)
-    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+    generators = (getattr(owner, "generator", None) for owner in owners)
+    return list({id(g): g for g in generators if isinstance(g, torch.Generator)}.values())
 
 
-def shown(batches: Iterable[Any], what: str, show: bool) -> Iterator[Any]:
-    """The batches; with ``show``, a line on stderr that says how many samples of them are done, and how fast."""
+def timed(batches: Iterable[Any], label: str, show: bool) -> Iterator[Any]:
+    """The batches; with ``show``, a line on stderr with the number of samples done and the samples per second."""
     if not show:
         yield from batches
         return
-    begun = told = time.monotonic()
+    begun = last_report = time.monotonic()
     done = 0
 
-    def tell() -> None:
-        rate = done / max(told - begun, 1e-9)
-        print(f"\rFisher, {what}: {done:,} samples, {rate:,.0f}/s", end="", file=sys.stderr, flush=True)
+    def report() -> None:
+        rate = done / max(last_report - begun, 1e-9)
+        print(f"\rFisher, {label}: {done:,} samples, {rate:,.0f}/s", end="", file=sys.stderr, flush=True)
 
     try:
         for batch in batches:
             yield batch
             done += batch_size(batch)
-            if time.monotonic() - told > 0.2:  # a terminal, or a log, need not see every batch
-                told = time.monotonic()
-                tell()
+            if time.monotonic() - last_report > 0.2:  # not every batch, for terminals and logs
+                last_report = time.monotonic()
+                report()
     finally:
-        told = time.monotonic()
-        tell()
+        last_report = time.monotonic()
+        report()
         print(file=sys.stderr)

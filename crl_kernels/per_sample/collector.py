@@ -12,17 +12,17 @@ from .layer_gradients import MatrixGradient, SampleGradient, Statistics, Wanted
 from .operands import ParameterUse, contiguous_strides
 from .sample_layout import SampleLayout
 
-# Per-sample gradients of at most so many elements a parameter are kept until the end and taken together: a bias or a
-# scale of a norm costs more in calls than in arithmetic.
+# Per-sample gradients of parameters with at most this many elements are kept until the end and processed together: for
+# a bias or a norm's scale, the calls cost more than the arithmetic.
 _SMALL = 4096
 
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """One parameter's share. The sums over parameters are those of the whole model."""
+    """Statistics of one parameter's part of the per-sample gradients. The model's are the sums over its parameters."""
 
     sq_norms: Tensor  # (N,) float64
-    projections: Tensor  # as the whole model's
+    projections: Tensor  # (N,), or (N, K) for K directions, float64
     gram: Tensor | None  # (N, N) float64
 
 
@@ -91,7 +91,7 @@ class GradientCollector:
         return statistics.sum
 
     def _wanted(self, use: ParameterUse) -> Wanted:
-        u = None if self._directions is None else use.of(self._directions[use.index])
+        u = None if self._directions is None else use.view(self._directions[use.index])
         return Wanted(u, self._want_gram, self._want_diagonal)
 
     def _keep_statistics(self, use: ParameterUse, statistics: Statistics) -> None:
@@ -102,12 +102,12 @@ class GradientCollector:
     def _keep_sums(self, use: ParameterUse, total: Tensor, squares: Tensor | None) -> None:
         """Keeps a float32 sum where ``.grad`` has 16 bits, and the sum of squares."""
         if squares is not None:
-            use.of(self.squares[use.index][None])[0].copy_(squares)
+            use.view(self.squares[use.index][None])[0].copy_(squares)
         parameter = self._binding.params[use.index]
         if parameter.dtype not in (torch.float32, torch.float64):
             if use.index not in self.sums:
                 self.sums[use.index] = total.new_zeros(parameter.numel())
-            use.of(self.sums[use.index][None])[0].copy_(total)
+            use.view(self.sums[use.index][None])[0].copy_(total)
 
     @cached_property
     def squares(self) -> list[Tensor]:

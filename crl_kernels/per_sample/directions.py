@@ -15,7 +15,7 @@ def rows_of(direction: Mapping[str, Tensor], binding: Binding) -> tuple[bool, li
         raise TypeError(f"direction is a {type(direction).__name__}; expected a mapping from parameter names.")
     layout = binding.layout
     if unknown := [name for name in direction if name not in layout.names]:
-        raise ValueError(f"direction has {join_names(unknown)}, which are no parameters that are looked at.")
+        raise ValueError(f"direction has {join_names(unknown)}, which are not among the chosen parameters.")
     leading: set[int | None] = set()
     for name, shape in zip(layout.names, layout.shapes, strict=True):
         if name not in direction:
@@ -31,12 +31,12 @@ def rows_of(direction: Mapping[str, Tensor], binding: Binding) -> tuple[bool, li
             raise ValueError(f"direction[{name!r}] is on {tensor.device} and the model on {binding.device}.")
         leading.add(None if tensor.shape == shape else tensor.shape[0])
     if len(leading) != 1:
-        raise ValueError("direction is empty, or its tensors are of different numbers K of directions.")
+        raise ValueError("direction is empty, or its tensors have different numbers K of directions.")
     (count,) = leading
     rows = []
     for name, length, parameter in zip(layout.names, layout.lengths, binding.params, strict=True):
         dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
         zeros = parameter.new_zeros(count or 1, length, dtype=dtype)
-        given = direction[name].detach().to(dtype).reshape(zeros.shape) if name in direction else zeros
-        rows.append(given.contiguous())
+        row = direction[name].detach().to(dtype).reshape(zeros.shape) if name in direction else zeros
+        rows.append(row.contiguous())
     return count is None, rows

@@ -1,4 +1,4 @@
-"""Projections of per-sample gradients on a direction that is known, in forward mode: no backward pass at all.
+"""Projections of per-sample gradients on a known direction, in forward mode, without a backward pass.
 
 p_i = u . g_i = d/de loss_i(theta + e u) at e = 0
 """
@@ -17,7 +17,7 @@ from .directions import rows_of
 
 
 class _Holder(nn.Module):
-    """torch.func wants a module; the loss then meets the model with its parameters replaced."""
+    """``functional_call`` needs a module: this one calls the loss, on the model with replaced parameters."""
 
     def __init__(self, model: nn.Module, per_sample_loss: Callable[[nn.Module, Any], Tensor], batch: Any) -> None:
         super().__init__()
@@ -38,15 +38,15 @@ def jvp_projections(
 ) -> Tensor:
     r"""p_i = u . g_i for each sample of a batch, by forward-mode automatic differentiation.
 
-    One forward pass that carries a tangent, for each direction: cheaper than ``SampleGradients(model, direction)``
-    where nothing but projections on a given direction is wanted, and without its memory for a backward pass. All
-    directions see the same random numbers. Attention runs on PyTorch's plain ("math") kernel meanwhile, because the
-    fast ones have no forward mode.
+    For each direction, one forward pass that carries a tangent. If you only need projections on a given direction, this
+    is cheaper than ``SampleGradients(model, direction)`` and needs no memory for a backward pass. All directions see
+    the same random numbers. Attention runs on PyTorch's plain ("math") kernel during the call, because the fast
+    kernels have no forward mode.
 
     Args:
-        model: left as it is; ``model.eval()`` is the caller's.
+        model: left as it is; call ``model.eval()`` yourself if you need it.
         per_sample_loss: ``(model, batch) -> (N,)``, one loss for each sample, from that sample alone.
-        batch: what ``per_sample_loss`` takes, of N samples, as in :func:`estimate_fisher`.
+        batch: N samples, as ``per_sample_loss`` takes them; see :func:`estimate_fisher`.
         direction: parameter name -> tensor u of the parameter's shape; or (K, \*shape), for K directions. A parameter
             that is left out counts as zero.
         include, exclude: patterns that choose parameters, as in :class:`LowRankHistory`.
@@ -55,15 +55,15 @@ def jvp_projections(
         (N,) float64, or (N, K) for K directions.
 
     Raises:
-        TypeError, ValueError: for arguments that do not fit, naming them.
-        NotImplementedError: by PyTorch, for a function without forward mode, naming it.
+        TypeError, ValueError: an argument that does not fit, by name.
+        NotImplementedError: PyTorch raises it for a function without forward mode, by name.
     """
     binding = Binding(model, include, exclude)
     binding.require_whole()
     single, rows = rows_of(direction, binding)
     holder = _Holder(model, per_sample_loss, batch)
-    of = {id(parameter): name for name, parameter in holder.named_parameters()}
-    names = [of[id(parameter)] for parameter in binding.params]
+    name_of = {id(parameter): name for name, parameter in holder.named_parameters()}
+    names = [name_of[id(parameter)] for parameter in binding.params]
     count = batch_size(batch)
 
     def losses(values: tuple[Tensor, ...]) -> Tensor:

@@ -1,4 +1,4 @@
-"""What autograd's graph shows: the losses that a pass starts from, and a signature of what the pass walks through."""
+"""What autograd's graph shows: the losses that a backward pass starts from, and a signature of the graph."""
 
 import numbers
 from collections.abc import Generator, Mapping, Sequence
@@ -17,7 +17,7 @@ class Losses:
 
     edge: GradientEdge
     shape: torch.Size
-    start: tuple[Tensor, Any] | None = None  # of the block's pass, and its gradient
+    start: tuple[Tensor, Any] | None = None  # the tensor that the block's pass starts from, and its gradient
 
     @property
     def count(self) -> int:
@@ -25,26 +25,26 @@ class Losses:
 
     @cached_property
     def _block_gradient(self) -> Tensor | float:
-        """The gradient that reaches the losses in the block's pass: 1 from their sum, 1 / N from their mean, and what
-        a GradScaler multiplies them by, without which 16-bit gradients may vanish."""
+        """The gradient that reaches the losses in the block's pass: 1 from their sum, 1 / N from their mean, times the
+        factor of a GradScaler, without which 16-bit gradients may vanish."""
         if self.start is None:
             return 1.0
         start, gradient = self.start
         if torch.autograd.graph.get_gradient_edge(start) == self.edge:
             return torch.ones_like(start) if gradient is None else gradient
-        found: Tensor = torch.autograd.grad(start, [self.edge], gradient, retain_graph=True)[0]
-        return found
+        reaching: Tensor = torch.autograd.grad(start, [self.edge], gradient, retain_graph=True)[0]
+        return reaching
 
     def seeds(self, weights: Tensor) -> Tensor:
-        """The gradient of the tensor in a pass in which sample i has w_i times what it has in the block's."""
+        """The gradient of the losses in a pass in which sample i has w_i times its gradient in the block's pass."""
         kind = self.edge.node._input_metadata[self.edge.output_nr]
         weights = weights.to(kind.device, kind.dtype).reshape(-1, *(1,) * (len(self.shape) - 1)).expand(self.shape)
         return weights * self._block_gradient
 
 
-# What a call has besides tensors, as something that can be hashed
+# The arguments of a call, as something that can be hashed
 
-INDEX_ARGUMENT = "an integer or boolean tensor, or what is not known"
+INDEX_ARGUMENT = "an integer or boolean tensor, or an unknown object"
 _FIXED = (str, type(None), type(Ellipsis), torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
@@ -55,20 +55,20 @@ def call_constants(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return tuple(map(call_constants, value))
     if isinstance(value, dict):
-        return tuple((name, call_constants(each)) for name, each in value.items())
+        return tuple((name, call_constants(argument)) for name, argument in value.items())
     if isinstance(value, slice):
         return tuple(map(call_constants, (value.start, value.stop, value.step)))
     if isinstance(value, numbers.Integral):
         return int(value)
-    if isinstance(value, numbers.Real):  # which may change from step to step, and moves nothing
+    if isinstance(value, numbers.Real):  # may change from step to step, and moves nothing
         return "number"
     return value if isinstance(value, _FIXED) else INDEX_ARGUMENT
 
 
 def flattened(key: Any) -> Generator[Any, None, None]:
     if isinstance(key, tuple):
-        for each in key:
-            yield from flattened(each)
+        for part in key:
+            yield from flattened(part)
     else:
         yield key
 
@@ -78,7 +78,7 @@ def flattened(key: Any) -> Generator[Any, None, None]:
 
 @dataclass
 class Graph:
-    """What autograd will walk from some edges."""
+    """The part of autograd's graph that can be reached from some edges."""
 
     signature: int  # of its nodes, in the order in which they were made, what they lead to, and its leaves
     leaves: list[Tensor]
@@ -87,8 +87,8 @@ class Graph:
 
 
 def graph_of(edges: Sequence[GradientEdge], known: Mapping[int, int], unseen: Sequence[range]) -> Graph:
-    """``known``: by id, the leaves that the signature tells apart from others; ``unseen``: numbers of nodes that no
-    call which was seen has made."""
+    """``known``: the leaves that the signature tells apart, by id; ``unseen``: numbers of nodes that no recorded call
+    has made."""
     nodes, leaves = [edge.node for edge in edges], []
     seen = set(nodes)
     for node in nodes:
@@ -98,15 +98,15 @@ def graph_of(edges: Sequence[GradientEdge], known: Mapping[int, int], unseen: Se
             if after is not None and after not in seen:
                 seen.add(after)
                 nodes.append(after)
-    made = {node: i for i, node in enumerate(sorted(nodes, key=lambda node: node._sequence_nr()))}
+    order = {node: i for i, node in enumerate(sorted(nodes, key=lambda node: node._sequence_nr()))}
     parts = []
-    for node in made:
+    for node in order:
         leaf = _leaf(node)
-        ends = tuple((-1 if after is None else made[after], output) for after, output in node.next_functions)
+        ends = tuple((-1 if after is None else order[after], output) for after, output in node.next_functions)
         parts.append((node.name(), ends, None if leaf is None else known.get(id(leaf), -1)))
-    starts = tuple((made[edge.node], edge.output_nr) for edge in edges)
+    starts = tuple((order[edge.node], edge.output_nr) for edge in edges)
     reentrant = any(name == "CheckpointFunctionBackward" for name, _, _ in parts)
-    hidden = reentrant or any(node._sequence_nr() in numbers for numbers in unseen for node in made)
+    hidden = reentrant or any(node._sequence_nr() in numbers for numbers in unseen for node in order)
     return Graph(hash((starts, tuple(parts))), leaves, reentrant, hidden)
 
 
@@ -130,10 +130,10 @@ _REDUCTIONS = {"SumBackward0", "SumBackward1", "MeanBackward0", "MeanBackward1"}
 
 
 def losses_of_pass(func: Any, args: Any, kwargs: Any) -> Losses | None:
-    """What a pass from a scalar sums or averages; None if the graph does not show it."""
+    """The losses that a backward pass from a scalar sums or averages; None if the graph does not show them."""
     names = ("self", "gradient") if func is Tensor.backward else ("tensors", "grad_tensors")
-    given = [args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(names)]
-    start, gradient = (each[0] if isinstance(each, (list, tuple)) and len(each) == 1 else each for each in given)
+    values = [args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(names)]
+    start, gradient = (x[0] if isinstance(x, (list, tuple)) and len(x) == 1 else x for x in values)
     if not isinstance(start, Tensor) or start.grad_fn is None:
         return None
     if start.dim() == 1:

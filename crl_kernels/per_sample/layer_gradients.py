@@ -1,14 +1,14 @@
 """Per-sample gradients of one use of a parameter, and their statistics, by kind of layer.
 
-What a layer gives in its backward pass is its input a and the gradient b of its output, for all N samples at once:
+A layer's backward pass has the layer's input a and the gradient b of its output, for all N samples at once:
 
     linear        g_i = sum_t b_it a_it^T                       (T tokens)
     convolution   g_i[o, c, ky, kx] = sum_yx b_i[o, y, x] a_i[c, y + ky, x + kx], strided, dilated, by groups
     embedding     g_i[v] = sum of b_it over the tokens t with id v
     the rest      g_i itself, small: biases, scales and shifts, broadcast parameters
 
-Each class here answers ``statistics(wanted)`` without a matrix of all g_i where there is a way, and ``matrix()`` with
-it. All statistics are sums over parameters, so a model's are the sums of its layers'.
+Each class computes ``statistics(wanted)`` without a matrix of all g_i where it can, and that matrix as ``matrix()``.
+All statistics are sums over parameters, so a model's statistics are the sums over its layers.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ _TILE = 2**24  # numbers of per-sample gradients that sums with weights hold at 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to take of per-sample gradients besides their sum and square norms."""
+    """The statistics to take, in addition to the sum and the square norms."""
 
     directions: Tensor | None = None  # (K, *shape); None: project on the batch's own sum
     gram: bool = False
@@ -36,7 +36,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of one parameter, or of a part of one."""
+    """Statistics of one parameter, or of a part of one."""
 
     sum: Tensor  # sum_i g_i, (*shape)
     sq_norms: Tensor  # (N,) float64
@@ -65,8 +65,8 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
 
 
 def _in_tiles(weights: Tensor, numbers: int, matrix_of: Callable[[slice], Tensor]) -> Tensor:
-    """weights (K, N) times the (N, *shape) gradients of N samples, of which as many are made at once as fit _TILE, at
-    least one; a sample takes so many ``numbers``."""
+    """weights (K, N) times the (N, *shape) gradients of N samples. As many samples' gradients are computed at once as
+    fit in _TILE, at least one; one sample takes ``numbers`` of it."""
     count, sums = weights.shape[1], None
     step = max(1, _TILE // max(1, numbers))
     for begin in range(0, max(1, count), step):
@@ -80,7 +80,7 @@ def _in_tiles(weights: Tensor, numbers: int, matrix_of: Callable[[slice], Tensor
 
 
 class MatrixGradient:
-    """Gradients that are there: (N, *shape)."""
+    """Gradients as a matrix: (N, *shape)."""
 
     def __init__(self, matrix: Tensor) -> None:
         self._matrix = _at_least_float32(matrix)
@@ -106,8 +106,8 @@ class MatrixGradient:
 
 
 class ConvolutionGradient:
-    """Of a convolution's weight (O, C / groups, kh, kw): input (N, C, H, W), grad_output (N, O, H', W'). 16-bit
-    operands stay what they are, for a GPU's tensor cores; sums are float32."""
+    """Gradients of a convolution's weight (O, C / groups, kh, kw): input (N, C, H, W), grad_output (N, O, H', W').
+    16-bit operands stay 16-bit, for a GPU's tensor cores; sums are float32."""
 
     def __init__(
         self,
@@ -157,7 +157,8 @@ class ConvolutionGradient:
 
 
 class Reshaped:
-    """Another's gradients as gradients of a parameter of another shape with the same elements in the same order."""
+    """The gradients ``inner`` of a parameter of ``inner_shape``, as gradients of a parameter of ``shape`` with the same
+    elements in the same order."""
 
     def __init__(self, inner: SampleGradient, inner_shape: Sequence[int], shape: Sequence[int]) -> None:
         self._inner, self._inner_shape, self._shape = inner, tuple(inner_shape), tuple(shape)
@@ -171,15 +172,16 @@ class Reshaped:
     def statistics(self, wanted: Wanted) -> Statistics:
         u = wanted.directions
         u = None if u is None else u.reshape(len(u), *self._inner_shape)
-        found = self._inner.statistics(Wanted(u, wanted.gram, wanted.squares))
-        squares = None if found.squares is None else found.squares.reshape(self._shape)
-        return Statistics(found.sum.reshape(self._shape), found.sq_norms, found.projections, found.gram, squares)
+        inner = self._inner.statistics(Wanted(u, wanted.gram, wanted.squares))
+        squares = None if inner.squares is None else inner.squares.reshape(self._shape)
+        return Statistics(inner.sum.reshape(self._shape), inner.sq_norms, inner.projections, inner.gram, squares)
 
 
 def _gram_is_cheaper(tokens: int, d_in: int, d_out: int, gram: bool) -> bool:
     """Whether the Gram rule of LinearGradient takes less time than the operator, on a CPU.
 
-    With h = d_in d_out / (d_in + d_out): where T <= h / 16, and with the Gram matrix of the samples T^2 <= h / 3 too.
+    With h = d_in d_out / (d_in + d_out), it does where T <= h / 16; with the samples' Gram matrix, T^2 <= h / 3 must
+    hold too.
 
     The operator spends as much on statistics of its d_in d_out elements as on tens of tokens, the Gram rule's products
     grow as T^2 (d_in + d_out). In benchmarks/results/layer_rules_cpu_1thread.md they cross, N = 32, Gram against
@@ -188,15 +190,15 @@ def _gram_is_cheaper(tokens: int, d_in: int, d_out: int, gram: bool) -> bool:
     (d_in + d_out) against N^2 d_in d_out, so N divides out: 128 -> 512, 4 tokens, 2.20 against 3.60 for N = 32, 14.9
     against 26.9 for N = 128; 8 tokens, 5.12 against 3.85 and 48.6 against 28.4.
 
-    Where a device has no kernel and the operator materialises every g_i, the Gram rule would pay for more tokens than
-    these; that is not measured.
+    Where a device has no kernel, the operator materialises every g_i, and the Gram rule would be faster for more tokens
+    than these; that is not measured.
     """
     size, widths = d_in * d_out, d_in + d_out
     return 16 * tokens * widths <= size and (not gram or 3 * tokens**2 * widths <= size)
 
 
 class LinearGradient:
-    """Of a linear layer's weight (O, C): input (N, T, C), grad_output (N, T, O).
+    """Gradients of a linear layer's weight (O, C): input (N, T, C), grad_output (N, T, O).
 
     Many tokens: as a convolution with a 1 x 1 kernel. Few (_gram_is_cheaper): without g_i at all, from
 
@@ -215,13 +217,13 @@ class LinearGradient:
         a, b = _at_least_float32(self._a), _at_least_float32(self._b)
         (count, tokens, d_in), d_out = a.shape, b.shape[2]
         used = weights != 0
-        # Multiply-adds for each element of the weight: a product for each row, of the samples that it has, against all
-        # g_i and then all rows of them.
+        # Multiply-adds for each element of the weight: on the left, one product for each row with the samples that it
+        # uses; on the right, all g_i and then the rows' sums of them.
         if int(used.sum()) * tokens > count * (tokens + len(weights)):
             return _in_tiles(weights, d_in * d_out, lambda samples: b[samples].transpose(1, 2) @ a[samples])
         sums = a.new_empty(len(weights), d_out, d_in)
-        for row, its, total in zip(weights.to(b.dtype), used, sums, strict=True):
-            torch.mm((row[its, None, None] * b[its]).flatten(0, 1).T, a[its].flatten(0, 1), out=total)
+        for row, samples, total in zip(weights.to(b.dtype), used, sums, strict=True):
+            torch.mm((row[samples, None, None] * b[samples]).flatten(0, 1).T, a[samples].flatten(0, 1), out=total)
         return sums
 
     def statistics(self, wanted: Wanted) -> Statistics:
@@ -250,7 +252,7 @@ class LinearGradient:
 
 
 class EmbeddingGradient:
-    """Of a table (V, D): ids (N, T), grad_output (N, T, D)."""
+    """Gradients of an embedding's table (V, D): ids (N, T), grad_output (N, T, D)."""
 
     def __init__(self, ids: Tensor, grad_output: Tensor, num_embeddings: int) -> None:
         self._ids, self._b, self._num_embeddings = ids, _at_least_float32(grad_output), num_embeddings
@@ -274,7 +276,7 @@ class EmbeddingGradient:
         ids, b = self._ids, self._b.double()
         table = (self._num_embeddings, b.shape[2])
         total = b.new_zeros(table).index_add_(0, ids.flatten(), b.flatten(0, 1))
-        # Each sample's gradient at the ids that it has, at the first token of each: there, tokens of one id are summed.
+        # Each sample's gradient has rows at its ids only: tokens with the same id are summed at the first of them.
         same = ids[:, :, None] == ids[:, None, :]
         first = ~same.tril(-1).any(2)
         rows = (same.double() @ b) * first[..., None]

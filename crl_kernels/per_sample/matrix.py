@@ -3,7 +3,7 @@
     mean, sq_norms, projections = sample_gradient_stats(grads)      # grads: (N, P), row i is g_i
     gram = sample_gram(grads)
 
-``SampleGradients`` computes the same without materialising the matrix, where the model's layers allow it.
+``SampleGradients`` computes the same from a model, without the matrix where the layers allow it.
 """
 
 from typing import Literal, NamedTuple, overload
@@ -18,7 +18,7 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class SampleGradientStats(NamedTuple):
-    """Of per-sample gradients g_i, i = 1..N, of P elements."""
+    """Statistics of per-sample gradients g_i, i = 1..N, of P elements."""
 
     mean: Tensor  # (P,) mu = mean_i g_i; float64 for float64 gradients, else float32
     sq_norms: Tensor  # (N,) float64: |g_i|^2
@@ -26,7 +26,7 @@ class SampleGradientStats(NamedTuple):
 
 
 class SampleGradientStatsWithDiagonal(NamedTuple):
-    """The same, and the diagonal of the empirical Fisher."""
+    """The fields of SampleGradientStats, and the diagonal of the empirical Fisher."""
 
     mean: Tensor
     sq_norms: Tensor
@@ -54,7 +54,7 @@ def _directions(direction: Tensor, grads: Tensor) -> Tensor:
         )
     if direction.dtype not in _DTYPES or torch.promote_types(direction.dtype, dtype) != dtype:
         raise TypeError(
-            f"direction is {direction.dtype}, which {dtype} does not hold; beside {grads.dtype} gradients, "
+            f"direction is {direction.dtype}, which {dtype} cannot represent; for {grads.dtype} gradients, "
             f"convert it with direction.to({dtype})."
         )
     if direction.device != grads.device:
@@ -81,21 +81,21 @@ def sample_gradient_stats(
 
         mean = (1/N) sum_i g_i        sq_norms_i = |g_i|^2        projections_i = g_i . mean, or g_i . direction
 
-    With ``diagonal=True`` a fourth result, (1/N) sum_i g_ij^2, comes from the same read. Projections are taken on the
-    mean as it is returned, rounded to its dtype.
+    With ``diagonal=True``, the same read gives a fourth result, (1/N) sum_i g_ij^2. Projections use the mean as it is
+    returned, rounded to its dtype.
 
-    Sums end in float64; on a CPU, float32 and 16-bit gradients are first added in float32 in runs of at most 32
-    elements, unless squares would leave float32's range. So ``sq_norms`` and ``projections`` have a relative error of
-    about 1e-8 of the magnitudes that are added, and float64 gradients one of 1e-15. The result is bitwise the same from
-    run to run and for any number of threads. NaN and Inf pass through.
+    Sums are accumulated in float64. On a CPU, float32 and 16-bit gradients are first added in float32, in runs of at
+    most 32 elements, unless squares would leave float32's range. So ``sq_norms`` and ``projections`` have an error of
+    about 1e-8, relative to the magnitudes that are added; for float64 gradients it is 1e-15. The result is bitwise the
+    same from run to run and for any number of threads. NaN and Inf pass through.
 
     The results are constants: they carry no derivative, whether or not ``grads`` requires one.
 
     Args:
         grads: (N, P), float32, float64, bfloat16 or float16. Rows may have any stride; a matrix whose columns are not
             adjacent, such as a transposed one, is copied first.
-        direction: (P,) or (K, P), of any of these dtypes that the mean's holds: float64 only beside float64. On a GPU
-            the matrix is read once for every 16 directions.
+        direction: (P,) or (K, P), of one of these dtypes; float64 only with float64 ``grads``. On a GPU, the matrix is
+            read once for every 16 directions.
         diagonal: also return the diagonal of the empirical Fisher.
 
     Raises:
@@ -116,9 +116,9 @@ def sample_gradient_stats(
 def sample_gram(grads: Tensor) -> Tensor:
     """The Gram matrix of per-sample gradients, G_ij = g_i . g_j: (N, N) float64, exactly symmetric.
 
-    Arguments, errors and derivatives are those of ``sample_gradient_stats``, and so is the arithmetic on a CPU. On a
-    GPU, float32 and 16-bit products are added by tensor cores in float32 in runs of 256 columns, so squares beyond
-    float32's range become infinite, as they do in ``torch.mm``.
+    Arguments, errors, (missing) derivatives and the arithmetic on a CPU are those of ``sample_gradient_stats``. On a
+    GPU, tensor cores add float32 and 16-bit products in float32, in runs of 256 columns. So squares beyond float32's
+    range become infinite, as in ``torch.mm``.
     """
     _check_grads(grads)
     result: Tensor = torch.ops.crl_kernels.sample_gram(grads.detach())

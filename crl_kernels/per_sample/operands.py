@@ -16,7 +16,7 @@ def contiguous_strides(shape: torch.Size) -> tuple[int, ...]:
 
 @dataclass(eq=False)
 class ParameterUse:
-    """A bound parameter, or the view of one that a call took: elements offset + sum_d i_d strides[d] of it."""
+    """A bound parameter or a view of one, as a call's operand: its elements offset + sum_d i_d strides[d]."""
 
     index: int  # of the parameter
     shape: torch.Size
@@ -31,10 +31,10 @@ class ParameterUse:
         span = sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
         return self.offset, self.offset + span + 1 if self.shape.numel() else self.offset
 
-    def of(self, whole: Tensor) -> Tensor:
-        """The same view of each row of (rows, numel of the parameter), whose columns are adjacent."""
-        strides = (whole.stride(0), *self.strides)
-        return whole.as_strided((len(whole), *self.shape), strides, whole.storage_offset() + self.offset)
+    def view(self, flat: Tensor) -> Tensor:
+        """This view in each row of ``flat``, (rows, numel of the parameter), whose columns are adjacent."""
+        strides = (flat.stride(0), *self.strides)
+        return flat.as_strided((len(flat), *self.shape), strides, flat.storage_offset() + self.offset)
 
     def overlaps_itself(self) -> bool:
         """Whether an element of the parameter may be in several places of the view."""
@@ -45,20 +45,20 @@ class ParameterUse:
             covered += (size - 1) * stride
         return False
 
-    def add_to(self, whole: Tensor, rows: Tensor) -> None:
-        """Adds (rows, *shape) to the same view of each row of ``whole``, as in ``of``."""
+    def add_to(self, flat: Tensor, rows: Tensor) -> None:
+        """Adds ``rows``, (rows, *shape), to this view in each row of ``flat``."""
         if not self.overlaps_itself():
-            self.of(whole).add_(rows)
+            self.view(flat).add_(rows)
             return
-        elements = torch.arange(whole.shape[1], device=whole.device)
+        elements = torch.arange(flat.shape[1], device=flat.device)
         places = elements.as_strided(self.shape, self.strides, self.offset).flatten()
-        whole.index_add_(1, places, rows.reshape(len(whole), len(places)).to(whole.dtype))
+        flat.index_add_(1, places, rows.reshape(len(flat), len(places)).to(flat.dtype))
 
 
 @dataclass(eq=False)
 class Derived:
-    """A tensor with a gradient that is no parameter, where a call has its parameter: if several samples share its
-    elements, it is made of parameters alone there, and their per-sample gradients go through it."""
+    """An operand with a gradient that is not a parameter. If samples share its elements, it was computed from
+    parameters alone, and their per-sample gradients are taken through it."""
 
 
 Operand = ParameterUse | Derived

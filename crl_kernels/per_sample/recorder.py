@@ -1,13 +1,13 @@
-"""Which function is called with which parameter, and what each backward pass is for, while per-sample gradients are
-read.
+"""``CallRecorder`` records which function is called with which parameter inside a SampleGradients block, and runs
+backward passes for a given purpose.
 
-A ``TorchFunctionMode`` sees every call of torch's API, so parameters are found by identity wherever they are used: in
-subclasses, tied weights, functional calls, and views such as the thirds of an attention's input projection. A call that
-has a rule (``rules/``) goes through it; any other that takes a parameter goes through ``any_function``, which is
-exact and slow. Tensors that are made of parameters alone, such as a normalised weight or a table of positions, count
-as parameters where they meet the samples.
+A ``TorchFunctionMode`` sees every call of torch's API. So parameters are found by identity wherever they are used: in
+subclasses, tied weights, functional calls, and views such as the thirds of an attention's input projection. A call of
+a function with a rule (``rules/``) goes through the rule. Any other call that takes a parameter goes through
+``any_function``, which is exact and slow. A tensor computed from parameters alone, such as a normalised weight or a
+table of positions, counts as a parameter where it meets the samples.
 
-Nothing is assumed of where the samples are: passes with weights measure it (``rows.py``).
+The recorder assumes nothing about where the samples are: passes with weights measure it (``rows.py``).
 """
 
 import enum
@@ -57,10 +57,10 @@ class Pass(enum.Enum):
     """What a backward pass is for."""
 
     ORDINARY = enum.auto()
-    MEASURE = enum.auto()  # where the samples are
-    CHECK = enum.auto()  # that, and the parameters' gradients
-    STATISTICS = enum.auto()  # of per-sample gradients: the block's own
-    SUMS = enum.auto()  # of per-sample gradients with weights
+    MEASURE = enum.auto()  # find where the samples are
+    CHECK = enum.auto()  # the same, and compute the parameters' gradients, which prove it
+    STATISTICS = enum.auto()  # take per-sample gradients in the block's own pass
+    SUMS = enum.auto()  # take sums of per-sample gradients with weights
 
 
 def _false(*_: Any) -> bool:
@@ -68,7 +68,7 @@ def _false(*_: Any) -> bool:
 
 
 def _inside_transform() -> bool:
-    """Of torch.func, which knows no function of ours; the proof finds what happens there."""
+    """Whether a transform of torch.func runs, which cannot handle our Functions; the proof finds uses in it."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
@@ -87,24 +87,24 @@ class LayerCall:
 
     recorder: "CallRecorder"
     operands: tuple[Operand | None, ...]
-    key: Any = None  # its number in the forward pass; set when it arrives, if made in a checkpoint's second run
+    key: Any = None  # its number in the forward pass; of a checkpoint's second run, set when its gradient arrives
 
     def rows(self, b: Tensor, dims: Sequence[int]) -> Rows | None:
-        """In which of ``dims`` of the output whose gradient is ``b`` the samples are, if per-sample gradients are to be
-        taken there in this pass."""
+        """The samples of the rows along some of ``dims`` of the output whose gradient is ``b``; None if no per-sample
+        gradients are taken there in this pass."""
         return self.recorder.rows_of_output(self, b, tuple(dims))
 
     def skips(self, slot: int) -> bool:
-        """Whether nobody reads the operand's gradient in this pass."""
+        """Whether the operand's gradient is not needed in this pass."""
         return self.recorder.purpose is Pass.MEASURE and isinstance(self.operands[slot], ParameterUse)
 
     def note_gradient(self, slot: int, gradient: Tensor) -> None:
-        """Of a derived operand, for what is measured."""
+        """Notes the gradient of a derived operand for the measurement."""
         if self.recorder.purpose in (Pass.MEASURE, Pass.CHECK) and isinstance(self.operands[slot], Derived):
             self.recorder.measurement.note(self.key, slot, gradient, range(gradient.dim()))
 
     def wants(self, slot: int) -> bool:
-        """Whether per-sample gradients of the operand are to be taken, where ``rows`` gave some."""
+        """Whether to take per-sample gradients of the operand, where ``rows`` returned rows."""
         operand, layout = self.operands[slot], self.recorder.sample_layout
         if operand is None or layout is None:
             return False
@@ -113,7 +113,7 @@ class LayerCall:
         return (self.key, slot) in layout.shared
 
     def take(self, slot: int, gradient: SampleGradient, edge: GradientEdge | None) -> Tensor:
-        """Takes the operand's per-sample gradients and returns their sum. ``edge``: of the operand in the graph."""
+        """Takes the operand's per-sample gradients and returns their sum. ``edge``: the operand's in the graph."""
         operand = self.operands[slot]
         if isinstance(operand, ParameterUse):
             return self.recorder.take(operand, gradient)
@@ -124,7 +124,7 @@ class LayerCall:
 
 
 class CallRecorder(TorchFunctionMode):
-    """See the module's docstring."""
+    """Records the calls of one block, and runs its backward passes; see the module's docstring."""
 
     def __init__(
         self,
@@ -135,24 +135,25 @@ class CallRecorder(TorchFunctionMode):
     ) -> None:
         """``prepare`` is called with the losses before the block's backward pass."""
         super().__init__()
-        # Weakly: the object that they belong to keeps the recorder, and nothing is to wait for the garbage collector.
+        # Weak references: their owner keeps the recorder, and a cycle would wait for the garbage collector.
         self._collector, self._prepare = weakref.ref(collector), weakref.WeakMethod(prepare)
         self._params, self.names = list(params), names
         self._index = {id(parameter): i for i, parameter in enumerate(params)}
         self.recording = False
         self.purpose = Pass.ORDINARY
         self.sample_layout: SampleLayout | None = None
-        self.signature = 0  # of the differentiable calls in the forward pass
-        self.moves_rows = False  # by indices or products, which differ from batch to batch, or by what is not seen
+        self.signature = 0  # hash of the differentiable calls in the forward pass
+        # Whether indices or products, which differ from batch to batch, or an unseen function may move rows.
+        self.moves_rows = False
         self._nodes = _nodes_made()  # by the end of the last call
-        self._unseen: list[range] = []
+        self._unseen: list[range] = []  # numbers of nodes that no recorded call has made
         self.first_size: int | None = None  # of the first differentiable tensor's first dimension
         self.calls: list[LayerCall] = []
-        self.measurement = Measurement()  # the present one
-        self.arrivals = 0  # of calls in the present pass
+        self.measurement = Measurement()
+        self.arrivals = 0  # calls whose gradient has arrived in the current pass
         self.finished_passes = 0
-        self._second_runs = 0  # calls of checkpoints' second runs in the present pass
-        self._graph = Graph(0, [], False, False)  # of the present losses
+        self._second_runs = 0  # calls of checkpoints' second runs in the current pass
+        self._graph = Graph(0, [], False, False)  # of the current losses
 
     @property
     def collector(self) -> GradientCollector:
@@ -160,7 +161,7 @@ class CallRecorder(TorchFunctionMode):
         assert collector is not None  # a backward pass of its block, or of weighted_sums, is running
         return collector
 
-    # What is called with what
+    # Calls in the forward pass
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -186,13 +187,13 @@ class CallRecorder(TorchFunctionMode):
         return result
 
     def _note_unseen_nodes(self) -> None:
-        """Those that no call has made since the last one: of an autograd.Function, say, which may move rows."""
+        """Notes nodes that appeared between two calls, for example of an autograd.Function, which may move rows."""
         if (nodes := _nodes_made()) > self._nodes and not in_backward():
             self._unseen.append(range(self._nodes, nodes))
             self._nodes = nodes
 
     def _add_to_signature(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        """Notes a call that is part of the graph."""
+        """Adds a call that is part of the graph to the signature, and notes whether it may move rows."""
         first = result[0] if isinstance(result, (tuple, list)) and result else result
         shape = first.shape if isinstance(first, Tensor) else None
         if self.first_size is None and shape:
@@ -212,8 +213,11 @@ class CallRecorder(TorchFunctionMode):
             self.moves_rows = not self._takes_parameters_only(args, kwargs)
 
     def run_recorded(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Runs a Python function of torch's and sees what it calls. It asks first whether a mode wants it, and would
-        come back here; so a copy of it runs, which is told that none does."""
+        """Runs one of torch's Python functions and records the calls that it makes.
+
+        Such a function first asks whether a mode handles it, and would return here; so a copy of it runs, for which
+        that question is answered with no.
+        """
         answers = dict.fromkeys(
             ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"), _false
         )
@@ -230,7 +234,7 @@ class CallRecorder(TorchFunctionMode):
         return False
 
     def _takes_parameters_only(self, args: Any, kwargs: Any) -> bool:
-        """Of what has a gradient: a table that is looked up in, say, moves no samples."""
+        """Whether every argument with a gradient is a parameter: a lookup in a table, for example, moves no samples."""
         tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor) and leaf.requires_grad]
         return all(map(self.binds, tensors))
 
@@ -240,7 +244,7 @@ class CallRecorder(TorchFunctionMode):
         index = self._index.get(id(tensor))
         if index is None and tensor._base is not None:
             base = tensor._base
-            # Or its views' strides would not be those of its elements.
+            # Otherwise its views' strides are not those of its elements.
             if base.is_contiguous() and base.dtype == tensor.dtype:
                 index = self._index.get(id(base))
         return index
@@ -250,7 +254,7 @@ class CallRecorder(TorchFunctionMode):
         return self._index_of(tensor) is not None
 
     def operand(self, tensor: Any) -> Operand | None:
-        """What ``tensor`` is where a call has its parameter; None if there is nothing to take."""
+        """``tensor`` as an operand of a call; None if it has no gradient to take."""
         if not isinstance(tensor, Tensor) or not tensor.requires_grad:
             return None
         index = self._index_of(tensor)
@@ -263,8 +267,8 @@ class CallRecorder(TorchFunctionMode):
         return ParameterUse(index, tensor.shape, tensor.stride(), offset)
 
     def call(self, *operands: Operand | None) -> LayerCall:
-        """A new call, of which the backward pass will hear."""
-        if in_backward():  # in a checkpoint's second run: if it is a call of its own, its backward will come
+        """Registers a call, for the backward pass."""
+        if in_backward():  # in a checkpoint's second run, whose gradients may arrive too
             return LayerCall(self, operands)
         self.calls.append(LayerCall(self, operands, len(self.calls)))
         for use in operands:
@@ -289,7 +293,7 @@ class CallRecorder(TorchFunctionMode):
 
     @contextmanager
     def for_purpose(self, purpose: Pass) -> Generator[None, None, None]:
-        """A backward pass in the block is for this purpose."""
+        """Sets the purpose of the backward pass in the ``with`` block."""
         before = self.purpose, self._second_runs, self.arrivals
         self.purpose, self._second_runs, self.arrivals = purpose, 0, 0
         try:
@@ -298,6 +302,7 @@ class CallRecorder(TorchFunctionMode):
             self.purpose, self._second_runs, self.arrivals = before
 
     def rows_of_output(self, call: LayerCall, b: Tensor, dims: tuple[int, ...]) -> Rows | None:
+        """See ``LayerCall.rows``; in a measurement, notes the gradient's fingerprint."""
         if self.purpose is Pass.ORDINARY or torch.is_grad_enabled():
             return None
         if self.purpose is Pass.STATISTICS and self.finished_passes:
@@ -319,7 +324,7 @@ class CallRecorder(TorchFunctionMode):
         return self.sample_layout.calls.get(call.key)
 
     def key_of(self, losses: Losses) -> Any:
-        """Blocks with the same key have their samples in the same places, unless rows move."""
+        """A key that blocks share whose samples are in the same places, unless rows move."""
         self._note_unseen_nodes()
         self._graph = graph_of([losses.edge], self._index, self._unseen)
         self.moves_rows = self.moves_rows or self._graph.hidden
@@ -335,13 +340,15 @@ class CallRecorder(TorchFunctionMode):
         if not in_backward() and self._graph.reentrant:
             return self._accumulated(edges, seeds, inputs, self._graph.leaves)
         options = {"retain_graph": True, "allow_unused": True}
-        found: Sequence[Tensor | None] = self.run_recorded(torch.autograd.grad, (edges, list(inputs), seeds), options)
-        return found
+        gradients: Sequence[Tensor | None] = self.run_recorded(
+            torch.autograd.grad, (edges, list(inputs), seeds), options
+        )
+        return gradients
 
     def _accumulated(
         self, edges: list[GradientEdge], seeds: list[Tensor], inputs: Sequence[Tensor], leaves: list[Tensor]
     ) -> Sequence[Tensor | None]:
-        """By ``backward``, which is all that reentrant checkpoints know; with every leaf's ``.grad`` as it was."""
+        """Gradients by ``backward``, the only pass that reentrant checkpoints support; restores every ``.grad``."""
         touched = {id(leaf): leaf for leaf in (*leaves, *self._params, *inputs)}.values()
         before = [(leaf, leaf.grad, leaf._post_accumulate_grad_hooks) for leaf in touched]
         with without_gradient_hooks(touched):
@@ -349,7 +356,7 @@ class CallRecorder(TorchFunctionMode):
                 for leaf in touched:
                     leaf.grad, leaf._post_accumulate_grad_hooks = None, None  # type: ignore[assignment]
                 self.run_recorded(torch.autograd.backward, (edges, seeds), {"retain_graph": True})
-                return [each.grad for each in inputs]
+                return [tensor.grad for tensor in inputs]
             finally:
                 for leaf, gradient, hooks in before:
                     leaf.grad, leaf._post_accumulate_grad_hooks = gradient, hooks
@@ -364,7 +371,7 @@ class CallRecorder(TorchFunctionMode):
         return self.collector.take(use, gradient, self.sample_layout)
 
     def pull_back(self, edge: GradientEdge, matrix: Tensor) -> None:
-        """Takes per-sample gradients of parameters, from those of a tensor that is made of them: (N, *shape)."""
+        """Takes per-sample gradients of parameters, from those of a tensor computed from them: (N, *shape)."""
         weights = self.collector.weights()
         rows = matrix if weights is None else torch.einsum("kn,n...->k...", weights.to(matrix.dtype), matrix)
         self.take_rows(lambda i: ([edge], [rows[i]]), len(rows), self._params)
@@ -381,24 +388,24 @@ class CallRecorder(TorchFunctionMode):
     def take_rows(
         self, seeds: Callable[[int], tuple[list[GradientEdge], list[Tensor]]], count: int, inputs: Sequence[Tensor]
     ) -> None:
-        """One backward pass for each row of what is taken, to those of ``inputs`` that it reaches. Inputs are bound
-        parameters or what stands for them in one call."""
-        kept: dict[int, list[Tensor]] = {}
+        """Makes one backward pass for each of ``count`` rows, and takes the gradients of those ``inputs`` that it
+        reaches: bound parameters, or their stand-ins in one call."""
+        rows: dict[int, list[Tensor]] = {}
         with self.for_purpose(Pass.ORDINARY):
             reached = list(range(len(inputs)))
             for i in range(count):
                 edges, gradients = seeds(i)
-                found = self._gradients(edges, gradients, [inputs[k] for k in reached])
+                row = self._gradients(edges, gradients, [inputs[k] for k in reached])
                 if i == 0:
-                    reached = [k for k, gradient in zip(reached, found, strict=True) if gradient is not None]
-                    found = [gradient for gradient in found if gradient is not None]
-                    kept = {k: [] for k in reached}
+                    reached = [k for k, gradient in zip(reached, row, strict=True) if gradient is not None]
+                    row = [gradient for gradient in row if gradient is not None]
+                    rows = {k: [] for k in reached}
                     if not reached:
                         return
-                for k, gradient in zip(reached, found, strict=True):
-                    assert gradient is not None  # what the first row reaches, all do
-                    kept[k].append(dense(gradient))
-        for k, gradients in kept.items():
+                for k, gradient in zip(reached, row, strict=True):
+                    assert gradient is not None  # all rows reach the same inputs
+                    rows[k].append(dense(gradient))
+        for k, gradients in rows.items():
             use = self.operand(inputs[k])
             assert isinstance(use, ParameterUse)
             self.take(use, _TakenRows(torch.stack(gradients), self.collector.weights() is not None))
@@ -414,7 +421,7 @@ def warn_once(message: str) -> None:
 
 
 class _TakenRows(MatrixGradient):
-    """Rows that are those of the samples, or already the sums with weights."""
+    """Rows of single samples; or, if ``summed``, rows that are already the sums with weights."""
 
     def __init__(self, matrix: Tensor, summed: bool) -> None:
         super().__init__(matrix)

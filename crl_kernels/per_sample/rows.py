@@ -1,13 +1,14 @@
-"""Which sample each row of a layer's output belongs to, measured in backward passes rather than guessed from shapes.
+"""Which sample each row of a layer's output belongs to: backward passes measure it, nothing is guessed from shapes.
 
 A row of an output y belongs to sample i if loss_i is the only loss that depends on it. Then the gradient b of y in a
 backward pass from sum_i w_i loss_i is, on that row, w_i times what it is with all weights one. So the ratio of two
-passes names the sample, wherever the model has put it: in any dimension, several rows a sample, sorted, packed, routed.
+passes identifies the sample, wherever the model has put it: in any dimension, several rows per sample, sorted, packed,
+routed.
 
-The weights are powers of two, by which floating-point numbers are multiplied without rounding, so that the ratios are
-exact, whatever the dtypes on the way: in pass k sample i has 2^digit_k(i), with the digits of a number that only this
-sample has. In a last pass it has a power of two that is drawn at random, for rows that several samples share and whose
-ratios are powers of two by chance.
+The weights are powers of two. Multiplying a floating-point number by a power of two does not round, so the ratios are
+exact in every dtype. In pass k, sample i has the weight 2^digit_k(i), with the digits of a number that only this sample
+has. In a last pass its weight is a random power of two: that detects rows that several samples share and whose ratios
+are powers of two by chance.
 """
 
 import itertools
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_LEVELS = 8  # powers of two in a pass: 16-bit gradients must bear being multiplied by the largest
+_LEVELS = 8  # powers of two in a pass; the largest must not make 16-bit gradients overflow
 _EXACT = 1e-13  # fingerprints are added in float64
 
 
@@ -30,7 +31,7 @@ class Rows:
     samples: Tensor  # (rows,) int64
     count: int  # N
     in_order: bool  # row i is sample i
-    lasting: bool = True  # known for every row, so that it holds for other values in the same places too
+    lasting: bool = True  # known for every row, so it also holds for other values in the same places
 
     @classmethod
     def batch_first(cls, count: int, device: torch.device) -> "Rows":
@@ -50,8 +51,8 @@ class Rows:
         return rows.new_zeros(self.count, *rows.shape[1:]).index_add_(0, self.samples, rows)
 
     def tokens(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """(..., C), with ``dims`` among the leading ones -> (N, T, C): each sample's rows one after another as tokens;
-        samples with fewer are filled up with zeros."""
+        """(..., C), with ``dims`` among the leading ones -> (N, T, C): each sample's rows one after another as tokens,
+        padded with zeros to the largest number of tokens."""
         rows = [self.first(tensor) for tensor in tensors]
         rows = [part.flatten(1, -2) if part.dim() > 2 else part[:, None] for part in rows]
         if self.in_order:
@@ -61,23 +62,23 @@ class Rows:
         most = max(1, int(sizes.max()))
         if bool((sizes == most).all()):
             return tuple(part[order].reshape(self.count, most * part.shape[1], part.shape[2]) for part in rows)
-        of = self.samples[order]
-        place = torch.arange(len(order), device=order.device) - (sizes.cumsum(0) - sizes)[of]
+        sample_of_row = self.samples[order]
+        place = torch.arange(len(order), device=order.device) - (sizes.cumsum(0) - sizes)[sample_of_row]
         padded = []
         for part in rows:
             full = part.new_zeros(self.count, most, *part.shape[1:])
-            full[of, place] = part[order]
+            full[sample_of_row, place] = part[order]
             padded.append(full.flatten(1, 2))
         return tuple(padded)
 
     def weigh(self, tensor: Tensor, weights: Tensor) -> Tensor:
-        """``tensor``, each row times its sample's weight."""
+        """``tensor`` with each row multiplied by its sample's weight."""
         shape = [size if dim in self.dims else 1 for dim, size in enumerate(tensor.shape)]
         return tensor * weights[self.samples].reshape(shape).to(tensor.dtype)
 
 
 class Codes:
-    """Weights of the passes that tell N samples apart."""
+    """Weights of the losses in the passes that tell N samples apart."""
 
     def __init__(self, count: int, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(count)
@@ -92,8 +93,9 @@ class Codes:
         self.passes = [weights.to(device, torch.float64) for weights in (*passes, self.last)]
 
     def rows(self, prints: Sequence[Tensor], dims: tuple[int, ...], noise: float = 0.0) -> Rows | None:
-        """Of a tensor whose :func:`fingerprint` along ``dims`` was ``prints`` in the passes; None if samples share
-        rows, whatever the choice among ``dims``. ``noise``: how far fingerprints of equal passes are apart."""
+        """The rows of a tensor whose :func:`fingerprint` along ``dims`` was ``prints`` in the passes; None if samples
+        share rows for every choice among ``dims``. ``noise``: how far fingerprints of equal passes are apart,
+        relatively."""
         for chosen in _choices(len(dims)):
             *coded, last = (_along(chosen, each) for each in prints)
             samples = self._decode(coded, noise)
@@ -104,7 +106,7 @@ class Codes:
         return None
 
     def confirm(self, rows: Rows, prints: Sequence[Tensor], dims: tuple[int, ...], noise: float = 0.0) -> bool:
-        """Whether ``rows`` are the samples of a tensor, from its fingerprints in all passes but the last."""
+        """Whether ``rows`` also holds for the tensor with these fingerprints, from all passes but the last."""
         chosen = tuple(i for i, dim in enumerate(dims) if dim in rows.dims)
         samples = self._decode([_along(chosen, each) for each in prints], noise)
         if samples is None or samples.shape != rows.samples.shape:
@@ -128,14 +130,14 @@ class Codes:
         return self._sample[number].where(arrives, -1)
 
     def _completed(self, samples: Tensor) -> tuple[Tensor, bool, bool]:
-        """(samples without -1, whether row i is sample i, whether that holds for other gradients too, which needs to
-        have seen every sample). A row that no gradient reaches adds nothing, whichever sample it is given to."""
+        """(samples without -1, whether row i is sample i, whether that also holds for other gradients, for which every
+        sample must have been seen). A row that no gradient reaches adds nothing, so it may be given to any sample."""
         known, count, rows = samples >= 0, self.count, len(samples)
         regular = []
         if rows and rows % count == 0:
             row = torch.arange(rows)
             regular = [row % count, row // (rows // count)][: 1 if rows == count else 2]
-        fitting = [each for each in regular if torch.equal(each[known], samples[known])]
+        fitting = [pattern for pattern in regular if torch.equal(pattern[known], samples[known])]
         seen = len(samples[known].unique()) == count
         if fitting:
             return fitting[0], rows == count, seen and (bool(known.all()) or len(fitting) == 1)
@@ -143,7 +145,7 @@ class Codes:
 
 
 def _choices(dims: int) -> list[tuple[int, ...]]:
-    """Sets of dimensions that may tell samples apart: the fewest first, and of as many the leftmost."""
+    """Sets of dimensions that may tell samples apart, smallest sets first, then leftmost."""
     sizes = range(1, dims + 1) if dims else (0,)
     return [chosen for size in sizes for chosen in itertools.combinations(range(dims), size)]
 
@@ -159,7 +161,7 @@ def _agree(prints: Tensor, expected: Tensor, noise: float, where: Tensor) -> boo
 
 
 def fingerprint(gradient: Tensor, dims: Sequence[int]) -> Tensor:
-    """sum |b| over all dimensions but ``dims``, float64, on the CPU: of a row that is multiplied, the same multiple."""
+    """sum |b| over all dimensions but ``dims``, float64, on the CPU. A row multiplied by w has w times the sum."""
     magnitude = gradient.detach().abs()
     if magnitude.dtype in (torch.float16, torch.bfloat16):
         magnitude = magnitude.float()

@@ -1,12 +1,14 @@
-"""Per-sample gradients in one backward pass: their square norms, mean, projections and Gram matrix, without a matrix
-of them, and sums of them with weights.
+"""``SampleGradients``: square norms, mean, projections and Gram matrix of per-sample gradients in one backward pass,
+without the matrix of all gradients, and sums of them with weights.
 
 Formulas, with g_i the gradient of sample i's loss by all P parameters and N samples in the batch:
 
     mu = mean_i g_i        n_i = |g_i|^2        p_i = u . g_i        G_ij = g_i . g_j        d_j = mean_i g_ij^2
 
-Each is a sum over parameters, and is taken where a layer's input meets the gradient of its output (layer_gradients.py)
-in the one backward pass that a training step makes anyway.
+Each is a sum over parameters. It is taken from a layer's input and the gradient of its output (layer_gradients.py), in
+the one backward pass that a training step makes anyway. Inside a block, a ``CallRecorder`` sees the calls that take
+parameters (recorder.py); ``LossPasses`` find out where the samples are (loss_passes.py); a ``GradientCollector`` takes
+the statistics (collector.py).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -48,36 +50,39 @@ class SampleGradients:
         sg.per_layer      name -> LayerStatistics   the same, parameter by parameter
         sg.num_samples    N
 
-    They can be read after the block. ``.grad`` is what it is without the block. Sample i is what loss_i depends on, and
-    no other loss: BatchNorm in training mode is refused.
+    Read them after the block. The block leaves ``.grad`` as an ordinary backward pass does. Sample i must be the only
+    sample that loss_i depends on, so BatchNorm in training mode raises an error.
 
-    Where in the model's tensors the samples are is measured, not guessed: in any dimension, several rows a sample,
-    sorted, packed or routed. In the first block of a model with given shapes, ceil(log_8 N) + 2 backward passes with
-    weights on the losses come before the block's own and tell which sample each row of a layer's output belongs to; one
-    more proves for every parameter that sum_i w_i g_i, of the g_i that are read, is the gradient of sum_i w_i loss_i.
-    Later blocks with the same calls and shapes cost nothing more, but a walk over the graph; where indices or products
-    may move rows, ceil(log_8 N) + 1 passes see whether they are where they were. (Only values that choose between two
-    ways through the model by multiplying them, without an index, are not seen.)
+    The library measures where the samples are in the model's tensors and does not guess: they may be in any dimension,
+    in several rows per sample, sorted, packed or routed. In the first block of a model with given shapes,
+    ceil(log_8 N) + 2 backward passes with weights on the losses run before the block's own pass. They show which sample
+    each row of a layer's output belongs to. One more pass proves, for every parameter, that the per-sample gradients
+    g_i that are read satisfy: sum_i w_i g_i is the gradient of sum_i w_i loss_i. Later blocks with the same calls and
+    shapes only walk over the graph. Where indices or products may move rows, ceil(log_8 N) + 1 passes check that the
+    rows are still in the same places. (One case is not detected: values that choose between two ways through the model
+    by multiplication, without an index.)
 
-    The block's pass must start from the sum or the mean of a tensor whose first dimension is the sample, as it does
-    from ``losses.sum()``, or be made by :meth:`backward`. From anything else, such as the mean over a batch that
-    ``F.mse_loss`` returns, the losses cannot be seen: then the first dimension of every layer's output is taken for the
-    sample, and a warning says so.
+    The block's pass must start from the sum or the mean of a tensor whose first dimension is the sample, for example
+    ``losses.sum()``; :meth:`backward` does that. From anything else, such as the mean over a batch that ``F.mse_loss``
+    returns, the losses cannot be seen: the first dimension of every layer's output is then taken for the sample, and a
+    warning says so.
 
-    Linear, Conv1d to Conv3d and their transposes, GroupNorm, LayerNorm, RMSNorm, InstanceNorm, BatchNorm in evaluation
-    mode, Embedding, MultiheadAttention, ``x @ W`` and parameters that are broadcast over samples have rules, wherever
-    and however often they are used: tied weights, subclasses, functional calls, activation checkpointing, autocast;
-    and tensors that are made of parameters: parametrized weights, tables of positions, temperatures. Another function
-    takes a backward pass of its own for each sample. A parameter whose gradients the proof finds wrong or missing,
-    because a custom autograd.Function or a derivative inside the loss hides its use, takes one backward pass from the
-    losses for each sample. A warning names either, once.
+    These have rules, wherever and however often they are used: Linear, Conv1d to Conv3d and their transposes,
+    GroupNorm, LayerNorm, RMSNorm, InstanceNorm, BatchNorm in evaluation mode, Embedding, MultiheadAttention, ``x @ W``
+    and parameters that are broadcast over samples. Tied weights, subclasses, functional calls, activation
+    checkpointing and autocast are supported, and so are tensors computed from parameters: parametrized weights, tables
+    of positions, temperatures. A function without a rule takes one backward pass through it for each sample. If the
+    proof finds a parameter's gradients wrong or missing, because a custom autograd.Function or a derivative inside the
+    loss hides its use, that parameter takes one backward pass from the losses for each sample. Either case gives one
+    warning with the parameters' names.
 
-    One backward pass of the user's a block. The graph may be retained (``backward(retain_graph=True)``), for
-    :meth:`weighted_sums` or for others: backward passes after the block are ordinary ones. Losses that a GradScaler has
-    multiplied give gradients multiplied by as much. Hooks on activations are called in the passes that measure, too.
+    A block serves one backward pass of the user's. The graph may be retained (``backward(retain_graph=True)``) for
+    :meth:`weighted_sums` or other uses: backward passes after the block are ordinary ones. If a GradScaler has
+    multiplied the losses, the gradients are multiplied by the same factor. Hooks on activations are also called in the
+    passes that measure.
 
     Args:
-        model: its parameters that require a gradient are looked at.
+        model: statistics are taken of its parameters that require a gradient.
         direction: parameter name -> tensor u of the parameter's shape; or (K, \\*shape), for K directions. A parameter
             that is left out counts as zero.
         gram: also take the Gram matrix.
@@ -86,13 +91,14 @@ class SampleGradients:
         include, exclude: patterns that choose parameters, as in :class:`LowRankHistory`.
 
     Raises:
-        TypeError, ValueError: for arguments that do not fit, naming them; a BatchNorm in training mode; a sharded model
-            outside of :func:`whole_parameters`.
+        TypeError, ValueError: an argument that does not fit, by name; a BatchNorm in training mode; a sharded model
+            outside :func:`whole_parameters`.
         RuntimeError: no backward pass in the block, or two.
         NotImplementedError: per-sample gradients that this pass cannot give, by parameter.
 
-    Source: one backward for norms: Goodfellow, arXiv 1510.01799; by layers: Rochette et al., arXiv 1912.06015. Sums
-    over samples in the tile of a weight where they are made, and projections on the batch's own mean, are ours.
+    Source: norms in one backward pass: Goodfellow, arXiv 1510.01799; by kind of layer: Rochette et al., arXiv
+    1912.06015. New here: sums over samples within the tile of a weight where they are computed, and projections on the
+    batch's own mean.
     """
 
     def __init__(
@@ -161,14 +167,14 @@ class SampleGradients:
             del self._stack, self._grads
 
     def backward(self, losses: Tensor, retain_graph: bool = False) -> None:
-        """The block's backward pass from ``losses.sum()``, or ``losses.mean()`` with loss_reduction="mean", for losses
-        that are checked to be one number for each sample.
+        """Checks that ``losses`` is one number for each sample, and makes the block's backward pass from
+        ``losses.sum()``, or from ``losses.mean()`` with loss_reduction="mean".
 
         Args:
             losses: (N,), computed in the block.
 
         Raises:
-            TypeError, ValueError: losses that are no vector, or carry no gradient.
+            TypeError, ValueError: losses that are not a vector, or carry no gradient.
         """
         if not self._entered or not self._recorder.recording:
             raise RuntimeError("backward belongs inside of the SampleGradients block.")
@@ -198,8 +204,8 @@ class SampleGradients:
     # Sums with weights
 
     def weighted_sums(self, losses: Tensor, weights: Tensor) -> dict[str, Tensor]:
-        r"""sum_i w_ki g_i for each row k of weights, from one backward pass: sums over the classes of a batch, say, or
-        eigenvectors of its Fisher, of any length, whose weights come from ``gram``.
+        r"""sum_i w_ki g_i for each row k of weights, from one backward pass. Examples: sums over the classes of a
+        batch; eigenvectors of its Fisher, not normalized, with weights from ``gram``.
 
         ::
 
@@ -208,20 +214,20 @@ class SampleGradients:
                 losses.sum().backward(retain_graph=True)
             eigenvectors = sg.weighted_sums(losses, torch.linalg.eigh(sg.gram).eigenvectors.T[-3:])
 
-        After the block, if its backward pass retained the graph; or in the block and instead of its backward pass, if
-        nothing else is wanted of it: it then has no statistics. ``.grad`` stays what it is, and hooks on parameters are
-        not called.
+        Call it after the block, if the block's backward pass retained the graph. Or call it in the block, instead of a
+        backward pass; the block then has no statistics. ``.grad`` does not change, and hooks on parameters are not
+        called.
 
         Args:
-            losses: (N,), computed in the block: those of its backward pass, or others, which are then measured.
+            losses: (N,), computed in the block: those of its backward pass, or other losses, which are then measured.
             weights: (K, N).
 
         Returns:
             name -> (K, \*shape), float32, or float64 if a parameter is; views of what :meth:`weighted_rows` returns.
 
-        Memory for the result, for one layer's part of it once more, and for per-sample gradients about 64 MiB, or what
-        one sample's take in a layer if that is more; where tokens are few, for copies of a layer's inputs and output
-        gradients instead. All samples' gradients of biases, norms and broadcast parameters.
+        Memory: the result, one more copy of one layer's part of it, and about 64 MiB for per-sample gradients (or one
+        sample's gradients in a layer, if that is more; where tokens are few, copies of a layer's inputs and output
+        gradients instead). The gradients of biases, norms and broadcast parameters are held for all samples at once.
 
         Raises:
             TypeError, ValueError: weights or losses that do not fit.
@@ -300,7 +306,7 @@ class SampleGradients:
         self.diagonal = {name: part.reshape(shape) * (scale * scale / count) for name, shape, part in squares}
 
     def _require_seen(self, grads: Sequence[Tensor | None]) -> None:
-        """Raises for parameters with a gradient of which not all was taken, in a pass that could not be checked."""
+        """After a pass that could not be checked: raises for parameters whose gradient was not taken in full."""
         names, lengths = self._binding.layout.names, self._binding.layout.lengths
         assumed_sums = self._collector.assumed_sums
         sums = [

@@ -356,7 +356,7 @@ def test_include_and_exclude():
         (
             lambda m, x: SampleGradients(m, direction={"x": torch.ones(3)}),
             ValueError,
-            "direction has 'x', which are no",
+            "direction has 'x', which are not among",
         ),
         (lambda m, x: SampleGradients(m, direction={}), ValueError, "direction is empty"),
         (

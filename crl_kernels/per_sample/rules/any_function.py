@@ -1,4 +1,4 @@
-"""Every function without a rule: exact, with a backward pass through the function for each sample."""
+"""The rule for every function without one of its own: exact, with one backward pass through the function a sample."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from .interface import Call, Recorder, is_in_place
 
-# Or views, which ``binds`` knows: attributes such as .shape and .T, and questions.
+# Attributes such as .shape, queries, and views, which ``binds`` recognises.
 _NOT_DIFFERENTIABLE = {"__get__", "__set__", "__len__", "__hash__", "__repr__", "detach", "requires_grad_"}
 _NOT_DIFFERENTIABLE |= {
     "size",
@@ -25,7 +25,7 @@ _NOT_DIFFERENTIABLE |= {
 
 
 class _Arrival(torch.autograd.Function):
-    """Where the gradient of a function's output arrives: the output, in memory of its own."""
+    """A copy of a function's output, where the gradient of the output arrives."""
 
     @staticmethod
     def forward(
@@ -46,7 +46,7 @@ class _Arrival(torch.autograd.Function):
 
 
 def any_function(recorder: Recorder, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """Runs a function that takes parameters. The backward pass of each of its outputs whose samples are apart goes
+    """Runs a function that takes parameters. If the samples are apart in an output, the backward pass goes from it
     through the function once for each sample."""
     name = getattr(function, "__name__", repr(function))
     if name in _NOT_DIFFERENTIABLE or is_in_place(function) or kwargs.get("out") is not None:
@@ -56,7 +56,7 @@ def any_function(recorder: Recorder, function: Callable[..., Any], args: Any, kw
     def stand_in(tensor: Tensor) -> Tensor:
         if not recorder.binds(tensor):
             return tensor
-        stand_ins.append(tensor.view_as(tensor))  # which no other call has
+        stand_ins.append(tensor.view_as(tensor))  # a tensor that no other call has
         return stand_ins[-1]
 
     args, kwargs = tree_map_only(Tensor, stand_in, (args, kwargs))
@@ -64,6 +64,6 @@ def any_function(recorder: Recorder, function: Callable[..., Any], args: Any, kw
     leaves, structure = tree_flatten(result)
     for i, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor) and leaf.requires_grad and not recorder.binds(leaf):
-            call = recorder.call(*(recorder.operand(each) for each in stand_ins))
+            call = recorder.call(*(recorder.operand(tensor) for tensor in stand_ins))
             leaves[i] = _Arrival.apply(recorder, call, name, tuple(stand_ins), leaf)
     return tree_unflatten(leaves, structure)

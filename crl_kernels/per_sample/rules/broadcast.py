@@ -14,7 +14,7 @@ from .interface import Call, Recorder, is_in_place
 
 
 class _Expand(torch.autograd.Function):
-    """A parameter that is broadcast to ``shape``, in no memory."""
+    """A parameter broadcast to ``shape`` without a copy."""
 
     @staticmethod
     def forward(ctx: Any, call: Call, parameter: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
@@ -48,7 +48,7 @@ def _reduced(rows: Rows, b: Tensor, aligned: tuple[int, ...], shape: torch.Size)
         parts = rows.first(b)
         return rows.sum(parts.sum_to_size(len(parts), *others).reshape(len(parts), *shape))
     samples = torch.eye(rows.count, device=b.device, dtype=torch.float64)
-    return torch.stack([rows.weigh(b, one).sum_to_size(aligned).reshape(shape) for one in samples])
+    return torch.stack([rows.weigh(b, sample).sum_to_size(aligned).reshape(shape) for sample in samples])
 
 
 def broadcast_operand(
@@ -62,25 +62,24 @@ def broadcast_operand(
 
 
 def elementwise(function: Callable[..., Any]) -> Callable[..., Any]:
-    """x + p, p * x, ... where p is broadcast; and where it is a parameter of x's shape."""
-
+    """The rule for x + p, p * x, ... where p is broadcast, or is a parameter of x's shape."""
     in_place = is_in_place(function)
 
     def rule(recorder: Recorder, *operands: Any, **options: Any) -> Any:
-        if len(operands) != 2 or not all(isinstance(each, Tensor) for each in operands) or "out" in options:
+        if len(operands) != 2 or not all(isinstance(tensor, Tensor) for tensor in operands) or "out" in options:
             return NotImplemented
         first, second = operands
-        candidates = [each.requires_grad for each in operands]
+        candidates = [tensor.requires_grad for tensor in operands]
         candidates[0] = candidates[0] and not in_place
         if first.shape == second.shape:
-            candidates = [wanted and recorder.binds(each) for wanted, each in zip(candidates, operands, strict=True)]
+            candidates = [wanted and recorder.binds(x) for wanted, x in zip(candidates, operands, strict=True)]
         if not any(candidates):
             return NotImplemented
         shape = torch.broadcast_shapes(first.shape, second.shape)
         spread = []
         for wanted, tensor in zip(candidates, operands, strict=True):
             if wanted and (tensor.shape != shape or recorder.binds(tensor)):
-                # A tensor of no dimension does not decide the result's dtype; broadcast, it would.
+                # A 0-dim tensor does not decide the result's dtype, but would if it were broadcast.
                 dtype = tensor.dtype if tensor.dim() else torch.result_type(first, second)
                 tensor = broadcast_operand(recorder, tensor, shape, dtype)
             spread.append(tensor)
@@ -90,7 +89,7 @@ def elementwise(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def expand(recorder: Recorder, parameter: Tensor, *sizes: Any, **options: Any) -> Any:
-    """p.expand(N, -1, -1) of a class token or a query that every sample starts from."""
+    """p.expand(N, -1, -1), for example of a class token or a query that every sample starts from."""
     if not parameter.requires_grad or options or not sizes:
         return NotImplemented
     sizes = tuple(sizes[0]) if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
@@ -154,7 +153,7 @@ def attention(
     *rest: Any,
     **options: Any,
 ) -> Any:
-    """A mask that is learnt, such as a bias for each relative position, is broadcast over samples."""
+    """Attention with a learned mask, such as a bias for each relative position, which is broadcast over samples."""
     if recorder.operand(attn_mask) is None:
         return NotImplemented
     assert attn_mask is not None

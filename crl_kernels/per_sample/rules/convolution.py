@@ -29,11 +29,11 @@ class _Convolution(torch.autograd.Function):
         inputs = input, weight, bias = ctx.saved_tensors
         call, needs, geometry = ctx.call, ctx.needs_input_grad[1:], ctx.geometry
         if torch.is_grad_enabled():
-            found = differentiable_gradients(lambda *tensors: torch.convolution(*tensors, *geometry), inputs, b)
-            return None, *found, None
+            derivatives = differentiable_gradients(lambda *tensors: torch.convolution(*tensors, *geometry), inputs, b)
+            return None, *derivatives, None
         a = input.to(b.dtype)
         by_input = by_weight = by_bias = None
-        # Before the gradient by the input, so that its memory and what the statistics need are not held at once.
+        # Before the gradient by the input, so that its memory and that of the statistics are not held at once.
         rows = call.rows(b, (0,))
         if rows is not None:
             if needs[1]:
@@ -53,13 +53,13 @@ class _Convolution(torch.autograd.Function):
             ordinary.append(needs[slot + 1] and taken is None and not call.skips(slot))
         if any(ordinary):
             sizes = None if bias is None else list(bias.shape)
-            found = torch.ops.aten.convolution_backward(b, a, weight.to(b.dtype), sizes, *geometry, ordinary)
-            by_input = found[0]
+            gradients = torch.ops.aten.convolution_backward(b, a, weight.to(b.dtype), sizes, *geometry, ordinary)
+            by_input = gradients[0]
             if ordinary[1]:
-                by_weight = found[1]
+                by_weight = gradients[1]
                 call.note_gradient(0, by_weight)
             if ordinary[2]:
-                by_bias = found[2]
+                by_bias = gradients[2]
                 call.note_gradient(1, by_bias)
         return (
             None,
@@ -75,7 +75,7 @@ def _convolution_gradient(
 ) -> SampleGradient:
     stride, padding, dilation, transposed, _, groups = geometry
     if weight.dim() == 5:
-        return MatrixGradient(rows.sum(_one_by_one(a, b, weight, geometry)))
+        return MatrixGradient(rows.sum(_matrix_row_by_row(a, b, weight, geometry)))
     if transposed:  # a transposed convolution is the adjoint: input and output change places
         a, b = b, a
     gradient: SampleGradient
@@ -89,13 +89,13 @@ def _convolution_gradient(
     return gradient if rows.in_order else MatrixGradient(rows.sum(gradient.matrix()))
 
 
-def _one_by_one(a: Tensor, b: Tensor, weight: Tensor, geometry: tuple[Any, ...]) -> Tensor:
-    """(rows, *weight.shape)"""
+def _matrix_row_by_row(a: Tensor, b: Tensor, weight: Tensor, geometry: tuple[Any, ...]) -> Tensor:
+    """Per-row gradients (rows, *weight.shape), with one backward call a row."""
     backward, only_weight = torch.ops.aten.convolution_backward, [False, True, False]
-    found = [
+    gradients = [
         backward(b[i : i + 1], a[i : i + 1], weight.to(b.dtype), None, *geometry, only_weight)[1] for i in range(len(b))
     ]
-    return torch.stack(found) if found else weight.new_zeros(0, *weight.shape)
+    return torch.stack(gradients) if gradients else weight.new_zeros(0, *weight.shape)
 
 
 def _tuple(value: Any, dims: int) -> tuple[int, ...]:
@@ -109,9 +109,9 @@ def _convolved(
     operands = recorder.operand(weight), recorder.operand(bias)
     if operands == (None, None) or input.is_complex() or input.dim() not in (dims + 1, dims + 2):
         return NotImplemented
-    one = input.dim() == dims + 1
-    result = _Convolution.apply(recorder.call(*operands), input[None] if one else input, weight, bias, geometry)
-    return result[0] if one else result
+    unbatched = input.dim() == dims + 1
+    result = _Convolution.apply(recorder.call(*operands), input[None] if unbatched else input, weight, bias, geometry)
+    return result[0] if unbatched else result
 
 
 def convolution(dims: int) -> Callable[..., Any]:

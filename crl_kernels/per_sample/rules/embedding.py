@@ -22,16 +22,16 @@ class _Embedding(torch.autograd.Function):
         inputs = ids, weight = ctx.saved_tensors
         call = ctx.call
         if torch.is_grad_enabled():
-            found = differentiable_gradients(lambda i, w: F.embedding(i, w, ctx.padding_idx), inputs, b)
-            return None, *found, None, None
+            derivatives = differentiable_gradients(lambda i, w: F.embedding(i, w, ctx.padding_idx), inputs, b)
+            return None, *derivatives, None, None
         if ctx.padding_idx >= 0:
             b = b * (ids != ctx.padding_idx)[..., None]
         rows = call.rows(b, range(b.dim() - 1))
         by_weight = None
         if rows is not None:
-            own, gradients = rows.tokens(ids[..., None], b)
+            sample_ids, gradients = rows.tokens(ids[..., None], b)
             by_weight = take_gradient(
-                ctx, call, 0, inputs, lambda: EmbeddingGradient(own[..., 0], gradients, weight.shape[0])
+                ctx, call, 0, inputs, lambda: EmbeddingGradient(sample_ids[..., 0], gradients, weight.shape[0])
             )
         if by_weight is None and not call.skips(0):
             by_weight = torch.zeros_like(weight).index_add_(0, ids.flatten(), as_matrix(b).to(weight.dtype))
@@ -56,7 +56,7 @@ def embedding(
         return NotImplemented
     if scale_grad_by_freq:
         raise ValueError(
-            "an Embedding with scale_grad_by_freq=True divides gradients by how often an id is in the whole batch, so "
+            "an Embedding with scale_grad_by_freq=True divides gradients by how often an id occurs in the batch, so "
             "there are no per-sample gradients. Build it with scale_grad_by_freq=False."
         )
     if max_norm is not None:

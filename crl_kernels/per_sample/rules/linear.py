@@ -19,7 +19,7 @@ class _Linear(torch.autograd.Function):
         ctx.call = call
         result = F.linear(input, weight, bias)
         ctx.save_for_backward(input, weight, bias)
-        # Of tokens it is a view of a matrix, which PyTorch lets no in-place operation change behind a function of ours.
+        # For tokens the result is a view, and PyTorch refuses in-place operations on a view that a Function returns.
         return torch.ops.aten._unsafe_view(result, result.shape) if result._is_view() else result
 
     @staticmethod
@@ -52,7 +52,7 @@ class _Linear(torch.autograd.Function):
 def _linear_derivative(
     input: Tensor, weight: Tensor, bias: Tensor | None, b: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
-    """Made of functions with rules, so that the parameters' second use is seen."""
+    """Gradients by functions that have rules, so that the recorder sees the parameters' second use."""
     return (
         torch.matmul(b, weight) if needs[0] else None,
         as_matrix(b).T @ as_matrix(input) if needs[1] else None,
@@ -71,10 +71,10 @@ def linear(recorder: Recorder, input: Tensor, weight: Tensor, bias: Tensor | Non
 
 def matmul(recorder: Recorder, *factors: Any, **options: Any) -> Any:
     """x @ W, or W @ x, with a parameter W of one or two dimensions."""
-    if len(factors) != 2 or options or not all(isinstance(each, Tensor) and each.dim() for each in factors):
+    if len(factors) != 2 or options or not all(isinstance(factor, Tensor) and factor.dim() for factor in factors):
         return NotImplemented
     input, other = factors
-    left, right = (each.dim() <= 2 and recorder.operand(each) is not None for each in factors)
+    left, right = (factor.dim() <= 2 and recorder.operand(factor) is not None for factor in factors)
     if left and right:  # the one that is a parameter, or the one without a batch
         left, right = (recorder.binds(input), recorder.binds(other))
         right = right or not left

@@ -15,8 +15,8 @@ from .interface import Call, Recorder, device_autocasts, differentiable_gradient
 
 
 class _GroupNorm(torch.autograd.Function):
-    """The backward of (N, C) channels in G groups is asked of torch for 1 sample of N C channels in N G groups: the
-    gradients of weight and bias are then those of each sample, in the same pass."""
+    """The backward pass treats (N, C) channels in G groups as 1 sample of N C channels in N G groups. So PyTorch's
+    kernel returns the gradients of weight and bias for each sample, in the same pass."""
 
     @staticmethod
     def forward(
@@ -36,8 +36,10 @@ class _GroupNorm(torch.autograd.Function):
         input, weight = inputs[:2]
         call, needs = ctx.call, ctx.needs_input_grad[1:4]
         if torch.is_grad_enabled():
-            found = differentiable_gradients(lambda x, w, c: F.group_norm(x, ctx.groups, w, c, ctx.eps), inputs, b)
-            return None, *found, None, None
+            derivatives = differentiable_gradients(
+                lambda x, w, c: F.group_norm(x, ctx.groups, w, c, ctx.eps), inputs, b
+            )
+            return None, *derivatives, None, None
         count, channels = input.shape[:2]
         pixels = input.shape[2:].numel()
         by_input, by_weight, by_bias = torch.ops.aten.native_group_norm_backward(
@@ -56,25 +58,25 @@ class _GroupNorm(torch.autograd.Function):
         return (
             None,
             None if by_input is None else by_input.reshape(input.shape),
-            _of_rows(ctx, call, 0, inputs, rows, by_weight),
-            _of_rows(ctx, call, 1, inputs, rows, by_bias),
+            _sum_of_rows(ctx, call, 0, inputs, rows, by_weight),
+            _sum_of_rows(ctx, call, 1, inputs, rows, by_bias),
             None,
             None,
         )
 
 
-def _of_rows(
+def _sum_of_rows(
     ctx: Any, call: Call, slot: int, inputs: Sequence[Tensor | None], rows: Rows | None, gradients: Tensor | None
 ) -> Tensor | None:
-    """The operand's gradient from those that the rows of the output give it."""
+    """The operand's gradient, from its gradients by each row of the output."""
     operand = inputs[slot + 1]
     if gradients is None or operand is None or call.skips(slot):
         return None
     matrix = gradients.reshape(gradients.numel() // max(1, operand.numel()), *operand.shape)
     if rows is not None:
-        found = take_gradient(ctx, call, slot, inputs, lambda: MatrixGradient(rows.sum(matrix)))
-        if found is not None:
-            return found
+        taken = take_gradient(ctx, call, slot, inputs, lambda: MatrixGradient(rows.sum(matrix)))
+        if taken is not None:
+            return taken
     total = matrix.sum(0).to(operand.dtype)
     call.note_gradient(slot, total)
     return total
@@ -115,8 +117,8 @@ class _LayerNorm(torch.autograd.Function):
         input, weight, bias = inputs
         call, needs = ctx.call, ctx.needs_input_grad[1:4]
         if torch.is_grad_enabled():
-            found = differentiable_gradients(lambda x, w, c: F.layer_norm(x, ctx.shape, w, c, ctx.eps), inputs, b)
-            return None, *found, None, None
+            derivatives = differentiable_gradients(lambda x, w, c: F.layer_norm(x, ctx.shape, w, c, ctx.eps), inputs, b)
+            return None, *derivatives, None, None
         by_weight = by_bias = None
         rows = call.rows(b, range(b.dim() - len(ctx.shape)))
         if rows is not None:
@@ -217,14 +219,14 @@ def instance_norm(
     if recorder.operand(weight) is None and recorder.operand(bias) is None:
         return NotImplemented
     normalized = F.instance_norm(input, running_mean, running_var, None, None, use_input_stats, momentum, eps)
-    # A view of another shape's norm, which must not be changed in place behind a function of ours.
+    # Cloned: it is a view, and PyTorch refuses in-place operations on a view that a Function returns.
     return _affine(recorder, normalized.clone(), weight, bias, (-1, *(1,) * (input.dim() - 2)))
 
 
 def _affine(
     recorder: Recorder, normalized: Tensor, weight: Tensor | None, bias: Tensor | None, shape: tuple[int, ...]
 ) -> Tensor:
-    """normalized * weight + bias, with parameters that are viewed as `shape` first."""
+    """normalized * weight + bias, with the parameters viewed as ``shape``."""
     result = normalized
     if weight is not None:
         result = result * broadcast_operand(recorder, weight.view(shape), result.shape)
