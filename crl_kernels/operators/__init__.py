@@ -1,10 +1,10 @@
-"""The operators as Python functions: what the rest of the library calls.
+"""The operators as Python functions, which the rest of the library calls.
 
-In eager mode they go through ``autograd.Function``, which knows reverse mode, forward mode and vmap; a rule that is
-registered with ``torch.library`` alone makes ``func.jvp`` silently zero. While compiling they call the operator itself,
-because Dynamo refuses a Function with a jvp.
+In eager mode they go through an ``autograd.Function``, which supports reverse mode, forward mode and vmap. (With a
+derivative that is registered with ``torch.library`` alone, ``func.jvp`` silently returns zero.) In compiled code they
+call the operator itself, because Dynamo refuses a Function with a jvp.
 
-``definitions.py`` has schemas and fake kernels, ``derivatives.py`` the rules of differentiation.
+``definitions.py`` has the schemas and fake kernels, ``derivatives.py`` the derivatives.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ def low_rank_projections(params: Sequence[Tensor], directions: Sequence[Tensor],
 
 
 def constant_projections(params: Sequence[Tensor], directions: Sequence[Tensor], num_terms: int) -> Tensor:
-    """The same under ``torch.no_grad``, without what makes it differentiable: for 100 small tensors 65 us, not 165."""
+    """u_k . theta under ``torch.no_grad``, without a derivative: 65 us instead of 165 us for 100 small tensors."""
     result: Tensor = ops.low_rank_projections(params, directions, num_terms)
     return result
 
@@ -97,7 +97,7 @@ def diagonal_shrink_(
 
 
 class AdamWState(NamedTuple):
-    """What AdamW moves, what it reads, and how: the first arguments of its operators (see ``reference.py``)."""
+    """The first arguments of the AdamW operators: tensors, gradients and settings (see ``reference.py``)."""
 
     params: Sequence[Tensor]
     grads: Sequence[Tensor]

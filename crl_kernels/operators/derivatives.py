@@ -1,6 +1,6 @@
 """Derivatives of the operators: reverse mode, forward mode, vmap.
 
-The rank-1 penalty needs two operators that are each other's adjoint, so derivatives of any order stay in the family:
+The rank-1 penalty needs two operators, each the other's adjoint, so derivatives of any order use only these two:
 
     projections(theta, U) = U theta        d/dtheta: combine(U, c) = U^T c        d/dc: projections
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from ..backends import reference
 from .definitions import ops
 
-# Reverse mode of the operators themselves: what compiled graphs use.
+# Reverse mode of the operators themselves, for compiled graphs.
 
 
 def _setup_projections(ctx: Any, inputs: Any, output: Any) -> None:
@@ -98,8 +98,8 @@ for _name, _backward, _setup in (
     torch.library.register_autograd(f"crl_kernels::{_name}", _backward, setup_context=_setup)
 
 
-# Reverse mode, forward mode and vmap of eager mode. Lists are passed flat, because a Function sees only tensors that
-# are arguments themselves; a leading number says where they are cut.
+# Reverse mode, forward mode and vmap in eager mode. Lists are passed flat, because a Function sees only tensors that
+# are arguments themselves; a leading number says where to split them.
 
 
 def _vmap_by_loop(function: type[torch.autograd.Function], info: Any, in_dims: Any, args: Any) -> Any:
@@ -242,16 +242,14 @@ class _QuadraticGradient(torch.autograd.Function):
         return _vmap_by_loop(_QuadraticGradient, info, in_dims, args)
 
 
-# What the library calls.
-
-
 def inside_transform() -> bool:
-    """Whether code is being compiled inside of torch.func.grad, jvp or vmap.
+    """Whether code is being compiled inside torch.func.grad, jvp or vmap.
 
-    There a custom operator has no forward mode (its tangent would be silently zero) and no vmap; plain PyTorch has all.
+    There a custom operator has no forward mode (its tangent would silently be zero) and no vmap; plain PyTorch has
+    both.
     """
     return torch._C._functorch.maybe_current_level() is not None
 
 
-# What torch.compiler.assume_constant_result does, which imports all of Dynamo, and Triton with it, to do it.
+# The effect of torch.compiler.assume_constant_result, which would import all of Dynamo, and Triton with it.
 inside_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]

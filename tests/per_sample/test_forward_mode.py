@@ -45,14 +45,14 @@ def test_equals_the_projections_of_one_backward_pass(model, batch, leading):
     u = directions(model, *leading)
     del u["last.bias"]  # counts as zero
     state = torch.get_rng_state()
-    found = ck.jvp_projections(model, loss, batch, u)
+    projections = ck.jvp_projections(model, loss, batch, u)
     after = torch.get_rng_state()
     torch.set_rng_state(state)
     with ck.SampleGradients(model, u) as sg:
         loss(model, batch).sum().backward()
-    torch.testing.assert_close(found, sg.projections, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(projections, sg.projections, rtol=1e-10, atol=1e-12)
     assert torch.equal(torch.get_rng_state(), after)  # random numbers are drawn once
-    assert not found.requires_grad
+    assert not projections.requires_grad
 
 
 def test_the_model_is_left_as_it_is(model, batch):
@@ -64,9 +64,9 @@ def test_the_model_is_left_as_it_is(model, batch):
 
 def test_some_parameters_only(model, batch):
     u = {"last.bias": torch.ones(3, dtype=torch.float64)}
-    found = ck.jvp_projections(model, loss, batch, u, include=["last"])
-    assert found.shape == (5,)
-    with pytest.raises(ValueError, match=r"direction has 'last\.bias', which are no parameters"):
+    projections = ck.jvp_projections(model, loss, batch, u, include=["last"])
+    assert projections.shape == (5,)
+    with pytest.raises(ValueError, match=r"direction has 'last\.bias', which are not among"):
         ck.jvp_projections(model, loss, batch, u, exclude=["last"])
 
 
