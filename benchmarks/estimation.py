@@ -153,7 +153,7 @@ def markdown(result: dict[str, Any]) -> str:
 def main() -> None:
     results = command.ROOT / "benchmarks" / "results"
     parser = command.parser("estimation", __doc__, "estimation_DEVICE.json and .md", results)
-    parser.add_argument("--model", default="tiny", help="preset of crl_diffusion.model")
+    parser.add_argument("--model", default="tiny", help="size of the UNet, as in --model of crl-diffusion")
     parser.add_argument("--size", type=int, default=16, help="pixels of an image's side")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=32)

@@ -156,7 +156,7 @@ def test_summary_consists_of_rows_of_the_table():
 @pytest.mark.parametrize("model", TINY)
 @pytest.mark.parametrize("name", SAMPLE_GRADIENTS)
 def test_contenders_agree_with_a_loop_over_samples(model, name):
-    """In float64; peers that leave parameters out, or fail, are pinned in test_sample_gradient_peers.py."""
+    """In float64; peers that leave parameters out, or fail, are pinned in tests/per_sample/test_peers.py."""
     contender = SAMPLE_GRADIENTS[name]
     if "BackPACK" in name or ("Opacus" in name and model == "transformer-tiny"):
         pytest.skip(f"{name} has no rule for a layer of {model}")

@@ -1,6 +1,6 @@
 """Every tutorial runs as it stands on its page, prints what the page shows, and shows what it claims.
 
-After a change of what a page prints: python tests/docs/pages.py docs/tutorials/PAGE.md
+After a change of what a page prints: python tests/helpers/pages.py docs/tutorials/PAGE.md
 """
 
 import re

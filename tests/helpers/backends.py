@@ -110,7 +110,7 @@ def assert_rounded_once(actual: list[Tensor], expected: Tensor, magnitude: Tenso
         assert bool(((t.double().flatten() - e).abs() <= bound).all())
 
 
-# What the loops of csrc/cpu/kernels_*.cpp need of a processor, by its flags in /proc/cpuinfo.
+# What the loops of csrc/cpu/loops_*.cpp need of a processor, by its flags in /proc/cpuinfo.
 INSTRUCTION_SETS = {
     "baseline": set(),
     "avx2": {"avx2", "fma", "f16c"},

@@ -1,6 +1,6 @@
 """Pages of the documentation: their fenced blocks, and what runs them as they stand.
 
-To write what a page prints into its text blocks: python tests/docs/pages.py docs/tutorials/PAGE.md
+To write what a page prints into its text blocks: python tests/helpers/pages.py docs/tutorials/PAGE.md
 """
 
 import contextlib

@@ -520,7 +520,7 @@ NOT_FOR_BACKPACK = {"activation in place", "ResNet18", "characters by LSTM", "ch
 @pytest.mark.parametrize("name", [name for name in BACKPACK if name not in NOT_FOR_BACKPACK])
 def test_second_moments_of_backpack(name):
     """SumGradSquared is N times the diagonal, and BatchL2Grad the square norms, wherever BackPACK has them: of weights
-    with groups, the latter are wrong (test_sample_gradient_peers.py)."""
+    with groups, the latter are wrong (test_peers.py)."""
     backpack, extensions = peer("backpack"), peer("backpack.extensions")
     torch.manual_seed(0)
     model, x, loss = BACKPACK[name]()

@@ -1,4 +1,4 @@
-"""Tasks: which images they have, in which order, and that they are views. What lies on disk is in test_datasets.py."""
+"""Tasks: which images they have, in which order, and that they are views. What lies on disk is in test_sources.py."""
 
 from __future__ import annotations
 
