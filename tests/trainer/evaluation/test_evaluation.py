@@ -80,9 +80,9 @@ def test_evaluation_does_not_depend_on_the_samplers_batches(run: Run) -> None:
     def rows(batch: int) -> list[Row]:
         def draw(latents: Tensor, label: Tensor) -> Tensor:
             pairs = zip(latents.split(batch), label.split(batch), strict=True)
-            images = torch.cat([run.draw(x, y) for x, y in pairs])
-            drawn[batch] = images.to_pixels(images)
-            return images
+            drawn_images = torch.cat([run.draw(x, y) for x, y in pairs])
+            drawn[batch] = images.to_pixels(drawn_images)
+            return drawn_images
 
         return evaluate.evaluate(draw, run.tools, run.data, run.config, 1, run.out)
 
