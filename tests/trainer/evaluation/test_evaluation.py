@@ -12,7 +12,7 @@ import torch
 from crl_diffusion import cli
 from crl_diffusion.config.settings import RunConfig
 from crl_diffusion.data import tasks
-from crl_diffusion.data.images import Images
+from crl_diffusion.data.images import Images, to_pixels
 from crl_diffusion.diffusion import sampling
 from crl_diffusion.errors import OptionError
 from crl_diffusion.evaluation import evaluate, fid
@@ -80,9 +80,9 @@ def test_evaluation_does_not_depend_on_the_samplers_batches(run: Run) -> None:
     def rows(batch: int) -> list[Row]:
         def draw(latents: Tensor, label: Tensor) -> Tensor:
             pairs = zip(latents.split(batch), label.split(batch), strict=True)
-            drawn_images = torch.cat([run.draw(x, y) for x, y in pairs])
-            drawn[batch] = images.to_pixels(drawn_images)
-            return drawn_images
+            images = torch.cat([run.draw(x, y) for x, y in pairs])
+            drawn[batch] = to_pixels(images)
+            return images
 
         return evaluate.evaluate(draw, run.tools, run.data, run.config, 1, run.out)
 
