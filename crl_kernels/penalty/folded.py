@@ -66,7 +66,7 @@ class FoldedPenalty(ABC, Generic[_History]):
         """Computes the carried sums from the bound parameters; steps will move those at the indices ``moving``."""
         self._state_read, self._moving = self._state(), moving
         frozen = tuple(sorted(set(range(len(params))) - set(moving)))
-        self._read([params[i] for i in moving], self._members(moving), [params[i] for i in frozen], frozen)
+        self._read(params, frozen)
 
     def find_difference(self, params: Sequence[Tensor], moving: tuple[int, ...]) -> str | None:
         """Computes the carried sums again. Returns the difference in words, or None if there is none. Waits for the
@@ -85,13 +85,7 @@ class FoldedPenalty(ABC, Generic[_History]):
         """An object that the history replaces whenever its state changes."""
 
     @abstractmethod
-    def _read(
-        self,
-        moving: list[Tensor],
-        moving_members: tuple[int, ...] | None,
-        frozen: list[Tensor],
-        frozen_members: tuple[int, ...],
-    ) -> None: ...
+    def _read(self, params: Sequence[Tensor], frozen: tuple[int, ...]) -> None: ...
 
     @abstractmethod
     def _carried(self) -> Tensor: ...
@@ -99,9 +93,9 @@ class FoldedPenalty(ABC, Generic[_History]):
     @abstractmethod
     def _difference(self, before: Tensor, now: Tensor, norm: Tensor) -> str | None: ...
 
-    def _members(self, moving: tuple[int, ...]) -> tuple[int, ...] | None:
-        """Indices for ``History._pieces``: None stands for all parameters."""
-        return None if len(moving) == len(self.history.names) else moving
+    def _members(self, indices: tuple[int, ...]) -> tuple[int, ...] | None:
+        """Indices of parameters for ``History._pieces``: None stands for all parameters."""
+        return None if len(indices) == len(self.history.names) else indices
 
     def _proximal(self, lam: float | Tensor, lr: Rate) -> tuple[Groups, Tensor, list[float]]:
         """(groups of moving parameters, the largest learning rate times lam, each moving parameter's ratio to it)."""
@@ -120,20 +114,15 @@ class FoldedLowRank(FoldedPenalty[LowRankHistory]):
     def _state(self) -> object:
         return self.history._directions  # a new list whenever terms change
 
-    def _read(
-        self,
-        moving: list[Tensor],
-        moving_members: tuple[int, ...] | None,
-        frozen: list[Tensor],
-        frozen_members: tuple[int, ...],
-    ) -> None:
-        self._projections = self._project(moving, moving_members)
-        self._frozen_part = self._project(frozen, frozen_members)
+    def _read(self, params: Sequence[Tensor], frozen: tuple[int, ...]) -> None:
+        self._projections = self._project(params, self._moving)
+        self._frozen_part = self._project(params, frozen)
 
-    def _project(self, params: list[Tensor], members: tuple[int, ...] | None) -> Tensor:
-        if not params:
+    def _project(self, params: Sequence[Tensor], indices: tuple[int, ...]) -> Tensor:
+        if not indices:
             return torch.zeros_like(self.history.curvatures)
-        projections = operators.constant_projections(params, self._pieces(members), len(self.history))
+        pieces = self._pieces(self._members(indices))
+        projections = operators.constant_projections([params[i] for i in indices], pieces, len(self.history))
         return self._shards.sum_(projections)
 
     def _pieces(self, members: tuple[int, ...] | None) -> list[Tensor]:
@@ -169,16 +158,12 @@ class FoldedDiagonal(FoldedPenalty[DiagonalHistory]):
     def _state(self) -> object:
         return self.history._fisher  # a new tensor whenever tasks change
 
-    def _read(
-        self,
-        moving: list[Tensor],
-        moving_members: tuple[int, ...] | None,
-        frozen: list[Tensor],
-        frozen_members: tuple[int, ...],
-    ) -> None:
+    def _read(self, params: Sequence[Tensor], frozen: tuple[int, ...]) -> None:
         self._frozen_part = self.history._float64(0.0)
         if frozen:
-            self._frozen_part = self._shards.sum_(operators.diagonal_quadratic(frozen, *self._pieces(frozen_members)))
+            pieces = self._pieces(self._members(frozen))
+            value = operators.diagonal_quadratic([params[i] for i in frozen], *pieces)
+            self._frozen_part = self._shards.sum_(value)
 
     def _pieces(self, members: tuple[int, ...] | None) -> tuple[list[Tensor], list[Tensor]]:
         pieces = self.history._pieces([self.history._fisher, self.history._anchor], members)
