@@ -8,12 +8,29 @@ float32 for 16-bit dtypes, as PyTorch does). Only AdamW's own arithmetic is in i
 ``fisher`` and ``anchor`` hold one such vector each: one flat tensor, or one tensor per parameter.
 """
 
+import functools
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+_Result = TypeVar("_Result")
+
+
+def takes(state: type[Any]) -> Callable[[Callable[..., _Result]], Callable[..., _Result]]:
+    """The decorated function takes its operator's first arguments together, as the named tuple ``state``."""
+    count = len(state._fields)
+
+    def decorate(function: Callable[..., _Result]) -> Callable[..., _Result]:
+        @functools.wraps(function)
+        def operator(*arguments: Any) -> _Result:
+            return function(state(*arguments[:count]), *arguments[count:])
+
+        return operator
+
+    return decorate
 
 
 def _pieces(vector: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
@@ -128,29 +145,32 @@ class AdamWSettings(NamedTuple):
 ADAMW_COLUMNS = AdamWSettings(*range(8))  # the column of each setting
 
 
+class AdamWState(NamedTuple):
+    """The first arguments of AdamW's operators. ``settings`` has a float64 row of ``AdamWSettings`` for each parameter.
+    Nothing is written where ``found_inf``, one float32, is above 0."""
+
+    params: Sequence[Tensor]
+    grads: Sequence[Tensor]
+    exp_avgs: Sequence[Tensor]
+    exp_avg_sqs: Sequence[Tensor]
+    settings: Tensor
+    found_inf: Tensor | None
+
+
 def _adamw_(
-    state: Sequence[Tensor], start: Tensor, gradient: Tensor, row: AdamWSettings, found_inf: Tensor | None
+    moved: Sequence[Tensor], start: Tensor, gradient: Tensor, row: AdamWSettings, found_inf: Tensor | None
 ) -> None:
     """Moves (theta, m, v) from ``start`` along ``gradient``. Both have theta's dtype, in which all arithmetic is."""
-    _, m, v = state
+    _, m, v = moved
     first = m + (1 - row.beta1) * (gradient - m)
     second = row.beta2 * v + (1 - row.beta2) * gradient * gradient
     theta = row.decay * start - row.step_size * (first / (row.root_scale * second.sqrt() + row.eps))
-    for target, value in zip(state, (theta, first, second), strict=True):
+    for target, value in zip(moved, (theta, first, second), strict=True):
         target.copy_(value if found_inf is None else torch.where(found_inf > 0, target, value))
 
 
-def low_rank_adamw_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    settings: Tensor,
-    found_inf: Tensor | None,
-    directions: Sequence[Tensor],
-    coefficients: Tensor,
-    decoupled: bool,
-) -> Tensor:
+@takes(AdamWState)
+def low_rank_adamw_(state: AdamWState, directions: Sequence[Tensor], coefficients: Tensor, decoupled: bool) -> Tensor:
     """A step of AdamW, with the pull q = share * sum_k c_k u_k, K >= 0, rounded to theta's dtype:
 
         theta <- theta + q if decoupled         g = factor * grad, + q if not decoupled
@@ -158,11 +178,11 @@ def low_rank_adamw_(
         theta <- decay * theta - step_size * m / (root_scale * sqrt(v) + eps)
 
     in the arithmetic of theta's dtype, float32 or float64, which m and v have too; a gradient has it, or 16 bits
-    beside float32. ``settings`` has a float64 row of ``AdamWSettings`` for each parameter. Nothing is written where
-    ``found_inf``, one float32, is above 0.
+    beside float32.
 
     Returns u_k . theta after the step: (K,) float64.
     """
+    params, grads, exp_avgs, exp_avg_sqs, settings, found_inf = state
     num_terms = coefficients.numel()
     terms = zip(*_terms(directions, num_terms, params), strict=True) if num_terms else [()] * len(params)
     rows = [AdamWSettings(*row) for row in settings]
@@ -174,22 +194,14 @@ def low_rank_adamw_(
     return low_rank_projections(params, directions, num_terms) if num_terms else torch.empty_like(coefficients)
 
 
-def diagonal_adamw_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    settings: Tensor,
-    found_inf: Tensor | None,
-    fisher: Sequence[Tensor],
-    anchor: Sequence[Tensor],
-    decoupled: bool,
-) -> Tensor:
+@takes(AdamWState)
+def diagonal_adamw_(state: AdamWState, fisher: Sequence[Tensor], anchor: Sequence[Tensor], decoupled: bool) -> Tensor:
     """The same step with a diagonal penalty: q = share * S (theta - anchor) in the gradient; or, decoupled, first the
     move of ``diagonal_shrink_`` with strength = share. Either is taken in float64 and rounded to theta's dtype.
 
     Returns sum S (theta - anchor)^2 before the step, 0-dim float64.
     """
+    params, grads, exp_avgs, exp_avg_sqs, settings, found_inf = state
     value = diagonal_quadratic(params, fisher, anchor)
     rows = [AdamWSettings(*row) for row in settings]
     penalty = zip(_pieces(fisher, params), _pieces(anchor, params), rows, strict=True)
@@ -208,49 +220,56 @@ def mean_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def sample_weight_gradient_matrix(
-    input: Tensor,
-    grad_output: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    """(N, O, C / groups, kernel height, kernel width): each sample's weight gradient of a convolution of ``input``
-    (N, C, H, W) whose output has the gradient ``grad_output`` (N, O, H', W'), in ``mean_dtype`` of their dtype. Zeros
-    where there are no pixels."""
+class Convolution(NamedTuple):
+    """The first arguments of ``sample_weight_gradients``: a convolution of ``input`` (N, C, H, W) whose output has the
+    gradient ``grad_output`` (N, O, H', W')."""
+
+    input: Tensor
+    grad_output: Tensor
+    kernel_size: Sequence[int]
+    stride: Sequence[int] = (1, 1)
+    padding: Sequence[int] = (0, 0)
+    dilation: Sequence[int] = (1, 1)
+    groups: int = 1
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """(O, C / groups, kernel height, kernel width)"""
+        return self.grad_output.shape[1], self.input.shape[1] // self.groups, *self.kernel_size
+
+
+def sample_weight_gradient_matrix(convolution: Convolution) -> Tensor:
+    """(N, O, C / groups, kernel height, kernel width): each sample's weight gradient, in ``mean_dtype`` of the
+    operands' dtype. Zeros where there are no pixels."""
+    input, grad_output, kernel_size, stride, padding, dilation, groups = convolution
     input, grad_output = (tensor.to(mean_dtype(tensor.dtype)) for tensor in (input, grad_output))
-    count, channels, out_channels = len(input), input.shape[1], grad_output.shape[1]
-    weight = (out_channels, channels // groups, *kernel_size)
+    weight = out_channels, channels, *_ = convolution.weight_shape
     if input.numel() == 0 or grad_output.numel() == 0:  # unfold takes no empty image
-        return input.new_zeros(count, *weight)
+        return input.new_zeros(len(input), *weight)
     patches = torch.nn.functional.unfold(input, tuple(kernel_size), tuple(dilation), tuple(padding), tuple(stride))
-    a = patches.reshape(count, groups, channels // groups * math.prod(kernel_size), -1)
-    b = grad_output.reshape(count, groups, out_channels // groups, -1)
-    return (b @ a.transpose(2, 3)).reshape(count, *weight)
+    a = patches.reshape(len(input), groups, channels * math.prod(kernel_size), -1)
+    b = grad_output.reshape(len(input), groups, out_channels // groups, -1)
+    return (b @ a.transpose(2, 3)).reshape(len(input), *weight)
 
 
+@takes(Convolution)
 def sample_weight_gradients(
-    input: Tensor,
-    grad_output: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    directions: Tensor | None,
-    gram: bool,
-    squares: bool,
+    convolution: Convolution, directions: Tensor | None, gram: bool, squares: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Of each sample's weight gradient g_i of a convolution (``sample_weight_gradient_matrix``): sum_i g_i;
-    |g_i|^2, (N,) float64; directions_k . g_i, or, without directions, (sum_j g_j) . g_i, (N, K) float64; g_i . g_j,
-    (N, N) float64, or (0, 0); and sum_i g_i^2, element by element, or (0,). Sums have the
-    matrix's dtype."""
-    matrix = sample_weight_gradient_matrix(input, grad_output, kernel_size, stride, padding, dilation, groups)
-    rows = matrix.double().flatten(1)
+    """``matrix_statistics`` of each sample's weight gradient of a convolution."""
+    return matrix_statistics(sample_weight_gradient_matrix(convolution), directions, gram, squares)
+
+
+def matrix_statistics(
+    matrix: Tensor, directions: Tensor | None, gram: bool, squares: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Of the gradients g_i = matrix[i]: sum_i g_i; |g_i|^2, (N,) float64; directions_k . g_i, or, without directions,
+    (sum_j g_j) . g_i, (N, K) float64; g_i . g_j, (N, N) float64, or (0, 0); and sum_i g_i^2, element by element, or
+    (0,). Sums have the matrix's dtype."""
+    numel = matrix.shape[1:].numel()
+    rows = matrix.reshape(len(matrix), numel).double()
     total = rows.sum(0)
-    u = total[None] if directions is None else directions.double().flatten(1)
+    u = total[None] if directions is None else directions.reshape(len(directions), numel).double()
     return (
         total.reshape(matrix.shape[1:]).to(matrix.dtype),
         rows.square().sum(1),

@@ -8,12 +8,12 @@ call the operator itself, because Dynamo refuses a Function with a jvp.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..backends import reference
+from ..backends.reference import AdamWState as AdamWState
 from .definitions import ops
 from .derivatives import Projections, Quadratic, inside_transform
 
@@ -96,25 +96,15 @@ def diagonal_shrink_(
     torch.autograd.graph.increment_version(params)
 
 
-class AdamWState(NamedTuple):
-    """The first arguments of the AdamW operators: tensors, gradients and settings (see ``reference.py``)."""
-
-    params: Sequence[Tensor]
-    grads: Sequence[Tensor]
-    exp_avgs: Sequence[Tensor]
-    exp_avg_sqs: Sequence[Tensor]
-    settings: Tensor
-    found_inf: Tensor | None
-
-    def _increment_versions(self) -> None:
-        torch.autograd.graph.increment_version([*self.params, *self.exp_avgs, *self.exp_avg_sqs])
+def _increment_versions(state: AdamWState) -> None:
+    torch.autograd.graph.increment_version([*state.params, *state.exp_avgs, *state.exp_avg_sqs])
 
 
 def low_rank_adamw_(state: AdamWState, directions: Sequence[Tensor], coefficients: Tensor, decoupled: bool) -> Tensor:
     """A step of AdamW with sum_k c_k u_k in the gradient, or, decoupled, added before, under ``torch.no_grad``; returns
     u_k . theta after it, (K,) float64."""
     projections: Tensor = ops.low_rank_adamw_(*state, directions, coefficients, decoupled)
-    state._increment_versions()
+    _increment_versions(state)
     return projections
 
 
@@ -122,5 +112,5 @@ def diagonal_adamw_(state: AdamWState, fisher: Sequence[Tensor], anchor: Sequenc
     """A step of AdamW with the diagonal penalty's gradient, or, decoupled, its proximal step before, under
     ``torch.no_grad``; returns sum S (theta - m)^2 before it, 0-dim float64."""
     value: Tensor = ops.diagonal_adamw_(*state, fisher, anchor, decoupled)
-    state._increment_versions()
+    _increment_versions(state)
     return value

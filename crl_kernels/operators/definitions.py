@@ -46,39 +46,13 @@ ops = torch.ops.crl_kernels
 
 # Fake kernels: shapes and dtypes of results, for torch.compile and torch.export.
 
-_FAKES: dict[str, Callable[..., Any]] = {
-    "low_rank_projections": lambda params, directions, num_terms: _float64(params, (num_terms,)),
-    "low_rank_combine": lambda directions, coefficients, like: [tensor.new_empty(tensor.shape) for tensor in like],
-    "low_rank_accumulate_": lambda targets, directions, coefficients: None,
-    "low_rank_penalty_accumulate_": lambda targets, params, directions, a, b, coefficient: _float64(params, ()),
-    "diagonal_quadratic": lambda params, fisher, anchor: _float64(params, ()),
-    "diagonal_gradient": lambda params, fisher, anchor, coefficient: [p.new_empty(p.shape) for p in params],
-    "diagonal_accumulate_": lambda targets, params, fisher, anchor, coefficient: _float64(params, ()),
-    "diagonal_shrink_": lambda params, fisher, anchor, strength: None,
-    "low_rank_adamw_": lambda params, grads, m, v, settings, found_inf, directions, coefficients, decoupled: _float64(
-        params, (coefficients.numel(),)
-    ),
-    "diagonal_adamw_": lambda params, *arguments: _float64(params, ()),
-    "sample_weight_gradients": lambda *arguments: _fake_sample_weight_gradients(*arguments),
-    "sample_gradient_stats": lambda grads, directions, diagonal: _fake_stats(grads, directions, diagonal),
-    "sample_gram": lambda grads: _float64([grads], (grads.shape[0], grads.shape[0])),
-}
 
-
+@reference.takes(reference.Convolution)
 def _fake_sample_weight_gradients(
-    input: Tensor,
-    grad_output: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    directions: Tensor | None,
-    gram: bool,
-    squares: bool,
+    convolution: reference.Convolution, directions: Tensor | None, gram: bool, squares: bool
 ) -> tuple[Tensor, ...]:
+    input, weight = convolution.input, convolution.weight_shape
     count, num_directions = input.shape[0], 1 if directions is None else directions.shape[0]
-    weight = (grad_output.shape[1], input.shape[1] // groups, *kernel_size)
     side = count if gram else 0
     dtype, float64 = reference.mean_dtype(input.dtype), torch.float64
     return (
@@ -100,6 +74,24 @@ def _fake_stats(grads: Tensor, directions: Tensor | None, diagonal: bool) -> lis
     projections = (num_rows,) if directions is None else (num_rows, directions.shape[0])
     return [of_columns[0], _float64([grads], (num_rows,)), _float64([grads], projections), *of_columns[1:]]
 
+
+_FAKES: dict[str, Callable[..., Any]] = {
+    "low_rank_projections": lambda params, directions, num_terms: _float64(params, (num_terms,)),
+    "low_rank_combine": lambda directions, coefficients, like: [tensor.new_empty(tensor.shape) for tensor in like],
+    "low_rank_accumulate_": lambda targets, directions, coefficients: None,
+    "low_rank_penalty_accumulate_": lambda targets, params, directions, a, b, coefficient: _float64(params, ()),
+    "diagonal_quadratic": lambda params, fisher, anchor: _float64(params, ()),
+    "diagonal_gradient": lambda params, fisher, anchor, coefficient: [p.new_empty(p.shape) for p in params],
+    "diagonal_accumulate_": lambda targets, params, fisher, anchor, coefficient: _float64(params, ()),
+    "diagonal_shrink_": lambda params, fisher, anchor, strength: None,
+    "low_rank_adamw_": lambda params, grads, m, v, settings, found_inf, directions, coefficients, decoupled: _float64(
+        params, (coefficients.numel(),)
+    ),
+    "diagonal_adamw_": lambda params, *arguments: _float64(params, ()),
+    "sample_weight_gradients": _fake_sample_weight_gradients,
+    "sample_gradient_stats": _fake_stats,
+    "sample_gram": lambda grads: _float64([grads], (grads.shape[0], grads.shape[0])),
+}
 
 for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"crl_kernels::{_name}", _fake)

@@ -102,23 +102,26 @@ for _name, _backward, _setup in (
 # are arguments themselves; a leading number says where to split them.
 
 
-def _vmap_by_loop(function: type[torch.autograd.Function], info: Any, in_dims: Any, args: Any) -> Any:
-    """One call per element of the batch: correct for every choice of batched arguments."""
-    results = [
-        function.apply(*(arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims, strict=True)))
-        for i in range(info.batch_size)
-    ]
-    if isinstance(results[0], Tensor):
-        return torch.stack(results), 0
-    stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
-    return stacked, (0,) * len(stacked)
+class _VmapByLoop(torch.autograd.Function):
+    """Under vmap, one call per element of the batch: correct for every choice of batched arguments."""
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: Any, *args: Any) -> Any:
+        results = [
+            cls.apply(*(arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+        return stacked, (0,) * len(stacked)
 
 
 def _zeros_for_none(tangents: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
     return [torch.zeros_like(x) if t is None else t for t, x in zip(tangents, like, strict=True)]
 
 
-class Projections(torch.autograd.Function):
+class Projections(_VmapByLoop):
     @staticmethod
     def forward(num_terms: int, num_params: int, *tensors: Tensor) -> Tensor:
         result: Tensor = ops.low_rank_projections(tensors[:num_params], tensors[num_params:], num_terms)
@@ -143,12 +146,8 @@ class Projections(torch.autograd.Function):
         moved = _zeros_for_none(tangents[2 : 2 + ctx.num_params], params)
         return Projections.apply(ctx.num_terms, ctx.num_params, *moved, *directions)
 
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        return _vmap_by_loop(Projections, info, in_dims, args)
 
-
-class _Combine(torch.autograd.Function):
+class _Combine(_VmapByLoop):
     @staticmethod
     def forward(num_directions: int, coefficients: Tensor, *tensors: Tensor) -> Any:
         return tuple(ops.low_rank_combine(tensors[:num_directions], coefficients, tensors[num_directions:]))
@@ -172,12 +171,8 @@ class _Combine(torch.autograd.Function):
         moved = tangents[1] if tangents[1] is not None else directions[0].new_zeros(ctx.num_terms, dtype=torch.float64)
         return _Combine.apply(ctx.num_directions, moved, *directions, *like)
 
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        return _vmap_by_loop(_Combine, info, in_dims, args)
 
-
-class Quadratic(torch.autograd.Function):
+class Quadratic(_VmapByLoop):
     @staticmethod
     def forward(num_params: int, *tensors: Tensor) -> Tensor:
         result: Tensor = ops.diagonal_quadratic(*_split(tensors, num_params))
@@ -202,12 +197,8 @@ class Quadratic(torch.autograd.Function):
         two = params[0].new_full((), 2.0, dtype=torch.float64)
         return _diagonal_gradient_vjp(params, fisher, anchor, two, moved)[1] * two
 
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        return _vmap_by_loop(Quadratic, info, in_dims, args)
 
-
-class _QuadraticGradient(torch.autograd.Function):
+class _QuadraticGradient(_VmapByLoop):
     @staticmethod
     def forward(num_params: int, coefficient: Tensor, *tensors: Tensor) -> Any:
         return tuple(ops.diagonal_gradient(*_split(tensors, num_params), coefficient))
@@ -236,10 +227,6 @@ class _QuadraticGradient(torch.autograd.Function):
             (s * (coefficient * t.double() + by_coefficient * (theta.double() - m))).to(theta.dtype)
             for theta, t, s, m in state
         )
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        return _vmap_by_loop(_QuadraticGradient, info, in_dims, args)
 
 
 def inside_transform() -> bool:

@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from .. import operators  # noqa: F401  (defines the operators)
 from ..backends import reference
+from ..backends.reference import Convolution
 
 _TILE = 2**24  # numbers of per-sample gradients that sums with weights hold at a time
 
@@ -93,67 +94,55 @@ class MatrixGradient:
         return rows.reshape(len(weights), *self._matrix.shape[1:])
 
     def statistics(self, wanted: Wanted) -> Statistics:
-        shape, rows = self._matrix.shape[1:], self._matrix.reshape(len(self._matrix), -1).double()
-        total = rows.sum(0)
-        u = total[None] if wanted.directions is None else wanted.directions.reshape(len(wanted.directions), -1).double()
-        return Statistics(
-            total.reshape(shape).to(self._matrix.dtype),
-            rows.square().sum(1),
-            rows @ u.T,
-            rows @ rows.T if wanted.gram else None,
-            rows.square().sum(0).reshape(shape).to(self._matrix.dtype) if wanted.squares else None,
+        return _statistics(
+            reference.matrix_statistics(self._matrix, wanted.directions, wanted.gram, wanted.squares), wanted
         )
 
 
-class ConvolutionGradient:
-    """Gradients of a convolution's weight (O, C / groups, kh, kw): input (N, C, H, W), grad_output (N, O, H', W').
-    16-bit operands stay 16-bit, for a GPU's tensor cores; sums are float32."""
+def _statistics(results: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], wanted: Wanted) -> Statistics:
+    """Results of ``sample_weight_gradients``, without those that are empty because they are not wanted."""
+    total, sq_norms, projections, gram, squares = results
+    return Statistics(total, sq_norms, projections, gram if wanted.gram else None, squares if wanted.squares else None)
 
-    def __init__(
-        self,
-        input: Tensor,
-        grad_output: Tensor,
-        kernel_size: Sequence[int],
-        stride: Sequence[int] = (1, 1),
-        padding: Sequence[int] = (0, 0),
-        dilation: Sequence[int] = (1, 1),
-        groups: int = 1,
-    ) -> None:
-        self._input, self._grad_output = input, grad_output
-        self._geometry = (list(kernel_size), list(stride), list(padding), list(dilation), groups)
+
+class ConvolutionGradient:
+    """Gradients of a convolution's weight (O, C / groups, kh, kw). 16-bit operands stay 16-bit, for a GPU's tensor
+    cores; sums are float32."""
+
+    def __init__(self, convolution: Convolution) -> None:
+        self._convolution = convolution
 
     def matrix(self) -> Tensor:
-        return reference.sample_weight_gradient_matrix(self._input, self._grad_output, *self._geometry)
+        return reference.sample_weight_gradient_matrix(self._convolution)
 
     def weighted_sums(self, weights: Tensor) -> Tensor:
-        def matrix_of(samples: slice) -> Tensor:
-            return ConvolutionGradient(self._input[samples], self._grad_output[samples], *self._geometry).matrix()
+        input, grad_output, *_ = self._convolution
 
-        kernel_size, groups = self._geometry[0], self._geometry[-1]
-        patch = self._input.shape[1] * kernel_size[0] * kernel_size[1]
-        patches, gradient = patch * self._grad_output.shape[2:].numel(), patch * self._grad_output.shape[1] // groups
+        def matrix_of(samples: slice) -> Tensor:
+            part = self._convolution._replace(input=input[samples], grad_output=grad_output[samples])
+            return reference.sample_weight_gradient_matrix(part)
+
+        (rows, columns), groups = self._convolution.kernel_size, self._convolution.groups
+        patch = input.shape[1] * rows * columns
+        patches, gradient = patch * grad_output.shape[2:].numel(), patch * grad_output.shape[1] // groups
         return _in_tiles(weights, patches + gradient, matrix_of)
 
     def statistics(self, wanted: Wanted) -> Statistics:
         # Few pixels: as a linear layer on patches, 256 -> 256, 3 x 3, at 2 x 2 pixels, N = 32, in 6.9 ms against 15.0.
         # The shifted Gram, without patches, is never the cheapest: 11.6 ms there, 24.1 against 19.8 at 4 x 4, 25.9
         # against 13.3 for 128 -> 128 at 7 x 7, 636 against 18 for 64 -> 32 at 28 x 28 (layer_rules_cpu_1thread.md).
-        kernel_size, stride, padding, dilation, groups = self._geometry
-        out, pixels = self._grad_output.shape[1], self._grad_output.shape[2] * self._grad_output.shape[3]
-        d_in = self._input.shape[1] * kernel_size[0] * kernel_size[1]
+        input, grad_output, kernel_size, stride, padding, dilation, groups = self._convolution
+        out, pixels = grad_output.shape[1], grad_output.shape[2] * grad_output.shape[3]
+        d_in = input.shape[1] * kernel_size[0] * kernel_size[1]
         if groups == 1 and not wanted.squares and _gram_is_cheaper(pixels, d_in, out, wanted.gram):
             geometry = (tuple(pair) for pair in (kernel_size, dilation, padding, stride))
-            patches = functional.unfold(_at_least_float32(self._input), *geometry).mT
+            patches = functional.unfold(_at_least_float32(input), *geometry).mT
             if patches.shape[1] == pixels:
-                linear = LinearGradient(patches, self._grad_output.flatten(2).mT)
-                return Reshaped(linear, (out, d_in), (out, self._input.shape[1], *kernel_size)).statistics(wanted)
-        u = None if wanted.directions is None else wanted.directions.to(reference.mean_dtype(self._input.dtype))
-        total, sq_norms, projections, gram, squares = torch.ops.crl_kernels.sample_weight_gradients(
-            self._input, self._grad_output, *self._geometry, u, wanted.gram, wanted.squares
-        )
-        return Statistics(
-            total, sq_norms, projections, gram if wanted.gram else None, squares if wanted.squares else None
-        )
+                linear = LinearGradient(patches, grad_output.flatten(2).mT)
+                return Reshaped(linear, (out, d_in), (out, input.shape[1], *kernel_size)).statistics(wanted)
+        u = None if wanted.directions is None else wanted.directions.to(reference.mean_dtype(input.dtype))
+        operator = torch.ops.crl_kernels.sample_weight_gradients
+        return _statistics(operator(*self._convolution, u, wanted.gram, wanted.squares), wanted)
 
 
 class Reshaped:
@@ -248,7 +237,7 @@ class LinearGradient:
     def _as_convolution(self) -> Reshaped:
         shape = (self._b.shape[2], self._a.shape[2])
         a, b = (tensor.transpose(1, 2).unsqueeze(2) for tensor in (self._a, self._b))  # (N, channels, 1, T)
-        return Reshaped(ConvolutionGradient(a, b, (1, 1)), (*shape, 1, 1), shape)
+        return Reshaped(ConvolutionGradient(Convolution(a, b, (1, 1))), (*shape, 1, 1), shape)
 
 
 class EmbeddingGradient:

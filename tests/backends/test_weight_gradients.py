@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from crl_kernels.backends import reference, registry
+from crl_kernels.backends.reference import Convolution
 from crl_kernels.per_sample.layer_gradients import ConvolutionGradient, LinearGradient, Wanted
 
 if registry.INTERPRETED:
@@ -232,7 +233,7 @@ def test_16_bit_layers_give_float32_statistics(dtype, gram, tokens):
     u = torch.randn(2, 5, 6, *([] if tokens else [3, 3]), generator=generator)
 
     def gradient(a: Tensor, b: Tensor) -> LinearGradient | ConvolutionGradient:
-        return LinearGradient(a, b) if tokens else ConvolutionGradient(a, b, (3, 3), padding=(1, 1))
+        return LinearGradient(a, b) if tokens else ConvolutionGradient(Convolution(a, b, (3, 3), padding=(1, 1)))
 
     assert gradient(a, b).matrix().dtype == torch.float32
     for directions in (None, u):

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from crl_kernels.backends import reference
+from crl_kernels.backends.reference import Convolution
 
 REALS = {"float32": torch.float32, "float64": torch.float64}
 LAYOUTS = ["contiguous", "channels_last", "tokens", "offset", "expanded samples", "expanded pixels"]
@@ -83,7 +84,7 @@ def assert_as_good_as_plain(backend, a: Tensor, b: Tensor, geometry, groups, u: 
     assert all(t.is_contiguous() for t in results)
 
     def of(a: Tensor, b: Tensor, u: Tensor | None) -> list[Tensor]:
-        rows = reference.sample_weight_gradient_matrix(a, b, *geometry, groups).flatten(1)
+        rows = reference.sample_weight_gradient_matrix(Convolution(a, b, *geometry, groups)).flatten(1)
         return statistics(rows, None if u is None else u.flatten(1), gram, squares)
 
     exact = reference.sample_weight_gradients(
@@ -160,7 +161,7 @@ def test_the_reference_is_what_autograd_finds_sample_by_sample(inputs, outputs, 
     weight = torch.zeros(groups * outputs, inputs, *geometry[0], dtype=torch.float64, requires_grad=True)
     kernel, stride, padding, dilation = geometry
     b = torch.randn(3, groups * outputs, *output_sizes((7, 6), geometry), generator=generator, dtype=torch.float64)
-    results = reference.sample_weight_gradient_matrix(a, b, kernel, stride, padding, dilation, groups)
+    results = reference.sample_weight_gradient_matrix(Convolution(a, b, kernel, stride, padding, dilation, groups))
     for i in range(3):
         output = F.conv2d(a[i : i + 1], weight, None, stride, padding, dilation, groups)
         (expected,) = torch.autograd.grad(output, weight, b[i : i + 1])

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..reference import ADAMW_COLUMNS
+from ..reference import ADAMW_COLUMNS, AdamWState, takes
 from . import adamw_kernels
 from .chunks import block
 from .operands import Flat, Target, check_state, check_targets, on_device_of_first
@@ -16,16 +16,8 @@ from .tables import check
 class _AdamWOperands:
     """The operands of a step of AdamW, as kernels take them."""
 
-    def __init__(
-        self,
-        flat: Flat,
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        exp_avgs: Sequence[Tensor],
-        exp_avg_sqs: Sequence[Tensor],
-        settings: Tensor,
-        found_inf: Tensor | None,
-    ) -> None:
+    def __init__(self, flat: Flat, state: AdamWState) -> None:
+        params, grads, exp_avgs, exp_avg_sqs, settings, found_inf = state
         check(len(grads) == len(params), "expected one gradient for each parameter")
         for parameter, gradient in zip(params, grads, strict=True):
             check(parameter.dtype in (torch.float32, torch.float64), "AdamW moves float32 and float64 tensors")
@@ -47,7 +39,7 @@ class _AdamWOperands:
         self.theta = theta
         views = (theta, self.grads, m, v)
         self.arguments = [
-            *(part for view in views for part in (view.entries, view.stride)),
+            *(part for view in views for part in view.tensors),
             flat.numbers(settings, len(ADAMW_COLUMNS) * len(params)),
             found_inf,
         ]
@@ -58,28 +50,17 @@ class _AdamWOperands:
 
 
 @on_device_of_first
-def low_rank_adamw_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    settings: Tensor,
-    found_inf: Tensor | None,
-    directions: Sequence[Tensor],
-    coefficients: Tensor,
-    decoupled: bool,
-) -> Tensor:
-    flat = Flat(params, block("low_rank_adamw_kernel"))
+@takes(AdamWState)
+def low_rank_adamw_(state: AdamWState, directions: Sequence[Tensor], coefficients: Tensor, decoupled: bool) -> Tensor:
+    flat = Flat(state.params, block("low_rank_adamw_kernel"))
     num_terms = coefficients.numel()
-    operands = _AdamWOperands(flat, params, grads, exp_avgs, exp_avg_sqs, settings, found_inf)
+    operands = _AdamWOperands(flat, state)
     u = flat.view(directions, num_terms) if num_terms else operands.theta
     partial = flat.empty_float64(num_terms, flat.chunks)
     flat.run(
         adamw_kernels.low_rank_adamw_kernel,
         *operands.arguments,
-        u.entries,
-        u.stride,
-        u.pieces,
+        *u.terms,
         num_terms,
         flat.numbers(coefficients, num_terms),
         partial,
@@ -93,29 +74,18 @@ def low_rank_adamw_(
 
 
 @on_device_of_first
-def diagonal_adamw_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    settings: Tensor,
-    found_inf: Tensor | None,
-    fisher: Sequence[Tensor],
-    anchor: Sequence[Tensor],
-    decoupled: bool,
-) -> Tensor:
+@takes(AdamWState)
+def diagonal_adamw_(state: AdamWState, fisher: Sequence[Tensor], anchor: Sequence[Tensor], decoupled: bool) -> Tensor:
     check_state(fisher, anchor)
-    flat = Flat(params, block("diagonal_adamw_kernel"))
-    operands = _AdamWOperands(flat, params, grads, exp_avgs, exp_avg_sqs, settings, found_inf)
+    flat = Flat(state.params, block("diagonal_adamw_kernel"))
+    operands = _AdamWOperands(flat, state)
     s, m = flat.view(fisher), flat.view(anchor)
     partial = flat.empty_float64(flat.chunks)
     flat.run(
         adamw_kernels.diagonal_adamw_kernel,
         *operands.arguments,
-        s.entries,
-        s.stride,
-        m.entries,
-        m.stride,
+        *s.tensors,
+        *m.tensors,
         partial,
         PARAMS=operands.theta.dtypes,
         GRADIENTS=operands.grads.dtypes,

@@ -17,11 +17,8 @@ def _partial_projections(flat: Flat, params: Sequence[Tensor], u: View, num_term
     partial = flat.empty_float64(num_terms, flat.chunks)
     flat.run(
         penalty_kernels.projections_kernel,
-        theta.entries,
-        theta.stride,
-        u.entries,
-        u.stride,
-        u.pieces,
+        *theta.tensors,
+        *u.terms,
         num_terms,
         partial,
         PARAMS=theta.dtypes,
@@ -33,11 +30,8 @@ def _partial_projections(flat: Flat, params: Sequence[Tensor], u: View, num_term
 def _combine(flat: Flat, targets: View, u: View, coefficients: Tensor, overwrite: bool) -> None:
     flat.run(
         penalty_kernels.combine_kernel,
-        targets.entries,
-        targets.stride,
-        u.entries,
-        u.stride,
-        u.pieces,
+        *targets.tensors,
+        *u.terms,
         coefficients.numel(),
         coefficients,
         TARGETS=targets.dtypes,
@@ -111,12 +105,9 @@ def diagonal_quadratic(params: Sequence[Tensor], fisher: Sequence[Tensor], ancho
     partial = flat.empty_float64(flat.chunks)
     flat.run(
         penalty_kernels.quadratic_kernel,
-        theta.entries,
-        theta.stride,
-        s.entries,
-        s.stride,
-        m.entries,
-        m.stride,
+        *theta.tensors,
+        *s.tensors,
+        *m.tensors,
         partial,
         PARAMS=theta.dtypes,
         STATE=s.dtypes,
@@ -138,14 +129,10 @@ def _gradient(
     partial = flat.empty_float64(flat.chunks)
     flat.run(
         penalty_kernels.gradient_kernel,
-        targets.entries,
-        targets.stride,
-        theta.entries,
-        theta.stride,
-        s.entries,
-        s.stride,
-        m.entries,
-        m.stride,
+        *targets.tensors,
+        *theta.tensors,
+        *s.tensors,
+        *m.tensors,
         flat.numbers(coefficient, 1),
         partial,
         PARAMS=theta.dtypes,
@@ -193,12 +180,9 @@ def diagonal_shrink_(
     theta = Target(flat, params)
     flat.run(
         penalty_kernels.shrink_kernel,
-        theta.view.entries,
-        theta.view.stride,
-        s.entries,
-        s.stride,
-        m.entries,
-        m.stride,
+        *theta.view.tensors,
+        *s.tensors,
+        *m.tensors,
         eta_lambda,
         PARAMS=theta.view.dtypes,
         STATE=s.dtypes,

@@ -64,6 +64,16 @@ class View(NamedTuple):
     pieces: int  # entries of one term
     dtypes: int  # those that occur, as bits of their codes
 
+    @property
+    def tensors(self) -> tuple[Tensor, int]:
+        """A kernel's operands for one vector."""
+        return self.entries, self.stride
+
+    @property
+    def terms(self) -> tuple[Tensor, int, int]:
+        """A kernel's operands for several."""
+        return self.entries, self.stride, self.pieces
+
 
 def write_segments(lengths: tuple[int, ...], block: int, place: Place) -> tuple[Tensor, Tensor]:
     """(where each segment begins in the flat vector, and its end; the segment in which each chunk begins, and the last

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..reference import Convolution, takes
 from . import weight_gradients_kernels
 from .reductions import finish
 from .tables import check
@@ -62,15 +63,8 @@ def _pair(values: Sequence[int]) -> tuple[int, int]:
     return values[0], values[1]
 
 
-def _geometry(
-    input: Tensor,
-    grad_output: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Geometry:
+def _geometry(convolution: Convolution) -> Geometry:
+    input, grad_output, *pairs, groups = convolution
     check(
         input.dim() == 4 and grad_output.dim() == 4 and input.shape[0] == grad_output.shape[0],
         "expected an input and a grad_output of shape (N, channels, height, width)",
@@ -94,7 +88,7 @@ def _geometry(
         width,
         out_height,
         out_width,
-        *(_pair(values) for values in (kernel_size, stride, padding, dilation)),
+        *(_pair(values) for values in pairs),
     )
     for size, out, k, s, p, d in zip(
         (height, width), (out_height, out_width), g.kernel, g.stride, g.padding, g.dilation, strict=True
@@ -243,17 +237,9 @@ def _sum_runs(sums: Tensor, runs: int, g: Geometry) -> Tensor:
     return result
 
 
+@takes(Convolution)
 def sample_weight_gradients(
-    input: Tensor,
-    grad_output: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    directions: Tensor | None,
-    gram: bool,
-    squares: bool,
+    convolution: Convolution, directions: Tensor | None, gram: bool, squares: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """float64 operands and the Gram matrix go to the reference, which has the matrix of all g_i in memory.
 
@@ -264,17 +250,18 @@ def sample_weight_gradients(
     many multiplications as <b_i, conv2d(a_i, sum)>, on the same tensor cores, and rounds nothing to 16 bits: conv2d
     would need the sum in the operands' dtype, or the operands in float32, a tenth as fast.
     """
-    arguments = (kernel_size, stride, padding, dilation, groups)
-    g = _geometry(input, grad_output, *arguments)
+    input, grad_output = convolution[:2]
+    g = _geometry(convolution)
     if gram or input.dtype == torch.float64:
-        return reference.sample_weight_gradients(input, grad_output, *arguments, directions, gram, squares)
+        return reference.sample_weight_gradients(*convolution, directions, gram, squares)
     check(input.dtype in _DTYPES, "expected float32, float64, bfloat16 or float16 tensors")
     check(g.pixels < 2**30 and g.height * g.width < 2**30, "expected images of less than 2^30 pixels")
     check(g.in_channels * g.offsets < 2**30, "expected less than 2^30 weights for an output channel")
-    weight = (g.groups * g.out_channels, g.in_channels, *g.kernel)
     if directions is not None:
         check(
-            directions.dim() == 5 and directions.shape[1:] == weight and directions.device == input.device,
+            directions.dim() == 5
+            and directions.shape[1:] == convolution.weight_shape
+            and directions.device == input.device,
             "directions have the shape (K, O, C, kernel height, kernel width), on the device of the input",
         )
         directions = directions.float().flatten(3).transpose(2, 3).contiguous()

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...backends.reference import Convolution
 from ..layer_gradients import ConvolutionGradient, MatrixGradient, Reshaped, SampleGradient
 from ..rows import Rows
-from .interface import Call, Recorder, differentiable_gradients, sum_tokens, take_gradient
+from .interface import Call, Recorder, complete_gradients, differentiable_gradients, sum_tokens, take_gradient
 
 
 class _Convolution(torch.autograd.Function):
@@ -32,7 +33,7 @@ class _Convolution(torch.autograd.Function):
             derivatives = differentiable_gradients(lambda *tensors: torch.convolution(*tensors, *geometry), inputs, b)
             return None, *derivatives, None
         a = input.to(b.dtype)
-        by_input = by_weight = by_bias = None
+        by_weight = by_bias = None
         # Before the gradient by the input, so that its memory and that of the statistics are not held at once.
         rows = call.rows(b, (0,))
         if rows is not None:
@@ -48,19 +49,13 @@ class _Convolution(torch.autograd.Function):
                     inputs,
                     lambda: MatrixGradient(rows.sum(sum_tokens(b.flatten(2).transpose(1, 2)))),
                 )
-        ordinary = [needs[0]]
-        for slot, taken in enumerate((by_weight, by_bias)):
-            ordinary.append(needs[slot + 1] and taken is None and not call.skips(slot))
-        if any(ordinary):
-            sizes = None if bias is None else list(bias.shape)
-            gradients = torch.ops.aten.convolution_backward(b, a, weight.to(b.dtype), sizes, *geometry, ordinary)
-            by_input = gradients[0]
-            if ordinary[1]:
-                by_weight = gradients[1]
-                call.note_gradient(0, by_weight)
-            if ordinary[2]:
-                by_bias = gradients[2]
-                call.note_gradient(1, by_bias)
+        sizes = None if bias is None else list(bias.shape)
+        by_input, by_weight, by_bias = complete_gradients(
+            call,
+            needs,
+            (by_weight, by_bias),
+            lambda mask: torch.ops.aten.convolution_backward(b, a, weight.to(b.dtype), sizes, *geometry, mask),
+        )
         return (
             None,
             None if by_input is None else by_input.to(input.dtype),
@@ -80,11 +75,11 @@ def _convolution_gradient(
         a, b = b, a
     gradient: SampleGradient
     if weight.dim() == 4:
-        gradient = ConvolutionGradient(a, b, weight.shape[2:], stride, padding, dilation, groups)
+        gradient = ConvolutionGradient(Convolution(a, b, weight.shape[2:], stride, padding, dilation, groups))
     else:
         (length,), (step,), (pad,), (spread,) = weight.shape[2:], stride, padding, dilation
         a, b = a[:, :, None], b[:, :, None]
-        in_rows = ConvolutionGradient(a, b, (1, length), (1, step), (0, pad), (1, spread), groups)
+        in_rows = ConvolutionGradient(Convolution(a, b, (1, length), (1, step), (0, pad), (1, spread), groups))
         gradient = Reshaped(in_rows, (*weight.shape[:2], 1, length), weight.shape)
     return gradient if rows.in_order else MatrixGradient(rows.sum(gradient.matrix()))
 

@@ -75,6 +75,26 @@ def take_gradient(
     return call.take(slot, gradient(), _edge(ctx, inputs, slot + 1)).to(operand.dtype)
 
 
+def complete_gradients(
+    call: Call,
+    needs: Sequence[bool],
+    taken: Sequence[Tensor | None],
+    backward: Callable[[list[bool]], Sequence[Tensor | None]],
+) -> list[Tensor | None]:
+    """The gradients of a layer's input and operands. ``taken`` has those of the operands whose per-sample gradients
+    were taken; ``backward`` computes the needed rest, by a mask over (input, *operands)."""
+    mask = [needs[0]]
+    for slot, gradient in enumerate(taken):
+        mask.append(needs[slot + 1] and gradient is None and not call.skips(slot))
+    gradients = [None, *taken]
+    for index, gradient in enumerate(backward(mask) if any(mask) else ()):
+        if mask[index]:
+            gradients[index] = gradient
+            if index > 0 and gradient is not None:
+                call.note_gradient(index - 1, gradient)
+    return gradients
+
+
 def differentiable_gradients(
     function: Callable[..., Tensor], inputs: Sequence[Tensor | None], b: Tensor
 ) -> list[Tensor | None]:

@@ -11,7 +11,15 @@ from torch import Tensor
 from ..layer_gradients import MatrixGradient, SampleGradient
 from ..rows import Rows
 from .broadcast import broadcast_operand
-from .interface import Call, Recorder, device_autocasts, differentiable_gradients, sum_tokens, take_gradient
+from .interface import (
+    Call,
+    Recorder,
+    complete_gradients,
+    device_autocasts,
+    differentiable_gradients,
+    sum_tokens,
+    take_gradient,
+)
 
 
 class _GroupNorm(torch.autograd.Function):
@@ -132,18 +140,13 @@ class _LayerNorm(torch.autograd.Function):
                 by_weight = take_gradient(ctx, call, 0, inputs, lambda: per_sample(b * ((input - mean) * rstd)))
             if needs[2]:
                 by_bias = take_gradient(ctx, call, 1, inputs, lambda: per_sample(b))
-        ordinary = [needs[0]]
-        for slot, taken in enumerate((by_weight, by_bias)):
-            ordinary.append(needs[slot + 1] and taken is None and not call.skips(slot))
-        by_input, *others = torch.ops.aten.native_layer_norm_backward(
-            b, input, ctx.shape, mean, rstd, weight, bias, ordinary
+        gradients = complete_gradients(
+            call,
+            needs,
+            (by_weight, by_bias),
+            lambda mask: torch.ops.aten.native_layer_norm_backward(b, input, ctx.shape, mean, rstd, weight, bias, mask),
         )
-        for slot, gradient in enumerate(others):
-            if ordinary[slot + 1]:
-                call.note_gradient(slot, gradient)
-        by_weight = others[0] if ordinary[1] else by_weight
-        by_bias = others[1] if ordinary[2] else by_bias
-        return None, by_input, by_weight, by_bias, None, None
+        return None, *gradients, None, None
 
 
 def layer_norm(
