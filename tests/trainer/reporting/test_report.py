@@ -454,8 +454,8 @@ def test_the_summary_in_words_claims_what_intervals_show(run: Callable[..., Fini
         return [run(method, seed, {"average_fid": value}) for seed, value in enumerate(values)]
 
     gd = level("gd", 10.0, 12.0, 11.0)
-    said = page.in_short(grouped([*gd, *level("gd+rank1", 9.0, 11.1, 9.9), *level("masip", 9.0, 14.0, 11.0)]), "gd")
+    said = page.conclusions(grouped([*gd, *level("gd+rank1", 9.0, 11.1, 9.9), *level("masip", 9.0, 14.0, 11.0)]), "gd")
     assert "wholly below zero: gd+rank1." in said
     assert "Not told apart by these seeds: masip." in said
-    assert "may be chance" in page.in_short(grouped([gd[0], run("masip", 0)]), "gd")
-    assert "'replay'" in page.in_short(grouped(gd), "replay")
+    assert "may be chance" in page.conclusions(grouped([gd[0], run("masip", 0)]), "gd")
+    assert "'replay'" in page.conclusions(grouped(gd), "replay")
