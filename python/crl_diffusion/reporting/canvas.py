@@ -74,9 +74,9 @@ def heatmap(axis: Axes, r: Sequence[Sequence[float]], limits: tuple[float, float
         if tasks <= SHOWN_NUMBERS:
             colour = "white" if norm(table[i, j]) > 0.5 else "black"
             axis.text(j, i, f"{table[i, j]:.3g}", ha="center", va="center", color=colour, fontsize=size)
-    shown = range(0, tasks, 1 if tasks <= 10 else 2)
-    axis.set_xticks(shown, [str(j + 1) for j in shown])
-    axis.set_yticks(shown, [str(i + 1) for i in shown])
+    ticks = range(0, tasks, 1 if tasks <= 10 else 2)
+    axis.set_xticks(ticks, [str(j + 1) for j in ticks])
+    axis.set_yticks(ticks, [str(i + 1) for i in ticks])
     return image
 
 
@@ -104,8 +104,8 @@ def colour_bar(figure: Figure, image: Any, axes: Any, rows: int = 1) -> None:
 
 def limits(matrices: Sequence[Sequence[Sequence[float]]]) -> tuple[float, float]:
     """Ends of a logarithmic scale for all values of several matrices."""
-    found = [max(value, 1e-3) for r in matrices for row in r for value in row]
-    return min(found) / 1.1, max(found) * 1.1
+    values = [max(value, 1e-3) for r in matrices for row in r for value in row]
+    return min(values) / 1.1, max(values) * 1.1
 
 
 def task_lines(axis: Axes, r: Sequence[Sequence[float]]) -> None:

@@ -33,9 +33,9 @@ class Classes(NamedTuple):
         order = list(dict.fromkeys(labels.tolist()))
         size = max(1, len(order) // tasks)
         parts = [order[i : i + size] for i in range(0, len(order), size)]
-        chosen = set(np.linspace(0, len(order) - 1, min(len(order), SHOWN_CLASSES)).round().astype(int).tolist())
-        kept = [[c for j, c in enumerate(part) if i * size + j in chosen] for i, part in enumerate(parts)]
-        return cls(kept, len(order))
+        columns = set(np.linspace(0, len(order) - 1, min(len(order), SHOWN_CLASSES)).round().astype(int).tolist())
+        chosen = [[c for j, c in enumerate(part) if i * size + j in columns] for i, part in enumerate(parts)]
+        return cls(chosen, len(order))
 
     @property
     def shown(self) -> list[int]:
@@ -65,11 +65,11 @@ def strip(pixels: np.ndarray, labels: np.ndarray, classes: Classes, rows: int, c
 
 
 def strips_of(
-    kept: Sequence[tuple[str, tuple[np.ndarray, np.ndarray]]], classes: Classes
+    samples: Sequence[tuple[str, tuple[np.ndarray, np.ndarray]]], classes: Classes
 ) -> list[tuple[str, np.ndarray]]:
     """Labelled rows of cells, with as many images of a class as fit the width."""
     columns = min(max(ACROSS // len(classes.shown), 1), SAMPLE_COLUMNS)
-    return [(label, strip(*found, classes, SAMPLE_ROWS, columns)) for label, found in kept]
+    return [(label, strip(*images, classes, SAMPLE_ROWS, columns)) for label, images in samples]
 
 
 def show_strips(strips: Sequence[tuple[str, np.ndarray]], classes: Classes, title: str) -> Figure:
@@ -122,9 +122,9 @@ def show_strips(strips: Sequence[tuple[str, np.ndarray]], classes: Classes, titl
 
 def grid_over_tasks(run: Path, tasks: int, title: str = "") -> tuple[Figure, Classes] | None:
     """Samples after each task, a row each; None where the run keeps none."""
-    kept = {i: found for i in range(1, tasks + 1) if (found := read_samples(run, i)) is not None}
-    if not kept:
+    samples = {task: images for task in range(1, tasks + 1) if (images := read_samples(run, task)) is not None}
+    if not samples:
         return None
-    classes = Classes.learnt(kept[max(kept)][1], tasks)
-    strips = strips_of([(f"after task {i}", found) for i, found in kept.items()], classes)
+    classes = Classes.learnt(samples[max(samples)][1], tasks)
+    strips = strips_of([(f"after task {task}", images) for task, images in samples.items()], classes)
     return show_strips(strips, classes, title), classes

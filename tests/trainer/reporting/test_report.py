@@ -166,7 +166,7 @@ def test_differences_are_paired_and_their_p_value_names_its_floor(runs: Path, wr
     e = seeds.estimate([values[LONG, seed] - values["gd", seed] for seed in (0, 1, 4)])
     assert e.low is not None
     assert row[1] == "3p ≥ 0.25"
-    assert row[2].startswith(f"{e.mean:+.2f} ± {e.spread:.2f}[{e.low:+.2f}, ".replace("-", "−"))
+    assert row[2].startswith(f"{e.mean:+.2f} ± {e.std:.2f}[{e.low:+.2f}, ".replace("-", "−"))
     assert row[2].endswith("], p 0.25")
 
 

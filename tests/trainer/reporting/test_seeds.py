@@ -13,7 +13,7 @@ def test_an_estimate_has_the_t_interval_of_scipy() -> None:
     e = seeds.estimate(values)
     interval = stats.ttest_1samp(values, 0).confidence_interval(0.95)
     assert (e.low, e.high) == pytest.approx((interval.low, interval.high))
-    assert (e.mean, e.spread, e.n) == pytest.approx((np.mean(values), np.std(values, ddof=1), 4))
+    assert (e.mean, e.std, e.n) == pytest.approx((np.mean(values), np.std(values, ddof=1), 4))
 
 
 def test_one_value_has_no_spread_and_no_interval() -> None:
