@@ -1,4 +1,4 @@
-"""Pictures of what methods do: what they draw, R, curves over tasks. What changes between them is in `effects.py`.
+"""Pictures of each method's results: samples, the matrix R of FIDs, curves over tasks. `effects.py` compares methods.
 
 Every picture takes as many methods as there are: one row or one panel each. Nothing here trains, samples or
 measures.
@@ -24,7 +24,7 @@ NAME_WIDTH = 34  # characters of a method's name in a line of its own
 
 
 def _panels(names: Sequence[str], height: float, x: str, y: str, **sharing: Any) -> tuple[Figure, list[Axes], int]:
-    """A grid of panels, each headed by its name, with the axes' names on the outer ones; and its number of columns."""
+    """A figure, its panels, each with a method's name as title, and the number of columns. `x`, `y`: axis labels."""
     columns = min(len(names), 3 if len(names) <= 9 else 4)
     rows = -(-len(names) // columns)
     width = min(WIDTH / columns, 3.4)
@@ -53,7 +53,7 @@ def _representatives(groups: Groups) -> dict[str, Finished]:
 
 
 def final_samples(groups: Groups, name: str) -> Drawing | None:
-    """What every method's model draws in the end."""
+    """Samples of every method after the last task."""
     chosen = _representatives(groups)
     tasks = max(len(run.summary["fid_matrix"]) for run in chosen.values())
     drawn = {run.method: images for run in chosen.values() if (images := read_samples(run.path, tasks)) is not None}
@@ -125,7 +125,7 @@ def task_curves(groups: Groups, name: str) -> Drawing | None:
 
 
 def average_curves(groups: Groups, name: str) -> Drawing:
-    """Mean FID of the tasks learnt so far: all methods in one panel or, if they are many, each before the others."""
+    """Mean FID of the tasks learnt so far: all methods in one panel or, if they are many, a panel for each."""
     lines = {}
     for method, group in groups.items():
         matrices = [run.summary["fid_matrix"] for run in group]

@@ -1,4 +1,4 @@
-"""Pictures of what changes between methods: paired differences, lambda sweeps, Fisher matrices, scores over data sets.
+"""Pictures of differences between methods: paired differences, lambda sweeps, Fisher matrices, scores over data sets.
 
 Every picture takes as many methods as there are: one row or one panel each. Nothing here trains, samples or measures.
 """
@@ -50,7 +50,7 @@ def forest(groups: Groups, baseline: str, name: str) -> Drawing | None:
     for axis, column in zip(axes, columns, strict=True):
         base = values(groups[baseline], column.key)
         differences = [list(seeds.paired(values(groups[method], column.key), base).values()) for method in names]
-        reach = []  # of each method: how far from zero its seeds and its interval go
+        reach = []  # for each method, the largest distance of its seeds and its interval from zero
         for y, row in enumerate(differences):
             axis.axhspan(y - 0.5, y + 0.5, color="#f4f4f4" if y % 2 else "white", zorder=0)
             if not row:
@@ -95,7 +95,7 @@ def squeeze(axis: Axes, differences: Sequence[float], reach: Sequence[float]) ->
 
 
 def without_penalty(run: Finished, groups: Groups) -> str | None:
-    """The method that replays the same and has no penalty."""
+    """The method with the same replay and no penalty."""
     recipe = {**run.config["recipe"], "penalty": None}
     return next((name for name, group in groups.items() if group[0].config["recipe"] == recipe), None)
 
@@ -157,7 +157,7 @@ def places(lams: Sequence[float]) -> dict[float, float]:
 
 # Fisher matrices and data sets
 
-SHOWN_TASKS = 6  # up to which a cell has room for its number
+NUMBERED_TASKS = 6  # tasks up to which a cell has room for its number
 FISHER_PANELS = (  # key, title, limit, digits
     ("kappa", "κ", -math.inf, 3),
     ("rho", f"ρ (box: below {LOW_RHO:g})", LOW_RHO, 2),
@@ -182,7 +182,7 @@ def fisher(rows: Mapping[str, Sequence[Sequence[Row]]], name: str) -> Drawing | 
                 table[i, task_rows[0]["task"] - 1] = np.nan if mean is None else mean
         axis.imshow(table, cmap="cividis", vmin=0, vmax=1, aspect="auto")
         for i, j in zip(*np.nonzero(np.isfinite(table)), strict=True):
-            if tasks <= SHOWN_TASKS:
+            if tasks <= NUMBERED_TASKS:
                 text = number(table[i, j], digits).replace("0.", ".")
                 colour = "black" if table[i, j] > 0.5 else "white"
                 axis.text(j, i, text, ha="center", va="center", fontsize=8, color=colour)

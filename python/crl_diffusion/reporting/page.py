@@ -17,8 +17,8 @@ from crl_diffusion.reporting import charts, effects, penalty_tables, provenance,
 from crl_diffusion.reporting.canvas import Drawing
 from crl_diffusion.reporting.runs import Groups, runs_of
 
-SCREEN = 0.7  # screen pixels for a picture's pixel: text is as large in each of them
-NAMED = 6  # methods up to which a sentence names them
+SCREEN = 0.7  # screen pixels per pixel of a picture, so that text has one size in all of them
+NAMED_METHODS = 6  # methods up to which a sentence names them
 
 
 def render(parts: Mapping[str, Groups], baseline: str) -> tuple[str, list[Drawing]]:
@@ -133,7 +133,7 @@ def conclusions(groups: Groups, baseline: str) -> str:
         else:
             (better if estimate.high < 0 else worse if estimate.low > 0 else unsure).append(name)
     sentences = [
-        f"{title}: {', '.join(names) if len(names) <= NAMED else f'{len(names)} methods'}."
+        f"{title}: {', '.join(names) if len(names) <= NAMED_METHODS else f'{len(names)} methods'}."
         for title, names in (
             (f"Average FID below {baseline}'s, the 95 % interval of the difference wholly below zero", better),
             (f"Average FID above {baseline}'s, the interval wholly above zero", worse),

@@ -1,4 +1,4 @@
-"""What a penalty costs, and how well its directions are known: tables from the logs of finished runs."""
+"""Tables of a penalty's cost and of its Fisher matrices' statistics, from the logs of finished runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from crl_diffusion.reporting.tables import MINUS, NONE, Sheet
 from crl_diffusion.run_folder.readers import read_metrics, read_timings
 
 FISHER = ("kappa", "rho", "signal_share", "samples_needed", "trace")
-LOW_SIGNAL, LOW_RHO = 0.8, 0.1  # below these a Fisher matrix's direction is not to be relied on
+LOW_SIGNAL, LOW_RHO = 0.8, 0.1  # below these limits a direction is not reliable
 LIMITS = (  # title, key, limit, and what a value below it means
     ("signal share", "signal_share", LOW_SIGNAL, "directions partly noise"),
     ("ρ", "rho", LOW_RHO, "directions that hold little of F"),
@@ -120,7 +120,7 @@ def warning(rows: Mapping[str, Sequence[Sequence[Row]]]) -> str:
 
 
 def warnings(rows: Mapping[str, Sequence[Sequence[Row]]]) -> list[str]:
-    """One sentence for each method whose directions are mostly noise or hold little of F."""
+    """One sentence for each method and limit that some of its estimates are below."""
     sentences = []
     for name, tasks in rows.items():
         for title, key, limit, _ in LIMITS:

@@ -1,4 +1,4 @@
-"""How runs were made: configuration, environment, and the commands that make them again. Read from run folders only."""
+"""How runs were made: configuration, environment, and the commands that repeat them, all read from run folders."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def options(config: Mapping[str, Any]) -> list[str]:
 
 
 def command(run: Finished) -> str:
-    """The command that makes this run: the one on record or else, from its configuration, one of the same meaning."""
+    """The command that repeats this run: the recorded one or, without a record, one built from its configuration."""
     recorded = run.record.get("command")
     if recorded:
         return shlex.join(recorded) if isinstance(recorded, list) else str(recorded)
@@ -84,7 +84,7 @@ def compare_command(groups: Groups) -> str | None:
 
 
 def settings(groups: Groups) -> tuple[Sheet, Sheet | None]:
-    """What all runs have in common and, where runs differ, what each has."""
+    """Options that are the same in all runs and, if any differ, the value of each run."""
     runs = runs_of(groups)
     different = [name for name in differing(runs) if name not in ("method", "seed", "recipe", "lam", "mode")]
     same = [field.name for field in fields(RunConfig) if field.name not in (*different, "method", "seed")]
@@ -103,7 +103,7 @@ def settings(groups: Groups) -> tuple[Sheet, Sheet | None]:
 
 
 def methods(groups: Groups) -> Sheet:
-    """What each method's name stands for."""
+    """The parts of each method."""
     body = []
     for name, group in groups.items():
         recipe = group[0].config["recipe"]
@@ -116,7 +116,7 @@ def methods(groups: Groups) -> Sheet:
 
 
 def environment(runs: Sequence[Finished]) -> Sheet:
-    """Versions, machine, state of the repository: each value that occurs and, of several, in whose runs."""
+    """Versions, machine and state of the repository: each value and, if there are several, how many runs have it."""
     flat = {run.path: _flatten({k: v for k, v in run.record.items() if k not in RECORDED}) for run in runs}
     names = dict.fromkeys(name for values in flat.values() for name in values)
     body = []

@@ -22,7 +22,7 @@ MINUS = "−"
 
 
 class Sheet(NamedTuple):
-    """A table: headings, rows, and what has to be known to read it."""
+    """A table: headings, rows, and a caption that defines its numbers."""
 
     head: list[str]
     body: list[list[str]]
@@ -75,7 +75,7 @@ def values(runs: Sequence[Finished], key: str) -> dict[int, float]:
 
 
 def present(runs: Sequence[Finished], columns: Sequence[Column]) -> list[Column]:
-    """Those columns that some run has a value for."""
+    """The columns that at least one run has a value for."""
     return [column for column in columns if values(runs, column.key)]
 
 
@@ -109,7 +109,7 @@ def headline(groups: Groups) -> Sheet:
 
 
 def caption(runs: Sequence[Finished]) -> str:
-    """How the numbers of one data set were made."""
+    """How the numbers of one data set were measured."""
     settings, summary = runs[0].settings, runs[0].summary
     length = f"{settings['epochs']} epochs" if settings["epochs"] else f"{settings['steps']} steps"
     text = (
@@ -128,7 +128,7 @@ def caption(runs: Sequence[Finished]) -> str:
 
 
 def held_out(run: Finished) -> str:
-    """What images FIDs compare with: their number, where it is on record, and which part of the data they are."""
+    """The real images of an FID: their number, if it was recorded, and the split that they come from."""
     counts = run.summary.get("held_out_images") or []
     counts = [count for count in (counts if isinstance(counts, list) else [counts]) if count]
     size = " to ".join(map(str, dict.fromkeys((min(counts), max(counts))))) + " " if counts else "the "
@@ -140,7 +140,7 @@ def _many(count: int, noun: str) -> str:
 
 
 def differences(groups: Groups, baseline: str) -> Sheet | None:
-    """Each method less the baseline, paired by seed; None without a baseline or another method."""
+    """Each method minus the baseline, paired by seed; None without a baseline or another method."""
     if baseline not in groups or len(groups) < 2:
         return None
     head = ["method", "paired seeds", *(f"{column.title[:-2]}, difference" for column in COMPARED)]
@@ -167,7 +167,7 @@ def differences(groups: Groups, baseline: str) -> Sheet | None:
 
 
 def by_seed(groups: Groups) -> Sheet:
-    """Every number of every run: the known ones, and any that a summary holds besides."""
+    """Every number of every run: the columns above, then any other number in a summary."""
     runs = runs_of(groups)
     known_keys = [column.key for column in (*COLUMNS, *COSTS)]
     other_keys = dict.fromkeys(
@@ -234,7 +234,7 @@ def markdown_sheets(groups: Groups, baseline: str) -> str:
 
 
 def for_terminal(parts: Mapping[str, Groups], baseline: str) -> RenderableType:
-    """The few columns that fit a terminal."""
+    """Tables of the columns that fit a terminal."""
     rendered = []
     for groups in parts.values():
         runs = runs_of(groups)
