@@ -66,7 +66,7 @@ def final_samples(groups: Groups, name: str) -> Drawing | None:
         "classes in the order learnt, all of which were learnt. All methods start from the same noise; images are the "
         f"first of each class, not chosen.{classes.note}"
     )
-    alt = f"Drawn images of {len(classes.shown)} classes for {len(drawn)} methods."
+    alt = f"Drawn images of {len(classes.labels)} classes for {len(drawn)} methods."
     return drawing(name, samples.show_strips(strips, classes, ""), alt, text)
 
 
