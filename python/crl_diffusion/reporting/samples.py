@@ -22,7 +22,7 @@ class Classes(NamedTuple):
     """The classes that a picture shows, task by task in the order learnt."""
 
     tasks: list[list[int]]
-    total: int  # classes in the data
+    total: int  # classes learnt
 
     @classmethod
     def learnt(cls, labels: np.ndarray, tasks: int) -> Classes:
