@@ -1,4 +1,4 @@
-"""What all pictures share: colours, panels, axes."""
+"""Colours, axes and files that all pictures share."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 # Okabe and Ito's palette, which colour-blind readers can tell apart, and markers for those who print in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
-DASHES = ("-", "--", ":", "-.")  # lines of methods that do equally well lie on one another
+DASHES = ("-", "--", ":", "-.")  # so that lines of equal values stay visible
 GREY = "#888888"
 DPI = 150
-SHOWN_NUMBERS = 8  # tasks up to which a matrix has room for its numbers
+NUMBERED_TASKS = 8  # tasks up to which a matrix has room for its numbers
 
 
 class Drawing(NamedTuple):
-    """A picture as PNG, what it shows for those who do not see it, and its caption; with a name, it has a file too."""
+    """A picture as PNG, its description for screen readers, and its caption; one with a name gets a file of its own."""
 
     name: str
     png: bytes
@@ -35,7 +35,7 @@ class Drawing(NamedTuple):
     caption: str
 
     def save(self, folder: Path) -> Path:
-        """Written beside the final name, then renamed."""
+        """Write a temporary file, then rename it."""
         path = folder / f"{self.name}.png"
         temporary = path.with_suffix(f".{os.getpid()}.tmp.png")
         temporary.write_bytes(self.png)
@@ -71,12 +71,12 @@ def heatmap(axis: Axes, r: Sequence[Sequence[float]], limits: tuple[float, float
     norm = LogNorm(*limits)
     image = axis.imshow(table, cmap="cividis_r", norm=norm)
     for i, j in zip(*np.nonzero(np.isfinite(table)), strict=True):
-        if tasks <= SHOWN_NUMBERS:
+        if tasks <= NUMBERED_TASKS:
             colour = "white" if norm(table[i, j]) > 0.5 else "black"
             axis.text(j, i, f"{table[i, j]:.3g}", ha="center", va="center", color=colour, fontsize=size)
-    shown = range(0, tasks, 1 if tasks <= 10 else 2)
-    axis.set_xticks(shown, [str(j + 1) for j in shown])
-    axis.set_yticks(shown, [str(i + 1) for i in shown])
+    ticks = range(0, tasks, 1 if tasks <= 10 else 2)
+    axis.set_xticks(ticks, [str(j + 1) for j in ticks])
+    axis.set_yticks(ticks, [str(i + 1) for i in ticks])
     return image
 
 
@@ -104,8 +104,8 @@ def colour_bar(figure: Figure, image: Any, axes: Any, rows: int = 1) -> None:
 
 def limits(matrices: Sequence[Sequence[Sequence[float]]]) -> tuple[float, float]:
     """Ends of a logarithmic scale for all values of several matrices."""
-    found = [max(value, 1e-3) for r in matrices for row in r for value in row]
-    return min(found) / 1.1, max(found) * 1.1
+    values = [max(value, 1e-3) for r in matrices for row in r for value in row]
+    return min(values) / 1.1, max(values) * 1.1
 
 
 def task_lines(axis: Axes, r: Sequence[Sequence[float]]) -> None:

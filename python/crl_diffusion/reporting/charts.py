@@ -1,4 +1,4 @@
-"""Pictures of what methods do: what they draw, R, curves over tasks. What changes between them is in `effects.py`.
+"""Pictures of each method's results: samples, the matrix R of FIDs, curves over tasks. `effects.py` compares methods.
 
 Every picture takes as many methods as there are: one row or one panel each. Nothing here trains, samples or
 measures.
@@ -24,7 +24,7 @@ NAME_WIDTH = 34  # characters of a method's name in a line of its own
 
 
 def _panels(names: Sequence[str], height: float, x: str, y: str, **sharing: Any) -> tuple[Figure, list[Axes], int]:
-    """A grid of panels, each headed by its name, with the axes' names on the outer ones; and its number of columns."""
+    """A figure, its panels, each with a method's name as title, and the number of columns. `x`, `y`: axis labels."""
     columns = min(len(names), 3 if len(names) <= 9 else 4)
     rows = -(-len(names) // columns)
     width = min(WIDTH / columns, 3.4)
@@ -32,14 +32,14 @@ def _panels(names: Sequence[str], height: float, x: str, y: str, **sharing: Any)
     lines = sum(max(title.count("\n") for title in titles[i : i + columns]) for i in range(0, len(names), columns))
     size = (width * columns + 0.6, height * width / 3.4 * rows + 0.17 * lines + 0.7)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **sharing)
-    shown = list(axes.flat[: len(names)])
-    for k, (axis, title) in enumerate(zip(shown, titles, strict=True)):
+    panels = list(axes.flat[: len(names)])
+    for k, (axis, title) in enumerate(zip(panels, titles, strict=True)):
         axis.set_title(title, fontsize=9.5)
         axis.set_xlabel(x if k + columns >= len(names) else "")
         axis.set_ylabel(y if k % columns == 0 else "")
     for axis in axes.flat[len(names) :]:
         axis.remove()
-    return figure, shown, columns
+    return figure, panels, columns
 
 
 # Samples
@@ -53,20 +53,20 @@ def _representatives(groups: Groups) -> dict[str, Finished]:
 
 
 def final_samples(groups: Groups, name: str) -> Drawing | None:
-    """What every method's model draws in the end."""
+    """Samples of every method after the last task."""
     chosen = _representatives(groups)
     tasks = max(len(run.summary["fid_matrix"]) for run in chosen.values())
-    kept = {run.method: found for run in chosen.values() if (found := read_samples(run.path, tasks)) is not None}
-    if not kept:
+    drawn = {run.method: images for run in chosen.values() if (images := read_samples(run.path, tasks)) is not None}
+    if not drawn:
         return None
-    classes = samples.Classes.learnt(next(iter(kept.values()))[1], tasks)
-    strips = samples.strips_of([*kept.items()], classes)
+    classes = samples.Classes.learnt(next(iter(drawn.values()))[1], tasks)
+    strips = samples.strips_of([*drawn.items()], classes)
     text = (
         f"What each method draws after the last of {tasks} tasks, seed {next(iter(chosen.values())).seed}. Columns are "
         "classes in the order learnt, all of which were learnt. All methods start from the same noise; images are the "
         f"first of each class, not chosen.{classes.note}"
     )
-    alt = f"Drawn images of {len(classes.shown)} classes for {len(kept)} methods."
+    alt = f"Drawn images of {len(classes.labels)} classes for {len(drawn)} methods."
     return drawing(name, samples.show_strips(strips, classes, ""), alt, text)
 
 
@@ -91,15 +91,15 @@ def sample_grids(groups: Groups) -> dict[str, Drawing]:
 
 def _mean_matrix(runs: Sequence[Finished]) -> list[list[float]]:
     matrices = [run.summary["fid_matrix"] for run in runs]
-    return [[float(np.mean([m[i][j] for m in matrices])) for j in range(len(row))] for i, row in enumerate(matrices[0])]
+    return [[float(np.mean([r[i][j] for r in matrices])) for j in range(len(row))] for i, row in enumerate(matrices[0])]
 
 
 def fid_matrices(groups: Groups, name: str) -> Drawing:
     matrices = {method: _mean_matrix(group) for method, group in groups.items()}
-    ends = canvas.limits(list(matrices.values()))
+    limits = canvas.limits(list(matrices.values()))
     figure, axes, columns = _panels(list(groups), 3.1, "FID of task", "after learning task")
     for axis, r in zip(axes, matrices.values(), strict=True):
-        image = canvas.heatmap(axis, r, ends, 9 if columns < 4 else 7.5)
+        image = canvas.heatmap(axis, r, limits, 9 if columns < 4 else 7.5)
     canvas.colour_bar(figure, image, axes, rows=-(-len(axes) // columns))
     text = (
         "R: FID of each task (column) after learning each task (row), means over the seeds of the method, one scale "
@@ -125,12 +125,12 @@ def task_curves(groups: Groups, name: str) -> Drawing | None:
 
 
 def average_curves(groups: Groups, name: str) -> Drawing:
-    """Mean FID of the tasks learnt so far: all methods in one panel or, if they are many, each before the others."""
+    """Mean FID of the tasks learnt so far: all methods in one panel or, if they are many, a panel for each."""
     lines = {}
     for method, group in groups.items():
         matrices = [run.summary["fid_matrix"] for run in group]
-        after = [i for i, row in enumerate(matrices[0]) if row]
-        lines[method] = [i + 1 for i in after], np.array([[np.mean(m[i]) for i in after] for m in matrices])
+        stages = [i for i, row in enumerate(matrices[0]) if row]
+        lines[method] = [i + 1 for i in stages], np.array([[np.mean(r[i]) for i in stages] for r in matrices])
     tasks = max(len(group[0].summary["fid_matrix"]) for group in groups.values())
     few = len(groups) <= len(COLOURS)
     if few:
@@ -144,8 +144,8 @@ def average_curves(groups: Groups, name: str) -> Drawing:
     for k, (method, (x, curves)) in enumerate(lines.items()):
         axis = axes[0] if few else axes[k]
         if not few:
-            for others, their in lines.values():
-                axis.plot(others, their.mean(0), color="#cccccc", linewidth=0.8, marker="." if len(others) == 1 else "")
+            for xs, others in lines.values():
+                axis.plot(xs, others.mean(0), color="#cccccc", linewidth=0.8, marker="." if len(xs) == 1 else "")
         colour = COLOURS[k] if few else COLOURS[0]
         style: dict[str, Any] = {"marker": "o", "markersize": 5}
         if few:

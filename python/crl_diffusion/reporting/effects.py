@@ -1,4 +1,4 @@
-"""Pictures of what changes between methods: paired differences, lambda sweeps, Fisher matrices, scores over data sets.
+"""Pictures of differences between methods: paired differences, lambda sweeps, Fisher matrices, scores over data sets.
 
 Every picture takes as many methods as there are: one row or one panel each. Nothing here trains, samples or measures.
 """
@@ -16,7 +16,7 @@ from crl_diffusion.files import Row
 from crl_diffusion.reporting import seeds
 from crl_diffusion.reporting.canvas import COLOURS, GREY, MARKERS, Drawing, drawing, wrap
 from crl_diffusion.reporting.charts import NAME_WIDTH
-from crl_diffusion.reporting.penalty_tables import LOW_RHO, LOW_SIGNAL, mean_of
+from crl_diffusion.reporting.penalty_tables import LOW_RHO, LOW_SIGNAL, estimates_with, mean_of
 from crl_diffusion.reporting.runs import Finished, Groups
 from crl_diffusion.reporting.tables import AVERAGE, FORGETTING, HEADLINE, LEARNT, MINUS, number, values
 
@@ -49,19 +49,19 @@ def forest(groups: Groups, baseline: str, name: str) -> Drawing | None:
     squeezed = False
     for axis, column in zip(axes, columns, strict=True):
         base = values(groups[baseline], column.key)
-        found = [list(seeds.paired(values(groups[m], column.key), base).values()) for m in names]
-        reach = []  # of each method: how far from zero its seeds and its interval go
-        for y, part in enumerate(found):
+        differences = [list(seeds.paired(values(groups[method], column.key), base).values()) for method in names]
+        reach = []  # for each method, the largest distance of its seeds and its interval from zero
+        for y, row in enumerate(differences):
             axis.axhspan(y - 0.5, y + 0.5, color="#f4f4f4" if y % 2 else "white", zorder=0)
-            if not part:
+            if not row:
                 continue
-            e = seeds.estimate(part)
-            axis.plot(part, [y + 0.18] * e.n, "o", color=COLOURS[0], markersize=3.5, alpha=0.55, markeredgewidth=0)
-            if e.half is not None:
-                axis.errorbar(e.mean, y - 0.08, xerr=e.half, color="black", capsize=3, linewidth=1.4)
-                axis.plot(e.mean, y - 0.08, "D", color="black", markersize=5)
-            reach.append(max(abs(e.mean) + (e.half or 0.0), *map(abs, part)))
-        squeezed = squeeze(axis, [d for part in found for d in part], reach) or squeezed
+            mean, _, half_width, n = seeds.estimate(row)
+            axis.plot(row, [y + 0.18] * n, "o", color=COLOURS[0], markersize=3.5, alpha=0.55, markeredgewidth=0)
+            if half_width is not None:
+                axis.errorbar(mean, y - 0.08, xerr=half_width, color="black", capsize=3, linewidth=1.4)
+                axis.plot(mean, y - 0.08, "D", color="black", markersize=5)
+            reach.append(max(abs(mean) + (half_width or 0.0), *map(abs, row)))
+        squeezed = squeeze(axis, [x for row in differences for x in row], reach) or squeezed
         axis.axvline(0, color=COLOURS[1], linewidth=1.2)
         axis.set_xlabel(
             f"{column.title[:-2]}, FID points,\nless {wrap(baseline, NAME_WIDTH)}'s (left: better)", fontsize=9
@@ -75,67 +75,66 @@ def forest(groups: Groups, baseline: str, name: str) -> Drawing | None:
     return drawing(name, figure, f"Forest plot of {len(names)} methods against {baseline}.", text)
 
 
-def squeeze(axis: Axes, found: Sequence[float], reach: Sequence[float]) -> bool:
+def squeeze(axis: Axes, differences: Sequence[float], reach: Sequence[float]) -> bool:
     """Where a few methods are far from the others, make the x axis linear as far as half of them reach at least, and
-    logarithmic beyond. `found` are the differences, `reach` how far from zero each method's go, interval included."""
-    middle = float(np.median([r for r in reach if r] or [0.0]))
+    logarithmic beyond. `reach` is how far from zero each method's differences go, interval included."""
+    middle = float(np.median([distance for distance in reach if distance] or [0.0]))
     if not middle or max(reach) <= 20 * middle:
         return False
     power = 10.0 ** math.floor(math.log10(middle))
     linear, linear_decades = float(f"{math.ceil(middle / power) * power:.1g}"), 1.5
     axis.set_xscale("symlog", linthresh=linear, linscale=linear_decades)
-    decades = sum(math.log10(max(linear, end) / linear) + linear_decades for end in (max(found), -min(found)))
-    apart = 1 if decades <= DECADES_WITH_ROOM else 2
-    ends = [s * linear * 10**k for k in range(0, 7, apart) if linear * 10**k <= 1.2 * max(reach) for s in (-1, 1)]
-    shown = [0.0, *(x for x in ends if min(found) <= x <= max(found) or abs(x) == linear)]
-    axis.set_xticks(shown, [f"{x:g}".replace("-", MINUS) for x in shown], minor=False)
+    left, right = min(differences), max(differences)
+    decades = sum(math.log10(max(linear, end) / linear) + linear_decades for end in (right, -left))
+    step = 1 if decades <= DECADES_WITH_ROOM else 2
+    ends = [s * linear * 10**k for k in range(0, 7, step) if linear * 10**k <= 1.2 * max(reach) for s in (-1, 1)]
+    ticks = [0.0, *(x for x in ends if left <= x <= right or abs(x) == linear)]
+    axis.set_xticks(ticks, [f"{x:g}".replace("-", MINUS) for x in ticks], minor=False)
     axis.minorticks_off()
     return True
 
 
 def without_penalty(run: Finished, groups: Groups) -> str | None:
-    """The method that replays the same and has no penalty."""
+    """The method with the same replay and no penalty."""
     recipe = {**run.config["recipe"], "penalty": None}
     return next((name for name, group in groups.items() if group[0].config["recipe"] == recipe), None)
 
 
 def sweeps(groups: Groups) -> dict[str, dict[float, Sequence[Finished]]]:
     """Families of methods that differ in lam only, with two or more of it: their runs by lam."""
-    found: dict[str, dict[float, Sequence[Finished]]] = {}
+    families: dict[str, dict[float, Sequence[Finished]]] = {}
     for group in groups.values():
         if group[0].lam is not None:
-            found.setdefault(group[0].family, {})[group[0].lam] = group
-    return {family: dict(sorted(runs.items())) for family, runs in found.items() if len(runs) > 1}
+            families.setdefault(group[0].family, {})[group[0].lam] = group
+    return {family: dict(sorted(runs.items())) for family, runs in families.items() if len(runs) > 1}
 
 
 def lam_sweep(groups: Groups, name: str) -> Drawing | None:
     """Average FID and forgetting against lam: a row of panels a family."""
-    found = sweeps(groups)
-    if not found:
+    families = sweeps(groups)
+    if not families:
         return None
     figure, axes = plt.subplots(
-        len(found), 2, figsize=(10, 2.9 * len(found) + 0.3), squeeze=False, layout="constrained"
+        len(families), 2, figsize=(10, 2.9 * len(families) + 0.3), squeeze=False, layout="constrained"
     )
-    for row, (family, runs) in zip(axes, found.items(), strict=True):
-        plain = without_penalty(next(iter(runs.values()))[0], groups)
-        place = places(list(runs))
+    for row, (family, runs) in zip(axes, families.items(), strict=True):
+        no_penalty = without_penalty(next(iter(runs.values()))[0], groups)
+        positions = places(list(runs))
         for axis, column in zip(row, HEADLINE, strict=True):
-            if plain is None:
+            if no_penalty is None:
                 axis.plot([], [], " ", label="no run of this replay without a penalty")
-            elif reference := values(groups[plain], column.key):
-                axis.axhspan(
-                    min(reference.values()), max(reference.values()), color=COLOURS[1], alpha=0.15, linewidth=0
-                )
-                mean = float(np.mean([*reference.values()]))
-                axis.axhline(mean, color=COLOURS[1], linestyle="--", label=f"no penalty: {plain}")
+            elif reference := list(values(groups[no_penalty], column.key).values()):
+                axis.axhspan(min(reference), max(reference), color=COLOURS[1], alpha=0.15, linewidth=0)
+                mean = float(np.mean(reference))
+                axis.axhline(mean, color=COLOURS[1], linestyle="--", label=f"no penalty: {no_penalty}")
             by_lam = {lam: list(values(group, column.key).values()) for lam, group in runs.items()}
             for lam, dots in by_lam.items():
-                axis.plot([place[lam]] * len(dots), dots, "o", color=COLOURS[0], markersize=4, alpha=0.5)
+                axis.plot([positions[lam]] * len(dots), dots, "o", color=COLOURS[0], markersize=4, alpha=0.5)
             measured = [lam for lam, dots in by_lam.items() if dots]
             means = [float(np.mean(by_lam[lam])) for lam in measured]
-            axis.plot([place[lam] for lam in measured], means, color=COLOURS[0], label="mean over seeds")
+            axis.plot([positions[lam] for lam in measured], means, color=COLOURS[0], label="mean over seeds")
             axis.set_xscale("log")
-            axis.set_xticks([place[lam] for lam in runs], [f"{lam:g}" for lam in runs], fontsize=8)
+            axis.set_xticks([positions[lam] for lam in runs], [f"{lam:g}" for lam in runs], fontsize=8)
             axis.minorticks_off()
             axis.set_xlabel("lam (log scale)")
             axis.set_ylabel(f"{column.title[:-2]}\n(FID points, lower is better)", fontsize=9)
@@ -147,7 +146,7 @@ def lam_sweep(groups: Groups, name: str) -> Drawing | None:
         "are set one step beside the others. Every panel has its own scale. A strength picked here is to be tested on "
         "other seeds."
     )
-    return drawing(name, figure, f"Average FID and forgetting against lam for {len(found)} methods.", text)
+    return drawing(name, figure, f"Average FID and forgetting against lam for {len(families)} methods.", text)
 
 
 def places(lams: Sequence[float]) -> dict[float, float]:
@@ -158,7 +157,7 @@ def places(lams: Sequence[float]) -> dict[float, float]:
 
 # Fisher matrices and data sets
 
-SHOWN_TASKS = 6  # up to which a cell has room for its number
+NUMBERED_TASKS = 6  # tasks up to which a cell has room for its number
 FISHER_PANELS = (  # key, title, limit, digits
     ("kappa", "κ", -math.inf, 3),
     ("rho", f"ρ (box: below {LOW_RHO:g})", LOW_RHO, 2),
@@ -168,24 +167,22 @@ FISHER_PANELS = (  # key, title, limit, digits
 
 def fisher(rows: Mapping[str, Sequence[Sequence[Row]]], name: str) -> Drawing | None:
     """kappa, rho and signal share of every method and task, means over seeds."""
-    known = [
-        column for column in FISHER_PANELS if any(mean_of(p, column[0]) is not None for t in rows.values() for p in t)
-    ]
-    shown = {m: t for m, t in rows.items() if any(mean_of(p, column[0]) is not None for p in t for column in known)}
-    if not shown:
+    panels = [panel for panel in FISHER_PANELS if estimates_with(rows, panel[0])]
+    methods = {name: tasks for name, tasks in rows.items() if any(estimates_with({name: tasks}, p[0]) for p in panels)}
+    if not methods:
         return None
-    tasks = max(row["task"] for parts in shown.values() for part in parts for row in part)
-    size = (2.6 + 2.5 * len(known), rows_height(list(shown)))
-    figure, axes = plt.subplots(1, len(known), figsize=size, sharey=True, squeeze=False, layout="constrained")
-    for axis, (key, title, limit, digits) in zip(axes[0], known, strict=True):
-        table = np.full((len(shown), tasks), np.nan)
-        for i, parts in enumerate(shown.values()):
-            for part in parts:
-                found = mean_of(part, key)
-                table[i, part[0]["task"] - 1] = np.nan if found is None else found
+    tasks = max(task_rows[0]["task"] for by_task in methods.values() for task_rows in by_task)
+    size = (2.6 + 2.5 * len(panels), rows_height(list(methods)))
+    figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for axis, (key, title, limit, digits) in zip(axes[0], panels, strict=True):
+        table = np.full((len(methods), tasks), np.nan)
+        for i, by_task in enumerate(methods.values()):
+            for task_rows in by_task:
+                mean = mean_of(task_rows, key)
+                table[i, task_rows[0]["task"] - 1] = np.nan if mean is None else mean
         axis.imshow(table, cmap="cividis", vmin=0, vmax=1, aspect="auto")
         for i, j in zip(*np.nonzero(np.isfinite(table)), strict=True):
-            if tasks <= SHOWN_TASKS:
+            if tasks <= NUMBERED_TASKS:
                 text = number(table[i, j], digits).replace("0.", ".")
                 colour = "black" if table[i, j] > 0.5 else "white"
                 axis.text(j, i, text, ha="center", va="center", fontsize=8, color=colour)
@@ -196,36 +193,28 @@ def fisher(rows: Mapping[str, Sequence[Sequence[Row]]], name: str) -> Drawing | 
         axis.set_xticks(ticks, [str(j + 1) for j in ticks])
         axis.set_xlabel("after learning task")
         axis.set_title(title, fontsize=10)
-    name_rows(axes[0, 0], list(shown))
+    name_rows(axes[0, 0], list(methods))
     text = "Each task's Fisher matrix, means over seeds, no units; dark is 0, light is 1. Orange box: below the limit."
-    return drawing(name, figure, f"Heatmaps of kappa, rho and signal share for {len(shown)} methods.", text)
+    return drawing(name, figure, f"Heatmaps of kappa, rho and signal share for {len(methods)} methods.", text)
 
 
-def across(scores: Mapping[str, Mapping[str, Mapping[int, float]]], data: Sequence[str], name: str) -> Drawing:
+def across(scores: Mapping[str, Mapping[str, Mapping[int, float]]], data_sets: Sequence[str], name: str) -> Drawing:
     """Normalised scores, one row a method, a marker a data set."""
-    figure, axis = plt.subplots(figsize=(9, rows_height(list(scores), 0.2 * len(data) + 0.15)), layout="constrained")
-    step = 0.8 / len(data)
-    for k, part in enumerate(data):
-        first = True
-        for y, found in enumerate(scores.values()):
-            if part not in found:
+    size = (9, rows_height(list(scores), 0.2 * len(data_sets) + 0.15))
+    figure, axis = plt.subplots(figsize=size, layout="constrained")
+    step = 0.8 / len(data_sets)
+    for k, data in enumerate(data_sets):
+        colour, marker, label = COLOURS[k % len(COLOURS)], MARKERS[k % len(MARKERS)], data
+        for y, by_data in enumerate(scores.values()):
+            if data not in by_data:
                 continue
-            e = seeds.estimate(list(found[part].values()))
-            at = y - 0.4 + step * (k + 0.5)
-            axis.plot(
-                list(found[part].values()), [at] * e.n, ".", color=COLOURS[k % len(COLOURS)], alpha=0.4, markersize=5
-            )
-            axis.errorbar(
-                e.mean,
-                at,
-                xerr=e.half,
-                color=COLOURS[k % len(COLOURS)],
-                capsize=2.5,
-                marker=MARKERS[k % 7],
-                markersize=5.5,
-                label=part if first else None,
-            )
-            first = False
+            dots = list(by_data[data].values())
+            mean, _, half_width, n = seeds.estimate(dots)
+            height = y - 0.4 + step * (k + 0.5)
+            axis.plot(dots, [height] * n, ".", color=colour, alpha=0.4, markersize=5)
+            style = {"color": colour, "marker": marker, "markersize": 5.5, "capsize": 2.5}
+            axis.errorbar(mean, height, xerr=half_width, label=label, **style)
+            label = None  # the legend names a data set once
     for y in range(1, len(scores)):
         axis.axhline(y - 0.5, color="#eeeeee", linewidth=1, zorder=0)
     for x in (0, 1):
@@ -236,4 +225,4 @@ def across(scores: Mapping[str, Mapping[str, Mapping[int, float]]], data: Sequen
     text = (
         "Normalised scores of each data set, paired by seed: large markers are means with 95 % t intervals, dots seeds."
     )
-    return drawing(name, figure, f"Normalised scores of {len(scores)} methods on {len(data)} data sets.", text)
+    return drawing(name, figure, f"Normalised scores of {len(scores)} methods on {len(data_sets)} data sets.", text)

@@ -1,4 +1,4 @@
-"""What a penalty costs, and how well its directions are known: tables from the logs of finished runs."""
+"""Tables of a penalty's cost and of its Fisher matrices' statistics, from the logs of finished runs."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from crl_diffusion.reporting.tables import MINUS, NONE, Sheet
 from crl_diffusion.run_folder.readers import read_metrics, read_timings
 
 FISHER = ("kappa", "rho", "signal_share", "samples_needed", "trace")
-LOW_SIGNAL, LOW_RHO = 0.8, 0.1  # below these a Fisher matrix's direction is not to be relied on
-
-
-# Costs
-
-LIMITS = (  # what is read, its key, below what, and what that means
+LOW_SIGNAL, LOW_RHO = 0.8, 0.1  # below these limits a direction is not reliable
+LIMITS = (  # title, key, limit, and what a value below it means
     ("signal share", "signal_share", LOW_SIGNAL, "directions partly noise"),
     ("ρ", "rho", LOW_RHO, "directions that hold little of F"),
 )
+
+
+# Costs
 
 
 def costs(groups: Groups) -> Sheet:
@@ -50,8 +49,8 @@ def costs(groups: Groups) -> Sheet:
     return Sheet(head, body, text)
 
 
-def _quantiles(found: Sequence[float]) -> str:
-    low, middle, high = np.quantile(found, (0.2, 0.5, 0.8))
+def _quantiles(values: Sequence[float]) -> str:
+    low, middle, high = np.quantile(values, (0.2, 0.5, 0.8))
     digits = 1 if middle >= 10 else 2
     return f"{middle:,.{digits}f}\n[{low:,.{digits}f}, {high:,.{digits}f}]"
 
@@ -75,64 +74,66 @@ def fisher_rows(groups: Groups) -> dict[str, list[list[Row]]]:
 
 def mean_of(rows: Sequence[Row], key: str) -> float | None:
     """Mean over seeds of a row's number; None if none has it."""
-    found = [float(row[key]) for row in rows if row.get(key) is not None]
-    return float(np.mean(found)) if found else None
+    values = [float(row[key]) for row in rows if row.get(key) is not None]
+    return float(np.mean(values)) if values else None
 
 
 def fisher(rows: Mapping[str, Sequence[Sequence[Row]]]) -> Sheet:
     """Statistics of each task's Fisher matrix, means over seeds; ranges over directions and seeds."""
     body = []
-    ranged = [key for key in ("curvatures", "slopes") if any(r.get(key) for t in rows.values() for p in t for r in p)]
+    ranged = [key for key in ("curvatures", "slopes") if any(row[key] for row in estimates_with(rows, key))]
     for name, tasks in rows.items():
-        for part in tasks:
-            found = [mean_of(part, key) for key in FISHER]
-            cells = [NONE if value is None else f"{value:,.0f}" if value >= 1e3 else f"{value:.3g}" for value in found]
-            ranges = [_range([x for row in part for x in row.get(key) or ()]) for key in ranged]
-            directions = max((len(row.get("curvatures") or ()) for row in part), default=0)
-            samples = mean_of(part, "num_samples")
-            head = [name, str(part[0]["task"]), NONE if samples is None else f"{samples:,.0f}"]
-            body.append([*head, *(c.replace("-", MINUS) for c in cells), str(directions or NONE), *ranges])
+        for task_rows in tasks:
+            means = [mean_of(task_rows, key) for key in FISHER]
+            cells = [NONE if value is None else f"{value:,.0f}" if value >= 1e3 else f"{value:.3g}" for value in means]
+            ranges = [_range([value for row in task_rows for value in row.get(key) or ()]) for key in ranged]
+            directions = max((len(row.get("curvatures") or ()) for row in task_rows), default=0)
+            samples = mean_of(task_rows, "num_samples")
+            head = [name, str(task_rows[0]["task"]), NONE if samples is None else f"{samples:,.0f}"]
+            body.append([*head, *(cell.replace("-", MINUS) for cell in cells), str(directions or NONE), *ranges])
     head = ["method", "task", "samples", "κ", "ρ", "signal share", "samples needed", "trace of F"]
     text = "Means over seeds; for curvatures and slopes, smallest to largest over directions and seeds."
     return Sheet([*head, "directions", *ranged], body, text)
 
 
-def _range(found: Sequence[float]) -> str:
-    if not found:
+def _range(values: Sequence[float]) -> str:
+    if not values:
         return NONE
-    ends = [f"{x:.2g}" for x in (min(found), max(found))]
+    ends = [f"{value:.2g}" for value in (min(values), max(values))]
     return (ends[0] if ends[0] == ends[1] else " to ".join(ends)).replace("-", MINUS)
 
 
-def _low(rows: Mapping[str, Sequence[Sequence[Row]]], key: str, limit: float) -> tuple[list[Row], int]:
-    """Estimates with too little of something, and the number of those that have it at all."""
-    known = [row for tasks in rows.values() for part in tasks for row in part if row.get(key) is not None]
-    return [row for row in known if row[key] < limit], len(known)
+def estimates_with(rows: Mapping[str, Sequence[Sequence[Row]]], key: str) -> list[Row]:
+    """The rows of all methods, tasks and seeds that have a value for a key."""
+    return [row for tasks in rows.values() for task_rows in tasks for row in task_rows if row.get(key) is not None]
 
 
 def warning(rows: Mapping[str, Sequence[Sequence[Row]]]) -> str:
     """One sentence for all methods together."""
-    said = []
+    clauses = []
     for title, key, limit, meaning in LIMITS:
-        low, of = _low(rows, key, limit)
+        estimates = estimates_with(rows, key)
+        low = [row for row in estimates if row[key] < limit]
         if low:
-            said.append(f"{title} is below {limit:g} in {len(low)} of {of} estimates ({meaning})")
-    return f"Not to be relied on: {', '.join(said)}."
+            clauses.append(f"{title} is below {limit:g} in {len(low)} of {len(estimates)} estimates ({meaning})")
+    return f"Not to be relied on: {', '.join(clauses)}."
 
 
 def warnings(rows: Mapping[str, Sequence[Sequence[Row]]]) -> list[str]:
-    """One sentence for each method whose directions are mostly noise or hold little of F."""
-    said = []
+    """One sentence for each method and limit that some of its estimates are below."""
+    sentences = []
     for name, tasks in rows.items():
         for title, key, limit, _ in LIMITS:
-            low, of = _low({name: tasks}, key, limit)
+            estimates = estimates_with({name: tasks}, key)
+            low = [row for row in estimates if row[key] < limit]
             if low:
                 worst = min(low, key=lambda row: float(row[key]))
                 value = f"{worst[key]:.2g}".replace("-", MINUS)
-                more = _needed(worst) if key == "signal_share" else ""
-                where = f"{len(low)} of {of} estimates (smallest {value}, after task {worst['task']}{more})"
-                said.append(f"{name}: {title} below {limit:g} in {where}.")
-    return said
+                samples = _needed(worst) if key == "signal_share" else ""
+                share = f"{len(low)} of {len(estimates)} estimates"
+                smallest = f"smallest {value}, after task {worst['task']}{samples}"
+                sentences.append(f"{name}: {title} below {limit:g} in {share} ({smallest}).")
+    return sentences
 
 
 def _needed(row: Row) -> str:

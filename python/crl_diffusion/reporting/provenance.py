@@ -1,4 +1,4 @@
-"""How runs were made: configuration, environment, and the commands that make them again. Read from run folders only."""
+"""How runs were made: configuration, environment, and the commands that repeat them, all read from run folders."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from crl_diffusion.reporting.runs import Finished, Groups, differing, runs_of
 from crl_diffusion.reporting.tables import NONE, Sheet
 
 DEFAULTS = {field.name: field.default for field in fields(Settings)}
-RECORDED = ("run", "command")  # parts of config.json that are told of elsewhere
+RECORDED = ("run", "command")  # parts of config.json that other tables show
 
 
 def options(config: Mapping[str, Any]) -> list[str]:
     """Command-line options that differ from the defaults, without method and seed; a list value is several words."""
-    found = []
+    words = []
     for name, value in config.items():
         if name in ("method", "seed", "recipe") or value is None or value == DEFAULTS.get(name):
             continue
-        found += [f"--{name.replace('_', '-')}", *(map(str, value) if isinstance(value, list) else [str(value)])]
-    return found
+        words += [f"--{name.replace('_', '-')}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return words
 
 
 def command(run: Finished) -> str:
-    """The command that makes this run: the one on record or else, from its configuration, one of the same meaning."""
+    """The command that repeats this run: the recorded one or, without a record, one built from its configuration."""
     recorded = run.record.get("command")
     if recorded:
         return shlex.join(recorded) if isinstance(recorded, list) else str(recorded)
-    words = ["--method", run.method, "--seed", str(run.seed), *options(run.config), *_measured(run)]
+    words = ["--method", run.method, "--seed", str(run.seed), *options(run.config), *_measurement_options(run)]
     words += ["--out", run.path.name]
     return "crl-diffusion train " + shlex.join(words)
 
@@ -43,7 +43,7 @@ def _kind(run: Finished) -> str | None:
     return next((kind for kind, begins in KINDS.items() if recorded.startswith(f"{begins}-")), None)
 
 
-def _measured(run: Finished) -> list[str]:
+def _measurement_options(run: Finished) -> list[str]:
     """The options beside the configuration that are not the defaults: extractor, and the folders of the data sets and
     of inception's weights where the recorded command names them."""
     kind, recorded = _kind(run), run.record.get("command") or []
@@ -75,35 +75,35 @@ def compare_command(groups: Groups) -> str | None:
         return None
     if len({tuple(options(run.config)) for run in runs}) > 1:
         return None
-    measured = {tuple(_measured(run)) for run in runs}
-    if len(measured) > 1 or any(run.record.get("extractor") and not _kind(run) for run in runs):
+    measurement = {tuple(_measurement_options(run)) for run in runs}
+    if len(measurement) > 1 or any(run.record.get("extractor") and not _kind(run) for run in runs):
         return None
-    words = ["--methods", *groups, "--seeds", *map(str, all_seeds), *options(runs[0].config), *measured.pop()]
+    words = ["--methods", *groups, "--seeds", *map(str, all_seeds), *options(runs[0].config), *measurement.pop()]
     words += ["--out", "OUT"]
     return "crl-diffusion compare " + shlex.join(words)
 
 
 def settings(groups: Groups) -> tuple[Sheet, Sheet | None]:
-    """What all runs have in common and, where runs differ, what each has."""
+    """Options that are the same in all runs and, if any differ, the value of each run."""
     runs = runs_of(groups)
-    apart = [name for name in differing(runs) if name not in ("method", "seed", "recipe", "lam", "mode")]
-    both = [field.name for field in fields(RunConfig) if field.name not in (*apart, "method", "seed")]
-    both += sorted(set(runs[0].config) - {*both, *apart, "method", "seed", "recipe", "lam", "mode"})
-    known = any(name not in runs[0].config for name in both)
+    different = [name for name in differing(runs) if name not in ("method", "seed", "recipe", "lam", "mode")]
+    same = [field.name for field in fields(RunConfig) if field.name not in (*different, "method", "seed")]
+    same += sorted(set(runs[0].config) - {*same, *different, "method", "seed", "recipe", "lam", "mode"})
+    filled_in = any(name not in runs[0].config for name in same)
     common = Sheet(
         ["option", "value"],
-        [[name, _text(runs[0].settings[name])] for name in both],
+        [[name, _text(runs[0].settings[name])] for name in same],
         "Options that are the same in all runs."
-        + (" Those that the runs' own version did not have yet are shown with their defaults." if known else ""),
+        + (" Those that the runs' own version did not have yet are shown with their defaults." if filled_in else ""),
     )
-    if not apart:
+    if not different:
         return common, None
-    body = [[r.method, str(r.seed), *(_text(r.settings.get(name)) for name in apart)] for r in runs]
-    return common, Sheet(["method", "seed", *apart], body, "Options that are not the same in all runs.")
+    body = [[run.method, str(run.seed), *(_text(run.settings.get(name)) for name in different)] for run in runs]
+    return common, Sheet(["method", "seed", *different], body, "Options that are not the same in all runs.")
 
 
 def methods(groups: Groups) -> Sheet:
-    """What each method's name stands for."""
+    """The parts of each method."""
     body = []
     for name, group in groups.items():
         recipe = group[0].config["recipe"]
@@ -116,31 +116,31 @@ def methods(groups: Groups) -> Sheet:
 
 
 def environment(runs: Sequence[Finished]) -> Sheet:
-    """Versions, machine, state of the repository: each value that occurs and, of several, in whose runs."""
-    flat = {run.path: _flat({k: v for k, v in run.record.items() if k not in RECORDED}) for run in runs}
-    names = dict.fromkeys(name for found in flat.values() for name in found)
+    """Versions, machine and state of the repository: each value and, if there are several, how many runs have it."""
+    flat = {run.path: _flatten({k: v for k, v in run.record.items() if k not in RECORDED}) for run in runs}
+    names = dict.fromkeys(name for values in flat.values() for name in values)
     body = []
     for name in names:
         by_value: dict[str, list[Finished]] = {}
         for run in runs:
             by_value.setdefault(flat[run.path].get(name, "not recorded"), []).append(run)
         several = len(by_value) > 1
-        said = [
-            f"{value} ({len(who)} runs, such as {who[0].path.name})" if several else value
-            for value, who in by_value.items()
+        cells = [
+            f"{value} ({len(holders)} runs, such as {holders[0].path.name})" if several else value
+            for value, holders in by_value.items()
         ]
-        body.append([name, "\n".join(said)])
+        body.append([name, "\n".join(cells)])
     if not any("git" in name for name in names):
         body.append(["git", "not recorded by these runs"])
     return Sheet(["", "value"], body, "As recorded in each run's config.json when the run began.")
 
 
-def _flat(found: Mapping[str, Any], before: str = "") -> dict[str, str]:
+def _flatten(record: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     result = {}
-    for key, value in found.items():
+    for key, value in record.items():
         name = key if key != "environment" else ""
-        name = f"{before} {name}".strip()
-        result.update(_flat(value, name) if isinstance(value, Mapping) else {name: _text(value)})
+        name = f"{prefix} {name}".strip()
+        result.update(_flatten(value, name) if isinstance(value, Mapping) else {name: _text(value)})
     return result
 
 

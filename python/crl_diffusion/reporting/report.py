@@ -23,13 +23,13 @@ def write(folders: Sequence[Path], out: Path, baseline: str, order: Sequence[str
         where = ", ".join(repr(str(folder)) for folder in folders)
         raise OptionError(f"no finished run in {where}; give folders that `train` or `compare` has written")
     parts = by_data(runs, order)
-    for part in parts.values():
-        comparable(part)
+    for groups in parts.values():
+        comparable(groups)
     out.mkdir(parents=True, exist_ok=True)
     html, drawn = page.render(parts, baseline)
     paths = [drawing.save(out) for drawing in drawn if drawing.name]
 
-    sheets = [tables.markdown_sheets(part, baseline) for part in parts.values()]
+    sheets = [tables.markdown_sheets(groups, baseline) for groups in parts.values()]
     for name, text in (("comparison.md", "\n".join(sheets)), ("report.html", html)):
         write_text(out / name, text)
     captions = [tables.caption(runs_of(groups)) for groups in parts.values()]

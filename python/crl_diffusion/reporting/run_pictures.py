@@ -41,7 +41,7 @@ def of_run(run: Path) -> list[Path]:
     axis.set(xlabel="FID of task", ylabel="after learning task")
     axis.set_title(wrap(name, 50), fontsize=10)
     drawings += [drawing("fid_matrix", figure, "", ""), drawing("curves", _curves(rows, r, name), "", "")]
-    return [each.save(run) for each in drawings]
+    return [picture.save(run) for picture in drawings]
 
 
 def _curves(rows: Sequence[Row], r: Sequence[Sequence[float]], name: str) -> Figure:

@@ -27,11 +27,11 @@ from crl_diffusion.run_folder.readers import (
     sha256_of,
 )
 
-# Options that do not decide how a number was measured or what it cost in training: runs may differ in them.
-FREE = {"method", "recipe", "seed", "device", "log_every", "checkpoint_every"}
-# Options of the penalty's Fisher matrix: they may differ from method to method, and not within one.
-OF_THE_METHOD = {"recipe", "fisher_samples", "fisher_estimate", "fisher_images"}
-RUN_RECORDS = ("config.json", "summary.json", "metrics.jsonl")  # a folder with one of them is a run's
+# Options that change neither how a number was measured nor how much training it took: runs may differ in them.
+FREE_OPTIONS = {"method", "recipe", "seed", "device", "log_every", "checkpoint_every"}
+# The recipe and the options of its Fisher matrix: methods may differ in them, runs of one method may not.
+METHOD_OPTIONS = {"recipe", "fisher_samples", "fisher_estimate", "fisher_images"}
+RUN_RECORDS = ("config.json", "summary.json", "metrics.jsonl")  # a folder with one of them is a run folder
 MEASURED_WITH = ("extractor", "classifier", "samples_per_task", "sampler", "held_out_images")
 
 
@@ -57,13 +57,13 @@ class Finished(NamedTuple):
 
     @property
     def lam(self) -> float | None:
-        """The strength of its penalty; None without one."""
+        """The strength of the penalty; None without one."""
         penalty = self.config["recipe"]["penalty"]
         return None if penalty is None else float(penalty["lam"])
 
     @property
     def family(self) -> str:
-        """Its method without lam: runs of one family differ in the strength of their penalty only."""
+        """The method without lam: runs of one family differ only in the strength of their penalty."""
         try:
             return spell(self.method, with_lam=False)
         except OptionError:  # a method of another version of this package, whose options are not known here
@@ -71,7 +71,7 @@ class Finished(NamedTuple):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The configuration, with what a run of an earlier version does not name filled in: it had the defaults."""
+        """The configuration; options that an earlier version did not record have their defaults."""
         plan, defaults = DATA_PLANS.get(self.data), {f.name: f.default for f in fields(Settings)}
         merged = {**defaults, **self.config}
         for name in ("image_size", "tasks", "classes_per_task"):
@@ -80,9 +80,9 @@ class Finished(NamedTuple):
 
 
 def read_finished(run: Path) -> Row:
-    """The summary of a finished run; RecordError unless it follows from the run's other records, and these are those
-    that its newest checkpoint knows. A folder that a line of a ledger was made into has no evaluations to look at, and
-    one of an earlier version fewer names."""
+    """The summary of a finished run; RecordError unless it follows from the run's other records, and these match the
+    newest checkpoint. A folder that was made from a line of a ledger has no evaluations to check, and a summary of an
+    earlier version has fewer keys."""
     summary, rows, record = read_summary(run), read_metrics(run), read_config(run)
     for key in ("method", "seed"):
         if summary[key] != record["run"][key]:
@@ -96,15 +96,15 @@ def read_finished(run: Path) -> Row:
         derived = summarise(run)
         if derived["step_ms"] is None:  # its times were lost after its end
             derived = {key: value for key, value in derived.items() if key not in ("step_ms", "penalty_ms")}
-        if other := [key for key in derived if key in summary and not _equal(summary[key], derived[key])]:
-            wrong = f"does not follow from the run's other records (its {', '.join(other[:3])})"
-            raise RecordError(run / "summary.json", wrong, SUMMARY_REMEDY)
+        if differing_keys := [key for key in derived if key in summary and not _equal(summary[key], derived[key])]:
+            problem = f"does not follow from the run's other records (its {', '.join(differing_keys[:3])})"
+            raise RecordError(run / "summary.json", problem, SUMMARY_REMEDY)
     saved = checkpoint.newest_header(run / "checkpoints")
     if saved is None or saved.run != digest_of_saved(record["run"]):
         return summary
     if saved.config and read_file(run / "config.json") != saved.config.encode():
-        wrong = "is not what it was when the run's checkpoints were taken"
-        raise RecordError(run / "config.json", wrong, CONFIG_REMEDY)
+        problem = "is not what it was when the run's checkpoints were taken"
+        raise RecordError(run / "config.json", problem, CONFIG_REMEDY)
     for name, digest in saved.digests.items():
         if name.startswith("samples/") and sha256_of(run / name) != digest:
             raise RecordError(run / name, "is missing or not what the run has drawn", SAMPLES_REMEDY)
@@ -112,7 +112,7 @@ def read_finished(run: Path) -> Row:
 
 
 def _equal(a: Any, b: Any) -> bool:
-    """Whether two values of JSON are the same up to the rounding of means: Python has summed in two ways."""
+    """Whether two JSON values are the same up to rounding: versions of Python sum means in different ways."""
     if isinstance(a, list) and isinstance(b, list):
         return len(a) == len(b) and all(map(_equal, a, b))
     if isinstance(a, float) and isinstance(b, float):
@@ -121,7 +121,7 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def find(folders: Iterable[Path]) -> tuple[list[Finished], list[Path]]:
-    """Finished runs at or below the folders, in the order of methods and seeds; and the unfinished ones."""
+    """Finished runs in these folders or one level below, in the order of their paths, and the unfinished folders."""
     runs: dict[Path, Finished] = {}
     unfinished = []
     for folder in folders:
@@ -132,7 +132,7 @@ def find(folders: Iterable[Path]) -> tuple[list[Finished], list[Path]]:
             record = read_config(run)
             if (run / "summary.json").exists():
                 summary = read_finished(run)
-                summary.pop("metrics_sha256", None)  # of the folder's file, no number of the run
+                summary.pop("metrics_sha256", None)  # a digest of a file, not a result
                 learnt = metrics.fid_when_learnt(summary["fid_matrix"])  # summaries of an earlier version lack it
                 runs[run.resolve()] = Finished(run, record["run"], {"fid_when_learnt": learnt, **summary}, record)
             else:
@@ -140,7 +140,7 @@ def find(folders: Iterable[Path]) -> tuple[list[Finished], list[Path]]:
     return list(runs.values()), unfinished
 
 
-# Side by side
+# Comparison
 
 Groups = Mapping[str, Sequence[Finished]]  # method -> its runs, one per seed
 
@@ -156,8 +156,8 @@ def grouped(runs: Sequence[Finished], order: Sequence[str] = ()) -> dict[str, li
 
     def place(run: Finished) -> tuple[float, ...]:
         named = [name for name in (run.method, run.method.partition(":")[0]) if name in order]
-        known = order.index(named[0]) if named else len(order)
-        return known, families.index(run.family), -1.0 if run.lam is None else run.lam, run.seed
+        rank = order.index(named[0]) if named else len(order)
+        return rank, families.index(run.family), -1.0 if run.lam is None else run.lam, run.seed
 
     result: dict[str, list[Finished]] = {}
     for run in sorted(runs, key=place):
@@ -181,20 +181,20 @@ def differing(runs: Sequence[Finished]) -> list[str]:
 
 
 def comparable(groups: Groups) -> None:
-    """Refuse to put numbers side by side that were not made and measured in the same way."""
+    """Raise OptionError unless all numbers come from runs that were trained and measured in the same way."""
     runs = runs_of(groups)
     for key in MEASURED_WITH:
-        known = [run for run in runs if run.summary.get(key) is not None]
-        _same(known, key, {run.path: run.summary[key] for run in known}, "their FIDs do not compare")
-    free = FREE | OF_THE_METHOD | {"lam", "mode"}  # these two are part of the recipe, and were options once
+        values = {run.path: run.summary[key] for run in runs if run.summary.get(key) is not None}
+        _require_same(key, values, "their FIDs do not compare")
+    free = FREE_OPTIONS | METHOD_OPTIONS | {"lam", "mode"}  # these two are part of the recipe, and were options once
     for key in differing(runs):
         if key not in free:
-            _same(runs, key, {run.path: run.settings.get(key) for run in runs}, "a difference may come from that")
+            _require_same(key, {run.path: run.settings.get(key) for run in runs}, "a difference may come from that")
     for name, group in groups.items():
         for key in differing(group):
-            if key in OF_THE_METHOD:
+            if key in METHOD_OPTIONS:
                 values = {run.path: run.settings.get(key) for run in group}
-                _same(group, key, values, f"they are all called {name}, but their seeds are not replicates")
+                _require_same(key, values, f"they are all called {name}, but their seeds are not replicates")
     seen: dict[tuple[str, int], Path] = {}
     for run in runs:
         twin = seen.setdefault((run.method, run.seed), run.path)
@@ -204,14 +204,14 @@ def comparable(groups: Groups) -> None:
             )
 
 
-def _same(runs: Sequence[Finished], key: str, values: Mapping[Path, Any], reason: str) -> None:
-    """Refuse runs that differ in `key`, saying which has what."""
-    kinds: dict[str, list[str]] = {}
-    for run in runs:
-        kinds.setdefault(str(values[run.path]), []).append(str(run.path))
-    if len(kinds) > 1:
-        named = [
-            f"{kind} in {paths[0]}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
-            for kind, paths in kinds.items()
+def _require_same(key: str, values: Mapping[Path, Any], reason: str) -> None:
+    """Raise OptionError, with each value and its folders, if runs differ in `key`."""
+    folders_by_value: dict[str, list[str]] = {}
+    for folder, value in values.items():
+        folders_by_value.setdefault(str(value), []).append(str(folder))
+    if len(folders_by_value) > 1:
+        clauses = [
+            f"{value} in {folders[0]}" + (f" and {len(folders) - 1} more" if len(folders) > 1 else "")
+            for value, folders in folders_by_value.items()
         ]
-        raise OptionError(f"these runs differ in their {key} ({'; '.join(named)}): {reason}; report them apart")
+        raise OptionError(f"these runs differ in their {key} ({'; '.join(clauses)}): {reason}; report them apart")

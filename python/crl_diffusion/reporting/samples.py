@@ -14,18 +14,15 @@ from matplotlib.figure import Figure
 from crl_diffusion.reporting.canvas import wrap
 from crl_diffusion.run_folder.readers import read_samples
 
-SAMPLE_ROWS, SAMPLE_COLUMNS, ACROSS = 2, 6, 30  # images of a class, at most, and of all classes side by side
-SHOWN_CLASSES = 20  # columns that a page's width has room for
-
-
-# Samples
+SAMPLE_ROWS, SAMPLE_COLUMNS, ACROSS = 2, 6, 30  # most images of a class, and of all classes side by side
+DRAWN_CLASSES = 20  # columns that fit the width of a page
 
 
 class Classes(NamedTuple):
     """The classes that a picture shows, task by task in the order learnt."""
 
     tasks: list[list[int]]
-    all: int  # classes that there are
+    total: int  # classes learnt
 
     @classmethod
     def learnt(cls, labels: np.ndarray, tasks: int) -> Classes:
@@ -33,18 +30,18 @@ class Classes(NamedTuple):
         order = list(dict.fromkeys(labels.tolist()))
         size = max(1, len(order) // tasks)
         parts = [order[i : i + size] for i in range(0, len(order), size)]
-        chosen = set(np.linspace(0, len(order) - 1, min(len(order), SHOWN_CLASSES)).round().astype(int).tolist())
-        kept = [[c for j, c in enumerate(part) if i * size + j in chosen] for i, part in enumerate(parts)]
-        return cls(kept, len(order))
+        columns = set(np.linspace(0, len(order) - 1, min(len(order), DRAWN_CLASSES)).round().astype(int).tolist())
+        chosen = [[c for j, c in enumerate(part) if i * size + j in columns] for i, part in enumerate(parts)]
+        return cls(chosen, len(order))
 
     @property
-    def shown(self) -> list[int]:
+    def labels(self) -> list[int]:
         return [c for part in self.tasks for c in part]
 
     @property
     def note(self) -> str:
-        few = len(self.shown) < self.all
-        return f" {len(self.shown)} of {self.all} classes, evenly chosen." if few else ""
+        few = len(self.labels) < self.total
+        return f" {len(self.labels)} of {self.total} classes, evenly chosen." if few else ""
 
 
 def strip(pixels: np.ndarray, labels: np.ndarray, classes: Classes, rows: int, columns: int) -> np.ndarray:
@@ -54,7 +51,7 @@ def strip(pixels: np.ndarray, labels: np.ndarray, classes: Classes, rows: int, c
     gap = max(1, side // 8)
     height, width = rows * (side + gap) - gap, columns * (side + gap) - gap
     cells = []
-    for c in classes.shown:
+    for c in classes.labels:
         block = np.full((height, width, 3), 0.91 if not (labels == c).any() else 1.0)
         for i, image in enumerate(pixels[labels == c][: rows * columns]):
             top, left = (i // columns) * (side + gap), (i % columns) * (side + gap)
@@ -65,11 +62,11 @@ def strip(pixels: np.ndarray, labels: np.ndarray, classes: Classes, rows: int, c
 
 
 def strips_of(
-    kept: Sequence[tuple[str, tuple[np.ndarray, np.ndarray]]], classes: Classes
+    samples: Sequence[tuple[str, tuple[np.ndarray, np.ndarray]]], classes: Classes
 ) -> list[tuple[str, np.ndarray]]:
     """Labelled rows of cells, with as many images of a class as fit the width."""
-    columns = min(max(ACROSS // len(classes.shown), 1), SAMPLE_COLUMNS)
-    return [(label, strip(*found, classes, SAMPLE_ROWS, columns)) for label, found in kept]
+    columns = min(max(ACROSS // len(classes.labels), 1), SAMPLE_COLUMNS)
+    return [(label, strip(*images, classes, SAMPLE_ROWS, columns)) for label, images in samples]
 
 
 def show_strips(strips: Sequence[tuple[str, np.ndarray]], classes: Classes, title: str) -> Figure:
@@ -92,12 +89,12 @@ def show_strips(strips: Sequence[tuple[str, np.ndarray]], classes: Classes, titl
         for spine in axis.spines.values():
             spine.set_visible(False)
     top: Axes = axes[0, 0]
-    shown = classes.shown
-    cell = (width + 1) / len(shown)
-    named = "class " if len(shown) <= 10 else ""
-    top.set_xticks([cell * (i + 0.5) - 1 for i in range(len(shown))], [f"{named}{c}" for c in shown], fontsize=9)
+    columns = classes.labels
+    cell = (width + 1) / len(columns)
+    named = "class " if len(columns) <= 10 else ""
+    top.set_xticks([cell * (i + 0.5) - 1 for i in range(len(columns))], [f"{named}{c}" for c in columns], fontsize=9)
     top.xaxis.tick_top()
-    if len(shown) > 10:
+    if len(columns) > 10:
         for text, height, colour in (("class", 5, "black"), ("task", 19, "#555555")):
             where = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "right", "fontsize": 9}
             top.annotate(text, (0.0, 1.0), xytext=(-6, height), color=colour, **where)
@@ -105,7 +102,7 @@ def show_strips(strips: Sequence[tuple[str, np.ndarray]], classes: Classes, titl
     for number, part in enumerate(classes.tasks, start=1):
         if part:
             top.annotate(
-                f"task {number}" if len(shown) <= 10 else str(number),
+                f"task {number}" if len(columns) <= 10 else str(number),
                 ((first + len(part) / 2) * cell - 1, 1.0),
                 xytext=(0, 19),
                 xycoords=("data", "axes fraction"),
@@ -122,9 +119,9 @@ def show_strips(strips: Sequence[tuple[str, np.ndarray]], classes: Classes, titl
 
 def grid_over_tasks(run: Path, tasks: int, title: str = "") -> tuple[Figure, Classes] | None:
     """Samples after each task, a row each; None where the run keeps none."""
-    kept = {i: found for i in range(1, tasks + 1) if (found := read_samples(run, i)) is not None}
-    if not kept:
+    samples = {task: images for task in range(1, tasks + 1) if (images := read_samples(run, task)) is not None}
+    if not samples:
         return None
-    classes = Classes.learnt(kept[max(kept)][1], tasks)
-    strips = strips_of([(f"after task {i}", found) for i, found in kept.items()], classes)
+    classes = Classes.learnt(samples[max(samples)][1], tasks)
+    strips = strips_of([(f"after task {task}", images) for task, images in samples.items()], classes)
     return show_strips(strips, classes, title), classes

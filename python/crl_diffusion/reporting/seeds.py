@@ -22,17 +22,17 @@ class Estimate(NamedTuple):
     """Of n values: their mean and, from two on, standard deviation and half width of the 95 % t interval."""
 
     mean: float
-    spread: float | None
-    half: float | None
+    std: float | None
+    half_width: float | None
     n: int
 
     @property
     def low(self) -> float | None:
-        return None if self.half is None else self.mean - self.half
+        return None if self.half_width is None else self.mean - self.half_width
 
     @property
     def high(self) -> float | None:
-        return None if self.half is None else self.mean + self.half
+        return None if self.half_width is None else self.mean + self.half_width
 
 
 class SignFlip(NamedTuple):
@@ -45,11 +45,11 @@ class SignFlip(NamedTuple):
 def estimate(values: Sequence[float]) -> Estimate:
     from scipy import stats
 
-    n = len(values)
+    n, mean = len(values), float(np.mean(values))
     if n < 2:
-        return Estimate(float(np.mean(values)), None, None, n)
-    spread = float(np.std(values, ddof=1))
-    return Estimate(float(np.mean(values)), spread, float(stats.t.ppf(0.975, n - 1)) * spread / math.sqrt(n), n)
+        return Estimate(mean, None, None, n)
+    std = float(np.std(values, ddof=1))
+    return Estimate(mean, std, float(stats.t.ppf(0.975, n - 1)) * std / math.sqrt(n), n)
 
 
 def paired(values: Values, baseline: Values) -> dict[int, float]:

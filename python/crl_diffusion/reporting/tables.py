@@ -22,7 +22,7 @@ MINUS = "−"
 
 
 class Sheet(NamedTuple):
-    """A table: headings, rows, and what has to be known to read it."""
+    """A table: headings, rows, and a caption that defines its numbers."""
 
     head: list[str]
     body: list[list[str]]
@@ -75,20 +75,21 @@ def values(runs: Sequence[Finished], key: str) -> dict[int, float]:
 
 
 def present(runs: Sequence[Finished], columns: Sequence[Column]) -> list[Column]:
-    """Those columns that some run has a value for."""
+    """The columns that at least one run has a value for."""
     return [column for column in columns if values(runs, column.key)]
 
 
-def cell(found: Mapping[int, float], digits: int, interval: bool = True, plus: bool = False) -> str:
+def cell(by_seed: Mapping[int, float], digits: int, interval: bool = True, plus: bool = False) -> str:
     """mean ± standard deviation and, below, the 95 % interval."""
-    if not found:
+    if not by_seed:
         return NONE
-    e = seeds.estimate(list(found.values()))
-    text = number(e.mean, digits, plus)
-    if e.spread is None or e.low is None or e.high is None:
+    estimate = seeds.estimate(list(by_seed.values()))
+    text = number(estimate.mean, digits, plus)
+    if estimate.std is None or estimate.low is None or estimate.high is None:
         return text
-    text += f" ± {number(e.spread, digits)}"
-    return text + f"\n[{number(e.low, digits, plus)}, {number(e.high, digits, plus)}]" if interval else text
+    text += f" ± {number(estimate.std, digits)}"
+    low, high = number(estimate.low, digits, plus), number(estimate.high, digits, plus)
+    return text + f"\n[{low}, {high}]" if interval else text
 
 
 def several(runs: Sequence[Finished]) -> bool:
@@ -102,23 +103,24 @@ def headline(groups: Groups) -> Sheet:
     columns = present(runs, COLUMNS)
     body = []
     for name, group in groups.items():
-        found = [cell(values(group, column.key), column.digits) for column in columns]
-        body.append([name, str(len(group)), *found])
+        cells = [cell(values(group, column.key), column.digits) for column in columns]
+        body.append([name, str(len(group)), *cells])
     return Sheet(["method", "seeds", *(column.title for column in columns)], body, caption(runs))
 
 
 def caption(runs: Sequence[Finished]) -> str:
-    """How the numbers of one data set were made."""
-    s, m = runs[0].settings, runs[0].summary
-    length = f"{s['epochs']} epochs" if s["epochs"] else f"{s['steps']} steps"
+    """How the numbers of one data set were measured."""
+    settings, summary = runs[0].settings, runs[0].summary
+    length = f"{settings['epochs']} epochs" if settings["epochs"] else f"{settings['steps']} steps"
     text = (
-        f"{runs[0].data}, {s['image_size']} pixels, {_many(s['tasks'], 'task')} of "
-        f"{_many(s['classes_per_task'], 'class')}, {length} a task. FID on the features of {m['extractor']}, "
-        f"{m['samples_per_task']} images a task, {m['sampler']}, against {held_out(runs[0])} of the task. T is the "
-        "number of tasks; forgetting is the sum over the tasks before the last of FID at the end less FID when "
-        "learnt, divided by T − 1 (mean over these tasks) or by T (as the rank-1 paper has it). Conditional "
-        f"accuracy: share of drawn images that {m.get('classifier', m['extractor'])} takes for their label. ↓ lower "
-        "is better, ↑ higher is better."
+        f"{runs[0].data}, {settings['image_size']} pixels, {_many(settings['tasks'], 'task')} of "
+        f"{_many(settings['classes_per_task'], 'class')}, {length} a task. FID on the features of "
+        f"{summary['extractor']}, {summary['samples_per_task']} images a task, {summary['sampler']}, against "
+        f"{held_out(runs[0])} of the task. T is the number of tasks; forgetting is the sum over the tasks before the "
+        "last of FID at the end less FID when learnt, divided by T − 1 (mean over these tasks) or by T (as the rank-1 "
+        "paper has it). Conditional accuracy: share of drawn images that "
+        f"{summary.get('classifier', summary['extractor'])} takes for their label. ↓ lower is better, ↑ higher is "
+        "better."
     )
     if several(runs):
         return text + " ± is the standard deviation over seeds; brackets are 95 % t intervals of the mean."
@@ -126,11 +128,11 @@ def caption(runs: Sequence[Finished]) -> str:
 
 
 def held_out(run: Finished) -> str:
-    """What images FIDs compare with: their number, where it is on record, and which part of the data they are."""
+    """The real images of an FID: their number, if it was recorded, and the split that they come from."""
     counts = run.summary.get("held_out_images") or []
-    counts = [n for n in (counts if isinstance(counts, list) else [counts]) if n]
-    number_said = " to ".join(map(str, dict.fromkeys((min(counts), max(counts))))) + " " if counts else "the "
-    return f"{number_said}held-out {run.settings['held_out']} images"
+    counts = [count for count in (counts if isinstance(counts, list) else [counts]) if count]
+    size = " to ".join(map(str, dict.fromkeys((min(counts), max(counts))))) + " " if counts else "the "
+    return f"{size}held-out {run.settings['held_out']} images"
 
 
 def _many(count: int, noun: str) -> str:
@@ -138,7 +140,7 @@ def _many(count: int, noun: str) -> str:
 
 
 def differences(groups: Groups, baseline: str) -> Sheet | None:
-    """Each method less the baseline, paired by seed; None without a baseline or another method."""
+    """Each method minus the baseline, paired by seed; None without a baseline or another method."""
     if baseline not in groups or len(groups) < 2:
         return None
     head = ["method", "paired seeds", *(f"{column.title[:-2]}, difference" for column in COMPARED)]
@@ -148,11 +150,11 @@ def differences(groups: Groups, baseline: str) -> Sheet | None:
             continue
         row = [name]
         for column in COMPARED:
-            found = seeds.paired(values(group, column.key), values(groups[baseline], column.key))
-            test = seeds.sign_flip(list(found.values()))
+            paired = seeds.paired(values(group, column.key), values(groups[baseline], column.key))
+            test = seeds.sign_flip(list(paired.values()))
             if len(row) == 1:
-                row.append(str(len(found)) + (f"\np ≥ {test.smallest:.3g}" if test else ""))
-            row.append(cell(found, column.digits_of_differences, plus=True) + (f", p {test.p:.3g}" if test else ""))
+                row.append(str(len(paired)) + (f"\np ≥ {test.smallest:.3g}" if test else ""))
+            row.append(cell(paired, column.digits_of_differences, plus=True) + (f", p {test.p:.3g}" if test else ""))
         body.append(row)
     text = (
         f"Method less {baseline}, seed by seed, then mean ± standard deviation and 95 % t interval. Average FID is FID "
@@ -165,21 +167,21 @@ def differences(groups: Groups, baseline: str) -> Sheet | None:
 
 
 def by_seed(groups: Groups) -> Sheet:
-    """Every number of every run: the known ones, and any that a summary holds besides."""
+    """Every number of every run: the columns above, then any other number in a summary."""
     runs = runs_of(groups)
-    known = [column.key for column in (*COLUMNS, *COSTS)]
-    others = dict.fromkeys(
+    known_keys = [column.key for column in (*COLUMNS, *COSTS)]
+    other_keys = dict.fromkeys(
         key
         for run in runs
         for key, value in run.summary.items()
-        if isinstance(value, int | float) and not isinstance(value, bool) and key not in (*known, "seed")
+        if isinstance(value, int | float) and not isinstance(value, bool) and key not in (*known_keys, "seed")
     )
-    columns = present(runs, [*COLUMNS, *COSTS, *(Column(key.replace("_", " "), key, 0) for key in others)])
+    columns = present(runs, [*COLUMNS, *COSTS, *(Column(key.replace("_", " "), key, 0) for key in other_keys)])
     body = []
     for name, group in groups.items():
         for run in group:
-            found = [run.summary.get(column.key) for column in columns]
-            body.append([name, str(run.seed), *(NONE if v is None else f"{v:.7g}".replace("-", MINUS) for v in found)])
+            row = [run.summary.get(column.key) for column in columns]
+            body.append([name, str(run.seed), *(NONE if x is None else f"{x:.7g}".replace("-", MINUS) for x in row)])
     return Sheet(["method", "seed", *(column.title for column in columns)], body, "One row a run, as in summary.json.")
 
 
@@ -192,29 +194,29 @@ def across(parts: Mapping[str, Groups]) -> dict[str, dict[str, dict[int, float]]
     for data, groups in parts.items():
         joint, fine_tune = (values(groups.get(name, []), AVERAGE.key) for name in ("joint", "fine-tune"))
         for name, group in groups.items():
-            found = seeds.normalised(values(group, AVERAGE.key), joint, fine_tune)
-            if found and name not in ("joint", "fine-tune"):
-                result.setdefault(name, {})[data] = found
+            scores = seeds.normalised(values(group, AVERAGE.key), joint, fine_tune)
+            if scores and name not in ("joint", "fine-tune"):
+                result.setdefault(name, {})[data] = scores
     return result
 
 
-def across_sheet(scores: Mapping[str, Mapping[str, Mapping[int, float]]], data: Sequence[str]) -> Sheet:
+def across_sheet(scores: Mapping[str, Mapping[str, Mapping[int, float]]], data_sets: Sequence[str]) -> Sheet:
     """Normalised scores, methods x data sets, and their mean over data sets, seed by seed."""
     body = []
-    for name, found in scores.items():
-        row = [name, *(cell(found.get(part, {}), 3) for part in data)]
-        common = set.intersection(*(set(found.get(part, {})) for part in data))
-        means = {seed: float(np.mean([found[part][seed] for part in data])) for seed in sorted(common)}
+    for name, by_data in scores.items():
+        row = [name, *(cell(by_data.get(data, {}), 3) for data in data_sets)]
+        common = set.intersection(*(set(by_data.get(data, {})) for data in data_sets))
+        means = {seed: float(np.mean([by_data[data][seed] for data in data_sets])) for seed in sorted(common)}
         body.append([*row, cell(means, 3)])
     text = (
         "(average FID − joint) / (fine-tune − joint), each with the references of its own seed: 0 is as good as joint "
         "training, 1 as bad as fine-tuning, lower is better. Mean ± standard deviation over seeds and 95 % t interval. "
         "Last column: mean over data sets of each seed that all of them have."
     )
-    return Sheet(["method", *data, "mean of the data sets"], body, text)
+    return Sheet(["method", *data_sets, "mean of the data sets"], body, text)
 
 
-# Where they go
+# Markdown and the terminal
 
 
 def markdown(sheet: Sheet) -> str:
@@ -232,32 +234,32 @@ def markdown_sheets(groups: Groups, baseline: str) -> str:
 
 
 def for_terminal(parts: Mapping[str, Groups], baseline: str) -> RenderableType:
-    """The few columns that fit a terminal."""
-    shown = []
+    """Tables of the columns that fit a terminal."""
+    rendered = []
     for groups in parts.values():
         runs = runs_of(groups)
         columns = present(runs, TERMINAL)
-        paired = baseline in groups and several(runs) and len(groups) > 1
+        compared = baseline in groups and several(runs) and len(groups) > 1
         head = ["method", *(column.title for column in columns)]
-        head += [f"{column.title.split(',')[0].rstrip(' ↓')} less {baseline}'s" for column in HEADLINE] * paired
+        head += [f"{column.title.split(',')[0].rstrip(' ↓')} less {baseline}'s" for column in HEADLINE] * compared
         body = []
         for name, group in groups.items():
             row = [name]
             for column in columns:
-                found = values(group, column.key)
+                by_seed = values(group, column.key)
                 noisy = column not in COSTS  # time and size are properties of the method, not observations of it
-                if noisy or not found:
-                    row.append(cell(found, column.digits, interval=False))
+                if noisy or not by_seed:
+                    row.append(cell(by_seed, column.digits, interval=False))
                 else:
-                    row.append(number(float(np.mean([*found.values()])), column.digits))
-            if paired:
+                    row.append(number(float(np.mean([*by_seed.values()])), column.digits))
+            if compared:
                 base = groups[baseline]
                 for column in HEADLINE:
-                    found = seeds.paired(values(group, column.key), values(base, column.key))
-                    row.append(NONE if name == baseline else cell(found, column.digits_of_differences, plus=True))
+                    by_seed = seeds.paired(values(group, column.key), values(base, column.key))
+                    row.append(NONE if name == baseline else cell(by_seed, column.digits_of_differences, plus=True))
             body.append(row)
-        shown.append(rich_table(head, body, caption(runs)))
-    return Group(*shown)
+        rendered.append(rich_table(head, body, caption(runs)))
+    return Group(*rendered)
 
 
 def rich_table(head: Sequence[str], body: Sequence[Sequence[Any]], text: str) -> Table:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Callable
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -57,17 +56,17 @@ class Page(HTMLParser):
         assert self.open == []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        found = dict(attrs)
+        attributes = dict(attrs)
         if tag not in VOID:
             self.open.append(tag)
         if tag == "img":
-            self.images.append({**found, "in": " ".join(self.open)})
+            self.images.append({**attributes, "in": " ".join(self.open)})
         self.links += [value for key, value in attrs if key in ("src", "href", "srcset", "action", "data") and value]
         self.ids += [value for key, value in attrs if key == "id" and value]
         assert tag not in ("script", "link", "iframe", "object", "embed")
-        for opened, kept in (("figcaption", self.captions), ("h2", self.headings)):
-            if tag == opened:
-                kept.append("")
+        for parent, texts in (("figcaption", self.captions), ("h2", self.headings)):
+            if tag == parent:
+                texts.append("")
         if tag == "tr":
             self.rows.append([])
         if tag in ("td", "th"):
@@ -85,9 +84,9 @@ class Page(HTMLParser):
             self.rows[-1][-1] += text
 
 
-def _write(root: Path, methods: dict[str, float], chosen: tuple[int, ...], **settings: Any) -> Path:
+def fabricate_all(root: Path, methods: dict[str, float], seeds: tuple[int, ...], **settings: Any) -> Path:
     for method, level in methods.items():
-        for seed in chosen:
+        for seed in seeds:
             fabricate(root / folder_name(method, seed), method, seed, level, **settings)
     return root
 
@@ -98,7 +97,12 @@ METHODS = {"fine-tune": 80.0, "joint": 3.0, "gd": 10.0, "gd+rank1": 9.0, "gd+ran
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six methods, three seeds."""
-    return _write(tmp_path_factory.mktemp("runs"), METHODS, (0, 1, 4), tasks=3, classes_per_task=1)
+    return fabricate_all(tmp_path_factory.mktemp("runs"), METHODS, (0, 1, 4), tasks=3, classes_per_task=1)
+
+
+@pytest.fixture(scope="module")
+def summaries(runs: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(runs.glob("*/summary.json"))]
 
 
 @pytest.fixture(scope="module")
@@ -109,46 +113,47 @@ def written(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_the_page_needs_nothing_but_itself(written: Path) -> None:
-    read = Page(written / "report.html")
-    assert all(link.startswith(("data:image/png;base64,", "#")) for link in read.links)
-    assert {link[1:] for link in read.links if link.startswith("#")} == set(read.ids)
-    assert not re.search(r"url\(|@import|https?://", read.html)
+@pytest.fixture(scope="module")
+def report_page(written: Path) -> Page:
+    return Page(written / "report.html")
 
 
-def test_every_picture_has_a_caption_and_words_for_those_who_do_not_see_it(written: Path) -> None:
-    read = Page(written / "report.html")
-    assert len(read.images) == len(read.captions) >= 7
-    for image, caption in zip(read.images, read.captions, strict=True):
+def test_the_page_loads_nothing_from_outside_it(report_page: Page) -> None:
+    assert all(link.startswith(("data:image/png;base64,", "#")) for link in report_page.links)
+    assert {link[1:] for link in report_page.links if link.startswith("#")} == set(report_page.ids)
+    assert not re.search(r"url\(|@import|https?://", report_page.html)
+
+
+def test_every_picture_has_a_caption_and_a_description(report_page: Page) -> None:
+    assert len(report_page.images) == len(report_page.captions) >= 7
+    for image, caption in zip(report_page.images, report_page.captions, strict=True):
         assert len(image["alt"] or "") > 20
         assert "figure" in (image["in"] or "")
         assert len(caption) > 40
 
 
-def test_the_page_has_all_sections(written: Path) -> None:
-    assert Page(written / "report.html").headings == list(SECTIONS)
+def test_the_page_has_all_sections(report_page: Page) -> None:
+    assert report_page.headings == list(SECTIONS)
 
 
-def test_numbers_on_the_page_are_those_of_the_summaries(runs: Path, written: Path) -> None:
-    read = Page(written / "report.html")
-    summaries = [json.loads(path.read_text()) for path in sorted(runs.glob("*/summary.json"))]
+def test_numbers_on_the_page_are_those_of_the_summaries(summaries: list[dict[str, Any]], report_page: Page) -> None:
     columns = {column.title: column.key for column in (*tables.COLUMNS, *tables.COSTS)}
-    head = next(row for row in read.rows if row[:2] == ["method", "seed"])
-    shown = [row for row in read.rows if len(row) == len(head)]
+    head = next(row for row in report_page.rows if row[:2] == ["method", "seed"])
+    rows = [row for row in report_page.rows if len(row) == len(head)]
     for summary in summaries:
-        row = next(row for row in shown if row[:2] == [summary["method"], str(summary["seed"])])
+        row = next(row for row in rows if row[:2] == [summary["method"], str(summary["seed"])])
         for title, text in zip(head, row, strict=True):
             if (key := columns.get(title.replace("\N{NO-BREAK SPACE}", " "))) is not None:
                 value = summary[key]
                 assert text == tables.NONE if value is None else float(text.replace("−", "-")) == pytest.approx(value)
 
     # Mean, standard deviation and interval over seeds, by numpy and scipy.
-    found = [summary["average_fid"] for summary in summaries if summary["method"] == LONG]
-    e = seeds.estimate(found)
-    row = next(row for row in read.rows if row[:2] == [LONG, "3"])
-    assert row[2] == f"{np.mean(found):.1f} ± {np.std(found, ddof=1):.1f}[{e.low:.1f}, {e.high:.1f}]"
+    fids = [summary["average_fid"] for summary in summaries if summary["method"] == LONG]
+    estimate = seeds.estimate(fids)
+    row = next(row for row in report_page.rows if row[:2] == [LONG, "3"])
+    assert row[2] == f"{np.mean(fids):.1f} ± {np.std(fids, ddof=1):.1f}[{estimate.low:.1f}, {estimate.high:.1f}]"
     # Both forgettings, by name.
-    heading = next(row for row in read.rows if row[:2] == ["method", "seeds"])
+    heading = next(row for row in report_page.rows if row[:2] == ["method", "seeds"])
     titles = [text.replace("\N{NO-BREAK SPACE}", " ") for text in heading]
     r = [summary["fid_matrix"] for summary in summaries if summary["method"] == LONG]
     total = np.mean([m[2][0] - m[0][0] + m[2][1] - m[1][1] for m in r])
@@ -156,17 +161,15 @@ def test_numbers_on_the_page_are_those_of_the_summaries(runs: Path, written: Pat
         assert row[titles.index(title)].startswith(f"{total / divisor:.1f} ")
 
 
-def test_differences_are_paired_and_their_p_value_names_its_floor(runs: Path, written: Path) -> None:
-    read = Page(written / "report.html")
-    row = next(row for row in read.rows if row[0] == LONG and "p ≥" in row[1])
-    values = {
-        (s["method"], s["seed"]): s["average_fid"]
-        for s in (json.loads(p.read_text()) for p in runs.glob("*/summary.json"))
-    }
-    e = seeds.estimate([values[LONG, seed] - values["gd", seed] for seed in (0, 1, 4)])
-    assert e.low is not None
+def test_differences_are_paired_and_state_the_smallest_p_value(
+    summaries: list[dict[str, Any]], report_page: Page
+) -> None:
+    row = next(row for row in report_page.rows if row[0] == LONG and "p ≥" in row[1])
+    values = {(summary["method"], summary["seed"]): summary["average_fid"] for summary in summaries}
+    estimate = seeds.estimate([values[LONG, seed] - values["gd", seed] for seed in (0, 1, 4)])
+    assert estimate.low is not None
     assert row[1] == "3p ≥ 0.25"
-    assert row[2].startswith(f"{e.mean:+.2f} ± {e.spread:.2f}[{e.low:+.2f}, ".replace("-", "−"))
+    assert row[2].startswith(f"{estimate.mean:+.2f} ± {estimate.std:.2f}[{estimate.low:+.2f}, ".replace("-", "−"))
     assert row[2].endswith("], p 0.25")
 
 
@@ -175,7 +178,7 @@ def test_a_difference_that_rounds_to_zero_keeps_its_sign() -> None:
     assert [tables.number(x, 1) for x in (-0.04, 0.04, -1234.5)] == ["0.0", "0.0", "−1,234.5"]
 
 
-def test_markdown_and_json_say_the_same(runs: Path, written: Path) -> None:
+def test_markdown_and_json_have_the_same_numbers(written: Path) -> None:
     text = (written / "comparison.md").read_text()
     saved = json.loads((written / "comparison.json").read_text())["runs"]
     assert len(saved) == 18
@@ -186,21 +189,21 @@ def test_markdown_and_json_say_the_same(runs: Path, written: Path) -> None:
     assert difference.count(" | ") == 5
 
 
-def test_what_comes_from_files_is_escaped(tmp_path: Path) -> None:
+def test_text_from_files_is_escaped(tmp_path: Path) -> None:
     folder = fabricate(tmp_path / "a", "gd", 0, tasks=2, classes_per_task=1)
     record = json.loads((folder / "config.json").read_text())
     record["environment"]["torch"] = "<b onload=x>&"
     record["git"] = {"commit": "0123abc", "dirty": True}
     (folder / "config.json").write_text(json.dumps(record))
     report.write([tmp_path], tmp_path / "out", "gd")
-    read = Page(tmp_path / "out" / "report.html")
-    assert ["torch", "<b onload=x>&"] in read.rows
-    assert ["git commit", "0123abc"] in read.rows
-    # One method, one seed: nothing is compared, and the page says why.
-    assert "One seed" in read.html
-    assert "No other method to compare with gd" in read.html
-    assert "No method here has a penalty" in read.html
-    assert "±" not in "".join(text for row in read.rows for text in row)
+    report_page = Page(tmp_path / "out" / "report.html")
+    assert ["torch", "<b onload=x>&"] in report_page.rows
+    assert ["git commit", "0123abc"] in report_page.rows
+    # One method, one seed: the page gives the reasons why it compares nothing.
+    assert "One seed" in report_page.html
+    assert "No other method to compare with gd" in report_page.html
+    assert "No method here has a penalty" in report_page.html
+    assert "±" not in "".join(text for row in report_page.rows for text in row)
 
 
 def test_runs_of_an_earlier_version_are_read(tmp_path: Path) -> None:
@@ -217,29 +220,30 @@ def test_runs_of_an_earlier_version_are_read(tmp_path: Path) -> None:
         for images in (folder / "samples").iterdir():
             images.unlink()
     report.write([tmp_path], tmp_path / "out", "gd")
-    read = Page(tmp_path / "out" / "report.html")
-    assert "5 tasks" not in read.html
-    assert "2 tasks of 2 classes" in read.html
-    assert "keep no images" in read.html
+    report_page = Page(tmp_path / "out" / "report.html")
+    assert "5 tasks" not in report_page.html
+    assert "2 tasks of 2 classes" in report_page.html
+    assert "keep no images" in report_page.html
 
 
 def test_several_data_sets_have_sections_of_their_own_and_a_score(tmp_path: Path) -> None:
     methods = {"fine-tune": 80.0, "joint": 3.0, "gd": 10.0}
     small = {"tasks": 2, "classes_per_task": 1}
-    _write(tmp_path / "a", methods, (0, 1, 2), **small)
-    _write(tmp_path / "b", methods, (0, 1), data="cifar10", channels=3, image_size=8, **small)
+    fabricate_all(tmp_path / "a", methods, (0, 1, 2), **small)
+    fabricate_all(tmp_path / "b", methods, (0, 1), data="cifar10", channels=3, image_size=8, **small)
     out = tmp_path / "out"
     report.write([tmp_path / "a", tmp_path / "b"], out, "gd")
-    read = Page(out / "report.html")
-    assert read.headings[0] == "Across data sets"
-    assert [f"{data}: {title}" for data in ("digits", "cifar10") for title in SECTIONS[:6]] == read.headings[1:13]
+    report_page = Page(out / "report.html")
+    assert report_page.headings[0] == "Across data sets"
+    titles = [f"{data}: {title}" for data in ("digits", "cifar10") for title in SECTIONS[:6]]
+    assert report_page.headings[1:13] == titles
     saved = {(r["data"], r["method"], r["seed"]): r for r in json.loads((out / "comparison.json").read_text())["runs"]}
 
     def score(data: str, seed: int) -> float:
         gd, joint, tuned = (saved[data, method, seed]["average_fid"] for method in ("gd", "joint", "fine-tune"))
         return float((gd - joint) / (tuned - joint))
 
-    row = next(row for row in read.rows[1:] if row[0] == "gd" and len(row) == 4)
+    row = next(row for row in report_page.rows[1:] if row[0] == "gd" and len(row) == 4)
     assert row[1].startswith(f"{np.mean([score('digits', s) for s in (0, 1, 2)]):.3f} ± ")
     both = [(score("digits", s) + score("cifar10", s)) / 2 for s in (0, 1)]
     assert row[3].startswith(f"{np.mean(both):.3f} ± ")
@@ -262,11 +266,11 @@ def test_labels_of_many_methods_with_long_names_do_not_overlap() -> None:
     assert min(box.x0 for box in boxes) >= 0
 
 
-@pytest.mark.parametrize("found", [[-0.22, 0.02, 0.03, 98], [-6, -0.6, 0.5, 0.2, 130], [-0.4, 0.1, 0.2, 30]])
-def test_ticks_of_one_panel_of_three_do_not_overlap(found: list[float]) -> None:
+@pytest.mark.parametrize("differences", [[-0.22, 0.02, 0.03, 98], [-6, -0.6, 0.5, 0.2, 130], [-0.4, 0.1, 0.2, 30]])
+def test_ticks_of_one_panel_of_three_do_not_overlap(differences: list[float]) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(9, 2), layout="constrained")
-    axes[1].plot(found, range(len(found)))
-    assert effects.squeeze(axes[1], found, [abs(d) for d in found])
+    axes[1].plot(differences, range(len(differences)))
+    assert effects.squeeze(axes[1], differences, [abs(difference) for difference in differences])
     figure.canvas.draw()
     boxes = [label.get_window_extent() for label in axes[1].get_xticklabels()]
     plt.close(figure)
@@ -298,17 +302,17 @@ def test_images_keep_their_colours_and_classes_their_order() -> None:
     pixels[:2, 0], pixels[2:, 2] = 255, 128  # class 7 is red, class 2 half blue
     classes = samples.Classes.learnt(labels, 2)
     assert classes.tasks == [[7], [2]]
-    shown = samples.strip(pixels, labels, classes, 1, 2)
-    assert shown[0, 0].tolist() == [1, 0, 0]
-    assert shown[0, -1].tolist() == pytest.approx([0, 0, 128 / 255])
+    strip = samples.strip(pixels, labels, classes, 1, 2)
+    assert strip[0, 0].tolist() == [1, 0, 0]
+    assert strip[0, -1].tolist() == pytest.approx([0, 0, 128 / 255])
     assert samples.strip(pixels[:, :1], labels, classes, 1, 2)[0, 0].tolist() == [1, 1, 1]
-    # Of a class that was not learnt yet there is a grey field.
+    # A class that was not learnt yet has a grey field.
     assert len(np.unique(samples.strip(pixels[:2], labels[:2], classes, 1, 2)[:, -8:])) == 1
 
 
-def test_of_many_classes_some_of_every_task_are_shown() -> None:
+def test_of_many_classes_some_of_every_task_are_drawn() -> None:
     classes = samples.Classes.learnt(np.arange(1000), 20)
-    assert len(classes.shown) == samples.SHOWN_CLASSES
+    assert len(classes.labels) == samples.DRAWN_CLASSES
     assert all(len(part) == 1 for part in classes.tasks)
     assert "20 of 1000 classes" in classes.note
 
@@ -327,12 +331,12 @@ def test_a_sweep_is_a_family_of_one_method_beside_its_replay_without_a_penalty(f
     assert {family: list(lams) for family, lams in sweeps.items()} == {"gd+rank1": [20.0, 60.0]}
     assert effects.without_penalty(groups["gd+rank1"][0], groups) == "gd"
     assert effects.without_penalty(groups["gd+rank1"][0], {"gd+rank1": groups["gd+rank1"]}) is None
-    # Named methods first, each beside its other strengths; then as finished_runs.
+    # Named methods first, each beside its other strengths; then the order of `finished_runs`.
     order = list(grouped(finished_runs, ("gd+rank1", "gd")))
     assert order == ["gd+rank1", "gd+rank1:lam=60", "gd", "fine-tune", LONG, "joint"]
 
 
-def test_strengths_that_have_no_logarithm_stand_beside_the_others() -> None:
+def test_zero_and_infinite_lam_are_drawn_beside_the_others() -> None:
     assert effects.places([0.0, 3.0, 30.0, float("inf")]) == {0.0: 0.3, 3.0: 3.0, 30.0: 30.0, float("inf"): 300.0}
 
 
@@ -346,7 +350,7 @@ def test_the_cost_of_a_penalty_is_a_share_of_its_own_steps(finished_runs: list[F
     assert sheet.body[0][5] == f"{5_737_424 / 2**20:.2f}"
 
 
-def test_weak_fisher_matrices_are_warned_of() -> None:
+def test_there_are_warnings_of_low_signal_share_and_low_rho() -> None:
     good = {"kind": "fisher", "task": 1, "rho": 0.2, "signal_share": 0.95, "num_samples": 100, "samples_needed": 90.0}
     weak = {**good, "task": 2, "rho": 0.04, "signal_share": 0.5, "samples_needed": 900.0}
     assert penalty_tables.warnings({"a": [[good]]}) == []
@@ -356,20 +360,20 @@ def test_weak_fisher_matrices_are_warned_of() -> None:
     ]
 
 
-def test_commands_on_the_page_give_the_configurations_again(finished_runs: list[Finished]) -> None:
+def test_commands_on_the_page_repeat_the_configurations(finished_runs: list[Finished]) -> None:
     for run in finished_runs:
         parsed = parser.parse(shlex.split(provenance.command(run))[1:])
         assert isinstance(parsed, options.Train)
         wanted = RunConfig.from_json(run.config)
         assert all(getattr(parsed, name) == value for name, value in vars(wanted).items())
-    together = provenance.compare_command(grouped(finished_runs))
-    assert together is not None
-    parsed = parser.parse(shlex.split(together)[1:])
+    compare_command = provenance.compare_command(grouped(finished_runs))
+    assert compare_command is not None
+    parsed = parser.parse(shlex.split(compare_command)[1:])
     assert isinstance(parsed, options.Compare)
     assert (set(parsed.methods), parsed.seeds) == ({run.method for run in finished_runs}, (0, 1, 4))
     assert provenance.compare_command(grouped(finished_runs[:-1])) is None
 
-    def measured(extractor: str, *options: str, data: str = "mnist") -> str | None:
+    def command_of_runs(extractor: str, *options: str, data: str = "mnist") -> str | None:
         records = [{"extractor": extractor, "command": f"crl-diffusion train --out x {words}"} for words in options]
         copies = [
             run._replace(record=records[i % len(records)], config={**run.config, "data": data})
@@ -377,39 +381,35 @@ def test_commands_on_the_page_give_the_configurations_again(finished_runs: list[
         ]
         return provenance.compare_command(grouped(copies))
 
-    said = str(measured("inception2048-1a2b", "--data-root '/my sets' --extractor-folder w"))
-    assert " --extractor inception --extractor-folder w --data-root '/my sets' --out OUT" in said
-    said = str(measured("lenet84-mnist", "--data-root=/sets --extractor-folder w", "--data-root /sets"))
-    assert " --extractor lenet --data-root /sets --out OUT" in said
-    assert "--data-root" not in str(measured("cnn32-mnist", "--data-root data", ""))
-    assert "--data-root" not in str(measured("cnn32-digits-8px", "--data-root /sets", data="digits"))
-    assert measured("cnn32-mnist", "--data-root /sets", "") is None
-    assert measured("a caller's own-1a2b", "") is None
+    command = str(command_of_runs("inception2048-1a2b", "--data-root '/my sets' --extractor-folder w"))
+    assert " --extractor inception --extractor-folder w --data-root '/my sets' --out OUT" in command
+    command = str(command_of_runs("lenet84-mnist", "--data-root=/sets --extractor-folder w", "--data-root /sets"))
+    assert " --extractor lenet --data-root /sets --out OUT" in command
+    assert "--data-root" not in str(command_of_runs("cnn32-mnist", "--data-root data", ""))
+    assert "--data-root" not in str(command_of_runs("cnn32-digits-8px", "--data-root /sets", data="digits"))
+    assert command_of_runs("cnn32-mnist", "--data-root /sets", "") is None
+    assert command_of_runs("a caller's own-1a2b", "") is None
     recorded = finished_runs[0]._replace(record={"command": "python -m crl_diffusion train"})
     assert provenance.command(recorded) == "python -m crl_diffusion train"
 
 
-# Side by side
+# Comparable runs
 
 
-@pytest.fixture
-def run() -> Callable[..., Finished]:
-    def make(method: str, seed: int, summary: dict[str, Any] | None = None, **settings: Any) -> Finished:
-        config = RunConfig(method=method, seed=seed, **settings).as_json()
-        base = {"average_fid": 1.0 + seed, "extractor": "e", "samples_per_task": 8, "sampler": "s"}
-        return Finished(Path(f"{method}-{seed}"), config, {**base, **(summary or {})})
-
-    return make
+def run(method: str, seed: int, summary: dict[str, Any] | None = None, **settings: Any) -> Finished:
+    config = RunConfig(method=method, seed=seed, **settings).as_json()
+    defaults = {"average_fid": 1.0 + seed, "extractor": "e", "samples_per_task": 8, "sampler": "s"}
+    return Finished(Path(f"{method}-{seed}"), config, {**defaults, **(summary or {})})
 
 
 @pytest.mark.parametrize("key", ["extractor", "samples_per_task", "sampler", "held_out_images", "classifier"])
-def test_numbers_that_were_measured_otherwise_are_refused(run: Callable[..., Finished], key: str) -> None:
+def test_runs_that_were_measured_differently_are_refused(key: str) -> None:
     with pytest.raises(errors.OptionError, match=rf"differ in their {key} \(one in gd-0; another in gd\+rank1-0\)"):
         comparable(grouped([run("gd", 0, {key: "one"}), run("gd+rank1", 0, {key: "another"})]))
 
 
 @pytest.mark.parametrize(
-    ("key", "one", "another"),
+    ("key", "value", "different"),
     [
         ("held_out", "test", "validation"),
         ("image_size", 8, 16),
@@ -423,39 +423,37 @@ def test_numbers_that_were_measured_otherwise_are_refused(run: Callable[..., Fin
         ("lr", 2e-3, 1e-3),
     ],
 )
-def test_runs_that_were_made_otherwise_are_refused(
-    run: Callable[..., Finished], key: str, one: object, another: object
-) -> None:
-    named = rf"differ in their {key} \({one} in gd-0 and 1 more; {another} in gd\+rank1-0\)"
-    with pytest.raises(errors.OptionError, match=named):
-        comparable(
-            grouped([run("gd", 0, **{key: one}), run("gd", 1, **{key: one}), run("gd+rank1", 0, **{key: another})])
-        )
+def test_runs_that_were_trained_differently_are_refused(key: str, value: object, different: object) -> None:
+    message = rf"differ in their {key} \({value} in gd-0 and 1 more; {different} in gd\+rank1-0\)"
+    runs = [run("gd", 0, **{key: value}), run("gd", 1, **{key: value}), run("gd+rank1", 0, **{key: different})]
+    with pytest.raises(errors.OptionError, match=message):
+        comparable(grouped(runs))
 
 
-def test_methods_strengths_seeds_and_fisher_samples_may_differ(run: Callable[..., Finished]) -> None:
+def test_methods_strengths_seeds_and_fisher_samples_may_differ() -> None:
     comparable(grouped([run("gd", 0), run("gd", 1), run("gd+rank1", 0), run("gd+rank1:lam=3", 0, fisher_samples=64)]))
     comparable(grouped([run("gd", 0), run("gd", 1, device="cpu", log_every=7)]))
 
 
-def test_within_a_method_the_fisher_matrix_may_not_differ(run: Callable[..., Finished]) -> None:
+def test_within_a_method_the_fisher_matrix_may_not_differ() -> None:
     with pytest.raises(errors.OptionError, match=r"fisher_samples .* all called gd\+rank1, but their seeds"):
         comparable(grouped([run("gd+rank1", 0), run("gd+rank1", 1, fisher_samples=64)]))
 
 
-def test_two_runs_of_one_method_and_seed_are_refused(run: Callable[..., Finished]) -> None:
+def test_two_runs_of_one_method_and_seed_are_refused() -> None:
     twin = run("gd", 0)._replace(path=Path("elsewhere"))
     with pytest.raises(errors.OptionError, match="are both gd with seed 0"):
         comparable(grouped([run("gd", 0), twin]))
 
 
-def test_the_summary_in_words_claims_what_intervals_show(run: Callable[..., Finished]) -> None:
-    def level(method: str, *values: float) -> list[Finished]:
-        return [run(method, seed, {"average_fid": value}) for seed, value in enumerate(values)]
+def test_conclusions_follow_from_the_intervals() -> None:
+    def runs_of(method: str, *fids: float) -> list[Finished]:
+        return [run(method, seed, {"average_fid": fid}) for seed, fid in enumerate(fids)]
 
-    gd = level("gd", 10.0, 12.0, 11.0)
-    said = page.in_short(grouped([*gd, *level("gd+rank1", 9.0, 11.1, 9.9), *level("masip", 9.0, 14.0, 11.0)]), "gd")
-    assert "wholly below zero: gd+rank1." in said
-    assert "Not told apart by these seeds: masip." in said
-    assert "may be chance" in page.in_short(grouped([gd[0], run("masip", 0)]), "gd")
-    assert "'replay'" in page.in_short(grouped(gd), "replay")
+    gd = runs_of("gd", 10.0, 12.0, 11.0)
+    runs = [*gd, *runs_of("gd+rank1", 9.0, 11.1, 9.9), *runs_of("masip", 9.0, 14.0, 11.0)]
+    text = page.conclusions(grouped(runs), "gd")
+    assert "wholly below zero: gd+rank1." in text
+    assert "Not told apart by these seeds: masip." in text
+    assert "may be chance" in page.conclusions(grouped([gd[0], run("masip", 0)]), "gd")
+    assert "'replay'" in page.conclusions(grouped(gd), "replay")

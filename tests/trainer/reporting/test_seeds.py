@@ -10,16 +10,16 @@ from scipy import stats
 
 def test_an_estimate_has_the_t_interval_of_scipy() -> None:
     values = [3.0, 5.5, 4.25, 9.0]
-    e = seeds.estimate(values)
+    estimate = seeds.estimate(values)
     interval = stats.ttest_1samp(values, 0).confidence_interval(0.95)
-    assert (e.low, e.high) == pytest.approx((interval.low, interval.high))
-    assert (e.mean, e.spread, e.n) == pytest.approx((np.mean(values), np.std(values, ddof=1), 4))
+    assert (estimate.low, estimate.high) == pytest.approx((interval.low, interval.high))
+    assert (estimate.mean, estimate.std, estimate.n) == pytest.approx((np.mean(values), np.std(values, ddof=1), 4))
 
 
-def test_one_value_has_no_spread_and_no_interval() -> None:
-    e = seeds.estimate([2.0])
-    assert e == (2.0, None, None, 1)
-    assert (e.low, e.high) == (None, None)
+def test_one_value_has_no_standard_deviation_and_no_interval() -> None:
+    estimate = seeds.estimate([2.0])
+    assert estimate == (2.0, None, None, 1)
+    assert (estimate.low, estimate.high) == (None, None)
 
 
 def test_differences_are_taken_seed_by_seed() -> None:
@@ -27,29 +27,29 @@ def test_differences_are_taken_seed_by_seed() -> None:
 
 
 @pytest.mark.parametrize("n", [2, 3, 6, 10])
-def test_sign_flips_are_those_of_scipy(n: int) -> None:
+def test_sign_flip_p_values_are_those_of_scipy(n: int) -> None:
     differences = np.random.default_rng(n).normal(0.7, 1, n)
-    found = seeds.sign_flip(differences.tolist())
+    test = seeds.sign_flip(differences.tolist())
     exact = stats.permutation_test(
         (differences,), lambda x, axis: x.mean(axis), permutation_type="samples", n_resamples=2**n, vectorized=True
     )
-    assert found is not None
-    assert found.p == pytest.approx(exact.pvalue)
+    assert test is not None
+    assert test.p == pytest.approx(exact.pvalue)
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, 16])
-def test_sign_flips_reach_their_smallest_value_and_not_less(n: int) -> None:
-    # Differences of one sign and, so that sums round, of no short binary fraction.
-    found = seeds.sign_flip([0.1 + 0.01 * k for k in range(n)])
-    assert found == (2 / 2**n, 2 / 2**n)
+def test_differences_of_one_sign_have_the_smallest_p_value(n: int) -> None:
+    # No difference is a short binary fraction, so that sums are rounded.
+    test = seeds.sign_flip([0.1 + 0.01 * k for k in range(n)])
+    assert test == (2 / 2**n, 2 / 2**n)
 
 
-def test_sign_flips_say_nothing_of_one_seed_and_1_of_no_difference() -> None:
+def test_a_sign_flip_test_needs_two_seeds_and_gives_1_for_no_difference() -> None:
     assert seeds.sign_flip([3.0]) is None
     assert seeds.sign_flip([0.1] * (seeds.EXACT_SEEDS + 1)) is None
-    found = seeds.sign_flip([0.0, 0.0, 0.0])
-    assert found is not None
-    assert found.p == 1
+    test = seeds.sign_flip([0.0, 0.0, 0.0])
+    assert test is not None
+    assert test.p == 1
 
 
 def test_a_score_lies_between_joint_and_fine_tuning_of_its_own_seed() -> None:
