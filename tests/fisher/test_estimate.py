@@ -11,7 +11,6 @@ from helpers.fisher_problems import (
     Linear,
     Network,
     data,
-    flat_directions,
     gradients_by_loop,
     linear_loss,
     loader,
@@ -33,10 +32,10 @@ def test_rank_1_equals_a_loop_over_samples():
     first, second = gradients[:25], gradients[25:]  # the third batch is cut in two
     mean = first.mean(0)
     u = mean / mean.norm()
-    torch.testing.assert_close(flat_directions(fisher)[0], u, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(fisher.directions.double()[0], u, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(fisher.curvatures[0], (second @ u).square().mean(), rtol=1e-5, atol=0)
     theta = torch.cat([p.detach().flatten() for p in model.parameters()]).double()
-    torch.testing.assert_close(fisher.anchor_projections[0], flat_directions(fisher)[0] @ theta, rtol=1e-12, atol=0)
+    torch.testing.assert_close(fisher.anchor_projections[0], fisher.directions.double()[0] @ theta, rtol=1e-12, atol=0)
     statistics = fisher.statistics
     assert statistics.num_samples == 50
     trace = second.square().sum(1).mean()
@@ -67,7 +66,7 @@ def test_top_directions_of_one_batch_equal_a_singular_value_decomposition(rank):
     gradients = gradients_by_loop(model)
     fisher = ck.estimate_fisher(model, loss, double_batches(), rank=rank, direction="top")
     _, _, rows = torch.linalg.svd(gradients[:25], full_matrices=False)
-    overlap = (flat_directions(fisher) @ rows[:rank].T).abs()
+    overlap = (fisher.directions.double() @ rows[:rank].T).abs()
     torch.testing.assert_close(overlap, torch.eye(rank, dtype=torch.float64), rtol=0, atol=1e-8)
     held_out = gradients[25:] @ rows[:rank].T
     torch.testing.assert_close(fisher.curvatures, held_out.square().mean(0), rtol=1e-8, atol=0)
@@ -108,7 +107,7 @@ def test_directions_merged_over_batches_hold_almost_all_that_the_best_ones_do():
     fisher = ck.estimate_fisher(model, loss, loader(200, batch_size=10), rank=3)
     first = gradients[:100]
     best = torch.linalg.svdvals(first)[:3].square().sum()
-    assert float((first @ flat_directions(fisher).T).square().sum() / best) > 0.999
+    assert float((first @ fisher.directions.double().T).square().sum() / best) > 0.999
 
 
 def test_the_error_of_merging_is_what_the_docstring_says():
@@ -154,7 +153,7 @@ def test_curvature_is_held_out():
     noise = torch.randn(64, 60, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     with pytest.warns(UserWarning, match="of the trace of the Fisher lies along the mean gradient"):
         fisher = ck.estimate_fisher(Linear(60), linear_loss, noise.split(16))
-    u = flat_directions(fisher)[0]
+    u = fisher.directions.double()[0]
     in_sample, held_out = ((half @ u).square().mean() for half in (noise[:32], noise[32:]))
     torch.testing.assert_close(fisher.curvatures[0], held_out, rtol=1e-12, atol=0)
     assert float(in_sample) > 2 * float(held_out)
@@ -171,7 +170,7 @@ def test_halves_are_halves_of_the_samples():
     for batches in (loader(17, 16), list(loader(17, 16)), [data(17)]):
         fisher = ck.estimate_fisher(model, loss, batches)
         u = gradients[:8].mean(0)
-        torch.testing.assert_close(flat_directions(fisher)[0], u / u.norm(), rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(fisher.directions.double()[0], u / u.norm(), rtol=1e-3, atol=1e-5)
 
 
 def test_samples_are_counted_and_limited():
@@ -326,8 +325,8 @@ def test_curvatures_slopes_and_anchors_fit_the_stored_direction(rank):
     model = Network().double()
     second = gradients_by_loop(model)[25:]
     fisher = ck.estimate_fisher(model, loss, double_batches(), rank=rank, storage_dtype=torch.bfloat16)
-    stored = flat_directions(fisher)
-    exact = flat_directions(ck.estimate_fisher(model, loss, double_batches(), rank=rank))
+    stored = fisher.directions.double()
+    exact = ck.estimate_fisher(model, loss, double_batches(), rank=rank).directions.double()
     assert float((stored - exact).abs().max()) > 1e-4
     projections = second @ stored.T
     torch.testing.assert_close(fisher.curvatures, projections.square().mean(0), rtol=1e-12, atol=0)
@@ -349,11 +348,11 @@ def test_models_in_bfloat16_have_float32_statistics(options):
         assert float((fisher.fisher_diagonal.double() - expected).norm() / expected.norm()) < 2**-6
         return
     assert fisher.directions.dtype == torch.float32
-    expected = (gradients[25:] @ flat_directions(fisher).T).square().mean(0)
+    expected = (gradients[25:] @ fisher.directions.double().T).square().mean(0)
     torch.testing.assert_close(fisher.curvatures, expected, rtol=2**-6, atol=0)
     _, _, rows = torch.linalg.svd(gradients[:25], full_matrices=False)
     found = rows[:2] if "rank" in options else torch.nn.functional.normalize(gradients[:25].mean(0), dim=0)[None]
-    assert bool(((flat_directions(fisher) * found).sum(1).abs() > 0.999).all())
+    assert bool(((fisher.directions.double() * found).sum(1).abs() > 0.999).all())
 
 
 def test_unbiased_false_equals_the_papers_two_passes():

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-import crl_kernels as ck
+from helpers.by_loop import flat, rows_by_loop
 
 
 class Network(nn.Module):
@@ -38,21 +38,9 @@ def gradients_by_loop(model: nn.Module, count: int = 50, samples: tuple[Tensor, 
     model.eval()
     x, y = data(count) if samples is None else samples
     x, y = x.to(model.unused.dtype), y.to(model.unused.dtype)
-    params = list(model.parameters())
-    rows = []
-    for i in range(count):
-        gradients = torch.autograd.grad(loss(model, (x[i : i + 1], y[i : i + 1])).sum(), params, allow_unused=True)
-        rows.append(
-            torch.cat(
-                [(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(gradients, params, strict=True)]
-            )
-        )
+    rows = rows_by_loop(model, [loss(model, (x[i : i + 1], y[i : i + 1])).sum() for i in range(count)])
     model.train()
-    return torch.stack(rows).double()
-
-
-def flat_directions(fisher: ck.LowRankFisher) -> Tensor:
-    return fisher.directions.double()
+    return flat(rows)
 
 
 class Linear(nn.Module):

@@ -21,6 +21,8 @@ from helpers.by_loop import (
     flat,
     random_directions,
     rows_by_loop,
+    squared,
+    swap,
 )
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, rnn
@@ -38,11 +40,6 @@ class Situation(NamedTuple):
     model: nn.Module
     batch: tuple[Tensor, ...]
     losses: Callable[..., Tensor]
-
-
-def squared(model: nn.Module, *batch: Tensor) -> Tensor:
-    output = model(*batch).flatten(1)
-    return (output - torch.arange(output.shape[1]).cos()).square().sum(1)
 
 
 def given(model: nn.Module, *batch: Tensor, losses: Callable[..., Tensor] = squared) -> Situation:
@@ -75,11 +72,6 @@ def vectors(width: int = D) -> Tensor:
 
 def image(channels: int = D, size: int = 5) -> Tensor:
     return torch.randn(N, channels, size, size)
-
-
-def swap(x: Tensor) -> Tensor:
-    """(N, T, ...) <-> (T, N, ...), torch's own layout of sequences."""
-    return x.transpose(0, 1)
 
 
 def ids(*shape: int) -> Tensor:

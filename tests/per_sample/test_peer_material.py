@@ -27,7 +27,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.by_loop import Parts, assert_close, assert_statistics, flat, rows_by_loop
+from helpers.by_loop import Parts, assert_close, assert_statistics, flat, rows_by_loop, swap
 from torch import Tensor, nn
 from torch.nn.utils import rnn
 
@@ -65,10 +65,6 @@ def assert_right(model: nn.Module, losses: Callable[[], Tensor]) -> SampleGradie
 DRAWS = 80
 Choice = dict[str, Any]
 Layer = Callable[..., tuple[nn.Module, Tensor] | None]  # None: no such layer
-
-
-def swap(x: Tensor) -> Tensor:
-    return x.transpose(0, 1)
 
 
 def laid_out(module: nn.Module, batch_first: bool) -> nn.Module:

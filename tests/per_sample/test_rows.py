@@ -6,7 +6,7 @@ import gc
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.by_loop import Parts, assert_close, flat, rows_by_loop
+from helpers.by_loop import HiddenScale, Parts, assert_close, flat, rows_by_loop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -224,7 +224,7 @@ def test_other_parameters_in_the_same_calls():
     hidden = Parts(lambda m: None, a=nn.Linear(D, D), h=nn.ParameterList([torch.randn(D), torch.randn(D)]))
     for i, j in ((0, 1), (1, 1), (1, 0), (0, 0)):
         hold(heads, torch.randn(N, D), i, j, losses_of=losses)
-        hold(hidden, torch.randn(N, D), i, losses_of=lambda m, x, i: Hidden.apply(m.a(x), m.h[i]).square().sum(1))
+        hold(hidden, torch.randn(N, D), i, losses_of=lambda m, x, i: HiddenScale.apply(m.a(x), m.h[i]).square().sum(1))
 
 
 def test_autocast_in_some_batches():
@@ -335,21 +335,9 @@ def test_a_first_batch_whose_gradients_are_zero_is_nothing_to_go_by(measured):
     assert measured == [N] * 6  # the first and the second of zeros and the first of others, for either loss
 
 
-class Hidden(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, p):
-        ctx.save_for_backward(x, p)
-        return x * p
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, p = ctx.saved_tensors
-        return grad * p, (grad * x).sum(0)
-
-
 @pytest.mark.filterwarnings("ignore:the per-sample gradients of 'p'")
 def test_a_proof_of_zeros_is_none():
-    m = Parts(lambda m, x: m.out(Hidden.apply(x, m.p)), p=nn.Parameter(torch.randn(D)), out=nn.Linear(D, 3))
+    m = Parts(lambda m, x: m.out(HiddenScale.apply(x, m.p)), p=nn.Parameter(torch.randn(D)), out=nn.Linear(D, 3))
     for std in (0.0, 0.0, 1.0, 1.0):
         with torch.no_grad():
             m.out.weight.normal_(0.0, std)

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.block_checks import by_loop, check, close, squared
-from helpers.by_loop import Parts
+from helpers.block_checks import by_loop, check, close
+from helpers.by_loop import Parts, flat, squared
 from helpers.layer_cases import N, images, prepared, tokens, without_rules
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -67,7 +67,7 @@ def test_one_sample():
 def gradients_in_float64(case: str) -> tuple[nn.Module, tuple[Tensor, ...], Tensor]:
     model, batch = prepared(case, torch.float64)
     expected = by_loop(model, squared, batch)
-    return model, batch, torch.cat([gradient.flatten(1) for gradient in expected.values()], 1)
+    return model, batch, flat(expected)
 
 
 @pytest.mark.parametrize("case", ["conv2d", "transformer layer", "group norm", "embedding, class", "rms norm"])
@@ -169,7 +169,7 @@ def test_weighted_sums_of_single_samples_and_of_none(case):
     """A stratum has few of a batch's samples."""
     model, batch = prepared(case, torch.float64)
     expected = by_loop(model, squared, batch)
-    largest = torch.cat([g.flatten(1) for g in expected.values()], 1)
+    largest = flat(expected)
     with SampleGradients(model) as sg:
         sums = sg.weighted_sums(squared(model, *batch), torch.eye(N + 1)[:, :N])
     for name, gradient in expected.items():
@@ -306,7 +306,7 @@ def test_a_compiled_model_runs_eagerly():
     with SampleGradients(compiled) as sg:
         squared(compiled, *batch).sum().backward()
     assert set(sg.mean) == set(expected)
-    rows = torch.cat([gradient.flatten(1) for gradient in expected.values()], 1)
+    rows = flat(expected)
     close(sg.sq_norms, rows.square().sum(1), 1e-10)
 
 
