@@ -1,5 +1,6 @@
 """Fisher estimation: against a loop over samples, on known gradients, and without changing the model."""
 
+import contextlib
 import math
 import random
 
@@ -9,8 +10,10 @@ import torch
 from helpers.fisher_problems import (
     IGNORE_ESTIMATE_WARNINGS,
     Linear,
+    LossError,
     Network,
     data,
+    global_state,
     gradients_by_loop,
     linear_loss,
     loader,
@@ -228,10 +231,6 @@ def test_noise_of_the_loss_follows_the_generator():
     assert not torch.equal(estimate(1), estimate(2))
 
 
-class Broken(Exception):
-    pass
-
-
 @pytest.mark.parametrize("options", [{}, {"kind": "diagonal"}, {"rank": 2}, {"unbiased": False}])
 @pytest.mark.parametrize("fails", [False, True])
 def test_everything_is_left_as_it_was(options, fails):
@@ -242,7 +241,7 @@ def test_everything_is_left_as_it_was(options, fails):
     model.unused.grad = None
     calls = 0
 
-    def meddling(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    def disturbing_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         nonlocal calls
         calls += 1
         model.layers[1].num_batches_tracked.add_(1)
@@ -251,31 +250,16 @@ def test_everything_is_left_as_it_was(options, fails):
         np.random.rand()  # noqa: NPY002  (the global state is what is tested)
         losses = loss(model, batch)
         if fails and calls == 3:
-            raise Broken
+            raise LossError
         assert not any(module.training for module in model.modules())
         return losses, torch.arange(len(losses)) % 2
 
-    def state() -> list:
-        return [
-            [module.training for module in model.modules()],
-            {name: value.clone() for name, value in model.state_dict().items()},
-            [None if p.grad is None else p.grad.clone() for p in model.parameters()],
-            torch.get_rng_state(),
-            torch.tensor(random.getstate()[1]),
-            torch.from_numpy(np.random.get_state()[1].astype(np.int64)),  # noqa: NPY002
-            [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules()],
-            [p.requires_grad for p in model.parameters()],
-        ]
-
-    before = state()
+    before = global_state(model)
     identities = [id(p.grad) for p in model.parameters()]
-    if fails:
-        with pytest.raises(Broken):
-            ck.estimate_fisher(model, meddling, loader(), **options)
-    else:
-        ck.estimate_fisher(model, meddling, loader(), **options)
+    with pytest.raises(LossError) if fails else contextlib.nullcontext():
+        ck.estimate_fisher(model, disturbing_loss, loader(), **options)
     assert calls >= 3
-    torch.testing.assert_close(state(), before, rtol=0, atol=0)
+    torch.testing.assert_close(global_state(model), before, rtol=0, atol=0)
     assert [id(p.grad) for p in model.parameters()] == identities
 
 
@@ -351,8 +335,8 @@ def test_models_in_bfloat16_have_float32_statistics(options):
     expected = (gradients[25:] @ fisher.directions.double().T).square().mean(0)
     torch.testing.assert_close(fisher.curvatures, expected, rtol=2**-6, atol=0)
     _, _, rows = torch.linalg.svd(gradients[:25], full_matrices=False)
-    found = rows[:2] if "rank" in options else torch.nn.functional.normalize(gradients[:25].mean(0), dim=0)[None]
-    assert bool(((fisher.directions.double() * found).sum(1).abs() > 0.999).all())
+    expected = rows[:2] if "rank" in options else torch.nn.functional.normalize(gradients[:25].mean(0), dim=0)[None]
+    assert bool(((fisher.directions.double() * expected).sum(1).abs() > 0.999).all())
 
 
 def test_unbiased_false_equals_the_papers_two_passes():

@@ -1,5 +1,8 @@
 """Small models, losses and data for Fisher estimates, and per-sample gradients by a loop."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -72,6 +75,24 @@ def stratified(count: int = 60, batch_size: int = 7) -> tuple[Tensor, list[tuple
     x, y = (part.double() for part in data(count))
     classes = torch.tensor([8, 3, 3, -1, 8, 8, 3, 8])[torch.arange(count) * 5 % 8]
     return classes, list(zip(x.split(batch_size), y.split(batch_size), classes.split(batch_size), strict=True))
+
+
+class LossError(Exception):
+    """What a loss of a test raises."""
+
+
+def global_state(model: nn.Module) -> list:
+    """Of a model and of the random generators, all that an estimate must leave as it was."""
+    return [
+        [module.training for module in model.modules()],
+        {name: value.clone() for name, value in model.state_dict().items()},
+        [None if p.grad is None else p.grad.clone() for p in model.parameters()],
+        torch.get_rng_state(),
+        torch.tensor(random.getstate()[1]),
+        torch.from_numpy(np.random.get_state()[1].astype(np.int64)),  # noqa: NPY002
+        [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules()],
+        [p.requires_grad for p in model.parameters()],
+    ]
 
 
 # Small random problems are neither rank 1 nor free of noise; the warnings about that have tests of their own.
