@@ -297,7 +297,7 @@ def spoiled(tensor: Tensor, damage: str) -> Tensor:
 
 @pytest.mark.parametrize("damage", ["nan", "inf", "negative", "dtype", "short", "long", "flat"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_tensors_that_cannot_be_are_refused_by_name(kind, damage, tmp_path):
+def test_impossible_tensors_are_refused_by_name(kind, damage, tmp_path):
     saved, model = saved_object(kind)
     path = tmp_path / "old.safetensors"
     tensors, entry = save_in_old_format(saved, path)
@@ -324,7 +324,7 @@ def test_tensors_that_cannot_be_are_refused_by_name(kind, damage, tmp_path):
 
 @pytest.mark.parametrize("count", [0, -5, 2.5, math.nan, [1], True])
 @pytest.mark.parametrize("kind", KINDS[2:])
-def test_numbers_of_tasks_that_cannot_be(kind, count, tmp_path):
+def test_impossible_numbers_of_tasks_are_refused(kind, count, tmp_path):
     saved, model = saved_object(kind)
     before = numbers(saved)
     with pytest.raises(ValueError, match=r"num_tasks in the state|for 0 tasks"):
@@ -338,7 +338,7 @@ def test_numbers_of_tasks_that_cannot_be(kind, count, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS[2:])
-def test_states_that_are_no_states(kind):
+def test_malformed_states_are_refused(kind):
     saved, _ = saved_object(kind)
     before, state = numbers(saved), saved.state_dict()
     vector = next(key for key in state if key.endswith("0.weight"))
@@ -370,7 +370,7 @@ def test_empty_histories_come_back(kind, tmp_path):
     assert len(full) == 0
 
 
-def test_terms_that_were_merged_to_nothing_come_back(tmp_path):
+def test_a_history_whose_terms_merged_to_none_comes_back(tmp_path):
     model = network()
     history = ck.LowRankHistory(model, max_terms=1)
     for seed in (1, 2):
@@ -410,7 +410,7 @@ def test_a_digest_covers_tensors_and_metadata(kind, tmp_path):
             load(kind, path, model)
 
 
-def test_files_of_a_later_version_are_refused_in_words(tmp_path):
+def test_files_of_a_later_version_are_refused(tmp_path):
     saved, model = saved_object("low-rank history")
     path = tmp_path / "later.safetensors"
     saved.save(path)
@@ -436,7 +436,7 @@ def test_files_of_a_later_version_are_refused_in_words(tmp_path):
         {"version": 2, "kind": "LowRankHistory", "facts": {}, "digest": None},
     ],
 )
-def test_metadata_of_another_shape(entry, tmp_path):
+def test_malformed_metadata_is_refused(entry, tmp_path):
     path = tmp_path / "odd.safetensors"
     rewrite(path, {"curvatures": torch.ones(1)}, entry)
     for read in (ck.load_fisher, lambda path: ck.LowRankHistory.load(path, network())):
@@ -459,7 +459,7 @@ def test_metadata_of_another_shape(entry, tmp_path):
         ("surprise", 1, "unknown options"),
     ],
 )
-def test_options_that_cannot_be(option, value, message, tmp_path):
+def test_impossible_options_are_refused(option, value, message, tmp_path):
     saved, model = saved_object("low-rank history")
     path = tmp_path / "old.safetensors"
     tensors, entry = save_in_old_format(saved, path)
@@ -491,7 +491,7 @@ def test_options_that_cannot_be(option, value, message, tmp_path):
         ("surprise", 1),
     ],
 )
-def test_statistics_that_cannot_be(field, value, tmp_path):
+def test_impossible_statistics_are_refused(field, value, tmp_path):
     path = tmp_path / "old.safetensors"
     tensors, entry = save_in_old_format(saved_object("low-rank Fisher")[0], path)
     entry["facts"]["statistics"][field] = value
@@ -503,7 +503,7 @@ def test_statistics_that_cannot_be(field, value, tmp_path):
             ck.FisherStatistics(**{**asdict(statistics()), field: value})
 
 
-def test_what_is_no_file_of_ours(tmp_path):
+def test_files_of_other_programs_are_refused(tmp_path):
     model, path = network(), tmp_path / "odd.safetensors"
     deep = "[" * 100_000
     for data in (
@@ -531,7 +531,7 @@ def test_what_is_no_file_of_ours(tmp_path):
             read(tmp_path)
 
 
-def test_a_tensor_that_is_there_twice(tmp_path):
+def test_a_tensor_that_occurs_twice_is_refused(tmp_path):
     saved, model = saved_object("diagonal history")
     path = tmp_path / "twice.safetensors"
     saved.save(path)
@@ -560,13 +560,13 @@ def test_fishers_and_histories_hold_no_number_that_overflowed():
     model = network()
     huge = {name: torch.full_like(t, 1e300, dtype=torch.float64) for name, t in named(model, 1).items()}
     rows = {name: t[None] for name, t in huge.items()}
-    one = torch.ones(1)
+    curvature = torch.ones(1)
     with pytest.raises(ValueError, match=r"anchor_projections is \[inf\]; expected finite values"):
-        ck.LowRankFisher(rows, one, huge)
+        ck.LowRankFisher(rows, curvature, huge)
     with pytest.raises(ValueError, match=r"directions has NaN or infinite values in '0.weight'"):
-        ck.LowRankFisher(rows, one, named(model, 1), storage_dtype=torch.float32)
+        ck.LowRankFisher(rows, curvature, named(model, 1), storage_dtype=torch.float32)
     with pytest.raises(ValueError, match="K = 0; expected at least one term"):
-        ck.LowRankFisher({name: t[:0] for name, t in rows.items()}, one[:0], named(model, 1))
+        ck.LowRankFisher({name: t[:0] for name, t in rows.items()}, curvature[:0], named(model, 1))
     for curvatures in (None, "1", [1j], torch.ones(1) * 1j, torch.tensor([True])):
         with pytest.raises(TypeError, match=r"curvatures is .*; expected a \(K,\) tensor of real numbers"):
             ck.LowRankFisher(named(model, 1, 1), curvatures, named(model, 1))
@@ -574,12 +574,12 @@ def test_fishers_and_histories_hold_no_number_that_overflowed():
     low_rank, _ = saved_object("low-rank history")
     diagonal, _ = saved_object("diagonal history")
     before = numbers(low_rank), numbers(diagonal)
-    tiny = ck.LowRankFisher(named(model, 1, 1), one.double() * 1e-308, named(model, 2), slopes=one * 1e3)
+    tiny = ck.LowRankFisher(named(model, 1, 1), curvature.double() * 1e-308, named(model, 2), slopes=curvature * 1e3)
     with pytest.raises(ValueError, match=r"fisher's anchor_projections - slopes / curvatures is \[-inf\]"):
         low_rank.append(tiny)
     long = {name: t.double() * 1e200 for name, t in named(model, 1, 1).items()}
     with pytest.raises(ValueError, match=r"sum_k a_k \|u_k\|\^2, is inf; expected a finite value"):
-        low_rank.append(ck.LowRankFisher(long, one, named(model, 1), slopes=one))
+        low_rank.append(ck.LowRankFisher(long, curvature, named(model, 1), slopes=curvature))
     with pytest.raises(ValueError, match=r"sum of curvatures in torch.float32 has NaN or infinite values"):
         diagonal.append(ck.DiagonalFisher(huge, named(model, 1)))
     with pytest.raises(ValueError, match=r"mean anchor in torch.float32 has NaN or infinite values"):

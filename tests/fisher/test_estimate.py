@@ -113,7 +113,7 @@ def test_directions_merged_over_batches_hold_almost_all_that_the_best_ones_do():
     assert float((first @ fisher.directions.double().T).square().sum() / best) > 0.999
 
 
-def test_the_error_of_merging_is_what_the_docstring_says():
+def test_the_error_of_merging_is_that_of_the_docstring():
     """Eigenvalues 1/j in 200 dimensions, where no sketch of few rows holds F: batches of 32, 25 in the first half."""
     generator = torch.Generator().manual_seed(6)
     spread = torch.arange(1, 201, dtype=torch.float64).rsqrt()
@@ -127,7 +127,7 @@ def test_the_error_of_merging_is_what_the_docstring_says():
         torch.testing.assert_close(u @ u.T, torch.eye(rank, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
-def test_a_fisher_of_known_rank_1_is_found():
+def test_a_fisher_of_known_rank_1_is_recovered():
     v = torch.nn.functional.normalize(torch.arange(1.0, 21.0, dtype=torch.float64), dim=0)
     scales = torch.randn(400, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 2
     for direction in ("mean", "top"):
@@ -197,7 +197,7 @@ def test_batches_may_be_dicts():
     assert torch.equal(fisher.directions, ck.estimate_fisher(model, loss, loader(50, 10)).directions)
 
 
-def test_the_loss_is_called_once_a_batch_on_the_whole_batch():
+def test_the_loss_is_called_once_a_batch_on_all_its_samples():
     """So it may do what it likes: look at values, call .item(). Before, of a loss that was not met before, the first
     batch is looked at with samples exchanged."""
     model = Network()
@@ -284,7 +284,7 @@ def test_hooks_that_change_gradients_are_not_called_and_stay(options):
             handle.remove()
 
 
-def test_gradients_that_were_there_do_not_enter():
+def test_existing_gradients_do_not_enter():
     fisher = ck.estimate_fisher(Network(), loss, loader(), rank=2)
     model = Network()
     for p in model.parameters():

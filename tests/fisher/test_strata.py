@@ -40,10 +40,10 @@ def test_strata_against_a_written_out_computation(rank, direction):
         terms = slice(i * rank, (i + 1) * rank)
         u = fisher.directions.double()[terms]
         if direction == "mean":
-            found = torch.nn.functional.normalize(first.mean(0), dim=0)[None]
+            own_u = torch.nn.functional.normalize(first.mean(0), dim=0)[None]
         else:
-            found = torch.linalg.svd(first, full_matrices=False).Vh[:rank]
-        torch.testing.assert_close((u * found).sum(1).abs(), torch.ones(rank, dtype=torch.float64), rtol=1e-8, atol=0)
+            own_u = torch.linalg.svd(first, full_matrices=False).Vh[:rank]
+        torch.testing.assert_close((u * own_u).sum(1).abs(), torch.ones(rank, dtype=torch.float64), rtol=1e-8, atol=0)
         share = len(second) / 30
         projections = second @ u.T
         curvatures = projections.square().mean(0)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from crl_kernels import SampleGradients
-from helpers.by_loop import Rows, flat, rows_by_loop, squared
+from helpers.by_loop import Rows, assert_grads, flat, rows_by_loop, squared
 
 
 def by_loop(model: nn.Module, losses_of: Callable[..., Tensor], batch: tuple[Tensor, ...]) -> Rows:
@@ -14,9 +14,9 @@ def by_loop(model: nn.Module, losses_of: Callable[..., Tensor], batch: tuple[Ten
     return rows_by_loop(model, [losses_of(model, *(x[i : i + 1] for x in batch)).sum() for i in range(len(batch[0]))])
 
 
-def close(actual: Tensor, expected: Tensor, tolerance: float, of: Tensor | None = None) -> None:
+def close(actual: Tensor, expected: Tensor, tolerance: float, largest_of: Tensor | None = None) -> None:
     """Relative to the largest element; of the whole model's, if given: some gradients are zero but for rounding."""
-    scale = float((expected if of is None else of).abs().max()) or 1.0
+    scale = float((expected if largest_of is None else largest_of).abs().max()) or 1.0
     torch.testing.assert_close(actual.double(), expected.double(), rtol=0, atol=tolerance * scale)
 
 
@@ -50,13 +50,9 @@ def check(
                 losses = losses_of(model, *batch)
                 getattr(losses, reduction)().backward()
             close(sg.sq_norms, rows.square().sum(1), tolerance)
+            assert_grads(model, expected, 1 if reduction == "mean" else len(losses), tolerance)
             for name, gradient in expected.items():
                 close(sg.mean[name], gradient.mean(0), tolerance, rows)
-                scale = 1 if reduction == "mean" else len(losses)
-                grad = dict(model.named_parameters())[name].grad
-                close(
-                    torch.zeros_like(gradient[0]) if grad is None else grad / scale, gradient.mean(0), tolerance, rows
-                )
                 close(sg.per_layer[name].sq_norms, gradient.flatten(1).square().sum(1), tolerance, sg.sq_norms)
             if direction is None:
                 close(sg.projections, rows @ mean, tolerance)

@@ -70,14 +70,14 @@ def flat(rows: Rows) -> Tensor:
     return torch.cat([row.reshape(len(row), -1) for row in rows.values()], 1)
 
 
-def assert_close(got: Tensor, want: Tensor, tolerance: float, what: str, scale: Tensor | None = None) -> None:
+def assert_close(got: Tensor, want: Tensor, tolerance: float, name: str, scale: Tensor | None = None) -> None:
     """max |got - want| <= tolerance max |scale|; ``scale`` is ``want`` unless given."""
-    assert got.shape == want.shape, f"{what} has shape {tuple(got.shape)}; expected {tuple(want.shape)}"
+    assert got.shape == want.shape, f"{name} has shape {tuple(got.shape)}; expected {tuple(want.shape)}"
     if not want.numel():
         return
     largest = float((want if scale is None else scale).abs().max())
     error = float((got.double() - want).abs().max()) / largest if largest else float(got.abs().max())
-    assert error <= tolerance, f"{what} is off by {error:.2g}, relative to the largest"
+    assert error <= tolerance, f"{name} is off by {error:.2g}, relative to the largest"
 
 
 def assert_statistics(sg: SampleGradients, rows: Rows, tolerance: float) -> None:

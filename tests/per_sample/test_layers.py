@@ -15,11 +15,6 @@ from crl_kernels import SampleGradients
 from crl_kernels.per_sample import recorder
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_equals_one_backward_pass_per_sample(case):
     with warnings.catch_warnings():
