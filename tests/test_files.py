@@ -20,9 +20,9 @@ import crl_kernels as ck
 KINDS = ("low-rank Fisher", "diagonal Fisher", "low-rank history", "diagonal history")
 
 
-def network(dtype: torch.dtype = torch.float32) -> nn.Module:
+def network() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3, bias=False)).to(dtype)
+    return nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3, bias=False))
 
 
 def named(model: nn.Module, seed: int, *leading: int) -> dict[str, Tensor]:
@@ -39,13 +39,13 @@ def statistics() -> ck.FisherStatistics:
     return ck.FisherStatistics(16, 6.0, rho=0.9, curvature_se=(0.1, math.nan), strata=tuple(parts))
 
 
-def low_rank_fisher(model: nn.Module, seed: int = 1, storage_dtype: torch.dtype = torch.bfloat16) -> ck.LowRankFisher:
+def low_rank_fisher(model: nn.Module, seed: int = 1) -> ck.LowRankFisher:
     return ck.LowRankFisher(
         named(model, seed, 2),
         torch.tensor([0.5, 0.0]),
         named(model, seed + 100),
         slopes=torch.tensor([-0.25, 0.0]),
-        storage_dtype=storage_dtype,
+        storage_dtype=torch.bfloat16,
         statistics=statistics(),
     )
 
@@ -55,9 +55,9 @@ def diagonal_fisher(model: nn.Module, seed: int = 1) -> ck.DiagonalFisher:
     return ck.DiagonalFisher(squares, named(model, seed + 100), statistics=ck.FisherStatistics(9, 2.5))
 
 
-def made(kind: str, dtype: torch.dtype = torch.float32):
-    """What is saved, and the model that it belongs to."""
-    model = network(dtype)
+def saved_object(kind: str):
+    """A Fisher or a history, and the model that it belongs to."""
+    model = network()
     if kind == "low-rank Fisher":
         return low_rank_fisher(model), model
     if kind == "diagonal Fisher":
@@ -89,18 +89,20 @@ def numbers(saved) -> list:
     return [str(facts), *((name, str(t.dtype), t.shape, t.double().tolist()) for name, t in sorted(tensors.items()))]
 
 
-def old_format(path: Path) -> None:
-    """Rewrites a file as version 1 of the format wrote it: no digest, scalars among the tensors."""
-    with safe_open(path, "pt") as file:
-        entry = json.loads(file.metadata()["crl_kernels"])
-    facts, tensors = entry["facts"], load_file(path)
+def save_in_old_format(saved, path: Path) -> tuple[dict[str, Tensor], dict]:
+    """Saves as version 1 of the format did: no digest, scalars among the tensors; (tensors, metadata) of the file."""
+    saved.save(path)
+    entry, tensors = entry_of(path), load_file(path)
+    facts = entry["facts"]
     for name, dtype in (("num_tasks", torch.int64), ("residual", torch.float64)):
         if name in facts:
             tensors[name] = torch.tensor(facts.pop(name), dtype=dtype)
-    save_old(path, tensors, {"version": 1, "kind": entry["kind"], "facts": facts})
+    old = {"version": 1, "kind": entry["kind"], "facts": facts}
+    rewrite(path, tensors, old)
+    return load_file(path), old
 
 
-def save_old(path: Path, tensors: dict[str, Tensor], entry: object) -> None:
+def rewrite(path: Path, tensors: dict[str, Tensor], entry: object) -> None:
     save_file({name: t.contiguous() for name, t in tensors.items()}, path, {"crl_kernels": json.dumps(entry)})
 
 
@@ -160,23 +162,23 @@ def change_text(data: bytes, rng: random.Random) -> bytes:
 def edit_a_tensor(data: bytes, rng: random.Random) -> bytes:
     header, body = split(data)
     names = [name for name in header if name != "__metadata__"]
-    one, other = rng.choice(names), rng.choice(names)
+    name, second = rng.choice(names), rng.choice(names)
     field = rng.choice(("dtype", "shape", "data_offsets", "swap", "rename", "drop"))
     if field == "swap":
-        header[one], header[other] = header[other], header[one]
+        header[name], header[second] = header[second], header[name]
     elif field == "rename":
-        header[one + rng.choice(("", ".weight", "\0", "é"))] = header.pop(one)
+        header[name + rng.choice(("", ".weight", "\0", "é"))] = header.pop(name)
     elif field == "drop":
-        del header[one]
+        del header[name]
     elif field == "dtype":
-        header[one][field] = rng.choice(
+        header[name][field] = rng.choice(
             ("F64", "F32", "F16", "BF16", "I64", "I32", "U8", "BOOL", "C64", "F8_E4M3", "?")
         )
     elif field == "shape":
-        shape = header[one][field]
-        header[one][field] = rng.choice((shape[::-1], [math.prod(shape)], [*shape, 1], [0], [-1], [2**62, 4], None, {}))
+        old = header[name][field]
+        header[name][field] = rng.choice((old[::-1], [math.prod(old)], [*old, 1], [0], [-1], [2**62, 4], None, {}))
     else:
-        header[one][field] = rng.choice(([0, 8], header[other][field], [8, 0], [2**63, 2**63 + 8], None, []))
+        header[name][field] = rng.choice(([0, 8], header[second][field], [8, 0], [2**63, 2**63 + 8], None, []))
     return joined(header, body)
 
 
@@ -185,12 +187,12 @@ def edit_metadata(data: bytes, rng: random.Random) -> bytes:
     entry = json.loads(header["__metadata__"]["crl_kernels"])
     statistics_facts = entry["facts"].get("statistics", {})
     values = (None, -1, 0, 3, 2**70, 0.5, math.nan, math.inf, "x", [], ["0"], {}, True, [[]], {"": 0})
-    where = rng.choice((entry, entry["facts"]))
-    key = rng.choice((*where, "extra"))
+    level = rng.choice((entry, entry["facts"]))
+    key = rng.choice((*level, "extra"))
     if rng.random() < 0.2:
-        where.pop(key, None)
+        level.pop(key, None)
     else:
-        where[key] = rng.choice(values)
+        level[key] = rng.choice(values)
     facts = entry.get("facts")
     if isinstance(facts, dict) and facts.get("statistics") and rng.random() < 0.5:
         facts["statistics"] = {**statistics_facts, rng.choice(tuple(statistics_facts)): rng.choice(values)}
@@ -221,7 +223,7 @@ MUTATIONS = (
 
 def outcomes(kind: str, path: Path, count: int, check: Callable) -> Counter:
     """Loads ``count`` mutated copies of a file; ``check`` sees whatever loads."""
-    _, model = made(kind)
+    _, model = saved_object(kind)
     data, rng, counts = path.read_bytes(), random.Random(kind), Counter()
     for i in range(count):
         mutation = MUTATIONS[i % len(MUTATIONS)]
@@ -244,24 +246,25 @@ def outcomes(kind: str, path: Path, count: int, check: Callable) -> Counter:
 @pytest.mark.parametrize("kind", KINDS)
 def test_damaged_files_give_the_same_numbers_or_a_value_error(kind, tmp_path):
     """4 kinds x 540 mutations."""
-    saved, _ = made(kind)
-    saved.save(tmp_path / "whole.safetensors")
+    saved, _ = saved_object(kind)
+    path = tmp_path / "undamaged.safetensors"
+    saved.save(path)
     expected = numbers(saved)
 
     def check(loaded, mutation: str) -> None:
         assert numbers(loaded) == expected, mutation
 
-    counts = outcomes(kind, tmp_path / "whole.safetensors", 540, check)
+    counts = outcomes(kind, path, 540, check)
     assert counts["refused"] > 300
     assert counts["loaded"] >= 60  # those whose contents were kept
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_damaged_files_without_a_digest_give_possible_numbers_or_a_value_error(kind, tmp_path):
-    saved, model = made(kind)
-    saved.save(tmp_path / "whole.safetensors")
-    old_format(tmp_path / "whole.safetensors")
-    assert numbers(load(kind, tmp_path / "whole.safetensors", model)) == numbers(saved)
+    saved, model = saved_object(kind)
+    path = tmp_path / "undamaged.safetensors"
+    save_in_old_format(saved, path)
+    assert numbers(load(kind, path, model)) == numbers(saved)
 
     def check(loaded, mutation: str) -> None:
         for name, value in vars(loaded).items() if kind.endswith("Fisher") else loaded.state_dict().items():
@@ -271,7 +274,7 @@ def test_damaged_files_without_a_digest_give_possible_numbers_or_a_value_error(k
                     assert bool((value >= 0).all()), (mutation, name)
         assert kind.endswith("Fisher") or loaded.state_dict()["num_tasks"] > 0, mutation
 
-    counts = outcomes(kind, tmp_path / "whole.safetensors", 540, check)
+    counts = outcomes(kind, path, 540, check)
     assert counts["refused"] > 300
     assert counts["loaded"] >= 60
 
@@ -279,35 +282,33 @@ def test_damaged_files_without_a_digest_give_possible_numbers_or_a_value_error(k
 # What cannot be, with or without a digest
 
 
-def spoiled(tensor: Tensor, how: str) -> Tensor:
+def spoiled(tensor: Tensor, damage: str) -> Tensor:
     changed = tensor.clone()
-    if how in ("nan", "inf", "negative"):
-        changed.view(-1)[-1] = {"nan": math.nan, "inf": math.inf, "negative": -1e-3}[how]
+    if damage in ("nan", "inf", "negative"):
+        changed.view(-1)[-1] = {"nan": math.nan, "inf": math.inf, "negative": -1e-3}[damage]
         return changed
     return {
         "dtype": lambda: changed.half() if changed.is_floating_point() else changed.int(),
         "short": lambda: changed[..., :-1] if changed.dim() else changed.expand(2),
         "long": lambda: torch.cat([changed, changed]) if changed.dim() else changed.expand(1),
         "flat": lambda: changed.reshape(-1)[None],
-    }[how]()
+    }[damage]()
 
 
-@pytest.mark.parametrize("how", ["nan", "inf", "negative", "dtype", "short", "long", "flat"])
+@pytest.mark.parametrize("damage", ["nan", "inf", "negative", "dtype", "short", "long", "flat"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_tensors_that_cannot_be_are_refused_by_name(kind, how, tmp_path):
-    saved, model = made(kind)
+def test_impossible_tensors_are_refused_by_name(kind, damage, tmp_path):
+    saved, model = saved_object(kind)
     path = tmp_path / "old.safetensors"
-    saved.save(path)
-    old_format(path)
-    entry, tensors = entry_of(path), load_file(path)
+    tensors, entry = save_in_old_format(saved, path)
     signed = ("directions", "anchor", "slopes")
     for name, tensor in tensors.items():
-        if (how in ("nan", "inf") and name == "num_tasks") or (how == "negative" and name.startswith(signed)):
+        if (damage in ("nan", "inf") and name == "num_tasks") or (damage == "negative" and name.startswith(signed)):
             continue
-        if kind == "low-rank Fisher" and name.startswith("directions") and how in ("short", "long"):
+        if kind == "low-rank Fisher" and name.startswith("directions") and damage in ("short", "long"):
             continue  # of other parameters, perhaps: without a digest nothing says so
-        changed = {**tensors, name: spoiled(tensor, how)}
-        save_old(path, changed, entry)
+        changed = {**tensors, name: spoiled(tensor, damage)}
+        rewrite(path, changed, entry)
         with pytest.raises(ValueError, match=r"old\.safetensors"):
             load(kind, path, model)
         if kind.endswith("history"):
@@ -316,30 +317,29 @@ def test_tensors_that_cannot_be_are_refused_by_name(kind, how, tmp_path):
                 saved.load_state_dict(changed)
             assert numbers(saved) == before
     for changed in ({**tensors, "extra": torch.ones(1)}, dict(list(tensors.items())[1:])):
-        save_old(path, changed, entry)
+        rewrite(path, changed, entry)
         with pytest.raises(ValueError, match=r"old\.safetensors.*(has 'extra'|lacks|as many directions as)"):
             load(kind, path, model)
 
 
 @pytest.mark.parametrize("count", [0, -5, 2.5, math.nan, [1], True])
 @pytest.mark.parametrize("kind", KINDS[2:])
-def test_numbers_of_tasks_that_cannot_be(kind, count, tmp_path):
-    saved, model = made(kind)
+def test_impossible_numbers_of_tasks_are_refused(kind, count, tmp_path):
+    saved, model = saved_object(kind)
     before = numbers(saved)
     with pytest.raises(ValueError, match=r"num_tasks in the state|for 0 tasks"):
         saved.load_state_dict({**saved.state_dict(), "num_tasks": torch.tensor(count)})
     assert numbers(saved) == before
     path = tmp_path / "old.safetensors"
-    saved.save(path)
-    old_format(path)
-    save_old(path, {**load_file(path), "num_tasks": torch.tensor(count)}, entry_of(path))
+    tensors, entry = save_in_old_format(saved, path)
+    rewrite(path, {**tensors, "num_tasks": torch.tensor(count)}, entry)
     with pytest.raises(ValueError, match=r"old\.safetensors"):
         load(kind, path, model)
 
 
 @pytest.mark.parametrize("kind", KINDS[2:])
-def test_states_that_are_no_states(kind):
-    saved, _ = made(kind)
+def test_malformed_states_are_refused(kind):
+    saved, _ = saved_object(kind)
     before, state = numbers(saved), saved.state_dict()
     vector = next(key for key in state if key.endswith("0.weight"))
     for wrong, error, message in (
@@ -365,12 +365,12 @@ def test_empty_histories_come_back(kind, tmp_path):
     empty.save(tmp_path / "empty.safetensors")
     loaded = cls.load(tmp_path / "empty.safetensors", model)
     assert numbers(loaded) == numbers(empty)
-    full, _ = made(kind)
+    full, _ = saved_object(kind)
     full.load_state_dict(empty.state_dict())
     assert len(full) == 0
 
 
-def test_terms_that_were_merged_to_nothing_come_back(tmp_path):
+def test_a_history_whose_terms_merged_to_none_comes_back(tmp_path):
     model = network()
     history = ck.LowRankHistory(model, max_terms=1)
     for seed in (1, 2):
@@ -387,7 +387,7 @@ def test_terms_that_were_merged_to_nothing_come_back(tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_digest_covers_tensors_and_metadata(kind, tmp_path):
     """Contents that are possible, and not what was saved."""
-    saved, model = made(kind)
+    saved, model = saved_object(kind)
     path = tmp_path / "saved.safetensors"
     saved.save(path)
     with safe_open(path, "pt") as file:
@@ -405,16 +405,16 @@ def test_a_digest_covers_tensors_and_metadata(kind, tmp_path):
         changes += [(tensors, {**entry, "facts": {**facts, "statistics": {**facts["statistics"], "trace": 1.0}}})]
         changes += [(tensors, {**entry, "facts": {**facts, "names": facts["names"][::-1]}})]
     for changed, changed_entry in changes:
-        save_old(path, changed, changed_entry)
+        rewrite(path, changed, changed_entry)
         with pytest.raises(ValueError, match=r"saved\.safetensors' is damaged, or was changed after it was saved"):
             load(kind, path, model)
 
 
-def test_files_of_a_later_version_are_refused_in_words(tmp_path):
-    saved, model = made("low-rank history")
+def test_files_of_a_later_version_are_refused(tmp_path):
+    saved, model = saved_object("low-rank history")
     path = tmp_path / "later.safetensors"
     saved.save(path)
-    save_old(path, load_file(path), {"version": 3, "contents": "of another shape"})
+    rewrite(path, load_file(path), {"version": 3, "contents": "of another shape"})
     with pytest.raises(ValueError, match=r"later\.safetensors' is of format 3, and this version .* up to 2"):
         ck.LowRankHistory.load(path, model)
 
@@ -436,9 +436,9 @@ def test_files_of_a_later_version_are_refused_in_words(tmp_path):
         {"version": 2, "kind": "LowRankHistory", "facts": {}, "digest": None},
     ],
 )
-def test_metadata_of_another_shape(entry, tmp_path):
+def test_malformed_metadata_is_refused(entry, tmp_path):
     path = tmp_path / "odd.safetensors"
-    save_old(path, {"curvatures": torch.ones(1)}, entry)
+    rewrite(path, {"curvatures": torch.ones(1)}, entry)
     for read in (ck.load_fisher, lambda path: ck.LowRankHistory.load(path, network())):
         with pytest.raises(ValueError, match=r"odd\.safetensors"):
             read(path)
@@ -459,13 +459,12 @@ def test_metadata_of_another_shape(entry, tmp_path):
         ("surprise", 1, "unknown options"),
     ],
 )
-def test_options_that_cannot_be(option, value, message, tmp_path):
-    saved, model = made("low-rank history")
+def test_impossible_options_are_refused(option, value, message, tmp_path):
+    saved, model = saved_object("low-rank history")
     path = tmp_path / "old.safetensors"
-    saved.save(path)
-    old_format(path)
-    entry = entry_of(path)
-    save_old(path, load_file(path), {**entry, "facts": {**entry["facts"], option: value}})
+    tensors, entry = save_in_old_format(saved, path)
+    entry["facts"][option] = value
+    rewrite(path, tensors, entry)
     with pytest.raises(ValueError, match=rf"(?s)(?=.*old\.safetensors).*{message}"):
         ck.LowRankHistory.load(path, model)
 
@@ -492,13 +491,11 @@ def test_options_that_cannot_be(option, value, message, tmp_path):
         ("surprise", 1),
     ],
 )
-def test_statistics_that_cannot_be(field, value, tmp_path):
+def test_impossible_statistics_are_refused(field, value, tmp_path):
     path = tmp_path / "old.safetensors"
-    made("low-rank Fisher")[0].save(path)
-    old_format(path)
-    entry = entry_of(path)
+    tensors, entry = save_in_old_format(saved_object("low-rank Fisher")[0], path)
     entry["facts"]["statistics"][field] = value
-    save_old(path, load_file(path), entry)
+    rewrite(path, tensors, entry)
     with pytest.raises(ValueError, match=rf"old\.safetensors.*{field}|old\.safetensors.*statistics"):
         ck.load_fisher(path)
     if value != {}:
@@ -506,7 +503,7 @@ def test_statistics_that_cannot_be(field, value, tmp_path):
             ck.FisherStatistics(**{**asdict(statistics()), field: value})
 
 
-def test_what_is_no_file_of_ours(tmp_path):
+def test_files_of_other_programs_are_refused(tmp_path):
     model, path = network(), tmp_path / "odd.safetensors"
     deep = "[" * 100_000
     for data in (
@@ -534,21 +531,21 @@ def test_what_is_no_file_of_ours(tmp_path):
             read(tmp_path)
 
 
-def test_a_tensor_that_is_there_twice(tmp_path):
-    saved, model = made("diagonal history")
+def test_a_tensor_that_occurs_twice_is_refused(tmp_path):
+    saved, model = saved_object("diagonal history")
     path = tmp_path / "twice.safetensors"
     saved.save(path)
     header, body = split(path.read_bytes())
     names = [name for name in header if name.startswith("anchor.2")]
-    other = next(name for name in header if name.startswith("fisher_diagonal.2"))
-    text = json.dumps(header)[:-1] + f', "{names[0]}": {json.dumps(header[other])}}}'
+    diagonal = next(name for name in header if name.startswith("fisher_diagonal.2"))
+    text = json.dumps(header)[:-1] + f', "{names[0]}": {json.dumps(header[diagonal])}}}'
     path.write_bytes(struct.pack("<Q", len(text)) + text.encode() + body)
     with pytest.raises(ValueError, match=r"twice\.safetensors"):
         ck.DiagonalHistory.load(path, model)
 
 
 def test_paths_that_safetensors_does_not_open(tmp_path):
-    saved, model = made("low-rank history")
+    saved, model = saved_object("low-rank history")
     path = f"{tmp_path}/\udcff.safetensors"
     Path(path).write_bytes(b"")
     for call in (saved.save, ck.load_fisher, lambda path: ck.LowRankHistory.load(path, model)):
@@ -563,26 +560,26 @@ def test_fishers_and_histories_hold_no_number_that_overflowed():
     model = network()
     huge = {name: torch.full_like(t, 1e300, dtype=torch.float64) for name, t in named(model, 1).items()}
     rows = {name: t[None] for name, t in huge.items()}
-    one = torch.ones(1)
+    curvature = torch.ones(1)
     with pytest.raises(ValueError, match=r"anchor_projections is \[inf\]; expected finite values"):
-        ck.LowRankFisher(rows, one, huge)
+        ck.LowRankFisher(rows, curvature, huge)
     with pytest.raises(ValueError, match=r"directions has NaN or infinite values in '0.weight'"):
-        ck.LowRankFisher(rows, one, named(model, 1), storage_dtype=torch.float32)
+        ck.LowRankFisher(rows, curvature, named(model, 1), storage_dtype=torch.float32)
     with pytest.raises(ValueError, match="K = 0; expected at least one term"):
-        ck.LowRankFisher({name: t[:0] for name, t in rows.items()}, one[:0], named(model, 1))
+        ck.LowRankFisher({name: t[:0] for name, t in rows.items()}, curvature[:0], named(model, 1))
     for curvatures in (None, "1", [1j], torch.ones(1) * 1j, torch.tensor([True])):
         with pytest.raises(TypeError, match=r"curvatures is .*; expected a \(K,\) tensor of real numbers"):
             ck.LowRankFisher(named(model, 1, 1), curvatures, named(model, 1))
 
-    low_rank, _ = made("low-rank history")
-    diagonal, _ = made("diagonal history")
+    low_rank, _ = saved_object("low-rank history")
+    diagonal, _ = saved_object("diagonal history")
     before = numbers(low_rank), numbers(diagonal)
-    tiny = ck.LowRankFisher(named(model, 1, 1), one.double() * 1e-308, named(model, 2), slopes=one * 1e3)
+    tiny = ck.LowRankFisher(named(model, 1, 1), curvature.double() * 1e-308, named(model, 2), slopes=curvature * 1e3)
     with pytest.raises(ValueError, match=r"fisher's anchor_projections - slopes / curvatures is \[-inf\]"):
         low_rank.append(tiny)
     long = {name: t.double() * 1e200 for name, t in named(model, 1, 1).items()}
     with pytest.raises(ValueError, match=r"sum_k a_k \|u_k\|\^2, is inf; expected a finite value"):
-        low_rank.append(ck.LowRankFisher(long, one, named(model, 1), slopes=one))
+        low_rank.append(ck.LowRankFisher(long, curvature, named(model, 1), slopes=curvature))
     with pytest.raises(ValueError, match=r"sum of curvatures in torch.float32 has NaN or infinite values"):
         diagonal.append(ck.DiagonalFisher(huge, named(model, 1)))
     with pytest.raises(ValueError, match=r"mean anchor in torch.float32 has NaN or infinite values"):
@@ -594,7 +591,7 @@ def test_fishers_and_histories_hold_no_number_that_overflowed():
 def test_fishers_that_were_changed_are_refused_by_a_history(attribute):
     model = network()
     kind = "diagonal" if attribute in ("fisher_diagonal", "anchor") else "low-rank"
-    fisher, history = made(f"{kind} Fisher")[0], made(f"{kind} history")[0]
+    fisher, history = saved_object(f"{kind} Fisher")[0], saved_object(f"{kind} history")[0]
     before = numbers(history)
     getattr(fisher, attribute).view(-1)[-1] = math.nan
     with pytest.raises(ValueError, match=rf"{attribute} (is|has NaN)"):
@@ -611,10 +608,10 @@ def test_distributed_checkpoints_are_checked(kind, tmp_path):
     dcp = pytest.importorskip("torch.distributed.checkpoint")
     from crl_kernels.integrations.distributed_checkpoint import load_history
 
-    saved, model = made(kind)
-    other = made(kind)[0]
-    other.load_state_dict(type(saved)(model).state_dict())
-    before, state = numbers(other), saved.state_dict()
+    saved, model = saved_object(kind)
+    loaded = saved_object(kind)[0]
+    loaded.load_state_dict(type(saved)(model).state_dict())
+    before, state = numbers(loaded), saved.state_dict()
     vector = next(key for key in state if key.endswith("2.weight"))
 
     def save(state: dict, name: str) -> Path:
@@ -629,16 +626,16 @@ def test_distributed_checkpoints_are_checked(kind, tmp_path):
         ("absent", {k: v for k, v in state.items() if k != vector}, "lacks '2.weight', which the model has"),
     ):
         with pytest.raises(ValueError, match=message):
-            load_history(other, save(changed, name))
-        assert numbers(other) == before
-    path = save(state, "whole")
+            load_history(loaded, save(changed, name))
+        assert numbers(loaded) == before
+    path = save(state, "cut short")
     for part in path.glob("*.distcp"):
         data = part.read_bytes()
         part.write_bytes(data[: len(data) // 2])
-    with pytest.raises(ValueError, match="whole' is damaged, or parts of it are missing"):
-        load_history(other, path)
-    assert numbers(other) == before
-    load_history(other, save(state, "again"))
-    assert numbers(other) == numbers(saved)
+    with pytest.raises(ValueError, match="cut short' is damaged, or parts of it are missing"):
+        load_history(loaded, path)
+    assert numbers(loaded) == before
+    load_history(loaded, save(state, "again"))
+    assert numbers(loaded) == numbers(saved)
     with pytest.raises(FileNotFoundError):
-        load_history(other, tmp_path / "nowhere")
+        load_history(loaded, tmp_path / "nowhere")

@@ -1,6 +1,7 @@
 """``diagnose`` on a small network: layers, cosines, files; and the model is left as it was."""
 
 import builtins
+import contextlib
 import json
 import math
 import random
@@ -8,6 +9,8 @@ import random
 import numpy as np
 import pytest
 import torch
+from helpers.by_loop import flat, rows_by_loop
+from helpers.fisher_problems import LossError, global_state
 from helpers.spectra import normal, spectrum
 from torch import Tensor, nn
 
@@ -45,23 +48,16 @@ def test_layers_are_those_of_a_dense_computation(diagnosed):
     model = Net().eval()
     x, y = net_data()
     order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
-    rows: dict[str, list[Tensor]] = {"first": [], "norm": [], "last": []}
-    for i in order.tolist():
-        loss = net_loss(model, (x[i : i + 1], y[i : i + 1]), torch.tensor([100]))
-        grads = torch.autograd.grad(loss.sum(), list(model.parameters()))
-        for (name, _), g in zip(model.named_parameters(), grads, strict=True):
-            rows[name.split(".")[0]].append(g.flatten())
-    assert set(diagnosed.layers) == set(rows)
-    total = []
-    for name, pieces in rows.items():
-        g = torch.stack([torch.cat(pieces[2 * i : 2 * i + 2]) for i in range(64)]).double()
-        total.append(g)
-        expected, measured = spectrum(g), diagnosed.layers[name]["100"]
+    losses = [net_loss(model, (x[i : i + 1], y[i : i + 1]), torch.tensor([100])).sum() for i in order.tolist()]
+    rows = rows_by_loop(model, losses)
+    assert set(diagnosed.layers) == {"first", "norm", "last"}
+    for name, layer in diagnosed.layers.items():
+        expected = spectrum(flat({parameter: g for parameter, g in rows.items() if parameter.startswith(name)}))
+        measured = layer["100"]
         for key in ("trace", "kappa", "lambda1_share", "held_out_mean", "error_diagonal", "mean_abs_cos"):
             assert getattr(measured, key).value == pytest.approx(getattr(expected, key).value, rel=1e-3, abs=1e-4), key
             assert getattr(measured, key).high == pytest.approx(getattr(expected, key).high, rel=1e-2, abs=1e-3), key
-    model_spectrum = spectrum(torch.cat(total, 1))
-    assert diagnosed.at[100].held_out[4].value == pytest.approx(model_spectrum.held_out[4].value, rel=1e-4)
+    assert diagnosed.at[100].held_out[4].value == pytest.approx(spectrum(flat(rows)).held_out[4].value, rel=1e-4)
 
 
 def test_cosines_are_symmetric_and_near_one_for_near_timesteps():
@@ -106,10 +102,6 @@ def test_without_matplotlib_the_numbers_are_written_all_the_same(diagnosed, tmp_
     assert {p.name for p in tmp_path.iterdir()} == {"report.json", "report.md"}
 
 
-class LossError(Exception):
-    pass
-
-
 @pytest.mark.parametrize("fails", [False, True])
 def test_everything_is_left_as_it_was(fails):
     model = Net()
@@ -131,24 +123,10 @@ def test_everything_is_left_as_it_was(fails):
             raise LossError
         return losses
 
-    def state() -> list:
-        return [
-            [module.training for module in model.modules()],
-            {name: value.clone() for name, value in model.state_dict().items()},
-            [None if p.grad is None else p.grad.clone() for p in model.parameters()],
-            torch.get_rng_state(),
-            torch.tensor(random.getstate()[1]),
-            torch.from_numpy(np.random.get_state()[1].astype(np.int64)),  # noqa: NPY002
-            [len(m._forward_hooks) + len(m._backward_hooks) for m in model.modules()],
-        ]
-
-    before = state()
-    if fails:
-        with pytest.raises(LossError):
-            diagnose(model, disturbing_loss, [net_data(48)], (3,), samples=48)
-    else:
+    before = global_state(model)
+    with pytest.raises(LossError) if fails else contextlib.nullcontext():
         diagnose(model, disturbing_loss, [net_data(48)], (3,), samples=48)
-    torch.testing.assert_close(state(), before, rtol=0, atol=0)
+    torch.testing.assert_close(global_state(model), before, rtol=0, atol=0)
 
 
 def test_noise_follows_the_generator_and_parameters_can_be_chosen():

@@ -84,15 +84,6 @@ def test_few_directions_ask_for_their_rank():
 def test_one_direction_for_each_timestep_asks_for_bands():
     """Every timestep has a direction of its own: F over all of them has rank 5 and flat eigenvalues."""
     times = [0, 1, 2, 3, 4]
-
-    class Banded(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.theta = nn.Parameter(torch.zeros(40, dtype=torch.float64))
-
-        def forward(self, g: Tensor) -> Tensor:
-            return g @ self.theta
-
     basis = torch.linalg.qr(normal(40, 5))[0].T
 
     def loss(model: nn.Module, batch: tuple[Tensor, Tensor], t: Tensor) -> Tensor:
@@ -101,7 +92,7 @@ def test_one_direction_for_each_timestep_asks_for_bands():
 
     data = normal(192), normal(192, 40, seed=1)
     generator = torch.Generator().manual_seed(0)
-    diagnosis = diagnose(Banded(), loss, [data], times, num_timesteps=5, samples=192, generator=generator)
+    diagnosis = diagnose(LinearLoss(40), loss, [data], times, num_timesteps=5, samples=192, generator=generator)
     assert diagnosis.verdict.enough_at == tuple(times)
     assert diagnosis.verdict.answer == "no"
     assert diagnosis.bands is not None

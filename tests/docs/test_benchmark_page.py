@@ -4,7 +4,8 @@ import json
 import re
 
 import torch
-from helpers.page_text import TABLE, page, prose, result, run_blocks, table_after, tables
+from helpers.page_text import TABLE, page, prose, result, table_after, tables
+from helpers.pages import DOCS, run_python_blocks
 
 BENCHMARKS = page("docs/benchmarks.md")
 PROSE = prose(BENCHMARKS)
@@ -16,7 +17,7 @@ def by_name(table: list[list[str]]) -> dict[str, list[str]]:
 
 def test_python_block_runs():
     torch.manual_seed(0)
-    namespace = run_blocks(BENCHMARKS, "docs/benchmarks.md")
+    namespace = run_python_blocks(DOCS / "benchmarks.md")
     assert namespace["top"].keys() == dict(namespace["model"].named_parameters()).keys()
 
 
@@ -64,7 +65,7 @@ def test_ratios_of_estimation_are_what_the_benchmark_wrote():
     assert quoted == tuple(f"{float(rows[f'estimate_fisher, {name}'][-1]):.1f}" for name in names)
 
 
-WAYS = {
+ROWS_IN_A_STEP = {
     "`FusedAdamW`, rank 1, fp32 / bf16": ("FusedAdamW", "1, fp32", "1, bf16"),
     "`FusedAdamW`, diagonal": ("FusedAdamW, diagonal", "any, fp32"),
     "`add_penalty_grad_`, rank 1, fp32 / bf16": ("add_penalty_grad_", "1, fp32", "1, bf16"),
@@ -76,17 +77,17 @@ WAYS = {
 
 def test_costs_in_a_training_step_are_what_the_benchmark_wrote():
     unet, transformer = (
-        {(way, terms): (added, state) for way, terms, _, added, state in table[2:]}
+        {(method, terms): (added, state) for method, terms, _, added, state in table[2:]}
         for table in tables(result("trainers_cpu_1thread.md"))
     )
     quoted = by_name(table_after(BENCHMARKS, "`python -m benchmarks.trainers`"))
-    assert quoted.keys() == WAYS.keys()
+    assert quoted.keys() == ROWS_IN_A_STEP.keys()
     for label, (added, state) in quoted.items():
-        way, *terms = WAYS[label]
-        assert added.split(" / ") == [unet[way, t][0] for t in terms]
-        assert [float(number) for number in state.split(" / ")] == [float(unet[way, t][1]) for t in terms]
+        method, *terms = ROWS_IN_A_STEP[label]
+        assert added.split(" / ") == [unet[method, t][0] for t in terms]
+        assert [float(number) for number in state.split(" / ")] == [float(unet[method, t][1]) for t in terms]
         for t in terms:  # "A transformer ... gives the same within half a point"
-            assert abs(float(unet[way, t][0].split()[0]) - float(transformer[way, t][0].split()[0])) <= 0.5
+            assert abs(float(unet[method, t][0].split()[0]) - float(transformer[method, t][0].split()[0])) <= 0.5
 
 
 OPTIMIZER = {
@@ -130,7 +131,7 @@ def test_overhead_of_small_models_is_what_the_benchmark_wrote():
     assert quoted.groups() == (f"{ours['ms']:.2f}", f"{ours['times_addition_kept']:.2f}", f"{autograd['ms']:.1f}")
 
 
-def test_what_methods_cost_is_what_the_benchmark_wrote():
+def test_costs_of_methods_are_what_the_benchmark_wrote():
     quoted = PROSE[PROSE.index("`python -m benchmarks.trainer_cost`") :]
     small, large, alone = map(by_name, tables(result("trainer_cost.md")))
 

@@ -40,9 +40,9 @@ def bare_method(method: str) -> str:
 
 def test_controls_are_what_their_experiments_wrote():
     (table,) = (table for table in tables(EVIDENCE) if table[0][0].startswith("instead, in the first experiment"))
-    shown = {label: row for label, *row in table[2:]}
-    assert shown.keys() == INSTEAD.keys()
-    for label, row in shown.items():
+    quoted = {label: row for label, *row in table[2:]}
+    assert quoted.keys() == INSTEAD.keys()
+    for label, row in quoted.items():
         (written,) = (line for line in tables(evidence(INSTEAD[label]))[0] if line[:2] == ["gd", "6"])
         assert row == means_and_intervals(written[2:5])
 
@@ -76,9 +76,9 @@ def test_differences_are_those_that_the_experiment_wrote(experiment, rows):
         all_alike = row[0].endswith(f", p {count.rpartition(' ')[2]}")  # the smallest that so many seeds can give
         sign = ("better" if fid.startswith("−") else "worse") if all_alike else "no"
         written[bare_method(method)] = [fid, sign, learnt, forgetting, accuracy]
-    shown = {label: row for label, *row in table_after(EVIDENCE, command(experiment))[2:]}
-    assert len(shown) == rows
-    assert shown == {label: written[LABELS[label]] for label in shown}
+    quoted = {label: row for label, *row in table_after(EVIDENCE, command(experiment))[2:]}
+    assert len(quoted) == rows
+    assert quoted == {label: written[LABELS[label]] for label in quoted}
 
 
 @pytest.mark.parametrize("experiment", ["digits-drift", "digits-easy", "mnist", "mnist-longer", "fashion-mnist"])
@@ -88,8 +88,8 @@ def test_references_are_what_the_experiment_wrote(experiment):
     column = {name.rstrip(" ↓↑"): k for k, name in enumerate(report["method"])}
     column["forgetting"] = column["forgetting, ÷ (T − 1)"]
     after = EVIDENCE.partition(command(experiment))[2]
-    said = " ".join(re.match(r"\s*\(([^)]*)\)", after)[1].split())
-    for part, method in zip(said.split("; "), ("gd", "fine-tune" if "fine-tuning" in said else "joint"), strict=True):
+    means = " ".join(re.match(r"\s*\(([^)]*)\)", after)[1].split())
+    for part, method in zip(means.split("; "), ("gd", "fine-tune" if "fine-tuning" in means else "joint"), strict=True):
         name, _, numbers = part.partition(": ")
         assert name == {"gd": "distillation alone", "fine-tune": "fine-tuning", "joint": "joint training"}[method]
         for words in numbers.split(", "):
@@ -97,25 +97,25 @@ def test_references_are_what_the_experiment_wrote(experiment):
             assert value == report[method][column[quantity]].split()[0]
 
 
-def test_what_the_paragraphs_say_of_the_first_experiment_is_in_its_reports():
+def test_numbers_in_paragraphs_on_the_first_experiment_are_in_its_reports():
     def report(name: str, table: int) -> dict[str, list[str]]:
         return {bare_method(row[0]): means_and_intervals(row[2:]) for row in tables(evidence(name))[table][2:]}
 
     held_out = report("digits-drift-held-out", 1)
-    said = re.search(r"as much with 8 bands \((.*?)\) and nothing with rank 1 \((.*?)\);", PROSE).groups()
-    assert said == (held_out["gd+bands8:slopes"][0], held_out["gd+rank1:slopes"][0])
+    quoted = re.search(r"as much with 8 bands \((.*?)\) and nothing with rank 1 \((.*?)\);", PROSE).groups()
+    assert quoted == (held_out["gd+bands8:slopes"][0], held_out["gd+rank1:slopes"][0])
 
     def fid(method: str, column: int = 0) -> float:
         return float(finals[method][column].split()[0])
 
     finals = report("digits-drift", 0)
-    said = re.search(
+    quoted = re.search(
         r"average FID of (\d+), but because .*? \((.*?) when learnt, fine-tuning (.*?)\)\. "
         r"The others end at (\d+) to (\d+), near fine-tuning's (\d+)",
         PROSE,
     )
     without_replay = [fid(method) for method in ("diagonal", "rank1", "rank1:gradient")]
-    assert said.groups() == (
+    assert quoted.groups() == (
         *(f"{fid('diagonal:gradient'):.0f}", f"{fid('diagonal:gradient', 1)}", f"{fid('fine-tune', 1)}"),
         *(f"{min(without_replay):.0f}", f"{max(without_replay):.0f}", f"{fid('fine-tune'):.0f}"),
     )
@@ -129,8 +129,8 @@ def test_what_the_paragraphs_say_of_the_first_experiment_is_in_its_reports():
 
 
 def test_counts_of_fishers_are_those_of_the_runs():
-    told = PROSE[PROSE.index("Why is there no larger gain?") :]
-    for experiment, said in (
+    paragraphs = PROSE[PROSE.index("Why is there no larger gain?") :]
+    for experiment, pattern in (
         (
             "digits-drift",
             r"first experiment on digits, .*?below 0\.1 in (\d+) of (\d+) estimates.*?below 0\.8 in (\d+)",
@@ -141,37 +141,37 @@ def test_counts_of_fishers_are_those_of_the_runs():
     ):
         rows = [row for run in final_runs(experiment) for row in run["fisher"] if row["rho"] is not None]
         counts = sum(row["rho"] < 0.1 for row in rows), len(rows), sum(row["signal_share"] < 0.8 for row in rows)
-        assert tuple(map(int, re.search(said, told).groups())) == counts
+        assert tuple(map(int, re.search(pattern, paragraphs).groups())) == counts
     rows = [row for run in final_runs("digits-drift-held-out") for row in run["fisher"] if row["rho"] is not None]
-    less_noisy = re.search(r"less noisy \(below 0\.8 in (\d+) of (\d+)\)", told).groups()
+    less_noisy = re.search(r"less noisy \(below 0\.8 in (\d+) of (\d+)\)", paragraphs).groups()
     assert tuple(map(int, less_noisy)) == (sum(row["signal_share"] < 0.8 for row in rows), len(rows))
 
 
 def test_the_demos_fishers_are_those_of_its_record():
     fishers = [row for row in records("demo/gd+rank1-metrics.jsonl") if row["kind"] == "fisher"]
-    said = re.search(r"\(signal share (.*?) to (.*?)\) and holds only (.*?) to (.*?) %", PROSE).groups()
+    quoted = re.search(r"\(signal share (.*?) to (.*?)\) and holds only (.*?) to (.*?) %", PROSE).groups()
     shares = [row["signal_share"] for row in fishers]
     percent = [100 * row["rho"] for row in fishers]
-    assert said == (f"{min(shares):.2f}", f"{max(shares):.2f}", f"{min(percent):.1f}", f"{max(percent):.1f}")
+    assert quoted == (f"{min(shares):.2f}", f"{max(shares):.2f}", f"{min(percent):.1f}", f"{max(percent):.1f}")
 
 
-def test_what_accuracy_forgets_is_what_the_reports_say():
-    said = re.search(
+def test_accuracy_forgetting_is_that_of_the_reports():
+    sentence = re.search(
         r"By accuracy, it forgets (.*?) on MNIST, (.*?) with 1,500 steps, and (.*?) on FashionMNIST", PROSE
     )
-    for experiment, shown in zip(("mnist", "mnist-longer", "fashion-mnist"), said.groups(), strict=True):
+    for experiment, quoted in zip(("mnist", "mnist-longer", "fashion-mnist"), sentence.groups(), strict=True):
         report = {row[0]: row for row in tables(evidence(experiment))[0]}
         (interval,) = means_and_intervals([report["gd"][report["method"].index("accuracy forgetting ↓")]])
-        assert interval == shown
+        assert interval == quoted
 
 
 def test_first_tasks_are_as_good_when_learnt_as_the_runs_say():
-    said = re.search(r"MNIST's first task.*? (0\.\d+) of.*? it is (0\.\d+)\..*? learnt is (0\.\d+)\.", PROSE).groups()
-    for experiment, shown in zip(("mnist", "mnist-longer", "fashion-mnist"), said, strict=True):
-        found = {
+    means = re.search(r"MNIST's first task.*? (0\.\d+) of.*? it is (0\.\d+)\..*? learnt is (0\.\d+)\.", PROSE).groups()
+    for experiment, quoted in zip(("mnist", "mnist-longer", "fashion-mnist"), means, strict=True):
+        accuracies = {
             run["summary"]["seed"]: run["summary"]["accuracy_task_1_when_learnt"] for run in final_runs(experiment)
         }
-        assert shown == f"{sum(found.values()) / len(found):.3f}"
+        assert quoted == f"{sum(accuracies.values()) / len(accuracies):.3f}"
 
 
 def test_the_demos_table_is_what_the_demo_wrote():

@@ -3,13 +3,11 @@
 import sys
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
-from helpers.pages import python_blocks
+from helpers.pages import DOCS, run_python_blocks
 
-DOCS = Path(__file__).parents[2] / "docs"
 PAGES = [*sorted((DOCS / "how-to").glob("*.md")), DOCS / "reference" / "per-sample.md"]
 WITHOUT_BLOCKS = {"fsdp2"}  # includes sharded_loop.py, which has a test of its own
 NEEDS = {"other-trainers": ["accelerate", "transformers"], "resume": ["safetensors"]}
@@ -26,13 +24,9 @@ def one_accelerator_a_test() -> Iterator[None]:
 def test_python_blocks_run_one_after_the_other(page, tmp_path, monkeypatch):
     for library in NEEDS.get(page.stem, []):
         pytest.importorskip(library, reason=f"{library} is not installed")
-    blocks = python_blocks(page)
-    assert bool(blocks) == (page.stem not in WITHOUT_BLOCKS)
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    namespace: dict[str, object] = {}
     with warnings.catch_warnings():
         # The pages' data are random, and their estimates say so.
         warnings.filterwarnings("ignore", message="only .* of the trace|.*mostly noise")
-        for number, block in enumerate(blocks, 1):
-            exec(compile(block, f"{page.name}, block {number}", "exec"), namespace)
+        assert bool(run_python_blocks(page)) == (page.stem not in WITHOUT_BLOCKS)

@@ -16,15 +16,15 @@ QUOTED = re.findall(r"^\| `([^`]+)` \|.*\|.*\|$", PAGE.partition("## Troubleshoo
 @cache
 def texts() -> list[str]:
     """All strings of the sources; what is put into one at run time is VARIABLE."""
-    found = []
+    strings = []
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.append(node.value)
+                strings.append(node.value)
             elif isinstance(node, ast.JoinedStr):
                 parts = (part.value if isinstance(part, ast.Constant) else VARIABLE for part in node.values)
-                found.append("".join(map(str, parts)))
-    return found
+                strings.append("".join(map(str, parts)))
+    return strings
 
 
 def test_every_table_quotes_messages():

@@ -5,7 +5,8 @@ import warnings
 
 import pytest
 import torch
-from helpers.page_text import ROOT, cells, page, prose, result, run_blocks, table_after, tables
+from helpers.page_text import ROOT, cells, page, prose, result, table_after, tables
+from helpers.pages import run_python_blocks
 
 from crl_kernels import FusedAdamW, LowRankFisher, LowRankHistory, rank1_ewc_penalty
 
@@ -25,7 +26,7 @@ def test_python_blocks_run_one_after_the_other():
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="only .* of the trace")
-        namespace = run_blocks(README, "README.md")
+        namespace = run_python_blocks(ROOT / "README.md")
     assert len(namespace["history"]) == 2
     assert bool(torch.isfinite(namespace["loss"]))
     assert namespace["diagnosis"].verdict.sentences

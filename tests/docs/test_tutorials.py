@@ -16,7 +16,7 @@ NUMBER = r"-?\d+(?:[.,]\d+)*"
 
 
 @pytest.fixture(autouse=True)
-def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CI", "true")  # the command line prints lines, and draws no bars
     before = torch.get_default_dtype()
@@ -27,8 +27,8 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 def outputs(name: str) -> list[str]:
     """What a page prints, block by block; it must be what the page shows, to the last digit."""
     printed = []
-    for output, shown in run(TUTORIALS / f"{name}.md"):
-        assert output == shown
+    for output, quoted in run(TUTORIALS / f"{name}.md"):
+        assert output == quoted
         printed.append(output)
     return printed
 
@@ -116,8 +116,8 @@ def test_image_folder():
     pytest.importorskip("diffusers", reason="diffusers is not installed (extra trainer)")
     pytest.importorskip("sklearn", reason="scikit-learn is not installed (extra trainer)")
     printed = []
-    for output, shown in run(TUTORIALS / "image-folder.md"):
-        assert shape(output) == shape(shown)
+    for output, quoted in run(TUTORIALS / "image-folder.md"):
+        assert shape(output) == shape(quoted)
         printed.append(output)
     assert len(printed) == 4
     report = Path("runs/compared/report.html").read_text()

@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from helpers.fisher_problems import IGNORE_ESTIMATE_WARNINGS, Network, flat_directions, loss, loss_and_class, stratified
+from helpers.fisher_problems import IGNORE_ESTIMATE_WARNINGS, Network, loss, loss_and_class, stratified
 from torch import nn
 
 import crl_kernels as ck
@@ -56,22 +56,22 @@ def test_two_processes_estimate_what_one_does_from_all_their_samples(tmp_path):
     model = Network().double()
     for i, options in enumerate(PARALLEL):
         count = options.get("count", 60)
-        zero, one = (share_of(rank, count) for rank in (0, 1))
-        union = [*zero[:2], *one[:3], *zero[2:], *one[3:]]  # first halves, then second halves
+        first, second = (share_of(rank, count) for rank in (0, 1))
+        union = [*first[:2], *second[:3], *first[2:], *second[3:]]  # first halves, then second halves
         expected = estimate_shared(model, union, **options)
-        found = [ck.load_fisher(tmp_path / f"{i}-{rank}.safetensors") for rank in (0, 1)]
-        assert str(found[0].statistics) == str(found[1].statistics)
-        assert found[0].statistics.num_samples == count
+        fisher, repeated = [ck.load_fisher(tmp_path / f"{i}-{rank}.safetensors") for rank in (0, 1)]
+        assert str(fisher.statistics) == str(repeated.statistics)
+        assert fisher.statistics.num_samples == count
         if "kind" in options:
-            assert torch.equal(found[0].fisher_diagonal, found[1].fisher_diagonal)
-            torch.testing.assert_close(found[0].fisher_diagonal, expected.fisher_diagonal, rtol=1e-6, atol=0)
+            assert torch.equal(fisher.fisher_diagonal, repeated.fisher_diagonal)
+            torch.testing.assert_close(fisher.fisher_diagonal, expected.fisher_diagonal, rtol=1e-6, atol=0)
             continue
-        assert torch.equal(found[0].directions, found[1].directions)
-        assert torch.equal(found[0].curvatures, found[1].curvatures)
-        torch.testing.assert_close(found[0].curvatures, expected.curvatures, rtol=1e-6, atol=0)
-        overlap = (flat_directions(found[0]) * flat_directions(expected)).sum(1).abs()
+        assert torch.equal(fisher.directions, repeated.directions)
+        assert torch.equal(fisher.curvatures, repeated.curvatures)
+        torch.testing.assert_close(fisher.curvatures, expected.curvatures, rtol=1e-6, atol=0)
+        overlap = (fisher.directions.double() * expected.directions.double()).sum(1).abs()
         torch.testing.assert_close(overlap, torch.ones_like(overlap), rtol=1e-6, atol=0)
-        ours, theirs = asdict(found[0].statistics), asdict(expected.statistics)
+        ours, theirs = asdict(fisher.statistics), asdict(expected.statistics)
         for name in ("trace", "rho", "rho_se", "kappa", "curvature_se", "signal_share", "samples_needed"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-6, nan_ok=True), name
-        assert found[0].statistics.term_strata == expected.statistics.term_strata
+        assert fisher.statistics.term_strata == expected.statistics.term_strata

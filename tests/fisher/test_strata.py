@@ -8,7 +8,6 @@ from helpers.fisher_problems import (
     IGNORE_ESTIMATE_WARNINGS,
     Network,
     data,
-    flat_directions,
     gradients_by_loop,
     loss,
     loss_and_class,
@@ -39,12 +38,12 @@ def test_strata_against_a_written_out_computation(rank, direction):
     for i, (stratum, part) in enumerate(zip((-1, 3, 8), statistics.strata, strict=True)):
         first, second = (half[which_half == stratum] for half, which_half in _halves(gradients, classes))
         terms = slice(i * rank, (i + 1) * rank)
-        u = flat_directions(fisher)[terms]
+        u = fisher.directions.double()[terms]
         if direction == "mean":
-            found = torch.nn.functional.normalize(first.mean(0), dim=0)[None]
+            own_u = torch.nn.functional.normalize(first.mean(0), dim=0)[None]
         else:
-            found = torch.linalg.svd(first, full_matrices=False).Vh[:rank]
-        torch.testing.assert_close((u * found).sum(1).abs(), torch.ones(rank, dtype=torch.float64), rtol=1e-8, atol=0)
+            own_u = torch.linalg.svd(first, full_matrices=False).Vh[:rank]
+        torch.testing.assert_close((u * own_u).sum(1).abs(), torch.ones(rank, dtype=torch.float64), rtol=1e-8, atol=0)
         share = len(second) / 30
         projections = second @ u.T
         curvatures = projections.square().mean(0)
@@ -68,7 +67,7 @@ def test_strata_against_a_written_out_computation(rank, direction):
     own = torch.stack(
         [
             (classes[30:] == s) * (second @ u).square()
-            for s, u in zip(statistics.term_strata, flat_directions(fisher), strict=True)
+            for s, u in zip(statistics.term_strata, fisher.directions.double(), strict=True)
         ]
     )
     assert statistics.curvature_se == pytest.approx((own.std(1) / math.sqrt(30)).tolist(), rel=1e-7)
@@ -91,7 +90,7 @@ def test_in_sample_strata_share_all_samples():
     classes, batches = stratified()
     fisher = ck.estimate_fisher(model, loss_and_class, batches, unbiased=False)
     for stratum, u, curvature in zip(
-        fisher.statistics.term_strata, flat_directions(fisher), fisher.curvatures, strict=True
+        fisher.statistics.term_strata, fisher.directions.double(), fisher.curvatures, strict=True
     ):
         own = gradients[classes == stratum]
         mu = own.mean(0)

@@ -6,29 +6,17 @@ import torch
 from torch import Tensor, nn
 
 from crl_kernels import SampleGradients
+from helpers.by_loop import Rows, assert_grads, flat, rows_by_loop, squared
 
 
-def by_loop(model: nn.Module, losses_of: Callable[..., Tensor], batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
-    """name -> (N, *shape) float64, one backward pass per sample."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    rows = []
-    for i in range(len(batch[0])):
-        loss = losses_of(model, *(x[i : i + 1] for x in batch)).sum()
-        rows.append(torch.autograd.grad(loss, [p for _, p in named], allow_unused=True))
-    return {
-        name: torch.stack([torch.zeros_like(p) if row[k] is None else row[k] for row in rows]).double()
-        for k, (name, p) in enumerate(named)
-    }
+def by_loop(model: nn.Module, losses_of: Callable[..., Tensor], batch: tuple[Tensor, ...]) -> Rows:
+    """name -> (N, *shape) float64, each row from a batch of one."""
+    return rows_by_loop(model, [losses_of(model, *(x[i : i + 1] for x in batch)).sum() for i in range(len(batch[0]))])
 
 
-def squared(model: nn.Module, *batch: Tensor) -> Tensor:
-    output = model(*batch).flatten(1)
-    return (output - torch.arange(output.shape[1]).cos()).square().sum(1)
-
-
-def close(actual: Tensor, expected: Tensor, tolerance: float, of: Tensor | None = None) -> None:
+def close(actual: Tensor, expected: Tensor, tolerance: float, largest_of: Tensor | None = None) -> None:
     """Relative to the largest element; of the whole model's, if given: some gradients are zero but for rounding."""
-    scale = float((expected if of is None else of).abs().max()) or 1.0
+    scale = float((expected if largest_of is None else largest_of).abs().max()) or 1.0
     torch.testing.assert_close(actual.double(), expected.double(), rtol=0, atol=tolerance * scale)
 
 
@@ -43,7 +31,7 @@ def check(
 ) -> None:
     """All statistics, with every combination of options that changes which code runs."""
     expected = by_loop(model, losses_of, batch) if expected is None else expected
-    rows = torch.cat([g.flatten(1) for g in expected.values()], 1)
+    rows = flat(expected)
     mean = rows.mean(0)
     generator = torch.Generator().manual_seed(1)
     shapes = {name: p.shape for name, p in model.named_parameters() if name in expected}
@@ -52,7 +40,7 @@ def check(
     matrix = torch.randn(2, rows.shape[1], generator=generator, dtype=torch.float64).to(dtype)
     pieces = matrix.split([shape.numel() for shape in shapes.values()], 1)
     u = {name: piece.view(2, *shape) for (name, shape), piece in zip(shapes.items(), pieces, strict=True)}
-    along = torch.cat([u[name].double().flatten(1) for name in expected], 1)
+    along = flat({name: u[name].double() for name in expected})
     for direction, single in ((None, None), (u, None), (u, 0)):
         for reduction in ("sum", "mean"):
             model.zero_grad()
@@ -62,13 +50,9 @@ def check(
                 losses = losses_of(model, *batch)
                 getattr(losses, reduction)().backward()
             close(sg.sq_norms, rows.square().sum(1), tolerance)
+            assert_grads(model, expected, 1 if reduction == "mean" else len(losses), tolerance)
             for name, gradient in expected.items():
                 close(sg.mean[name], gradient.mean(0), tolerance, rows)
-                scale = 1 if reduction == "mean" else len(losses)
-                grad = dict(model.named_parameters())[name].grad
-                close(
-                    torch.zeros_like(gradient[0]) if grad is None else grad / scale, gradient.mean(0), tolerance, rows
-                )
                 close(sg.per_layer[name].sq_norms, gradient.flatten(1).square().sum(1), tolerance, sg.sq_norms)
             if direction is None:
                 close(sg.projections, rows @ mean, tolerance)
@@ -93,7 +77,7 @@ def check_weighted_sums(
 ) -> None:
     """After the block's backward pass, and instead of it."""
     weights = torch.randn(3, len(batch[0]), generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    largest = torch.cat([g.flatten(1) for g in expected.values()], 1)
+    largest = flat(expected)
     for after in (True, False):
         model.zero_grad()
         with SampleGradients(model) as sg:

@@ -1,6 +1,6 @@
 """The truth about per-sample gradients: one backward pass per sample, on the graph that the losses have."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,32 @@ class Parts(nn.Module):
         return self.function(self, *inputs)
 
 
-def rows_by_loop(model: nn.Module, losses: Tensor) -> Rows:
+class HiddenScale(torch.autograd.Function):
+    """x * scale, (..., D) and (D,); the scale is in no graph of torch's own functions."""
+
+    @staticmethod
+    def forward(ctx, x, scale):
+        ctx.save_for_backward(x, scale)
+        return x * scale
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, scale = ctx.saved_tensors
+        return grad * scale, (grad * x).flatten(0, -2).sum(0)
+
+
+def swap(x: Tensor) -> Tensor:
+    """(N, T, ...) <-> (T, N, ...), torch's own layout of sequences."""
+    return x.transpose(0, 1)
+
+
+def squared(model: nn.Module, *batch: Tensor) -> Tensor:
+    """Losses (N,) with another target for each output."""
+    output = model(*batch).flatten(1)
+    return (output - torch.arange(output.shape[1]).cos()).square().sum(1)
+
+
+def rows_by_loop(model: nn.Module, losses: Tensor | Sequence[Tensor]) -> Rows:
     """name -> (N, *shape): the gradient of losses[i] alone, for every i. ``.grad`` is None afterwards."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     rows: dict[str, list[Tensor]] = {name: [] for name, _ in named}
@@ -45,14 +70,14 @@ def flat(rows: Rows) -> Tensor:
     return torch.cat([row.reshape(len(row), -1) for row in rows.values()], 1)
 
 
-def assert_close(got: Tensor, want: Tensor, tolerance: float, what: str, scale: Tensor | None = None) -> None:
+def assert_close(got: Tensor, want: Tensor, tolerance: float, name: str, scale: Tensor | None = None) -> None:
     """max |got - want| <= tolerance max |scale|; ``scale`` is ``want`` unless given."""
-    assert got.shape == want.shape, f"{what} has shape {tuple(got.shape)}; expected {tuple(want.shape)}"
+    assert got.shape == want.shape, f"{name} has shape {tuple(got.shape)}; expected {tuple(want.shape)}"
     if not want.numel():
         return
     largest = float((want if scale is None else scale).abs().max())
     error = float((got.double() - want).abs().max()) / largest if largest else float(got.abs().max())
-    assert error <= tolerance, f"{what} is off by {error:.2g}, relative to the largest"
+    assert error <= tolerance, f"{name} is off by {error:.2g}, relative to the largest"
 
 
 def assert_statistics(sg: SampleGradients, rows: Rows, tolerance: float) -> None:

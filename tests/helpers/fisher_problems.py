@@ -1,11 +1,14 @@
 """Small models, losses and data for Fisher estimates, and per-sample gradients by a loop."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-import crl_kernels as ck
+from helpers.by_loop import flat, rows_by_loop
 
 
 class Network(nn.Module):
@@ -38,21 +41,9 @@ def gradients_by_loop(model: nn.Module, count: int = 50, samples: tuple[Tensor, 
     model.eval()
     x, y = data(count) if samples is None else samples
     x, y = x.to(model.unused.dtype), y.to(model.unused.dtype)
-    params = list(model.parameters())
-    rows = []
-    for i in range(count):
-        gradients = torch.autograd.grad(loss(model, (x[i : i + 1], y[i : i + 1])).sum(), params, allow_unused=True)
-        rows.append(
-            torch.cat(
-                [(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(gradients, params, strict=True)]
-            )
-        )
+    rows = rows_by_loop(model, [loss(model, (x[i : i + 1], y[i : i + 1])).sum() for i in range(count)])
     model.train()
-    return torch.stack(rows).double()
-
-
-def flat_directions(fisher: ck.LowRankFisher) -> Tensor:
-    return fisher.directions.double()
+    return flat(rows)
 
 
 class Linear(nn.Module):
@@ -84,6 +75,24 @@ def stratified(count: int = 60, batch_size: int = 7) -> tuple[Tensor, list[tuple
     x, y = (part.double() for part in data(count))
     classes = torch.tensor([8, 3, 3, -1, 8, 8, 3, 8])[torch.arange(count) * 5 % 8]
     return classes, list(zip(x.split(batch_size), y.split(batch_size), classes.split(batch_size), strict=True))
+
+
+class LossError(Exception):
+    """What a loss of a test raises."""
+
+
+def global_state(model: nn.Module) -> list:
+    """Of a model and of the random generators, all that an estimate must leave as it was."""
+    return [
+        [module.training for module in model.modules()],
+        {name: value.clone() for name, value in model.state_dict().items()},
+        [None if p.grad is None else p.grad.clone() for p in model.parameters()],
+        torch.get_rng_state(),
+        torch.tensor(random.getstate()[1]),
+        torch.from_numpy(np.random.get_state()[1].astype(np.int64)),  # noqa: NPY002
+        [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules()],
+        [p.requires_grad for p in model.parameters()],
+    ]
 
 
 # Small random problems are neither rank 1 nor free of noise; the warnings about that have tests of their own.

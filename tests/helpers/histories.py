@@ -30,6 +30,21 @@ def flatten(tensors) -> Tensor:
     return torch.cat([t.detach().flatten() for t in tensors])
 
 
+def flat_parameters(model: nn.Module) -> Tensor:
+    return flatten(model.parameters())
+
+
+def penalized_step(optimizer: torch.optim.Optimizer, history, lam: float, clip: float, decoupled: bool) -> None:
+    """A step whose penalty is not clipped: in the gradient after clipping, or after the step. Gradients end as zero."""
+    nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
+    if not decoupled:
+        history.add_penalty_grad_(lam)
+    optimizer.step()
+    if decoupled:
+        history.decoupled_step_(lam, optimizer.param_groups[0]["lr"])
+    optimizer.zero_grad()
+
+
 def value_and_gradient(history, model: nn.Module, lam: float = 2.0) -> tuple[Tensor, Tensor]:
     params = list(model.parameters())
     value = history.penalty(lam)

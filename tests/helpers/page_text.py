@@ -39,13 +39,3 @@ def table_after(text: str, mark: str) -> list[list[str]]:
     """The first table after a mark, which must be there."""
     assert mark in text
     return tables(text.partition(mark)[2])[0]
-
-
-def run_blocks(text: str, name: str) -> dict[str, Any]:
-    """Run a page's Python blocks one after the other; what they leave behind."""
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert blocks
-    namespace: dict[str, Any] = {}
-    for block in blocks:
-        exec(compile(block, name, "exec"), namespace)
-    return namespace

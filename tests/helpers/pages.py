@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -32,19 +32,29 @@ def blocks(path: Path) -> list[Block]:
     return [Block(*m.groups(), page.count("\n", 0, m.start(2)) + 1) for m in FENCE.finditer(page)]
 
 
-def python_blocks(path: Path) -> list[str]:
-    return [block.text for block in blocks(path) if block.language == "python"]
+def execute(block: Block, path: Path, namespace: dict[str, Any]) -> None:
+    """With the page's own line numbers in an error."""
+    exec(compile("\n" * (block.line - 1) + block.text, str(path), "exec"), namespace)
+
+
+def run_python_blocks(path: Path) -> dict[str, Any]:
+    """Run a page's Python blocks one after the other; the names that they leave."""
+    namespace: dict[str, Any] = {}
+    for block in blocks(path):
+        if block.language == "python":
+            execute(block, path, namespace)
+    return namespace
 
 
 def run(path: Path) -> Iterator[tuple[str, str]]:
     """Run a page in the working directory, from top to bottom: Python blocks in one fresh namespace, bash blocks in a
     shell each. Yields, for each block that the page follows by a text block, (what was printed, the text block)."""
-    namespace: dict[str, object] = {"__name__": "__main__"}
+    namespace: dict[str, Any] = {"__name__": "__main__"}
     printed = ""
     for block in blocks(path):
         if block.language == "python":
             with contextlib.redirect_stdout(io.StringIO()) as output:
-                exec(compile("\n" * (block.line - 1) + block.text, str(path), "exec"), namespace)
+                execute(block, path, namespace)
             printed = output.getvalue()
         elif block.language == "bash":
             printed = shell(PROVIDED.sub("", block.text))
@@ -69,8 +79,8 @@ def renew(path: Path) -> None:
         os.chdir(folder)
         printed = iter([output for output, _ in run(path)])
         os.chdir(ROOT)
-    shown = re.compile(r"^```text\n.*?^```$", re.MULTILINE | re.DOTALL)
-    page = shown.sub(lambda block: f"```text\n{next(printed)}```", path.read_text())
+    text_block = re.compile(r"^```text\n.*?^```$", re.MULTILINE | re.DOTALL)
+    page = text_block.sub(lambda block: f"```text\n{next(printed)}```", path.read_text())
     path.write_text(re.sub(r" +$", "", page, flags=re.MULTILINE))
 
 

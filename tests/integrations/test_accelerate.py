@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from helpers.histories import flat_parameters, penalized_step
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -46,10 +47,6 @@ def loss_of(model: nn.Module, x: Tensor) -> Tensor:
     return (model(x) - x[:, :3].sin()).square().mean()
 
 
-def flat(model: nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
 def plain_loop(decoupled: bool) -> tuple[nn.Module, list[float]]:
     model = network()
     history, losses = history_of(model), []
@@ -59,13 +56,7 @@ def plain_loop(decoupled: bool) -> tuple[nn.Module, list[float]]:
         losses.append(loss.item())
         (loss / ACCUMULATED).backward()
         if i % ACCUMULATED:
-            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-            if not decoupled:
-                history.add_penalty_grad_(LAM)
-            optimizer.step()
-            if decoupled:
-                history.decoupled_step_(LAM, 1e-2)
-            optimizer.zero_grad()
+            penalized_step(optimizer, history, LAM, CLIP, decoupled)
     return model, losses
 
 
@@ -98,14 +89,14 @@ def test_30_steps_equal_a_plain_loop_whose_penalty_is_not_clipped(decoupled):
     accelerator, model, optimizer, loader, history = prepared(decoupled)
     losses = train(accelerator, model, optimizer, loader)
     plain, expected = plain_loop(decoupled)
-    torch.testing.assert_close(flat(model), flat(plain), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(flat_parameters(model), flat_parameters(plain), rtol=1e-9, atol=1e-12)
     assert losses == pytest.approx(expected, rel=1e-9)
-    assert float((flat(model) - flat(network())).norm()) > 0.1
+    assert float((flat_parameters(model) - flat_parameters(network())).norm()) > 0.1
 
     history.detach()
-    before = flat(model)
+    before = flat_parameters(model)
     optimizer.optimizer.step()
-    torch.testing.assert_close(flat(model), before)  # no gradient, and no hook
+    torch.testing.assert_close(flat_parameters(model), before)  # no gradient, and no hook
 
 
 def test_a_checkpoint_of_accelerates_resumes_the_history_too(tmp_path):
@@ -113,7 +104,7 @@ def test_a_checkpoint_of_accelerates_resumes_the_history_too(tmp_path):
     first = accelerate.skip_first_batches(loader, len(loader) // 2)
     accelerator.save_state(str(tmp_path / "state"))
     train(accelerator, model, optimizer, first)
-    end = flat(model)
+    end = flat_parameters(model)
 
     history.append(
         ck.LowRankFisher.from_mean_gradient(dict(model.named_parameters()), 1.0, dict(model.named_parameters()))
@@ -121,4 +112,4 @@ def test_a_checkpoint_of_accelerates_resumes_the_history_too(tmp_path):
     accelerator.load_state(str(tmp_path / "state"))
     assert len(history) == 1
     train(accelerator, model, optimizer, accelerate.skip_first_batches(loader, len(loader) // 2))
-    assert torch.equal(flat(model), end)
+    assert torch.equal(flat_parameters(model), end)

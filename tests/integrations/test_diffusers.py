@@ -3,6 +3,7 @@ whole network, and LoRA adapters through peft, where the penalty is on the adapt
 
 import pytest
 import torch
+from helpers.histories import flat_parameters
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -103,21 +104,18 @@ def fine_tune(model: nn.Module, lam: float, by_hand: bool) -> tuple[list[float],
     return losses, history
 
 
-def flat(model: nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
 @pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
 def test_30_steps_equal_the_penalty_written_out(lora):
     model, plain, free = unet(lora), unet(lora), unet(lora)
     losses, history = fine_tune(model, LAM, by_hand=False)
     expected, beside = fine_tune(plain, LAM, by_hand=True)
     assert losses == pytest.approx(expected, rel=1e-4)
-    torch.testing.assert_close(flat(model), flat(plain), rtol=1e-4, atol=1e-5)
+    end = flat_parameters(model)
+    torch.testing.assert_close(end, flat_parameters(plain), rtol=1e-4, atol=1e-5)
     assert history.penalty(LAM).item() == pytest.approx(beside.penalty(LAM).item(), rel=1e-2)
     assert all(("lora" in name) == lora for name in history.names)
     fine_tune(free, 0.0, by_hand=False)
-    assert float((flat(free) - flat(model)).norm()) > 10 * float((flat(plain) - flat(model)).norm())
+    assert float((flat_parameters(free) - end).norm()) > 10 * float((flat_parameters(plain) - end).norm())
 
 
 def test_adapters_go_to_a_file_and_back(tmp_path):

@@ -33,7 +33,7 @@ def example(name: str):
 
 
 def code(name: str) -> list[str]:
-    """Its lines after the docstring."""
+    """The lines of an example after its docstring."""
     return (EXAMPLES / f"{name}.py").read_text().split('"""\n', 1)[1].splitlines()
 
 
@@ -48,16 +48,16 @@ def test_five_lines_and_no_more_add_the_penalty():
 @pytest.mark.filterwarnings("ignore:only .* of the trace of the Fisher:UserWarning")
 @pytest.mark.filterwarnings("ignore:the mean gradient is mostly noise:UserWarning")
 def test_both_run_and_differ_in_the_second_task_only(tmp_path, capsys):
-    said, weights = {}, {}
+    printed, weights = {}, {}
     for name in ("continual_unet", "continual_unet_ewc"):
         model = example(name).main([*SMALL, "--out", str(tmp_path / name)])
         accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-        said[name] = capsys.readouterr().out.splitlines()
+        printed[name] = capsys.readouterr().out.splitlines()
         weights[name] = torch.cat([p.detach().flatten() for p in model.parameters()])
         assert (tmp_path / name / "diffusion_pytorch_model.safetensors").exists()
-    plain, held = said.values()
-    assert [line.partition(":")[0] for line in held] == ["task 1", "task 2"]
-    assert plain[0] == held[0]  # the first task has no past
+    plain, penalized = printed.values()
+    assert [line.partition(":")[0] for line in penalized] == ["task 1", "task 2"]
+    assert plain[0] == penalized[0]  # the first task has no past
     assert not torch.equal(*weights.values())
     assert all(w.isfinite().all() for w in weights.values())
 
@@ -66,9 +66,9 @@ def test_the_sharded_loop_runs_in_two_processes(tmp_path):
     script, out = EXAMPLES / "sharded_loop.py", tmp_path / "checkpoint"
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
     launch += ["--rdzv-endpoint", "localhost:0", str(script), "--epochs", "2", "--out", str(out)]
-    done = subprocess.run(launch, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    first, second = [line for line in done.stdout.splitlines() if line.startswith("task")]
+    result = subprocess.run(launch, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr
+    first, second = [line for line in result.stdout.splitlines() if line.startswith("task")]
     assert "penalty 0, LowRankHistory(tasks=1" in first
     assert "LowRankHistory(tasks=2" in second
     assert "penalty 0," not in second

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.histories import penalized_step
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -94,6 +95,17 @@ def flat(model: nn.Module) -> Tensor:
     return torch.cat([p.detach().double().flatten() for p in model.parameters()])
 
 
+def plain_loop(model: nn.Module, history, optimizer: torch.optim.Optimizer, decoupled: bool = False) -> list[float]:
+    """The steps without Trainer."""
+    losses = []
+    for ids in tokens(1, STEPS * BATCH).split(BATCH):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        penalized_step(optimizer, history, LAM, CLIP, decoupled)
+        losses.append(loss.item())
+    return losses
+
+
 def difference(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
@@ -108,24 +120,14 @@ def test_30_steps_equal_a_plain_loop_whose_penalty_is_not_clipped(tmp_path, kind
     logged = [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
     plain = language_model()
-    beside = after_one_task(plain, kind)
-    start, losses = flat(plain), []
+    plain_history = after_one_task(plain, kind)
+    start = flat(plain)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=3e-3, weight_decay=0.0)
-    for ids in tokens(1, STEPS * BATCH).split(BATCH):
-        loss = plain(input_ids=ids, labels=ids).loss
-        loss.backward()
-        nn.utils.clip_grad_norm_(plain.parameters(), CLIP)
-        if not decoupled:
-            beside.add_penalty_grad_(LAM)
-        optimizer.step()
-        if decoupled:
-            beside.decoupled_step_(LAM, 3e-3)
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = plain_loop(plain, plain_history, optimizer, decoupled)
     assert logged == pytest.approx(losses, rel=1e-4)  # as far as Trainer rounds them
     assert difference(flat(model), flat(plain)) < 1e-6
     assert difference(flat(model), start) > 1e-2
-    assert history.penalty(LAM).item() == pytest.approx(beside.penalty(LAM).item(), rel=1e-4)
+    assert history.penalty(LAM).item() == pytest.approx(plain_history.penalty(LAM).item(), rel=1e-4)
 
     free = language_model()
     after_one_task(free, kind)
@@ -143,7 +145,7 @@ def test_only_clipping_tells_the_callback_from_a_penalty_in_the_loss(tmp_path, k
     the callback's is not: that is the plain loop whose gradients are clipped before the penalty's are added."""
     ends = {}
     for clip in (0.0, CLIP):
-        for way in ("callback", "loss"):
+        for penalty_in in ("callback", "loss"):
             model = language_model()
             history = after_one_task(model, kind)
 
@@ -151,50 +153,45 @@ def test_only_clipping_tells_the_callback_from_a_penalty_in_the_loss(tmp_path, k
                 def compute_loss(self, *arguments, history=history, **options):
                     return super().compute_loss(*arguments, **options) + history.penalty(LAM)
 
-            callbacks = [EWCCallback(history, LAM)] if way == "callback" else []
+            callbacks = [EWCCallback(history, LAM)] if penalty_in == "callback" else []
             trainer = trainer_of(
                 model,
-                tmp_path / f"{clip} {way}",
+                tmp_path / f"{clip} {penalty_in}",
                 *callbacks,
                 optim=optim,
                 clip=clip,
-                kind=Penalized if way == "loss" else transformers.Trainer,
+                kind=Penalized if penalty_in == "loss" else transformers.Trainer,
             )
             trainer.train()
-            ends[clip, way] = flat(model)
+            ends[clip, penalty_in] = flat(model)
     assert difference(ends[0.0, "callback"], ends[0.0, "loss"]) < 1e-6
     assert difference(ends[CLIP, "callback"], ends[CLIP, "loss"]) > 2e-5
 
     plain = language_model()
-    beside = after_one_task(plain, kind)
+    plain_history = after_one_task(plain, kind)
     optimizer = type(trainer.optimizer.optimizer)(
         [{**{k: v for k, v in group.items() if k != "params"}, "params": list(plain.parameters())}
          for group in trainer.optimizer.param_groups[:1]]
     )  # fmt: skip
     optimizer.param_groups[0]["weight_decay"] = 0.0
-    for ids in tokens(1, STEPS * BATCH).split(BATCH):
-        plain(input_ids=ids, labels=ids).loss.backward()
-        nn.utils.clip_grad_norm_(plain.parameters(), CLIP)
-        beside.add_penalty_grad_(LAM)
-        optimizer.step()
-        optimizer.zero_grad()
+    plain_loop(plain, plain_history, optimizer)
     assert difference(ends[CLIP, "callback"], flat(plain)) < 1e-6
 
 
 def test_a_resumed_training_is_the_uninterrupted_one(tmp_path):
-    whole = language_model()
-    trainer_of(whole, tmp_path / "whole", EWCCallback(after_one_task(whole), LAM)).train()
+    uninterrupted = language_model()
+    trainer_of(uninterrupted, tmp_path / "uninterrupted", EWCCallback(after_one_task(uninterrupted), LAM)).train()
 
-    checkpoint = tmp_path / "whole" / "checkpoint-15"
+    checkpoint = tmp_path / "uninterrupted" / "checkpoint-15"
     resumed = language_model()
     history = ck.LowRankHistory.load(checkpoint / HISTORY_FILE, resumed)
     trainer = trainer_of(resumed, tmp_path / "resumed", EWCCallback(history, LAM))
     trainer.train(resume_from_checkpoint=str(checkpoint))
     assert trainer.state.global_step == STEPS
-    assert torch.equal(flat(resumed), flat(whole))
+    assert torch.equal(flat(resumed), flat(uninterrupted))
 
 
-def test_a_training_that_an_exception_ended_can_be_begun_again(tmp_path):
+def test_a_training_ended_by_an_exception_can_be_started_again(tmp_path):
     model = language_model()
     callback = EWCCallback(after_one_task(model), LAM)
     trainer = trainer_of(model, tmp_path, callback, steps=2)
@@ -209,10 +206,10 @@ def test_a_training_that_an_exception_ended_can_be_begun_again(tmp_path):
     trainer.train()
 
 
-def test_a_history_of_another_model_is_refused_before_anything_moves(tmp_path):
-    model, other = language_model(), language_model()
+def test_a_history_of_another_model_is_refused_before_a_parameter_changes(tmp_path):
+    model, second = language_model(), language_model()
     before = flat(model)
-    trainer = trainer_of(model, tmp_path, EWCCallback(after_one_task(other), LAM), steps=2)
+    trainer = trainer_of(model, tmp_path, EWCCallback(after_one_task(second), LAM), steps=2)
     with pytest.raises(ValueError, match="are in no parameter group of the optimizer"):
         trainer.train()
     assert torch.equal(flat(model), before)

@@ -70,37 +70,33 @@ def next_token_losses(model: nn.Module, batch: Batch) -> Tensor:
     return token_mean(errors, mask[:, 1:] * mask[:, :-1])
 
 
-def gpt2_model(**options: Any) -> nn.Module:
+ENCODER = {"hidden_size": 12, "intermediate_size": 14, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def configured(model: str, config: str, **options: Any) -> nn.Module:
     transformers = library("transformers")
-    return transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(
-            vocab_size=VOCABULARY,
-            n_positions=N,
-            n_embd=12,
-            n_layer=2,
-            n_head=2,
-            bos_token_id=0,
-            eos_token_id=0,
-            **options,
-        )
+    return getattr(transformers, model)(getattr(transformers, config)(**options))
+
+
+def gpt2_model(**options: Any) -> nn.Module:
+    return configured(
+        "GPT2LMHeadModel",
+        "GPT2Config",
+        vocab_size=VOCABULARY,
+        n_positions=N,
+        n_embd=12,
+        n_layer=2,
+        n_head=2,
+        bos_token_id=0,
+        eos_token_id=0,
+        **options,
     )
 
 
-def gpt2() -> Family:
-    return Family(gpt2_model(), padded_ids, next_token_losses)
-
-
-def gpt2_left_padded() -> Family:
-    return Family(gpt2_model(n_inner=10), lambda: padded_ids(left=True), next_token_losses)
-
-
-def gpt2_eager() -> Family:
-    return Family(gpt2_model(attn_implementation="eager"), lambda: {"input_ids": ids()}, next_token_losses)
-
-
 def decoder(kind: str, **options: Any) -> nn.Module:
-    transformers = library("transformers")
-    config = getattr(transformers, f"{kind}Config")(
+    return configured(
+        f"{kind}ForCausalLM",
+        f"{kind}Config",
         vocab_size=VOCABULARY,
         hidden_size=12,
         intermediate_size=16,
@@ -110,60 +106,51 @@ def decoder(kind: str, **options: Any) -> nn.Module:
         max_position_embeddings=N,
         **options,
     )
-    return getattr(transformers, f"{kind}ForCausalLM")(config)
 
 
-def llama() -> Family:
-    return Family(decoder("Llama"), padded_ids, next_token_losses)
+def on_padded_ids(model: nn.Module) -> Family:
+    return Family(model, padded_ids, next_token_losses)
 
 
-def llama_tied() -> Family:
-    return Family(decoder("Llama", tie_word_embeddings=True), lambda: {"input_ids": ids()}, next_token_losses)
+def on_full_ids(model: nn.Module) -> Family:
+    return Family(model, lambda: {"input_ids": ids()}, next_token_losses)
 
 
 def mixtral(implementation: str) -> Family:
     """A mixture of experts: each expert has other rows. One product of all of them, or a loop over them."""
     model = decoder("Mixtral", num_local_experts=3, num_experts_per_tok=2, experts_implementation=implementation)
     loop_dtype = torch.float32 if implementation == "grouped_mm" else torch.float64  # it has no float64
-    return Family(model, lambda: {"input_ids": ids()}, next_token_losses, loop_dtype)
+    return on_full_ids(model)._replace(loop_dtype=loop_dtype)
 
 
 def bert() -> Family:
-    transformers = library("transformers")
-    model = transformers.BertForMaskedLM(
-        transformers.BertConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=12,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=14,
-            max_position_embeddings=N,
-        )
+    model = configured(
+        "BertForMaskedLM",
+        "BertConfig",
+        vocab_size=VOCABULARY,
+        max_position_embeddings=N,
+        **ENCODER,
     )
 
     def losses(model: nn.Module, batch: Batch) -> Tensor:
         errors = F.cross_entropy(model(**batch).logits.mT, batch["input_ids"], reduction="none")
         return token_mean(errors, batch["attention_mask"])
 
-    def batch() -> Batch:
-        return padded_ids() | {"token_type_ids": torch.randint(0, 2, (N, N))}
-
-    return Family(model, batch, losses)
+    return Family(model, lambda: padded_ids() | {"token_type_ids": torch.randint(0, 2, (N, N))}, losses)
 
 
 def t5() -> Family:
-    transformers = library("transformers")
-    model = transformers.T5ForConditionalGeneration(
-        transformers.T5Config(
-            vocab_size=VOCABULARY,
-            d_model=12,
-            d_kv=4,
-            d_ff=14,
-            num_layers=2,
-            num_heads=N,
-            relative_attention_num_buckets=8,
-            decoder_start_token_id=0,
-        )
+    model = configured(
+        "T5ForConditionalGeneration",
+        "T5Config",
+        vocab_size=VOCABULARY,
+        d_model=12,
+        d_kv=4,
+        d_ff=14,
+        num_layers=2,
+        num_heads=N,
+        relative_attention_num_buckets=8,
+        decoder_start_token_id=0,
     )
 
     def losses(model: nn.Module, batch: Batch) -> Tensor:
@@ -174,14 +161,12 @@ def t5() -> Family:
 
 
 def clip_model() -> nn.Module:
-    transformers = library("transformers")
-    width = {"hidden_size": 12, "intermediate_size": 14, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return transformers.CLIPModel(
-        transformers.CLIPConfig(
-            text_config={**width, "vocab_size": VOCABULARY, "max_position_embeddings": N, "eos_token_id": 2},
-            vision_config={**width, "image_size": 8, "patch_size": 4},
-            projection_dim=8,
-        )
+    return configured(
+        "CLIPModel",
+        "CLIPConfig",
+        text_config={**ENCODER, "vocab_size": VOCABULARY, "max_position_embeddings": N, "eos_token_id": 2},
+        vision_config={**ENCODER, "image_size": 8, "patch_size": 4},
+        projection_dim=8,
     )
 
 
@@ -199,12 +184,10 @@ def clip_classes() -> Family:
     texts = torch.randint(1, VOCABULARY, (N, N), generator=torch.Generator().manual_seed(3))
 
     def losses(model: nn.Module, batch: Batch) -> Tensor:
-        logits = model(input_ids=texts, pixel_values=batch["pixel_values"]).logits_per_image
+        logits = model(input_ids=texts, pixel_values=batch["x"]).logits_per_image
         return F.cross_entropy(logits, batch["label"], reduction="none")
 
-    return Family(
-        clip_model(), lambda: {"pixel_values": torch.randn(N, 3, 8, 8), "label": torch.randint(0, N, (N,))}, losses
-    )
+    return Family(clip_model(), labelled_images(8, 8), losses)
 
 
 # Diffusion
@@ -218,11 +201,18 @@ def noised(**condition: Callable[[], Tensor]) -> Callable[[], Batch]:
     return batch
 
 
-def image_mean(output: Tensor, batch: Batch) -> Tensor:
-    return (output[:, :4] - batch["noise"]).square().mean((1, 2, 3))
+def denoising_losses(*inputs: str | int) -> Callable[[nn.Module, Batch], Tensor]:
+    """Of a model that is called with these tensors of the batch, or numbers."""
+
+    def losses(model: nn.Module, batch: Batch) -> Tensor:
+        output = model(*(batch[name] if isinstance(name, str) else name for name in inputs)).sample
+        return (output[:, :4] - batch["noise"]).square().mean((1, 2, 3))
+
+    return losses
 
 
-def unet_text() -> Family:
+def unet_text(timestep: str | int) -> Family:
+    """With a timestep for each sample, or a number for the batch."""
     model = library("diffusers").UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(8, 8),
@@ -233,49 +223,27 @@ def unet_text() -> Family:
         attention_head_dim=4,
         norm_num_groups=4,
     )
-
-    def losses(model: nn.Module, batch: Batch) -> Tensor:
-        return image_mean(model(batch["x"], batch["t"], batch["text"]).sample, batch)
-
-    return Family(model, noised(text=lambda: torch.randn(N, N, N)), losses)
+    return Family(model, noised(text=lambda: torch.randn(N, N, N)), denoising_losses("x", timestep, "text"))
 
 
-def unet_text_one_time() -> Family:
-    """One timestep for the whole batch, a number."""
-    family = unet_text()
-
-    def losses(model: nn.Module, batch: Batch) -> Tensor:
-        return image_mean(model(batch["x"], 17, batch["text"]).sample, batch)
-
-    return family._replace(losses=losses)
+PATCHES = {
+    **{"sample_size": 8, "patch_size": 4, "in_channels": 4},
+    **{"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 4},
+}
 
 
 def dit() -> Family:
     model = library("diffusers").DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=4,
-        in_channels=4,
-        num_layers=2,
-        sample_size=8,
-        patch_size=4,
+        **PATCHES,
         num_embeds_ada_norm=5,
         norm_num_groups=4,
     )
-
-    def losses(model: nn.Module, batch: Batch) -> Tensor:
-        return image_mean(model(batch["x"], batch["t"], batch["label"]).sample, batch)
-
-    return Family(model, noised(label=lambda: torch.randint(0, 5, (N,))), losses)
+    return Family(model, noised(label=lambda: torch.randint(0, 5, (N,))), denoising_losses("x", "t", "label"))
 
 
 def sd3() -> Family:
     model = library("diffusers").SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=4,
-        in_channels=4,
-        num_layers=2,
-        attention_head_dim=4,
-        num_attention_heads=2,
+        **PATCHES,
         joint_attention_dim=6,
         caption_projection_dim=8,
         pooled_projection_dim=5,
@@ -283,12 +251,8 @@ def sd3() -> Family:
         pos_embed_max_size=4,
         qk_norm="rms_norm",
     )
-
-    def losses(model: nn.Module, batch: Batch) -> Tensor:
-        output = model(batch["x"], batch["text"], batch["pooled"], batch["t"]).sample
-        return image_mean(output, batch)
-
-    return Family(model, noised(text=lambda: torch.randn(N, N, 6), pooled=lambda: torch.randn(N, 5)), losses)
+    conditions = noised(text=lambda: torch.randn(N, N, 6), pooled=lambda: torch.randn(N, 5))
+    return Family(model, conditions, denoising_losses("x", "text", "pooled", "t"))
 
 
 def autoencoder() -> Family:
@@ -312,45 +276,18 @@ def autoencoder() -> Family:
 # Adapters: what moves, and what a Fisher is of, is the adapter
 
 
-def adapted(base: Callable[..., nn.Module], config: str, **options: Any) -> nn.Module:
+def adapted(base: nn.Module, config: str, **options: Any) -> nn.Module:
     peft = library("peft")
-    return peft.get_peft_model(base(), getattr(peft, config)(**options))
+    return peft.get_peft_model(base, getattr(peft, config)(**options))
 
 
-def lora() -> Family:
-    model = adapted(
-        gpt2_model, "LoraConfig", r=2, target_modules=["c_attn", "c_fc"], init_lora_weights=False, fan_in_fan_out=True
-    )
-    return Family(model, padded_ids, next_token_losses)
-
-
-def lora_on_embeddings() -> Family:
-    model = adapted(
-        lambda: decoder("Llama"), "LoraConfig", r=2, target_modules=["embed_tokens", "q_proj"], init_lora_weights=False
-    )
-    return Family(model, lambda: {"input_ids": ids()}, next_token_losses)
-
-
-def dora() -> Family:
-    model = adapted(
-        lambda: decoder("Llama"),
-        "LoraConfig",
-        r=2,
-        target_modules=["q_proj", "down_proj"],
-        use_dora=True,
-        init_lora_weights=False,
-    )
-    return Family(model, padded_ids, next_token_losses)
+def lora(base: nn.Module, *layers: str, **options: Any) -> nn.Module:
+    return adapted(base, "LoraConfig", r=2, target_modules=list(layers), init_lora_weights=False, **options)
 
 
 def ia3() -> Family:
-    model = adapted(
-        lambda: decoder("Llama"),
-        "IA3Config",
-        target_modules=["k_proj", "v_proj", "down_proj"],
-        feedforward_modules=["down_proj"],
-    )
-    return Family(model, padded_ids, next_token_losses)
+    layers = {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
+    return on_padded_ids(adapted(decoder("Llama"), "IA3Config", **layers))
 
 
 # Vision
@@ -400,25 +337,27 @@ def swin() -> Family:
 
 
 FAMILIES: dict[str, Callable[[], Family]] = {
-    "GPT-2, padded": gpt2,
-    "GPT-2, padded on the left": gpt2_left_padded,
-    "GPT-2, eager attention": gpt2_eager,
-    "Llama": llama,
-    "Llama, tied embeddings": llama_tied,
+    "GPT-2, padded": lambda: on_padded_ids(gpt2_model()),
+    "GPT-2, padded on the left": lambda: Family(
+        gpt2_model(n_inner=10), lambda: padded_ids(left=True), next_token_losses
+    ),
+    "GPT-2, eager attention": lambda: on_full_ids(gpt2_model(attn_implementation="eager")),
+    "Llama": lambda: on_padded_ids(decoder("Llama")),
+    "Llama, tied embeddings": lambda: on_full_ids(decoder("Llama", tie_word_embeddings=True)),
     "Mixtral, grouped_mm": lambda: mixtral("grouped_mm"),
     "Mixtral, eager": lambda: mixtral("eager"),
     "BERT": bert,
     "T5": t5,
     "CLIP, pairs": clip_pairs,
     "CLIP, classes": clip_classes,
-    "UNet2DConditionModel": unet_text,
-    "UNet2DConditionModel, one timestep": unet_text_one_time,
+    "UNet2DConditionModel": lambda: unet_text("t"),
+    "UNet2DConditionModel, one timestep": lambda: unet_text(17),
     "DiT": dit,
     "SD3": sd3,
     "AutoencoderKL": autoencoder,
-    "LoRA": lora,
-    "LoRA on embeddings": lora_on_embeddings,
-    "DoRA": dora,
+    "LoRA": lambda: on_padded_ids(lora(gpt2_model(), "c_attn", "c_fc", fan_in_fan_out=True)),
+    "LoRA on embeddings": lambda: on_full_ids(lora(decoder("Llama"), "embed_tokens", "q_proj")),
+    "DoRA": lambda: on_padded_ids(lora(decoder("Llama"), "q_proj", "down_proj", use_dora=True)),
     "IA3": ia3,
     "ViT": vit,
     "Swin": swin,

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers.histories import fisher_of, flatten, random_named, small_network, value_and_gradient
+from helpers.histories import fisher_of, flat_parameters, flatten, random_named, small_network, value_and_gradient
 from torch import Tensor, nn
 
 import crl_kernels as ck
@@ -31,20 +31,20 @@ def steps(model: nn.Module, zero_to_none: bool) -> Tensor:
         optimizer.step()
         for history in (low_rank, diagonal):
             history.decoupled_step_(0.1, 0.1)
-    return torch.cat([flatten(model.parameters()), torch.stack(values), low_rank.drift()])
+    return torch.cat([flat_parameters(model), torch.stack(values), low_rank.drift()])
 
 
 @pytest.mark.parametrize("zero_to_none", [False, True])
 def test_one_buffer_gives_the_same_numbers_bit_for_bit(zero_to_none):
     plain, flattened = small_network(), small_network()
     theta, gradient = ck.flatten_parameters(flattened)
-    assert torch.equal(flatten(flattened.parameters()), theta)
+    assert torch.equal(flat_parameters(flattened), theta)
     assert torch.equal(steps(plain, zero_to_none), steps(flattened, zero_to_none))
-    assert torch.equal(flatten(flattened.parameters()), theta)  # still views
+    assert torch.equal(flat_parameters(flattened), theta)  # still views
     assert torch.equal(flatten(p.grad for p in flattened.parameters()), gradient) == (not zero_to_none)
 
 
-def test_one_buffer_is_what_kernels_get():
+def test_kernels_get_one_buffer():
     model = small_network()
     history = histories(model)[0]
     assert len(history._run_or_list(list(model.parameters()))) == len(list(model.parameters()))
@@ -55,16 +55,16 @@ def test_one_buffer_is_what_kernels_get():
 
 
 def test_state_dicts_and_optimizers_work_on_one_buffer():
-    model, other = small_network(), small_network(1)
+    model, second = small_network(), small_network(1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     theta, gradient = ck.flatten_parameters(model)
     assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in model.parameters()]
-    model.load_state_dict(other.state_dict())
-    assert torch.equal(theta, flatten(other.parameters()))
-    assert list(model.state_dict()) == list(other.state_dict())
-    for net in (model, other):
+    model.load_state_dict(second.state_dict())
+    assert torch.equal(theta, flat_parameters(second))
+    assert list(model.state_dict()) == list(second.state_dict())
+    for net in (model, second):
         net(torch.ones(2, 6, dtype=torch.float64)).sum().backward()
-    torch.testing.assert_close(gradient, flatten(p.grad for p in other.parameters()))
+    torch.testing.assert_close(gradient, flatten(p.grad for p in second.parameters()))
     before = theta.clone()
     optimizer.step()
     assert not torch.equal(theta, before)
@@ -99,9 +99,7 @@ def test_views_that_were_broken_are_noticed(leave):
 def test_a_square_view_that_was_transposed_is_not_read_in_the_old_order():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).double()
     history = ck.LowRankHistory(model)
-    history.append(
-        ck.LowRankFisher({n: x[None] for n, x in random_named(model, 1).items()}, torch.ones(1), random_named(model, 2))
-    )
+    history.append(fisher_of(model, 1))
     ck.flatten_parameters(model)
     history.add_penalty_grad_(1.0)  # the run is known now
     model[0].weight.data = model[0].weight.data.t()
@@ -117,9 +115,7 @@ def test_empty_and_shared_parameters_in_one_buffer():
     assert len(theta) == sum(p.numel() for p in model.parameters())
     assert model.again.weight is model[0].weight
     history = ck.LowRankHistory(model)
-    history.append(
-        ck.LowRankFisher({n: x[None] for n, x in random_named(model, 1).items()}, torch.ones(1), random_named(model, 2))
-    )
+    history.append(fisher_of(model, 1))
     assert len(history._run_or_list(list(model.parameters()))) == 1
     value, gradient = value_and_gradient(history, model, 1.0)
     torch.testing.assert_close(history.add_penalty_grad_(1.0), value, rtol=1e-12, atol=0)

@@ -5,19 +5,14 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.block_checks import by_loop, check, close, squared
-from helpers.by_loop import Parts
+from helpers.block_checks import by_loop, check, close
+from helpers.by_loop import HiddenScale, Parts, squared
 from helpers.layer_cases import CASES, N, prepared, tokens, without_rules
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from crl_kernels import SampleGradients
 from crl_kernels.per_sample import recorder
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -89,20 +84,10 @@ def test_one_use_by_a_rule_and_one_elsewhere_without():
     check(model, (tokens()[0].double(),))
 
 
-class Scale(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, scale):
-        ctx.save_for_backward(x, scale)
-        return x * scale
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, scale = ctx.saved_tensors
-        return grad * scale, (grad * x).sum((0, 1))
-
-
 def hidden_use() -> nn.Module:
-    return Parts(lambda m, x: Scale.apply(m.lin(x), m.scale), lin=nn.Linear(6, 6), scale=nn.Parameter(torch.ones(6)))
+    return Parts(
+        lambda m, x: HiddenScale.apply(m.lin(x), m.scale), lin=nn.Linear(6, 6), scale=nn.Parameter(torch.ones(6))
+    )
 
 
 @pytest.mark.parametrize("trained", [True, False])  # whether anything else is seen

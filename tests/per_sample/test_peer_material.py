@@ -27,21 +27,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.by_loop import Parts, assert_close, assert_statistics, flat, rows_by_loop
+from helpers.by_loop import Parts, assert_close, assert_statistics, flat, rows_by_loop, swap
 from torch import Tensor, nn
 from torch.nn.utils import rnn
 
 from crl_kernels import SampleGradients, diagnose, estimate_fisher
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of slow ways to a gradient, small batches, and the peers' own
+pytestmark = [
+    pytest.mark.usefixtures("float64"),
+    pytest.mark.filterwarnings("ignore"),  # of slow ways to a gradient, small batches, and the peers' own
+]
 TOLERANCE = 1e-9
-
-
-@pytest.fixture(autouse=True)
-def float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def peer(name: str) -> Any:
@@ -67,32 +63,18 @@ Choice = dict[str, Any]
 Layer = Callable[..., tuple[nn.Module, Tensor] | None]  # None: no such layer
 
 
-def swap(x: Tensor) -> Tensor:
-    return x.transpose(0, 1)
-
-
 def laid_out(module: nn.Module, batch_first: bool) -> nn.Module:
     """From and to (N, T, ...), whatever the module takes."""
     return Parts(lambda m, x: m.layer(x) if batch_first else swap(m.layer(swap(x))), layer=module)
 
 
-def convolution(kind: type[nn.Module], n: int, c: int, size: tuple[int, ...], wider: bool, **options: Any) -> Any:
+def convolution(
+    kind: type[nn.Module], n: int, c: int, wider: bool, w: int, h: int = 0, d: int = 0, **options: Any
+) -> Any:
     out = 2 * c if wider else max(1, c // 2)
     if c % options["groups"] or out % options["groups"] or (options["padding"] == "same" and options["stride"] != 1):
         return None
-    return kind(c, out, **options), torch.randn(n, c, *size)
-
-
-def conv1d(n: int, c: int, w: int, **options: Any) -> Any:
-    return convolution(nn.Conv1d, n, c, (w,), **options)
-
-
-def conv2d(n: int, c: int, h: int, w: int, **options: Any) -> Any:
-    return convolution(nn.Conv2d, n, c, (h, w), **options)
-
-
-def conv3d(n: int, c: int, d: int, h: int, w: int, **options: Any) -> Any:
-    return convolution(nn.Conv3d, n, c, (d, h, w), **options)
+    return kind(c, out, **options), torch.randn(n, c, *(size for size in (d, h, w) if size))
 
 
 def linear(n: int, t: int, h: int, w: int, dims: int, bias: bool, batch_first: bool = True) -> Any:
@@ -183,7 +165,7 @@ CONV = {"n": range(1, 5), "c": (1, 3, 32), "wider": BOTH}
 FLAT = {"n": range(1, 5), "c": (1, 2, 3), "w": range(5, 11)}
 IN_BATCH_ORDER: dict[str, tuple[Layer, dict[str, Any]]] = {
     "Conv1d": (
-        conv1d,
+        partial(convolution, nn.Conv1d),
         {
             **CONV,
             **{"w": range(6, 11), "kernel_size": (2, 3), "stride": (1, 2), "padding": (0, 1, 2, "same", "valid")},
@@ -191,7 +173,7 @@ IN_BATCH_ORDER: dict[str, tuple[Layer, dict[str, Any]]] = {
         },
     ),
     "Conv2d": (
-        conv2d,
+        partial(convolution, nn.Conv2d),
         {
             **CONV,
             **{"h": range(11, 18), "w": range(11, 18), "kernel_size": (2, 3, 4), "stride": (1, 2)},
@@ -199,7 +181,7 @@ IN_BATCH_ORDER: dict[str, tuple[Layer, dict[str, Any]]] = {
         },
     ),
     "Conv3d": (
-        conv3d,
+        partial(convolution, nn.Conv3d),
         {
             **CONV,
             **{"d": range(3, 7), "h": range(6, 11), "w": range(6, 11), "kernel_size": (2, 3, (1, 2, 3))},
@@ -254,7 +236,6 @@ def draws(kind: str, order: str) -> Iterator[tuple[Choice, nn.Module, Tensor]]:
     """The same in each run."""
     build, grid = (IN_BATCH_ORDER | IN_ANY_ORDER)[kind]
     generator = random.Random(f"{kind} {order}")
-    torch.manual_seed(0)
     count = 0
     while count < DRAWS:
         choice = {name: generator.choice(values) for name, values in grid.items()}
@@ -507,7 +488,6 @@ def losses_of(model: nn.Module, x: Tensor, loss: str) -> Callable[[], Tensor]:
 
 @pytest.mark.parametrize("name", BACKPACK)
 def test_problems_of_backpack(name):
-    torch.manual_seed(0)
     model, x, loss = BACKPACK[name]()
     assert_right(model, losses_of(model, x, loss))
 
@@ -522,7 +502,6 @@ def test_second_moments_of_backpack(name):
     """SumGradSquared is N times the diagonal, and BatchL2Grad the square norms, wherever BackPACK has them: of weights
     with groups, the latter are wrong (test_peers.py)."""
     backpack, extensions = peer("backpack"), peer("backpack.extensions")
-    torch.manual_seed(0)
     model, x, loss = BACKPACK[name]()
     losses = losses_of(model, x, loss)
     with SampleGradients(model, diagonal=True) as sg:
@@ -531,9 +510,9 @@ def test_second_moments_of_backpack(name):
     with backpack.backpack(extensions.SumGradSquared(), extensions.BatchL2Grad()):
         losses().sum().backward()
     grouped = any(getattr(module, "groups", 1) > 1 for module in model.modules())
-    found = {n: p for n, p in model.named_parameters() if hasattr(p, "sum_grad_squared")}
-    assert found
-    for parameter_name, p in found.items():
+    computed = {n: p for n, p in model.named_parameters() if hasattr(p, "sum_grad_squared")}
+    assert computed
+    for parameter_name, p in computed.items():
         assert_close(
             sg.diagonal[parameter_name], p.sum_grad_squared / len(x), TOLERANCE, f"diagonal[{parameter_name!r}]"
         )
@@ -706,7 +685,6 @@ TORCHJD: dict[str, Callable[[], Architecture]] = {
 
 
 def built(name: str) -> tuple[nn.Module, Callable[[], Tensor]]:
-    torch.manual_seed(0)
     model, shapes = TORCHJD[name]()
     count = 2 if name == "InstanceNorm ResNet18" else SIZE
     inputs = [torch.randn(count, *shape) for shape in shapes]
@@ -755,7 +733,6 @@ SAMPLES = 48
 
 
 def classifier(kind: str) -> tuple[nn.Module, Tensor]:
-    torch.manual_seed(0)
     if kind == "linear":
         return lines(6, 4, 3, between=nn.Tanh), torch.randn(SAMPLES, 6)
     if kind == "convolutions":
@@ -844,10 +821,10 @@ def test_top_directions_of_peers(task):
 
 def test_spectrum_of_peers(task):
     model, x, y = task
-    found = diagnose(
+    diagnosis = diagnose(
         model, lambda m, batch, t: cross_entropies(m, batch), [(x, y)], [0], num_timesteps=1, samples=SAMPLES
     )
-    for spectrum in (found.at[0], found.uniform):
+    for spectrum in (diagnosis.at[0], diagnosis.uniform):
         for fisher in both_fishers(task):
             values = torch.linalg.eigvalsh(fisher).flip(0)
             trace, top = float(fisher.trace()), float(values[0])
@@ -870,7 +847,6 @@ def test_spectrum_of_peers(task):
 def test_cases_of_curvlinops(widths, sizes, loss, reduction):
     """Its means are over a sample's outputs too, and over all samples of all batches."""
     operators = peer("curvlinops")
-    torch.manual_seed(0)
     model = lines(*widths, between=nn.ReLU)
     outputs = 1 if loss is nn.CrossEntropyLoss else widths[-1]
 
@@ -884,8 +860,8 @@ def test_cases_of_curvlinops(widths, sizes, loss, reduction):
     theirs = operator @ torch.eye(operator.shape[1])
 
     def losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        each = loss(reduction="none")(model(batch[0]), batch[1]).reshape(len(batch[0]), -1).sum(1)
-        return each / outputs**0.5 if reduction == "mean" else each
+        sample_losses = loss(reduction="none")(model(batch[0]), batch[1]).reshape(len(batch[0]), -1).sum(1)
+        return sample_losses / outputs**0.5 if reduction == "mean" else sample_losses
 
     ours = estimate_fisher(model, losses, data, kind="diagonal")
     count = 1 if reduction == "mean" else sum(sizes)

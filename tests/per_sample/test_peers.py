@@ -7,9 +7,12 @@ peers: ``pip install crl-kernels[peers]``.
 
 import copy
 import warnings
+from typing import Any
 
 import pytest
 import torch
+from helpers.block_checks import by_loop
+from helpers.by_loop import flat
 from torch import Tensor, nn
 
 from crl_kernels.per_sample.sample_gradients import SampleGradients
@@ -18,14 +21,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # the peers' own, about hooks
 SAMPLES = 3
 
 
-@pytest.fixture
-def opacus():
-    return pytest.importorskip("opacus", reason="opacus is not installed (extra peers)")
-
-
-@pytest.fixture
-def backpack():
-    return pytest.importorskip("backpack", reason="backpack-for-pytorch is not installed (extra peers)")
+def peer(name: str) -> Any:
+    return pytest.importorskip(name, reason=f"{name} is not installed (extra peers)")
 
 
 class TiedWeights(nn.Module):
@@ -99,7 +96,6 @@ CASES = {
 
 def case(name: str) -> tuple[nn.Module, Tensor]:
     make, shape = CASES[name]
-    torch.manual_seed(0)
     return make().double(), torch.randn(SAMPLES, *shape, dtype=torch.float64)
 
 
@@ -108,31 +104,24 @@ def losses(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def truth(model: nn.Module, x: Tensor) -> Tensor:
-    def one(sample: Tensor) -> Tensor:
-        gradients = torch.autograd.grad(losses(model, sample[None]).sum(), list(model.parameters()))
-        return torch.stack([g.square().sum() for g in gradients]).sum()
-
-    return torch.stack([one(sample) for sample in x])
+    return flat(by_loop(model, losses, (x,))).square().sum(1)
 
 
 def ours(model: nn.Module, x: Tensor) -> Tensor:
-    with SampleGradients(model) as found:
+    with SampleGradients(model) as sg:
         losses(model, x).sum().backward()
-    return found.sq_norms
+    return sg.sq_norms
 
 
 def opacus_hooks(model: nn.Module, x: Tensor) -> Tensor:
-    from opacus import GradSampleModule
-
-    wrapped = GradSampleModule(copy.deepcopy(model), loss_reduction="sum")
+    wrapped = peer("opacus").GradSampleModule(copy.deepcopy(model), loss_reduction="sum")
     losses(wrapped, x).sum().backward()
     return torch.stack([p.grad_sample.flatten(1).square().sum(1) for p in wrapped.parameters()]).sum(0)
 
 
 def ghost(model: nn.Module) -> nn.Module:
-    from opacus.grad_sample import GradSampleModuleFastGradientClipping
-
-    return GradSampleModuleFastGradientClipping(copy.deepcopy(model), loss_reduction="sum")
+    fast_clipping = peer("opacus.grad_sample").GradSampleModuleFastGradientClipping
+    return fast_clipping(copy.deepcopy(model), loss_reduction="sum")
 
 
 def opacus_ghost(model: nn.Module, x: Tensor) -> Tensor:
@@ -143,18 +132,14 @@ def opacus_ghost(model: nn.Module, x: Tensor) -> Tensor:
 
 def extended(model: nn.Module, x: Tensor, quantity: str) -> tuple[list[Tensor], list[str]]:
     """(BackPACK's square norms, parameter by parameter; the names of those that it left out)"""
-    from backpack import backpack, extend, extensions
-
-    extension, field = {
-        "BatchL2Grad": (extensions.BatchL2Grad, "batch_l2"),
-        "BatchGrad": (extensions.BatchGrad, "grad_batch"),
-    }[quantity]
-    model = extend(copy.deepcopy(model))
-    with backpack(extension()):
+    backpack, extensions = peer("backpack"), peer("backpack.extensions")
+    field = {"BatchL2Grad": "batch_l2", "BatchGrad": "grad_batch"}[quantity]
+    model = backpack.extend(copy.deepcopy(model))
+    with backpack.backpack(getattr(extensions, quantity)()):
         losses(model, x).sum().backward()
-    told = [getattr(p, field) for p in model.parameters() if hasattr(p, field)]
+    values = [getattr(p, field) for p in model.parameters() if hasattr(p, field)]
     left_out = [name for name, p in model.named_parameters() if not hasattr(p, field)]
-    return [t if quantity == "BatchL2Grad" else t.flatten(1).square().sum(1) for t in told], left_out
+    return [v if quantity == "BatchL2Grad" else v.flatten(1).square().sum(1) for v in values], left_out
 
 
 def backpack_l2(model: nn.Module, x: Tensor) -> Tensor:
@@ -182,71 +167,58 @@ def test_ours(name):
 
 
 WRONG_IN_OPACUS = {"circular padding", "MultiheadAttention"}
-WRONG_IN_GHOST = WRONG_IN_OPACUS | {"linear, rows of tokens", "tied weights", "called twice"}
 WRONG_IN_BATCH_GRAD = {
     *("circular padding", "padding same", "GroupNorm", "LayerNorm"),
     *("tied weights", "called twice", "MultiheadAttention"),
 }
-WRONG_IN_BATCH_L2 = WRONG_IN_BATCH_GRAD | {"groups"}
+WRONG = {
+    opacus_hooks: WRONG_IN_OPACUS,
+    opacus_ghost: WRONG_IN_OPACUS | {"linear, rows of tokens", "tied weights", "called twice"},
+    backpack_batch: WRONG_IN_BATCH_GRAD,
+    backpack_l2: WRONG_IN_BATCH_GRAD | {"groups"},
+}
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name not in WRONG_IN_OPACUS])
-def test_opacus_hooks_agree(opacus, name):
+@pytest.mark.parametrize(
+    ("norms", "name"), [(norms, name) for norms, wrong in WRONG.items() for name in CASES if name not in wrong]
+)
+def test_norms_of_peers_agree(norms, name):
     model, x = case(name)
-    assert_right(opacus_hooks(model, x), model, x)
-
-
-@pytest.mark.parametrize("name", [name for name in CASES if name not in WRONG_IN_GHOST])
-def test_opacus_ghost_norms_agree(opacus, name):
-    model, x = case(name)
-    assert_right(opacus_ghost(model, x), model, x)
-
-
-@pytest.mark.parametrize("name", [name for name in CASES if name not in WRONG_IN_BATCH_GRAD])
-def test_backpack_batch_grad_agrees(backpack, name):
-    model, x = case(name)
-    assert_right(backpack_batch(model, x), model, x)
-
-
-@pytest.mark.parametrize("name", [name for name in CASES if name not in WRONG_IN_BATCH_L2])
-def test_backpack_batch_l2_agrees(backpack, name):
-    model, x = case(name)
-    assert_right(backpack_l2(model, x), model, x)
+    assert_right(norms(model, x), model, x)
 
 
 @pytest.mark.parametrize("norms", [opacus_hooks, opacus_ghost])
-def test_opacus_pads_circular_convolutions_with_zeros(opacus, norms):
+def test_opacus_pads_circular_convolutions_with_zeros(norms):
     model, x = case("circular padding")
     assert_wrong(norms(model, x), model, x)
 
 
 @pytest.mark.parametrize("norms", [opacus_hooks, opacus_ghost])
-def test_opacus_fails_on_multihead_attention(opacus, norms):
+def test_opacus_fails_on_multihead_attention(norms):
     with pytest.raises(TypeError, match="missing 2 required positional arguments: 'key' and 'value'"):
         norms(*case("MultiheadAttention"))
 
 
-def test_opacus_fails_on_a_parameter_of_a_root_with_two_inputs(opacus):
+def test_opacus_fails_on_a_parameter_of_a_root_with_two_inputs():
     """Because it then runs the whole model through functorch, on the first input alone."""
-    from opacus import GradSampleModule
-
+    grad_sample_module = peer("opacus").GradSampleModule
     model = OwnParameter().double()
     x, y = torch.randn(2, SAMPLES, 4, dtype=torch.float64)
-    with SampleGradients(model) as found:
+    with SampleGradients(model) as sg:
         model(x, y).sum().backward()
-    assert (found.sq_norms > 0).all()
-    for wrapped in (GradSampleModule(copy.deepcopy(model), loss_reduction="sum"), ghost(model)):
+    assert (sg.sq_norms > 0).all()
+    for wrapped in (grad_sample_module(copy.deepcopy(model), loss_reduction="sum"), ghost(model)):
         with pytest.raises(TypeError, match="missing 1 required positional argument: 'y'"):
             wrapped(x, y).sum().backward()
 
 
 @pytest.mark.parametrize("name", ["tied weights", "called twice"])
-def test_opacus_ghost_norms_refuse_a_weight_used_twice(opacus, name):
+def test_opacus_ghost_norms_refuse_a_weight_used_twice(name):
     with pytest.raises(NotImplementedError, match="Parameter tying is not supported"):
         opacus_ghost(*case(name))
 
 
-def test_opacus_ghost_norms_of_a_linear_layer_on_rows_of_tokens_are_stale(opacus):
+def test_opacus_ghost_norms_of_a_linear_layer_on_rows_of_tokens_are_stale():
     """None at first; after any batch of another shape, the norms of that batch, silently."""
     model, x = case("linear, rows of tokens")
     with pytest.raises(AttributeError, match="_norm_sample"):
@@ -261,15 +233,14 @@ def test_opacus_ghost_norms_of_a_linear_layer_on_rows_of_tokens_are_stale(opacus
 
 @pytest.mark.parametrize("norms", [backpack_l2, backpack_batch])
 @pytest.mark.parametrize("name", ["circular padding", "tied weights"])
-def test_backpack_is_silently_wrong(backpack, name, norms):
+def test_backpack_is_silently_wrong(name, norms):
     """Circular padding is taken for zeros, and of a weight's two uses only one is seen."""
     model, x = case(name)
     assert_wrong(norms(model, x), model, x)
 
 
-def test_backpack_l2_counts_products_across_groups(backpack):
+def test_backpack_l2_counts_products_across_groups():
     """Of a convolution with two groups; without a bias, whose norms are right."""
-    torch.manual_seed(0)
     model = nn.Conv2d(4, 6, 3, groups=2, bias=False).double()
     x = torch.randn(SAMPLES, *image(), dtype=torch.float64)
     ratios = backpack_l2(model, x) / truth(model, x)
@@ -277,7 +248,7 @@ def test_backpack_l2_counts_products_across_groups(backpack):
     assert_right(backpack_batch(model, x), model, x)
 
 
-def test_backpack_and_padding_same(backpack):
+def test_backpack_and_padding_same():
     """BatchGrad is silently wrong, BatchL2Grad fails."""
     model, x = case("padding same")
     assert_wrong(backpack_batch(model, x), model, x)
@@ -297,24 +268,21 @@ def test_backpack_and_padding_same(backpack):
         ),
     ],
 )
-def test_backpack_leaves_layers_out(backpack, name, missing, quantity):
+def test_backpack_leaves_layers_out(name, missing, quantity):
     """After a warning; what it does compute is right."""
     model, x = case(name)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         norms, left_out = extended(model, x, quantity)
     assert left_out == missing
-    assert any("does not have an extension" in str(warning.message) for warning in told)
+    assert any("does not have an extension" in str(warning.message) for warning in caught)
     for name_ in left_out:
         model.get_parameter(name_).requires_grad_(False)
-    kept = [p for p in model.parameters() if p.requires_grad]
-    for i, sample in enumerate(x):
-        gradients = torch.autograd.grad(losses(model, sample[None]).sum(), kept)
-        expected = torch.stack([g.square().sum() for g in gradients])
-        torch.testing.assert_close(torch.stack([n[i] for n in norms]), expected, rtol=1e-8, atol=0)
+    expected = [rows.flatten(1).square().sum(1) for rows in by_loop(model, losses, (x,)).values()]
+    torch.testing.assert_close(norms, expected, rtol=1e-8, atol=0)
 
 
 @pytest.mark.parametrize("norms", [backpack_l2, backpack_batch])
-def test_backpack_fails_on_a_module_called_twice(backpack, norms):
+def test_backpack_fails_on_a_module_called_twice(norms):
     with pytest.raises(AttributeError, match="no attribute 'output'"):
         norms(*case("called twice"))

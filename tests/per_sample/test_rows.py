@@ -6,7 +6,7 @@ import gc
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.by_loop import Parts, assert_close, flat, rows_by_loop
+from helpers.by_loop import HiddenScale, Parts, assert_close, flat, rows_by_loop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -15,16 +15,9 @@ from crl_kernels import SampleGradients, estimate_fisher
 from crl_kernels.per_sample.loss_passes import LAYOUTS, LossPasses
 from crl_kernels.per_sample.rows import Codes, Rows, fingerprint
 
+pytestmark = pytest.mark.usefixtures("float64")
 N, D = 6, 5
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64]
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 # Codes
@@ -37,12 +30,12 @@ def test_every_assignment_of_rows_is_read_from_the_passes(count, rows, dtype, da
     codes = Codes(count, torch.device("cpu"))
     gradient = torch.randn(3, rows, 4, dtype=dtype)
     prints = [fingerprint(gradient * weights[samples].to(dtype)[:, None], (0, 1)) for weights in codes.passes]
-    found = codes.rows(prints, (0, 1))
-    assert found is not None
+    rows_read = codes.rows(prints, (0, 1))
+    assert rows_read is not None
     if count > 1 and len(set(samples.tolist())) > 1:
-        assert found.dims == (1,)
-        assert torch.equal(found.samples, samples)
-        assert found.in_order == torch.equal(samples, torch.arange(count))
+        assert rows_read.dims == (1,)
+        assert torch.equal(rows_read.samples, samples)
+        assert rows_read.in_order == torch.equal(samples, torch.arange(count))
 
 
 @settings(max_examples=60, deadline=None)
@@ -55,25 +48,25 @@ def test_rows_that_samples_share_are_no_rows_of_one(count, data):
     assert codes.rows(prints, (0,)) is None
 
 
-def test_a_row_without_a_gradient_is_given_what_the_pattern_says_or_is_not_lasting():
+def test_a_row_without_a_gradient_follows_the_pattern_or_is_not_lasting():
     codes = Codes(4, torch.device("cpu"))
 
-    def found(samples: list[int]) -> Rows:
+    def rows_of(samples: list[int]) -> Rows:
         known = torch.tensor(samples)
-        weights = [(each[known.clamp(min=0)] * (known >= 0))[:, None] for each in codes.passes]
-        rows = codes.rows([fingerprint(each.expand(-1, 2), (0,)) for each in weights], (0,))
+        weights = [(code[known.clamp(min=0)] * (known >= 0))[:, None] for code in codes.passes]
+        rows = codes.rows([fingerprint(weight.expand(-1, 2), (0,)) for weight in weights], (0,))
         assert rows is not None
         return rows
 
-    assert found([0, 1, 2, -1]).samples.tolist() == [0, 1, 2, 3]
-    assert found([0, 1, 2, -1]).in_order
-    assert not found([0, 1, 2, -1]).lasting  # one sample was not seen
-    assert found([0, -1, 1, 1, 2, 2, 3, 3]).samples.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert found([0, -1, 1, 1, 2, 2, 3, 3]).lasting
-    assert found([0, 1, 2, 3, 0, -1, 2, 3]).samples.tolist() == [0, 1, 2, 3] * 2
-    assert not found([0, -1, -1, -1, -1, -1, -1, -1]).lasting  # by fours or by twos
-    assert not found([3, 1, -1, 0]).lasting
-    assert not found([-1, -1, -1, -1]).lasting
+    assert rows_of([0, 1, 2, -1]).samples.tolist() == [0, 1, 2, 3]
+    assert rows_of([0, 1, 2, -1]).in_order
+    assert not rows_of([0, 1, 2, -1]).lasting  # one sample was not seen
+    assert rows_of([0, -1, 1, 1, 2, 2, 3, 3]).samples.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert rows_of([0, -1, 1, 1, 2, 2, 3, 3]).lasting
+    assert rows_of([0, 1, 2, 3, 0, -1, 2, 3]).samples.tolist() == [0, 1, 2, 3] * 2
+    assert not rows_of([0, -1, -1, -1, -1, -1, -1, -1]).lasting  # by fours or by twos
+    assert not rows_of([3, 1, -1, 0]).lasting
+    assert not rows_of([-1, -1, -1, -1]).lasting
 
 
 def test_tokens_of_ragged_rows_are_filled_up_with_zeros():
@@ -194,7 +187,7 @@ def put_one_by_one(h: Tensor, order: list[int]) -> Tensor:
         *("set items", "set items of a list", "set one by one", "where", "parts"),
     ],
 )
-def test_samples_that_are_elsewhere_in_every_batch(move):
+def test_samples_in_another_order_in_every_batch(move):
     m = mlp()
 
     def losses(m: nn.Module, x: Tensor, o: Tensor) -> Tensor:
@@ -224,7 +217,7 @@ def test_other_parameters_in_the_same_calls():
     hidden = Parts(lambda m: None, a=nn.Linear(D, D), h=nn.ParameterList([torch.randn(D), torch.randn(D)]))
     for i, j in ((0, 1), (1, 1), (1, 0), (0, 0)):
         hold(heads, torch.randn(N, D), i, j, losses_of=losses)
-        hold(hidden, torch.randn(N, D), i, losses_of=lambda m, x, i: Hidden.apply(m.a(x), m.h[i]).square().sum(1))
+        hold(hidden, torch.randn(N, D), i, losses_of=lambda m, x, i: HiddenScale.apply(m.a(x), m.h[i]).square().sum(1))
 
 
 def test_autocast_in_some_batches():
@@ -244,7 +237,7 @@ def normed_weights() -> nn.Module:
     return nn.Sequential(first, nn.Tanh(), nn.Linear(4, 3))
 
 
-def test_a_batch_in_which_one_sample_is_active_is_nothing_to_go_by():
+def test_a_batch_with_one_active_sample_fixes_no_layout():
     """A weight that is made of parameters looks as if it were that sample's."""
     m = normed_weights()
     for y in ([-100, 1, *[-100] * 4], [0, 1, 2, 0, 1, 2], [-100, -100, 0, *[-100] * 3], [2, 2, 1, 1, 0, 0]):
@@ -265,7 +258,7 @@ def test_one_sample_with_gradients_far_larger_than_the_others(dtype, factor):
         m.zero_grad()
 
 
-def test_losses_that_a_scaler_multiplies_lest_they_vanish():
+def test_losses_multiplied_by_a_gradient_scaler():
     m = nn.Sequential(nn.Linear(D, 4), nn.Tanh(), nn.Linear(4, 2)).half()
 
     def losses_of(x: Tensor) -> Tensor:
@@ -279,7 +272,7 @@ def test_losses_that_a_scaler_multiplies_lest_they_vanish():
     assert_close(sg.sq_norms, expected, 0.02, "sq_norms")
 
 
-def test_a_first_batch_with_a_number_that_is_none_is_nothing_to_go_by():
+def test_a_first_batch_with_nan_fixes_no_layout():
     m = mlp()
     x = torch.randn(N, D)
     x[2] = float("nan")
@@ -305,7 +298,7 @@ def test_weighted_sums_of_other_losses_than_the_blocks():
             assert_close(sums[name], rows, 1e-9, name, flat(rows_by_loop(m, losses)))
 
 
-def test_a_product_that_moves_nothing_is_looked_at_and_not_measured_again(measured, monkeypatch):
+def test_a_product_that_moves_no_samples_is_checked_and_not_measured_again(measured, monkeypatch):
     looked: list[bool] = []
     holds = LossPasses._holds
 
@@ -315,14 +308,14 @@ def test_a_product_that_moves_nothing_is_looked_at_and_not_measured_again(measur
 
     monkeypatch.setattr(LossPasses, "_holds", counted)
     m = Parts(lambda m, x: (m.a(x).T @ m.b(x)).flatten(), a=nn.Linear(D, 3), b=nn.Linear(D, 2))
-    losses = lambda m, x: torch.stack([m(each).square().sum() for each in x])  # noqa: E731
+    losses = lambda m, x: torch.stack([m(sample).square().sum() for sample in x])  # noqa: E731
     for _ in range(4):
         hold(m, torch.randn(N, 4, D), losses_of=losses)
     assert measured == [N]
     assert looked == [True] * 3
 
 
-def test_a_first_batch_whose_gradients_are_zero_is_nothing_to_go_by(measured):
+def test_a_first_batch_of_zero_gradients_fixes_no_layout(measured):
     m = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, D))
     with torch.no_grad():
         m[2].weight.zero_()  # as the last layers of many diffusion models
@@ -335,21 +328,9 @@ def test_a_first_batch_whose_gradients_are_zero_is_nothing_to_go_by(measured):
     assert measured == [N] * 6  # the first and the second of zeros and the first of others, for either loss
 
 
-class Hidden(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, p):
-        ctx.save_for_backward(x, p)
-        return x * p
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, p = ctx.saved_tensors
-        return grad * p, (grad * x).sum(0)
-
-
 @pytest.mark.filterwarnings("ignore:the per-sample gradients of 'p'")
-def test_a_proof_of_zeros_is_none():
-    m = Parts(lambda m, x: m.out(Hidden.apply(x, m.p)), p=nn.Parameter(torch.randn(D)), out=nn.Linear(D, 3))
+def test_zero_gradients_prove_no_layout():
+    m = Parts(lambda m, x: m.out(HiddenScale.apply(x, m.p)), p=nn.Parameter(torch.randn(D)), out=nn.Linear(D, 3))
     for std in (0.0, 0.0, 1.0, 1.0):
         with torch.no_grad():
             m.out.weight.normal_(0.0, std)
@@ -357,7 +338,7 @@ def test_a_proof_of_zeros_is_none():
         hold(m, torch.randn(N, D))
 
 
-def test_nothing_is_remembered_of_a_model_that_is_gone():
+def test_layouts_of_a_deleted_model_are_forgotten():
 
     gc.collect()
     before = len(LAYOUTS)
@@ -374,7 +355,7 @@ def test_nothing_is_remembered_of_a_model_that_is_gone():
 
 @pytest.mark.parametrize("which", [[2], list(range(N))])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_is_not_hidden(which, value):
+def test_values_that_are_not_finite_stay_visible(which, value):
     m, x = mlp(), torch.randn(N, D)
     x[which] = value
     with SampleGradients(m) as sg:
@@ -388,7 +369,7 @@ def test_what_is_not_finite_is_not_hidden(which, value):
 # Losses that cannot be seen
 
 
-def test_a_pass_from_something_else_says_what_it_assumes():
+def test_a_pass_from_another_tensor_warns_of_its_assumption():
     m, x, y = mlp(), torch.randn(N, D), torch.randn(N, 3)
     rows = flat(rows_by_loop(m, (m(x) - y).square().mean(1)))
     with (
@@ -423,7 +404,7 @@ def test_backward_checks_the_losses(losses, error, message):
 
 
 @pytest.mark.filterwarnings("ignore:the backward pass inside")
-def test_what_is_added_to_losses_that_cannot_be_seen_is_noticed():
+def test_terms_added_to_unseen_losses_are_refused():
     m, x, y = mlp(), torch.randn(N, D), torch.randn(N, 3)
     with (
         pytest.raises(NotImplementedError, match=r"'0.weight' cannot be read in a backward pass that does not start"),
@@ -553,7 +534,7 @@ def test_pairs_in_batches_of_any_size(count):
             )
 
 
-def test_a_loss_with_the_size_of_its_batches_written_in_it():
+def test_a_loss_with_a_fixed_batch_size():
     fixed = torch.randn(16, D)
     loader = [torch.randn(16, D) for _ in range(4)]
     for loss in (lambda m, x: squares(m, x + fixed), lambda m, x: squares(m, x).view(-1, 16).flatten()):

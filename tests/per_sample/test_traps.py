@@ -8,19 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.block_checks import by_loop, check, close, squared
-from helpers.by_loop import Parts
+from helpers.block_checks import by_loop, check, close
+from helpers.by_loop import Parts, Rows, flat, squared
 from helpers.layer_cases import N, images, prepared, tokens, without_rules
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from crl_kernels import SampleGradients
 from crl_kernels.backends import reference
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
 
 
 def block() -> tuple[nn.Module, tuple[Tensor, ...]]:
@@ -64,15 +59,16 @@ def test_one_sample():
     check(model, (batch[0][:1],))
 
 
-def gradients_in_float64(case: str) -> tuple[nn.Module, tuple[Tensor, ...], Tensor]:
+def with_rows(case: str) -> tuple[nn.Module, tuple[Tensor, ...], Rows]:
+    """A model in float64, its batch, and the gradient of each sample."""
     model, batch = prepared(case, torch.float64)
-    expected = by_loop(model, squared, batch)
-    return model, batch, torch.cat([gradient.flatten(1) for gradient in expected.values()], 1)
+    return model, batch, by_loop(model, squared, batch)
 
 
 @pytest.mark.parametrize("case", ["conv2d", "transformer layer", "group norm", "embedding, class", "rms norm"])
 def test_bfloat16_model_with_float32_statistics(case):
-    model, batch, rows = gradients_in_float64(case)
+    model, batch, expected = with_rows(case)
+    rows = flat(expected)
     model, batch = model.bfloat16(), tuple(x.bfloat16() if x.is_floating_point() else x for x in batch)
     with SampleGradients(model, gram=True) as sg:
         squared(model, *batch).sum().backward()
@@ -91,7 +87,8 @@ def test_bfloat16_model_with_float32_statistics(case):
     "case", ["conv2d", "transformer layer", "group norm", "batch norm in evaluation", "layer norm"]
 )
 def test_autocast(case):
-    model, batch, rows = gradients_in_float64(case)
+    model, batch, expected = with_rows(case)
+    rows = flat(expected)
     model, batch = model.float(), tuple(x.float() for x in batch)
     with torch.autocast("cpu", torch.bfloat16):
         plain = squared(model, *batch)
@@ -125,15 +122,14 @@ def test_dropout_is_no_trap_where_there_are_rules():
 @pytest.mark.parametrize("case", ["conv2d", "attention", "tied weights", "group norm", "embedding", "bare parameters"])
 def test_backward_passes_after_the_block_are_ordinary(case):
     """The weighted passes that give eigenvectors of the Fisher."""
-    model, batch = prepared(case, torch.float64)
-    expected = by_loop(model, squared, batch)
+    model, batch, expected = with_rows(case)
     weights = torch.randn(N, dtype=torch.float64)
     with SampleGradients(model) as sg:
         losses = squared(model, *batch)
         losses.sum().backward(retain_graph=True)
     before = sg.sq_norms.clone()
-    found = torch.autograd.grad((weights * losses).sum(), list(model.parameters()), allow_unused=True)
-    for gradient, rows in zip(found, expected.values(), strict=True):
+    gradients = torch.autograd.grad((weights * losses).sum(), list(model.parameters()), allow_unused=True)
+    for gradient, rows in zip(gradients, expected.values(), strict=True):
         if gradient is not None:
             close(gradient, torch.einsum("n,n...->...", weights, rows), 1e-10, rows)
     assert torch.equal(sg.sq_norms, before)
@@ -143,8 +139,7 @@ def test_backward_passes_after_the_block_are_ordinary(case):
 @pytest.mark.parametrize("tile", [1, 500])
 def test_weighted_sums_hold_few_per_sample_gradients_at_a_time(case, tile, monkeypatch):
     """Where there are many tokens; other weighted sums of layers do without."""
-    model, batch = prepared(case, torch.float64)
-    expected = by_loop(model, squared, batch)
+    model, batch, expected = with_rows(case)
     held: list[int] = []
     reference_matrix = reference.sample_weight_gradient_matrix
 
@@ -167,9 +162,8 @@ def test_weighted_sums_hold_few_per_sample_gradients_at_a_time(case, tile, monke
 @pytest.mark.parametrize("case", ["linear", "linear, tokens", "attention", "embedding"])
 def test_weighted_sums_of_single_samples_and_of_none(case):
     """A stratum has few of a batch's samples."""
-    model, batch = prepared(case, torch.float64)
-    expected = by_loop(model, squared, batch)
-    largest = torch.cat([g.flatten(1) for g in expected.values()], 1)
+    model, batch, expected = with_rows(case)
+    largest = flat(expected)
     with SampleGradients(model) as sg:
         sums = sg.weighted_sums(squared(model, *batch), torch.eye(N + 1)[:, :N])
     for name, gradient in expected.items():
@@ -249,14 +243,14 @@ def test_weighted_sums_do_not_call_hooks_on_parameters(in_block):
             sums = sg.weighted_sums(losses, torch.ones(1, N))
         else:
             losses.sum().backward(retain_graph=True)
-    found = len(calls)
+    calls_in_block = len(calls)
     if not in_block:
         sums = sg.weighted_sums(losses, torch.ones(1, N))
-    assert len(calls) == found
+    assert len(calls) == calls_in_block
     assert all(float(value.abs().max()) > 1e-3 for value in sums.values())
 
 
-def test_gradients_that_were_there_are_added_to():
+def test_existing_gradients_are_added_to():
     model, batch = prepared("conv2d", torch.float64)
     squared(model, *batch).sum().backward()
     grads = [p.grad for p in model.parameters()]
@@ -300,13 +294,12 @@ def test_nothing_is_left_behind():
 
 
 def test_a_compiled_model_runs_eagerly():
-    model, batch = prepared("conv2d", torch.float64)
-    expected = by_loop(model, squared, batch)
+    model, batch, expected = with_rows("conv2d")
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with SampleGradients(compiled) as sg:
         squared(compiled, *batch).sum().backward()
     assert set(sg.mean) == set(expected)
-    rows = torch.cat([gradient.flatten(1) for gradient in expected.values()], 1)
+    rows = flat(expected)
     close(sg.sq_norms, rows.square().sum(1), 1e-10)
 
 
@@ -333,8 +326,7 @@ def test_bitwise_run_to_run_and_for_any_number_of_threads():
 
 
 def test_include_and_exclude():
-    model, batch = prepared("conv2d", torch.float64)
-    expected = by_loop(model, squared, batch)
+    model, batch, expected = with_rows("conv2d")
     with SampleGradients(model, exclude=["0"]) as sg:
         squared(model, *batch).sum().backward()
     assert set(sg.mean) == {"2.weight", "2.bias"}
@@ -345,36 +337,24 @@ def test_include_and_exclude():
 
 
 @pytest.mark.parametrize(
-    ("run", "error", "message"),
+    ("options", "error", "message"),
     [
-        (lambda m, x: SampleGradients(m, loss_reduction="max"), ValueError, "loss_reduction is 'max'"),
+        ({"loss_reduction": "max"}, ValueError, "loss_reduction is 'max'"),
+        ({"direction": torch.ones(3)}, TypeError, "direction is a Tensor; expected a mapping"),
+        ({"direction": {"x": torch.ones(3)}}, ValueError, "direction has 'x', which are not among"),
+        ({"direction": {}}, ValueError, "direction is empty"),
+        ({"direction": {"bias": torch.ones(3)}}, ValueError, r"has shape \(3,\); expected \(4,\)"),
+        ({"direction": {"bias": 1}}, TypeError, "is a int; expected a tensor"),
         (
-            lambda m, x: SampleGradients(m, direction=torch.ones(3)),
-            TypeError,
-            "direction is a Tensor; expected a mapping",
-        ),
-        (
-            lambda m, x: SampleGradients(m, direction={"x": torch.ones(3)}),
-            ValueError,
-            "direction has 'x', which are not among",
-        ),
-        (lambda m, x: SampleGradients(m, direction={}), ValueError, "direction is empty"),
-        (
-            lambda m, x: SampleGradients(m, direction={"bias": torch.ones(3)}),
-            ValueError,
-            r"has shape \(3,\); expected \(4,\)",
-        ),
-        (lambda m, x: SampleGradients(m, direction={"bias": 1}), TypeError, "is a int; expected a tensor"),
-        (
-            lambda m, x: SampleGradients(m, direction={"bias": torch.ones(4), "weight": torch.ones(2, 4, 6)}),
+            {"direction": {"bias": torch.ones(4), "weight": torch.ones(2, 4, 6)}},
             ValueError,
             "different numbers K",
         ),
     ],
 )
-def test_bad_arguments(run, error, message):
+def test_bad_arguments(options, error, message):
     with pytest.raises(error, match=message):
-        run(nn.Linear(6, 4), tokens()[0])
+        SampleGradients(nn.Linear(6, 4), **options)
 
 
 def test_bad_blocks():

@@ -77,7 +77,7 @@ def test_lam_must_be_a_number(model, lam, message):
         diagonal.add_penalty_grad_(lam)
 
 
-def test_lam_on_tensors_is_as_good_as_a_float(model):
+def test_lam_may_be_a_tensor(model):
     low_rank, _ = histories(model)
     with torch.no_grad():
         model[0].weight.add_(1)
@@ -249,7 +249,7 @@ def test_models_that_cannot_be_bound(model):
         ck.LowRankHistory(outer)
 
 
-def test_files_that_are_not_ours(model, tmp_path):
+def test_foreign_files_are_refused(model, tmp_path):
     low_rank, diagonal = histories(model)
     path = tmp_path / "file"
     with pytest.raises(FileNotFoundError, match=r"its folder .*nowhere' does not exist"):
@@ -260,12 +260,12 @@ def test_files_that_are_not_ours(model, tmp_path):
     with pytest.raises(ValueError, match="is not a safetensors file, or is damaged"):
         ck.load_fisher(path)
     low_rank.save(path)
-    whole = path.read_bytes()
+    saved = path.read_bytes()
     with pytest.raises(ValueError, match="holds a LowRankHistory; expected a DiagonalHistory"):
         ck.DiagonalHistory.load(path, model)
     with pytest.raises(ValueError, match="holds a LowRankHistory; expected a LowRankFisher or a DiagonalFisher"):
         ck.load_fisher(path)
-    path.write_bytes(whole[: len(whole) // 2])
+    path.write_bytes(saved[: len(saved) // 2])
     with pytest.raises(ValueError, match="damaged"):
         ck.LowRankHistory.load(path, model)
     from safetensors.torch import save_file
@@ -289,7 +289,7 @@ def test_a_failed_write_leaves_the_old_file(model, tmp_path, monkeypatch):
     low_rank, _ = histories(model)
     path = tmp_path / "history.safetensors"
     low_rank.save(path)
-    whole = path.read_bytes()
+    saved = path.read_bytes()
 
     def full(*_: object) -> None:
         raise OSError("no space left on device")
@@ -297,7 +297,7 @@ def test_a_failed_write_leaves_the_old_file(model, tmp_path, monkeypatch):
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="no space left"):
         low_rank.save(path)
-    assert path.read_bytes() == whole
+    assert path.read_bytes() == saved
     assert list(tmp_path.iterdir()) == [path]
 
 

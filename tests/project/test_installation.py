@@ -73,7 +73,7 @@ for warning in caught:
 """
 
 
-def test_importing_does_not_import_what_takes_seconds():
+def test_import_loads_no_slow_library():
     result = run("-c", "import crl_kernels, sys; print({'torch._dynamo', 'triton', 'matplotlib'} & set(sys.modules))")
     assert result.stdout == "set()\n", result.stdout + result.stderr
 
@@ -106,9 +106,9 @@ def test_without_triton_a_gpu_runs_plain_pytorch_and_says_so_once(tmp_path):
         there = {"env": environment(PYTHONPATH=source) | changes, "cwd": tmp_path}
         result = run("-c", f"{first}\n{FIND_TRITON}", **there)
         assert result.returncode == 0, result.stderr
-        found, warning = result.stdout.splitlines()
-        assert found.startswith("1 crl_kernels.backends.reference reference (plain PyTorch) "), found
-        assert why in found
+        chosen, warning = result.stdout.splitlines()
+        assert chosen.startswith("1 crl_kernels.backends.reference reference (plain PyTorch) "), chosen
+        assert why in chosen
         assert "crl_kernels runs in plain PyTorch on the GPU, which is slow" in warning
         assert why in warning
         there["env"]["CRL_KERNELS_BACKEND"] = "triton"
@@ -120,8 +120,8 @@ def path_with(folder: Path, *tools: str) -> str:
     """A PATH that holds these tools only."""
     folder.mkdir()
     for tool in tools:
-        if found := shutil.which(tool):
-            (folder / tool).symlink_to(found)
+        if executable := shutil.which(tool):
+            (folder / tool).symlink_to(executable)
     return str(folder)
 
 
