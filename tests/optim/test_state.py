@@ -5,19 +5,20 @@ import warnings
 
 import pytest
 import torch
+from helpers.past_tasks import MODES, flat
 from helpers.penalized_adamw import (
+    BOTH,
     LAM,
-    MODES,
     AdamWWithPenalty,
     Network,
     assert_carries_the_projections,
     carried_sums,
     fisher_of,
-    flat_parameters,
     groups_of,
     history_of,
     relative_distance,
     task_loss,
+    train,
 )
 from torch import Tensor
 
@@ -45,22 +46,19 @@ def test_state_can_move_to_torchs_adamw_and_back(decoupled, storage):
             now.zero_grad()
             task_loss(model, step).backward()
             optimizer.step()
-        ends.append(flat_parameters(model))
+        ends.append(flat(model))
     assert relative_distance(ends[1], ends[0]) <= 1e-9
 
 
 def run_with(write, decoupled: bool, verify_every: int = 0, resync: bool = False) -> list[Tensor]:
     """60 steps of the reference and of FusedAdamW, with ``write(model, history, optimizer)`` before step 20 and 40."""
     ends = []
-    for fused in (False, True):
+    for optimizer_type in BOTH:
         model = Network()
         history = history_of(model, "3")
-        if fused:
-            optimizer = ck.FusedAdamW(
-                groups_of(model), history=history, lam=LAM, decoupled=decoupled, verify_every=verify_every
-            )
-        else:
-            optimizer = AdamWWithPenalty(groups_of(model), history, LAM, decoupled)
+        fused = optimizer_type is ck.FusedAdamW
+        options = {"verify_every": verify_every} if fused else {}
+        optimizer = optimizer_type(groups_of(model), history=history, lam=LAM, decoupled=decoupled, **options)
         for step in range(60):
             if step in (20, 40):
                 write(model, history)
@@ -69,8 +67,8 @@ def run_with(write, decoupled: bool, verify_every: int = 0, resync: bool = False
             optimizer.zero_grad()
             task_loss(model, step).backward()
             optimizer.step()
-        ends.append(flat_parameters(model))
-    if fused and not verify_every:
+        ends.append(flat(model))
+    if not verify_every:
         assert_carries_the_projections(optimizer, history)
     return ends
 
@@ -137,10 +135,7 @@ def test_verify_every_is_silent_where_nothing_was_written(kind):
         model = Network()
         optimizer = ck.FusedAdamW(groups_of(model), history=history_of(model, kind), lam=LAM, verify_every=3)
         model.first.weight.requires_grad_(False)
-        for step in range(20):
-            optimizer.zero_grad()
-            task_loss(model, step).backward()
-            optimizer.step()
+        train(model, optimizer, range(20))
 
 
 @MODES
@@ -218,10 +213,7 @@ def test_a_state_of_another_dtype_keeps_its_moments(change, kind, conversion, de
     history = None if kind == "none" else history_of(model, kind)
     options = {"lr": 1e-2, "lam": LAM, "decoupled": decoupled}
     optimizer = ck.FusedAdamW(model.parameters(), history=history, **options)
-    for step in range(3):
-        optimizer.zero_grad()
-        task_loss(model, step).backward()
-        optimizer.step()
+    train(model, optimizer, range(3))
     saved, weights = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(model.state_dict())
     computed = torch.float32 if after in (torch.float16, torch.bfloat16) else after
     if conversion == "model.to":
@@ -252,7 +244,7 @@ def test_a_state_of_another_dtype_keeps_its_moments(change, kind, conversion, de
         task_loss(model, step).backward()
         for p, q in zip(model.parameters(), plain.parameters(), strict=True):
             q.grad = None if p.grad is None else p.grad.to(computed)
-        start = flat_parameters(model)
+        start = flat(model)
         optimizer.step()
         missing = [p for p in plain.parameters() if p.grad is None]
         if plain_history is not None and decoupled:
@@ -262,12 +254,9 @@ def test_a_state_of_another_dtype_keeps_its_moments(change, kind, conversion, de
         adamw.step()
         for parameter in missing:
             parameter.grad = None
-        assert not torch.equal(flat_parameters(model), start)
+        assert not torch.equal(flat(model), start)
         moved = [optimizer.state.get(p, {}).get("master", p).detach().double().flatten() for p in model.parameters()]
-        assert (
-            relative_distance(torch.cat(moved), flat_parameters(plain))
-            <= {torch.float32: 1e-6, torch.float64: 1e-12}[computed]
-        )
+        assert relative_distance(torch.cat(moved), flat(plain)) <= {torch.float32: 1e-6, torch.float64: 1e-12}[computed]
         for parameter in model.parameters():
             state = optimizer.state.get(parameter, {})
             assert ("master" in state) == (bool(state) and after != computed)
@@ -457,6 +446,6 @@ def test_distributed_checkpoints_round_trip_the_state(pair, options, dtype):
         optimizer.zero_grad()
         task_loss(net, 3).backward()
         optimizer.step()
-        ends.append(flat_parameters(net))
+        ends.append(flat(net))
     bound = {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
     assert relative_distance(ends[1], ends[0]) <= (bound if "torch's" in pair else 1e-12)
