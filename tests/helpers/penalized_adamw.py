@@ -62,27 +62,23 @@ def relative_distance(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).norm() / expected.norm())
 
 
-class AdamWWithPenalty:
+class AdamWWithPenalty(torch.optim.AdamW):
     """What FusedAdamW is to equal: AdamW with history.add_penalty_grad_ or decoupled_step_ just before its step."""
 
     def __init__(self, params, history, lam, decoupled: bool = False, **options) -> None:
-        self.optimizer = torch.optim.AdamW(params, **options)
+        super().__init__(params, **options)
         self.history, self.lam, self.decoupled = history, lam, decoupled
-        self.param_groups = self.optimizer.param_groups
 
     def step(self) -> None:
         params = [p for group in self.param_groups for p in group["params"]]
         missing = [p for p in params if p.grad is None]
-        if self.decoupled:
+        if self.history is not None and self.decoupled:
             self.history.decoupled_step_(self.lam, self.param_groups)
-        else:
+        elif self.history is not None:
             self.history.add_penalty_grad_(self.lam)
-        self.optimizer.step()
+        super().step()
         for parameter in missing:
             parameter.grad = None
-
-    def zero_grad(self) -> None:
-        self.optimizer.zero_grad()
 
 
 BOTH = (AdamWWithPenalty, ck.FusedAdamW)

@@ -102,22 +102,21 @@ def test_an_infinite_lam_holds_what_can_be_held(kind):
 
 
 def test_lam_is_a_number_or_a_tensor_and_may_change():
-    ends = []
-    for form in ("by hand", "tensor", "number"):
+    def end_of(form: str) -> Tensor:
         model = Network()
-        history = history_of(model, "3")
         lam = torch.tensor(1.0) if form == "tensor" else 1.0
         optimizer_type = AdamWWithPenalty if form == "by hand" else ck.FusedAdamW
-        optimizer = optimizer_type(groups_of(model), history=history, lam=lam)
-        for step in range(20):
+        optimizer = optimizer_type(groups_of(model), history=history_of(model, "3"), lam=lam)
+
+        def change(step: int) -> None:
             optimizer.lam = lam.fill_(step / 10) if form == "tensor" else step / 10
-            optimizer.zero_grad()
-            task_loss(model, step).backward()
-            optimizer.step()
-        ends.append(flat(model))
-    for end in ends[1:]:
-        assert relative_distance(end, ends[0]) <= 1e-7  # a float32 lam
-    assert relative_distance(ends[2], ends[0]) <= 1e-12
+
+        return train(model, optimizer, range(20), change)
+
+    by_hand, by_tensor, by_number = map(end_of, ("by hand", "tensor", "number"))
+    for end in (by_tensor, by_number):
+        assert relative_distance(end, by_hand) <= 1e-7  # a float32 lam
+    assert relative_distance(by_number, by_hand) <= 1e-12
 
 
 def test_parameters_may_join_and_change_their_group_between_steps():
@@ -145,21 +144,17 @@ def test_parameters_may_join_and_change_their_group_between_steps():
 
 def test_learning_rates_on_a_device_are_not_looked_at(monkeypatch):
     """On a CPU, by taking every tensor for one on a device."""
-    ends = []
-    for on_device in (False, True):
-        if on_device:
-            monkeypatch.setattr("crl_kernels.optim.fused_adamw._on_device", lambda rate: isinstance(rate, Tensor))
+
+    def end() -> Tensor:
         model = Network()
         groups = groups_of(model)
         groups[0]["lr"] = torch.tensor(groups[0]["lr"], dtype=torch.float64)
         optimizer = ck.FusedAdamW(groups, history=history_of(model, "3"), lam=LAM)
-        for step in range(20):
-            groups[0]["lr"].mul_(0.9)
-            optimizer.zero_grad()
-            task_loss(model, step).backward()
-            optimizer.step()
-        ends.append(flat(model))
-    assert torch.equal(ends[1], ends[0])
+        return train(model, optimizer, range(20), lambda step: groups[0]["lr"].mul_(0.9))
+
+    expected = end()
+    monkeypatch.setattr("crl_kernels.optim.fused_adamw._on_device", lambda rate: isinstance(rate, Tensor))
+    assert torch.equal(end(), expected)
 
 
 @KINDS
@@ -221,14 +216,14 @@ def test_parameters_that_are_frozen_on_the_way_stay_and_count(kind, decoupled):
                 optimizer.param_groups[1]["lr"] = 0.0 if freeze else 1e-3
             task_loss(model, step).backward()
             if not fused and freeze:
-                kept = [copy.deepcopy(optimizer.optimizer.state[p]) for p in frozen]
+                kept = [copy.deepcopy(optimizer.state[p]) for p in frozen]
             before = torch.cat([p.detach().flatten() for p in frozen])
             optimizer.step()
             if freeze:
                 assert torch.equal(before, torch.cat([p.detach().flatten() for p in frozen]))
                 if not fused:
                     for parameter, state in zip(frozen, kept, strict=True):
-                        optimizer.optimizer.state[parameter] = state
+                        optimizer.state[parameter] = state
             if fused:
                 expected = float(history.penalty(LAM).detach())
                 optimizer.resync()
