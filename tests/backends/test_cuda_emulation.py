@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.backends import assert_pass_in_a_process
 from torch import Tensor
 from torch.utils.cpp_extension import include_paths, library_paths
 
@@ -46,13 +47,7 @@ def test_operators_and_derivatives(library):
     ]
     # Compilers see operators, not their kernels; plain PyTorch is tested where it is not a subprocess.
     chosen = "not (inside_compiled_code or recompilation or inductor or compiled_training_step or reference)"
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *files],
-        env=os.environ | {"CRL_KERNELS_BACKEND": "reference", "CRL_TEST_LIBRARY": str(library)},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+    assert_pass_in_a_process(chosen, *files, CRL_KERNELS_BACKEND="reference", CRL_TEST_LIBRARY=str(library))
 
 
 DEFAULTS = {"stream": 0, "capturing": 0, "cooperative_launch": 1, "l2_bytes": 1 << 16}

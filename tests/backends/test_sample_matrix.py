@@ -1,20 +1,18 @@
 """Statistics of a matrix of per-sample gradients, on every backend, against float64 and plain PyTorch."""
 
-import os
-
 import pytest
 import torch
 from helpers.backends import (
     BACKENDS,
     DTYPES,
     EXAMPLES,
+    assert_pass_with_narrower_loops,
+    for_narrower_loops,
     largest_error,
     least_bound,
-    needs_cpu_library,
     needs_library,
-    needs_x86_linux,
-    passes_with_narrower_loops,
     poison,
+    threads,
 )
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -155,12 +153,9 @@ def test_bitwise_the_same_from_run_to_run_and_for_any_number_of_threads(shape):
         shape = (min(shape[0], 17), shape[1] // 500)
     grads = make(*shape, torch.float32, "contiguous", 0)
     results = []
-    for threads in (1, 2, 1):
-        torch.set_num_threads(threads)
-        try:
+    for count in (1, 2, 1):
+        with threads(count):
             results.append([*ck.sample_gradient_stats(grads, diagonal=True), ck.sample_gram(grads)])
-        finally:
-            torch.set_num_threads(1)
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
@@ -280,9 +275,6 @@ def test_compile_fullgraph_equals_eager():
         assert torch.equal(result, expected)
 
 
-@needs_cpu_library
-@needs_x86_linux
-@pytest.mark.skipif("CRL_KERNELS_ISA" in os.environ, reason="this is the run that the test below starts")
-@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+@for_narrower_loops
 def test_this_file_passes_with_narrower_loops(isa):
-    passes_with_narrower_loops(isa, __file__, "compiled")
+    assert_pass_with_narrower_loops(isa, __file__, "compiled")
