@@ -204,7 +204,7 @@ def test_sixteen_bytes_at_a_time_where_addresses_allow(device, dtype):
     ("cooperative_launch", "l2_bytes", "num_terms"),
     [(1, 1 << 30, 1), (1, 1 << 30, 35), (0, 1 << 30, 35), (1, 1 << 16, 3), (1, 1 << 30, 513)],
 )
-def test_value_and_gradient_both_ways(device, cooperative_launch, l2_bytes, num_terms):
+def test_value_and_gradient_with_and_without_a_cooperative_launch(device, cooperative_launch, l2_bytes, num_terms):
     device.set(cooperative_launch=cooperative_launch, l2_bytes=l2_bytes)
     cooperative = cooperative_launch and num_terms <= 512 and l2_bytes == 1 << 30
     generator = torch.Generator().manual_seed(0)

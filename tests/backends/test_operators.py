@@ -335,7 +335,7 @@ ADAMW_CASES = ADAMW_CASES[:2] if registry.INTERPRETED else ADAMW_CASES
 
 @needs_library
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
-def test_what_is_written_is_bitwise_the_same_flat_or_in_a_list(dtype):
+def test_written_tensors_are_bitwise_the_same_flat_or_in_a_list(dtype):
     """An element's result does not depend on its place in a vector of the processor."""
     generator = torch.Generator().manual_seed(0)
     lengths = [1, 15, 3, 500, 16, 7, 64, 33, 5_000] + [3] * 100
@@ -462,7 +462,7 @@ def test_every_operator_has_a_reference_and_a_schema_of_its_own():
 
 
 @needs_library
-def test_operators_refuse_what_would_read_or_write_elsewhere():
+def test_operators_refuse_arguments_that_would_read_or_write_out_of_bounds():
     """The public API checks first; these are for whoever calls the operators themselves."""
     ops = torch.ops.crl_kernels
     params, state, none = [torch.ones(3)], ([torch.ones(3)], [torch.ones(3)]), torch.ones(0, dtype=torch.float64)

@@ -63,18 +63,15 @@ def plain(grads: Tensor, direction: Tensor | None) -> list[Tensor]:
             values.square().mean(0)]  # fmt: skip
 
 
-def magnitudes(grads: Tensor, direction: Tensor | None) -> list[Tensor]:
-    size = grads.double().abs()
-    weight = size.mean(0) if direction is None else direction.double().abs()
-    return [size.mean(0), size.square().sum(1), size @ weight, size.square().mean(0)]
+def statistics(values: Tensor, direction: Tensor | None) -> list[Tensor]:
+    """In float64: of gradients, or of their magnitudes."""
+    mean = values.mean(0)
+    return [mean, values.square().sum(1), values @ (mean if direction is None else direction), values.square().mean(0)]
 
 
 def assert_as_good_as_plain(results: list[Tensor], grads: Tensor, direction: Tensor | None) -> None:
-    values = grads.double()
-    mean = values.mean(0)
-    exact = [mean, values.square().sum(1), values @ (mean if direction is None else direction.double()),
-             values.square().mean(0)]  # fmt: skip
-    sizes = magnitudes(grads, direction)
+    values, u = grads.double(), None if direction is None else direction.double()
+    exact, sizes = statistics(values, u), statistics(values.abs(), None if u is None else u.abs())
     for ours, theirs, truth, size in zip(results, plain(grads, direction), exact, sizes, strict=False):
         assert largest_error(ours, truth, size) <= max(2 * largest_error(theirs, truth, size), least_bound(grads.dtype))
 
@@ -250,7 +247,7 @@ def test_errors_name_the_argument(grads, direction, error, message):
 
 
 @needs_library
-def test_operators_refuse_what_would_read_elsewhere():
+def test_operators_refuse_arguments_that_would_read_out_of_bounds():
     ops = torch.ops.crl_kernels
     for call in (
         lambda: ops.sample_gradient_stats(torch.ones(3), None, False),

@@ -61,7 +61,7 @@ def test_operators_and_derivatives():
     Compilers see operators, not their kernels, so compiled code is tested where it is not interpreted.
     """
     files = [str(TESTS / name) for name in TESTED]
-    slow = "what_is_written_is_bitwise or drift_is_exact or any_number_of_threads or (gradcheck and rank1)"
+    slow = "written_tensors_are_bitwise or drift_is_exact or any_number_of_threads or (gradcheck and rank1)"
     compiled = "inside_compiled_code or recompilation or inductor or compiled_training_step"
     selected = f"not (reference or {slow} or {compiled})"
     assert_pass_in_a_process(selected, *files, CRL_KERNELS_BACKEND="triton", TRITON_INTERPRET="1")

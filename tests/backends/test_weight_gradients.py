@@ -233,7 +233,7 @@ def test_16_bit_layers_give_float32_statistics(dtype, gram, tokens):
     ],
     ids=lambda value: None,
 )
-def test_operators_refuse_what_would_read_elsewhere(changed, message):
+def test_operators_refuse_arguments_that_would_read_out_of_bounds(changed, message):
     torch.ops.crl_kernels.sample_weight_gradients(*ARGUMENTS.values())
     with pytest.raises(RuntimeError, match=f"crl_kernels: .*{message}"):
         torch.ops.crl_kernels.sample_weight_gradients(*(ARGUMENTS | changed).values())

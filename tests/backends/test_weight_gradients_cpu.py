@@ -117,7 +117,7 @@ def test_statistics(
     geometry=geometries,
     seed=st.integers(0),
 )
-def test_the_reference_is_what_autograd_finds_sample_by_sample(inputs, outputs, groups, geometry, seed):
+def test_the_reference_equals_autograd_sample_by_sample(inputs, outputs, groups, geometry, seed):
     generator = torch.Generator().manual_seed(seed % 2**62)
     a = torch.randn(3, groups * inputs, 7, 6, generator=generator, dtype=torch.float64)
     weight = torch.zeros(groups * outputs, inputs, *geometry[0], dtype=torch.float64, requires_grad=True)

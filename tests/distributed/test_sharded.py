@@ -443,7 +443,7 @@ def estimates(rank: int, count: int, folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("count", [2, 4])
 @pytest.mark.filterwarnings("ignore:only .* of the trace", "ignore:the mean gradient.* is mostly noise")
-def test_a_sharded_models_fisher_is_that_of_the_whole_one(tmp_path, count):
+def test_a_sharded_models_fisher_is_that_of_the_unsharded_one(tmp_path, count):
     """Bit for bit, from loaders of unequal lengths; afterwards the model is as it was, and trains."""
     assert processes(count, estimates, tmp_path) == [[]] * count
 

@@ -88,7 +88,7 @@ def test_float32_parameters_and_both_ways_to_store_a_direction(storage_dtype, de
 
 
 @pytest.mark.parametrize("kind", ["3", "diagonal"])
-def test_an_infinite_lam_holds_what_can_be_held(kind):
+def test_an_infinite_lam_takes_the_step_that_is_taken_by_hand(kind):
     def end_of(optimizer_type) -> Tensor:
         model = Network()
         optimizer = optimizer_type(groups_of(model), history=history_of(model, kind), lam=float("inf"), decoupled=True)
@@ -142,7 +142,7 @@ def test_parameters_may_join_and_change_their_group_between_steps():
     assert relative_distance(ends[1], ends[0]) <= 1e-12
 
 
-def test_learning_rates_on_a_device_are_not_looked_at(monkeypatch):
+def test_learning_rates_on_a_device_are_not_read_on_the_host(monkeypatch):
     """On a CPU, by taking every tensor for one on a device."""
 
     def end() -> Tensor:
@@ -195,7 +195,7 @@ def test_a_grad_scaler_changes_nothing_but_skipped_steps(kind, decoupled):
 
 @KINDS
 @MODES
-def test_parameters_that_are_frozen_on_the_way_stay_and_count(kind, decoupled):
+def test_parameters_frozen_during_training_stay_and_count_in_the_penalty(kind, decoupled):
     """By hand: frozen parameters have the rate 0."""
     ends = []
     for optimizer_type in BOTH:
@@ -369,7 +369,7 @@ def test_a_step_in_compiled_code():
     assert not torch.equal(flat(model), before)
 
 
-def test_what_cannot_be_is_refused():
+def test_unsupported_arguments_are_refused():
     model = Network()
     history = history_of(model, "1")
     params = list(model.parameters())

@@ -511,7 +511,7 @@ def test_a_step_that_calls_its_superclasss_has_the_penalty_once(kind, decoupled)
     assert torch.equal(end_of(OwnStep), end_of(torch.optim.SGD))
 
 
-def test_what_cannot_be_attached_is_refused_and_changes_nothing():
+def test_unsuitable_optimizers_and_lam_are_refused_and_nothing_changes():
     model = network()
     history = history_of(model, "low_rank")
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -52,7 +52,7 @@ COPIES = pytest.mark.parametrize("copier", ["deepcopy", "torch.save"])
 @pytest.mark.parametrize("copier", COPIERS)
 @KINDS
 @MODES
-def test_a_fused_optimizer_copied_with_its_model_goes_on_as_the_original(copier, kind, decoupled):
+def test_a_fused_optimizer_copied_with_its_model_continues_as_the_original(copier, kind, decoupled):
     dtype = torch.bfloat16 if copier == "pickle" else torch.float64  # with master copies
     model = network(dtype)
     optimizer = ck.FusedAdamW(
@@ -141,7 +141,7 @@ def fisher_like(history, kind: str):
 @COPIES
 @KINDS
 @MODES
-def test_what_is_copied_alone_says_so_and_can_be_bound_again(copier, kind, decoupled):
+def test_a_copy_without_its_model_raises_until_it_is_bound_again(copier, kind, decoupled):
     model = network()
     history = history_of(model, kind)
     alone = COPIERS[copier](history)
@@ -176,7 +176,7 @@ def test_what_is_copied_alone_says_so_and_can_be_bound_again(copier, kind, decou
 
 
 @COPIES
-def test_without_a_history_it_copies_as_torchs(copier):
+def test_an_optimizer_without_a_history_copies_as_torchs(copier):
     ends = []
     for make in (torch.optim.AdamW, ck.FusedAdamW):
         model = network()
@@ -262,7 +262,7 @@ def test_parameters_that_were_frozen_or_renamed_by_wrappers_stay_bound():
         beside.penalty(LAM)
 
 
-def test_a_history_that_its_own_model_holds():
+def test_a_history_that_is_an_attribute_of_its_model_is_copied_with_it():
     model = network()
     model.history = history_of(model, "diagonal")
     model.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -279,8 +279,8 @@ def test_a_history_that_its_own_model_holds():
         copied.history.detach()
 
 
-def test_histories_in_flat_buffers():
-    """What was found in memory for the original says nothing of a copy's memory."""
+def test_a_copied_history_writes_into_the_flat_buffer_of_its_own_model():
+    """A history remembers where the original's parameters lie; that holds for no copy."""
     model = network()
     ck.flatten_parameters(model)
     history = history_of(model, "low_rank")

@@ -217,7 +217,7 @@ def test_an_empty_history_costs_nothing(make, penalty):
 
 
 @HISTORIES
-def test_same_value_whatever_the_order_of_parameters(make, penalty, tmp_path, process_group):
+def test_the_order_of_parameters_and_wrappers_do_not_change_the_penalty(make, penalty, tmp_path, process_group):
     """Reversed registration, wrappers and parameter groups: names decide, never positions."""
     model = Net()
     history = make(model)

@@ -219,8 +219,8 @@ def test_optimizers_notice_parameters_that_join(kind, decoupled):
         steps()
         return [p.detach() for p in model.parameters()]
 
-    for one, other in zip(run(True), run(False), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+    for actual, expected in zip(run(True), run(False), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
 
 
 @KINDS
@@ -315,7 +315,7 @@ def test_the_next_adapter_joins_a_history_of_adapters(kind, tmp_path):
 
 
 @KINDS
-def test_exclude_holds_for_what_joins(kind):
+def test_exclude_holds_for_parameters_that_join(kind):
     model = Heads("a")
     history = HISTORIES[kind](model, exclude=["*.bias"])
     history.append(random_fisher({n: p for n, p in trainable(model).items() if n.endswith("weight")}, kind, 1))
@@ -327,7 +327,7 @@ def test_exclude_holds_for_what_joins(kind):
 
 
 @KINDS
-def test_a_head_that_is_tied_to_what_is_known_brings_nothing_new(kind):
+def test_a_head_tied_to_a_bound_weight_adds_only_its_bias(kind):
     model = Heads("a")
     history, first = history_with_a_task(model, kind)
     join(model, "b")
@@ -348,7 +348,7 @@ def test_a_head_that_is_tied_to_what_is_known_brings_nothing_new(kind):
 
 
 @KINDS
-def test_what_has_not_grown_may_be_named_and_nothing_else_is_changed(kind):
+def test_grown_may_name_parameters_that_have_not_grown(kind):
     model = Heads("a", "b")
     model.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
     history, first = history_with_a_task(model, kind)
@@ -518,7 +518,7 @@ def test_patterns_name_a_child_called_module(process_group):
 
 
 @KINDS
-def test_names_that_earlier_versions_gave_are_understood(kind):
+def test_names_of_earlier_versions_load(kind):
     """They had stripped 'module.' from the front of each name, a wrapper's or not."""
     model = nn.ModuleDict({"module": nn.Sequential(nn.Linear(3, 2)), "head": nn.Linear(3, 2)}).double()
     history, _ = history_with_a_task(model, kind)

@@ -110,7 +110,7 @@ def test_rebinding_keeps_options_and_follows_other_parameter_objects():
         ("embed.weight", 4, "grown is the string 'embed.weight'; expected a list of patterns"),
     ],
 )
-def test_what_does_not_fit_is_refused_and_nothing_changes(grown, classes, message):
+def test_models_that_do_not_fit_are_refused_and_nothing_changes(grown, classes, message):
     model = Conditional(3)
     history = history_of(model, "low_rank", tasks=1)
     value, other = history.penalty(LAM).item(), Conditional(classes)
