@@ -397,11 +397,11 @@ def test_wrappers_whose_hooks_are_the_only_ones_are_attached_to_themselves():
                 optimizer.step()
 
     def end_of(by_hand: bool) -> Tensor:
-        model, other = network(), network()
+        model, another_model = network(), network()
         history = history_of(model, "low_rank")
         parts = [torch.optim.SGD(model[i].parameters(), lr=0.1) for i in (0, 2)]
         container = Container(parts)
-        container.teacher = torch.optim.SGD(other.parameters(), lr=0.1)
+        container.teacher = torch.optim.SGD(another_model.parameters(), lr=0.1)
         if not by_hand:
             history.attach(container, 0.3)
         return train(model, container, range(5), (lambda step: history.add_penalty_grad_(0.3)) if by_hand else None)
@@ -444,9 +444,9 @@ def test_optimizers_that_would_never_be_penalized_are_refused():
     for optimizer in (fused, Plain(fused)):
         with pytest.raises(ValueError, match=r"FusedAdamW that has this history's penalty in its step, .* count twice"):
             history.attach(optimizer, 1.0)
-    other = history_of(model, "diagonal")
-    other.attach(fused, 1.0)  # another penalty
-    other.detach()
+    diagonal = history_of(model, "diagonal")
+    diagonal.attach(fused, 1.0)  # another penalty
+    diagonal.detach()
     history.attach(torch.optim.SGD(model.parameters(), lr=0.1), 1.0)  # nothing was attached so far
     history.detach()
 

@@ -307,16 +307,16 @@ def test_save_and_load_are_bitwise(make, penalty, tmp_path):
     assert torch.equal(penalty(loaded, lam=2.0), penalty(history, lam=2.0))
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["a.safetensors", "b.safetensors"]
 
-    other = make(Net(seed=1), tasks=1)
-    other.load_state_dict(history.state_dict())
-    torch.testing.assert_close(other.state_dict(), history.state_dict(), rtol=0, atol=0)
-    before = other.state_dict()
+    target = make(Net(seed=1), tasks=1)
+    target.load_state_dict(history.state_dict())
+    torch.testing.assert_close(target.state_dict(), history.state_dict(), rtol=0, atol=0)
+    before = target.state_dict()
     broken = {key: value for key, value in history.state_dict().items() if not key.endswith("first.bias")}
     with pytest.raises(ValueError, match=r"the state lacks 'first.bias', which the model has"):
-        other.load_state_dict(broken)
+        target.load_state_dict(broken)
     with pytest.raises(ValueError, match="the state lacks 'num_tasks'"):
-        other.load_state_dict({key: value for key, value in before.items() if key != "num_tasks"})
-    torch.testing.assert_close(other.state_dict(), before, rtol=0, atol=0)
+        target.load_state_dict({key: value for key, value in before.items() if key != "num_tasks"})
+    torch.testing.assert_close(target.state_dict(), before, rtol=0, atol=0)
 
 
 def test_fishers_are_saved_and_loaded_bitwise(tmp_path):
@@ -337,8 +337,8 @@ def test_a_shared_parameter_is_found_under_any_of_its_names(tmp_path):
     assert "second.weight" in history.names
     assert "third.weight" not in history.names
     history.save(tmp_path / "history.safetensors")
-    other = Reversed(model)  # here the first name of the shared weight is third.weight
-    loaded = ck.LowRankHistory.load(tmp_path / "history.safetensors", other)
+    model_reversed = Reversed(model)  # here the first name of the shared weight is third.weight
+    loaded = ck.LowRankHistory.load(tmp_path / "history.safetensors", model_reversed)
     assert "third.weight" in loaded.names
     torch.testing.assert_close(loaded.penalty(1.0), history.penalty(1.0), rtol=1e-6, atol=0)
 

@@ -336,11 +336,11 @@ def test_a_head_tied_to_a_bound_weight_adds_only_its_bias(kind):
     assert history.names == ("trunk.weight", "trunk.bias", "heads.a.weight", "heads.a.bias", "heads.b.bias")
     assert_is_the_sum(history, model, [first])
     # Registered before the one that is known, a tied weight is called by its own name, and is still the known one.
-    other = Heads("z", "a")
-    other.load_state_dict(model.state_dict() | {"heads.z.weight": model.heads["a"].weight}, strict=False)
-    other.heads["z"].weight = other.heads["a"].weight
+    tied_first = Heads("z", "a")
+    tied_first.load_state_dict(model.state_dict() | {"heads.z.weight": model.heads["a"].weight}, strict=False)
+    tied_first.heads["z"].weight = tied_first.heads["a"].weight
     state = history.state_dict()
-    fresh = HISTORIES[kind](other)
+    fresh = HISTORIES[kind](tied_first)
     assert "heads.z.weight" in fresh.names
     state = {key: t for key, t in state.items() if "heads.b" not in key}
     fresh.load_state_dict(state, grown=["heads.z.bias"])
@@ -524,9 +524,9 @@ def test_names_of_earlier_versions_load(kind):
     history, _ = history_with_a_task(model, kind)
     earlier = {key.replace(".module.", "."): tensor for key, tensor in history.state_dict().items()}
     assert earlier.keys() != history.state_dict().keys()
-    other = HISTORIES[kind](model)
-    other.load_state_dict(earlier)
-    assert torch.equal(other.penalty(LAM), history.penalty(LAM))
+    loaded = HISTORIES[kind](model)
+    loaded.load_state_dict(earlier)
+    assert torch.equal(loaded.penalty(LAM), history.penalty(LAM))
 
 
 def test_both_names_of_a_shared_parameter_are_refused():

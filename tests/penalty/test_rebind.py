@@ -90,15 +90,15 @@ def test_rebinding_keeps_options_and_follows_other_parameter_objects():
     history = ck.LowRankHistory(model, exclude=["net.bias"], decay=0.5)
     mu = {n: torch.randn_like(p) for n, p in model.named_parameters() if n != "net.bias"}
     history.append(ck.LowRankFisher.from_mean_gradient(mu, 0.02, {n: torch.zeros_like(g) for n, g in mu.items()}))
-    drift, other = history.drift(), Conditional(3)
-    other.load_state_dict(model.state_dict())
-    history.rebind(other)
+    drift, successor = history.drift(), Conditional(3)
+    successor.load_state_dict(model.state_dict())
+    history.rebind(successor)
     assert history.names == ("net.weight", "embed.weight")
     torch.testing.assert_close(history.drift(), drift, rtol=1e-12, atol=0)
     curvature = float(history.curvatures[0])
     history.append(ck.LowRankFisher.from_mean_gradient(mu, 0.02, {n: torch.zeros_like(g) for n, g in mu.items()}))
     assert float(history.curvatures[0]) == 0.5 * curvature
-    history.rebind(other.to("cpu"))
+    history.rebind(successor.to("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -113,9 +113,9 @@ def test_rebinding_keeps_options_and_follows_other_parameter_objects():
 def test_models_that_do_not_fit_are_refused_and_nothing_changes(grown, classes, message):
     model = Conditional(3)
     history = history_of(model, "low_rank", tasks=1)
-    value, other = history.penalty(LAM).item(), Conditional(classes)
+    value, resized = history.penalty(LAM).item(), Conditional(classes)
     with pytest.raises((TypeError, ValueError), match=message):
-        history.rebind(other, grown=grown)
+        history.rebind(resized, grown=grown)
     assert history.penalty(LAM).item() == value
 
 
