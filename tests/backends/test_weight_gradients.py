@@ -234,6 +234,7 @@ def test_16_bit_layers_give_float32_statistics(dtype, gram, tokens):
     ids=lambda value: None,
 )
 def test_operators_refuse_arguments_that_would_read_out_of_bounds(changed, message):
-    torch.ops.crl_kernels.sample_weight_gradients(*ARGUMENTS.values())
+    arguments = ARGUMENTS | {"gram": False, "squares": False}  # Triton leaves Gram matrices to the reference
+    torch.ops.crl_kernels.sample_weight_gradients(*arguments.values())
     with pytest.raises(RuntimeError, match=f"crl_kernels: .*{message}"):
-        torch.ops.crl_kernels.sample_weight_gradients(*(ARGUMENTS | changed).values())
+        torch.ops.crl_kernels.sample_weight_gradients(*(arguments | changed).values())
