@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.backends import assert_pass_in_a_process
 from torch import Tensor
 from torch.utils.cpp_extension import include_paths, library_paths
 
@@ -46,13 +47,7 @@ def test_operators_and_derivatives(library):
     ]
     # Compilers see operators, not their kernels; plain PyTorch is tested where it is not a subprocess.
     chosen = "not (inside_compiled_code or recompilation or inductor or compiled_training_step or reference)"
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *files],
-        env=os.environ | {"CRL_KERNELS_BACKEND": "reference", "CRL_TEST_LIBRARY": str(library)},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+    assert_pass_in_a_process(chosen, *files, CRL_KERNELS_BACKEND="reference", CRL_TEST_LIBRARY=str(library))
 
 
 DEFAULTS = {"stream": 0, "capturing": 0, "cooperative_launch": 1, "l2_bytes": 1 << 16}
@@ -209,7 +204,7 @@ def test_sixteen_bytes_at_a_time_where_addresses_allow(device, dtype):
     ("cooperative_launch", "l2_bytes", "num_terms"),
     [(1, 1 << 30, 1), (1, 1 << 30, 35), (0, 1 << 30, 35), (1, 1 << 16, 3), (1, 1 << 30, 513)],
 )
-def test_value_and_gradient_both_ways(device, cooperative_launch, l2_bytes, num_terms):
+def test_value_and_gradient_with_and_without_a_cooperative_launch(device, cooperative_launch, l2_bytes, num_terms):
     device.set(cooperative_launch=cooperative_launch, l2_bytes=l2_bytes)
     cooperative = cooperative_launch and num_terms <= 512 and l2_bytes == 1 << 30
     generator = torch.Generator().manual_seed(0)

@@ -6,6 +6,8 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import reduce
+from operator import add
 from pathlib import Path
 
 import pytest
@@ -18,20 +20,22 @@ from helpers.backends import (
     INSTRUCTION_SETS,
     MANY,
     ROUNDING,
+    assert_pass_with_narrower_loops,
     assert_rounded_once,
     assert_sum_close,
     directions_like,
     flat64,
+    for_narrower_loops,
     layout,
     length,
     lists,
     needs_cpu_library,
     needs_library,
     needs_x86_linux,
-    passes_with_narrower_loops,
     poison,
     random_lists,
     runs_here,
+    threads,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -302,9 +306,8 @@ def test_bitwise_the_same_flat_or_in_a_list_and_for_any_number_of_threads():
     u, s = torch.randn(2, len(flat), generator=generator)
     params = list(flat.split(lengths))
     results = []
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        try:
+    for count in (1, 2):
+        with threads(count):
             for theta, directions in (
                 ([flat], [u, s]),
                 (params, [u, s]),
@@ -321,8 +324,6 @@ def test_bitwise_the_same_flat_or_in_a_list_and_for_any_number_of_threads():
                     moved = torch.ops.crl_kernels.low_rank_adamw_(*state, rows, None, terms, c, False)
                     value = torch.ops.crl_kernels.diagonal_adamw_(*state, rows, None, [s.abs()], [u], True)
                     results[-1] = torch.cat([results[-1], moved, value[None], *map(flat64, state)])
-        finally:
-            torch.set_num_threads(1)
     for result in results[1:]:
         assert torch.equal(result, results[0])
 
@@ -334,7 +335,7 @@ ADAMW_CASES = ADAMW_CASES[:2] if registry.INTERPRETED else ADAMW_CASES
 
 @needs_library
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
-def test_what_is_written_is_bitwise_the_same_flat_or_in_a_list(dtype):
+def test_written_tensors_are_bitwise_the_same_flat_or_in_a_list(dtype):
     """An element's result does not depend on its place in a vector of the processor."""
     generator = torch.Generator().manual_seed(0)
     lengths = [1, 15, 3, 500, 16, 7, 64, 33, 5_000] + [3] * 100
@@ -403,13 +404,10 @@ def test_a_projection_does_not_depend_on_the_terms_beside_it():
     assert torch.equal(together, torch.cat(alone))
 
 
-@needs_cpu_library
-@needs_x86_linux
-@pytest.mark.skipif("CRL_KERNELS_ISA" in os.environ, reason="this is the run that the test below starts")
-@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+@for_narrower_loops
 def test_this_file_passes_with_narrower_loops(isa):
     """The loops that are not this processor's fastest."""
-    passes_with_narrower_loops(isa, __file__, "not (reference or instruction_set or wide_registers)")
+    assert_pass_with_narrower_loops(isa, __file__, "not (reference or instruction_set or wide_registers)")
 
 
 @needs_cpu_library
@@ -439,9 +437,9 @@ def test_wide_registers_are_used_where_they_were_asked_for_and_nowhere_else():
     users: dict[str, set[str]] = {"ymm": set(), "zmm": set()}
     for function in text.split("\n\n"):
         namespace = re.search(r"^[0-9a-f]+ <.*?\bcrl::(avx2|avx512)::", function, re.MULTILINE)
-        for register, found in users.items():
+        for register, namespaces in users.items():
             if f"%{register}" in function:
-                found.add(namespace[1] if namespace else function.partition("\n")[0])
+                namespaces.add(namespace[1] if namespace else function.partition("\n")[0])
     assert users == {"ymm": {"avx2", "avx512"}, "zmm": {"avx512"}}
 
 
@@ -452,15 +450,8 @@ def reference_lanes(theta: Tensor, u: Tensor) -> Tensor:
         lanes = [0.0] * 16
         for j, product in enumerate(chunk.tolist()):
             lanes[j % 16] += product
-        total += sum_in_order(lanes)
+        total += reduce(add, lanes, 0.0)  # sum() compensates roundings from Python 3.12 on
     return torch.tensor([total], dtype=torch.float64)
-
-
-def sum_in_order(values: list[float]) -> float:
-    total = 0.0
-    for value in values:
-        total += value
-    return total
 
 
 def test_every_operator_has_a_reference_and_a_schema_of_its_own():
@@ -471,7 +462,7 @@ def test_every_operator_has_a_reference_and_a_schema_of_its_own():
 
 
 @needs_library
-def test_operators_refuse_what_would_read_or_write_elsewhere():
+def test_operators_refuse_arguments_that_would_read_or_write_out_of_bounds():
     """The public API checks first; these are for whoever calls the operators themselves."""
     ops = torch.ops.crl_kernels
     params, state, none = [torch.ones(3)], ([torch.ones(3)], [torch.ones(3)]), torch.ones(0, dtype=torch.float64)

@@ -1,20 +1,18 @@
 """Statistics of a matrix of per-sample gradients, on every backend, against float64 and plain PyTorch."""
 
-import os
-
 import pytest
 import torch
 from helpers.backends import (
     BACKENDS,
     DTYPES,
     EXAMPLES,
+    assert_pass_with_narrower_loops,
+    for_narrower_loops,
     largest_error,
     least_bound,
-    needs_cpu_library,
     needs_library,
-    needs_x86_linux,
-    passes_with_narrower_loops,
     poison,
+    threads,
 )
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -65,18 +63,15 @@ def plain(grads: Tensor, direction: Tensor | None) -> list[Tensor]:
             values.square().mean(0)]  # fmt: skip
 
 
-def magnitudes(grads: Tensor, direction: Tensor | None) -> list[Tensor]:
-    size = grads.double().abs()
-    weight = size.mean(0) if direction is None else direction.double().abs()
-    return [size.mean(0), size.square().sum(1), size @ weight, size.square().mean(0)]
+def statistics(values: Tensor, direction: Tensor | None) -> list[Tensor]:
+    """In float64: of gradients, or of their magnitudes."""
+    mean = values.mean(0)
+    return [mean, values.square().sum(1), values @ (mean if direction is None else direction), values.square().mean(0)]
 
 
 def assert_as_good_as_plain(results: list[Tensor], grads: Tensor, direction: Tensor | None) -> None:
-    values = grads.double()
-    mean = values.mean(0)
-    exact = [mean, values.square().sum(1), values @ (mean if direction is None else direction.double()),
-             values.square().mean(0)]  # fmt: skip
-    sizes = magnitudes(grads, direction)
+    values, u = grads.double(), None if direction is None else direction.double()
+    exact, sizes = statistics(values, u), statistics(values.abs(), None if u is None else u.abs())
     for ours, theirs, truth, size in zip(results, plain(grads, direction), exact, sizes, strict=False):
         assert largest_error(ours, truth, size) <= max(2 * largest_error(theirs, truth, size), least_bound(grads.dtype))
 
@@ -155,12 +150,9 @@ def test_bitwise_the_same_from_run_to_run_and_for_any_number_of_threads(shape):
         shape = (min(shape[0], 17), shape[1] // 500)
     grads = make(*shape, torch.float32, "contiguous", 0)
     results = []
-    for threads in (1, 2, 1):
-        torch.set_num_threads(threads)
-        try:
+    for count in (1, 2, 1):
+        with threads(count):
             results.append([*ck.sample_gradient_stats(grads, diagonal=True), ck.sample_gram(grads)])
-        finally:
-            torch.set_num_threads(1)
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
@@ -255,7 +247,7 @@ def test_errors_name_the_argument(grads, direction, error, message):
 
 
 @needs_library
-def test_operators_refuse_what_would_read_elsewhere():
+def test_operators_refuse_arguments_that_would_read_out_of_bounds():
     ops = torch.ops.crl_kernels
     for call in (
         lambda: ops.sample_gradient_stats(torch.ones(3), None, False),
@@ -280,9 +272,6 @@ def test_compile_fullgraph_equals_eager():
         assert torch.equal(result, expected)
 
 
-@needs_cpu_library
-@needs_x86_linux
-@pytest.mark.skipif("CRL_KERNELS_ISA" in os.environ, reason="this is the run that the test below starts")
-@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+@for_narrower_loops
 def test_this_file_passes_with_narrower_loops(isa):
-    passes_with_narrower_loops(isa, __file__, "compiled")
+    assert_pass_with_narrower_loops(isa, __file__, "compiled")

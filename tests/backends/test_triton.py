@@ -5,14 +5,12 @@ those that test every backend.
 """
 
 import importlib.util
-import os
-import subprocess
-import sys
 from itertools import accumulate
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.backends import assert_pass_in_a_process
 
 from crl_kernels.backends import registry
 
@@ -63,16 +61,10 @@ def test_operators_and_derivatives():
     Compilers see operators, not their kernels, so compiled code is tested where it is not interpreted.
     """
     files = [str(TESTS / name) for name in TESTED]
-    slow = "what_is_written_is_bitwise or drift_is_exact or any_number_of_threads or (gradcheck and rank1)"
+    slow = "written_tensors_are_bitwise or drift_is_exact or any_number_of_threads or (gradcheck and rank1)"
     compiled = "inside_compiled_code or recompilation or inductor or compiled_training_step"
     selected = f"not (reference or {slow} or {compiled})"
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", selected, *files],
-        env=os.environ | {"CRL_KERNELS_BACKEND": "triton", "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+    assert_pass_in_a_process(selected, *files, CRL_KERNELS_BACKEND="triton", TRITON_INTERPRET="1")
 
 
 @needs_interpreter

@@ -1,22 +1,22 @@
 """Per-sample weight gradients of a convolution on a CPU: hostile shapes, NaN and Inf, threads, instruction sets, what
 is refused. What every backend must give is in test_weight_gradients.py."""
 
-import os
-
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers.backends import (
     BACKENDS,
     EXAMPLES,
+    assert_pass_with_narrower_loops,
+    for_narrower_loops,
     largest_error,
     least_bound,
     needs_cpu_library,
     needs_library,
-    needs_x86_linux,
-    passes_with_narrower_loops,
     poison,
+    threads,
 )
+from helpers.weight_gradients import ARGUMENTS, checked_statistics, images, output_sizes
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -25,7 +25,7 @@ from crl_kernels.backends import reference
 from crl_kernels.backends.reference import Convolution
 
 REALS = {"float32": torch.float32, "float64": torch.float64}
-LAYOUTS = ["contiguous", "channels_last", "tokens", "offset", "expanded samples", "expanded pixels"]
+LAYOUTS = ["contiguous", "channels last", "tokens", "offset", "expanded samples", "expanded pixels"]
 
 operator = torch.ops.crl_kernels.sample_weight_gradients
 channels = st.sampled_from([1, 3, 5, 6, 7, 15, 16, 17, 40])
@@ -36,36 +36,6 @@ ONE = ((1, 1), (1, 1), (0, 0), (1, 1))  # a linear layer
 SAME = ((3, 3), (1, 1), (1, 1), (1, 1))
 
 
-def make(shape: tuple[int, int, int, int], dtype: torch.dtype, layout: str, seed: int) -> Tensor:
-    """Images (N, channels, height, width) with a mean, so that sums are more than noise, and the named layout."""
-    count, width = shape[0], shape[3]
-    generator = torch.Generator().manual_seed(seed)
-
-    def fresh(*sizes: int) -> Tensor:
-        return (torch.randn(sizes, generator=generator, dtype=torch.float64) + 0.3).to(dtype)
-
-    if layout == "channels_last":
-        return fresh(*shape).to(memory_format=torch.channels_last)
-    if layout == "tokens":  # (N, T, C), transposed
-        return fresh(count, shape[2] * width, shape[1]).transpose(1, 2).reshape(shape)
-    if layout == "offset":
-        numel = torch.Size(shape).numel()
-        return fresh(numel + 1)[1:].reshape(shape)
-    if layout == "expanded samples":
-        return fresh(1, *shape[1:]).expand(shape)
-    if layout == "expanded pixels":
-        return fresh(*shape[:2], 1, 1).expand(shape)
-    return fresh(*shape)
-
-
-def output_sizes(image: tuple[int, int], geometry) -> list[int]:
-    """Of a convolution's output, by PyTorch's formula; nothing where the kernel is larger than the padded image."""
-    return [
-        max(0, (size + 2 * pad - spread * (kernel - 1) - 1) // step + 1)
-        for size, kernel, step, pad, spread in zip(image, *geometry, strict=True)
-    ]
-
-
 def statistics(rows: Tensor, u: Tensor | None, gram: bool, squares: bool) -> list[Tensor]:
     """What one writes in PyTorch, of gradients (N, P) and in their dtype."""
     total = rows.sum(0)
@@ -74,16 +44,9 @@ def statistics(rows: Tensor, u: Tensor | None, gram: bool, squares: bool) -> lis
 
 
 def assert_as_good_as_plain(backend, a: Tensor, b: Tensor, geometry, groups, u: Tensor | None, gram, squares) -> None:
-    poison()
-    results = backend.sample_weight_gradients(a, b, *geometry, groups, u, gram, squares)
-    count, weight = len(a), (b.shape[1], a.shape[1] // groups, *geometry[0])
-    num_directions, side = 1 if u is None else len(u), count if gram else 0
-    shapes = [weight, (count,), (count, num_directions), (side, side), weight if squares else (0,)]
-    dtypes = [a.dtype, torch.float64, torch.float64, torch.float64, a.dtype]
-    assert [(t.shape, t.dtype) for t in results] == list(zip(shapes, dtypes, strict=True))
-    assert all(t.is_contiguous() for t in results)
+    results = checked_statistics(backend, a, b, geometry, groups, u, gram, squares)
 
-    def of(a: Tensor, b: Tensor, u: Tensor | None) -> list[Tensor]:
+    def plain(a: Tensor, b: Tensor, u: Tensor | None) -> list[Tensor]:
         rows = reference.sample_weight_gradient_matrix(Convolution(a, b, *geometry, groups)).flatten(1)
         return statistics(rows, None if u is None else u.flatten(1), gram, squares)
 
@@ -93,10 +56,10 @@ def assert_as_good_as_plain(backend, a: Tensor, b: Tensor, geometry, groups, u: 
     # With few pixels plain PyTorch may be lucky, so the expected error of n terms one after the other, sqrt(n)
     # roundings, is allowed too: a run of at most 64 pixels, then the samples. With many pixels it is not lucky.
     pixels = b.shape[2] * b.shape[3]
-    allowed = least_bound(a.dtype) * (max(1, min(64, pixels) + count) ** 0.5 if pixels <= 256 else 1)
+    allowed = least_bound(a.dtype) * (max(1, min(64, pixels) + len(a)) ** 0.5 if pixels <= 256 else 1)
     wanted = [0, 1, 2] + [3] * gram + [4] * squares
-    sizes = of(a.double().abs(), b.double().abs(), None if u is None else u.double().abs())
-    for i, theirs, size in zip(wanted, of(a, b, u), sizes, strict=True):
+    sizes = plain(a.double().abs(), b.double().abs(), None if u is None else u.double().abs())
+    for i, theirs, size in zip(wanted, plain(a, b, u), sizes, strict=True):
         truth = exact[i].reshape(size.shape)
         ours = largest_error(results[i].reshape(size.shape), truth, size)
         assert ours <= max(2 * largest_error(theirs, truth, size), allowed), i
@@ -125,15 +88,15 @@ def assert_as_good_as_plain(backend, a: Tensor, b: Tensor, geometry, groups, u: 
 @example(9, 40, 17, 1, ONE, (1, 33), 3, True, True, "float32", ("tokens", "tokens"), 0)
 @example(8, 5, 7, 1, ((3, 3), (3, 3), (0, 0), (1, 1)), (11, 10), None, True, True, "float32", ("offset",) * 2, 0)
 @example(3, 5, 7, 1, ONE, (2, 2), 0, True, False, "float32", ("contiguous", "contiguous"), 0)
-@example(1, 40, 120, 2, SAME, (5, 3), 4, True, True, "float32", ("channels_last",) * 2, 0)  # several tiles
+@example(1, 40, 120, 2, SAME, (5, 3), 4, True, True, "float32", ("channels last",) * 2, 0)  # several tiles
 def test_statistics(
     backend, count, inputs, outputs, groups, geometry, image, directions, gram, squares, dtype, layouts, seed
 ):
     if groups == "depthwise":
         inputs, outputs, groups = 1, min(outputs, 3), inputs
     out = output_sizes(image, geometry)
-    a = make((count, groups * inputs, *image), REALS[dtype], layouts[0], seed)
-    b = make((count, groups * outputs, *out), REALS[dtype], layouts[1], seed + 1)
+    a = images((count, groups * inputs, *image), REALS[dtype], layouts[0], seed)
+    b = images((count, groups * outputs, *out), REALS[dtype], layouts[1], seed + 1)
     u = None
     if directions is not None:
         u = torch.randn(
@@ -155,7 +118,7 @@ def test_statistics(
     geometry=geometries,
     seed=st.integers(0),
 )
-def test_the_reference_is_what_autograd_finds_sample_by_sample(inputs, outputs, groups, geometry, seed):
+def test_the_reference_equals_autograd_sample_by_sample(inputs, outputs, groups, geometry, seed):
     generator = torch.Generator().manual_seed(seed % 2**62)
     a = torch.randn(3, groups * inputs, 7, 6, generator=generator, dtype=torch.float64)
     weight = torch.zeros(groups * outputs, inputs, *geometry[0], dtype=torch.float64, requires_grad=True)
@@ -172,7 +135,7 @@ def test_the_reference_is_what_autograd_finds_sample_by_sample(inputs, outputs, 
 @pytest.mark.parametrize("dtype", REALS.values(), ids=str)
 def test_identities(backend, dtype):
     """sum_j G_ij = g_i . sum, sum_i g_i . sum = |sum|^2, tr G = sum_i |g_i|^2 = the sum of all squares."""
-    a, b = make((19, 7, 9, 8), dtype, "contiguous", 0), make((19, 20, 9, 8), dtype, "channels_last", 1)
+    a, b = images((19, 7, 9, 8), dtype, "contiguous", 0), images((19, 20, 9, 8), dtype, "channels last", 1)
     total, sq_norms, projections, gram, squares = backend.sample_weight_gradients(a, b, *SAME, 1, None, True, True)
     tolerance = {"rtol": 1e-12 if dtype == torch.float64 else 1e-5, "atol": 0}
     torch.testing.assert_close(gram.sum(1), projections[:, 0], **tolerance)
@@ -194,15 +157,12 @@ def test_identities(backend, dtype):
     ids=["convolution", "linear", "depthwise"],
 )
 def test_bitwise_the_same_from_run_to_run_and_for_any_number_of_threads(shapes, geometry, groups):
-    a, b = (make(shape, torch.float32, "contiguous", i) for i, shape in enumerate(shapes))
+    a, b = (images(shape, torch.float32, "contiguous", i) for i, shape in enumerate(shapes))
     results = []
-    for threads in (1, 2, 1):
-        torch.set_num_threads(threads)
-        try:
+    for count in (1, 2, 1):
+        with threads(count):
             poison()
             results.append(operator(a, b, *geometry, groups, None, True, True))
-        finally:
-            torch.set_num_threads(1)
     for result in results[1:]:
         assert all(torch.equal(x, y) for x, y in zip(result, results[0], strict=True))
 
@@ -242,20 +202,6 @@ def test_statistics_of_nothing_are_zero(backend, input, output):
     weight, count = (output[1], input[1], 1, 1), input[0]
     assert [t.shape for t in results] == [weight, (count,), (count, 2), (count, count), weight]
     assert not any(t.any() for t in results)
-
-
-ARGUMENTS = {
-    "input": torch.ones(2, 4, 5, 5),
-    "grad_output": torch.ones(2, 6, 5, 5),
-    "kernel_size": [3, 3],
-    "stride": [1, 1],
-    "padding": [1, 1],
-    "dilation": [1, 1],
-    "groups": 2,
-    "directions": None,
-    "gram": True,
-    "squares": True,
-}
 
 
 @needs_cpu_library
@@ -303,7 +249,7 @@ CASES = [(torch.float32, None), (torch.float64, 2)]
 
 @pytest.mark.parametrize(("dtype", "directions"), CASES, ids=str)
 def test_opcheck(dtype, directions):
-    a, b = make((3, 4, 6, 5), dtype, "channels_last", 0), make((3, 6, 3, 3), dtype, "contiguous", 1)
+    a, b = images((3, 4, 6, 5), dtype, "channels last", 0), images((3, 6, 3, 3), dtype, "contiguous", 1)
     u = None if directions is None else torch.ones(directions, 6, 2, 3, 3, dtype=dtype)
     geometry = ([3, 3], [2, 2], [1, 1], [1, 1])
     for more in (False, True):
@@ -312,7 +258,7 @@ def test_opcheck(dtype, directions):
 
 @pytest.mark.parametrize(("dtype", "directions"), CASES, ids=str)
 def test_compile_fullgraph_equals_eager(dtype, directions):
-    a, b = make((3, 4, 6, 5), dtype, "contiguous", 0), make((3, 6, 6, 5), dtype, "contiguous", 1)
+    a, b = images((3, 4, 6, 5), dtype, "contiguous", 0), images((3, 6, 6, 5), dtype, "contiguous", 1)
     u = None if directions is None else torch.ones(directions, 6, 4, 3, 3, dtype=dtype)
 
     def both(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
@@ -323,9 +269,6 @@ def test_compile_fullgraph_equals_eager(dtype, directions):
         assert torch.equal(result, expected)
 
 
-@needs_cpu_library
-@needs_x86_linux
-@pytest.mark.skipif("CRL_KERNELS_ISA" in os.environ, reason="this is the run that the test below starts")
-@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+@for_narrower_loops
 def test_this_file_passes_with_narrower_loops(isa):
-    passes_with_narrower_loops(isa, __file__, "compiled or bitwise")
+    assert_pass_with_narrower_loops(isa, __file__, "compiled or bitwise")

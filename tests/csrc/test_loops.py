@@ -240,8 +240,14 @@ def adamw_slices(inputs: list[np.ndarray], n: int, offset: int, tail: int) -> li
     return [Slice(array[:n], (offset + 3 * i) % 8, tail) for i, array in enumerate(inputs)]
 
 
-def piece_of(slices: list[Slice]) -> list[np.ndarray]:
-    return [*(each.elements for each in slices), Slice(np.array([*SETTINGS.values()]), 0).elements]
+def piece_of(state: list[Slice]) -> list[np.ndarray]:
+    return [*(part.elements for part in state), Slice(np.array([*SETTINGS.values()]), 0).elements]
+
+
+def assert_stepped(state: list[Slice], after: list[np.ndarray], n: int, offset: int) -> None:
+    theta, _, m, v = state
+    for target, expected in zip((theta, m, v), after, strict=True):
+        assert target.holds(expected[:n]), (n, offset)
 
 
 @adamw_dtypes
@@ -249,11 +255,10 @@ def test_adamw(loops, dtype, gradient_dtype):
     inputs = adamw_inputs(dtype, gradient_dtype)
     after = adamw_outputs(inputs, inputs[0], inputs[0] * 0)
     for n, _, offset, tail in fewer_placements():
-        theta, gradient, m, v = adamw_slices(inputs, n, offset, tail)
-        loops["adamw"](piece_of([theta, gradient, m, v]), n)
-        for target, expected in zip((theta, m, v), after, strict=True):
-            assert target.holds(expected[:n]), (n, offset)
-        assert gradient.holds(inputs[1][:n])
+        state = adamw_slices(inputs, n, offset, tail)
+        loops["adamw"](piece_of(state), n)
+        assert_stepped(state, after, n, offset)
+        assert state[1].holds(inputs[1][:n])
 
 
 @adamw_dtypes
@@ -274,12 +279,10 @@ def test_low_rank_adamw(core, loops, dtype, gradient_dtype, terms, decoupled):
     after = adamw_outputs(inputs, inputs[0] + (pull if decoupled else 0), nothing if decoupled else pull)
     before = np.arange(len(terms) * core.LANES) / 8
     for n, index, offset, tail in fewer_placements():
-        theta, gradient, m, v = adamw_slices(inputs, n, offset, tail)
+        state = adamw_slices(inputs, n, offset, tail)
         directions, lanes = slices(u, n), Slice(before, 0)
-        piece = piece_of([theta, gradient, m, v])
-        loops["low_rank_adamw"](piece, directions, c, len(terms), decoupled, index, n, lanes.elements)
-        for target, expected in zip((theta, m, v), after, strict=True):
-            assert target.holds(expected[:n]), (n, offset)
+        loops["low_rank_adamw"](piece_of(state), directions, c, len(terms), decoupled, index, n, lanes.elements)
+        assert_stepped(state, after, n, offset)
         expected_lanes = before.copy()
         loops["dot"](after[0][:n].copy(), directions, len(terms), index, n, expected_lanes)
         assert lanes.holds(expected_lanes), (n, offset)
@@ -299,14 +302,12 @@ def test_diagonal_adamw(core, loops, dtype, gradient_dtype, state_dtype, decoupl
     after = adamw_outputs(inputs, start, nothing) if decoupled else adamw_outputs(inputs, inputs[0], pull)
     before = np.arange(core.LANES) / 8
     for n, index, offset, tail in fewer_placements():
-        theta, gradient, m, v = adamw_slices(inputs, n, offset, tail)
-        state, lanes = slices([fisher, anchor], n), Slice(before, 0)
-        piece = piece_of([theta, gradient, m, v])
-        loops["diagonal_adamw"](piece, *state, decoupled, index, n, lanes.elements)
-        for target, expected in zip((theta, m, v), after, strict=True):
-            assert target.holds(expected[:n]), (n, offset)
+        state, diagonal = adamw_slices(inputs, n, offset, tail), slices([fisher, anchor], n)
+        lanes = Slice(before, 0)
+        loops["diagonal_adamw"](piece_of(state), *diagonal, decoupled, index, n, lanes.elements)
+        assert_stepped(state, after, n, offset)
         expected_lanes = before.copy()
-        loops["quadratic"](inputs[0][:n].copy(), *state, index, n, expected_lanes)
+        loops["quadratic"](inputs[0][:n].copy(), *diagonal, index, n, expected_lanes)
         assert lanes.holds(expected_lanes), (n, offset)
 
 

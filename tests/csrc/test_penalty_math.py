@@ -52,7 +52,7 @@ def test_no_curvature_no_step(core, strength):
     ("fisher", "strength"),
     [(1.0, math.inf), (SMALLEST, math.inf), (math.inf, SMALLEST), (math.inf, math.inf), (1e200, 1e200)],
 )
-def test_infinite_products_go_all_the_way(core, fisher, strength):
+def test_infinite_products_have_the_weight_of_a_full_step(core, fisher, strength):
     assert core.proximal_weight(fisher, strength) == 1.0
 
 

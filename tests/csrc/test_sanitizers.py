@@ -56,7 +56,7 @@ def test_no_finding(run_python):
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_a_fault_is_found(run_python, sanitizer):
+def test_a_fault_is_reported(run_python, sanitizer):
     fault, finding = FAULTS[sanitizer]
     result = run_python("-c", f"import crl_core as core; {fault}")
     assert result.returncode != 0

@@ -4,11 +4,11 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from helpers.loops import DTYPES
 from hypothesis import given
 from hypothesis import strategies as st
 
 CHUNK = 4096
-DTYPES = {"float32": np.float32, "float64": np.float64, "bfloat16": np.uint16, "float16": np.float16}
 
 near_chunks = st.builds(lambda chunks, step: max(0, chunks * CHUNK + step), st.integers(0, 3), st.integers(-1, 1))
 real = st.lists(st.one_of(st.just(0), st.integers(0, 5), near_chunks), max_size=40)

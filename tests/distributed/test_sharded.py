@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import past_tasks
 from torch import Tensor, nn
 
 import crl_kernels as ck
 
 LAM, LR, STEPS = 1.5, 0.05, 20
-KINDS = ("low_rank", "diagonal")
+KINDS = tuple(past_tasks.HISTORIES)
 
 
 def network() -> nn.Module:
@@ -24,25 +25,9 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 5), nn.GELU(), nn.Linear(5, 3)).double()
 
 
-def history_of(model: nn.Module, kind: str, **options):
-    """Two past tasks, whole, in every process; their anchors lie away from where the model stands."""
-    generator = torch.Generator().manual_seed(1)
-    history = (ck.LowRankHistory if kind == "low_rank" else ck.DiagonalHistory)(model, **options)
-    names = set(history.names)
-    for _ in range(2):
-        gradient, anchor = (
-            {
-                n: torch.randn(p.shape, generator=generator, dtype=torch.float64)
-                for n, p in network().named_parameters()
-                if n in names
-            }
-            for _ in range(2)
-        )
-        if kind == "low_rank":
-            history.append(ck.LowRankFisher.from_mean_gradient(gradient, 0.02, anchor))
-        else:
-            history.append(ck.DiagonalFisher({n: 0.1 * g**2 for n, g in gradient.items()}, anchor))
-    return history
+def history_of(model: nn.Module, kind: str, **options) -> ck.LowRankHistory | ck.DiagonalHistory:
+    """Two past tasks, unsharded, in every process."""
+    return past_tasks.history_of(model, kind, unsharded=network(), **options)
 
 
 def loss_of(model: nn.Module, step: int, rank: int, count: int) -> Tensor:
@@ -51,7 +36,7 @@ def loss_of(model: nn.Module, step: int, rank: int, count: int) -> Tensor:
     return (model(x) - x[:, :3].sin()).square().mean()
 
 
-def whole(tensor: Tensor) -> Tensor:
+def unsharded(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
@@ -79,7 +64,7 @@ def train(model: nn.Module, kind: str, mode: str, rank: int = 0, count: int = 1)
         else:
             values.append(float(history.penalty(LAM).detach()))
         optimizer.step()
-    return values, torch.cat([whole(p.detach()).flatten() for p in model.parameters()])
+    return values, torch.cat([unsharded(p.detach()).flatten() for p in model.parameters()])
 
 
 MODES = ("loss", "gradient", "attached", "decoupled", "inside", "inside-decoupled")
@@ -104,8 +89,8 @@ def in_process(rank: int, count: int, folder: str, name: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=count)
     try:
-        found = globals()[name](rank, count, Path(folder))
-        (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
+        result = globals()[name](rank, count, Path(folder))
+        (Path(folder) / f"{rank}.json").write_text(json.dumps(result))
         dist.barrier()
     finally:
         dist.destroy_process_group()
@@ -141,14 +126,14 @@ def trainings(rank: int, count: int, folder: Path) -> dict:
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_training_in_several_processes_is_training_in_one(tmp_path, count):
-    found = processes(count, trainings, tmp_path)
-    for name, (values, end) in found[0].items():
+    ranks = processes(count, trainings, tmp_path)
+    for name, (values, end) in ranks[0].items():
         _, kind, mode = name.split()
-        expected, whole_end = train(network(), kind, mode)
+        expected, single_end = train(network(), kind, mode)
         end = torch.tensor(end, dtype=torch.float64)
-        assert float((end - whole_end).norm() / whole_end.norm()) < 1e-6, name
+        assert float((end - single_end).norm() / single_end.norm()) < 1e-6, name
         assert values == pytest.approx(expected, rel=1e-6), name
-        assert all(other[name] == found[0][name] for other in found)
+        assert all(rank[name] == ranks[0][name] for rank in ranks)
 
 
 def one_step(rank: int, count: int, folder: Path) -> dict:
@@ -161,14 +146,14 @@ def one_step(rank: int, count: int, folder: Path) -> dict:
         assert tensor.dtype == torch.float64
         return original(tensor, *arguments, **options)
 
-    found = {}
+    costs = {}
     for kind in KINDS:
         history = history_of(sharded(count), kind)
         dist.all_reduce = counted
         history.add_penalty_grad_(LAM)
         history.decoupled_step_(LAM, LR)
         dist.all_reduce = original
-        found[kind] = [list(calls), history.nbytes]
+        costs[kind] = [list(calls), history.nbytes]
         calls.clear()
 
         model = sharded(count)
@@ -182,21 +167,21 @@ def one_step(rank: int, count: int, folder: Path) -> dict:
         moments = [
             p.to_local().nbytes for state in optimizer.state.values() for p in (state["exp_avg"], state["exp_avg_sq"])
         ]
-        found[kind] += [list(calls), sum(moments)]
+        costs[kind] += [list(calls), sum(moments)]
         calls.clear()
-    return found
+    return costs
 
 
 def test_one_exchange_of_k_numbers_a_step_and_state_in_proportion(tmp_path):
-    found = processes(2, one_step, tmp_path)
-    for rank in found:
+    ranks = processes(2, one_step, tmp_path)
+    for rank in ranks:
         assert rank["low_rank"][0] == [2, 2]  # once for the gradient, once for the decoupled step
         assert rank["diagonal"][0] == [1]  # for the value; the step needs nothing of others
         assert (rank["low_rank"][2], rank["diagonal"][2]) == ([2], [1])  # with the penalty inside AdamW
     for kind, vectors, scalars in (("low_rank", 2, 4 * 8), ("diagonal", 2, 8)):
         padding = 8 * (6 + 1 + 5 + 1)  # at most a row of each parameter more than its half
         assert history_of(network(), kind).nbytes == vectors * 8 * 53 + scalars
-        for rank in found:
+        for rank in ranks:
             assert rank[kind][1] <= vectors * (8 * 53 // 2 + padding) + scalars
             assert rank[kind][3] <= 2 * (8 * 53 // 2 + padding)
 
@@ -208,9 +193,9 @@ def offloaded(rank: int, count: int, folder: Path) -> list:
 
 def test_parameters_that_are_kept_on_the_cpu(tmp_path):
     values, end = processes(2, offloaded, tmp_path)[0]
-    expected, whole_end = train(network(), "low_rank", "attached")
+    expected, single_end = train(network(), "low_rank", "attached")
     assert values == pytest.approx(expected, rel=1e-6)
-    torch.testing.assert_close(torch.tensor(end, dtype=torch.float64), whole_end, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(torch.tensor(end, dtype=torch.float64), single_end, rtol=1e-6, atol=1e-9)
 
 
 def merged(rank: int, count: int, folder: Path) -> list:
@@ -228,7 +213,7 @@ def test_options_of_a_history_mean_the_same(tmp_path):
 
 def small_bias(rank: int, count: int, folder: Path) -> dict:
     """One parameter of three numbers on four processes: the last one has none of them."""
-    found = {}
+    results = {}
     for kind in KINDS:
         model = sharded(count)
         history = history_of(model, kind, include=["2.bias"])
@@ -237,20 +222,20 @@ def small_bias(rank: int, count: int, folder: Path) -> dict:
         optimizer = ck.FusedAdamW(model.parameters(), lr=LR, history=history, lam=LAM)
         optimizer.step()
         local = history.nbytes
-        found[kind] = [value, whole(model[2].bias.detach()).tolist(), bits(history), local]
-    return found
+        results[kind] = [value, unsharded(model[2].bias.detach()).tolist(), bits(history), local]
+    return results
 
 
 def test_a_process_may_have_nothing_of_what_is_bound(tmp_path):
-    found = processes(4, small_bias, tmp_path)
+    ranks = processes(4, small_bias, tmp_path)
     for kind in KINDS:
         model = network()
         history = history_of(model, kind, include=["2.bias"])
         value = float(history.add_penalty_grad_(LAM))
         history.decoupled_step_(LAM, LR)
         ck.FusedAdamW(model.parameters(), lr=LR, history=history, lam=LAM).step()
-        assert found[3][kind][3] == history.nbytes - 2 * 3 * 8  # scalars alone
-        for rank in found:
+        assert ranks[3][kind][3] == history.nbytes - 2 * 3 * 8  # scalars alone
+        for rank in ranks:
             assert rank[kind][0] == pytest.approx(value, rel=1e-9)
             assert rank[kind][1] == pytest.approx(model[2].bias.tolist(), rel=1e-9)
             assert rank[kind][2] == bits(history)
@@ -260,37 +245,37 @@ def test_a_process_may_have_nothing_of_what_is_bound(tmp_path):
 
 
 def bits(history) -> dict[str, list]:
-    return {name: whole(tensor).double().tolist() for name, tensor in history.state_dict().items()}
+    return {name: unsharded(tensor).double().tolist() for name, tensor in history.state_dict().items()}
 
 
 def saving(rank: int, count: int, folder: Path) -> dict:
     import torch.distributed.checkpoint as dcp
 
-    found = {}
+    saved = {}
     for kind in KINDS:
         history = history_of(sharded(count), kind)
         history.save(folder / f"{kind}.safetensors")
         dcp.save({"history": history.state_dict()}, checkpoint_id=folder / kind)
-        found[kind] = bits(history)
-    return found
+        saved[kind] = bits(history)
+    return saved
 
 
 def loading(rank: int, count: int, folder: Path) -> dict:
     from crl_kernels.integrations.distributed_checkpoint import load_history
 
-    source, found = folder.parent / "saved", {}
+    source, loaded = folder.parent / "saved", {}
     for kind in KINDS:
-        cls = ck.LowRankHistory if kind == "low_rank" else ck.DiagonalHistory
+        history_type = past_tasks.HISTORIES[kind]
         model = sharded(count, "hsdp" if count == 4 else "fsdp")
-        history = cls(model)
+        history = history_type(model)
         load_history(history, source / kind)
-        found[kind] = [bits(history), bits(cls.load(source / f"{kind}.safetensors", model))]
+        loaded[kind] = [bits(history), bits(history_type.load(source / f"{kind}.safetensors", model))]
         if kind == "low_rank":
             try:
                 load_history(history, source / kind, key="absent")
             except ValueError as error:
-                found["absent"] = str(error)
-    return found
+                loaded["absent"] = str(error)
+    return loaded
 
 
 def test_saved_by_two_loaded_by_four_and_by_one_bit_for_bit(tmp_path):
@@ -301,8 +286,8 @@ def test_saved_by_two_loaded_by_four_and_by_one_bit_for_bit(tmp_path):
         assert saved[0][kind] == bits(history_of(network(), kind))
         for rank in loaded + alone:
             assert rank[kind] == [saved[0][kind]] * 2
-        cls = ck.LowRankHistory if kind == "low_rank" else ck.DiagonalHistory
-        assert bits(cls.load(tmp_path / "saved" / f"{kind}.safetensors", network())) == saved[0][kind]
+        history_type = past_tasks.HISTORIES[kind]
+        assert bits(history_type.load(tmp_path / "saved" / f"{kind}.safetensors", network())) == saved[0][kind]
     assert "has nothing under key='absent'" in loaded[0]["absent"]
 
 
@@ -356,12 +341,16 @@ ESTIMATES = {
 }
 
 
-def same_bits(one: object, other: object) -> bool:
-    if isinstance(one, Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same_bits(value, other[key]) for key, value in one.items())
-    return repr(one) == repr(other) if isinstance(one, ck.FisherStatistics) else one == other  # it may have NaN
+def same_bits(actual: object, expected: object) -> bool:
+    if isinstance(actual, Tensor):
+        return torch.equal(actual, expected)
+    if isinstance(actual, dict):
+        return actual.keys() == expected.keys() and all(
+            same_bits(value, expected[key]) for key, value in actual.items()
+        )
+    if isinstance(actual, ck.FisherStatistics):  # it may have NaN
+        return repr(actual) == repr(expected)
+    return actual == expected
 
 
 def everything_of(model: nn.Module) -> tuple[list, list]:
@@ -370,7 +359,7 @@ def everything_of(model: nn.Module) -> tuple[list, list]:
     for module in model.modules():
         objects += [module.training, *module._forward_pre_hooks.items(), *module._forward_hooks.items()]
         objects += [value for value in vars(module).values() if callable(value)]
-    return objects, [whole(t.detach()).tolist() for p in model.parameters() for t in (p, p.grad) if t is not None]
+    return objects, [unsharded(t.detach()).tolist() for p in model.parameters() for t in (p, p.grad) if t is not None]
 
 
 def sharded_for_estimates(rank: int, count: int, name: str) -> tuple[nn.Module, object]:
@@ -399,27 +388,27 @@ def estimates(rank: int, count: int, folder: Path) -> list[str]:
         make = Tied if name == "tied" else network
         batches = batches_of(rank)
         losses_of(model, batches[0]).mean().backward()
-        gradients = [whole(p.grad) for p in model.parameters() if p.grad is not None]
+        gradients = [unsharded(p.grad) for p in model.parameters() if p.grad is not None]
         before = everything_of(model)
         history = ck.LowRankHistory(model)
         with torch.no_grad():
             losses_of(model, batches[0])  # leaves the root's parameters whole
 
-        def compare(what: str, found: object, expected: object, name: str = name) -> None:
-            if not same_bits(found, expected):
-                wrong.append(f"{name}: {what}")
+        def compare(quantity: str, actual: object, expected: object, name: str = name) -> None:
+            if not same_bits(actual, expected):
+                wrong.append(f"{name}: {quantity}")
 
         def fisher_of(loss: Callable, make: Callable = make, group: object = group, **options) -> object:
             return ck.estimate_fisher(make(), loss, batches_of(rank), process_group=group, **options)
 
-        for what, (loss, options) in ESTIMATES.items():
-            found = ck.estimate_fisher(model, loss, batches, **options)
-            compare(what, vars(found), vars(fisher_of(loss, **options)))
+        for estimate, (loss, options) in ESTIMATES.items():
+            fisher = ck.estimate_fisher(model, loss, batches, **options)
+            compare(estimate, vars(fisher), vars(fisher_of(loss, **options)))
         with ck.whole_parameters(model), ck.whole_parameters(model):
-            found = ck.estimate_fisher(model, losses_of, batches)
+            fisher = ck.estimate_fisher(model, losses_of, batches)
             with torch.no_grad():
                 next(model.parameters()).add_(1)  # is lost
-        compare("in a block", vars(found), vars(fisher_of(losses_of)))
+        compare("in a block", vars(fisher), vars(fisher_of(losses_of)))
         diagnosis = ck.diagnose(model, at_timestep, batches, samples=48, timesteps=[0, 500])
         compare("diagnosis", diagnosis, ck.diagnose(make(), at_timestep, batches, samples=48, timesteps=[0, 500]))
         with ck.whole_parameters(model), ck.SampleGradients(model) as sg:
@@ -434,27 +423,27 @@ def estimates(rank: int, count: int, folder: Path) -> list[str]:
 
         # The history of it, and training.
         history.append(ck.estimate_fisher(model, losses_of, batches))
-        history_of_whole = ck.LowRankHistory(alone)
-        history_of_whole.append(fisher_of(losses_of))
+        unsharded_history = ck.LowRankHistory(alone)
+        unsharded_history.append(fisher_of(losses_of))
         with torch.no_grad():
             for parameter in (*model.parameters(), *alone.parameters()):
                 parameter.add_(0.1)
-        if abs(float(history.penalty(LAM)) / float(history_of_whole.penalty(LAM)) - 1) > 1e-12:
+        if abs(float(history.penalty(LAM)) / float(unsharded_history.penalty(LAM)) - 1) > 1e-12:
             wrong.append(f"{name}: history")
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.sub_(0.1)
         model.zero_grad()
         losses_of(model, batches[0]).mean().backward()
-        for found, expected in zip((p.grad for p in model.parameters() if p.requires_grad), gradients, strict=True):
-            if not torch.allclose(whole(found), expected, rtol=1e-9, atol=1e-12):
+        for gradient, expected in zip((p.grad for p in model.parameters() if p.requires_grad), gradients, strict=True):
+            if not torch.allclose(unsharded(gradient), expected, rtol=1e-9, atol=1e-12):
                 wrong.append(f"{name}: gradients afterwards")
     return wrong
 
 
 @pytest.mark.parametrize("count", [2, 4])
 @pytest.mark.filterwarnings("ignore:only .* of the trace", "ignore:the mean gradient.* is mostly noise")
-def test_a_sharded_models_fisher_is_that_of_the_whole_one(tmp_path, count):
+def test_a_sharded_models_fisher_is_that_of_the_unsharded_one(tmp_path, count):
     """Bit for bit, from loaders of unequal lengths; afterwards the model is as it was, and trains."""
     assert processes(count, estimates, tmp_path) == [[]] * count
 
@@ -468,12 +457,12 @@ def refusals(rank: int, count: int, folder: Path) -> list[str]:
     from torch.distributed.tensor import Replicate, distribute_tensor
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-    said = []
+    messages = []
 
     def expect(call: Callable[[], object]) -> None:
         with pytest.raises((TypeError, ValueError)) as error:
             call()
-        said.append(str(error.value))
+        messages.append(str(error.value))
 
     mesh = init_device_mesh("cpu", (count,))
     partly = network()
@@ -487,19 +476,19 @@ def refusals(rank: int, count: int, folder: Path) -> list[str]:
         parameter.grad = torch.zeros_like(parameter)
     weight = model[0].weight
     weight.grad = weight.grad.redistribute(placements=[Replicate()])
-    before = [whole(p.grad).clone() for p in model.parameters()]
+    before = [unsharded(p.grad).clone() for p in model.parameters()]
     expect(lambda: history.add_penalty_grad_(LAM))
-    assert all(torch.equal(whole(p.grad), g) for p, g in zip(model.parameters(), before, strict=True))
+    assert all(torch.equal(unsharded(p.grad), g) for p, g in zip(model.parameters(), before, strict=True))
 
     # A state as it lies in other processes, and one process's part of it.
     state = history.state_dict()
-    kept = {name: whole(tensor).clone() for name, tensor in state.items()}
-    other = DeviceMesh("cpu", [0])
-    elsewhere = {n: distribute_tensor(t, other, src_data_rank=None) if t.dim() else t for n, t in kept.items()}
+    kept = {name: unsharded(tensor).clone() for name, tensor in state.items()}
+    single = DeviceMesh("cpu", [0])
+    elsewhere = {n: distribute_tensor(t, single, src_data_rank=None) if t.dim() else t for n, t in kept.items()}
     pieces = {n: t.to_local() if hasattr(t, "to_local") else t for n, t in state.items()}
     for wrong in (elsewhere, pieces):
         expect(lambda wrong=wrong: history.load_state_dict(wrong))
-        assert all(torch.equal(whole(tensor), kept[name]) for name, tensor in history.state_dict().items())
+        assert all(torch.equal(unsharded(tensor), kept[name]) for name, tensor in history.state_dict().items())
 
     direction = {"0.weight": torch.ones(5, 6, dtype=torch.float64)}
     expect(lambda: ck.SampleGradients(model))
@@ -524,22 +513,22 @@ def refusals(rank: int, count: int, folder: Path) -> list[str]:
         losses_of(failed, batches[0])
     with pytest.raises(RuntimeError, match="a forward pass that failed has left them so"):
         ck.estimate_fisher(failed, losses_of, batches)
-    return said
+    return messages
 
 
 def test_wrong_use_gives_one_clear_error(tmp_path):
-    said = processes(2, refusals, tmp_path)[0]
-    assert said[0].startswith("parameter '2.weight' is whole and others are sharded. Bind a history to each kind")
-    assert said[1].startswith(
+    messages = processes(2, refusals, tmp_path)[0]
+    assert messages[0].startswith("parameter '2.weight' is whole and others are sharded. Bind a history to each kind")
+    assert messages[1].startswith(
         "the gradient of '0.weight' is placed as (Replicate(),) and the parameter as (Shard(dim=0),)"
     )
-    assert said[2].startswith("a tensor is sharded over DeviceMesh")
-    assert "'0.weight' has shape (3, 6) in the state and (5, 6) in the model" in said[3]
-    for message in said[4:6]:
+    assert messages[2].startswith("a tensor is sharded over DeviceMesh")
+    assert "'0.weight' has shape (3, 6) in the state and (5, 6) in the model" in messages[3]
+    for message in messages[4:6]:
         assert message.startswith("model has sharded parameters, such as '0.weight'")
         assert message.endswith("in a block of crl_kernels.whole_parameters(model).")
-    for message in said[6:8]:
+    for message in messages[6:8]:
         assert "of a Linear is placed as" in message
         assert "not by fully_shard alone" in message
-    assert "of a Linear is on DeviceMesh" in said[8]
-    assert said[9].startswith("model is a str")
+    assert "of a Linear is on DeviceMesh" in messages[8]
+    assert messages[9].startswith("model is a str")

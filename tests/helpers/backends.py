@@ -5,6 +5,8 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -126,22 +128,48 @@ def runs_here(isa: str) -> bool:
     return INSTRUCTION_SETS[isa] <= set(flags[1].split())
 
 
-def passes_with_narrower_loops(isa: str, file: str, selected: str) -> None:
-    """Runs what is selected of a test file in a process with another set of loops than the fastest."""
-    if not runs_here("avx2" if isa == "baseline" else "avx512"):
-        pytest.skip(f"{isa} is the fastest set that this processor runs: the other tests use it")
+def assert_pass_in_a_process(selected: str, *files: str, **environment: str) -> None:
+    """Runs what is selected of test files in a process with these environment variables."""
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", selected, file],
-        env=os.environ | {"CRL_KERNELS_ISA": isa},
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", selected, *files],
+        env=os.environ | environment,
         capture_output=True,
         text=True,
     )
-    assert run.returncode == 0, run.stdout
+    assert run.returncode == 0, run.stdout + run.stderr
 
 
-def largest_error(found: Tensor, expected: Tensor, size: Tensor) -> float:
+def for_narrower_loops(test: Callable) -> Callable:
+    """A test for each set of loops that is not this processor's fastest, ``isa``; it starts a process with that set."""
+    for mark in (
+        pytest.mark.parametrize("isa", ["baseline", "avx2"]),
+        pytest.mark.skipif("CRL_KERNELS_ISA" in os.environ, reason="this is the run that the test below starts"),
+        needs_x86_linux,
+        needs_cpu_library,
+    ):
+        test = mark(test)
+    return test
+
+
+def assert_pass_with_narrower_loops(isa: str, file: str, selected: str) -> None:
+    """Runs what is selected of a test file in a process with another set of loops than the fastest."""
+    if not runs_here("avx2" if isa == "baseline" else "avx512"):
+        pytest.skip(f"{isa} is the fastest set that this processor runs: the other tests use it")
+    assert_pass_in_a_process(selected, file, CRL_KERNELS_ISA=isa)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(1)
+
+
+def largest_error(actual: Tensor, expected: Tensor, size: Tensor) -> float:
     """The largest error, in units of the magnitudes that were added."""
-    return ((found.double() - expected).abs() / size.clamp(min=1e-300)).max().item() if found.numel() else 0.0
+    return ((actual.double() - expected).abs() / size.clamp(min=1e-300)).max().item() if actual.numel() else 0.0
 
 
 def least_bound(dtype: torch.dtype) -> float:

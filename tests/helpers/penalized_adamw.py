@@ -1,13 +1,14 @@
 """Networks, histories, and a reference for FusedAdamW: torch's AdamW with the penalty added by history calls."""
 
-import pytest
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 import crl_kernels as ck
+from helpers import past_tasks
 
 LAM = 1.5
-MODES = pytest.mark.parametrize("decoupled", [False, True], ids=["gradient", "decoupled"])
 
 
 class Network(nn.Module):
@@ -32,19 +33,10 @@ def task_loss(model: Network, step: int) -> Tensor:
 
 
 def fisher_of(model: nn.Module, names, seed: int, kind: str, storage_dtype: torch.dtype | None = None):
-    """A task of the named parameters, whose anchor lies away from where the model stands."""
-    generator = torch.Generator().manual_seed(seed)
-    gradient, anchor = (
-        {
-            name: torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p)
-            for name, p in model.named_parameters()
-            if name in names
-        }
-        for _ in range(2)
-    )
-    if kind == "diagonal":
-        return ck.DiagonalFisher({n: 0.1 * g**2 for n, g in gradient.items()}, anchor)
-    return ck.LowRankFisher.from_mean_gradient(gradient, 0.02, anchor, storage_dtype=storage_dtype)
+    """A task of the named parameters."""
+    params = {name: p for name, p in model.named_parameters() if name in names}
+    kind = "diagonal" if kind == "diagonal" else "low_rank"
+    return past_tasks.random_fisher(params, kind, seed, storage_dtype=storage_dtype)
 
 
 def history_of(model: nn.Module, kind: str, exclude: list[str] | None = None):
@@ -63,35 +55,33 @@ def groups_of(model: Network) -> list[dict]:
     ]
 
 
-def flat_parameters(model: nn.Module) -> Tensor:
-    return torch.cat([p.detach().double().flatten() for p in model.parameters()])
+train = partial(past_tasks.train, loss_of=task_loss)
 
 
-def relative_distance(one: Tensor, other: Tensor) -> float:
-    return float((one - other).norm() / other.norm())
+def relative_distance(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm())
 
 
-class AdamWWithPenalty:
+class AdamWWithPenalty(torch.optim.AdamW):
     """What FusedAdamW is to equal: AdamW with history.add_penalty_grad_ or decoupled_step_ just before its step."""
 
-    def __init__(self, params, history, lam, decoupled: bool, **options) -> None:
-        self.optimizer = torch.optim.AdamW(params, **options)
+    def __init__(self, params, history, lam, decoupled: bool = False, **options) -> None:
+        super().__init__(params, **options)
         self.history, self.lam, self.decoupled = history, lam, decoupled
-        self.param_groups = self.optimizer.param_groups
 
     def step(self) -> None:
         params = [p for group in self.param_groups for p in group["params"]]
         missing = [p for p in params if p.grad is None]
-        if self.decoupled:
+        if self.history is not None and self.decoupled:
             self.history.decoupled_step_(self.lam, self.param_groups)
-        else:
+        elif self.history is not None:
             self.history.add_penalty_grad_(self.lam)
-        self.optimizer.step()
+        super().step()
         for parameter in missing:
             parameter.grad = None
 
-    def zero_grad(self) -> None:
-        self.optimizer.zero_grad()
+
+BOTH = (AdamWWithPenalty, ck.FusedAdamW)
 
 
 def carried_sums(optimizer: ck.FusedAdamW) -> Tensor:

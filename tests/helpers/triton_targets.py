@@ -1,6 +1,8 @@
 """The GPUs that Triton's kernels are compiled for in tests, and the tools that look at what came of it."""
 
 import os
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,14 @@ def tool(name: str) -> str:
     return str(path)
 
 
-def needs_linker_for_amd() -> None:
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 5):
+def registers_and_stack(cubin: Path) -> tuple[int, int]:
+    """Registers of each thread of a binary's kernel, and bytes of its stack, where spilled registers would be."""
+    command = [tool("cuobjdump"), "--dump-resource-usage", str(cubin)]
+    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    return int(registers), int(stack)
+
+
+def needs_linker(target: str) -> None:
+    if target in ("gfx942", "hip") and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 5):
         pytest.skip(f"Triton {triton.__version__} needs ROCm's linker for this target")

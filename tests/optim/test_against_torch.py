@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
+from helpers.past_tasks import flat
 from torch import Tensor, nn
 
 import crl_kernels as ck
@@ -21,14 +22,14 @@ STEPS = 50
 INFO = next(info for info in common_optimizers.optim_db if info.optim_cls is torch.optim.AdamW)
 # Inputs that torch has for other devices than a CPU are made of its own function, so that none is overlooked.
 DEVICES = ("cpu", "cuda", "mps")
-# Why an input is left out, and what is said then.
-LEFT_OUT = {
+# Options that FusedAdamW does not support, and how its error begins.
+UNSUPPORTED = {
     "amsgrad": "amsgrad=True is not supported; use torch.optim.AdamW with history.attach",
     "capturable": "capturable=True is not supported: a replayed CUDA graph would not carry projections",
     "differentiable": "differentiable=True is not supported, because the step writes in place",
 }
 # What torch's own loops cannot do, and FusedAdamW can: foreach=True chooses one of them, and has no effect here.
-TAKEN_ERRORS = (
+SUPPORTED_ERRORS = (
     "lr as Tensor doesn't work with foreach & not capturable",
     r"betas\[0\] as a Tensor is not supported for capturable=False and foreach=True",
 )
@@ -36,18 +37,18 @@ TAKEN_ERRORS = (
 
 def inputs() -> dict[str, dict]:
     """By description; with every value of the flags that choose among torch's loops."""
-    found = {}
+    described = {}
     for device in DEVICES:
-        for one in INFO.optim_inputs_func(device=device):
+        for case in INFO.optim_inputs_func(device=device):
             for flags in ({}, {"foreach": True}, {"foreach": False}, {"fused": True}, {"fused": False}):
                 named = "".join(f", {flag}={value}" for flag, value in flags.items())
-                found[one.desc + named] = one.kwargs | flags
-            found[one.desc + ", differentiable"] = one.kwargs | {"differentiable": True}
-    return found
+                described[case.desc + named] = case.kwargs | flags
+            described[case.desc + ", differentiable"] = case.kwargs | {"differentiable": True}
+    return described
 
 
 def refused(kwargs: dict) -> str | None:
-    return next((flag for flag in LEFT_OUT if kwargs.get(flag)), None)
+    return next((flag for flag in UNSUPPORTED if kwargs.get(flag)), None)
 
 
 INPUTS = inputs()
@@ -76,10 +77,6 @@ def train(optimizer, model: nn.Module, steps: int = STEPS, closure: bool = False
     return losses
 
 
-def flat(model: nn.Module) -> Tensor:
-    return torch.cat([p.detach().double().flatten() for p in model.parameters()])
-
-
 def in_dtype(kwargs: dict, dtype: torch.dtype) -> dict:
     """Tensor rates in the parameters' dtype: torch rounds to a rate's own dtype, which FusedAdamW need not repeat."""
 
@@ -104,7 +101,7 @@ GROUPS = {
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("form", GROUPS)
 @pytest.mark.parametrize("name", [name for name, kwargs in INPUTS.items() if not refused(kwargs)])
-def test_an_input_of_torchs_own_tests_goes_the_way_of_adamw(name, form, dtype):
+def test_an_input_of_torchs_own_tests_trains_as_with_adamw(name, form, dtype):
     """float64 to rounding; float32 as close to the float64 truth as twice torch's own distance."""
     kwargs = INPUTS[name]
     loops = {"foreach", "fused"} & kwargs.keys()
@@ -132,20 +129,20 @@ def test_an_input_of_torchs_own_tests_goes_the_way_of_adamw(name, form, dtype):
 
 
 @pytest.mark.parametrize("name", [name for name, kwargs in INPUTS.items() if refused(kwargs)])
-def test_an_input_that_is_left_out_is_refused_in_words(name):
+def test_an_unsupported_input_is_refused_with_its_reason(name):
     kwargs = INPUTS[name]
-    said = "|".join(LEFT_OUT[flag] for flag in LEFT_OUT if kwargs.get(flag))
-    with pytest.raises(ValueError, match=said):
+    message = "|".join(UNSUPPORTED[flag] for flag in UNSUPPORTED if kwargs.get(flag))
+    with pytest.raises(ValueError, match=message):
         ck.FusedAdamW(network(torch.float32).parameters(), **kwargs)
 
 
-def test_every_input_is_taken_or_named():
+def test_every_input_is_supported_or_named():
     """And how many: ``pytest -s`` prints it."""
-    left = {flag: [n for n, kwargs in INPUTS.items() if refused(kwargs) == flag] for flag in LEFT_OUT}
+    left = {flag: [n for n, kwargs in INPUTS.items() if refused(kwargs) == flag] for flag in UNSUPPORTED}
     taken = len(INPUTS) - sum(map(len, left.values()))
     counts = {flag: len(names) for flag, names in left.items()}
     print(f"\nAdamW's inputs, with flags: {len(INPUTS)}; taken: {taken}; left out: {counts}")
-    plain = {one.desc for one in INFO.optim_inputs_func(device="cpu")}
+    plain = {case.desc for case in INFO.optim_inputs_func(device="cpu")}
     assert plain == {"default", "non-default lr", "nonzero weight_decay", "maximize", "amsgrad"}
     assert plain - set(left["amsgrad"]) == {"default", "non-default lr", "nonzero weight_decay", "maximize"}
     assert "Tensor lr" in INPUTS
@@ -156,11 +153,11 @@ def test_every_input_is_taken_or_named():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_error_inputs_of_torchs_own_tests(dtype):
     refusals, taken = 0, []
-    for one in INFO.optim_error_inputs_func(device="cpu", dtype=dtype):
-        given = one.optimizer_error_input
-        assert one.error_on is common_optimizers.OptimizerErrorEnum.CONSTRUCTION_ERROR
+    for case in INFO.optim_error_inputs_func(device="cpu", dtype=dtype):
+        given = case.optimizer_error_input
+        assert case.error_on is common_optimizers.OptimizerErrorEnum.CONSTRUCTION_ERROR
         params = network(dtype).parameters() if given.params is None else given.params
-        if given.desc in TAKEN_ERRORS:
+        if given.desc in SUPPORTED_ERRORS:
             taken.append(given.desc)
             model, plain = network(dtype), network(dtype)
             train(ck.FusedAdamW(model.parameters(), **in_dtype(given.kwargs, torch.float64)), model)
@@ -172,10 +169,10 @@ def test_error_inputs_of_torchs_own_tests(dtype):
         refusals += 1
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)  # torch only warns of duplicates
-            with pytest.raises(one.error_type):
+            with pytest.raises(case.error_type):
                 ck.FusedAdamW(params, **given.kwargs)
     print(f"\nAdamW's error inputs: {refusals + len(taken)}; refused: {refusals}; taken: {taken}")
-    assert sorted(taken) == sorted(TAKEN_ERRORS)
+    assert sorted(taken) == sorted(SUPPORTED_ERRORS)
     assert refusals >= 10
 
 
@@ -191,7 +188,7 @@ def test_the_signature_begins_as_adamws():
 @pytest.mark.parametrize("flags", [{}, {"foreach": True}, {"fused": True}, {"foreach": False, "fused": False}], ids=str)
 @pytest.mark.parametrize("lr", [1e-2, torch.tensor(1e-2, dtype=torch.float64)], ids=["number", "tensor"])
 @pytest.mark.parametrize("first", ["torch's", "ours"])
-def test_a_state_changes_hands_with_all_that_groups_have(flags, lr, first):
+def test_a_state_moves_between_adamw_and_ours_with_the_options_of_its_groups(flags, lr, first):
     """Half of the steps by one, half by the other, and back: the same as AdamW alone."""
     if flags.get("foreach") and isinstance(lr, Tensor):
         lr = torch.tensor([1e-2], dtype=torch.float64)
@@ -213,13 +210,13 @@ def test_a_state_changes_hands_with_all_that_groups_have(flags, lr, first):
             optimizer.load_state_dict(saved)
         train(optimizer, model, 10, first=10 * i)
         saved = optimizer.state_dict()
-        for group, other in zip(saved["param_groups"], pair[0].state_dict()["param_groups"], strict=True):
-            assert group.keys() == other.keys()
+        for group, expected in zip(saved["param_groups"], pair[0].state_dict()["param_groups"], strict=True):
+            assert group.keys() == expected.keys()
             assert {k: group[k] for k in flags} == flags
     torch.testing.assert_close(flat(model), flat(alone), rtol=1e-11, atol=1e-13)
 
 
-def test_states_of_optimizers_that_knew_fewer_options():
+def test_states_of_optimizers_with_fewer_options_load():
     """Groups without the newer flags, and a state of Adam, whose weight decay is no AdamW's."""
     model = network(torch.float64)
     torchs = torch.optim.AdamW(model.parameters())
@@ -254,7 +251,7 @@ FROZEN = {
 
 
 @pytest.mark.parametrize("name", FROZEN)
-def test_frozen_parameters_of_any_dtype_are_taken_as_by_adamw(name):
+def test_frozen_parameters_of_any_dtype_are_accepted_as_by_adamw(name):
     ends = []
     for make in (torch.optim.AdamW, ck.FusedAdamW):
         model = network(torch.float64)
@@ -262,13 +259,13 @@ def test_frozen_parameters_of_any_dtype_are_taken_as_by_adamw(name):
         optimizer = make([frozen, *model.parameters()])
         optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2).to(FROZEN[name]), requires_grad=False)]})
         train(optimizer, model, 5)
-        other = make([frozen, *model.parameters(), *optimizer.param_groups[1]["params"]])
-        other.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+        merged_groups = make([frozen, *model.parameters(), *optimizer.param_groups[1]["params"]])
+        merged_groups.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
         optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
         merged = optimizer.state_dict()
         merged["param_groups"][0]["params"] += merged["param_groups"].pop(1)["params"]
-        other.load_state_dict(merged)
-        train(other, model, 5)
+        merged_groups.load_state_dict(merged)
+        train(merged_groups, model, 5)
         assert torch.equal(frozen.to(torch.complex64), torch.ones(3, dtype=torch.complex64))
         assert frozen not in optimizer.state
         ends.append(flat(model))
@@ -276,9 +273,11 @@ def test_frozen_parameters_of_any_dtype_are_taken_as_by_adamw(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128, torch.float8_e5m2], ids=str)
-def test_trained_parameters_of_dtypes_that_no_step_moves_are_refused(dtype):
-    said = rf"a parameter is {dtype}; expected a real floating-point dtype of 16, 32 or 64 bits, .* another optimizer"
-    with pytest.raises(TypeError, match=said):
+def test_trained_parameters_of_unsupported_dtypes_are_refused(dtype):
+    message = (
+        rf"a parameter is {dtype}; expected a real floating-point dtype of 16, 32 or 64 bits, .* another optimizer"
+    )
+    with pytest.raises(TypeError, match=message):
         ck.FusedAdamW([nn.Parameter(torch.zeros(2).to(dtype))])
     model = network(torch.float64)
     late = nn.Parameter(torch.zeros(2).to(dtype), requires_grad=False)
@@ -292,7 +291,7 @@ def test_trained_parameters_of_dtypes_that_no_step_moves_are_refused(dtype):
     assert torch.equal(flat(model), before)
 
 
-def test_what_moves_is_what_has_a_gradient_as_in_adamw():
+def test_only_tensors_with_a_gradient_move_as_in_adamw():
     """Plain tensors, tensors that require no gradient and were given one, and empty groups."""
     ends = []
     for make in (torch.optim.AdamW, ck.FusedAdamW):

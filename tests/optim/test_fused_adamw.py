@@ -4,19 +4,20 @@ import copy
 
 import pytest
 import torch
+from helpers.past_tasks import MODES, flat
 from helpers.penalized_adamw import (
+    BOTH,
     LAM,
-    MODES,
     AdamWWithPenalty,
     Network,
     assert_carries_the_projections,
     carried_sums,
     fisher_of,
-    flat_parameters,
     groups_of,
     history_of,
     relative_distance,
     task_loss,
+    train,
 )
 from torch import Tensor, nn
 
@@ -30,9 +31,9 @@ KINDS = pytest.mark.parametrize("kind", ["1", "3", "10", "diagonal"])
 @pytest.mark.parametrize("maximize", [False, True])
 def test_without_a_history_it_is_torchs_adamw(dtype, bound, maximize):
     ends = []
-    for make in (torch.optim.AdamW, ck.FusedAdamW):
+    for optimizer_type in (torch.optim.AdamW, ck.FusedAdamW):
         model = Network(dtype)
-        optimizer = make(groups_of(model), weight_decay=0.1, maximize=maximize)
+        optimizer = optimizer_type(groups_of(model), weight_decay=0.1, maximize=maximize)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
         for step in range(STEPS):
             optimizer.zero_grad()
@@ -40,7 +41,7 @@ def test_without_a_history_it_is_torchs_adamw(dtype, bound, maximize):
             (-loss if maximize else loss).backward()
             optimizer.step()
             schedule.step()
-        ends.append(flat_parameters(model))
+        ends.append(flat(model))
     assert relative_distance(ends[1], ends[0]) <= bound
 
 
@@ -50,13 +51,10 @@ def test_with_a_history_it_is_adamw_and_the_penalty_by_hand(kind, decoupled):
     """Groups, a schedule of rates that changes their ratio, a task that is appended and one parameter without a
     gradient."""
     ends = []
-    for fused in (False, True):
+    for optimizer_type in BOTH:
         model = Network()
         history = history_of(model, kind)
-        if fused:
-            optimizer = ck.FusedAdamW(groups_of(model), history=history, lam=LAM, decoupled=decoupled)
-        else:
-            optimizer = AdamWWithPenalty(groups_of(model), history, LAM, decoupled)
+        optimizer = optimizer_type(groups_of(model), history=history, lam=LAM, decoupled=decoupled)
         for step in range(STEPS):
             if step == STEPS // 2:
                 history.append(fisher_of(model, history.names, 99, kind))
@@ -66,11 +64,11 @@ def test_with_a_history_it_is_adamw_and_the_penalty_by_hand(kind, decoupled):
             task_loss(model, step).backward()
             value = float(history.penalty(LAM).detach())
             optimizer.step()
-            if fused:
+            if optimizer_type is ck.FusedAdamW:
                 assert abs(float(optimizer.last_penalty) - value) <= 1e-9 * value
-        ends.append(flat_parameters(model))
+        ends.append(flat(model))
     assert relative_distance(ends[1], ends[0]) <= 1e-9
-    assert relative_distance(flat_parameters(Network()), ends[0]) > 0.1
+    assert relative_distance(flat(Network()), ends[0]) > 0.1
     if kind != "diagonal":
         assert_carries_the_projections(optimizer, history)
 
@@ -79,71 +77,56 @@ def test_with_a_history_it_is_adamw_and_the_penalty_by_hand(kind, decoupled):
 @pytest.mark.parametrize("storage_dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_float32_parameters_and_both_ways_to_store_a_direction(storage_dtype, decoupled):
     ends = []
-    for fused in (False, True):
+    for optimizer_type in BOTH:
         model = Network(torch.float32)
         history = ck.LowRankHistory(model)
         history.append(fisher_of(model, history.names, 0, "1", storage_dtype))
-        if fused:
-            optimizer = ck.FusedAdamW(groups_of(model), history=history, lam=LAM, decoupled=decoupled)
-        else:
-            optimizer = AdamWWithPenalty(groups_of(model), history, LAM, decoupled)
-        for step in range(200):
-            optimizer.zero_grad()
-            task_loss(model, step).backward()
-            optimizer.step()
-        ends.append(flat_parameters(model))
+        optimizer = optimizer_type(groups_of(model), history=history, lam=LAM, decoupled=decoupled)
+        ends.append(train(model, optimizer, range(200)))
     assert relative_distance(ends[1], ends[0]) <= 1e-5
     assert_carries_the_projections(optimizer, history)
 
 
 @pytest.mark.parametrize("kind", ["3", "diagonal"])
-def test_an_infinite_lam_holds_what_can_be_held(kind):
-    ends = []
-    for fused in (False, True):
+def test_an_infinite_lam_takes_the_step_that_is_taken_by_hand(kind):
+    def end_of(optimizer_type) -> Tensor:
         model = Network()
-        history = history_of(model, kind)
-        if fused:
-            optimizer = ck.FusedAdamW(groups_of(model), history=history, lam=float("inf"), decoupled=True)
-        else:
-            optimizer = AdamWWithPenalty(groups_of(model), history, float("inf"), True)
-        for step in range(20):
+        optimizer = optimizer_type(groups_of(model), history=history_of(model, kind), lam=float("inf"), decoupled=True)
+
+        def schedule(step: int) -> None:
             optimizer.param_groups[1]["lr"] = 0.0 if step < 10 else 1e-3
-            optimizer.zero_grad()
-            task_loss(model, step).backward()
-            optimizer.step()
-        ends.append(flat_parameters(model))
-    assert relative_distance(ends[1], ends[0]) <= 1e-9
+
+        return train(model, optimizer, range(20), schedule)
+
+    assert relative_distance(end_of(ck.FusedAdamW), end_of(AdamWWithPenalty)) <= 1e-9
 
 
 def test_lam_is_a_number_or_a_tensor_and_may_change():
-    ends = []
-    for form in ("by hand", "tensor", "number"):
+    def end_of(form: str) -> Tensor:
         model = Network()
-        history = history_of(model, "3")
         lam = torch.tensor(1.0) if form == "tensor" else 1.0
-        if form == "by hand":
-            optimizer = AdamWWithPenalty(groups_of(model), history, lam, False)
-        else:
-            optimizer = ck.FusedAdamW(groups_of(model), history=history, lam=lam)
-        for step in range(20):
+        optimizer_type = AdamWWithPenalty if form == "by hand" else ck.FusedAdamW
+        optimizer = optimizer_type(groups_of(model), history=history_of(model, "3"), lam=lam)
+
+        def change(step: int) -> None:
             optimizer.lam = lam.fill_(step / 10) if form == "tensor" else step / 10
-            optimizer.zero_grad()
-            task_loss(model, step).backward()
-            optimizer.step()
-        ends.append(flat_parameters(model))
-    for end in ends[1:]:
-        assert relative_distance(end, ends[0]) <= 1e-7  # a float32 lam
-    assert relative_distance(ends[2], ends[0]) <= 1e-12
+
+        return train(model, optimizer, range(20), change)
+
+    by_hand, by_tensor, by_number = map(end_of, ("by hand", "tensor", "number"))
+    for end in (by_tensor, by_number):
+        assert relative_distance(end, by_hand) <= 1e-7  # a float32 lam
+    assert relative_distance(by_number, by_hand) <= 1e-12
 
 
 def test_parameters_may_join_and_change_their_group_between_steps():
     """As in torch's AdamW: one joins, two change places, which leaves the groups' sizes, and one moves."""
     ends = []
-    for make in (torch.optim.AdamW, ck.FusedAdamW):
+    for optimizer_type in (torch.optim.AdamW, ck.FusedAdamW):
         model = Network()
         first, second = groups_of(model)
         joins = first["params"].pop()
-        optimizer = make([first, second])
+        optimizer = optimizer_type([first, second])
         for step in range(30):
             params = [group["params"] for group in optimizer.param_groups]
             if step == 10:
@@ -155,27 +138,23 @@ def test_parameters_may_join_and_change_their_group_between_steps():
             optimizer.zero_grad()
             task_loss(model, step).backward()
             optimizer.step()
-        ends.append(flat_parameters(model))
+        ends.append(flat(model))
     assert relative_distance(ends[1], ends[0]) <= 1e-12
 
 
-def test_learning_rates_on_a_device_are_not_looked_at(monkeypatch):
+def test_learning_rates_on_a_device_are_not_read_on_the_host(monkeypatch):
     """On a CPU, by taking every tensor for one on a device."""
-    ends = []
-    for on_device in (False, True):
-        if on_device:
-            monkeypatch.setattr("crl_kernels.optim.fused_adamw._on_device", lambda rate: isinstance(rate, Tensor))
+
+    def end() -> Tensor:
         model = Network()
         groups = groups_of(model)
         groups[0]["lr"] = torch.tensor(groups[0]["lr"], dtype=torch.float64)
         optimizer = ck.FusedAdamW(groups, history=history_of(model, "3"), lam=LAM)
-        for step in range(20):
-            groups[0]["lr"].mul_(0.9)
-            optimizer.zero_grad()
-            task_loss(model, step).backward()
-            optimizer.step()
-        ends.append(flat_parameters(model))
-    assert torch.equal(ends[1], ends[0])
+        return train(model, optimizer, range(20), lambda step: groups[0]["lr"].mul_(0.9))
+
+    expected = end()
+    monkeypatch.setattr("crl_kernels.optim.fused_adamw._on_device", lambda rate: isinstance(rate, Tensor))
+    assert torch.equal(end(), expected)
 
 
 @KINDS
@@ -196,7 +175,7 @@ def test_a_grad_scaler_changes_nothing_but_skipped_steps(kind, decoupled):
             optimizer.zero_grad()
             for micro in range(2):  # accumulated
                 scaler.scale(task_loss(model, 2 * step + micro)).backward()
-            before = flat_parameters(model)
+            before = flat(model)
             if overflow:
                 model.first.bias.grad[2] = float("inf")
             if step % 3 == 2:
@@ -205,10 +184,10 @@ def test_a_grad_scaler_changes_nothing_but_skipped_steps(kind, decoupled):
             kept = carried_sums(optimizer) if overflow and step else None
             scaler.step(optimizer)
             scaler.update()
-            assert torch.equal(before, flat_parameters(model)) == overflow
+            assert torch.equal(before, flat(model)) == overflow
             if kept is not None:
                 assert torch.equal(carried_sums(optimizer), kept)
-        ends[scaled] = flat_parameters(model)
+        ends[scaled] = flat(model)
         steps = {float(optimizer.state[p]["step"]) for p in (model.first.weight, model.second.bias)}
         assert steps == {40.0 - sum(s % 9 == 3 or s == 0 for s in range(40))}
     assert relative_distance(ends[True], ends[False]) <= 1e-12
@@ -216,19 +195,17 @@ def test_a_grad_scaler_changes_nothing_but_skipped_steps(kind, decoupled):
 
 @KINDS
 @MODES
-def test_parameters_that_are_frozen_on_the_way_stay_and_count(kind, decoupled):
+def test_parameters_frozen_during_training_stay_and_count_in_the_penalty(kind, decoupled):
     """By hand: frozen parameters have the rate 0."""
     ends = []
-    for fused in (False, True):
+    for optimizer_type in BOTH:
         model = Network()
         history = history_of(model, kind)
         frozen = [model.first.weight, model.unused]
         rest = [p for p in reversed(list(model.parameters())) if not any(p is f for f in frozen)]
         groups = [{"params": rest, "lr": 2e-3}, {"params": frozen, "lr": 1e-3}]
-        if fused:
-            optimizer = ck.FusedAdamW(groups, history=history, lam=LAM, decoupled=decoupled)
-        else:
-            optimizer = AdamWWithPenalty(groups, history, LAM, decoupled)
+        fused = optimizer_type is ck.FusedAdamW
+        optimizer = optimizer_type(groups, history=history, lam=LAM, decoupled=decoupled)
         for step in range(60):
             freeze = 20 <= step < 40
             optimizer.zero_grad()
@@ -239,41 +216,34 @@ def test_parameters_that_are_frozen_on_the_way_stay_and_count(kind, decoupled):
                 optimizer.param_groups[1]["lr"] = 0.0 if freeze else 1e-3
             task_loss(model, step).backward()
             if not fused and freeze:
-                kept = [copy.deepcopy(optimizer.optimizer.state[p]) for p in frozen]
+                kept = [copy.deepcopy(optimizer.state[p]) for p in frozen]
             before = torch.cat([p.detach().flatten() for p in frozen])
             optimizer.step()
             if freeze:
                 assert torch.equal(before, torch.cat([p.detach().flatten() for p in frozen]))
                 if not fused:
                     for parameter, state in zip(frozen, kept, strict=True):
-                        optimizer.optimizer.state[parameter] = state
+                        optimizer.state[parameter] = state
             if fused:
                 expected = float(history.penalty(LAM).detach())
                 optimizer.resync()
-        ends.append(flat_parameters(model))
+        ends.append(flat(model))
     assert relative_distance(ends[1], ends[0]) <= 1e-9
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     optimizer.step()
     assert abs(float(optimizer.last_penalty) - expected) <= 1e-9 * expected
-    assert torch.equal(flat_parameters(model), ends[1])
+    assert torch.equal(flat(model), ends[1])
 
 
 @MODES
 def test_parameters_that_the_history_excludes_have_no_penalty(decoupled):
     ends = []
-    for fused in (False, True):
+    for optimizer_type in BOTH:
         model = Network()
         history = history_of(model, "3", exclude=["second", "*.bias"])
-        if fused:
-            optimizer = ck.FusedAdamW(groups_of(model), history=history, lam=LAM, decoupled=decoupled)
-        else:
-            optimizer = AdamWWithPenalty(groups_of(model), history, LAM, decoupled)
-        for step in range(60):
-            optimizer.zero_grad()
-            task_loss(model, step).backward()
-            optimizer.step()
-        ends.append(flat_parameters(model))
+        optimizer = optimizer_type(groups_of(model), history=history, lam=LAM, decoupled=decoupled)
+        ends.append(train(model, optimizer, range(60)))
     assert relative_distance(ends[1], ends[0]) <= 1e-9
 
 
@@ -281,13 +251,10 @@ def test_parameters_that_the_history_excludes_have_no_penalty(decoupled):
 def test_a_history_without_terms_and_gradients_that_are_missing(decoupled):
     """As in torch, what has no gradient and no penalty is left alone, and has no state."""
     ends = []
-    for fused in (False, True):
+    for optimizer_type in BOTH:
         model = Network()
         history = ck.LowRankHistory(model)
-        if fused:
-            optimizer = ck.FusedAdamW(model.parameters(), history=history, lam=LAM, decoupled=decoupled)
-        else:
-            optimizer = AdamWWithPenalty(model.parameters(), history, LAM, decoupled)
+        optimizer = optimizer_type(model.parameters(), history=history, lam=LAM, decoupled=decoupled)
         for step in range(60):
             if step == 30:
                 history.append(fisher_of(model, history.names, 0, "1"))
@@ -297,8 +264,8 @@ def test_a_history_without_terms_and_gradients_that_are_missing(decoupled):
             optimizer.step()
             if step == 29:
                 assert torch.equal(model.unused, Network().unused)
-                assert not fused or model.unused not in optimizer.state
-        ends.append(flat_parameters(model))
+                assert optimizer_type is AdamWWithPenalty or model.unused not in optimizer.state
+        ends.append(flat(model))
         assert model.unused.grad is None
     assert relative_distance(ends[1], ends[0]) <= 1e-9
 
@@ -307,12 +274,12 @@ def test_the_step_is_not_captured_in_a_graph(monkeypatch):
     model = Network()
     optimizer = ck.FusedAdamW(model.parameters())
     task_loss(model, 0).backward()
-    before = flat_parameters(model)
+    before = flat(model)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match=r"captured in a CUDA graph, .*torch.optim.AdamW\(capturable=True\)"):
         optimizer.step()
-    assert torch.equal(flat_parameters(model), before)
+    assert torch.equal(flat(model), before)
 
 
 @MODES
@@ -326,10 +293,8 @@ def test_channels_last_flat_buffers_and_mixed_dtypes(decoupled):
             model.to(memory_format=torch.channels_last)
         if form == "flat":
             ck.flatten_parameters(model)
-        if form == "by hand":
-            optimizer = AdamWWithPenalty(groups_of(model), history, LAM, decoupled)
-        else:
-            optimizer = ck.FusedAdamW(groups_of(model), history=history, lam=LAM, decoupled=decoupled)
+        optimizer_type = AdamWWithPenalty if form == "by hand" else ck.FusedAdamW
+        optimizer = optimizer_type(groups_of(model), history=history, lam=LAM, decoupled=decoupled)
         for step in range(30):
             for parameter in model.parameters():
                 if parameter.grad is not None:
@@ -342,7 +307,7 @@ def test_channels_last_flat_buffers_and_mixed_dtypes(decoupled):
                 else:
                     parameter.grad = gradient.to(memory_format=torch.preserve_format)
             optimizer.step()
-        ends.append(flat_parameters(model))
+        ends.append(flat(model))
     assert relative_distance(ends[1], ends[0]) <= 1e-9
     assert torch.equal(ends[2], ends[1])
     assert torch.equal(ends[3], ends[1])
@@ -383,7 +348,7 @@ def test_gradients_stay_as_they_are_and_closures_are_called_first():
         else:
             loss = closure()
             optimizer.step()
-        ends.append(torch.cat([flat_parameters(model), loss.detach()[None]]))
+        ends.append(torch.cat([flat(model), loss.detach()[None]]))
     assert torch.equal(ends[0], ends[1])
 
 
@@ -392,19 +357,19 @@ def test_a_step_in_compiled_code():
     optimizer = ck.FusedAdamW(model.parameters(), history=history_of(model, "1"), lam=LAM)
 
     @torch.compile(backend="eager")
-    def train(step: int) -> Tensor:
+    def compiled_step(step: int) -> Tensor:
         loss = task_loss(model, step)
         loss.backward()
         optimizer.step()
         return loss.detach()
 
-    before = flat_parameters(model)
-    train(0)
+    before = flat(model)
+    compiled_step(0)
     assert_carries_the_projections(optimizer, optimizer._penalty.history)
-    assert not torch.equal(flat_parameters(model), before)
+    assert not torch.equal(flat(model), before)
 
 
-def test_what_cannot_be_is_refused():
+def test_unsupported_arguments_are_refused():
     model = Network()
     history = history_of(model, "1")
     params = list(model.parameters())
@@ -454,12 +419,12 @@ def test_a_step_that_is_refused_writes_nothing(kind):
     optimizer = ck.FusedAdamW(model.parameters(), history=history, lam=LAM)
     task_loss(model, 0).backward()
     optimizer.step()
-    before, state = flat_parameters(model), copy.deepcopy(optimizer.state_dict()["state"])
+    before, state = flat(model), copy.deepcopy(optimizer.state_dict()["state"])
 
     def refused(error, message, call=optimizer.step) -> None:
         with pytest.raises(error, match=message):
             call()
-        assert torch.equal(flat_parameters(model), before)
+        assert torch.equal(flat(model), before)
         now = optimizer.state_dict()["state"]
         for index, tensors in state.items():
             for key, tensor in tensors.items():
@@ -480,4 +445,4 @@ def test_a_step_that_is_refused_writes_nothing(kind):
     refused(ValueError, "parameter 'second.weight' is no longer the object that the history was bound to")
     model.second.weight = parameter
     optimizer.step()
-    assert not torch.equal(flat_parameters(model), before)
+    assert not torch.equal(flat(model), before)

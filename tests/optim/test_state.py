@@ -5,19 +5,20 @@ import warnings
 
 import pytest
 import torch
+from helpers.past_tasks import MODES, flat
 from helpers.penalized_adamw import (
+    BOTH,
     LAM,
-    MODES,
     AdamWWithPenalty,
     Network,
     assert_carries_the_projections,
     carried_sums,
     fisher_of,
-    flat_parameters,
     groups_of,
     history_of,
     relative_distance,
     task_loss,
+    train,
 )
 from torch import Tensor
 
@@ -34,33 +35,26 @@ def test_state_can_move_to_torchs_adamw_and_back(decoupled, storage):
         history = history_of(model, "3")
         reference = AdamWWithPenalty(groups_of(model), history, LAM, decoupled, fused=storage == "fused")
         fused = ck.FusedAdamW(groups_of(model), history=history, lam=LAM, decoupled=decoupled)
-        now, then = (reference.optimizer, fused)
+        now, then = (reference, fused)
         for step in range(200):
             if changing and step % 25 == 24:
                 now, then = then, now
                 now.load_state_dict(copy.deepcopy(then.state_dict()))
                 assert set(now.state_dict()["state"][0]) == {"step", "exp_avg", "exp_avg_sq"}
-            optimizer = fused if now is fused else reference
-            reference.param_groups = reference.optimizer.param_groups
-            now.zero_grad()
-            task_loss(model, step).backward()
-            optimizer.step()
-        ends.append(flat_parameters(model))
+            train(model, now, [step])
+        ends.append(flat(model))
     assert relative_distance(ends[1], ends[0]) <= 1e-9
 
 
 def run_with(write, decoupled: bool, verify_every: int = 0, resync: bool = False) -> list[Tensor]:
     """60 steps of the reference and of FusedAdamW, with ``write(model, history, optimizer)`` before step 20 and 40."""
     ends = []
-    for fused in (False, True):
+    for optimizer_type in BOTH:
         model = Network()
         history = history_of(model, "3")
-        if fused:
-            optimizer = ck.FusedAdamW(
-                groups_of(model), history=history, lam=LAM, decoupled=decoupled, verify_every=verify_every
-            )
-        else:
-            optimizer = AdamWWithPenalty(groups_of(model), history, LAM, decoupled)
+        fused = optimizer_type is ck.FusedAdamW
+        options = {"verify_every": verify_every} if fused else {}
+        optimizer = optimizer_type(groups_of(model), history=history, lam=LAM, decoupled=decoupled, **options)
         for step in range(60):
             if step in (20, 40):
                 write(model, history)
@@ -69,8 +63,8 @@ def run_with(write, decoupled: bool, verify_every: int = 0, resync: bool = False
             optimizer.zero_grad()
             task_loss(model, step).backward()
             optimizer.step()
-        ends.append(flat_parameters(model))
-    if fused and not verify_every:
+        ends.append(flat(model))
+    if not verify_every:
         assert_carries_the_projections(optimizer, history)
     return ends
 
@@ -137,10 +131,7 @@ def test_verify_every_is_silent_where_nothing_was_written(kind):
         model = Network()
         optimizer = ck.FusedAdamW(groups_of(model), history=history_of(model, kind), lam=LAM, verify_every=3)
         model.first.weight.requires_grad_(False)
-        for step in range(20):
-            optimizer.zero_grad()
-            task_loss(model, step).backward()
-            optimizer.step()
+        train(model, optimizer, range(20))
 
 
 @MODES
@@ -204,11 +195,10 @@ CHANGES = {
     "32 bits to 64": (torch.float32, torch.float64),
     "64 bits to 32": (torch.float64, torch.float32),
 }
-STATE_KINDS = pytest.mark.parametrize("kind", ["none", "3", "diagonal"])
 
 
 @MODES
-@STATE_KINDS
+@pytest.mark.parametrize("kind", ["none", "3", "diagonal"])
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("conversion", ["model.to", "load_state_dict"])
 def test_a_state_of_another_dtype_keeps_its_moments(change, kind, conversion, decoupled):
@@ -218,10 +208,7 @@ def test_a_state_of_another_dtype_keeps_its_moments(change, kind, conversion, de
     history = None if kind == "none" else history_of(model, kind)
     options = {"lr": 1e-2, "lam": LAM, "decoupled": decoupled}
     optimizer = ck.FusedAdamW(model.parameters(), history=history, **options)
-    for step in range(3):
-        optimizer.zero_grad()
-        task_loss(model, step).backward()
-        optimizer.step()
+    train(model, optimizer, range(3))
     saved, weights = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(model.state_dict())
     computed = torch.float32 if after in (torch.float16, torch.bfloat16) else after
     if conversion == "model.to":
@@ -234,13 +221,13 @@ def test_a_state_of_another_dtype_keeps_its_moments(change, kind, conversion, de
         optimizer = ck.FusedAdamW(model.parameters(), history=history, **options)
         optimizer.load_state_dict(copy.deepcopy(saved))
 
-    # A model in the dtype of the step's arithmetic, torch's AdamW, and the penalty added by history calls.
+    # A model in the dtype of the step's arithmetic.
     plain = Network(computed)
     plain.load_state_dict(model.state_dict())
     plain_history = None if history is None else type(history)(plain)
     if plain_history is not None:
         plain_history.load_state_dict(history.state_dict())
-    adamw = torch.optim.AdamW(plain.parameters(), lr=1e-2)
+    adamw = AdamWWithPenalty(plain.parameters(), plain_history, LAM, decoupled, lr=1e-2)
     adamw.load_state_dict(copy.deepcopy(saved))
     for state in saved["state"].values():
         state.pop("master", None)
@@ -252,22 +239,12 @@ def test_a_state_of_another_dtype_keeps_its_moments(change, kind, conversion, de
         task_loss(model, step).backward()
         for p, q in zip(model.parameters(), plain.parameters(), strict=True):
             q.grad = None if p.grad is None else p.grad.to(computed)
-        start = flat_parameters(model)
+        start = flat(model)
         optimizer.step()
-        missing = [p for p in plain.parameters() if p.grad is None]
-        if plain_history is not None and decoupled:
-            plain_history.decoupled_step_(LAM, adamw.param_groups)
-        elif plain_history is not None:
-            plain_history.add_penalty_grad_(LAM)
         adamw.step()
-        for parameter in missing:
-            parameter.grad = None
-        assert not torch.equal(flat_parameters(model), start)
+        assert not torch.equal(flat(model), start)
         moved = [optimizer.state.get(p, {}).get("master", p).detach().double().flatten() for p in model.parameters()]
-        assert (
-            relative_distance(torch.cat(moved), flat_parameters(plain))
-            <= {torch.float32: 1e-6, torch.float64: 1e-12}[computed]
-        )
+        assert relative_distance(torch.cat(moved), flat(plain)) <= {torch.float32: 1e-6, torch.float64: 1e-12}[computed]
         for parameter in model.parameters():
             state = optimizer.state.get(parameter, {})
             assert ("master" in state) == (bool(state) and after != computed)
@@ -428,7 +405,6 @@ def test_distributed_checkpoints_round_trip_the_state(pair, options, dtype):
     make = {"ours": ck.FusedAdamW, "torch's": torch.optim.AdamW}
     first, second = (make[name] for name in pair.split(", "))
     used = "ours" if "flatten_optimizer_state_dict" not in options else pair
-    params = {}
 
     def groups(model: Network) -> list[dict]:
         if used == "ours, torch's":  # torch's AdamW takes no flattened state that lacks a parameter
@@ -436,27 +412,18 @@ def test_distributed_checkpoints_round_trip_the_state(pair, options, dtype):
             model.empty.requires_grad_(False)
         return groups_of(model)
 
-    model, other = Network(dtype), Network(dtype)
-    one, two = first(groups(model)), second(groups(other))
-    for step in range(3):
-        one.zero_grad()
-        task_loss(model, step).backward()
-        one.step()
-    state = checkpoint.get_optimizer_state_dict(model, one, options=chosen)
-    checkpoint.set_optimizer_state_dict(other, two, copy.deepcopy(state), options=chosen)
-    other.load_state_dict(model.state_dict())
-    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
-        params[name] = p
-        kept = one.state.get(p, {})
-        assert {k: two.state[q][k].dtype for k in kept.keys() & two.state[q].keys()} or not kept
+    model, copied = Network(dtype), Network(dtype)
+    source, target = first(groups(model)), second(groups(copied))
+    train(model, source, range(3))
+    state = checkpoint.get_optimizer_state_dict(model, source, options=chosen)
+    checkpoint.set_optimizer_state_dict(copied, target, copy.deepcopy(state), options=chosen)
+    copied.load_state_dict(model.state_dict())
+    for (name, p), q in zip(model.named_parameters(), copied.parameters(), strict=True):
+        kept = source.state.get(p, {})
+        assert {k: target.state[q][k].dtype for k in kept.keys() & target.state[q].keys()} or not kept
         for key in kept.keys() & {"exp_avg", "exp_avg_sq", "step"}:
             coarse = dtype if "torch's" in pair else kept[key].dtype
-            assert torch.equal(kept[key].to(coarse), two.state[q][key].to(coarse)), (name, key)
-    ends = []
-    for net, optimizer in ((model, one), (other, two)):
-        optimizer.zero_grad()
-        task_loss(net, 3).backward()
-        optimizer.step()
-        ends.append(flat_parameters(net))
+            assert torch.equal(kept[key].to(coarse), target.state[q][key].to(coarse)), (name, key)
+    expected, actual = train(model, source, [3]), train(copied, target, [3])
     bound = {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
-    assert relative_distance(ends[1], ends[0]) <= (bound if "torch's" in pair else 1e-12)
+    assert relative_distance(actual, expected) <= (bound if "torch's" in pair else 1e-12)

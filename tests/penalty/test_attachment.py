@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from helpers.past_tasks import KINDS, flat, history_of, task_loss, train
 from torch import Tensor, nn
 
 import crl_kernels as ck
@@ -12,37 +13,6 @@ import crl_kernels as ck
 def network(dtype: torch.dtype = torch.float64) -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 3)).to(dtype)
-
-
-def history_of(model: nn.Module, kind: str, scale: float = 1.0) -> ck.LowRankHistory | ck.DiagonalHistory:
-    """Two past tasks whose anchors lie away from where the model stands."""
-    generator = torch.Generator().manual_seed(1)
-    history = ck.LowRankHistory(model) if kind == "low_rank" else ck.DiagonalHistory(model)
-    for _ in range(2):
-        gradient, anchor = (
-            {
-                n: torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p)
-                for n, p in model.named_parameters()
-            }
-            for _ in range(2)
-        )
-        if kind == "low_rank":
-            history.append(ck.LowRankFisher.from_mean_gradient(gradient, 0.02 * scale, anchor))
-        else:
-            history.append(ck.DiagonalFisher({n: 0.1 * scale * g**2 for n, g in gradient.items()}, anchor))
-    return history
-
-
-KINDS = pytest.mark.parametrize("kind", ["low_rank", "diagonal"])
-
-
-def task_loss(model: nn.Module, step: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(step), dtype=torch.float64).to(dtype)
-    return (model(x) - x[:, :3].sin()).square().mean()
-
-
-def flat(model: nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 @KINDS
@@ -152,7 +122,7 @@ def test_grad_scaler_changes_nothing_but_skipped_steps(kind, decoupled, optimize
             if overflow and not scaled:
                 continue
             optimizer.zero_grad()
-            scaler.scale(task_loss(model, step, torch.float32)).backward()
+            scaler.scale(task_loss(model, step)).backward()
             before = flat(model)
             if overflow:
                 model[0].bias.grad[2] = float("inf")
@@ -179,10 +149,7 @@ def test_200_steps_of_adam_learn_where_the_gradient_mode_does_not():
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 history.attach(optimizer, lam, decoupled=mode == "decoupled")
-        for step in range(200):
-            optimizer.zero_grad()
-            task_loss(model, step).backward()
-            optimizer.step()
+        train(model, optimizer, range(200))
         losses[mode] = sum(float(task_loss(model, 1000 + i).detach()) for i in range(20)) / 20
     assert losses["decoupled"] < 2 * losses["free"]
     assert losses["gradient"] > 4 * losses["decoupled"]
@@ -347,16 +314,16 @@ WRAPPERS = {
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_a_wrappers_penalty_is_that_of_the_optimizer_inside(kind, decoupled, name):
     """By hand: the optimizer inside has it, in each of its own steps."""
-    ends = {}
-    for way in ("none", "by hand", "attached"):
+
+    def end_of(entry: str) -> Tensor:
         model = network()
         history = history_of(model, kind)
         inner = torch.optim.SGD(groups_of(model), momentum=0.5)
         optimizer = WRAPPERS[name](inner)
-        if way == "by hand":
+        if entry == "by hand":
             own = inner.step
 
-            def step(closure=None, own=own, history=history, inner=inner) -> None:
+            def step(closure=None) -> None:
                 if not decoupled:
                     history.add_penalty_grad_(0.3)
                 own()
@@ -364,15 +331,13 @@ def test_a_wrappers_penalty_is_that_of_the_optimizer_inside(kind, decoupled, nam
                     history.decoupled_step_(0.3, inner.param_groups)
 
             inner.step = step
-        elif way == "attached":
+        elif entry == "attached":
             history.attach(optimizer, 0.3, decoupled=decoupled)
-        for step in range(10):
-            inner.zero_grad()
-            task_loss(model, step).backward()
-            optimizer.step()
-        ends[way] = flat(model)
-    assert torch.equal(ends["attached"], ends["by hand"])
-    assert float((ends["attached"] - ends["none"]).norm()) > 0.01
+        return train(model, optimizer, range(10))
+
+    attached = end_of("attached")
+    assert torch.equal(attached, end_of("by hand"))
+    assert float((attached - end_of("none")).norm()) > 0.01
 
 
 @KINDS
@@ -380,16 +345,16 @@ def test_a_wrappers_penalty_is_that_of_the_optimizer_inside(kind, decoupled, nam
 def test_sam_has_the_penalty_of_the_point_that_it_steps_from(kind, decoupled):
     """Written out: the task's gradient at the perturbed point, the penalty's where the parameters are."""
     ends = {}
-    for way in ("none", "written out", "attached"):
+    for entry in ("none", "written out", "attached"):
         model = network()
         history = history_of(model, kind)
         optimizer = SAM(groups_of(model), torch.optim.SGD)
-        if way == "attached":
+        if entry == "attached":
             history.attach(optimizer, 0.3, decoupled=decoupled)
         for step in range(10):
             model.zero_grad()
             task_loss(model, step).backward()
-            if way != "written out":
+            if entry != "written out":
                 optimizer.first_step()
                 task_loss(model, step).backward()
                 optimizer.second_step()
@@ -413,7 +378,7 @@ def test_sam_has_the_penalty_of_the_point_that_it_steps_from(kind, decoupled):
                     p.sub_(rates[id(p)] * (g + pull))
                 if decoupled:
                     history.decoupled_step_(0.3, optimizer.param_groups)
-        ends[way] = flat(model)
+        ends[entry] = flat(model)
     torch.testing.assert_close(ends["attached"], ends["written out"], rtol=1e-10, atol=1e-12)
     assert float((ends["attached"] - ends["none"]).norm()) > 0.01
 
@@ -431,23 +396,17 @@ def test_wrappers_whose_hooks_are_the_only_ones_are_attached_to_themselves():
             for optimizer in self.optimizers:
                 optimizer.step()
 
-    ends = []
-    for by_hand in (False, True):
-        model, other = network(), network()
+    def end_of(by_hand: bool) -> Tensor:
+        model, another_model = network(), network()
         history = history_of(model, "low_rank")
         parts = [torch.optim.SGD(model[i].parameters(), lr=0.1) for i in (0, 2)]
         container = Container(parts)
-        container.teacher = torch.optim.SGD(other.parameters(), lr=0.1)
+        container.teacher = torch.optim.SGD(another_model.parameters(), lr=0.1)
         if not by_hand:
             history.attach(container, 0.3)
-        for step in range(5):
-            container.zero_grad()
-            task_loss(model, step).backward()
-            if by_hand:
-                history.add_penalty_grad_(0.3)
-            container.step()
-        ends.append(flat(model))
-    assert torch.equal(ends[0], ends[1])
+        return train(model, container, range(5), (lambda step: history.add_penalty_grad_(0.3)) if by_hand else None)
+
+    assert torch.equal(end_of(False), end_of(True))
 
 
 def test_optimizers_that_would_never_be_penalized_are_refused():
@@ -485,9 +444,9 @@ def test_optimizers_that_would_never_be_penalized_are_refused():
     for optimizer in (fused, Plain(fused)):
         with pytest.raises(ValueError, match=r"FusedAdamW that has this history's penalty in its step, .* count twice"):
             history.attach(optimizer, 1.0)
-    other = history_of(model, "diagonal")
-    other.attach(fused, 1.0)  # another penalty
-    other.detach()
+    diagonal = history_of(model, "diagonal")
+    diagonal.attach(fused, 1.0)  # another penalty
+    diagonal.detach()
     history.attach(torch.optim.SGD(model.parameters(), lr=0.1), 1.0)  # nothing was attached so far
     history.detach()
 
@@ -504,8 +463,7 @@ def test_optimizers_without_a_learning_rate_take_the_gradient_and_not_the_decoup
             for group in self.param_groups:
                 group["lr"] = None
 
-    ends = []
-    for attached in (False, True):
+    def end_of(attached: bool) -> Tensor:
         model = network()
         history = history_of(model, kind)
         optimizer = Relative(model.parameters(), lr=0.1)
@@ -514,14 +472,9 @@ def test_optimizers_without_a_learning_rate_take_the_gradient_and_not_the_decoup
             with pytest.raises(TypeError, match=r"lr of a parameter group is None, .*relative_step=False"):
                 history.attach(optimizer, 0.3, decoupled=True)
             history.attach(optimizer, 0.3)
-        for step in range(5):
-            optimizer.zero_grad()
-            task_loss(model, step).backward()
-            if not attached:
-                history.add_penalty_grad_(0.3)
-            optimizer.step()
-        ends.append(flat(model))
-    assert torch.equal(ends[0], ends[1])
+        return train(model, optimizer, range(5), None if attached else lambda step: history.add_penalty_grad_(0.3))
+
+    assert torch.equal(end_of(False), end_of(True))
 
 
 class OwnStep(torch.optim.SGD):
@@ -537,28 +490,28 @@ class OwnStep(torch.optim.SGD):
 @pytest.mark.parametrize("decoupled", [False, True])
 def test_a_step_that_calls_its_superclasss_has_the_penalty_once(kind, decoupled):
     """Also after a step that failed on the way."""
-    ends = []
-    for make in (torch.optim.SGD, OwnStep):
+
+    def end_of(optimizer_type: type[torch.optim.Optimizer]) -> Tensor:
         model = network()
         history = history_of(model, kind)
-        optimizer = make(groups_of(model))
+        optimizer = optimizer_type(groups_of(model))
         history.attach(optimizer, 0.3, decoupled=decoupled)
-        for step in range(6):
-            optimizer.zero_grad()
-            task_loss(model, step).backward()
-            if make is OwnStep and step == 3:
+
+        def fail_once(step: int) -> None:
+            if optimizer_type is OwnStep and step == 3:
                 optimizer.broken = True
                 with pytest.raises(KeyError, match="broken"):
                     optimizer.step()
                 optimizer.broken = False
                 optimizer.zero_grad()
                 task_loss(model, step).backward()
-            optimizer.step()
-        ends.append(flat(model))
-    assert torch.equal(ends[1], ends[0])
+
+        return train(model, optimizer, range(6), fail_once)
+
+    assert torch.equal(end_of(OwnStep), end_of(torch.optim.SGD))
 
 
-def test_what_cannot_be_attached_is_refused_and_changes_nothing():
+def test_unsuitable_optimizers_and_lam_are_refused_and_nothing_changes():
     model = network()
     history = history_of(model, "low_rank")
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -7,13 +7,12 @@ import pickle
 
 import pytest
 import torch
+from helpers.past_tasks import KINDS, MODES, flat, history_of, train
 from torch import Tensor, nn
 
 import crl_kernels as ck
 
 LAM = 1.5
-KINDS = pytest.mark.parametrize("kind", ["low_rank", "diagonal"])
-MODES = pytest.mark.parametrize("decoupled", [False, True], ids=["gradient", "decoupled"])
 ALONE = r"copied or unpickled without its model, .* copy.deepcopy\(\(model, history, optimizer\)\).* history.rebind"
 
 
@@ -35,35 +34,6 @@ def network(dtype: torch.dtype = torch.float64) -> nn.Module:
     return Network().to(dtype)
 
 
-def history_of(model: nn.Module, kind: str) -> ck.LowRankHistory | ck.DiagonalHistory:
-    """Two past tasks whose anchors lie away from where the model stands."""
-    generator = torch.Generator().manual_seed(1)
-    history = ck.LowRankHistory(model) if kind == "low_rank" else ck.DiagonalHistory(model)
-    for _ in range(2):
-        gradient, anchor = (
-            {n: torch.randn(p.shape, generator=generator, dtype=torch.float64) for n, p in model.named_parameters()}
-            for _ in range(2)
-        )
-        if kind == "low_rank":
-            history.append(ck.LowRankFisher.from_mean_gradient(gradient, 0.02, anchor))
-        else:
-            history.append(ck.DiagonalFisher({n: 0.1 * g**2 for n, g in gradient.items()}, anchor))
-    return history
-
-
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> Tensor:
-    for step in steps:
-        x = torch.randn(4, 6, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
-        optimizer.zero_grad()
-        (model(x.to(next(model.parameters()).dtype)) - x.sin()).square().mean().backward()
-        optimizer.step()
-    return flat(model)
-
-
-def flat(model: nn.Module) -> Tensor:
-    return torch.cat([p.detach().double().flatten() for p in model.parameters()])
-
-
 def saved(objects):
     buffer = io.BytesIO()
     torch.save(objects, buffer)
@@ -71,25 +41,25 @@ def saved(objects):
     return torch.load(buffer, weights_only=False)
 
 
-WAYS = {
+COPIERS = {
     "deepcopy": copy.deepcopy,
     "pickle": lambda objects: pickle.loads(pickle.dumps(objects)),
     "torch.save": saved,
 }
-COPIES = pytest.mark.parametrize("way", ["deepcopy", "torch.save"])
+COPIES = pytest.mark.parametrize("copier", ["deepcopy", "torch.save"])
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("copier", COPIERS)
 @KINDS
 @MODES
-def test_a_fused_optimizer_copied_with_its_model_goes_on_as_the_original(way, kind, decoupled):
-    dtype = torch.bfloat16 if way == "pickle" else torch.float64  # with master copies
+def test_a_fused_optimizer_copied_with_its_model_continues_as_the_original(copier, kind, decoupled):
+    dtype = torch.bfloat16 if copier == "pickle" else torch.float64  # with master copies
     model = network(dtype)
     optimizer = ck.FusedAdamW(
         model.parameters(), lr=1e-2, history=history_of(model, kind), lam=LAM, decoupled=decoupled, verify_every=7
     )
     train(model, optimizer, range(5))
-    other, copied = WAYS[way]((model, optimizer))
+    other, copied = COPIERS[copier]((model, optimizer))
     start, value = flat(model), optimizer.last_penalty.clone()
     end = train(other, copied, range(5, 12))
     assert torch.equal(flat(model), start)
@@ -106,7 +76,7 @@ def test_a_fused_optimizer_copied_with_its_model_goes_on_as_the_original(way, ki
 @COPIES
 @MODES
 @pytest.mark.parametrize("order", ["model first", "history first", "optimizer first", "no history"])
-def test_an_attached_optimizer_copied_with_its_model_is_attached_to_the_copied_history(way, decoupled, order):
+def test_an_attached_optimizer_copied_with_its_model_is_attached_to_the_copied_history(copier, decoupled, order):
     model = network()
     history = history_of(model, "diagonal" if order == "history first" else "low_rank")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -118,11 +88,11 @@ def test_an_attached_optimizer_copied_with_its_model_is_attached_to_the_copied_h
         del everything["history"]
     else:
         everything = {first: everything[first], **everything}
-    copied = WAYS[way](everything)
+    copied = COPIERS[copier](everything)
     start = flat(model)
     end = train(copied["model"], copied["optimizer"], range(5, 10))
     assert torch.equal(flat(model), start)
-    again = WAYS[way](copied)  # a copy's copy has it, too
+    again = COPIERS[copier](copied)  # a copy's copy has it, too
     assert torch.equal(train(again["model"], again["optimizer"], range(10, 15)), train(model, optimizer, range(5, 15)))
     assert float((end - start).norm()) > 1e-2
     if order != "no history":
@@ -138,11 +108,11 @@ def test_an_attached_optimizer_copied_with_its_model_is_attached_to_the_copied_h
 
 @COPIES
 @KINDS
-def test_a_history_copied_with_its_model_stays_with_the_copy(way, kind):
+def test_a_history_copied_with_its_model_stays_with_the_copy(copier, kind):
     model = network()
     history = history_of(model, kind)
     for order in (("history", "model"), ("model", "history")):
-        copied = WAYS[way]({name: {"history": history, "model": model}[name] for name in order})
+        copied = COPIERS[copier]({name: {"history": history, "model": model}[name] for name in order})
         other, beside = copied["model"], copied["history"]
         with torch.no_grad():
             other.first.weight.add_(0.5)
@@ -171,17 +141,17 @@ def fisher_like(history, kind: str):
 @COPIES
 @KINDS
 @MODES
-def test_what_is_copied_alone_says_so_and_can_be_bound_again(way, kind, decoupled):
+def test_a_copy_without_its_model_raises_until_it_is_bound_again(copier, kind, decoupled):
     model = network()
     history = history_of(model, kind)
-    alone = WAYS[way](history)
+    alone = COPIERS[copier](history)
     uses = [
         lambda: alone.penalty(LAM),
         lambda: alone.add_penalty_grad_(LAM),
         lambda: alone.decoupled_step_(LAM, 0.1),
         lambda: alone.attach(torch.optim.SGD(model.parameters(), lr=0.1), LAM, decoupled=decoupled),
         lambda: ck.FusedAdamW(model.parameters(), history=alone, lam=LAM, decoupled=decoupled),
-        lambda: WAYS[way](alone).penalty(LAM),
+        lambda: COPIERS[copier](alone).penalty(LAM),
     ]
     for use in uses:
         with pytest.raises(RuntimeError, match=ALONE):
@@ -198,7 +168,7 @@ def test_what_is_copied_alone_says_so_and_can_be_bound_again(way, kind, decouple
     ):
         if not isinstance(optimizer, ck.FusedAdamW):
             history.attach(optimizer, LAM, decoupled=decoupled)
-        copied = WAYS[way](optimizer)
+        copied = COPIERS[copier](optimizer)
         before = [p.detach().clone() for p in copied.param_groups[0]["params"]]
         with pytest.raises(RuntimeError, match=ALONE):
             copied.step()
@@ -206,15 +176,15 @@ def test_what_is_copied_alone_says_so_and_can_be_bound_again(way, kind, decouple
 
 
 @COPIES
-def test_without_a_history_it_copies_as_torchs(way):
+def test_an_optimizer_without_a_history_copies_as_torchs(copier):
     ends = []
     for make in (torch.optim.AdamW, ck.FusedAdamW):
         model = network()
         optimizer = make(model.parameters(), lr=torch.tensor(1e-2, dtype=torch.float64))
         train(model, optimizer, range(5))
-        other, copied = WAYS[way]((model, optimizer))
+        other, copied = COPIERS[copier]((model, optimizer))
         ends.append(train(other, copied, range(5, 10)))
-        alone = WAYS[way](optimizer)
+        alone = COPIERS[copier](optimizer)
         alone.step()  # on parameters of its own, as torch's
         assert alone.param_groups[0]["params"][0] is not optimizer.param_groups[0]["params"][0]
     torch.testing.assert_close(ends[1], ends[0], rtol=1e-12, atol=1e-14)
@@ -292,13 +262,13 @@ def test_parameters_that_were_frozen_or_renamed_by_wrappers_stay_bound():
         beside.penalty(LAM)
 
 
-def test_a_history_that_its_own_model_holds():
+def test_a_history_that_is_an_attribute_of_its_model_is_copied_with_it():
     model = network()
     model.history = history_of(model, "diagonal")
     model.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model.history.attach(model.optimizer, LAM)
-    for way in WAYS.values():
-        copied = way(model)
+    for copied_by in COPIERS.values():
+        copied = copied_by(model)
         copied.history.add_penalty_grad_(LAM)
         assert all(p.grad is None for p in model.parameters())
         assert all(p.grad is not None for p in copied.parameters())
@@ -309,8 +279,8 @@ def test_a_history_that_its_own_model_holds():
         copied.history.detach()
 
 
-def test_histories_in_flat_buffers():
-    """What was found in memory for the original says nothing of a copy's memory."""
+def test_a_copied_history_writes_into_the_flat_buffer_of_its_own_model():
+    """A history remembers where the original's parameters lie; that holds for no copy."""
     model = network()
     ck.flatten_parameters(model)
     history = history_of(model, "low_rank")

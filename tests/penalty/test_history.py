@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.past_tasks import flat, random_like, trainable
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -38,17 +39,6 @@ class Reversed(nn.Module):
             self.add_module(name, child)
         for name, parameter in reversed(list(net.named_parameters(recurse=False))):
             self.register_parameter(name, parameter)
-
-
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def random_like(params: dict[str, nn.Parameter], seed: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        name: torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype) for name, p in params.items()
-    }
 
 
 def low_rank_fisher(model: nn.Module, seed: int, **options) -> ck.LowRankFisher:
@@ -138,9 +128,9 @@ def test_diagonal_history_equals_the_sum_over_separate_tasks(where):
     value = ck.diagonal_ewc_penalty(history, lam=5.0)
     torch.testing.assert_close(value.double(), expected.detach(), rtol=1e-6, atol=0)
     value.backward()
-    flat = torch.cat([p.grad.flatten() for p in params.values()]).double()
+    actual = torch.cat([p.grad.flatten() for p in params.values()]).double()
     gradient = torch.cat([g.flatten() for g in torch.autograd.grad(expected, list(named.values()))])
-    assert float((flat - gradient).norm() / gradient.norm()) <= 1e-6
+    assert float((actual - gradient).norm() / gradient.norm()) <= 1e-6
 
 
 def test_diagonal_history_of_one_task_is_exact_at_its_anchor():
@@ -180,9 +170,9 @@ def test_from_mean_gradient_equals_the_papers_formula_on_a_real_unet():
 
     inner = sum((mu[name].double() * (p.detach().double() - anchor[name].double())).sum() for name, p in params.items())
     torch.testing.assert_close(value.double().detach(), 15_000.0 / 2 * c * inner**2, rtol=1e-6, atol=0)
-    flat = torch.cat([p.grad.flatten() for p in params.values()]).double()
+    actual = torch.cat([p.grad.flatten() for p in params.values()]).double()
     expected = 15_000.0 * c * inner * torch.cat([mu[name].flatten() for name in params]).double()
-    assert float((flat - expected).norm() / expected.norm()) <= 1e-6
+    assert float((actual - expected).norm() / expected.norm()) <= 1e-6
 
 
 @pytest.mark.parametrize("storage_dtype", [torch.float32, torch.bfloat16])
@@ -226,15 +216,8 @@ def test_an_empty_history_costs_nothing(make, penalty):
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.fixture
-def process_group():
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 @HISTORIES
-def test_same_value_whatever_the_order_of_parameters(make, penalty, tmp_path, process_group):
+def test_the_order_of_parameters_and_wrappers_do_not_change_the_penalty(make, penalty, tmp_path, process_group):
     """Reversed registration, wrappers and parameter groups: names decide, never positions."""
     model = Net()
     history = make(model)
@@ -243,22 +226,22 @@ def test_same_value_whatever_the_order_of_parameters(make, penalty, tmp_path, pr
     gradients = {name: p.grad.clone() for name, p in trainable(model).items()}
     history.save(tmp_path / "history.safetensors")
 
-    def same(other: nn.Module) -> None:
+    def assert_same_penalty(renamed: nn.Module) -> None:
         model.zero_grad()
-        loaded = type(history).load(tmp_path / "history.safetensors", other)
+        loaded = type(history).load(tmp_path / "history.safetensors", renamed)
         value = penalty(loaded, lam=2.0)
         torch.testing.assert_close(value, expected, rtol=1e-6, atol=0)
         value.backward()
         for name, p in trainable(model).items():
             torch.testing.assert_close(p.grad, gradients[name], rtol=1e-6, atol=1e-7)
 
-    same(model)
-    same(Reversed(model))
-    same(torch.compile(model))
-    same(DistributedDataParallel(model))
-    same(DistributedDataParallel(torch.compile(model)))
-    same(torch.compile(DistributedDataParallel(model)))
-    same(torch.compile(Reversed(model)))
+    assert_same_penalty(model)
+    assert_same_penalty(Reversed(model))
+    assert_same_penalty(torch.compile(model))
+    assert_same_penalty(DistributedDataParallel(model))
+    assert_same_penalty(DistributedDataParallel(torch.compile(model)))
+    assert_same_penalty(torch.compile(DistributedDataParallel(model)))
+    assert_same_penalty(torch.compile(Reversed(model)))
 
     # Fishers that were estimated on a wrapped or reordered model fit, too.
     fisher = low_rank_fisher if make is low_rank_history else diagonal_fisher
@@ -266,21 +249,21 @@ def test_same_value_whatever_the_order_of_parameters(make, penalty, tmp_path, pr
     straight.append(fisher(model, 0))
     names = list(trainable(model))
     reordered = fisher(model, 0)
-    flat = "directions" if make is low_rank_history else "fisher_diagonal"
-    pieces = reordered.layout.split(getattr(reordered, flat))
+    vector = "directions" if make is low_rank_history else "fisher_diagonal"
+    pieces = reordered.layout.split(getattr(reordered, vector))
     assert list(pieces) == names
-    crossed.append(refile(reordered, list(reversed(names))))
+    crossed.append(reordered_fisher(reordered, list(reversed(names))))
     torch.testing.assert_close(penalty(crossed, lam=2.0), penalty(straight, lam=2.0), rtol=1e-6, atol=0)
 
 
-def refile(fisher, names):
+def reordered_fisher(fisher, names):
     """The same Fisher with its parameters in another order."""
     if isinstance(fisher, ck.LowRankFisher):
         directions = fisher.layout.split(fisher.directions)
         zero = {name: torch.zeros_like(directions[name][0]) for name in names}
-        other = ck.LowRankFisher({name: directions[name] for name in names}, fisher.curvatures, zero)
-        other.anchor_projections = fisher.anchor_projections
-        return other
+        reordered = ck.LowRankFisher({name: directions[name] for name in names}, fisher.curvatures, zero)
+        reordered.anchor_projections = fisher.anchor_projections
+        return reordered
     diagonal, anchor = fisher.layout.split(fisher.fisher_diagonal), fisher.layout.split(fisher.anchor)
     return ck.DiagonalFisher({name: diagonal[name] for name in names}, {name: anchor[name] for name in names})
 
@@ -307,7 +290,7 @@ def test_parameter_groups_do_not_change_the_gradient(make, penalty):
             model(torch.randn(3, 7, generator=torch.Generator().manual_seed(step))).square().mean().backward()
             history.add_penalty_grad_(0.01)
             optimizer.step()
-        results.append(torch.cat([p.detach().flatten() for p in params]))
+        results.append(flat(model))
     torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-7)
 
 
@@ -324,16 +307,16 @@ def test_save_and_load_are_bitwise(make, penalty, tmp_path):
     assert torch.equal(penalty(loaded, lam=2.0), penalty(history, lam=2.0))
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["a.safetensors", "b.safetensors"]
 
-    other = make(Net(seed=1), tasks=1)
-    other.load_state_dict(history.state_dict())
-    torch.testing.assert_close(other.state_dict(), history.state_dict(), rtol=0, atol=0)
-    before = other.state_dict()
+    target = make(Net(seed=1), tasks=1)
+    target.load_state_dict(history.state_dict())
+    torch.testing.assert_close(target.state_dict(), history.state_dict(), rtol=0, atol=0)
+    before = target.state_dict()
     broken = {key: value for key, value in history.state_dict().items() if not key.endswith("first.bias")}
     with pytest.raises(ValueError, match=r"the state lacks 'first.bias', which the model has"):
-        other.load_state_dict(broken)
+        target.load_state_dict(broken)
     with pytest.raises(ValueError, match="the state lacks 'num_tasks'"):
-        other.load_state_dict({key: value for key, value in before.items() if key != "num_tasks"})
-    torch.testing.assert_close(other.state_dict(), before, rtol=0, atol=0)
+        target.load_state_dict({key: value for key, value in before.items() if key != "num_tasks"})
+    torch.testing.assert_close(target.state_dict(), before, rtol=0, atol=0)
 
 
 def test_fishers_are_saved_and_loaded_bitwise(tmp_path):
@@ -354,8 +337,8 @@ def test_a_shared_parameter_is_found_under_any_of_its_names(tmp_path):
     assert "second.weight" in history.names
     assert "third.weight" not in history.names
     history.save(tmp_path / "history.safetensors")
-    other = Reversed(model)  # here the first name of the shared weight is third.weight
-    loaded = ck.LowRankHistory.load(tmp_path / "history.safetensors", other)
+    model_reversed = Reversed(model)  # here the first name of the shared weight is third.weight
+    loaded = ck.LowRankHistory.load(tmp_path / "history.safetensors", model_reversed)
     assert "third.weight" in loaded.names
     torch.testing.assert_close(loaded.penalty(1.0), history.penalty(1.0), rtol=1e-6, atol=0)
 
@@ -419,9 +402,9 @@ def test_decoupled_step_with_infinite_lam_reaches_the_anchors():
 def test_decoupled_step_without_rate_does_nothing():
     model = Net()
     for history in (low_rank_history(model), diagonal_history(model)):
-        before = torch.cat([p.detach().flatten() for p in model.parameters()])
+        before = flat(model)
         history.decoupled_step_(float("inf"), 0.0)
-        assert torch.equal(torch.cat([p.detach().flatten() for p in model.parameters()]), before)
+        assert torch.equal(flat(model), before)
 
 
 def test_decoupled_step_trains_where_the_gradient_mode_diverges():

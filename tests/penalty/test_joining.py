@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from helpers.past_tasks import HISTORIES, KINDS, random_fisher, trainable
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
@@ -12,7 +13,6 @@ from torch.optim.swa_utils import AveragedModel
 import crl_kernels as ck
 
 LAM, LR = 1.5, 0.05
-KINDS = pytest.mark.parametrize("kind", ["low_rank", "diagonal"])
 
 
 class Heads(nn.Module):
@@ -35,24 +35,12 @@ def join(model: Heads, name: str) -> None:
     model.heads[name] = nn.Linear(4, 2).to(model.trunk.weight.dtype)
 
 
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def random_like(params: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {n: torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype) for n, p in params.items()}
-
-
-def fisher_of(params: dict[str, Tensor], kind: str, seed: int, **options) -> ck.LowRankFisher | ck.DiagonalFisher:
-    mu, anchor = random_like(params, seed), random_like(params, seed + 100)
-    if kind == "low_rank":
-        return ck.LowRankFisher.from_mean_gradient(mu, 0.02, anchor, **options)
-    return ck.DiagonalFisher({n: 0.1 * g**2 for n, g in mu.items()}, anchor)
-
-
-def type_of(kind: str) -> type:
-    return ck.LowRankHistory if kind == "low_rank" else ck.DiagonalHistory
+def history_with_a_task(model: nn.Module, kind: str) -> tuple:
+    """(history, the Fisher in it)"""
+    first = random_fisher(trainable(model), kind, 1)
+    history = HISTORIES[kind](model)
+    history.append(first)
+    return history, first
 
 
 def penalty_of(fishers: list, params: dict[str, Tensor], weights: list[float] | None = None) -> Tensor:
@@ -85,10 +73,10 @@ def assert_is_the_sum(history, model: nn.Module, fishers: list, weights: list[fl
     by_autograd = [p.grad.clone() for p in params.values()]
     model.zero_grad()
     assert float(history.add_penalty_grad_(LAM)) == pytest.approx(expected.item(), rel=rtol)
-    for p, other, gradient in zip(params.values(), by_autograd, gradients, strict=True):
+    for p, from_autograd, gradient in zip(params.values(), by_autograd, gradients, strict=True):
         gradient = torch.zeros_like(p) if gradient is None else gradient
-        for found in (p.grad, other):
-            assert float((found - gradient).norm()) <= max(rtol, 2e-7) * float(gradient.norm()) + 1e-12
+        for actual in (p.grad, from_autograd):
+            assert float((actual - gradient).norm()) <= max(rtol, 2e-7) * float(gradient.norm()) + 1e-12
     model.zero_grad()
 
 
@@ -98,9 +86,7 @@ def assert_is_the_sum(history, model: nn.Module, fishers: list, weights: list[fl
 @KINDS
 def test_old_terms_are_zero_in_a_head_that_joins(kind):
     model = Heads("a")
-    first = fisher_of(trainable(model), kind, 1)
-    history = type_of(kind)(model)
-    history.append(first)
+    history, first = history_with_a_task(model, kind)
     before = history.state_dict()
     join(model, "b")
     history.rebind(model, grown=["heads.b"])
@@ -114,7 +100,7 @@ def test_old_terms_are_zero_in_a_head_that_joins(kind):
     history.decoupled_step_(math.inf, LR)
     assert all(torch.equal(p, old) for p, old in zip(model.heads["b"].parameters(), head, strict=True))
 
-    second = fisher_of(trainable(model), kind, 2)
+    second = random_fisher(trainable(model), kind, 2)
     history.append(second)
     assert_is_the_sum(history, model, [first, second])
 
@@ -125,7 +111,7 @@ def test_a_fisher_that_was_estimated_on_all_parameters_is_appended(kind):
         return model(x).square().mean(1)
 
     model, batches = Heads("a"), [torch.randn(6, 5, dtype=torch.float64) for _ in range(4)]
-    history, fishers = type_of(kind)(model), []
+    history, fishers = HISTORIES[kind](model), []
     for name in ("b", "c"):
         fishers.append(ck.estimate_fisher(model, losses, batches, kind=kind))
         history.append(fishers[-1])
@@ -150,9 +136,9 @@ def test_several_joins_with_decay_and_rows_that_grow_at_once(kind, storage_dtype
     torch.manual_seed(0)
     model = Model()
     options = {"storage_dtype": storage_dtype} if kind == "low_rank" else {}
-    history, fishers = type_of(kind)(model, decay=0.5), []
+    history, fishers = HISTORIES[kind](model, decay=0.5), []
     for step in range(4):
-        fishers.append(fisher_of(trainable(model), kind, step, **options))
+        fishers.append(random_fisher(trainable(model), kind, step, **options))
         history.append(fishers[-1])
         old = model.embed
         model.embed = nn.Embedding(old.num_embeddings + 1, 3)
@@ -185,14 +171,14 @@ def test_terms_are_merged_after_a_join():
     model = Heads("a")
     merged, plain = ck.LowRankHistory(model, max_terms=3), ck.LowRankHistory(model)
     for history in (merged, plain):
-        history.append(fisher_of(trainable(model), "low_rank", 1))
+        history.append(random_fisher(trainable(model), "low_rank", 1))
     join(model, "b")
     for history in (merged, plain):
         history.rebind(model, grown=["heads.b"])
         for seed in (2, 3):
-            history.append(fisher_of(trainable(model), "low_rank", seed))
+            history.append(random_fisher(trainable(model), "low_rank", seed))
     assert merged.penalty(LAM).item() == pytest.approx(plain.penalty(LAM).item(), rel=1e-12)
-    merged.append(fisher_of(trainable(model), "low_rank", 4))
+    merged.append(random_fisher(trainable(model), "low_rank", 4))
     assert len(merged) == 3
     assert merged._max_terms == 3
 
@@ -204,8 +190,7 @@ def test_optimizers_notice_parameters_that_join(kind, decoupled):
 
     def run(inside: bool) -> list[Tensor]:
         model = Heads("a")
-        history = type_of(kind)(model)
-        history.append(fisher_of(trainable(model), kind, 1))
+        history, _ = history_with_a_task(model, kind)
         penalty = {"history": history, "lam": LAM, "decoupled": decoupled} if inside else {}
         optimizer = (ck.FusedAdamW if inside else torch.optim.AdamW)(model.parameters(), lr=LR, **penalty)
 
@@ -230,20 +215,18 @@ def test_optimizers_notice_parameters_that_join(kind, decoupled):
             assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
         optimizer.add_param_group({"params": list(model.heads["b"].parameters()), "lr": LR / 2})
         steps()
-        history.append(fisher_of(trainable(model), kind, 2))
+        history.append(random_fisher(trainable(model), kind, 2))
         steps()
         return [p.detach() for p in model.parameters()]
 
-    for one, other in zip(run(True), run(False), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+    for actual, expected in zip(run(True), run(False), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
 
 
 @KINDS
 def test_a_history_is_attached_again_after_a_join(kind):
     model = Heads("a")
-    history = type_of(kind)(model)
-    first = fisher_of(trainable(model), kind, 1)
-    history.append(first)
+    history, first = history_with_a_task(model, kind)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     history.attach(optimizer, LAM)
     join(model, "b")
@@ -274,19 +257,17 @@ def test_a_history_is_attached_again_after_a_join(kind):
 def test_a_block_that_is_trained_from_now_on_joins(kind):
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)).double()
     model[0].requires_grad_(False)
-    history = type_of(kind)(model)
-    first = fisher_of(trainable(model), kind, 1)
-    history.append(first)
+    history, first = history_with_a_task(model, kind)
     with pytest.raises(ValueError, match=r"grown pattern '0' matches no bound parameter: '0.weight' .* not require a"):
         history.rebind(model, grown=["0"])
     model[0].requires_grad_(True)
     with pytest.raises(ValueError, match=r"lacks '0.weight', '0.bias', .* If they have joined .*, name them in grown="):
         history.rebind(model)
     with pytest.raises(ValueError, match=r"the Fisher has '0.weight', '0.bias', .* call history.rebind\(model, grown="):
-        history.append(fisher_of(trainable(model), kind, 2))
+        history.append(random_fisher(trainable(model), kind, 2))
     assert history.names == ("1.weight", "1.bias")
     history.rebind(model, grown=["0"])
-    second = fisher_of(trainable(model), kind, 2)
+    second = random_fisher(trainable(model), kind, 2)
     history.append(second)
     assert_is_the_sum(history, model, [first, second])
     model[1].requires_grad_(False)
@@ -309,9 +290,9 @@ def test_the_next_adapter_joins_a_history_of_adapters(kind, tmp_path):
 
     torch.manual_seed(0)
     model = Adapted()
-    history = type_of(kind)(model, include=["*.one.*"], exclude=["base"])
+    history = HISTORIES[kind](model, include=["*.one.*"], exclude=["base"])
     chosen = {n: p for n, p in trainable(model).items() if ".one." in n}
-    first = fisher_of(chosen, kind, 1)
+    first = random_fisher(chosen, kind, 1)
     history.append(first)
     history.save(tmp_path / "one.safetensors")
     model.add("two")
@@ -319,25 +300,25 @@ def test_the_next_adapter_joins_a_history_of_adapters(kind, tmp_path):
     history.rebind(model, grown=["*.two.*"])
     names = ("lora_A.one.weight", "lora_A.two.weight", "lora_B.one.weight", "lora_B.two.weight")
     assert history.names == names
-    second = fisher_of({n: p for n, p in trainable(model).items() if n in names}, kind, 2)
+    second = random_fisher({n: p for n, p in trainable(model).items() if n in names}, kind, 2)
     history.append(second)
     assert_is_the_sum(history, model, [first, second])
     history.save(tmp_path / "two.safetensors")
-    assert type_of(kind).load(tmp_path / "two.safetensors", model).names == names
-    loaded = type_of(kind).load(tmp_path / "one.safetensors", model, grown=["*.two.*"])
+    assert HISTORIES[kind].load(tmp_path / "two.safetensors", model).names == names
+    loaded = HISTORIES[kind].load(tmp_path / "one.safetensors", model, grown=["*.two.*"])
     assert loaded.names == names
     with pytest.raises(ValueError, match=r"grown pattern '\*.four.\*' matches none of the model's parameters"):
         loaded.rebind(model, grown=["*.four.*"])
     loaded.append(second)
     assert torch.equal(loaded.penalty(LAM), history.penalty(LAM))
-    assert type_of(kind).load(tmp_path / "one.safetensors", model).names == names[::2]  # include= leaves the rest out
+    assert HISTORIES[kind].load(tmp_path / "one.safetensors", model).names == names[::2]  # include= leaves the rest out
 
 
 @KINDS
-def test_exclude_holds_for_what_joins(kind):
+def test_exclude_holds_for_parameters_that_join(kind):
     model = Heads("a")
-    history = type_of(kind)(model, exclude=["*.bias"])
-    history.append(fisher_of({n: p for n, p in trainable(model).items() if n.endswith("weight")}, kind, 1))
+    history = HISTORIES[kind](model, exclude=["*.bias"])
+    history.append(random_fisher({n: p for n, p in trainable(model).items() if n.endswith("weight")}, kind, 1))
     join(model, "b")
     with pytest.raises(ValueError, match=r"'heads.b.bias' matches no bound parameter: .* left out by include= or excl"):
         history.rebind(model, grown=["heads.b.bias"])
@@ -346,22 +327,20 @@ def test_exclude_holds_for_what_joins(kind):
 
 
 @KINDS
-def test_a_head_that_is_tied_to_what_is_known_brings_nothing_new(kind):
+def test_a_head_tied_to_a_bound_weight_adds_only_its_bias(kind):
     model = Heads("a")
-    history = type_of(kind)(model)
-    first = fisher_of(trainable(model), kind, 1)
-    history.append(first)
+    history, first = history_with_a_task(model, kind)
     join(model, "b")
     model.heads["b"].weight = model.heads["a"].weight
     history.rebind(model, grown=["heads.b"])
     assert history.names == ("trunk.weight", "trunk.bias", "heads.a.weight", "heads.a.bias", "heads.b.bias")
     assert_is_the_sum(history, model, [first])
     # Registered before the one that is known, a tied weight is called by its own name, and is still the known one.
-    other = Heads("z", "a")
-    other.load_state_dict(model.state_dict() | {"heads.z.weight": model.heads["a"].weight}, strict=False)
-    other.heads["z"].weight = other.heads["a"].weight
+    tied_first = Heads("z", "a")
+    tied_first.load_state_dict(model.state_dict() | {"heads.z.weight": model.heads["a"].weight}, strict=False)
+    tied_first.heads["z"].weight = tied_first.heads["a"].weight
     state = history.state_dict()
-    fresh = type_of(kind)(other)
+    fresh = HISTORIES[kind](tied_first)
     assert "heads.z.weight" in fresh.names
     state = {key: t for key, t in state.items() if "heads.b" not in key}
     fresh.load_state_dict(state, grown=["heads.z.bias"])
@@ -369,12 +348,10 @@ def test_a_head_that_is_tied_to_what_is_known_brings_nothing_new(kind):
 
 
 @KINDS
-def test_what_has_not_grown_may_be_named_and_nothing_else_is_changed(kind):
+def test_grown_may_name_parameters_that_have_not_grown(kind):
     model = Heads("a", "b")
     model.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
-    history = type_of(kind)(model)
-    first = fisher_of(trainable(model), kind, 1)
-    history.append(first)
+    history, first = history_with_a_task(model, kind)
     history.rebind(model, grown=["heads.*", "scale"])
     assert_is_the_sum(history, model, [first])
     for grown, error, message in (
@@ -402,26 +379,24 @@ def test_what_has_not_grown_may_be_named_and_nothing_else_is_changed(kind):
 @KINDS
 def test_files_and_states_from_before_and_after_a_join(kind, tmp_path):
     before, after = Heads("a"), Heads("a", "b")
-    history = type_of(kind)(before)
-    first = fisher_of(trainable(before), kind, 1)
-    history.append(first)
+    history, first = history_with_a_task(before, kind)
     history.save(tmp_path / "before.safetensors")
     state = history.state_dict()
 
-    load = type_of(kind).load
+    load = HISTORIES[kind].load
     with pytest.raises(ValueError, match=r"before.safetensors' lacks 'heads.b.weight', .* name them in grown="):
         load(tmp_path / "before.safetensors", after)
     with pytest.raises(ValueError, match=r"before.safetensors' does not fit: grown pattern 'heads.c' matches none"):
         load(tmp_path / "before.safetensors", after, grown=["heads.c"])
     loaded = load(tmp_path / "before.safetensors", after, grown=["heads.b"])
     assert_is_the_sum(loaded, after, [first])
-    fresh = type_of(kind)(after)
+    fresh = HISTORIES[kind](after)
     with pytest.raises(ValueError, match=r"the state lacks 'heads.b.weight'"):
         fresh.load_state_dict(state)
     fresh.load_state_dict(state, grown=["heads.b"])
     assert_is_the_sum(fresh, after, [first])
 
-    second = fisher_of(trainable(after), kind, 2)
+    second = random_fisher(trainable(after), kind, 2)
     loaded.append(second)
     loaded.save(tmp_path / "after.safetensors")
     assert_is_the_sum(load(tmp_path / "after.safetensors", after), after, [first, second])
@@ -433,38 +408,29 @@ def test_files_and_states_from_before_and_after_a_join(kind, tmp_path):
     assert_is_the_sum(history, before, [first])
 
 
-@pytest.fixture
-def process_group():
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 @KINDS
 def test_parameters_join_a_sharded_model(kind, process_group, tmp_path):
     from torch.distributed.fsdp import fully_shard
 
-    whole = Heads("a", "b")
-    history = type_of(kind)(Heads("a"))
-    history.append(fisher_of(trainable(Heads("a")), kind, 1))
+    unsharded = Heads("a", "b")
+    history, _ = history_with_a_task(Heads("a"), kind)
     history.save(tmp_path / "h.safetensors")
-    history.rebind(whole, grown=["heads.b"])
+    history.rebind(unsharded, grown=["heads.b"])
 
     sharded = fully_shard(Heads("a"))
-    other = type_of(kind).load(tmp_path / "h.safetensors", sharded)
-    other.rebind(fully_shard(Heads("a", "b")), grown=["heads.b"])
-    loaded = type_of(kind).load(tmp_path / "h.safetensors", fully_shard(Heads("a", "b")), grown=["heads.b"])
-    for one in (other, loaded):
-        one.append(fisher_of(trainable(whole), kind, 2))
-    history.append(fisher_of(trainable(whole), kind, 2))
-    for one in (other, loaded):
-        assert one.penalty(LAM).item() == pytest.approx(history.penalty(LAM).item(), rel=1e-12)
-    bad = {**other.state_dict()}
+    rebound = HISTORIES[kind].load(tmp_path / "h.safetensors", sharded)
+    rebound.rebind(fully_shard(Heads("a", "b")), grown=["heads.b"])
+    loaded = HISTORIES[kind].load(tmp_path / "h.safetensors", fully_shard(Heads("a", "b")), grown=["heads.b"])
+    for grown in (history, rebound, loaded):
+        grown.append(random_fisher(trainable(unsharded), kind, 2))
+    for grown in (rebound, loaded):
+        assert grown.penalty(LAM).item() == pytest.approx(history.penalty(LAM).item(), rel=1e-12)
+    bad = {**rebound.state_dict()}
     key = next(key for key in bad if key.endswith("heads.b.bias"))
     bad[key] = bad[key] * math.nan
     with pytest.raises(ValueError, match=r"has NaN or infinite values in 'heads.b.bias'"):
-        other.load_state_dict(bad)
-    assert other.penalty(LAM).item() == pytest.approx(history.penalty(LAM).item(), rel=1e-12)
+        rebound.load_state_dict(bad)
+    assert rebound.penalty(LAM).item() == pytest.approx(history.penalty(LAM).item(), rel=1e-12)
 
 
 # Names
@@ -515,20 +481,18 @@ def test_a_child_called_module_works_everywhere(kind, make, wrapper, process_gro
     model, copy = make(), make()
     names = tuple(trainable(model))
     wrapped = WRAPPERS[wrapper](copy)
-    first = fisher_of(trainable(model), kind, 1)
-    history = type_of(kind)(model)
+    history, first = history_with_a_task(model, kind)
     assert history.names == names
-    history.append(first)
     assert_is_the_sum(history, model, [first])
     history.save(tmp_path / "plain.safetensors")
     expected = history.penalty(LAM)
 
-    loaded = type_of(kind).load(tmp_path / "plain.safetensors", wrapped)
+    loaded = HISTORIES[kind].load(tmp_path / "plain.safetensors", wrapped)
     torch.testing.assert_close(loaded.penalty(LAM), expected, rtol=1e-12, atol=0)
     if wrapper != "unknown":
         assert loaded.names == names
     loaded.save(tmp_path / "wrapped.safetensors")
-    back = type_of(kind).load(tmp_path / "wrapped.safetensors", model)
+    back = HISTORIES[kind].load(tmp_path / "wrapped.safetensors", model)
     torch.testing.assert_close(back.penalty(LAM), expected, rtol=1e-12, atol=0)
     back.load_state_dict(loaded.state_dict())
     loaded.load_state_dict(history.state_dict())
@@ -536,12 +500,12 @@ def test_a_child_called_module_works_everywhere(kind, make, wrapper, process_gro
 
     # Fishers by the names that named_parameters() of either has, appended to a history of either.
     raw = dict(zip(names, trainable(wrapped), strict=True))
-    second = fisher_of({raw[name]: p for name, p in trainable(model).items()}, kind, 2)
-    straight = fisher_of(trainable(model), kind, 2)
+    second = random_fisher({raw[name]: p for name, p in trainable(model).items()}, kind, 2)
+    straight = random_fisher(trainable(model), kind, 2)
     history.append(straight)
-    for one in (loaded, back):
-        one.append(second)
-        torch.testing.assert_close(one.penalty(LAM), history.penalty(LAM), rtol=1e-12, atol=0)
+    for appended in (loaded, back):
+        appended.append(second)
+        torch.testing.assert_close(appended.penalty(LAM), history.penalty(LAM), rtol=1e-12, atol=0)
 
 
 def test_patterns_name_a_child_called_module(process_group):
@@ -550,20 +514,19 @@ def test_patterns_name_a_child_called_module(process_group):
         assert ck.LowRankHistory(model, exclude=["module", "head"]).names == ("weight",)
     history = ck.LowRankHistory(module_beside_others(), include=["module.weight"])
     with pytest.raises(ValueError, match=r"lacks 'module.weight', which the history's model has"):
-        history.append(fisher_of({"weight": torch.ones(2, 3)}, "low_rank", 1))
+        history.append(random_fisher({"weight": torch.ones(2, 3)}, "low_rank", 1))
 
 
 @KINDS
-def test_names_that_earlier_versions_gave_are_understood(kind):
+def test_names_of_earlier_versions_load(kind):
     """They had stripped 'module.' from the front of each name, a wrapper's or not."""
     model = nn.ModuleDict({"module": nn.Sequential(nn.Linear(3, 2)), "head": nn.Linear(3, 2)}).double()
-    history = type_of(kind)(model)
-    history.append(fisher_of(trainable(model), kind, 1))
+    history, _ = history_with_a_task(model, kind)
     earlier = {key.replace(".module.", "."): tensor for key, tensor in history.state_dict().items()}
     assert earlier.keys() != history.state_dict().keys()
-    other = type_of(kind)(model)
-    other.load_state_dict(earlier)
-    assert torch.equal(other.penalty(LAM), history.penalty(LAM))
+    loaded = HISTORIES[kind](model)
+    loaded.load_state_dict(earlier)
+    assert torch.equal(loaded.penalty(LAM), history.penalty(LAM))
 
 
 def test_both_names_of_a_shared_parameter_are_refused():
@@ -571,14 +534,14 @@ def test_both_names_of_a_shared_parameter_are_refused():
     model["b"].weight = model["a"].weight
     both = {"a.weight": torch.ones(2, 2), "b.weight": torch.zeros(2, 2)}
     with pytest.raises(ValueError, match=r"has 'b.weight', which the history's model lacks"):
-        ck.LowRankHistory(model).append(fisher_of(both, "low_rank", 1))
+        ck.LowRankHistory(model).append(random_fisher(both, "low_rank", 1))
 
 
 def test_names_of_a_scripted_model():
     model = torch.jit.script(nn.Sequential(nn.Linear(3, 2)))
     history = ck.LowRankHistory(model)
     assert history.names == ("0.weight", "0.bias")
-    history.append(fisher_of(trainable(model), "low_rank", 1))
+    history.append(random_fisher(trainable(model), "low_rank", 1))
 
 
 def test_a_distributed_checkpoint_of_before_a_join(tmp_path):
@@ -587,9 +550,8 @@ def test_a_distributed_checkpoint_of_before_a_join(tmp_path):
     from crl_kernels.integrations.distributed_checkpoint import load_history
 
     before, after = Heads("a"), Heads("a", "b")
-    first, second = fisher_of(trainable(before), "low_rank", 1), fisher_of(trainable(after), "low_rank", 2)
-    history = ck.LowRankHistory(before)
-    history.append(first)
+    history, first = history_with_a_task(before, "low_rank")
+    second = random_fisher(trainable(after), "low_rank", 2)
     dcp.save({"history": history.state_dict()}, checkpoint_id=tmp_path / "c", no_dist=True)
     loaded = ck.LowRankHistory(after, include=["trunk", "heads.a"])
     load_history(loaded, tmp_path / "c")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers.histories import fisher_of, flatten, random_named, small_network, value_and_gradient
+from helpers.past_tasks import HISTORIES, KINDS
 from torch import Tensor, nn
 
 import crl_kernels as ck
@@ -90,33 +91,32 @@ def test_slopes_that_do_not_fit_are_refused():
     assert len(history) == 0
 
 
-@pytest.mark.parametrize("kind", ["low_rank", "diagonal"])
+@KINDS
 def test_decay_weighs_each_task_by_its_age(kind, tmp_path):
     model = small_network()
-    history_type = ck.LowRankHistory if kind == "low_rank" else ck.DiagonalHistory
-    history, each = history_type(model, decay=0.8), []
+    history, single_tasks = HISTORIES[kind](model, decay=0.8), []
     for seed in range(4):
         fisher = fisher_of(model, seed)
         if kind == "diagonal":
             diagonal = {n: g**2 for n, g in random_named(model, seed).items()}
             fisher = ck.DiagonalFisher(diagonal, random_named(model, 50 + seed))
         history.append(fisher)
-        each.append(history_type(model))
-        each[-1].append(fisher)
-    found = value_and_gradient(history, model)
+        single_tasks.append(HISTORIES[kind](model))
+        single_tasks[-1].append(fisher)
+    actual = value_and_gradient(history, model)
     for i in range(2):
-        expected = sum(0.8 ** (3 - t) * value_and_gradient(one, model)[i] for t, one in enumerate(each))
-        torch.testing.assert_close(found[i], expected, rtol=1e-9, atol=1e-12)
+        expected = sum(0.8 ** (3 - t) * value_and_gradient(task, model)[i] for t, task in enumerate(single_tasks))
+        torch.testing.assert_close(actual[i], expected, rtol=1e-9, atol=1e-12)
     history.save(tmp_path / "h.safetensors")
-    loaded = history_type.load(tmp_path / "h.safetensors", model)
-    for one in (history, loaded):
-        one.append(fisher)
+    loaded = HISTORIES[kind].load(tmp_path / "h.safetensors", model)
+    history.append(fisher)
+    loaded.append(fisher)
     torch.testing.assert_close(loaded.penalty(1.0), history.penalty(1.0), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("decay", [0.0, -1.0, 1.5, float("nan"), "half"])
 def test_decay_out_of_range_is_refused(decay):
-    for history_type in (ck.LowRankHistory, ck.DiagonalHistory):
+    for history_type in HISTORIES.values():
         with pytest.raises(ValueError, match=r"decay is .*; expected 0 < decay <= 1"):
             history_type(small_network(), decay=decay)
 
@@ -153,8 +153,8 @@ def test_merged_terms_are_the_best_low_rank_approximation(storage_dtype):
     kept = vectors[:, -2:]
     best = kept @ torch.diag(values[-2:]) @ kept.T
     assert float((matrix(limited) - best).norm()) <= tolerance * float(best.norm())
-    (_, whole), (_, gradient) = value_and_gradient(free, model), value_and_gradient(limited, model)
-    expected = kept @ (kept.T @ whole)
+    (_, full_gradient), (_, gradient) = value_and_gradient(free, model), value_and_gradient(limited, model)
+    expected = kept @ (kept.T @ full_gradient)
     assert float((gradient - expected).norm()) <= tolerance * float(expected.norm())
 
 

@@ -106,11 +106,11 @@ TERMS = pytest.mark.parametrize("num_terms", [1, 3, 10])
 
 def groups(model: nn.Module, rates: tuple[float, float]) -> tuple[list[dict], list[Fraction]]:
     split: list[list[Tensor]] = [[], []]
-    each: list[Fraction] = []
+    rate_by_element: list[Fraction] = []
     for name, p in model.named_parameters():
         split[SPLIT[name]].append(p)
-        each += [Fraction(rates[SPLIT[name]])] * p.numel()
-    return [{"params": members, "lr": rate} for members, rate in zip(split, rates, strict=True)], each
+        rate_by_element += [Fraction(rates[SPLIT[name]])] * p.numel()
+    return [{"params": members, "lr": rate} for members, rate in zip(split, rates, strict=True)], rate_by_element
 
 
 @TERMS
@@ -120,8 +120,8 @@ def test_objective_is_that_of_the_exact_minimiser(num_terms, kind, rates):
     for lam in (1e-3, 1.0, 1e3, 1e6):
         model = Net(0)
         history = low_rank_history(model, num_terms, kind, 1)
-        param_groups, each = groups(model, rates)
-        problem = Exact(history, flat(model), lam, each)
+        param_groups, rate_by_element = groups(model, rates)
+        problem = Exact(history, flat(model), lam, rate_by_element)
         history.decoupled_step_(lam, rates[0] if rates[0] == rates[1] else param_groups)
         lowest = problem.objective(problem.minimiser())
         assert lowest <= problem.objective(problem.before)
@@ -185,8 +185,8 @@ def test_diagonal_step_is_the_exact_minimiser_of_each_coordinate(lam, rates):
     history = ck.DiagonalHistory(model)
     history.append(ck.DiagonalFisher(named(fisher), named(anchor)))
     before = flat(model)
-    param_groups, each = groups(model, rates)
+    param_groups, rate_by_element = groups(model, rates)
     history.decoupled_step_(lam, param_groups)
-    for x, was, f, m, rate in zip(flat(model), before, exact(fisher), exact(anchor), each, strict=True):
+    for x, was, f, m, rate in zip(flat(model), before, exact(fisher), exact(anchor), rate_by_element, strict=True):
         weight = Fraction(f != 0) if lam == float("inf") else rate * Fraction(lam) * f / (1 + rate * Fraction(lam) * f)
         assert abs(x - (was - weight * (was - m))) <= Fraction(1e-15) * (abs(was) + abs(m))

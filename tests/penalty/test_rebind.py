@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from helpers.past_tasks import HISTORIES, KINDS, history_of, random_fisher, trainable
 from torch import Tensor, nn
 
 import crl_kernels as ck
 
 LAM = 1.5
-KINDS = pytest.mark.parametrize("kind", ["low_rank", "diagonal"])
 
 
 class Conditional(nn.Module):
@@ -30,27 +30,10 @@ def grow(model: Conditional, classes: int) -> None:
         model.embed.weight[: old.num_embeddings] = old.weight
 
 
-def fisher_of(model: nn.Module, kind: str, seed: int) -> ck.LowRankFisher | ck.DiagonalFisher:
-    generator = torch.Generator().manual_seed(seed)
-    mu, anchor = (
-        {n: torch.randn(p.shape, generator=generator, dtype=torch.float64) for n, p in model.named_parameters()}
-        for _ in range(2)
-    )
-    if kind == "low_rank":
-        return ck.LowRankFisher.from_mean_gradient(mu, 0.02, anchor)
-    return ck.DiagonalFisher({n: 0.1 * g**2 for n, g in mu.items()}, anchor)
-
-
-def history_of(model: nn.Module, kind: str, **options) -> ck.LowRankHistory | ck.DiagonalHistory:
-    history = (ck.LowRankHistory if kind == "low_rank" else ck.DiagonalHistory)(model, **options)
-    history.append(fisher_of(model, kind, 1))
-    return history
-
-
 @KINDS
 def test_old_terms_keep_their_meaning_and_new_rows_are_free(kind):
     model = Conditional(3)
-    history = history_of(model, kind)
+    history = history_of(model, kind, tasks=1)
     before = history.penalty(LAM).item()
     history.add_penalty_grad_(LAM)
     gradients = [p.grad.clone() for p in model.parameters()]
@@ -76,13 +59,13 @@ def test_old_terms_keep_their_meaning_and_new_rows_are_free(kind):
 def test_a_later_task_has_rows_of_its_own(kind):
     """Two tasks of a model that has grown are the sum of both penalties, written out."""
     model = Conditional(3)
-    history = history_of(model, kind)
+    history = history_of(model, kind, tasks=1)
     first = history.penalty(LAM).item()
     grow(model, 5)
     history.rebind(model, grown=["embed"])
-    history.append(fisher_of(model, kind, 2))
-    second = (ck.LowRankHistory if kind == "low_rank" else ck.DiagonalHistory)(model)
-    second.append(fisher_of(model, kind, 2))
+    history.append(random_fisher(trainable(model), kind, 2))
+    second = HISTORIES[kind](model)
+    second.append(random_fisher(trainable(model), kind, 2))
     expected = first + second.penalty(LAM).item()
     assert history.penalty(LAM).item() == pytest.approx(expected, rel=1e-5 if kind == "diagonal" else 1e-12)
 
@@ -90,7 +73,7 @@ def test_a_later_task_has_rows_of_its_own(kind):
 @KINDS
 def test_a_file_from_before_loads_into_the_grown_model(kind, tmp_path):
     model = Conditional(3)
-    history = history_of(model, kind)
+    history = history_of(model, kind, tasks=1)
     history.save(tmp_path / "history.safetensors")
     value = history.penalty(LAM).item()
     grow(model, 4)
@@ -107,15 +90,15 @@ def test_rebinding_keeps_options_and_follows_other_parameter_objects():
     history = ck.LowRankHistory(model, exclude=["net.bias"], decay=0.5)
     mu = {n: torch.randn_like(p) for n, p in model.named_parameters() if n != "net.bias"}
     history.append(ck.LowRankFisher.from_mean_gradient(mu, 0.02, {n: torch.zeros_like(g) for n, g in mu.items()}))
-    drift, other = history.drift(), Conditional(3)
-    other.load_state_dict(model.state_dict())
-    history.rebind(other)
+    drift, successor = history.drift(), Conditional(3)
+    successor.load_state_dict(model.state_dict())
+    history.rebind(successor)
     assert history.names == ("net.weight", "embed.weight")
     torch.testing.assert_close(history.drift(), drift, rtol=1e-12, atol=0)
     curvature = float(history.curvatures[0])
     history.append(ck.LowRankFisher.from_mean_gradient(mu, 0.02, {n: torch.zeros_like(g) for n, g in mu.items()}))
     assert float(history.curvatures[0]) == 0.5 * curvature
-    history.rebind(other.to("cpu"))
+    history.rebind(successor.to("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -127,18 +110,18 @@ def test_rebinding_keeps_options_and_follows_other_parameter_objects():
         ("embed.weight", 4, "grown is the string 'embed.weight'; expected a list of patterns"),
     ],
 )
-def test_what_does_not_fit_is_refused_and_nothing_changes(grown, classes, message):
+def test_models_that_do_not_fit_are_refused_and_nothing_changes(grown, classes, message):
     model = Conditional(3)
-    history = history_of(model, "low_rank")
-    value, other = history.penalty(LAM).item(), Conditional(classes)
+    history = history_of(model, "low_rank", tasks=1)
+    value, resized = history.penalty(LAM).item(), Conditional(classes)
     with pytest.raises((TypeError, ValueError), match=message):
-        history.rebind(other, grown=grown)
+        history.rebind(resized, grown=grown)
     assert history.penalty(LAM).item() == value
 
 
 def test_a_resized_model_is_pointed_to_rebind():
     model = Conditional(3)
-    history = history_of(model, "low_rank")
+    history = history_of(model, "low_rank", tasks=1)
     grow(model, 4)
     with pytest.raises(ValueError, match=r"history.rebind\(model\)"):
         history.penalty(LAM)
@@ -151,7 +134,7 @@ def test_a_resized_model_is_pointed_to_rebind():
 
 def test_wrapping_a_module_changes_nothing_and_replacing_it_is_noticed():
     model = nn.Sequential(nn.Sequential(nn.Linear(3, 3)), nn.Linear(3, 2)).double()
-    history = history_of(model, "low_rank")
+    history = history_of(model, "low_rank", tasks=1)
     value = history.penalty(LAM).item()
     model[0] = nn.Sequential(model[0])  # as activation checkpointing wraps it
     assert history.penalty(LAM).item() == value

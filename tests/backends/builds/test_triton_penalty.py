@@ -6,7 +6,12 @@ import subprocess
 import sys
 
 import pytest
-from helpers.triton_targets import TARGETS, needs_linker_for_amd, tool, triton  # skips where kernels are interpreted
+from helpers.triton_targets import (
+    TARGETS,
+    needs_linker,
+    registers_and_stack,
+    triton,
+)  # skips where kernels are interpreted
 from triton.compiler import ASTSource
 
 from crl_kernels.backends.triton import adamw_kernels, chunks, penalty_kernels, reductions
@@ -126,17 +131,14 @@ def test_sm_90_does_not_spill(case, tmp_path):
     """In the binary that runs: spilled registers would be on the stack."""
     binary = tmp_path / "kernel.cubin"
     binary.write_bytes(compiled(*case, "sm_90").asm["cubin"])
-    command = [tool("cuobjdump"), "--dump-resource-usage", str(binary)]
-    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack = (int(n) for n in re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    assert stack == 0, usage
+    registers, stack = registers_and_stack(binary)
+    assert stack == 0
     assert registers <= chunks.registers(*case)
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx942"])
 def test_compiles_for_other_gpus(target):
-    if target == "gfx942":
-        needs_linker_for_amd()
+    needs_linker(target)
     for kernel, constants in [*USUAL[:4], *diagonal(BF16, F32), *MIXED[:2], MIXED[-2]]:
         asm = compiled(kernel, constants, target).asm
         assert asm["hsaco" if target == "gfx942" else "cubin"]
@@ -146,8 +148,7 @@ def test_compiles_for_other_gpus(target):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_second_stage_compiles(target):
-    if target == "gfx942":
-        needs_linker_for_amd()
+    needs_linker(target)
     for function in (reductions.finish_kernel, penalty_kernels.force_kernel):
         types = {name: TYPES.get(name, "*fp64") for name in function.arg_names} | {"LANES": "constexpr"}
         source = ASTSource(function, types, constexprs={"LANES": 2048})
@@ -228,8 +229,7 @@ print(*sorted(f"{name}={len(hashes)}" for name, hashes in binaries.items()))
 
 @pytest.mark.parametrize("backend", ["cuda", "hip"])
 def test_operators_bind_and_compile_what_they_launch(backend):
-    if backend == "hip":
-        needs_linker_for_amd()
+    needs_linker(backend)
     run = subprocess.run([sys.executable, "-c", LAUNCHES, backend], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     overwriting = {"combine_kernel", "gradient_kernel"}  # have one binary for targets that are only written

@@ -2,13 +2,12 @@
 time and do not spill: no GPU is needed to see that."""
 
 import re
-import subprocess
 
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from helpers.triton_targets import TARGETS, needs_linker_for_amd, tool  # skips where kernels are interpreted
+from helpers.triton_targets import TARGETS, needs_linker, registers_and_stack  # skips where kernels are interpreted
 from triton import compile as compile_kernel
 from triton.compiler import ASTSource
 
@@ -48,8 +47,7 @@ def gram(rows: int, dtype, target: str):
 def stack_bytes(binary, tmp_path) -> int:
     path = tmp_path / "kernel.cubin"
     path.write_bytes(binary.asm["cubin"])
-    command = [tool("cuobjdump"), "--dump-resource-usage", str(path)]
-    return int(re.search(r"STACK:(\d+)", subprocess.run(command, capture_output=True, text=True, check=True).stdout)[1])
+    return registers_and_stack(path)[1]
 
 
 @dtype
@@ -72,8 +70,7 @@ def test_the_gram_matrix_runs_on_tensor_cores(dtype, tmp_path):
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx942"])
 def test_compiles_for_other_gpus(target):
-    if target == "gfx942":
-        needs_linker_for_amd()
+    needs_linker(target)
     binaries = [gram(64, dtype, target) for dtype in NAMES]
     binaries += [stats(USES[0], rows, dtype, target) for rows in (8, 64, 300) for dtype in NAMES]
     assert all(binary.asm["hsaco" if target == "gfx942" else "cubin"] for binary in binaries)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from helpers.triton_targets import TARGETS, needs_linker_for_amd, tool  # skips where kernels are interpreted
+from helpers.triton_targets import TARGETS, needs_linker, registers_and_stack  # skips where kernels are interpreted
 
 # The operator with a driver that says which GPU there is but launches nothing: each launch is bound, specialised and
 # compiled as on that GPU, and its binary kept. The sizes are those of a UNet at 16 x 16 pixels: its 3 x 3 convolutions,
@@ -110,10 +110,8 @@ def test_sm_90_does_not_spill_and_two_programs_share_a_multiprocessor(sm_90):
     """But for float32 with directions and squares at once, which spills 16 bytes."""
     folder, launches = sm_90
     for i, launch in enumerate(launches):
-        command = [tool("cuobjdump"), "--dump-resource-usage", str(folder / f"{i}.cubin")]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        registers, stack = (int(n) for n in re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-        assert stack == 0, (launch, usage)
+        registers, stack = registers_and_stack(folder / f"{i}.cubin")
+        assert stack == 0, launch
         if launch["kernel"] == "weight_gradient_kernel":
             assert 2 * registers * 32 * launch["num_warps"] <= 65536
 
@@ -144,8 +142,7 @@ def test_sm_90_runs_on_tensor_cores_and_reads_16_bytes_at_a_time(sm_90):
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx942"])
 def test_compiles_for_other_gpus(target, tmp_path):
-    if target == "gfx942":
-        needs_linker_for_amd()
+    needs_linker(target)
     launches = launches_of(tmp_path, target, ["float32", "float16"], ["convolution", "first"])
     kind = "hsaco" if target == "gfx942" else "cubin"
     assert all((tmp_path / f"{i}.{kind}").stat().st_size > 0 for i in range(len(launches)))
