@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from crl_diffusion.data import cache
+from crl_diffusion.data.dataset import Dataset
 from crl_diffusion.data.images import resize
-from crl_diffusion.data.source import Source
 from crl_diffusion.errors import OptionError
 
 DECODED_AT_ONCE = 512  # image files
 
 
-def read_folder(root: Path, size: int) -> Source:
+def read_folder(root: Path, size: int) -> Dataset:
     """Any tree of image files; its name tells its files apart from other trees', wherever they lie."""
     if not (root / "train").is_dir():
         raise OptionError(
@@ -73,9 +73,9 @@ class ImageTree:
             )
         return tuple(names), files
 
-    def read(self, name: str, size: int) -> Source:
+    def read(self, name: str, size: int) -> Dataset:
         files = [file for part in self.parts.values() for file, _ in part]
-        return Source(
+        return Dataset(
             name, len(self.classes), *cache.decoded(name, self.root, files, size, partial(self._decode, size))
         )
 

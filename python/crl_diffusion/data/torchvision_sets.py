@@ -8,18 +8,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from crl_diffusion.data.dataset import Dataset, in_memory
 from crl_diffusion.data.folder import ImageTree, in_words, is_or_are, largest_label
-from crl_diffusion.data.source import Source, in_memory
 from crl_diffusion.errors import OptionError
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
-def read_mnist(class_name: str, option: str) -> Callable[[Path, int], Source]:
+def read_mnist(class_name: str, option: str) -> Callable[[Path, int], Dataset]:
     """MNIST, or a set in its format, through torchvision."""
     needed = [f"{part}-{what}-ubyte" for part in ("train", "t10k") for what in ("images-idx3", "labels-idx1")]
 
-    def read(root: Path, size: int) -> Source:
+    def read(root: Path, size: int) -> Dataset:
         from torchvision import datasets
 
         folder = root / class_name / "raw"
@@ -49,7 +49,7 @@ def read_mnist(class_name: str, option: str) -> Callable[[Path, int], Source]:
     return read
 
 
-def read_cifar10(root: Path, size: int) -> Source:
+def read_cifar10(root: Path, size: int) -> Dataset:
     """CIFAR-10 through torchvision, or, named cifar10-jpeg, a JPEG copy of it. JPEG changes the images: FIDs to the
     copy are not FIDs to CIFAR-10."""
     archive, copy = root / "cifar-10-batches-py", root / "cifar10_jpeg"

@@ -1,4 +1,4 @@
-"""Tasks: which images they have, in which order, and that they are views. What lies on disk is in test_sources.py."""
+"""Tasks: which images they have, in which order, and that they are views. What lies on disk is in test_catalog.py."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from crl_diffusion.config.settings import RunConfig, planned
-from crl_diffusion.data import images, sources, tasks
+from crl_diffusion.data import catalog, images, tasks
+from crl_diffusion.data.dataset import CatalogEntry, Dataset
 from crl_diffusion.data.images import Images
-from crl_diffusion.data.source import Preset, Source
 from crl_diffusion.errors import OptionError
 from torch import Tensor
 from torch.nn import functional
@@ -35,8 +35,8 @@ def numbered(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             pixels[:, 0, 0, 0], pixels[:, 0, 0, 1] = number // 256, number % 256
             return Images(pixels, labels)
 
-        source = Source("made-up", classes, part(train), part(test))
-        monkeypatch.setitem(sources.DATASETS, "digits", Preset(lambda root, size: source, (8,), 4))
+        dataset = Dataset("made-up", classes, part(train), part(test))
+        monkeypatch.setitem(catalog.DATASETS, "digits", CatalogEntry(lambda root, size: dataset, (8,), 4))
 
     return put
 
