@@ -26,8 +26,8 @@ from crl_diffusion.data.tasks import load
 from crl_diffusion.diffusion.network import frozen_copy
 from crl_diffusion.diffusion.precision import Precision
 from crl_diffusion.methods.penalties import PenaltyState
-from crl_diffusion.run_folder.layout import resolve
 from crl_diffusion.training.fisher_batches import fisher_batches, per_sample_loss
+from crl_diffusion.training.plan import resolve
 from crl_diffusion.training.run import Run
 from crl_diffusion.training.step import new_optimizer, training_step
 from torch import Tensor

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from crl_diffusion.config.settings import RunConfig, planned
+from crl_diffusion.config.settings import RunConfig
 from crl_diffusion.data import tasks
 from crl_diffusion.evaluation import classifiers, evaluate
-from crl_diffusion.run_folder.layout import resolve
 from crl_diffusion.training import loop
+from crl_diffusion.training.plan import resolve
 from crl_diffusion.training.run import Run
 from helpers.trainer_runs import SHORT
 
@@ -30,14 +30,14 @@ def short() -> Callable[..., RunConfig]:
     """A run of seconds; anything can be set."""
 
     def make(method: str = "gd+rank1", **settings: Any) -> RunConfig:
-        return planned(RunConfig(method=method, **{**SHORT, **settings}))  # type: ignore[arg-type]
+        return resolve(RunConfig(method=method, **{**SHORT, **settings}))  # type: ignore[arg-type]
 
     return make
 
 
 @pytest.fixture(scope="session")
 def digits() -> tasks.Data:
-    return tasks.load(planned(RunConfig(method="gd")), Path("unused"))
+    return tasks.load(resolve(RunConfig(method="gd")), Path("unused"))
 
 
 @pytest.fixture(scope="session")

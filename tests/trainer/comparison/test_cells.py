@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from crl_diffusion.cli import parser
 from crl_diffusion.comparison import cells, runner
-from crl_diffusion.config.settings import RunConfig, Settings, planned
+from crl_diffusion.config.settings import RunConfig, Settings
 from crl_diffusion.errors import OptionError
 from crl_diffusion.files import write_json
+from crl_diffusion.training.plan import resolve
 from rich.console import Console
 
 FINISHES = "import sys, pathlib; pathlib.Path(sys.argv[1], 'summary.json').write_text('{}')"
@@ -86,7 +87,7 @@ def test_options_give_the_configuration_back() -> None:
 def test_an_estimate_counts_what_is_left(tmp_path: Path) -> None:
     work = cells.cells(Settings(tasks=2), ["fine-tune", "gd"], [0], tmp_path)
     for cell in work:
-        cell.config, cell.stage_steps = planned(cell.config), [300, 300]
+        cell.config, cell.stage_steps = resolve(cell.config), [300, 300]
     passes = 600 * 3 * 32 + (2 + 4) * 100 * 10, 300 * 4 * 32 + 2 * 100 * 10  # fine-tune, and what gd adds
     both, longest = 2 * passes[0] + passes[1], sum(passes)
     said = runner.estimate(work, 1, 0.001)

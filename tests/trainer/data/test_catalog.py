@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 from crl_diffusion import files
-from crl_diffusion.config.settings import RunConfig, planned
+from crl_diffusion.config.settings import RunConfig
 from crl_diffusion.data import cache, tasks
 from crl_diffusion.data.torchvision_sets import CIFAR10_CLASSES
 from crl_diffusion.diffusion.noising import SCHEDULES
@@ -29,13 +29,14 @@ from crl_diffusion.errors import OptionError
 from crl_diffusion.files import read_rows
 from crl_diffusion.methods import regression
 from crl_diffusion.training import loop
+from crl_diffusion.training.plan import resolve
 from PIL import Image
 
 MNISTS = [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST")]
 
 
 def load(name: str, root: Path, **settings: Any) -> tasks.Data:
-    return tasks.load(planned(RunConfig(method="fine-tune", data=name, **settings)), root)  # type: ignore[arg-type]
+    return tasks.load(resolve(RunConfig(method="fine-tune", data=name, **settings)), root)  # type: ignore[arg-type]
 
 
 def refused(name: str, root: Path, **settings: Any) -> str:

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from crl_diffusion.config.settings import RunConfig, planned
+from crl_diffusion.config.settings import RunConfig
 from crl_diffusion.data import catalog, images, tasks
 from crl_diffusion.data.dataset import CatalogEntry, Dataset
 from crl_diffusion.data.images import Images
 from crl_diffusion.errors import OptionError
+from crl_diffusion.training.plan import resolve
 from torch import Tensor
 from torch.nn import functional
 
@@ -21,7 +22,7 @@ UNUSED = Path("unused")
 
 
 def config(**settings: Any) -> RunConfig:
-    return planned(RunConfig(method="fine-tune", **settings))
+    return resolve(RunConfig(method="fine-tune", **settings))
 
 
 @pytest.fixture

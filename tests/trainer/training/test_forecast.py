@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from crl_diffusion.config.settings import RunConfig, planned
+from crl_diffusion.config.settings import RunConfig
 from crl_diffusion.files import read_rows
 from crl_diffusion.training import forecast
+from crl_diffusion.training.plan import resolve
 from crl_diffusion.training.run import Run
 from helpers.trainer_runs import train
 
@@ -18,12 +19,12 @@ Short = Callable[..., RunConfig]
 def test_passes_are_counted() -> None:
     """By hand: two tasks of two classes."""
     sizes = {"pool": 5, "pool_steps": 2, "eval_samples": 3, "eval_steps": 4, "batch": 8, "replay_batch": 6}
-    config = planned(RunConfig(method="gd+rank1", tasks=2, fisher_samples=100, **sizes))
+    config = resolve(RunConfig(method="gd+rank1", tasks=2, fisher_samples=100, **sizes))
     evaluations = (2 + 4) * 3 * 4
     expected = 38 * 3 * 8 + 19 * (3 * 8 + (3 + 1) * 6) + evaluations + 2 * 5 * 2 + 4 * 100
     assert forecast.passes(config, [38, 19]) == expected
-    assert forecast.passes(planned(RunConfig(method="joint", tasks=2, **sizes)), [57]) == 57 * 3 * 8 + 4 * 3 * 4
-    fresh = planned(RunConfig(method="masip", tasks=2, fresh_steps=2, **sizes))
+    assert forecast.passes(resolve(RunConfig(method="joint", tasks=2, **sizes)), [57]) == 57 * 3 * 8 + 4 * 3 * 4
+    fresh = resolve(RunConfig(method="masip", tasks=2, fresh_steps=2, **sizes))
     assert forecast.passes(fresh, [10, 10]) == 20 * 3 * 8 + 10 * (3 + 1 + 2) * 6 + evaluations
 
 

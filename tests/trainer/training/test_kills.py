@@ -7,9 +7,10 @@ import secrets
 from pathlib import Path
 
 import pytest
-from crl_diffusion.config.settings import RunConfig, planned
+from crl_diffusion.config.settings import RunConfig
 from crl_diffusion.data import tasks
 from crl_diffusion.evaluation import evaluate
+from crl_diffusion.training.plan import resolve
 from helpers.trainer_runs import SHORT, options, python, same_end
 
 SCRIPT = Path(__file__).with_name("killed_runs.py")
@@ -18,7 +19,7 @@ SCRIPT = Path(__file__).with_name("killed_runs.py")
 def _killed_again_and_again(method: str, seed: int, kills: int, extractor_folder: Path, out: Path) -> None:
     settings = {**SHORT, "ema": 0.9}
     # Kept statistics of real images first: a run that writes them has more moments than the one that is to be killed.
-    config = planned(RunConfig(method=method, **settings))
+    config = resolve(RunConfig(method=method, **settings))
     images = tasks.load(config, Path("unused"))
     evaluate.prepare(evaluate.instruments("cnn", images, extractor_folder), config, images)
     arguments = ["train", "--method", method, *options(settings), "--out", out, "--extractor-folder", extractor_folder]

@@ -10,8 +10,8 @@ import pytest
 from crl_diffusion.config.settings import RunConfig
 from crl_diffusion.run_folder import checkpoint
 from crl_diffusion.run_folder.checkpoint import Checkpoint
-from crl_diffusion.run_folder.layout import resolve
 from crl_diffusion.training import snapshot
+from crl_diffusion.training.plan import resolve
 from crl_diffusion.training.run import Run
 from torch import Tensor
 
