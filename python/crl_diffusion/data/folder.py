@@ -23,7 +23,7 @@ DECODED_AT_ONCE = 512  # image files
 
 
 def read_folder(root: Path, size: int) -> Dataset:
-    """Any tree of image files; its name tells its files apart from other trees', wherever they lie."""
+    """Any tree of image files. The name of the data set has a digest of the files, so different trees differ in it."""
     if not (root / "train").is_dir():
         raise OptionError(
             f"--data folder: there is no folder 'train' in {str(root)!r}; expected image files train/CLASS/* and "
@@ -45,10 +45,10 @@ class ImageTree:
                 f"{option}: there is no folder 'test' or 'val' in {str(root)!r}; expected held-out images there, in "
                 "folders named as those in 'train'"
             )
-        found = {part: self._list(root / name) for part, name in (("train", "train"), ("test", held_out))}
-        (self.classes, train), (others, test) = found["train"], found["test"]
-        if self.classes != others:
-            differ = sorted(set(self.classes) ^ set(others))
+        self.classes, train = self._list(root / "train")
+        test_classes, test = self._list(root / held_out)
+        if self.classes != test_classes:
+            differ = sorted(set(self.classes) ^ set(test_classes))
             raise OptionError(
                 f"{option}: 'train' and {held_out!r} in {str(root)!r} must hold the same classes, but only one of them "
                 f"has {in_words(differ)}"
@@ -120,9 +120,9 @@ def largest_label(labels: Tensor) -> int:
 
 
 def in_words(names: Sequence[str]) -> str:
-    """At most twelve of them, in words."""
-    shown = list(names[:12]) + ([f"{len(names) - 12} more"] if len(names) > 12 else [])
-    return " and ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)
+    """The first twelve names and the number of the others: "a, b and c"."""
+    words = list(names[:12]) + ([f"{len(names) - 12} more"] if len(names) > 12 else [])
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def is_or_are(names: Sequence[str]) -> str:

@@ -1,8 +1,8 @@
 """A run's data: one data set at one image size, its class-incremental tasks, its validation images.
 
 Every data set has a training part and a held-out test part. Validation images are every n-th image of each class of the
-training part, taken out of it before anything else is done, so that neither the model nor a feature extractor has seen
-them. FIDs are computed against test or against validation images, see `Settings.held_out`.
+training part. They are taken out of it first, so neither the model nor a feature extractor sees them. FIDs compare with
+test images or with validation images, see `Settings.held_out`.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Task:
 class Data:
     """A data set at one image size, and its first tasks.
 
-    `train` is the whole training part less its validation images, also where the tasks have fewer (`per_class`): it is
-    what a feature extractor learns from.
+    `train` is the training part without its validation images. A feature extractor learns from all of it, even if the
+    tasks use fewer images of each class (`per_class`).
     """
 
     name: str
@@ -61,8 +61,8 @@ class Data:
 def load(config: RunConfig, root: Path) -> Data:
     """Read the data set of a resolved configuration; `root` is only used by sets kept on disk.
 
-    Validation images are taken from the training part, and only for runs that use them; then `per_class` keeps the
-    first images of each class.
+    Validation images are taken from the training part only for runs that use them. Then `per_class` keeps the first
+    images of each class.
     """
     entry = DATASETS[config.data]
     if entry.sizes and config.image_size not in entry.sizes:
@@ -82,26 +82,28 @@ def load(config: RunConfig, root: Path) -> Data:
     if "validation" in (config.held_out, config.fisher_images):
         chosen = rank_in_class(train.labels) % entry.validation_every == entry.validation_every - 1
         train, validation = train[~chosen], train[chosen]
-    kept = train[rank_in_class(train.labels) < config.per_class] if config.per_class else train
+    used = train[rank_in_class(train.labels) < config.per_class] if config.per_class else train
     held_out = validation if config.held_out == "validation" else dataset.test
-    tasks = tuple(Task(i, c, kept.of(c), validation.of(c), held_out.of(c)) for i, c in enumerate(plan))
+    tasks = tuple(
+        Task(i, c, *(part.of_classes(c) for part in (used, validation, held_out))) for i, c in enumerate(plan)
+    )
     _check(config, entry, dataset, tasks)
     return Data(dataset.name, dataset.classes, train, dataset.test, tasks)
 
 
 def _check(config: RunConfig, entry: CatalogEntry, dataset: Dataset, tasks: Sequence[Task]) -> None:
-    """Every class must have the images that the run needs; two held-out images are the least that have a covariance."""
+    """OptionError if a class lacks images that the run needs. A covariance needs two held-out images."""
     for task in tasks:
         needed = {"training": (task.train, 1), f"held-out ({config.held_out})": (task.held_out, 2)}
         if config.fisher_images == "validation":
             needed["validation"] = (task.validation, 1)
-        for what, (images, least) in needed.items():
+        for part, (images, least) in needed.items():
             counts = images.labels.bincount(minlength=dataset.classes)
             for c in task.classes:
                 if counts[c] < least:
-                    hint = "" if "validation" not in what else f"; every {entry.validation_every}th image validates"
+                    hint = "" if "validation" not in part else f"; every {entry.validation_every}th image validates"
                     raise OptionError(
-                        f"--data {config.data}: class {c}, in task {task.index + 1}, has {int(counts[c])} {what} images"
+                        f"--data {config.data}: class {c}, in task {task.index + 1}, has {int(counts[c])} {part} images"
                         f" in {dataset.name}{hint}; it needs {least} or more: add images, or choose other tasks with "
                         "--tasks, --classes-per-task or --class-order"
                     )

@@ -79,8 +79,8 @@ def test_a_shuffled_order_of_classes_deals_the_same_images_into_other_tasks() ->
     order = [c for task in shuffled.tasks for c in task.classes]
     assert sorted(order) == list(range(10)) != order
     for task in shuffled.tasks:
-        assert torch.equal(task.train.pixels, plain.train.of(task.classes).pixels)
-        assert torch.equal(task.held_out.pixels, plain.test.of(task.classes).pixels)
+        assert torch.equal(task.train.pixels, plain.train.of_classes(task.classes).pixels)
+        assert torch.equal(task.held_out.pixels, plain.test.of_classes(task.classes).pixels)
 
 
 def test_tasks_of_other_sizes() -> None:
@@ -129,7 +129,7 @@ def test_tasks_share_the_pixels_of_the_whole_set() -> None:
             assert part.storage is loaded.train.storage
     joined = images.join([task.train for task in loaded.tasks])
     assert joined.storage is loaded.train.storage
-    assert joined.of((3, 5)).storage is loaded.train.storage
+    assert joined.of_classes((3, 5)).storage is loaded.train.storage
 
 
 def test_views_choose_like_their_pixels() -> None:
@@ -143,8 +143,8 @@ def test_views_choose_like_their_pixels() -> None:
         for chosen in (part.take(index), part[index]):
             assert torch.equal(chosen.pixels, part.pixels[index])
             assert torch.equal(chosen.labels, part.labels[index])
-        assert torch.equal(part.of((4, 1)).pixels, part.pixels[(part.labels == 4) | (part.labels == 1)])
-        assert len(part.of((9,))) == len(part.of(())) == 0
+        assert torch.equal(part.of_classes((4, 1)).pixels, part.pixels[(part.labels == 4) | (part.labels == 1)])
+        assert len(part.of_classes((9,))) == len(part.of_classes(())) == 0
         batches = list(part.batches(8))
         assert {len(batch) for batch in batches[:-1]} == {8}
         assert torch.equal(torch.cat([batch.pixels for batch in batches]), part.pixels)

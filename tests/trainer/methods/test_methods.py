@@ -24,7 +24,7 @@ Short = Callable[..., RunConfig]
 
 
 def _batches(run: Run, stage: Stage) -> list[regression.NoisedBatch]:
-    images = run.data.train.of(stage.classes)
+    images = run.data.train.of_classes(stage.classes)
     batches = []
     for run.step in range(4):
         batches.append(run.batch(images, stage))
@@ -123,14 +123,14 @@ def test_parts_compose_into_a_method_that_is_not_in_the_table(
     run = make_run(short("mine"))
     run.remember(run.stages[0])
     assert len(run.sources) == 1  # two replays of one pool
-    batch = run.batch(run.data.train.of((2, 3)), run.stages[1])
+    batch = run.batch(run.data.train.of_classes((2, 3)), run.stages[1])
     real, n = run.config.batch, run.config.replay_batch
     sums = [batch.weight[part].sum().item() for part in (slice(real), slice(real, real + n), slice(real + n, None))]
     assert sums == pytest.approx([1.0, 0.5, 2.0])
     assert set(batch.label[:real].tolist()) <= {2, 3}
     assert set(batch.label[real:].tolist()) <= {0, 1}
     before = [p.clone() for p in run.model.parameters()]
-    assert run.take_step(run.data.train.of((2, 3)), run.stages[1]).isfinite().all()
+    assert run.take_step(run.data.train.of_classes((2, 3)), run.stages[1]).isfinite().all()
     assert any(not torch.equal(a, b) for a, b in zip(before, run.model.parameters(), strict=True))
 
 
@@ -149,17 +149,17 @@ def test_the_pool_is_drawn_from_the_teacher_for_every_old_class(short: Short, ma
         assert run.teacher is not None
         return images.to_pixels(sampling.draw_images(run.teacher, run.schedule, latents, label, 2))
 
-    assert torch.equal(images.of([2]).pixels[:1], draw())
+    assert torch.equal(images.of_classes([2]).pixels[:1], draw())
     with torch.no_grad():
         for parameter in run.model.parameters():
             parameter.add_(1.0)
-    assert torch.equal(images.of([2]).pixels[:1], draw())  # training the model leaves the teacher alone
+    assert torch.equal(images.of_classes([2]).pixels[:1], draw())  # training the model leaves the teacher alone
 
 
 def test_the_fisher_matrix_sees_its_task_and_the_samples_asked_for(short: Short, make_run: MakeRun) -> None:
     run = make_run(short("rank1", fisher_samples=70))
     stage = run.stages[1]
-    batches = fisher_batches(run.data.train.of(stage.classes), stage, run.config, run.schedule, run.like)
+    batches = fisher_batches(run.data.train.of_classes(stage.classes), stage, run.config, run.schedule, run.like)
     assert [len(batch[0]) for batch in batches] == [32, 32, 6]
     noised, t, label, noise = (torch.cat(parts) for parts in zip(*batches, strict=True))
     assert set(label.tolist()) == set(stage.classes)

@@ -189,7 +189,7 @@ def _check(run: Run, name: str, schedule: str) -> None:
     model = copy.deepcopy(run.model)
     theta = _flat(model.parameters())
     expected, free = _expected(run, learnt, model, name, _lr(schedule, run.config.lr))
-    run.take_step(run.data.train.of((4, 5)), run.stages[2])
+    run.take_step(run.data.train.of_classes((4, 5)), run.stages[2])
     found = _flat(run.model.parameters())
     assert (expected - theta).norm() > 0
     assert (found - expected).norm() <= 1e-8 * (expected - theta).norm()
@@ -295,7 +295,7 @@ def test_once_is_one_pull_at_the_end_of_a_task_and_none_in_its_steps(
     run.optimizer = new_optimizer(run.model)
     run.stage, run.step = 1, STEP
     model = copy.deepcopy(run.model)
-    batch = run.batch(run.data.train.of((2, 3)), run.stages[1])
+    batch = run.batch(run.data.train.of_classes((2, 3)), run.stages[1])
     training_step(model, new_optimizer(model), batch, None, 1e-3, 0.0, run.precision)
     training_step(run.model, run.optimizer, batch, run.penalty, 1e-3, 0.0, run.precision)
     for p, q in zip(run.model.parameters(), model.parameters(), strict=True):
