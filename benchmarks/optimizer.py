@@ -90,7 +90,7 @@ def steps_on(problem: Problem) -> dict[str, tuple[int, Callable[[], object]]]:
         gradient.normal_(std=1e-3)
     adamw = torch.optim.AdamW(Model(problem).parameters(), fused=True)
     before_loop = torch.optim.AdamW(problem.params, fused=True)
-    penalize = peers.diagonal_python_loop(1)(problem)
+    penalize = peers.diagonal_python_loop(problem)
 
     def loop() -> None:
         penalize()

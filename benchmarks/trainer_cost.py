@@ -15,7 +15,6 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ import crl_kernels
 from crl_kernels import DiagonalFisher, LowRankFisher
 
 from .common import command, memory
-from .common.measure import commit, interleaved, percentiles, processor
+from .common.measure import commit, interleaved, percentiles
 
 PLAIN, TASKS = "fine-tune", 4
 PENALISED = [f"gd+{p}" for p in ("diagonal", "rank1", "rank10", "rank50", "bands8")]
@@ -226,9 +225,7 @@ def main() -> None:
         return
     methods = list(dict.fromkeys([PLAIN, *arguments.methods]))
     result: dict[str, Any] = {
-        "command": command.command_line("trainer_cost"),
-        "date": date.today().isoformat(),
-        "machine": processor(),
+        **command.record_head("trainer_cost"),
         "torch": torch.__version__,
         "crl_kernels": crl_kernels.__version__,
         "commit": commit(),
