@@ -124,8 +124,8 @@ def measure(numel: int, tensors: int, rounds: int) -> dict[str, Any]:
     steps, timer = steps_on(problem), clock()
     seconds = interleaved({name: call for name, (_, call) in steps.items()}, rounds, timer)
 
-    def ratio(name: str, other: str) -> float:
-        return statistics.median(a / b for a, b in zip(seconds[name], seconds[other], strict=True))
+    def ratio(name: str, base: str) -> float:
+        return statistics.median(a / b for a, b in zip(seconds[name], seconds[base], strict=True))
 
     rows = [
         {

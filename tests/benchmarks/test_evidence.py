@@ -196,17 +196,17 @@ def test_a_ledger_gives_back_what_a_report_needs(tuned, tmp_path):
 def test_a_ledger_survives_a_line_cut_short_and_refuses_runs_that_contradict_it(tuned, tmp_path):
     lines = tmp_path / "small.jsonl"
     count = ledger.record(lines, tuned)
-    whole = lines.read_bytes()
-    lines.write_bytes(whole[:-40])
+    content = lines.read_bytes()
+    lines.write_bytes(content[:-40])
     assert ledger.record(lines, tuned) == 1
-    assert lines.read_bytes() == whole
+    assert lines.read_bytes() == content
     assert ledger.record(lines, tuned) == 0
 
     measured_as(tuned / "coarse" / "gd", accuracy=0.1)
     with pytest.raises(SystemExit, match="differ in accuracy"):
         ledger.record(lines, tuned)
-    assert lines.read_bytes() == whole
-    assert len(whole.splitlines()) == count
+    assert lines.read_bytes() == content
+    assert len(content.splitlines()) == count
 
 
 def test_final_runs_that_are_not_chosen_are_left_out(tuned, tmp_path):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from crl_diffusion.config.settings import RunConfig
 from crl_diffusion.run_folder import checkpoint
@@ -33,6 +35,26 @@ SHORT: dict[str, Any] = {
 def options(settings: dict[str, Any]) -> list[str]:
     """Settings as a command line has them."""
     return [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def train_words(out: Path, extractor_folder: Path, method: str = "gd+rank1", **settings: Any) -> list[str]:
+    """The command line of a short run, after `crl-diffusion`."""
+    places = ["--out", str(out), "--extractor-folder", str(extractor_folder)]
+    return ["train", "--method", method, *options({**SHORT, **settings}), *places]
+
+
+def at_call(patch: pytest.MonkeyPatch, owner: Any, name: str, call: int, act: Callable[[], None]) -> None:
+    """Have `act` called when the function `name` of `owner` is called for the call-th time, before it runs."""
+    original, calls = getattr(owner, name), 0
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            act()
+        return original(*arguments, **named)
+
+    patch.setattr(owner, name, counted)
 
 
 def train(config: RunConfig, out: Path, extractor_folder: Path) -> list[str]:

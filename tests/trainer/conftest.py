@@ -1,4 +1,4 @@
-"""What the trainer's tests share: one feature extractor, one short configuration, one finished run."""
+"""Fixtures of the trainer's tests: a feature extractor, a short configuration, a finished run, the command of a run."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from crl_diffusion import cli
 from crl_diffusion.config.settings import RunConfig
 from crl_diffusion.data import tasks
 from crl_diffusion.evaluation import classifiers, evaluate
 from crl_diffusion.training import loop
 from crl_diffusion.training.plan import resolve
 from crl_diffusion.training.run import Run
-from helpers.trainer_runs import SHORT
+from helpers.trainer_runs import SHORT, train_words
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +64,16 @@ def finished(extractor_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
         warnings.filterwarnings("ignore", "only .* of the trace of the Fisher|the mean gradient is mostly noise")
         loop.train(config, out, extractor_folder=extractor_folder, say=lambda line: None)
     return out
+
+
+@pytest.fixture
+def train_command(extractor_folder: Path, tmp_path: Path) -> Callable[..., int]:
+    """`crl-diffusion train` of a short run into a folder of this test, by default `run`; returns the exit code."""
+
+    def main(folder: str = "run", **settings: Any) -> int:
+        return cli.main(train_words(tmp_path / folder, extractor_folder, **settings))
+
+    return main
 
 
 @pytest.fixture

@@ -1,12 +1,12 @@
-"""Extractors: the networks on whose features FIDs are measured, chosen by name or brought by the caller.
+"""Extractors: the networks on whose features FIDs are measured, chosen by name or given by the caller.
 
-    cnn        a small classifier of the same data set, trained on the spot and kept; 32 features whose variances over
-               the training images add up to 100, so that an FID of 100 is as far as the data set is wide
-    lenet      LeNet-5, trained on the spot and kept; its 84 penultimate features, as they are
+    cnn        a small classifier of the same data set, trained here and stored; 32 features whose variances over the
+               training images add up to 100, so an FID of 100 is a distance as large as the spread of the data set
+    lenet      LeNet-5, trained here and stored; its 84 penultimate features, not scaled
     inception  the InceptionV3 of the literature, 2048 features, from a weights file that the user has downloaded
     Custom     any callable, from Python
-FIDs compare within one data set and one extractor, and nothing else: every row and table names the extractor and the
-first digits of its weights' sha256. Conditional accuracy and class histograms always come from the `cnn`.
+FIDs compare only within one data set and one extractor. Every row and table names the extractor and the first digits
+of its weights' sha256. Conditional accuracy and class histograms always come from the `cnn`.
 """
 
 from __future__ import annotations
@@ -77,9 +77,9 @@ class Inception(Extractor):
 
 
 class Custom(Extractor):
-    """The caller's own: a callable from images (N, C, S, S), float32 in [-1, 1] on the CPU, to features (N, d).
+    """A callable of the caller from images (N, C, S, S), float32 in [-1, 1] on the CPU, to features (N, d).
 
-    `name` is the caller's word for it, and all that tells it apart from others in records.
+    `name` is chosen by the caller. Records identify the extractor by it alone.
     """
 
     keep = False

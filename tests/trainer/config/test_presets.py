@@ -51,11 +51,11 @@ def test_the_paper_has_its_network_its_noise_and_its_optimizer() -> None:
     assert type(new_optimizer(torch.nn.Linear(1, 1))) is torch.optim.Adam
 
 
-def test_the_papers_methods() -> None:
+def test_the_papers_methods_have_its_replays_and_penalties() -> None:
     gd, rank1 = METHODS["gd"].replays, Penalty("low_rank", 15000.0, "gradient")
     diagonal = Penalty("diagonal", 15000.0, "gradient")
-    found = [parse_method(text) for text in presets.PAPER_METHODS.values()]
-    assert [(m.replays, m.penalty, m.curriculum) for m in found] == [
+    recipes = [parse_method(text) for text in presets.PAPER_METHODS.values()]
+    assert [(m.replays, m.penalty, m.curriculum) for m in recipes] == [
         ((), None, "joint"),
         ((), None, "continual"),
         ((), diagonal, "continual"),
@@ -75,7 +75,7 @@ def test_the_papers_methods() -> None:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_can_run_and_says_only_what_differs(name: str) -> None:
+def test_every_preset_can_run_and_has_only_settings_that_differ(name: str) -> None:
     preset, default = PRESETS[name], RunConfig(method="gd")
     for method in preset.methods:
         check(resolve(RunConfig(method=method, **preset.settings)))
@@ -85,7 +85,7 @@ def test_every_preset_can_run_and_says_only_what_differs(name: str) -> None:
     assert {*OURS} <= vars(default).keys()
 
 
-def test_the_demo_is_the_defaults() -> None:
+def test_the_demo_preset_has_the_default_settings() -> None:
     assert RunConfig(method="gd", **PRESETS["demo"].settings) == RunConfig(method="gd")
     parsed = parser.parse(["compare", "--out", "x"])
     assert isinstance(parsed, options.Compare)

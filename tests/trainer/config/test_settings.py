@@ -27,7 +27,7 @@ Short = Callable[..., RunConfig]
         ({"method": "rank9", "fisher_samples": 8, "fisher_estimate": "in-sample"}, "for rank9 it must be at least 9"),
     ],
 )
-def test_what_cannot_run_is_refused(short: Short, settings: dict[str, object], message: str) -> None:
+def test_settings_that_cannot_run_are_refused(short: Short, settings: dict[str, object], message: str) -> None:
     with pytest.raises(OptionError, match=re.escape(message)):
         check(short(**settings))
 

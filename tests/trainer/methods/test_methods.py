@@ -36,20 +36,20 @@ def latents(monkeypatch: pytest.MonkeyPatch) -> Callable[[Run], list[float]]:
     """What a run's evaluation starts from."""
 
     def seen(run: Run) -> list[float]:
-        found: list[float] = []
+        values: list[float] = []
 
         class Enough(Exception):
             pass
 
         def ddim(predict: object, schedule: object, noise: Tensor, *rest: object) -> Tensor:
-            found.extend(noise.flatten().tolist())
+            values.extend(noise.flatten().tolist())
             raise Enough
 
         with monkeypatch.context() as patch, contextlib.suppress(Enough):
             patch.setattr(sampling, "ddim", ddim)
             run.evaluate(run.stages[0])
-        assert found
-        return found
+        assert values
+        return values
 
     return seen
 
@@ -89,8 +89,8 @@ def test_replayed_data_is_the_same_where_teachers_are(short: Short, make_run: Ma
 
 
 def test_seeds_steps_and_stages_see_different_data(short: Short, make_run: MakeRun) -> None:
-    run, other = make_run(short("fine-tune", seed=0)), make_run(short("fine-tune", seed=1))
-    seen = [batch.noised for r in (run, other) for stage in r.stages for batch in _batches(r, stage)]
+    run, other_seed = make_run(short("fine-tune", seed=0)), make_run(short("fine-tune", seed=1))
+    seen = [batch.noised for r in (run, other_seed) for stage in r.stages for batch in _batches(r, stage)]
     assert len({tuple(x.flatten().tolist()) for x in seen}) == len(seen)
 
 
@@ -106,7 +106,7 @@ def test_an_epoch_takes_every_image_once(digits: Data) -> None:
     assert not torch.equal(taken[:total], taken[total : 2 * total])
 
 
-def test_a_batch_larger_than_the_data_goes_round(digits: Data) -> None:
+def test_a_batch_larger_than_the_data_repeats_images(digits: Data) -> None:
     few = replace(digits.tasks[0].train.take(torch.arange(3)), labels=torch.arange(3))
     labels = regression.epoch_batch(few, 10, regression.Moment(0, 0, 1)).labels
     assert len(labels) == 10

@@ -33,7 +33,7 @@ def test_times_in_words() -> None:
     assert words == ["40 seconds", "10 minutes", "2.2 hours", "15 hours", "31 days"]
 
 
-def test_the_forecast_counts_what_is_left(short: Short, make_run: MakeRun) -> None:
+def test_the_forecast_counts_the_remaining_passes(short: Short, make_run: MakeRun) -> None:
     run = make_run(short("gd+rank1"))
     config, plan = run.config, run.stages
     # A step of the first stage is 3 passes of 8 images; of the second, 3 of 8 + 4 images and one of the teacher's on 4.
@@ -45,10 +45,10 @@ def test_the_forecast_counts_what_is_left(short: Short, make_run: MakeRun) -> No
 
 
 def test_a_run_of_epochs_with_a_forecast_in_every_stage(short: Short, tmp_path: Path, extractor_folder: Path) -> None:
-    said = train(short("gd", epochs=1, batch=35), tmp_path / "run", extractor_folder)
+    lines = train(short("gd", epochs=1, batch=35), tmp_path / "run", extractor_folder)
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
     assert [(r["stage"], r["step"]) for r in rows if r["kind"] == "step"][3::4] == [(1, 7), (2, 7)]
-    about = [line for line in said if line.startswith("about ")]
+    about = [line for line in lines if line.startswith("about ")]
     assert "for this run (8 steps, now at " in about[0]
     assert "for the rest of this run (1 steps, now at " in about[1]
     assert "about" not in (tmp_path / "run" / "metrics.jsonl").read_text()

@@ -58,7 +58,7 @@ FORGERIES: dict[str, tuple[str, Callable[[Checkpoint], Checkpoint], str]] = {
 
 @quiet
 @pytest.mark.parametrize("forgery", FORGERIES)
-def test_a_forged_checkpoint_is_passed_over(
+def test_a_checkpoint_that_does_not_fit_the_run_is_skipped(
     forgery: str, finished: Path, extractor_folder: Path, tmp_path: Path, short: Short, make_run: MakeRun
 ) -> None:
     name, change, complaint = FORGERIES[forgery]
