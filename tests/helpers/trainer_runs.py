@@ -14,8 +14,17 @@ import torch
 from crl_diffusion.config.settings import RunConfig
 from crl_diffusion.run_folder import checkpoint
 from crl_diffusion.training import loop
+from crl_diffusion.training.run import Run
 from torch import Tensor, nn
 
+MakeRun = Callable[[RunConfig], Run]  # types of the fixtures in tests/trainer/conftest.py
+Short = Callable[..., RunConfig]
+TrainCommand = Callable[..., int]
+
+# For runs whose Fisher matrices come from a few samples.
+few_samples = pytest.mark.filterwarnings(
+    "ignore:(only .* of the trace of the Fisher|the mean gradient is mostly noise)"
+)
 SHORT: dict[str, Any] = {
     "tasks": 2,
     "steps": 6,
@@ -67,6 +76,14 @@ def train(config: RunConfig, out: Path, extractor_folder: Path) -> list[str]:
 def flat(model: nn.Module) -> Tensor:
     """All parameters in one vector."""
     return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def require_one_line(errors: str, *parts: str) -> None:
+    """An error on stderr is one line and contains all `parts`."""
+    assert errors.startswith("crl-diffusion: error: "), errors
+    assert errors.count("\n") == 1, errors
+    for part in parts:
+        assert part in errors
 
 
 def same_end(a: Path, b: Path, message: str = "") -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from crl_diffusion import cli, diagnosis
 from crl_diffusion.diffusion import noising
+from helpers.trainer_runs import require_one_line
 
 from crl_kernels.diagnostics.diagnosis import Diagnosis
 
@@ -61,10 +62,7 @@ def test_an_impossible_option_is_one_line_and_exit_code_2(
     finished: Path, options: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["diagnose", str(finished), "--device", "cpu", *options]) == 2
-    line = capsys.readouterr().err
-    assert line.startswith("crl-diffusion: error: ")
-    assert line.count("\n") == 1
-    assert all(part in line for part in parts)
+    require_one_line(capsys.readouterr().err, *parts)
 
 
 def test_a_folder_without_a_run_or_a_checkpoint_cannot_be_diagnosed(

@@ -22,11 +22,21 @@ from crl_diffusion.reporting import run_pictures, runs
 from crl_diffusion.run_folder import checkpoint
 from crl_diffusion.training import loop
 from crl_diffusion.training import run as training_run
-from helpers.trainer_runs import SHORT, at_call, child_environment, options, python, same_end, train_words
+from helpers.trainer_runs import (
+    SHORT,
+    TrainCommand,
+    at_call,
+    child_environment,
+    few_samples,
+    options,
+    python,
+    same_end,
+    train_words,
+)
 
-Command = Callable[..., int]
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:(only .* of the trace of the Fisher|the mean gradient is mostly noise)"),
+    few_samples,
+    pytest.mark.usefixtures("no_pictures"),
     pytest.mark.skipif(os.name != "posix", reason="signals of POSIX"),
 ]
 
@@ -42,19 +52,13 @@ def _signals_are_not_ignored() -> Iterator[None]:
         signal.signal(number, signal.SIG_IGN)
 
 
-@pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They take most of the time of so short a run."""
-    monkeypatch.setattr(run_pictures, "of_run", lambda run: [])
-
-
 def _kill(number: int) -> Callable[[], None]:
     return lambda: os.kill(os.getpid(), number)
 
 
 @pytest.fixture
 def interrupted(
-    train_command: Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    train_command: TrainCommand, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., str]:
     """Sends `train` a signal when a function is called for the call-th time; returns its output on stderr."""
 
@@ -83,7 +87,7 @@ def test_after_a_signal_the_step_is_finished_and_a_checkpoint_written(
     kept: str,
     where: str,
     finished: Path,
-    train_command: Command,
+    train_command: TrainCommand,
     interrupted: Callable[..., str],
     tmp_path: Path,
 ) -> None:
@@ -99,7 +103,7 @@ def test_after_a_signal_the_step_is_finished_and_a_checkpoint_written(
 
 
 def test_losses_since_the_last_row_survive_interruptions(
-    train_command: Command, interrupted: Callable[..., str], tmp_path: Path
+    train_command: TrainCommand, interrupted: Callable[..., str], tmp_path: Path
 ) -> None:
     """Interrupted in every step of a row of losses over five steps."""
     sparse = {"log_every": 5, "checkpoint_every": 100, "tasks": 1}
@@ -126,7 +130,7 @@ def test_losses_since_the_last_row_survive_interruptions(
     ],
 )
 def test_outside_the_steps_a_signal_ends_the_run_at_once_and_it_resumes(
-    owner: Any, name: str, finished: Path, train_command: Command, interrupted: Callable[..., str], tmp_path: Path
+    owner: Any, name: str, finished: Path, train_command: TrainCommand, interrupted: Callable[..., str], tmp_path: Path
 ) -> None:
     error = interrupted(owner, name, 1)
     assert error.startswith("crl-diffusion: interrupted by SIGTERM")
@@ -137,7 +141,7 @@ def test_outside_the_steps_a_signal_ends_the_run_at_once_and_it_resumes(
 
 
 def test_two_signals_at_once_count_as_one(
-    finished: Path, train_command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Path, train_command: TrainCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def twice() -> None:
         _kill(signal.SIGTERM)()

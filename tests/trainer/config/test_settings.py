@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 
 import pytest
 from crl_diffusion.config.curriculum import Stage, stages
-from crl_diffusion.config.settings import RunConfig, check
+from crl_diffusion.config.settings import check
 from crl_diffusion.errors import OptionError
-
-Short = Callable[..., RunConfig]
+from helpers.trainer_runs import Short
 
 
 @pytest.mark.parametrize(

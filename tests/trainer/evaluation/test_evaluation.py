@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from crl_diffusion import cli
-from crl_diffusion.config.settings import RunConfig
 from crl_diffusion.data import tasks
 from crl_diffusion.data.images import Images, to_pixels
 from crl_diffusion.diffusion import sampling
@@ -20,11 +18,8 @@ from crl_diffusion.evaluation.classifiers import Classifier
 from crl_diffusion.files import Row, read_rows
 from crl_diffusion.run_folder.layout import claim
 from crl_diffusion.training.run import Run
-from helpers.trainer_runs import SHORT, options, train_words
+from helpers.trainer_runs import SHORT, MakeRun, Short, options, train_words
 from torch import Tensor
-
-MakeRun = Callable[[RunConfig], Run]
-Short = Callable[..., RunConfig]
 
 
 def test_a_row_names_extractor_sampler_and_counts(finished: Path, extractor: Classifier, digits: tasks.Data) -> None:

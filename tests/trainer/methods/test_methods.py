@@ -10,17 +10,14 @@ import pytest
 import torch
 from crl_diffusion.config.curriculum import Stage, task_classes
 from crl_diffusion.config.method import METHODS, Method, Penalty, Replay
-from crl_diffusion.config.settings import RunConfig
 from crl_diffusion.data.tasks import Data
 from crl_diffusion.diffusion import sampling
 from crl_diffusion.diffusion.network import predict
 from crl_diffusion.methods import regression
 from crl_diffusion.training.fisher_batches import fisher_batches, per_sample_loss
 from crl_diffusion.training.run import Run
+from helpers.trainer_runs import MakeRun, Short
 from torch import Tensor
-
-MakeRun = Callable[[RunConfig], Run]
-Short = Callable[..., RunConfig]
 
 
 def _batches(run: Run, stage: Stage) -> list[regression.NoisedBatch]:

@@ -16,17 +16,24 @@ import pytest
 from crl_diffusion import cli
 from crl_diffusion.errors import RecordError
 from crl_diffusion.evaluation import summaries
-from crl_diffusion.reporting import run_pictures
 from crl_diffusion.run_folder import checkpoint
 from crl_diffusion.run_folder.readers import read_metrics, read_timings
-from helpers.trainer_runs import SHORT, crl_diffusion, options, same_end, train_words
+from helpers.trainer_runs import (
+    SHORT,
+    TrainCommand,
+    crl_diffusion,
+    few_samples,
+    options,
+    require_one_line,
+    same_end,
+    train_words,
+)
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_tensors
 
-pytestmark = pytest.mark.filterwarnings("ignore:(only .* of the trace of the Fisher|the mean gradient is mostly noise)")
+pytestmark = few_samples
 Damage = Callable[[Path], None]
-Command = Callable[..., int]
 
 # Kinds of damage to a file
 
@@ -243,12 +250,6 @@ CASES: dict[str, Case] = {
 
 
 @pytest.fixture
-def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They follow from metrics.jsonl and the samples, and take most of the time of so short a run."""
-    monkeypatch.setattr(run_pictures, "of_run", lambda run: [])
-
-
-@pytest.fixture
 def copy_of(finished: Path, tmp_path: Path) -> Callable[[str], Path]:
     """A copy of the finished run, or of it as it was after four steps of its second task."""
 
@@ -272,13 +273,6 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def require_one_line(output: str, *parts: str) -> None:
-    assert output.startswith("crl-diffusion: error: "), output
-    assert output.count("\n") == 1, output
-    for part in parts:
-        assert part in output
-
-
 def same_folder(a: Path, b: Path, drawn: Sequence[str] = ()) -> None:
     """Equal records, checkpoints of ends of stages, kept images and pictures; times may differ."""
     same_end(a, b)
@@ -293,7 +287,7 @@ def test_there_are_thirty_kinds_of_damage_or_more() -> None:
     assert len(CASES) >= 30
 
 
-@pytest.mark.usefixtures("_no_pictures")
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize(
     ("name", "state"), [(name, state) for name, case in CASES.items() for state in case.states], ids=str
 )
@@ -301,7 +295,7 @@ def test_a_damaged_run_ends_with_the_same_bits_or_one_line(
     name: str,
     state: str,
     finished: Path,
-    train_command: Command,
+    train_command: TrainCommand,
     copy_of: Callable[[str], Path],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -457,7 +451,7 @@ def test_the_remedy_in_the_message_repairs_the_run(
     damage: Damage,
     remedy: Callable[[Path], None],
     finished: Path,
-    train_command: Command,
+    train_command: TrainCommand,
     copy_of: Callable[[str], Path],
 ) -> None:
     out = copy_of("unfinished")
@@ -469,7 +463,7 @@ def test_the_remedy_in_the_message_repairs_the_run(
 
 
 def test_a_damaged_finished_run_without_checkpoints_is_not_repeated_without_consent(
-    train_command: Command, copy_of: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+    train_command: TrainCommand, copy_of: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = copy_of("finished")
     shutil.rmtree(out / "checkpoints")
@@ -492,7 +486,7 @@ def of_an_earlier_version(path: Path) -> None:
     save_tensors(content, path, header)
 
 
-@pytest.mark.usefixtures("_no_pictures")
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize(
     ("file", "damage", "says"),
     [
@@ -509,7 +503,7 @@ def test_checkpoints_of_an_earlier_version_resume_and_detect_damage_to_rows(
     damage: Damage,
     says: str | None,
     finished: Path,
-    train_command: Command,
+    train_command: TrainCommand,
     copy_of: Callable[[str], Path],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -527,7 +521,7 @@ def test_checkpoints_of_an_earlier_version_resume_and_detect_damage_to_rows(
 
 
 def test_samples_that_no_checkpoint_can_draw_again_are_reported(
-    train_command: Command, copy_of: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+    train_command: TrainCommand, copy_of: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = copy_of("finished")
     truncated(out / "samples/after-task-1.safetensors")
@@ -541,7 +535,7 @@ def test_samples_that_no_checkpoint_can_draw_again_are_reported(
 
 
 def test_a_folder_that_cannot_be_written_to_is_an_error(
-    train_command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    train_command: TrainCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def read_only(*_: object, **__: object) -> None:
         raise OSError(30, "Read-only file system")

@@ -4,19 +4,12 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from crl_diffusion.config.settings import RunConfig
 from crl_diffusion.run_folder import checkpoint
-from crl_diffusion.training.run import Run
-from helpers.trainer_runs import flat, same_end, train
-
-MakeRun = Callable[[RunConfig], Run]
-Short = Callable[..., RunConfig]
-quiet = pytest.mark.filterwarnings("ignore:(only .* of the trace of the Fisher|the mean gradient is mostly noise)")
+from helpers.trainer_runs import MakeRun, Short, few_samples, flat, same_end, train
 
 
 def test_epochs_are_passes_over_the_images_of_a_stage(short: Short, make_run: MakeRun) -> None:
@@ -45,7 +38,7 @@ def test_the_average_becomes_the_model_at_the_end_of_a_task(short: Short, make_r
     assert run.average is None
 
 
-@quiet
+@few_samples
 def test_a_run_with_an_average_and_a_scaler_resumes_to_the_same_bits(
     short: Short, tmp_path: Path, extractor_folder: Path
 ) -> None:

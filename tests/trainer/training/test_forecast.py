@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from crl_diffusion.config.settings import RunConfig
 from crl_diffusion.files import read_rows
 from crl_diffusion.training import forecast
 from crl_diffusion.training.plan import resolve
-from crl_diffusion.training.run import Run
-from helpers.trainer_runs import train
-
-MakeRun = Callable[[RunConfig], Run]
-Short = Callable[..., RunConfig]
+from helpers.trainer_runs import MakeRun, Short, train
 
 
 def test_passes_are_counted() -> None:

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from crl_diffusion.config.settings import RunConfig
 from crl_diffusion.diffusion.precision import Precision
 from crl_diffusion.methods.regression import NoisedBatch
-from crl_diffusion.training.run import Run
 from crl_diffusion.training.step import training_step
-from helpers.trainer_runs import flat
+from helpers.trainer_runs import MakeRun, Short, flat
 from torch import Tensor, nn
-
-MakeRun = Callable[[RunConfig], Run]
-Short = Callable[..., RunConfig]
 
 
 class _Line(nn.Module):

@@ -5,21 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from crl_diffusion.config.settings import RunConfig
 from crl_diffusion.errors import OptionError
 from crl_diffusion.files import read_rows
 from crl_diffusion.run_folder.layout import writing
 from crl_diffusion.training import loop
-from helpers.trainer_runs import SHORT, crl_diffusion, python, same_end, train, train_words
+from helpers.trainer_runs import SHORT, Short, crl_diffusion, few_samples, python, same_end, train, train_words
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-
-Short = Callable[..., RunConfig]
 
 # Kills its own process, with a signal that cannot be caught, as the n-th call of a function of the trainer returns.
 # Other moments: test_kills.py.
@@ -76,7 +72,7 @@ def _unfinish(finished: Path, out: Path, drop: list[str]) -> None:
         (out / "checkpoints" / f"{name}.safetensors").unlink()
 
 
-@pytest.mark.filterwarnings("ignore:(only .* of the trace of the Fisher|the mean gradient is mostly noise)")
+@few_samples
 @pytest.mark.parametrize("damage", ["truncated", "one bit"])
 def test_after_a_damaged_checkpoint_the_run_resumes_from_the_one_before(
     finished: Path, extractor_folder: Path, tmp_path: Path, short: Short, damage: str
@@ -93,7 +89,7 @@ def test_after_a_damaged_checkpoint_the_run_resumes_from_the_one_before(
     same_end(finished, out)
 
 
-@pytest.mark.filterwarnings("ignore:(only .* of the trace of the Fisher|the mean gradient is mostly noise)")
+@few_samples
 @pytest.mark.parametrize("left", ["nothing", "the first stage's steps", "the first stage"])
 def test_a_run_resumed_from_any_checkpoint_ends_with_the_same_bits(
     finished: Path, extractor_folder: Path, tmp_path: Path, short: Short, left: str

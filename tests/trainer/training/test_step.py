@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from crl_diffusion.config.curriculum import Stage
-from crl_diffusion.config.settings import RunConfig
 from crl_diffusion.diffusion.noising import stream
 from crl_diffusion.errors import TrainingError
 from crl_diffusion.methods import penalties
 from crl_diffusion.training import loop
 from crl_diffusion.training.run import Run
 from crl_diffusion.training.step import new_optimizer, one_cycle, training_step
+from helpers.trainer_runs import MakeRun, Short
 from torch import Tensor, nn
 
-MakeRun = Callable[[RunConfig], Run]
-Short = Callable[..., RunConfig]
 pytestmark = [  # from 24 samples: no wonder
     pytest.mark.filterwarnings("ignore:only .* of the trace of the Fisher"),
     pytest.mark.filterwarnings("ignore:the mean gradient .*is mostly noise"),

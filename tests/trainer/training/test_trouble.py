@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,18 +10,12 @@ from typing import Any
 import pytest
 import torch
 from crl_diffusion import files
-from crl_diffusion.config.settings import RunConfig
 from crl_diffusion.errors import OptionError, TrainingError
 from crl_diffusion.files import Log
 from crl_diffusion.run_folder import checkpoint
 from crl_diffusion.training import trouble
 from crl_diffusion.training.plan import require_fisher_images
-from crl_diffusion.training.run import Run
-from helpers.trainer_runs import at_call, same_end
-
-MakeRun = Callable[[RunConfig], Run]
-Short = Callable[..., RunConfig]
-quiet = pytest.mark.filterwarnings("ignore:(only .* of the trace of the Fisher|the mean gradient is mostly noise)")
+from helpers.trainer_runs import MakeRun, Short, TrainCommand, at_call, few_samples, same_end
 
 
 def test_the_number_that_is_not_finite_is_named_with_its_likely_cause(short: Short, make_run: MakeRun) -> None:
@@ -63,12 +56,12 @@ def test_a_fisher_matrix_that_cannot_be_estimated_is_an_error(short: Short, make
         run.remember(run.stages[0])
 
 
-@quiet
+@few_samples
 @pytest.mark.parametrize("fails", ["a checkpoint", "a log"])
 def test_a_full_disk_is_an_error_and_the_same_command_resumes(
     fails: str,
     finished: Path,
-    train_command: Callable[..., int],
+    train_command: TrainCommand,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
