@@ -90,7 +90,7 @@ def steps_on(problem: Problem) -> dict[str, tuple[int, Callable[[], object]]]:
         gradient.normal_(std=1e-3)
     adamw = torch.optim.AdamW(Model(problem).parameters(), fused=True)
     before_loop = torch.optim.AdamW(problem.params, fused=True)
-    penalize = peers.diagonal_python_loop(1)(problem)
+    penalize = peers.diagonal_python_loop(problem)
 
     def loop() -> None:
         penalize()
@@ -124,8 +124,8 @@ def measure(numel: int, tensors: int, rounds: int) -> dict[str, Any]:
     steps, timer = steps_on(problem), clock()
     seconds = interleaved({name: call for name, (_, call) in steps.items()}, rounds, timer)
 
-    def ratio(name: str, other: str) -> float:
-        return statistics.median(a / b for a, b in zip(seconds[name], seconds[other], strict=True))
+    def ratio(name: str, base: str) -> float:
+        return statistics.median(a / b for a, b in zip(seconds[name], seconds[base], strict=True))
 
     rows = [
         {

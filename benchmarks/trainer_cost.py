@@ -15,7 +15,6 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,8 @@ from crl_diffusion.data.tasks import load
 from crl_diffusion.diffusion.network import frozen_copy
 from crl_diffusion.diffusion.precision import Precision
 from crl_diffusion.methods.penalties import PenaltyState
-from crl_diffusion.run_folder.layout import resolve
 from crl_diffusion.training.fisher_batches import fisher_batches, per_sample_loss
+from crl_diffusion.training.plan import resolve
 from crl_diffusion.training.run import Run
 from crl_diffusion.training.step import new_optimizer, training_step
 from torch import Tensor
@@ -36,7 +35,7 @@ import crl_kernels
 from crl_kernels import DiagonalFisher, LowRankFisher
 
 from .common import command, memory
-from .common.measure import commit, interleaved, percentiles, processor
+from .common.measure import commit, interleaved, percentiles
 
 PLAIN, TASKS = "fine-tune", 4
 PENALISED = [f"gd+{p}" for p in ("diagonal", "rank1", "rank10", "rank50", "bands8")]
@@ -226,9 +225,7 @@ def main() -> None:
         return
     methods = list(dict.fromkeys([PLAIN, *arguments.methods]))
     result: dict[str, Any] = {
-        "command": command.command_line("trainer_cost"),
-        "date": date.today().isoformat(),
-        "machine": processor(),
+        **command.record_head("trainer_cost"),
         "torch": torch.__version__,
         "crl_kernels": crl_kernels.__version__,
         "commit": commit(),

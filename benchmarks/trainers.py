@@ -110,7 +110,7 @@ def python_loop(model: nn.Module) -> Call:
 
     task = Task(flat, flat.square(), flat.clone())
     problem = SimpleNamespace(device=flat.device, params=params, task=task, split=split)
-    penalize = peers.diagonal_python_loop(1)(problem)
+    penalize = peers.diagonal_python_loop(problem)
     optimizer = adamw(model)
 
     def update() -> None:

@@ -6,8 +6,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
+
+from .measure import processor
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,6 +29,11 @@ def parser(name: str, description: str | None, files: str, out: Path | None = No
 def command_line(name: str) -> str:
     """The command that is running, for its record."""
     return " ".join([f"python -m benchmarks.{name}", *sys.argv[1:]])
+
+
+def record_head(name: str) -> dict[str, Any]:
+    """The first entries of a record: which command, when, and on which machine."""
+    return {"command": command_line(name), "date": date.today().isoformat(), "machine": processor()}
 
 
 def write(folder: Path | None, stem: str, record: dict[str, Any], markdown: str) -> None:

@@ -9,7 +9,6 @@ is, says so in the table. ``pip install avalanche-lib`` adds Avalanche's own plu
 """
 
 import json
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import crl_kernels
 from crl_kernels.backends import registry
 
 from ..common import command
-from ..common.measure import commit, processor
+from ..common.measure import commit
 from .contenders import CONTENDERS
 from .operators import OPERATORS
 from .report import conditions, markdown, summary
@@ -48,9 +47,7 @@ def main() -> None:
         print(json.dumps(measure_row(arguments.row, arguments.sizes[0], arguments.rounds)))
         return
     result: dict[str, Any] = {
-        "command": command.command_line("penalty"),
-        "date": date.today().isoformat(),
-        "machine": processor(),
+        **command.record_head("penalty"),
         "threads": arguments.threads,
         "clock": "process CPU time" if arguments.threads == 1 else "wall time",
         "torch": torch.__version__,

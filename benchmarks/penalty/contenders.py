@@ -6,6 +6,7 @@ it is read and once where it is written, whatever caches save.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -191,7 +192,7 @@ CONTENDERS = YARDSTICKS | {
     ),
     "rank-1, the paper's way": Contender(
         "rank-1",
-        peers.rank1_paper(1),
+        peers.rank1_paper,
         {"cat": 8, "theta - theta*": 12, "times mu": 12, "summed": 4, "backward": 8} | ACCUMULATED,
         8,
         16,
@@ -208,7 +209,7 @@ CONTENDERS = YARDSTICKS | {
     ),
     "rank-1, the paper's way, 10 tasks": Contender(
         "rank-1",
-        peers.rank1_paper(TASKS),
+        partial(peers.rank1_paper, tasks=TASKS),
         {"cat": 8} | ten_times({"theta - theta*": 12, "times mu": 12, "summed": 4, "backward": 8}) | ACCUMULATED,
         8 * TASKS,
         16,
@@ -257,10 +258,10 @@ CONTENDERS = YARDSTICKS | {
         "plain PyTorch over the list, compiled",
     ),
     "diagonal, Python loop": Contender(
-        "diagonal", peers.diagonal_python_loop(1), LOOP | ACCUMULATED, 8, 16, "loop over parameters, autograd"
+        "diagonal", peers.diagonal_python_loop, LOOP | ACCUMULATED, 8, 16, "loop over parameters, autograd"
     ),
     "diagonal, Avalanche's EWCPlugin": Contender(
-        "diagonal", peers.diagonal_avalanche(1), LOOP | ACCUMULATED, 8, 16, "avalanche-lib's own class, imported"
+        "diagonal", peers.diagonal_avalanche, LOOP | ACCUMULATED, 8, 16, "avalanche-lib's own class, imported"
     ),
     "diagonal, 10 tasks": Contender(
         "diagonal",
@@ -273,7 +274,7 @@ CONTENDERS = YARDSTICKS | {
     ),
     "diagonal, Python loop, 10 tasks": Contender(
         "diagonal",
-        peers.diagonal_python_loop(TASKS),
+        partial(peers.diagonal_python_loop, tasks=TASKS),
         ten_times(LOOP) | ACCUMULATED,
         8 * TASKS,
         80,
@@ -282,7 +283,7 @@ CONTENDERS = YARDSTICKS | {
     ),
     "diagonal, Avalanche's EWCPlugin, 10 tasks": Contender(
         "diagonal",
-        peers.diagonal_avalanche(TASKS),
+        partial(peers.diagonal_avalanche, tasks=TASKS),
         ten_times(LOOP) | ACCUMULATED,
         8 * TASKS,
         80,

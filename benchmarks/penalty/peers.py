@@ -1,6 +1,6 @@
 """The same penalties as others write them: the paper, most continual-learning libraries, Avalanche itself, and experts
-in plain PyTorch, with multi-tensor operators or torch.compile. Each ``make(problem)`` returns the call to be timed,
-which adds the gradient to ``.grad`` and returns the value."""
+in plain PyTorch, with multi-tensor operators or torch.compile. Each function of a problem returns the call to
+be timed, which adds the gradient to ``.grad`` and returns the value."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -20,72 +20,60 @@ def tasks_of(problem: Problem, tasks: int) -> list[Task]:
     return [problem.task] if tasks == 1 else problem.tasks[:tasks]
 
 
-def rank1_paper(tasks: int) -> Callable[[Problem], Call]:
+def rank1_paper(problem: Problem, tasks: int = 1) -> Call:
     """As in the paper's code: concatenate all parameters; subtract, multiply and sum; backward through autograd."""
+    past, coefficient = tasks_of(problem, tasks), 1.0
 
-    def make(problem: Problem) -> Call:
-        past, coefficient = tasks_of(problem, tasks), 1.0
+    def call() -> Tensor:
+        theta = torch.cat([parameter.reshape(-1) for parameter in problem.params])
+        value = torch.zeros((), device=problem.device)
+        for task in past:
+            value = value + 0.5 * LAM * coefficient * ((theta - task.anchor) * task.direction).sum() ** 2
+        value.backward()
+        return value
 
-        def call() -> Tensor:
-            theta = torch.cat([parameter.reshape(-1) for parameter in problem.params])
-            value = torch.zeros((), device=problem.device)
-            for task in past:
-                value = value + 0.5 * LAM * coefficient * ((theta - task.anchor) * task.direction).sum() ** 2
-            value.backward()
-            return value
-
-        return call
-
-    return make
+    return call
 
 
-def diagonal_python_loop(tasks: int) -> Callable[[Problem], Call]:
+def diagonal_python_loop(problem: Problem, tasks: int = 1) -> Call:
     """As in most continual-learning libraries: a Python loop over the parameters, through autograd."""
+    past = [(problem.split(task.fisher), problem.split(task.anchor)) for task in tasks_of(problem, tasks)]
 
-    def make(problem: Problem) -> Call:
-        past = [(problem.split(task.fisher), problem.split(task.anchor)) for task in tasks_of(problem, tasks)]
+    def call() -> Tensor:
+        value = torch.zeros((), device=problem.device)
+        for fisher, anchor in past:
+            for parameter, f, m in zip(problem.params, fisher, anchor, strict=True):
+                value = value + (f * (parameter - m) ** 2).sum()
+        value = 0.5 * LAM * value
+        value.backward()
+        return value
 
-        def call() -> Tensor:
-            value = torch.zeros((), device=problem.device)
-            for fisher, anchor in past:
-                for parameter, f, m in zip(problem.params, fisher, anchor, strict=True):
-                    value = value + (f * (parameter - m) ** 2).sum()
-            value = 0.5 * LAM * value
-            value.backward()
-            return value
-
-        return call
-
-    return make
+    return call
 
 
-def diagonal_avalanche(tasks: int) -> Callable[[Problem], Call]:
+def diagonal_avalanche(problem: Problem, tasks: int = 1) -> Call:
     """avalanche-lib's EWCPlugin, mode "separate", given importances and parameters as its after_training_exp does."""
+    try:
+        from avalanche.training.plugins.ewc import EWCPlugin
+        from avalanche.training.utils import ParamData
+    except ModuleNotFoundError as error:
+        raise Unavailable(f"not installed: {error}") from error
+    plugin = EWCPlugin(ewc_lambda=LAM / 2)  # its penalty has no factor 1/2
+    for number, task in enumerate(tasks_of(problem, tasks)):
+        fisher, anchor = problem.named(task.fisher), problem.named(task.anchor)
+        plugin.update_importances({n: ParamData(f"imp_{n}", init_tensor=f) for n, f in fisher.items()}, number)
+        plugin.saved_params[number] = {n: ParamData(n, init_tensor=m) for n, m in anchor.items()}
+    strategy = SimpleNamespace(
+        clock=SimpleNamespace(train_exp_counter=tasks), device=problem.device, model=problem, loss=None
+    )
 
-    def make(problem: Problem) -> Call:
-        try:
-            from avalanche.training.plugins.ewc import EWCPlugin
-            from avalanche.training.utils import ParamData
-        except ModuleNotFoundError as error:
-            raise Unavailable(f"not installed: {error}") from error
-        plugin = EWCPlugin(ewc_lambda=LAM / 2)  # its penalty has no factor 1/2
-        for number, task in enumerate(tasks_of(problem, tasks)):
-            fisher, anchor = problem.named(task.fisher), problem.named(task.anchor)
-            plugin.update_importances({n: ParamData(f"imp_{n}", init_tensor=f) for n, f in fisher.items()}, number)
-            plugin.saved_params[number] = {n: ParamData(n, init_tensor=m) for n, m in anchor.items()}
-        strategy = SimpleNamespace(
-            clock=SimpleNamespace(train_exp_counter=tasks), device=problem.device, model=problem, loss=None
-        )
+    def call() -> Tensor:
+        strategy.loss = torch.zeros((), device=problem.device)
+        plugin.before_backward(strategy)
+        strategy.loss.backward()
+        return strategy.loss
 
-        def call() -> Tensor:
-            strategy.loss = torch.zeros((), device=problem.device)
-            plugin.before_backward(strategy)
-            strategy.loss.backward()
-            return strategy.loss
-
-        return call
-
-    return make
+    return call
 
 
 def _dot(left: list[Tensor], right: list[Tensor]) -> Tensor:

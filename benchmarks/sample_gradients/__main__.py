@@ -10,7 +10,6 @@ extra ``peers``, installs them.
 
 import json
 import warnings
-from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -20,7 +19,7 @@ import crl_kernels
 from crl_kernels.backends import registry
 
 from ..common import command
-from ..common.measure import commit, processor
+from ..common.measure import commit
 from .contenders import CONTENDERS
 from .models import MODELS, TINY
 from .report import markdown
@@ -55,9 +54,7 @@ def main() -> None:
         print(json.dumps(measure_row(arguments.row, arguments.models[0], arguments.samples, arguments.rounds)))
         return
     result: dict[str, Any] = {
-        "command": command.command_line("sample_gradients"),
-        "date": date.today().isoformat(),
-        "machine": processor(),
+        **command.record_head("sample_gradients"),
         "samples": arguments.samples,
         "rounds": arguments.rounds,
         "torch": torch.__version__,

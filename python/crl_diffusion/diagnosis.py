@@ -19,9 +19,10 @@ from crl_diffusion.diffusion.noising import Schedule
 from crl_diffusion.diffusion.precision import Precision
 from crl_diffusion.errors import OptionError
 from crl_diffusion.run_folder import checkpoint
-from crl_diffusion.run_folder.layout import digest_of, resolve_device
+from crl_diffusion.run_folder.layout import digest_of
 from crl_diffusion.run_folder.readers import read_run_config
 from crl_diffusion.training.fisher_batches import per_sample_loss
+from crl_diffusion.training.plan import resolve_device
 from crl_diffusion.training.run import Say
 from crl_kernels import Diagnosis, diagnose
 

@@ -195,7 +195,7 @@ def test_sample_gradients_writes_the_chosen_rows(tmp_path):
     assert all(f"\n| {name} |" in text and f"\n- {name}: " in text for name in [*by_name, ghost["name"]])
 
 
-def test_rows_that_fail_or_are_wrong_say_so():
+def test_failed_and_wrong_rows_are_marked_in_the_table():
     row = {"name": "peer", "gives": ["norms"], "failed": "TypeError: no key"}
     assert "| fails: TypeError: no key |" in table_row(row)
     assert error_cell({"norms": 0.23, "mean": 1e-7}) == "**wrong**: norms by 23 %"

@@ -1,4 +1,4 @@
-"""`benchmarks.evidence`: what is chosen from fabricated runs, what is kept of them, what the page says of them."""
+"""`benchmarks.evidence`: choices from fabricated runs, their ledger, and the page about them."""
 
 import math
 import shutil
@@ -94,7 +94,7 @@ def test_stages_follow_from_the_finished_runs(tuned):
     )
 
 
-def test_nothing_is_chosen_from_runs_that_are_not_there(tuned, tmp_path):
+def test_nothing_is_chosen_from_missing_runs(tuned, tmp_path):
     assert {row.lam for row in Tuning(tmp_path, SMALL).screening().values()} == {None}
     always = replace(SMALL, margin=None)
     for gone in ("fine/gd+rank1_lam=*", "coarse/gd"):  # a candidate's own runs; its baseline
@@ -122,7 +122,7 @@ def test_before_any_run_everything_goes_into_the_coarse_stage(tmp_path):
     assert all(math.isnan(value) for value in sweep.values.values())
 
 
-def test_without_a_margin_every_candidate_goes_on(tuned):
+def test_without_a_margin_every_candidate_is_kept(tuned):
     tune(tuned, "fine", {"rank1:lam=3.3": 81.0, "rank1:lam=10": 82.0, "rank1:lam=30": 83.0})
     screening = Tuning(tuned, replace(SMALL, margin=None)).screening()
     assert {name: row.lam for name, row in screening.items()} == {
@@ -145,7 +145,7 @@ def test_without_a_fine_stage_the_coarse_lambdas_are_kept(tuned):
     assert sheet.body[1][-3:] == ["–", "–", "30"]
 
 
-def test_what_an_experiment_ends_goes_no_further(tuned):
+def test_a_candidate_that_the_experiment_ends_gets_no_further_runs(tuned):
     ended = replace(SMALL, ended={"gd+bands8:slopes": "too dear"})
     assert Tuning(tuned, ended).screening()["gd+bands8:slopes"].fine is None
     assert "bands8" not in tuning.stages(ended, tuned)["final"][0]
@@ -169,7 +169,7 @@ def test_commands_of_the_experiments_are_understood(name, tmp_path):
             check(RunConfig(method=method, **settings))
 
 
-def test_a_ledger_gives_back_what_a_report_needs(tuned, tmp_path):
+def test_a_ledger_restores_the_runs_that_a_report_needs(tuned, tmp_path):
     final(tuned, tuning.stages(SMALL, tuned)["final"][0], (0, 1))
     lines, elsewhere = tmp_path / "results" / "small.jsonl", tmp_path / "elsewhere"
     count = ledger.record(lines, tuned)
@@ -196,17 +196,17 @@ def test_a_ledger_gives_back_what_a_report_needs(tuned, tmp_path):
 def test_a_ledger_survives_a_line_cut_short_and_refuses_runs_that_contradict_it(tuned, tmp_path):
     lines = tmp_path / "small.jsonl"
     count = ledger.record(lines, tuned)
-    whole = lines.read_bytes()
-    lines.write_bytes(whole[:-40])
+    content = lines.read_bytes()
+    lines.write_bytes(content[:-40])
     assert ledger.record(lines, tuned) == 1
-    assert lines.read_bytes() == whole
+    assert lines.read_bytes() == content
     assert ledger.record(lines, tuned) == 0
 
     measured_as(tuned / "coarse" / "gd", accuracy=0.1)
     with pytest.raises(SystemExit, match="differ in accuracy"):
         ledger.record(lines, tuned)
-    assert lines.read_bytes() == whole
-    assert len(whole.splitlines()) == count
+    assert lines.read_bytes() == content
+    assert len(content.splitlines()) == count
 
 
 def test_final_runs_that_are_not_chosen_are_left_out(tuned, tmp_path):
@@ -235,7 +235,7 @@ def test_an_interrupted_stage_ends_the_experiment_and_failed_runs_do_not(tmp_pat
         assert len(ran) == 1
 
 
-def test_an_unfinished_experiment_says_so(tuned, tmp_path):
+def test_the_page_of_an_unfinished_experiment_counts_the_missing_runs(tuned, tmp_path):
     methods = tuning.stages(SMALL, tuned)["final"][0]
     final(tuned, methods, (0,))
     ledger.record(tmp_path / "small.jsonl", tuned)

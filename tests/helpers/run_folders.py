@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 from crl_diffusion.config.curriculum import stages, task_classes
-from crl_diffusion.config.settings import RunConfig, planned
+from crl_diffusion.config.settings import RunConfig
 from crl_diffusion.evaluation import summaries
+from crl_diffusion.training.plan import resolve
 from safetensors.numpy import save_file
 
 
@@ -28,7 +29,7 @@ def fabricate(folder: Path, method: str, seed: int, level: float = 10.0, channel
 
     The numbers depend only on method, seed and level. All methods of a seed share most of their noise, as in real runs.
     """
-    config = planned(RunConfig(method=method, seed=seed, **{"device": "cpu", **settings}))
+    config = resolve(RunConfig(method=method, seed=seed, **{"device": "cpu", **settings}))
     shared, own = np.random.default_rng(seed), np.random.default_rng([seed, len(method), ord(method[-1])])
     classes, side = task_classes(config), min(config.image_size, 32)
     rows: list[dict[str, Any]] = []

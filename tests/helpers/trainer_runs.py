@@ -5,15 +5,26 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from crl_diffusion.config.settings import RunConfig
 from crl_diffusion.run_folder import checkpoint
 from crl_diffusion.training import loop
+from crl_diffusion.training.run import Run
 from torch import Tensor, nn
 
+MakeRun = Callable[[RunConfig], Run]  # types of the fixtures in tests/trainer/conftest.py
+Short = Callable[..., RunConfig]
+TrainCommand = Callable[..., int]
+
+# For runs whose Fisher matrices come from a few samples.
+few_samples = pytest.mark.filterwarnings(
+    "ignore:(only .* of the trace of the Fisher|the mean gradient is mostly noise)"
+)
 SHORT: dict[str, Any] = {
     "tasks": 2,
     "steps": 6,
@@ -35,6 +46,26 @@ def options(settings: dict[str, Any]) -> list[str]:
     return [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", str(value))]
 
 
+def train_words(out: Path, extractor_folder: Path, method: str = "gd+rank1", **settings: Any) -> list[str]:
+    """The command line of a short run, after `crl-diffusion`."""
+    places = ["--out", str(out), "--extractor-folder", str(extractor_folder)]
+    return ["train", "--method", method, *options({**SHORT, **settings}), *places]
+
+
+def at_call(patch: pytest.MonkeyPatch, owner: Any, name: str, call: int, act: Callable[[], None]) -> None:
+    """Have `act` called when the function `name` of `owner` is called for the call-th time, before it runs."""
+    original, calls = getattr(owner, name), 0
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            act()
+        return original(*arguments, **named)
+
+    patch.setattr(owner, name, counted)
+
+
 def train(config: RunConfig, out: Path, extractor_folder: Path) -> list[str]:
     """Train in this process; returns the lines that the run has printed."""
     lines: list[str] = []
@@ -45,6 +76,14 @@ def train(config: RunConfig, out: Path, extractor_folder: Path) -> list[str]:
 def flat(model: nn.Module) -> Tensor:
     """All parameters in one vector."""
     return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def require_one_line(errors: str, *parts: str) -> None:
+    """An error on stderr is one line and contains all `parts`."""
+    assert errors.startswith("crl-diffusion: error: "), errors
+    assert errors.count("\n") == 1, errors
+    for part in parts:
+        assert part in errors
 
 
 def same_end(a: Path, b: Path, message: str = "") -> None:

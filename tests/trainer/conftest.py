@@ -1,21 +1,23 @@
-"""What the trainer's tests share: one feature extractor, one short configuration, one finished run."""
+"""Fixtures of the trainer's tests: a feature extractor, a short configuration, a finished run, the command of a run."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from crl_diffusion.config.settings import RunConfig, planned
+from crl_diffusion import cli
+from crl_diffusion.config.settings import RunConfig
 from crl_diffusion.data import tasks
 from crl_diffusion.evaluation import classifiers, evaluate
-from crl_diffusion.run_folder.layout import resolve
+from crl_diffusion.reporting import run_pictures
 from crl_diffusion.training import loop
+from crl_diffusion.training.plan import resolve
 from crl_diffusion.training.run import Run
-from helpers.trainer_runs import SHORT
+from helpers.trainer_runs import SHORT, MakeRun, Short, TrainCommand, train_words
 
 
 @pytest.fixture(autouse=True)
@@ -26,18 +28,18 @@ def _leave_torch_as_it_was() -> Iterator[None]:
 
 
 @pytest.fixture
-def short() -> Callable[..., RunConfig]:
+def short() -> Short:
     """A run of seconds; anything can be set."""
 
     def make(method: str = "gd+rank1", **settings: Any) -> RunConfig:
-        return planned(RunConfig(method=method, **{**SHORT, **settings}))  # type: ignore[arg-type]
+        return resolve(RunConfig(method=method, **{**SHORT, **settings}))  # type: ignore[arg-type]
 
     return make
 
 
 @pytest.fixture(scope="session")
 def digits() -> tasks.Data:
-    return tasks.load(planned(RunConfig(method="gd")), Path("unused"))
+    return tasks.load(resolve(RunConfig(method="gd")), Path("unused"))
 
 
 @pytest.fixture(scope="session")
@@ -66,7 +68,23 @@ def finished(extractor_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture
-def make_run(extractor_folder: Path, tmp_path: Path) -> Callable[[RunConfig], Run]:
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They follow from metrics.jsonl and the samples, and take most of the time of so short a run."""
+    monkeypatch.setattr(run_pictures, "of_run", lambda run: [])
+
+
+@pytest.fixture
+def train_command(extractor_folder: Path, tmp_path: Path) -> TrainCommand:
+    """`crl-diffusion train` of a short run into a folder of this test, by default `run`; returns the exit code."""
+
+    def main(folder: str = "run", **settings: Any) -> int:
+        return cli.main(train_words(tmp_path / folder, extractor_folder, **settings))
+
+    return main
+
+
+@pytest.fixture
+def make_run(extractor_folder: Path, tmp_path: Path) -> MakeRun:
     """A run that has not taken a step."""
 
     def make(config: RunConfig) -> Run:

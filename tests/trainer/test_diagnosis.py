@@ -9,30 +9,31 @@ import pytest
 import torch
 from crl_diffusion import cli, diagnosis
 from crl_diffusion.diffusion import noising
+from helpers.trainer_runs import require_one_line
 
 from crl_kernels.diagnostics.diagnosis import Diagnosis
 
 
-def test_a_run_is_diagnosed_and_not_touched(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_is_diagnosed_and_not_changed(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
     out = tmp_path / "report"
     options = ["--samples", "48", "--timesteps", "500", "--task", "2", "--device", "cpu", "--out", str(out)]
     assert cli.main(["diagnose", str(finished), *options]) == 0
     assert {p: p.stat().st_mtime_ns for p in finished.rglob("*")} == before
-    found = Diagnosis.load(out)
-    said = " ".join(capsys.readouterr().out.split())
-    for sentence in found.verdict.sentences:
-        assert " ".join(sentence.split()) in said
-    assert "after 2 finished stage(s)" in said
-    assert "held out" in said
-    assert list(found.at) == [500]
-    assert found.num_samples == 48
-    assert found.snr[500] == pytest.approx(noising.SCHEDULES["linear"].snr(500), rel=1e-5)
+    loaded = Diagnosis.load(out)
+    output = " ".join(capsys.readouterr().out.split())
+    for sentence in loaded.verdict.sentences:
+        assert " ".join(sentence.split()) in output
+    assert "after 2 finished stage(s)" in output
+    assert "held out" in output
+    assert list(loaded.at) == [500]
+    assert loaded.num_samples == 48
+    assert loaded.snr[500] == pytest.approx(noising.SCHEDULES["linear"].snr(500), rel=1e-5)
     assert (out / "report.md").read_text().startswith("# Is rank 1 enough? digits, gd+rank1, task 2\n")
     assert str(tmp_path) not in (out / "report.json").read_text() + (out / "report.md").read_text()
 
 
-def test_the_loss_is_the_trainers_at_the_timestep_that_is_asked_for() -> None:
+def test_the_loss_is_the_trainers_at_the_given_timesteps() -> None:
     class Model(torch.nn.Module):
         def forward(self, noised: Any, t: Any, class_labels: Any, return_dict: bool) -> Any:
             assert t.tolist() == [7, 900]
@@ -57,17 +58,14 @@ def test_the_loss_is_the_trainers_at_the_timestep_that_is_asked_for() -> None:
         (["--seed", "-1"], ["--seed is -1"]),
     ],
 )
-def test_what_cannot_be_done_is_one_line_and_exit_code_2(
+def test_an_impossible_option_is_one_line_and_exit_code_2(
     finished: Path, options: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["diagnose", str(finished), "--device", "cpu", *options]) == 2
-    line = capsys.readouterr().err
-    assert line.startswith("crl-diffusion: error: ")
-    assert line.count("\n") == 1
-    assert all(part in line for part in parts)
+    require_one_line(capsys.readouterr().err, *parts)
 
 
-def test_a_folder_without_a_run_or_a_checkpoint(
+def test_a_folder_without_a_run_or_a_checkpoint_cannot_be_diagnosed(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["diagnose", str(tmp_path)]) == 2

@@ -22,10 +22,21 @@ from crl_diffusion.reporting import run_pictures, runs
 from crl_diffusion.run_folder import checkpoint
 from crl_diffusion.training import loop
 from crl_diffusion.training import run as training_run
-from helpers.trainer_runs import SHORT, child_environment, options, python, same_end
+from helpers.trainer_runs import (
+    SHORT,
+    TrainCommand,
+    at_call,
+    child_environment,
+    few_samples,
+    options,
+    python,
+    same_end,
+    train_words,
+)
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:(only .* of the trace of the Fisher|the mean gradient is mostly noise)"),
+    few_samples,
+    pytest.mark.usefixtures("no_pictures"),
     pytest.mark.skipif(os.name != "posix", reason="signals of POSIX"),
 ]
 
@@ -41,33 +52,23 @@ def _signals_are_not_ignored() -> Iterator[None]:
         signal.signal(number, signal.SIG_IGN)
 
 
-@pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They take most of the time of so short a run."""
-    monkeypatch.setattr(run_pictures, "of_run", lambda run: [])
-
-
-def _arguments(out: Path, extractor_folder: Path, **settings: Any) -> list[str]:
-    words = ["train", "--method", "gd+rank1", *options({**SHORT, **settings}), "--out", str(out)]
-    return [*words, "--extractor-folder", str(extractor_folder)]
-
-
-def _at_call(patch: pytest.MonkeyPatch, owner: Any, name: str, call: int, act: Callable[[], None]) -> None:
-    """`act` as a function is called for the call-th time."""
-    original, calls = getattr(owner, name), 0
-
-    def counted(*arguments: Any, **named: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            act()
-        return original(*arguments, **named)
-
-    patch.setattr(owner, name, counted)
-
-
 def _kill(number: int) -> Callable[[], None]:
     return lambda: os.kill(os.getpid(), number)
+
+
+@pytest.fixture
+def interrupted(
+    train_command: TrainCommand, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Sends `train` a signal when a function is called for the call-th time; returns its output on stderr."""
+
+    def run(owner: Any, name: str, call: int, number: signal.Signals = signal.SIGTERM, **settings: Any) -> str:
+        with monkeypatch.context() as patch:
+            at_call(patch, owner, name, call, _kill(number))
+            assert train_command(**settings) == 128 + number
+        return capsys.readouterr().err
+
+    return run
 
 
 @pytest.mark.parametrize(
@@ -80,47 +81,40 @@ def _kill(number: int) -> Callable[[], None]:
         (signal.SIGTERM, 6, "00-00000006", "after step 6 of stage 1"),  # the last of its stage
     ],
 )
-def test_a_step_is_finished_and_kept(
+def test_after_a_signal_the_step_is_finished_and_a_checkpoint_written(
     number: signal.Signals,
     call: int,
     kept: str,
     where: str,
     finished: Path,
-    extractor_folder: Path,
+    train_command: TrainCommand,
+    interrupted: Callable[..., str],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    out = tmp_path / "run"
     before = signal.getsignal(number)
-    with monkeypatch.context() as patch:
-        _at_call(patch, training_run, "training_step", call, _kill(number))
-        assert cli.main(_arguments(out, extractor_folder)) == 128 + number
-    said = capsys.readouterr().err
-    assert said == (
+    assert interrupted(training_run, "training_step", call, number) == (
         f"crl-diffusion: interrupted by {number.name} {where}, with a checkpoint; "
         "give the same command again to resume\n"
     )
-    assert sorted(path.stem for path in (out / "checkpoints").iterdir())[-1] == kept
+    assert sorted(path.stem for path in (tmp_path / "run" / "checkpoints").iterdir())[-1] == kept
     assert signal.getsignal(number) == before
-    assert cli.main(_arguments(out, extractor_folder)) == 0
-    same_end(finished, out)
+    assert train_command() == 0
+    same_end(finished, tmp_path / "run")
 
 
-def test_losses_since_the_last_row_are_kept(
-    extractor_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_losses_since_the_last_row_survive_interruptions(
+    train_command: TrainCommand, interrupted: Callable[..., str], tmp_path: Path
 ) -> None:
     """Interrupted in every step of a row of losses over five steps."""
     sparse = {"log_every": 5, "checkpoint_every": 100, "tasks": 1}
-    assert cli.main(_arguments(tmp_path / "whole", extractor_folder, **sparse)) == 0
+    assert train_command("uninterrupted", **sparse) == 0
     for _ in range(6):
-        with monkeypatch.context() as patch:
-            _at_call(patch, training_run, "training_step", 1, _kill(signal.SIGTERM))
-            assert cli.main(_arguments(tmp_path / "run", extractor_folder, **sparse)) == 128 + signal.SIGTERM
-    assert cli.main(_arguments(tmp_path / "run", extractor_folder, **sparse)) == 0
-    whole, run = ((tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "run"))
-    assert whole == run
-    ends = [checkpoint.load(tmp_path / name / "checkpoints" / "01-00000000.safetensors") for name in ("whole", "run")]
+        interrupted(training_run, "training_step", 1, **sparse)
+    assert train_command(**sparse) == 0
+    runs = [tmp_path / name for name in ("uninterrupted", "run")]
+    expected, resumed = ((run / "metrics.jsonl").read_bytes() for run in runs)
+    assert resumed == expected
+    ends = [checkpoint.load(run / "checkpoints" / "01-00000000.safetensors") for run in runs]
     assert all(torch.equal(x, ends[1].tensors[name]) for name, x in ends[0].tensors.items())
 
 
@@ -135,45 +129,35 @@ def test_losses_since_the_last_row_are_kept(
         (summaries, "summarise"),
     ],
 )
-def test_elsewhere_a_run_ends_at_once(
-    owner: Any,
-    name: str,
-    finished: Path,
-    extractor_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_outside_the_steps_a_signal_ends_the_run_at_once_and_it_resumes(
+    owner: Any, name: str, finished: Path, train_command: TrainCommand, interrupted: Callable[..., str], tmp_path: Path
 ) -> None:
-    out = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        _at_call(patch, owner, name, 1, _kill(signal.SIGTERM))
-        assert cli.main(_arguments(out, extractor_folder)) == 128 + signal.SIGTERM
-    said = capsys.readouterr().err
-    assert said.startswith("crl-diffusion: interrupted by SIGTERM")
-    assert said.endswith("; give the same command again to resume\n")
-    assert said.count("\n") == 1
-    assert cli.main(_arguments(out, extractor_folder)) == 0
-    same_end(finished, out)
+    error = interrupted(owner, name, 1)
+    assert error.startswith("crl-diffusion: interrupted by SIGTERM")
+    assert error.endswith("; give the same command again to resume\n")
+    assert error.count("\n") == 1
+    assert train_command() == 0
+    same_end(finished, tmp_path / "run")
 
 
-def test_a_signal_that_comes_twice_at_once_is_one(
-    finished: Path, extractor_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_two_signals_at_once_count_as_one(
+    finished: Path, train_command: TrainCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def twice() -> None:
         _kill(signal.SIGTERM)()
         _kill(signal.SIGHUP)()
 
     with monkeypatch.context() as patch:
-        _at_call(patch, training_run, "training_step", 3, twice)
-        assert cli.main(_arguments(tmp_path / "run", extractor_folder)) == 128 + signal.SIGTERM
-    assert cli.main(_arguments(tmp_path / "run", extractor_folder)) == 0
+        at_call(patch, training_run, "training_step", 3, twice)
+        assert train_command() == 128 + signal.SIGTERM
+    assert train_command() == 0
     same_end(finished, tmp_path / "run")
 
 
-def test_report_is_interrupted(
+def test_a_signal_interrupts_report(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _at_call(monkeypatch, runs, "find", 1, _kill(signal.SIGHUP))
+    at_call(monkeypatch, runs, "find", 1, _kill(signal.SIGHUP))
     assert cli.main(["report", str(finished), "--out", str(tmp_path)]) == 128 + signal.SIGHUP
     assert capsys.readouterr().err == "crl-diffusion: interrupted by SIGHUP; give the same command again to resume\n"
 
@@ -233,10 +217,10 @@ sys.exit(main(sys.argv[1:]))
 
 def test_a_second_signal_ends_a_process_at_once(finished: Path, extractor_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    done = python("-c", SECOND, *_arguments(out, extractor_folder))
+    done = python("-c", SECOND, *train_words(out, extractor_folder))
     assert done.returncode == -signal.SIGTERM, done.stderr
     assert sorted(path.stem for path in (out / "checkpoints").iterdir())[-1] == "01-00000000"
-    assert cli.main(_arguments(out, extractor_folder)) == 0
+    assert cli.main(train_words(out, extractor_folder)) == 0
     same_end(finished, out)
 
 
@@ -260,9 +244,9 @@ def test_compare_passes_a_signal_on_and_starts_no_other_run(extractor_folder: Pa
     first = out / "gd-seed0"
     _wait_for(first / "checkpoints" / "00-00000010.safetensors", process)
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=120)
+    _, error_output = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM
-    assert said == "crl-diffusion: interrupted by SIGTERM; give the same command again to resume\n"
+    assert error_output == "crl-diffusion: interrupted by SIGTERM; give the same command again to resume\n"
     log = (first / "log.txt").read_text()
     assert "interrupted by SIGTERM after step" in log
     assert "Traceback" not in log
@@ -298,17 +282,17 @@ def test_one_process_of_several_stops_all_of_them(extractor_folder: Path, tmp_pa
     script = tmp_path / "script.py"
     script.write_text(ONE_OF_TWO)
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", 2]
-    done = python(*launch, script, *_arguments(tmp_path / "run", extractor_folder))
+    done = python(*launch, script, *train_words(tmp_path / "run", extractor_folder))
     assert done.returncode != 0
     assert done.stdout.count(f"ended with {128 + signal.SIGTERM}") == 2, done.stderr
     assert done.stderr.count("crl-diffusion: interrupted by SIGTERM after step 3 of stage 2, with a checkpoint") == 1
     newest, complaints = checkpoint.latest(tmp_path / "run" / "checkpoints")
     assert newest is not None
     assert (newest.stage, newest.step, complaints) == (1, 3, [])
-    for name in ("run", "whole"):
-        done = python(*launch, "-m", "crl_diffusion", *_arguments(tmp_path / name, extractor_folder))
+    for name in ("run", "uninterrupted"):
+        done = python(*launch, "-m", "crl_diffusion", *train_words(tmp_path / name, extractor_folder))
         assert done.returncode == 0, done.stderr
-    same_end(tmp_path / "whole", tmp_path / "run")
+    same_end(tmp_path / "uninterrupted", tmp_path / "run")
 
 
 def test_a_library_call_leaves_signals_alone(
@@ -319,7 +303,7 @@ def test_a_library_call_leaves_signals_alone(
 
     before = signal.signal(signal.SIGTERM, mine)
     try:
-        _at_call(monkeypatch, training_run, "training_step", 2, _kill(signal.SIGTERM))
+        at_call(monkeypatch, training_run, "training_step", 2, _kill(signal.SIGTERM))
         config = RunConfig(method="gd", **SHORT)
         with pytest.raises(errors.TrainingError, match="mine"):
             loop.train(config, tmp_path / "run", extractor_folder=extractor_folder, say=lambda line: None)

@@ -97,9 +97,9 @@ def compare(command: Compare) -> int:
     from crl_diffusion.errors import WriteError
     from crl_diffusion.evaluation import evaluate
     from crl_diffusion.reporting import report, runs
-    from crl_diffusion.run_folder.layout import check_folder, require_measured, require_place, resolve
+    from crl_diffusion.run_folder.layout import check_folder, require_measured, require_place
     from crl_diffusion.training import forecast, loop
-    from crl_diffusion.training.plan import require_fisher_images, stage_steps
+    from crl_diffusion.training.plan import require_fisher_images, resolve, stage_steps
 
     require_place("--out", command.out)
     for cell in work:

@@ -8,13 +8,17 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, NamedTuple
 
+import torch
 from rich import box
 from rich.table import Table
 
 from crl_diffusion.config.method import FAMILIES, METHODS, PENALTIES, REPLAYS
-from crl_diffusion.config.presets import OURS, PAPER_METHODS, PAPER_VARIANTS, PRESETS, UNUSED, resolved
-from crl_diffusion.config.settings import DATA_PLANS, Settings
+from crl_diffusion.config.networks import MODELS
+from crl_diffusion.config.presets import OURS, PAPER_METHODS, PAPER_VARIANTS, PRESETS, UNUSED
+from crl_diffusion.config.settings import DATA_PLANS, RunConfig, Settings
 from crl_diffusion.config.spelling import penalty_names
+from crl_diffusion.diffusion.network import build
+from crl_diffusion.training.plan import resolve
 
 PREFACE = """\
 # Data sets, models, methods and presets of the trainer
@@ -46,11 +50,6 @@ def _data() -> Listing:
 
 
 def _models() -> Listing:
-    import torch
-
-    from crl_diffusion.config.networks import MODELS
-    from crl_diffusion.diffusion.network import build
-
     rows = []
     for name, preset in MODELS.items():
         with torch.device("meta"):
@@ -126,7 +125,7 @@ def _presets() -> Listing:
 
 
 def _settings() -> Listing:
-    configs = {name: resolved(name) for name in PRESETS}
+    configs = {name: resolve(RunConfig(method="fine-tune", **preset.settings)) for name, preset in PRESETS.items()}
     rows = []
     for field in fields(Settings):
         if field.name in UNUSED:

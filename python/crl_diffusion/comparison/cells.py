@@ -30,7 +30,7 @@ class Cell:
     folder: Path
     stage_steps: Sequence[int] = ()  # of each stage; known once the data are
     process: subprocess.Popen[bytes] | None = None
-    finished: bool = False  # with whole records
+    finished: bool = False  # with complete records
 
     @property
     def name(self) -> str:

@@ -17,7 +17,7 @@ from crl_diffusion.signals import Stopped
 from crl_diffusion.training import forecast
 
 POLL_SECONDS = 0.5
-LOG_TAIL = 12  # lines of a failed run that are shown
+LOG_TAIL = 12  # lines of the log of a failed run
 
 
 def run(

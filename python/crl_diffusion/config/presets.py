@@ -11,9 +11,6 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
 
-from crl_diffusion.config.settings import RunConfig, planned
-from crl_diffusion.config.spelling import spell
-
 PresetName = Literal["demo", "paper-mnist", "paper-fashion-mnist", "paper-cifar10", "paper-imagenet32"]
 PAPER_LAM = 15000  # for a loss that is the MEAN over C*H*W, as the trainer's is
 
@@ -84,8 +81,3 @@ PRESETS: dict[str, Preset] = {
         "ImageNet-1k at 32 pixels, 20 tasks x 50 classes", "imagenet32", epochs=100, pool=1300, eval_samples=50
     ),
 }
-
-
-def resolved(name: str, method: str = "fine-tune", seed: int = 0) -> RunConfig:
-    """The resolved configuration of one run of a preset."""
-    return planned(RunConfig(method=spell(method), seed=seed, **PRESETS[name].settings))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, NamedTuple
 
 from crl_diffusion.config.method import Method
-from crl_diffusion.config.spelling import parse_method, spell
+from crl_diffusion.config.spelling import parse_method
 from crl_diffusion.errors import OptionError
 
 DataName = Literal["digits", "mnist", "fashion_mnist", "cifar10", "imagenet32", "folder"]
@@ -136,21 +136,6 @@ class RunConfig(Settings):
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> RunConfig:
         return cls(**{field.name: saved[field.name] for field in fields(cls)})
-
-
-def planned(config: RunConfig) -> RunConfig:
-    """The configuration with the defaults of its data set, and its method in canonical spelling.
-
-    Called where a configuration comes in; all functions but `check` expect its result.
-    """
-    plan = DATA_PLANS[config.data]
-    return replace(
-        config,
-        method=spell(config.method),
-        image_size=config.image_size or plan.image_size,
-        tasks=config.tasks or plan.tasks,
-        classes_per_task=config.classes_per_task or plan.classes_per_task,
-    )
 
 
 def least_fisher_samples(config: RunConfig) -> int:

@@ -1,14 +1,14 @@
 """Decoded copies on disk of data sets that are too large, or too slow to decode, for every run: made once, then mapped.
 
-A copy is a folder <name>-<size>px-<key> in a folder .crl-diffusion beside the files that it was made from or, where
+A copy is a folder <name>-<size>px-<key> in a folder .crl-diffusion beside the files that it was made from or, if
 that cannot be written to, in the user's cache folder. It holds, for the parts train and test, <part>.pixels, uint8
-(N, 3, S, S), and <part>.labels, int64 (N,), bare and in the machine's byte order, and about.json. The key is a digest
+(N, 3, S, S), and <part>.labels, int64 (N,), raw and in the machine's byte order, and about.json. The key is a digest
 of the names, sizes and times of modification of all files that it was made from, so a changed data set gets a new copy;
 old ones may be deleted.
 
-The folder is written under another name, synced, and renamed, by one process at a time: a copy under its own name is
-whole. Pixels are mapped into memory, privately: processes share them, only what is touched is read, and nothing can
-change the file.
+One process at a time writes the folder under another name, syncs it and renames it: a copy under its final name is
+complete. Pixels are mapped into memory, privately: processes share them, only the pages in use are read, and nothing
+can change the file.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from crl_diffusion.files import locked, sync_folder
 
 FORMAT = 1  # of the copies; part of the key
 PARTS = ("train", "test")
-SAID_EVERY = 30.0  # seconds between two lines about a copy that is being made
+PROGRESS_EVERY = 30.0  # seconds between two lines about a copy that is being made
 
 Chunks = Iterator[tuple[Tensor, Tensor]]  # pixels, uint8 (n, 3, S, S); labels, int64 (n,)
 
 
 def digest(root: Path, files: Sequence[str], with_times: bool) -> str:
-    """What a set of files is, without reading them: a digest of their names in `root`, their sizes and their times."""
+    """Digest of the names in `root`, the sizes and, if asked for, the times of files; their contents are not read."""
     # Strings, since ImageNet has 1.3 million files: with Path objects a listing took five times as long.
-    found, inside = hashlib.sha256(), os.path.join(root, "")
+    sha256, prefix = hashlib.sha256(), os.path.join(root, "")
     for file in files:
         status = os.stat(file)
         time_ns = status.st_mtime_ns if with_times else 0
-        found.update(os.fsencode(file.removeprefix(inside)) + f"\0{status.st_size}\0{time_ns}\n".encode())
-    return found.hexdigest()
+        sha256.update(os.fsencode(file.removeprefix(prefix)) + f"\0{status.st_size}\0{time_ns}\n".encode())
+    return sha256.hexdigest()
 
 
 def decoded(
@@ -75,7 +75,7 @@ def decoded(
 
 
 def _home(root: Path) -> Path:
-    """Where copies are kept: beside what they were made from or, if that is read-only, in the user's cache folder."""
+    """The folder of all copies: beside the original files or, if that is read-only, in the user's cache folder."""
     inside = root / ".crl-diffusion"
     if os.access(inside if inside.is_dir() else root, os.W_OK):
         return inside
@@ -103,16 +103,16 @@ def _make(folder: Path, name: str, size: int, decode: Callable[[str], Chunks]) -
 
 
 def _write(part: Path, chunks: Chunks) -> int:
-    """Appends chunks as they come, so that no more than one is in memory; returns the number of images."""
-    count, said = 0, time.monotonic()
+    """Append chunks as they come, so that no more than one is in memory. Returns the number of images."""
+    count, reported = 0, time.monotonic()
     with open(part.with_suffix(".pixels"), "wb") as pixels_file, open(part.with_suffix(".labels"), "wb") as labels_file:
         for pixels, labels in chunks:
             pixels_file.write(pixels.contiguous().numpy().data)
             labels_file.write(labels.contiguous().numpy().data)
             count += len(labels)
-            if time.monotonic() - said > SAID_EVERY:
+            if time.monotonic() - reported > PROGRESS_EVERY:
                 print(f"{count:,} {part.name} images decoded", file=sys.stderr, flush=True)
-                said = time.monotonic()
+                reported = time.monotonic()
         for file in (pixels_file, labels_file):
             file.flush()
             os.fsync(file.fileno())

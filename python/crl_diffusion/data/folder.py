@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from crl_diffusion.data import cache
+from crl_diffusion.data.dataset import Dataset
 from crl_diffusion.data.images import resize
-from crl_diffusion.data.source import Source
 from crl_diffusion.errors import OptionError
 
 DECODED_AT_ONCE = 512  # image files
 
 
-def read_folder(root: Path, size: int) -> Source:
-    """Any tree of image files; its name tells its files apart from other trees', wherever they lie."""
+def read_folder(root: Path, size: int) -> Dataset:
+    """Any tree of image files. The name of the data set has a digest of the files, so different trees differ in it."""
     if not (root / "train").is_dir():
         raise OptionError(
             f"--data folder: there is no folder 'train' in {str(root)!r}; expected image files train/CLASS/* and "
@@ -45,10 +45,10 @@ class ImageTree:
                 f"{option}: there is no folder 'test' or 'val' in {str(root)!r}; expected held-out images there, in "
                 "folders named as those in 'train'"
             )
-        found = {part: self._list(root / name) for part, name in (("train", "train"), ("test", held_out))}
-        (self.classes, train), (others, test) = found["train"], found["test"]
-        if self.classes != others:
-            differ = sorted(set(self.classes) ^ set(others))
+        self.classes, train = self._list(root / "train")
+        test_classes, test = self._list(root / held_out)
+        if self.classes != test_classes:
+            differ = sorted(set(self.classes) ^ set(test_classes))
             raise OptionError(
                 f"{option}: 'train' and {held_out!r} in {str(root)!r} must hold the same classes, but only one of them "
                 f"has {in_words(differ)}"
@@ -73,9 +73,9 @@ class ImageTree:
             )
         return tuple(names), files
 
-    def read(self, name: str, size: int) -> Source:
+    def read(self, name: str, size: int) -> Dataset:
         files = [file for part in self.parts.values() for file, _ in part]
-        return Source(
+        return Dataset(
             name, len(self.classes), *cache.decoded(name, self.root, files, size, partial(self._decode, size))
         )
 
@@ -120,9 +120,9 @@ def largest_label(labels: Tensor) -> int:
 
 
 def in_words(names: Sequence[str]) -> str:
-    """At most twelve of them, in words."""
-    shown = list(names[:12]) + ([f"{len(names) - 12} more"] if len(names) > 12 else [])
-    return " and ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)
+    """The first twelve names and the number of the others: "a, b and c"."""
+    words = list(names[:12]) + ([f"{len(names) - 12} more"] if len(names) > 12 else [])
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def is_or_are(names: Sequence[str]) -> str:

@@ -12,16 +12,16 @@ import numpy as np
 import torch
 
 from crl_diffusion.data import cache
+from crl_diffusion.data.dataset import Dataset
 from crl_diffusion.data.folder import ImageTree, in_words, is_or_are
 from crl_diffusion.data.images import resize
-from crl_diffusion.data.source import Source
 from crl_diffusion.errors import OptionError
 
 ARCHIVED_AT_ONCE = 10_000  # images of an archive
 IMAGENET_SIDE, IMAGENET_CLASSES, IMAGENET_BATCHES = 32, 1000, 10
 
 
-def read_imagenet32(root: Path, size: int) -> Source:
+def read_imagenet32(root: Path, size: int) -> Dataset:
     """ImageNet-1k at 32 pixels: the official archives of downsampled images, pickled or npz, or a tree of image files.
 
     The archives number the classes 1 to 1000 in an order of their own (1 is n02119789, a kit fox), which is kept; a
@@ -45,7 +45,7 @@ def read_imagenet32(root: Path, size: int) -> Source:
                     "the official archives again, completely"
                 )
             decode = partial(_archives, {"train": files[:-1], "test": files[-1:]}, size)
-            return Source(
+            return Dataset(
                 "imagenet32", IMAGENET_CLASSES, *cache.decoded("imagenet32", root, list(map(str, files)), size, decode)
             )
     for tree in (root / "imagenet32", root / "imagenet"):

@@ -1,4 +1,4 @@
-"""Images as rows of a storage that many views share: choosing some copies no pixels, drawing a batch copies the batch.
+"""Images as rows of a storage that many views share: an index makes a view, `take` copies a batch.
 
 Images are uint8 (N, C, S, S), 0 to 255, everywhere outside the network; `to_float` maps them to [-1, 1].
 """
@@ -38,34 +38,34 @@ class Images:
 
     @property
     def pixels(self) -> Tensor:
-        """All of them, uint8 (N, C, S, S): a copy in memory where only some rows were chosen. `take` draws few."""
+        """All images, uint8 (N, C, S, S); if `rows` is given, a copy in memory. To read a few, use `take`."""
         return self.storage if self.rows is None else self.storage[self.rows]
 
     def __getitem__(self, index: Tensor) -> Images:
-        """A view of the chosen ones, by numbers (K,) or by truth values (N,); no pixels are copied."""
+        """A view of the images with these indices (K,) or this mask (N,); no pixels are copied."""
         rows = torch.arange(len(self)) if self.rows is None else self.rows
         return Images(self.storage, self.labels[index], rows[index])
 
     def take(self, index: Tensor) -> Images:
-        """The chosen ones, by numbers (K,), read into memory."""
+        """The images with these indices (K,), read into memory."""
         rows = index if self.rows is None else self.rows[index]
         return Images(self.storage[rows], self.labels[index])
 
-    def of(self, classes: Sequence[int]) -> Images:
-        """A view of those of the given classes, in their original order."""
+    def of_classes(self, classes: Sequence[int]) -> Images:
+        """A view of the images of these classes, in their original order."""
         highest = max([*classes, int(self.labels.max()) if len(self) else 0])
         wanted = torch.zeros(highest + 1, dtype=torch.bool)
         wanted[list(classes)] = True
         return self[wanted[self.labels]]
 
     def batches(self, n: int) -> Iterator[Images]:
-        """All of them in order, at most n at a time in memory."""
+        """All images in order, at most n at a time in memory."""
         for index in torch.arange(len(self)).split(n):
             yield self.take(index)
 
 
 def join(parts: Sequence[Images]) -> Images:
-    """One after the other; views of one storage stay one."""
+    """Concatenate images. Views of one storage stay a view; others are copied."""
     labels, storage = torch.cat([part.labels for part in parts]), parts[0].storage
     if any(part.storage is not storage for part in parts):
         return Images(torch.cat([part.pixels for part in parts]), labels)
@@ -74,7 +74,7 @@ def join(parts: Sequence[Images]) -> Images:
 
 
 def rank_in_class(labels: Tensor) -> Tensor:
-    """How many images of its class come before each one, int64 (N,)."""
+    """For each image, the number of earlier images of its class, int64 (N,)."""
     if not len(labels):
         return torch.zeros_like(labels)
     order = labels.argsort(stable=True)
@@ -86,8 +86,8 @@ def rank_in_class(labels: Tensor) -> Tensor:
 
 
 def resize(pixels: Tensor, size: int) -> Tensor:
-    """Square images to size x size pixels. Smaller: the mean over areas. Larger: a black border, as the rank-1 paper
-    does for 28 -> 32."""
+    """Resize square images to size x size pixels. Smaller images are means over areas; larger ones get a black border,
+    as the rank-1 paper does for 28 -> 32."""
     side = pixels.shape[-1]
     if size == side:
         return pixels
@@ -106,5 +106,5 @@ def to_float(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def to_pixels(images: Tensor) -> Tensor:
-    """[-1, 1] -> uint8 0 .. 255; what lies outside is clipped."""
+    """[-1, 1] -> uint8 0 .. 255; values outside are clipped."""
     return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

@@ -1,8 +1,8 @@
 """A run's data: one data set at one image size, its class-incremental tasks, its validation images.
 
 Every data set has a training part and a held-out test part. Validation images are every n-th image of each class of the
-training part, taken out of it before anything else is done, so that neither the model nor a feature extractor has seen
-them. FIDs are computed against test or against validation images, see `Settings.held_out`.
+training part. They are taken out of it first, so neither the model nor a feature extractor sees them. FIDs compare with
+test images or with validation images, see `Settings.held_out`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 from crl_diffusion.config.curriculum import task_classes
 from crl_diffusion.config.networks import require_size
 from crl_diffusion.config.settings import RunConfig
+from crl_diffusion.data.catalog import DATASETS
+from crl_diffusion.data.dataset import CatalogEntry, Dataset
 from crl_diffusion.data.images import Images, join, rank_in_class
-from crl_diffusion.data.source import Preset, Source
-from crl_diffusion.data.sources import DATASETS
 from crl_diffusion.errors import OptionError
 
 
@@ -37,8 +37,8 @@ class Task:
 class Data:
     """A data set at one image size, and its first tasks.
 
-    `train` is the whole training part less its validation images, also where the tasks have fewer (`per_class`): it is
-    what a feature extractor learns from.
+    `train` is the training part without its validation images. A feature extractor learns from all of it, even if the
+    tasks use fewer images of each class (`per_class`).
     """
 
     name: str
@@ -61,47 +61,49 @@ class Data:
 def load(config: RunConfig, root: Path) -> Data:
     """Read the data set of a resolved configuration; `root` is only used by sets kept on disk.
 
-    Validation images are taken from the training part, and only for runs that use them; then `per_class` keeps the
-    first images of each class.
+    Validation images are taken from the training part only for runs that use them. Then `per_class` keeps the first
+    images of each class.
     """
-    preset = DATASETS[config.data]
-    if preset.sizes and config.image_size not in preset.sizes:
-        offered = " or ".join(map(str, preset.sizes))
+    entry = DATASETS[config.data]
+    if entry.sizes and config.image_size not in entry.sizes:
+        offered = " or ".join(map(str, entry.sizes))
         raise OptionError(
             f"--image-size is {config.image_size}, but {config.data} comes in {offered} pixels; choose one of these"
         )
     require_size(config)
-    source = preset.read(root, config.image_size)
+    dataset = entry.read(root, config.image_size)
     plan = task_classes(config)
-    if len(plan) * config.classes_per_task > source.classes:
+    if len(plan) * config.classes_per_task > dataset.classes:
         raise OptionError(
-            f"--tasks is {config.tasks} and --classes-per-task is {config.classes_per_task}, but {source.name} under "
-            f"{str(root)!r} has {source.classes} classes; their product must not be larger"
+            f"--tasks is {config.tasks} and --classes-per-task is {config.classes_per_task}, but {dataset.name} under "
+            f"{str(root)!r} has {dataset.classes} classes; their product must not be larger"
         )
-    train, validation = source.train, source.train[torch.empty(0, dtype=torch.int64)]
+    train, validation = dataset.train, dataset.train[torch.empty(0, dtype=torch.int64)]
     if "validation" in (config.held_out, config.fisher_images):
-        chosen = rank_in_class(train.labels) % preset.validation_every == preset.validation_every - 1
+        chosen = rank_in_class(train.labels) % entry.validation_every == entry.validation_every - 1
         train, validation = train[~chosen], train[chosen]
-    kept = train[rank_in_class(train.labels) < config.per_class] if config.per_class else train
-    held_out = validation if config.held_out == "validation" else source.test
-    tasks = tuple(Task(i, c, kept.of(c), validation.of(c), held_out.of(c)) for i, c in enumerate(plan))
-    _check(config, preset, source, tasks)
-    return Data(source.name, source.classes, train, source.test, tasks)
+    used = train[rank_in_class(train.labels) < config.per_class] if config.per_class else train
+    held_out = validation if config.held_out == "validation" else dataset.test
+    tasks = tuple(
+        Task(i, c, *(part.of_classes(c) for part in (used, validation, held_out))) for i, c in enumerate(plan)
+    )
+    _check(config, entry, dataset, tasks)
+    return Data(dataset.name, dataset.classes, train, dataset.test, tasks)
 
 
-def _check(config: RunConfig, preset: Preset, source: Source, tasks: Sequence[Task]) -> None:
-    """Every class must have the images that the run needs; two held-out images are the least that have a covariance."""
+def _check(config: RunConfig, entry: CatalogEntry, dataset: Dataset, tasks: Sequence[Task]) -> None:
+    """OptionError if a class lacks images that the run needs. A covariance needs two held-out images."""
     for task in tasks:
         needed = {"training": (task.train, 1), f"held-out ({config.held_out})": (task.held_out, 2)}
         if config.fisher_images == "validation":
             needed["validation"] = (task.validation, 1)
-        for what, (images, least) in needed.items():
-            counts = images.labels.bincount(minlength=source.classes)
+        for part, (images, least) in needed.items():
+            counts = images.labels.bincount(minlength=dataset.classes)
             for c in task.classes:
                 if counts[c] < least:
-                    hint = "" if "validation" not in what else f"; every {preset.validation_every}th image validates"
+                    hint = "" if "validation" not in part else f"; every {entry.validation_every}th image validates"
                     raise OptionError(
-                        f"--data {config.data}: class {c}, in task {task.index + 1}, has {int(counts[c])} {what} images"
-                        f" in {source.name}{hint}; it needs {least} or more: add images, or choose other tasks with "
+                        f"--data {config.data}: class {c}, in task {task.index + 1}, has {int(counts[c])} {part} images"
+                        f" in {dataset.name}{hint}; it needs {least} or more: add images, or choose other tasks with "
                         "--tasks, --classes-per-task or --class-order"
                     )

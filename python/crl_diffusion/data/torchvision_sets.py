@@ -8,18 +8,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from crl_diffusion.data.dataset import Dataset, in_memory
 from crl_diffusion.data.folder import ImageTree, in_words, is_or_are, largest_label
-from crl_diffusion.data.source import Source, in_memory
 from crl_diffusion.errors import OptionError
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
-def read_mnist(class_name: str, option: str) -> Callable[[Path, int], Source]:
+def read_mnist(class_name: str, option: str) -> Callable[[Path, int], Dataset]:
     """MNIST, or a set in its format, through torchvision."""
-    needed = [f"{part}-{what}-ubyte" for part in ("train", "t10k") for what in ("images-idx3", "labels-idx1")]
+    needed = [f"{part}-{array}-ubyte" for part in ("train", "t10k") for array in ("images-idx3", "labels-idx1")]
 
-    def read(root: Path, size: int) -> Source:
+    def read(root: Path, size: int) -> Dataset:
         from torchvision import datasets
 
         folder = root / class_name / "raw"
@@ -49,7 +49,7 @@ def read_mnist(class_name: str, option: str) -> Callable[[Path, int], Source]:
     return read
 
 
-def read_cifar10(root: Path, size: int) -> Source:
+def read_cifar10(root: Path, size: int) -> Dataset:
     """CIFAR-10 through torchvision, or, named cifar10-jpeg, a JPEG copy of it. JPEG changes the images: FIDs to the
     copy are not FIDs to CIFAR-10."""
     archive, copy = root / "cifar-10-batches-py", root / "cifar10_jpeg"
@@ -79,18 +79,18 @@ def _cifar10_batches(root: Path, archive: Path) -> list[tuple[Tensor, Tensor]]:
     kind = datasets.CIFAR10
     needed = [name for name, _ in (*kind.train_list, *kind.test_list)] + [kind.meta["filename"]]
     missing = [name for name in needed if not (archive / name).is_file()]
-    anew = (
+    remedy = (
         f"delete the folder {str(archive)!r} and download it anew with: "
         f'python -c "from torchvision.datasets import CIFAR10 as D; D({str(root)!r}, download=True)"'
     )
     if missing:
         raise OptionError(
-            f"--data cifar10: {in_words(missing)} {is_or_are(missing)} missing in {str(archive)!r}; {anew}"
+            f"--data cifar10: {in_words(missing)} {is_or_are(missing)} missing in {str(archive)!r}; {remedy}"
         )
     try:
         parts = [kind(str(root), train=train, download=False) for train in (True, False)]
     except RuntimeError as error:  # a checksum differs
-        raise OptionError(f"--data cifar10: files in {str(archive)!r} are damaged ({error}); {anew}") from error
+        raise OptionError(f"--data cifar10: files in {str(archive)!r} are damaged ({error}); {remedy}") from error
     return [
         (torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)) for part in parts
     ]

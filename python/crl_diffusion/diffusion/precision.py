@@ -1,4 +1,4 @@
-"""In which arithmetic the network runs: fp32, fp64, or 16 bits through autocast, with a gradient scaler for fp16."""
+"""The arithmetic of the network: fp32, fp64, or 16 bits through autocast, with a gradient scaler for fp16."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Precision:
-    """What a step does differently in each arithmetic; nothing in fp32 and fp64."""
+    """The parts of a step that depend on the arithmetic: dtype of the parameters, autocast, gradient scaler."""
 
     def __init__(self, name: str, device: torch.device) -> None:
         self._double = name == "fp64"
@@ -32,12 +32,12 @@ class Precision:
         return loss if self.scaler is None else self.scaler.scale(loss)
 
     def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
-        """Gradients at their own scale: what is added to them or measures them comes after this."""
+        """Undo the scale of the gradients. Call it before anything is added to them or their norm is taken."""
         if self.scaler is not None:
             self.scaler.unscale_(optimizer)
 
     def step(self, optimizer: torch.optim.Optimizer) -> bool:
-        """The optimizer's step, unless the loss's gradients have overflowed; returns whether it was taken."""
+        """The step of the optimizer, unless gradients have overflowed. Returns whether the step was taken."""
         if self.scaler is None:
             optimizer.step()
             return True
@@ -47,7 +47,7 @@ class Precision:
         return self.scaler.get_scale() >= before
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold: the present scale, and how many steps it has been good for."""
+        """Tensors that a checkpoint must hold: the current scale, and its number of steps without an overflow."""
         if self.scaler is None:
             return {}
         state = self.scaler.state_dict()

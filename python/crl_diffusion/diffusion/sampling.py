@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from crl_diffusion import processes
-from crl_diffusion.diffusion import sampling
 from crl_diffusion.diffusion.network import predict
 from crl_diffusion.diffusion.noising import TIMESTEPS, Schedule, stream
 
@@ -16,8 +16,8 @@ Predictor = Callable[[Tensor, Tensor, Tensor], Tensor]  # noised (B, C, H, W), t
 
 
 def draw_latents(seed: int, purpose: str, label: Tensor, shape: tuple[int, int, int], task: int = 0) -> Tensor:
-    """Starting noise, (N, C, H, W), one stream per image: the n-th image of class c starts from the same noise however
-    many images are drawn, and in whatever batches."""
+    """Starting noise, (N, C, H, W), one stream per image: the n-th image of class c starts from the same noise for any
+    number of images and any batches."""
     seen: dict[int, int] = {}
     latents = torch.empty(len(label), *shape)
     for i, c in enumerate(label.tolist()):
@@ -59,8 +59,4 @@ def draw_images(model: nn.Module, schedule: Schedule, latents: Tensor, label: Te
 def draw_share(model: nn.Module, schedule: Schedule, latents: Tensor, label: Tensor, steps: int) -> Tensor:
     """The same in this process alone."""
     like = next(model.parameters())
-
-    def noise(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        return predict(model, x, t, y)
-
-    return sampling.ddim(noise, schedule, latents.to(like), label.to(like.device), steps).cpu()
+    return ddim(partial(predict, model), schedule, latents.to(like), label.to(like.device), steps).cpu()

@@ -1,4 +1,4 @@
-"""Small classifiers, trained on the spot and kept, whose features FIDs are measured on."""
+"""Small classifiers of a data set, trained here and stored, whose features FIDs are measured on."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from crl_diffusion.errors import OptionError
 from crl_diffusion.evaluation.features import PART, Extractor, digest, one_line
 from crl_diffusion.files import write_tensors
 
-CLASSIFIER_STEPS, CLASSIFIER_BATCH, CLASSIFIER_LR = 400, 64, 3e-3  # steps: at least so many
+CLASSIFIER_STEPS, CLASSIFIER_BATCH, CLASSIFIER_LR = 400, 64, 3e-3  # the number of steps is a minimum
 TOTAL_VARIANCE = 100.0
 
 
 class Classifier(Extractor):
-    """A classifier of the data set: features are what its last layer sees, times `scale`; `logits` -> (N, classes)."""
+    """A classifier of the data set. Features are the inputs of its last layer, times `scale`; `logits` has
+    the shape (N, classes)."""
 
     kind: str
     file: str
@@ -51,7 +52,7 @@ class Classifier(Extractor):
         return torch.cat([self.logits(to_float(part)).argmax(1) for part in pixels.split(PART)])
 
     def accuracy(self, pixels: Tensor, labels: Tensor) -> float:
-        """Share of uint8 images that are taken for what their label says."""
+        """Share of uint8 images whose prediction is their label."""
         return int((self.predictions(pixels) == labels).sum()) / len(labels)
 
     def about(self) -> str:
@@ -114,28 +115,28 @@ CLASSIFIERS: dict[str, Callable[[int, int, int], Classifier]] = {"cnn": Cnn, "le
 
 
 def classifier(data: Data, folder: Path, chosen: str = "cnn") -> Classifier:
-    """The data set's classifier: read from `folder`, or trained and kept there. It does not depend on a run's seed.
+    """The data set's classifier, read from `folder`, or trained and stored there. It does not depend on a run's seed.
 
-    Its file is named by the training images, so that one folder serves several data sets.
+    The name of its file has a digest of the training images, so one folder serves several data sets.
     """
     channels, size, _ = data.shape
     model = CLASSIFIERS[chosen](channels, size, data.classes)
     steps = max(CLASSIFIER_STEPS, model.epochs * len(data.train.labels) // CLASSIFIER_BATCH)
     images = digest(*(tensor for part in data.train.batches(PART) for tensor in (part.pixels, part.labels)))
     recipe = f"{steps} steps of {CLASSIFIER_BATCH}"
-    made_for = {"data": data.name, "size": str(size), "recipe": recipe, "images": images}
+    subject = {"data": data.name, "size": str(size), "recipe": recipe, "images": images}
     path = folder / f"{model.file}-{data.name}-{size}px-{images[:8]}.safetensors"
     if path.exists():
-        _read(model, path, made_for)
+        _read(model, path, subject)
     else:
         _fit(model, data.train, steps)
         model.test_accuracy = model.accuracy(data.test.pixels, data.test.labels)
-        write_tensors(path, model.state_dict(), {**made_for, "test_accuracy": repr(model.test_accuracy)})
+        write_tensors(path, model.state_dict(), {**subject, "test_accuracy": repr(model.test_accuracy)})
     model.name = f"{model.kind}-{data.name}-{size}px-{digest(*model.state_dict().values())[:8]}"
     return model.eval().requires_grad_(False)
 
 
-def _read(model: Classifier, path: Path, made_for: dict[str, str]) -> None:
+def _read(model: Classifier, path: Path, subject: dict[str, str]) -> None:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
@@ -144,10 +145,10 @@ def _read(model: Classifier, path: Path, made_for: dict[str, str]) -> None:
         raise OptionError(
             f"the extractor {str(path)!r} cannot be read ({one_line(error)}); delete it, and it is made anew"
         ) from None
-    differ = [key for key, value in made_for.items() if metadata.get(key) != value]
+    differ = [key for key, value in subject.items() if metadata.get(key) != value]
     if differ:
-        what = ", ".join(f"{key} {metadata.get(key)!r} there, {made_for[key]!r} here" for key in differ)
-        raise OptionError(f"the extractor {str(path)!r} was made for something else ({what}); delete it")
+        changes = ", ".join(f"{key} {metadata.get(key)!r} there, {subject[key]!r} here" for key in differ)
+        raise OptionError(f"the extractor {str(path)!r} was made for something else ({changes}); delete it")
     try:
         model.test_accuracy = float(metadata["test_accuracy"])
     except (KeyError, ValueError):

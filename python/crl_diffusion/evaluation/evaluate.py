@@ -1,8 +1,8 @@
 """Evaluation: after a task, images of all tasks learnt are drawn and measured; one row of metrics.jsonl for each task.
 
-A row holds the numbers (`fid`, `accuracy`, `class_kl`) and what is needed to know what they mean: extractor and
-classifier with their digests, how many images were drawn and of which seed, sampler and steps, which held-out part
-was compared with and how many images that has. Nothing here depends on the method or changes the model.
+A row holds the numbers (`fid`, `accuracy`, `class_kl`) and how they were measured: extractor and classifier with their
+digests, number of drawn images, seed, sampler and its steps, held-out part and its number of images. Nothing here
+depends on the method or changes the model.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ KEPT_SAMPLES = 12  # images of each class and evaluation that stay in the run fo
 
 
 class Instruments(NamedTuple):
-    """What a run is measured with: FIDs on `extractor`, accuracies and class histograms by `classifier`; statistics of
-    real images are kept in `folder`."""
+    """The networks that measure a run: FIDs use `extractor`, accuracies and class histograms use `classifier`.
+    Statistics of real images are kept in `folder`."""
 
     extractor: Extractor
     classifier: Classifier
     folder: Path
 
     def names(self) -> dict[str, str]:
-        """What config.json holds a resumed run to."""
+        """Names in config.json, which must be the same when the run is resumed."""
         return {"extractor": self.extractor.name, "classifier": self.classifier.name}
 
     def about(self, config: RunConfig, data: Data) -> list[str]:
-        """Lines that say what the numbers to come are measured with."""
+        """Lines about the networks, the numbers of images and the bias of the FIDs."""
         used = [self.extractor] if self.extractor is self.classifier else [self.extractor, self.classifier]
-        lines = [one.about() for one in used]
+        lines = [network.about() for network in used]
         if self.classifier is not self.extractor:
             lines[-1] = lines[-1].replace("feature extractor", "conditional accuracy by")
         held_out = [len(task.held_out.labels) for task in data.tasks]
@@ -66,7 +66,7 @@ class Instruments(NamedTuple):
 
 
 def instruments(chosen: ExtractorName | Custom, data: Data, folder: Path, device: str = "cpu") -> Instruments:
-    """The extractor that was asked for and the data set's `cnn`, which classifies whatever the extractor is."""
+    """The chosen extractor, and the `cnn` of the data set, which classifies with any extractor."""
     classifier = classifiers.classifier(data, folder)
     if chosen == "cnn":
         return Instruments(classifier, classifier, folder)
@@ -80,9 +80,9 @@ def evaluate(draw: Draw, tools: Instruments | None, data: Data, config: RunConfi
     """A row for each of the first `learnt` tasks; the first images of each class are kept in `out`/samples.
 
     `draw` is the model's sampler, with `config.eval_steps` steps of DDIM. The n-th image of class c starts from the
-    same noise in every evaluation, whatever else is drawn; batches of the sampler change no more than the rounding of
-    its arithmetic. Without tools images are drawn, for the sake of another process that measures them, and nothing is
-    returned or written.
+    same noise in every evaluation, whatever else is drawn; the batches of the sampler change only the rounding of its
+    arithmetic. Without tools, images are drawn for another process that measures them, and nothing is returned or
+    written.
     """
     rows, kept = [], []
     for task in data.tasks[:learnt]:
@@ -112,26 +112,26 @@ def evaluate(draw: Draw, tools: Instruments | None, data: Data, config: RunConfi
 
 
 def measure(tools: Instruments, data: Data, config: RunConfig, task: Task, generated: Images) -> Row:
-    """The numbers of one task's images, whose labels are the classes that were asked for."""
-    found = tools.classifier.predictions(generated.pixels)
-    predicted, asked = (counts(labels, task.classes) for labels in (found, generated.labels))
-    elsewhere = len(found) - sum(predicted)
+    """The numbers of one task. The labels of `generated` are the classes that the model was asked to draw."""
+    predictions = tools.classifier.predictions(generated.pixels)
+    predicted, asked = (counts(labels, task.classes) for labels in (predictions, generated.labels))
+    elsewhere = len(predictions) - sum(predicted)
     return {
         "fid": fid(tools.extractor, real(tools, data, config, task), generated.pixels),
-        "accuracy": int((found == generated.labels).sum()) / len(found),
+        "accuracy": int((predictions == generated.labels).sum()) / len(predictions),
         "class_kl": class_kl(predicted, elsewhere, asked),
         "predicted": predicted,
         "predicted_elsewhere": elsewhere,
         "extractor": tools.extractor.name,
         "classifier": tools.classifier.name,
-        "samples": len(found),
+        "samples": len(predictions),
         "held_out": config.held_out,
         "held_out_images": len(task.held_out.labels),
     }
 
 
 def prepare(tools: Instruments, config: RunConfig, data: Data) -> None:
-    """Have the statistics of all tasks' real images on disk, so that processes which share a folder only read them."""
+    """Store the statistics of all tasks' real images, so that processes that share the folder only read them."""
     if tools.extractor.keep:
         for task in data.tasks:
             real(tools, data, config, task)
@@ -139,13 +139,13 @@ def prepare(tools: Instruments, config: RunConfig, data: Data) -> None:
 
 def real(tools: Instruments, data: Data, config: RunConfig, task: Task) -> Statistics:
     """Statistics of the task's held-out images."""
-    made_for = {
+    subject = {
         "data": data.name,
         "size": str(data.shape[-1]),
         "task": " ".join(map(str, task.classes)),
         "part": config.held_out,
     }
-    return kept_statistics(tools.extractor, task.held_out.pixels, tools.folder, made_for)
+    return kept_statistics(tools.extractor, task.held_out.pixels, tools.folder, subject)
 
 
 def counts(labels: Tensor, classes: tuple[int, ...]) -> list[int]:
@@ -154,7 +154,7 @@ def counts(labels: Tensor, classes: tuple[int, ...]) -> list[int]:
 
 
 def check_finished(chosen: ExtractorName | Custom, out: Path) -> None:
-    """Refuse to pass off a finished run as measured with another extractor than it was."""
+    """OptionError if the finished run was measured with another extractor than the chosen one."""
     measured = read_config(out).get("extractor")
     if measured is None:
         raise RecordError(out / "config.json", "names no extractor", CONFIG_REMEDY)

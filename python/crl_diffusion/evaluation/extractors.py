@@ -1,12 +1,12 @@
-"""Extractors: the networks on whose features FIDs are measured, chosen by name or brought by the caller.
+"""Extractors: the networks on whose features FIDs are measured, chosen by name or given by the caller.
 
-    cnn        a small classifier of the same data set, trained on the spot and kept; 32 features whose variances over
-               the training images add up to 100, so that an FID of 100 is as far as the data set is wide
-    lenet      LeNet-5, trained on the spot and kept; its 84 penultimate features, as they are
+    cnn        a small classifier of the same data set, trained here and stored; 32 features whose variances over the
+               training images add up to 100, so an FID of 100 is a distance as large as the spread of the data set
+    lenet      LeNet-5, trained here and stored; its 84 penultimate features, not scaled
     inception  the InceptionV3 of the literature, 2048 features, from a weights file that the user has downloaded
     Custom     any callable, from Python
-FIDs compare within one data set and one extractor, and nothing else: every row and table names the extractor and the
-first digits of its weights' sha256. Conditional accuracy and class histograms always come from the `cnn`.
+FIDs compare only within one data set and one extractor. Every row and table names the extractor and the first digits
+of its weights' sha256. Conditional accuracy and class histograms always come from the `cnn`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Inception(Extractor):
 
     def __init__(self, folder: Path, device: str) -> None:
         super().__init__()
-        path, found = _inception_weights(folder)
+        path, sha256 = _inception_weights(folder)
         from torchmetrics.image.fid import FrechetInceptionDistance
 
         try:
@@ -61,7 +61,7 @@ class Inception(Extractor):
             ) from None
         self.network = metric.inception.to(device)
         self.device = device
-        self.name = f"{self.kind}-{found[:8]}"
+        self.name = f"{self.kind}-{sha256[:8]}"
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -77,9 +77,9 @@ class Inception(Extractor):
 
 
 class Custom(Extractor):
-    """The caller's own: a callable from images (N, C, S, S), float32 in [-1, 1] on the CPU, to features (N, d).
+    """A callable of the caller from images (N, C, S, S), float32 in [-1, 1] on the CPU, to features (N, d).
 
-    `name` is the caller's word for it, and all that tells it apart from others in records.
+    `name` is chosen by the caller. Records identify the extractor by it alone.
     """
 
     keep = False
@@ -94,13 +94,13 @@ class Custom(Extractor):
 
     def probe(self, images: Images) -> None:
         """Learn `num_features` from two images."""
-        found = self(to_float(images.take(torch.arange(2)).pixels))
-        if found.dim() != 2 or len(found) != 2 or not found.is_floating_point():
+        features = self(to_float(images.take(torch.arange(2)).pixels))
+        if features.dim() != 2 or len(features) != 2 or not features.is_floating_point():
             raise OptionError(
-                f"the feature extractor {self.name!r} made {tuple(found.shape)} {found.dtype} of two images; "
+                f"the feature extractor {self.name!r} made {tuple(features.shape)} {features.dtype} of two images; "
                 "it must return floating-point features, (N, d)"
             )
-        self.num_features = found.shape[1]
+        self.num_features = features.shape[1]
 
 
 KINDS = {"cnn": Cnn.kind, "lenet": LeNet.kind, "inception": Inception.kind}  # how the names of extractors begin
@@ -121,21 +121,18 @@ def extractor(chosen: ExtractorName | Custom, data: Data, folder: Path, device: 
 
 def _inception_weights(folder: Path) -> tuple[Path, str]:
     """The weights file in `folder` and its sha256, which its name must end with, as names of downloads do."""
-    found = sorted(folder.glob("*inception*.pth"))
-    if len(found) != 1:
-        what = "no file *inception*.pth" if not found else " and ".join(path.name for path in found)
+    paths = sorted(folder.glob("*inception*.pth"))
+    if len(paths) != 1:
+        content = "no file *inception*.pth" if not paths else " and ".join(path.name for path in paths)
         raise OptionError(
-            f"--extractor is inception, but --extractor-folder {str(folder)!r} holds {what}; put {INCEPTION_FILE} "
+            f"--extractor is inception, but --extractor-folder {str(folder)!r} holds {content}; put {INCEPTION_FILE} "
             f"there (and only that), from {INCEPTION_URL}"
         )
-    with open(found[0], "rb") as file:
-        sha256 = hashlib.sha256()
-        while block := file.read(1 << 20):
-            sha256.update(block)
-    claimed = found[0].stem.rsplit("-", 1)[-1]
-    if len(claimed) != 8 or not sha256.hexdigest().startswith(claimed):
+    sha256 = hashlib.sha256(paths[0].read_bytes()).hexdigest()
+    claimed = paths[0].stem.rsplit("-", 1)[-1]
+    if len(claimed) != 8 or not sha256.startswith(claimed):
         raise OptionError(
-            f"the sha256 of {str(found[0])!r} begins with {sha256.hexdigest()[:8]}, but its name ends with {claimed}: "
+            f"the sha256 of {str(paths[0])!r} begins with {sha256[:8]}, but its name ends with {claimed}: "
             f"it is torn, or another file; get it anew from {INCEPTION_URL}"
         )
-    return found[0], sha256.hexdigest()
+    return paths[0], sha256

@@ -1,4 +1,4 @@
-"""What an extractor of features is."""
+"""The interface of feature extractors, and digests of tensors."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ PART = 1000  # images that go through a classifier at a time
 
 def digest(*tensors: Tensor) -> str:
     """sha256 of the tensors' bytes, in hexadecimal."""
-    found = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for tensor in tensors:
-        found.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()
+        sha256.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data)
+    return sha256.hexdigest()
 
 
 class Extractor(nn.Module):
     """(N, C, S, S) float32 in [-1, 1], on the CPU -> features (N, num_features), on the CPU.
 
-    `name` stands beside every FID. `keep` says that the name determines the features, so that statistics of real
-    images may be kept on disk under it; `part` is how many images it is given at a time.
+    `name` stands beside every FID. `keep`: the name determines the features, so statistics of real images may be stored
+    under it. `part` is the largest number of images in one call.
     """
 
     num_features: int
@@ -31,7 +31,7 @@ class Extractor(nn.Module):
     part = PART
 
     def about(self) -> str:
-        """What there is to say of it in one line."""
+        """One line about the extractor."""
         return f"feature extractor {self.name}: {self.num_features} features"
 
 

@@ -2,9 +2,9 @@
 
     FID = |mu_r - mu_g|^2 + tr(C_r + C_g - 2 (C_r C_g)^(1/2))
 with means mu and covariances C (divisor N - 1) of the features. torchmetrics keeps, for each side, the sum of features,
-the sum of their outer products and the count, in float64; mean and covariance follow from these. For the real side they
-are computed once and kept, and given back to torchmetrics as its states, which gives the same bits as doing all anew.
-With few images FID is biased upwards, the more the more features there are: compare at equal counts only.
+the sum of their outer products and the count, in float64; mean and covariance follow from these. Those of the real
+images are computed once, stored, and set as the states of later metrics, which gives the same bits as computing them
+again. With few images FID is biased upwards, more so with more features: compare at equal counts only.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Statistics(NamedTuple):
-    """What FID needs of a set of images with d features."""
+    """The statistics of a set of images, with d features, that FID depends on."""
 
     total: Tensor  # (d,) float64, sum of the features
     products: Tensor  # (d, d) float64, sum of their outer products
@@ -33,7 +33,7 @@ class Statistics(NamedTuple):
 
 
 def real_statistics(extractor: Extractor, pixels: Tensor) -> Statistics:
-    """Of uint8 images (N, C, S, S), N >= 2."""
+    """Statistics of uint8 images (N, C, S, S), N >= 2."""
     metric = _metric(extractor)
     _update(metric, extractor, pixels, real=True)
     return Statistics(metric.real_features_sum, metric.real_features_cov_sum, metric.real_features_num_samples)
@@ -47,32 +47,32 @@ def fid(extractor: Extractor, real: Statistics, generated: Tensor) -> float:
     return float(metric.compute())
 
 
-def kept_statistics(extractor: Extractor, pixels: Tensor, folder: Path, made_for: dict[str, str]) -> Statistics:
-    """`real_statistics`, read from `folder`, or computed and kept there.
+def kept_statistics(extractor: Extractor, pixels: Tensor, folder: Path, subject: dict[str, str]) -> Statistics:
+    """`real_statistics`, read from `folder`, or computed and stored there.
 
-    `made_for` says in words what the images are (data, size, task, part); extractor, images and the statistics
-    themselves are known by their digests, and a file that is not what is asked for is made anew.
+    `subject` describes the images (data, size, task, part). The file also holds digests of the extractor, the images
+    and the statistics; a file that does not match is replaced.
     """
     if not extractor.keep:
         return real_statistics(extractor, pixels)
-    made_for = {**made_for, "extractor": extractor.name, "images": digest(pixels)}
-    key = hashlib.sha256(repr(sorted(made_for.items())).encode()).hexdigest()
+    subject = {**subject, "extractor": extractor.name, "images": digest(pixels)}
+    key = hashlib.sha256(repr(sorted(subject.items())).encode()).hexdigest()
     path = folder / "real-statistics" / f"{extractor.name}-{key[:12]}.safetensors"
-    found = _read(path, made_for) if path.exists() else None
-    if found is None:
-        found = real_statistics(extractor, pixels)
-        write_tensors(path, found._asdict(), {**made_for, "digest": digest(*found)})
-    return found
+    statistics = _read(path, subject) if path.exists() else None
+    if statistics is None:
+        statistics = real_statistics(extractor, pixels)
+        write_tensors(path, statistics._asdict(), {**subject, "digest": digest(*statistics)})
+    return statistics
 
 
-def _read(path: Path, made_for: dict[str, str]) -> Statistics | None:
+def _read(path: Path, subject: dict[str, str]) -> Statistics | None:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
-            found = Statistics(*(file.get_tensor(name) for name in Statistics._fields))
+            statistics = Statistics(*(file.get_tensor(name) for name in Statistics._fields))
     except (SafetensorError, OSError):
         return None
-    return found if metadata == {**made_for, "digest": digest(*found)} else None
+    return statistics if metadata == {**subject, "digest": digest(*statistics)} else None
 
 
 def _metric(extractor: Extractor) -> FrechetInceptionDistance:

@@ -1,13 +1,13 @@
-"""Metrics that are arithmetic: what is derived from the matrices of FIDs and accuracies, and class histograms.
+"""Metrics by arithmetic: averages and forgetting from the matrices of FIDs and accuracies, and class histograms.
 
 R[i][j], j <= i, is the FID of task j's images after learning task i, lower is better; A[i][j] is their conditional
-accuracy, the share that a classifier takes for the class that was asked for. T is the number of tasks.
+accuracy: the share of images that a classifier assigns to the class that was asked for. T is the number of tasks.
     average FID                    mean_j R[T-1][j]
     FID when learnt                mean_j R[j][j]
     incremental average            mean_i mean_{j<=i} R[i][j]
     forgetting                     sum_{j<T-1} (R[T-1][j] - R[j][j]) / (T - 1);  positive is worse
-    forgetting, divisor T          the same sum divided by T, as the rank-1 paper (arXiv 2509.23593) has it: what the
-                                   average FID is above the FID when learnt
+    forgetting, divisor T          the same sum divided by T, as in the rank-1 paper (arXiv 2509.23593): the average FID
+                                   minus the FID when learnt
     accuracy forgetting            sum_{j<T-1} (A[j][j] - A[T-1][j]) / (T - 1);  positive is worse
     class KL                       see `class_kl`
 FIDs themselves are in `fid.py`, the networks in `extractors.py`. Nothing here needs torch.
@@ -27,32 +27,32 @@ def average_fid(r: Matrix) -> float:
 
 
 def fid_when_learnt(r: Matrix) -> float | None:
-    """mean_j R[j][j]; None where some task was not followed by an evaluation, as in joint training."""
+    """mean_j R[j][j]; None if some task was not followed by an evaluation, as in joint training."""
     return _mean([row[-1] for row in r]) if all(r) else None
 
 
 def incremental_average_fid(r: Matrix) -> float | None:
-    """None where some task was not followed by an evaluation, as in joint training."""
+    """mean_i mean_{j<=i} R[i][j]; None if some task was not followed by an evaluation, as in joint training."""
     return _mean([_mean(row) for row in r]) if all(r) else None
 
 
 def forgetting(r: Matrix, divisor: int) -> float | None:
-    """sum_j (R[T-1][j] - R[j][j]) / divisor; None for a single task, or where some R[j][j] was not measured."""
+    """sum_j (R[T-1][j] - R[j][j]) / divisor; None for a single task, or if some R[j][j] was not measured."""
     if len(r) < 2 or not all(r):
         return None
     return sum(r[-1][j] - r[j][j] for j in range(len(r) - 1)) / divisor
 
 
 def class_kl(predicted: Sequence[int], elsewhere: int, asked: Sequence[int]) -> float:
-    """KL(p || q) in nats between what a classifier sees in a task's images and what was asked for.
+    """KL(p || q) in nats between the classes that a classifier predicts for a task's images and those asked for.
 
-    Cells are the task's K classes and one for all classes of other tasks. predicted[c] and `elsewhere` count what the
-    classifier sees, asked[c] what was asked for; each has N images in all. With half a count added to every cell,
+    The cells are the task's K classes and one for all classes of other tasks. predicted[c] and `elsewhere` count the
+    predictions, asked[c] the classes that were asked for; N images in all. With half a count added to every cell,
         p_c = (predicted_c + 1/2) / (N + (K + 1) / 2),   q_c = (asked_c + 1/2) / (N + (K + 1) / 2),   KL = sum p ln(p/q)
-    so it is 0 if and only if the counts agree, stays finite, and images of other tasks count: nothing asked for them,
-    and if all are, KL is about ln(2 N). (Without that cell a model that draws nothing of the task would have an even
-    histogram over its classes.) It does not see classes that trade places, which accuracy does; and it depends on N,
-    so it compares at equal counts only.
+    so it is 0 if and only if the counts agree, and stays finite. Images of other tasks count: if all are of other
+    tasks, KL is about ln(2 N). (Without that cell a model that draws nothing of the task would have an even histogram
+    over its classes.) It does not detect classes that trade places; accuracy does. It depends on N, so compare at equal
+    counts only.
     """
     if sum(predicted) + elsewhere != sum(asked) or len(predicted) != len(asked):
         raise ValueError(
@@ -65,7 +65,7 @@ def class_kl(predicted: Sequence[int], elsewhere: int, asked: Sequence[int]) -> 
 
 
 def headlines(r: Matrix, accuracy: Matrix, kl: Matrix) -> dict[str, Any]:
-    """A run's numbers by name, as they stand in its summary.json."""
+    """The numbers of a run by name, as in its summary.json."""
     forgotten = forgetting(accuracy, len(accuracy) - 1)
     return {
         "average_fid": average_fid(r),

@@ -1,4 +1,4 @@
-"""The numbers of a run as a whole: the matrix of FIDs and the averages made of it."""
+"""The summary of a run: the matrix of FIDs and the averages of it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ import numpy as np
 from crl_diffusion.evaluation import metrics
 from crl_diffusion.files import Row
 from crl_diffusion.run_folder.readers import read_config, read_metrics, read_timings, sha256_of
-
-# Reading
 
 
 def fid_matrix(rows: Sequence[Row], key: str = "fid") -> list[list[float]]:

@@ -6,30 +6,14 @@ import hashlib
 import json
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from crl_diffusion.config.settings import Device, RunConfig, planned
+from crl_diffusion.config.settings import RunConfig
 from crl_diffusion.errors import OptionError, RecordError
 from crl_diffusion.files import locked, require_file, require_folder, write_json, write_text
 from crl_diffusion.run_folder import checkpoint, origin
 from crl_diffusion.run_folder.readers import read_config
-
-
-def resolve(config: RunConfig) -> RunConfig:
-    """The configuration with everything filled in that depends on the data set and on the machine."""
-    return replace(planned(config), device=resolve_device(config.device))
-
-
-def resolve_device(device: Device) -> Device:
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise OptionError("--device is cuda, but torch finds no CUDA device; use --device cpu")
-    return device
 
 
 def digest_of(config: RunConfig) -> str:

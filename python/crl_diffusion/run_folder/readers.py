@@ -1,8 +1,7 @@
-"""One reader for each record of a run folder: encoding, JSON, names, types and finite numbers are looked at before
-anything else sees them.
+"""One reader for each record of a run folder. It checks encoding, JSON, names, types and finite numbers.
 
-Earlier versions have written fewer names than this one; those are optional here. A record that cannot be read, or does
-not say what it must, raises a `RecordError`. Nothing here imports torch.
+Earlier versions wrote fewer names than this one; the new names are optional here. A record that cannot be read, lacks a
+name or has a wrong value raises a `RecordError`. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -31,9 +30,9 @@ SAMPLES_REMEDY = f"{PUT_BACK}, or {AGAIN}: these images are drawn again from the
 
 
 class Kind(NamedTuple):
-    """What a value must be, in words and as a test, and whether it may be missing or null."""
+    """The values that a name may have, in words and as a test, and whether it may be missing or null."""
 
-    what: str
+    description: str
     fits: Callable[[Any], bool]
     optional: bool = False
 
@@ -46,19 +45,19 @@ def optional(kind: Kind) -> Kind:
 
 
 def list_of(kind: Kind) -> Kind:
-    return Kind(f"a list, each {kind.what}", lambda x: isinstance(x, list) and all(map(kind.fits, x)))
+    return Kind(f"a list, each {kind.description}", lambda x: isinstance(x, list) and all(map(kind.fits, x)))
 
 
-def _whole(x: Any) -> bool:
+def _is_integer(x: Any) -> bool:
     return isinstance(x, int) and not isinstance(x, bool) and abs(x) < 2**63
 
 
 def _finite(x: Any) -> bool:
-    return _whole(x) or (isinstance(x, float) and math.isfinite(x))
+    return _is_integer(x) or (isinstance(x, float) and math.isfinite(x))
 
 
 def _triangle(x: Any) -> bool:
-    """Whether x is a matrix as metrics.Matrix says, with a last row."""
+    """Whether x is a `metrics.Matrix` whose last row is not empty."""
     return (
         isinstance(x, list)
         and len(x) > 0
@@ -92,9 +91,9 @@ def _recipe(x: Any) -> bool:
 
 
 TEXT = Kind("a text", lambda x: isinstance(x, str))
-WHOLE = Kind("an integer", _whole)
-COUNT = Kind("an integer above 0", lambda x: _whole(x) and x > 0)
-TASK = Kind("the number of a task, from 1", lambda x: _whole(x) and 0 < x < 10_000)
+INTEGER = Kind("an integer", _is_integer)
+COUNT = Kind("an integer above 0", lambda x: _is_integer(x) and x > 0)
+TASK = Kind("the number of a task, from 1", lambda x: _is_integer(x) and 0 < x < 10_000)
 NUMBER = Kind("a finite number", _finite)
 NUMBERS = list_of(NUMBER)
 MATRIX = Kind("a lower triangular matrix of finite numbers", _triangle)
@@ -107,10 +106,10 @@ CONFIG: Shape = {
     **dict.fromkeys(("environment", "git"), optional(OBJECT)),
     "command": optional(COMMAND),
 }
-BY_TYPE = {bool: Kind("true or false", lambda x: isinstance(x, bool)), int: WHOLE, float: NUMBER, str: TEXT}
+BY_TYPE = {bool: Kind("true or false", lambda x: isinstance(x, bool)), int: INTEGER, float: NUMBER, str: TEXT}
 RUN: Shape = {
     "method": TEXT,
-    "seed": WHOLE,
+    "seed": INTEGER,
     "data": TEXT,
     "recipe": Kind("an object with a curriculum, replays and a penalty", _recipe),
     **{field.name: optional(BY_TYPE[type(field.default)]) for field in fields(Settings) if field.name != "data"},
@@ -118,7 +117,7 @@ RUN: Shape = {
 SUMMARY: Shape = {
     **dict.fromkeys(("method", "extractor", "sampler"), TEXT),
     **dict.fromkeys(("classifier", "held_out", "metrics_sha256"), optional(TEXT)),
-    **dict.fromkeys(("seed", "samples_per_task"), WHOLE),
+    **dict.fromkeys(("seed", "samples_per_task"), INTEGER),
     "average_fid": NUMBER,
     **dict.fromkeys(
         (
@@ -158,7 +157,7 @@ TIMED: Shape = {"stage": TASK, "step": COUNT, "step_ms": NUMBER, "penalty_ms": o
 
 
 def _misfit(value: Any, shape: Shape) -> str | None:
-    """What is wrong with a JSON value that must be an object of this shape; None if nothing is."""
+    """The first error of a JSON value that must be an object of this shape, in words; None if there is none."""
     if not isinstance(value, dict):
         return "expected a JSON object"
     for name, kind in shape.items():
@@ -166,7 +165,7 @@ def _misfit(value: Any, shape: Shape) -> str | None:
             if not kind.optional:
                 return f"it has no {name}"
         elif not kind.fits(value[name]):
-            return f"its {name} is {repr(value[name])[:40]}, expected {kind.what}"
+            return f"its {name} is {repr(value[name])[:40]}, expected {kind.description}"
     return None
 
 
@@ -176,7 +175,7 @@ def _require(value: Any, shape: Shape, path: Path, remedy: str, where: str = "")
 
 
 def read_config(run: Path) -> dict[str, Any]:
-    """config.json: what the run is, with what it is measured, where and by which command it was begun."""
+    """config.json: the configuration of the run, the networks that measure it, its environment and command."""
     path = run / "config.json"
     record = read_json(path, CONFIG_REMEDY)
     _require(record, CONFIG, path, CONFIG_REMEDY)
@@ -215,8 +214,8 @@ def read_metrics(run: Path, count: int | None = None) -> list[Row]:
     """Rows of metrics.jsonl, or the first `count` of them: losses, evaluations and statistics of Fisher matrices."""
     path = run / "metrics.jsonl"
     rows = read_rows(path, METRICS_REMEDY, count)
-    before = (0, 0)  # the evaluation before: after which task, and of which
-    taken = (0, 0)  # the step of the losses before: of which stage, and which
+    last_evaluation = (0, 0)  # after which task, and of which task
+    last_step = (0, 0)  # stage and step of the last losses
     for number, row in enumerate(rows, start=1):
         where, kind = f" in row {number}", row.get("kind")
         if not (isinstance(kind, str) and kind in METRICS):
@@ -224,17 +223,18 @@ def read_metrics(run: Path, count: int | None = None) -> list[Row]:
             raise RecordError(path, wrong, METRICS_REMEDY)
         _require(row, METRICS[kind], path, METRICS_REMEDY, where)
         if kind == "step":
-            if (row["stage"], row["step"]) <= taken:
+            if (row["stage"], row["step"]) <= last_step:
                 wrong = f"is damaged in row {number} (step {row['step']} of stage {row['stage']} comes too late)"
                 raise RecordError(path, wrong, METRICS_REMEDY)
-            taken = (row["stage"], row["step"])
+            last_step = (row["stage"], row["step"])
         if kind == "evaluation":
             after, task = now = (row["after_task"], row["task"])
-            follows = now == (before[0], before[1] + 1) if task > 1 else before[0] == before[1] < after
+            learnt, evaluated = last_evaluation
+            follows = now == (learnt, evaluated + 1) if task > 1 else learnt == evaluated < after
             if not (follows and task <= after):
                 wrong = f"lacks rows before row {number} (the evaluation of task {task} after task {after})"
                 raise RecordError(path, wrong, METRICS_REMEDY)
-            before = now
+            last_evaluation = now
     return rows
 
 
@@ -252,7 +252,7 @@ def samples_path(run: Path, after_task: int) -> Path:
 
 
 def read_samples(run: Path, after_task: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """uint8 pixels (N, C, S, S) and labels (N,) that an evaluation has kept; None where there are none."""
+    """uint8 pixels (N, C, S, S) and labels (N,) that an evaluation has stored; None if there are none."""
     path = samples_path(run, after_task)
     if not path.exists():
         return None
@@ -279,5 +279,5 @@ def read_samples(run: Path, after_task: int) -> tuple[np.ndarray, np.ndarray] | 
 
 
 def sha256_of(path: Path) -> str:
-    """Of a file's content; "" if there is no such file."""
+    """sha256 of a file's content; "" if there is no such file."""
     return hashlib.sha256(read_file(path)).hexdigest() if path.exists() else ""

@@ -32,13 +32,12 @@ from crl_diffusion.run_folder.layout import (
     claim,
     make_writable,
     require_layout,
-    resolve,
     restore_config,
     writing,
 )
 from crl_diffusion.training import snapshot, trouble
 from crl_diffusion.training.forecast import StepClock
-from crl_diffusion.training.plan import require_fisher_images
+from crl_diffusion.training.plan import require_fisher_images, resolve
 from crl_diffusion.training.run import Run, Say, loss_table
 from crl_diffusion.training.step import new_optimizer
 

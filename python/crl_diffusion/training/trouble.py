@@ -32,13 +32,13 @@ def explain(run: Run, stage: Stage, first: int, table: Tensor) -> str:
     config, penalty = run.config, run.method.penalty
     real, replayed = table[-1, :2].isfinite().tolist()
     if real and replayed:
-        what = "the gradient is not finite, though the loss is,"
+        problem = "the gradient is not finite, though the loss is,"
     elif real:
-        what = "the loss on replayed images is not finite"
+        problem = "the loss on replayed images is not finite"
     elif replayed and run.teacher is not None:
-        what = "the loss on real images is not finite"
+        problem = "the loss on real images is not finite"
     else:
-        what = "the loss is not finite"
+        problem = "the loss is not finite"
     norms = [f"{value:.2g}" for value in table[:-1, 2].tolist()[-3:]]
     before = f" (norms of the gradient just before: {', '.join(norms)})" if norms else ""
 
@@ -51,4 +51,4 @@ def explain(run: Run, stage: Stage, first: int, table: Tensor) -> str:
         cause = "the teacher's images or predictions are likely broken: look at the evaluation after the last task"
     elif not config.clip:
         cause = f"the gradient is not clipped: try --clip 1, or --lr {config.lr / 3:.2g}"
-    return f"{what} at step {first + len(table) - 1} of stage {stage.number + 1}{before}; {cause}, in a new folder"
+    return f"{problem} at step {first + len(table) - 1} of stage {stage.number + 1}{before}; {cause}, in a new folder"

@@ -23,6 +23,6 @@ def test_the_written_list_is_what_the_command_prints(
     for name, value in child_environment().items():
         monkeypatch.setenv(name, value)
     assert cli.main(["list"]) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for name in [*PRESETS, *DATA_PLANS, "gd+rank1:gradient,lam=15000", "rank<n>", "35,751,427"]:
-        assert name in said
+        assert name in output

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from crl_diffusion.cli import parser
 from crl_diffusion.comparison import cells, runner
-from crl_diffusion.config.settings import RunConfig, Settings, planned
+from crl_diffusion.config.settings import RunConfig, Settings
 from crl_diffusion.errors import OptionError
 from crl_diffusion.files import write_json
+from crl_diffusion.training.plan import resolve
 from rich.console import Console
 
 FINISHES = "import sys, pathlib; pathlib.Path(sys.argv[1], 'summary.json').write_text('{}')"
@@ -27,43 +28,43 @@ def _run(work: list[cells.Cell], monkeypatch: pytest.MonkeyPatch, dying: str = "
 
     monkeypatch.setattr(runner, "train_command", train_command)
     monkeypatch.setattr(runner, "POLL_SECONDS", 0.01)
-    said = io.StringIO()
-    failed = runner.run(work, 2, Path("data"), "cnn", Path("e"), Console(file=said, width=200), quiet=True)
-    return failed, said.getvalue()
+    output = io.StringIO()
+    failed = runner.run(work, 2, Path("data"), "cnn", Path("e"), Console(file=output, width=200), quiet=True)
+    return failed, output.getvalue()
 
 
-def test_others_go_on_when_a_cell_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_cells_continue_when_one_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     work = cells.cells(Settings(), ["gd", "rank1"], [0, 1], tmp_path)
-    failed, said = _run(work, monkeypatch, dying="rank1, seed 0")
+    failed, output = _run(work, monkeypatch, dying="rank1, seed 0")
     assert [cell.name for cell in failed] == ["rank1, seed 0"]
     done = {cell.name for cell in work if cell.finished}
     assert done == {cell.name for cell in work if cell not in failed}
-    assert "rank1, seed 0: FAILED" in said
-    assert "rank1, seed 1: finished" in said
+    assert "rank1, seed 0: FAILED" in output
+    assert "rank1, seed 1: finished" in output
     assert runner.tail(failed[0]).splitlines() == ["about to die", "(killed by signal 9)"]
 
     again = cells.cells(Settings(), ["gd", "rank1"], [0, 1], tmp_path)  # the same command
     for cell in again:  # which reads the records of each: see test_damaged_folders.py
         cell.finished = cell.name in done
     before = {cell.name: (cell.folder / "summary.json").stat().st_mtime_ns for cell in again if cell.finished}
-    failed, said = _run(again, monkeypatch)
+    failed, output = _run(again, monkeypatch)
     assert failed == []
-    assert said.count("already finished") == 3
+    assert output.count("already finished") == 3
     assert all(cell.finished for cell in again)
     assert {c.name: (c.folder / "summary.json").stat().st_mtime_ns for c in again if c.name in before} == before
 
 
-def test_more_methods_and_seeds_join_and_other_settings_do_not(tmp_path: Path) -> None:
+def test_methods_and_seeds_can_be_added_and_other_settings_are_refused(tmp_path: Path) -> None:
     for cell in cells.cells(Settings(), ["gd"], [0], tmp_path):
         cell.folder.mkdir()
         write_json(cell.folder / "config.json", {"run": cell.config.as_json()})
     cells.check_others(cells.cells(Settings(), ["gd", "rank1:lam=3"], [0, 1], tmp_path), tmp_path)
-    other = cells.cells(Settings(lr=0.01), ["rank1"], [0], tmp_path)
+    changed = cells.cells(Settings(lr=0.01), ["rank1"], [0], tmp_path)
     with pytest.raises(OptionError, match=r"gd-seed0 \(lr 0.002 there, 0.01 asked for\); use another folder"):
-        cells.check_others(other, tmp_path)
+        cells.check_others(changed, tmp_path)
 
 
-def test_a_cell_for_each_method_seed_and_lam(tmp_path: Path) -> None:
+def test_there_is_a_cell_for_each_method_seed_and_lam(tmp_path: Path) -> None:
     work = cells.cells(Settings(), ["gd", "rank1:gradient"], [0, 3], tmp_path, [1, 20])
     names = {f"{m}, seed {s}" for m in ("gd", "rank1:gradient,lam=1", "rank1:gradient") for s in (0, 3)}
     assert {cell.name for cell in work} == names  # 20 is its own
@@ -83,14 +84,14 @@ def test_options_give_the_configuration_back() -> None:
     assert cells.options(RunConfig(method="gd")) == ["--method", "gd", "--seed", "0"]
 
 
-def test_an_estimate_counts_what_is_left(tmp_path: Path) -> None:
+def test_an_estimate_counts_the_remaining_passes(tmp_path: Path) -> None:
     work = cells.cells(Settings(tasks=2), ["fine-tune", "gd"], [0], tmp_path)
     for cell in work:
-        cell.config, cell.stage_steps = planned(cell.config), [300, 300]
+        cell.config, cell.stage_steps = resolve(cell.config), [300, 300]
     passes = 600 * 3 * 32 + (2 + 4) * 100 * 10, 300 * 4 * 32 + 2 * 100 * 10  # fine-tune, and what gd adds
     both, longest = 2 * passes[0] + passes[1], sum(passes)
-    said = runner.estimate(work, 1, 0.001)
-    assert said.startswith(f"estimated {both / 60_000:.0f} minutes: {both:.2g} forward passes of one image in 2 run(s)")
-    assert said.endswith(f"the longest run takes {longest / 60_000:.0f} minutes" if longest > 90_000 else "seconds")
+    text = runner.estimate(work, 1, 0.001)
+    assert text.startswith(f"estimated {both / 60_000:.0f} minutes: {both:.2g} forward passes of one image in 2 run(s)")
+    assert text.endswith(f"the longest run takes {longest / 60_000:.0f} minutes" if longest > 90_000 else "seconds")
     next(cell for cell in work if cell.config.method == "gd").finished = True
     assert "in 1 run(s)" in runner.estimate(work, 1, 0.001)

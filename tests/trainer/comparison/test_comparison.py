@@ -5,23 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 from crl_diffusion import cli
-from crl_diffusion.cli import options, parser
+from crl_diffusion.cli import parser
+from crl_diffusion.cli.options import Train
 from crl_diffusion.comparison import cells
 from crl_diffusion.config.settings import Settings
 from helpers.run_folders import fabricate
-from helpers.trainer_runs import SHORT, child_environment
+from helpers.trainer_runs import SHORT, child_environment, options
 from PIL import Image
 
 RANK1 = "gd+rank1_lam=7-seed0"
 PICTURES = ("samples.png", "fid_matrices.png", "average_fid.png")
-
-
-def _options(settings: dict[str, Any]) -> list[str]:
-    return [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", str(value))]
 
 
 def _is_picture(path: Path) -> bool:
@@ -38,17 +34,17 @@ def test_two_methods_end_to_end(
     out = tmp_path / "comparison"
     out.mkdir()
     shutil.copytree(extractor_folder, out, dirs_exist_ok=True)
-    arguments = ["compare", "--methods", "fine-tune", "gd+rank1", "--jobs", "2", "--lams", "7", *_options(SHORT)]
+    arguments = ["compare", "--methods", "fine-tune", "gd+rank1", "--jobs", "2", "--lams", "7", *options(SHORT)]
     arguments += ["--out", str(out)]
     assert cli.main(arguments) == 0
-    said = capsys.readouterr().out
-    words = " ".join(said.split())
+    output = capsys.readouterr().out
+    words = " ".join(output.split())
     for part in ("average", "forgetting", "conditional", "ms/step", "bytes", "One seed"):
         assert part in words
     for name in PICTURES:
-        assert str(out / name) in said
+        assert str(out / name) in output
         assert _is_picture(out / name)
-    assert str(out / "report.html") in said
+    assert str(out / "report.html") in output
     assert (out / "report.html").read_text().count("<img ") >= len(PICTURES)
     for cell in ("fine-tune-seed0", RANK1):
         for name in ("samples.png", "fid_matrix.png", "curves.png"):
@@ -82,26 +78,28 @@ def test_two_methods_end_to_end(
     assert "holds another run (lr 0.002 there, 0.01 asked for)" in capsys.readouterr().err
 
 
-def test_runs_measured_otherwise_are_refused_before_any_run_is_trained(
+def test_runs_measured_with_other_networks_are_refused_before_training(
     tmp_path: Path, extractor_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     old = tmp_path / "fine-tune-seed0"
     fabricate(old, "fine-tune", 0, **SHORT)
-    arguments = ["compare", "--methods", "gd", *_options(SHORT), "--out", str(tmp_path)]
+    arguments = ["compare", "--methods", "gd", *options(SHORT), "--out", str(tmp_path)]
     assert cli.main([*arguments, "--extractor-folder", str(extractor_folder)]) == 2
-    said = capsys.readouterr().err
-    assert "the extractor is cnn32-digits-8px-" in said
-    assert f"the run in {str(old)!r} was begun with cnn32-digits;" in said
+    output = capsys.readouterr().err
+    assert "the extractor is cnn32-digits-8px-" in output
+    assert f"the run in {str(old)!r} was begun with cnn32-digits;" in output
     assert not (tmp_path / "gd-seed0").exists()
 
 
-def test_extractors_that_cannot_be_kept_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_extractors_that_cannot_be_stored_are_a_one_line_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "file").write_text("")
-    arguments = ["compare", "--methods", "gd", *_options(SHORT), "--out", str(tmp_path / "out")]
+    arguments = ["compare", "--methods", "gd", *options(SHORT), "--out", str(tmp_path / "out")]
     assert cli.main([*arguments, "--extractor-folder", str(tmp_path / "file")]) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert f"make {str(tmp_path / 'file')!r} writable" in said
+    output = capsys.readouterr().err
+    assert output.count("\n") == 1
+    assert f"make {str(tmp_path / 'file')!r} writable" in output
 
 
 def test_a_failed_run_is_shown_and_the_others_are_kept(
@@ -111,28 +109,28 @@ def test_a_failed_run_is_shown_and_the_others_are_kept(
         monkeypatch.setenv(name, value)
     shutil.copytree(extractor_folder, tmp_path, dirs_exist_ok=True)
     settings = {**SHORT, "tasks": 1, "lr": 1e30}
-    assert cli.main(["compare", "--methods", "fine-tune", *_options(settings), "--out", str(tmp_path)]) == 1
-    said = capsys.readouterr().err
-    assert "fine-tune, seed 0 failed" in said
-    assert "the loss is not finite at step" in said
-    assert "give the same command again" in said
+    assert cli.main(["compare", "--methods", "fine-tune", *options(settings), "--out", str(tmp_path)]) == 1
+    output = capsys.readouterr().err
+    assert "fine-tune, seed 0 failed" in output
+    assert "the loss is not finite at step" in output
+    assert "give the same command again" in output
 
 
 def test_the_command_of_a_cell_gives_its_configuration(tmp_path: Path) -> None:
     settings = Settings(steps=7, lr=0.005, data="mnist")
     for cell in cells.cells(settings, ["gd", "gd+rank1:gradient"], [0, 3], tmp_path):
         parsed = parser.parse(cells.train_command(cell, Path("data"), "cnn", tmp_path)[3:])
-        assert isinstance(parsed, options.Train)
+        assert isinstance(parsed, Train)
         assert all(getattr(parsed, name) == value for name, value in vars(cell.config).items())
 
 
 def test_report_reads_a_run_folder(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "report"
     assert cli.main(["report", str(finished), "--out", str(out)]) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     summary = json.loads((finished / "summary.json").read_text())
-    assert "gd+rank1" in said
-    assert f"{summary['average_fid']:,.1f}" in said
+    assert "gd+rank1" in output
+    assert f"{summary['average_fid']:,.1f}" in output
     for name in PICTURES:
         assert _is_picture(out / name)
     r = summary["fid_matrix"]
@@ -141,7 +139,7 @@ def test_report_reads_a_run_folder(finished: Path, tmp_path: Path, capsys: pytes
     assert summary["forgetting_divisor_t"] == pytest.approx((r[1][0] - r[0][0]) / 2)
 
 
-def test_report_names_what_is_unfinished(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_names_unfinished_runs(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(finished, tmp_path / "a")
     shutil.copytree(finished, tmp_path / "b")
     (tmp_path / "b" / "summary.json").unlink()

@@ -7,9 +7,10 @@ from crl_diffusion.cli import options, parser
 from crl_diffusion.config import presets
 from crl_diffusion.config.curriculum import stages
 from crl_diffusion.config.method import METHODS, Penalty
-from crl_diffusion.config.presets import OURS, PRESETS, UNUSED, resolved
-from crl_diffusion.config.settings import RunConfig, check, planned
+from crl_diffusion.config.presets import OURS, PRESETS, UNUSED
+from crl_diffusion.config.settings import RunConfig, check
 from crl_diffusion.config.spelling import parse_method, spell
+from crl_diffusion.training.plan import resolve
 from crl_diffusion.training.step import new_optimizer
 
 # arXiv 2509.23593: data, tasks, classes a task, epochs a task, replay images a class.
@@ -24,7 +25,7 @@ PAPER = {
 @pytest.mark.parametrize("name", PAPER)
 def test_a_preset_of_the_paper_has_its_numbers(name: str) -> None:
     data, tasks, classes, epochs, pool = PAPER[name]
-    config = resolved(name, "gd")
+    config = resolve(RunConfig(method="gd", **PRESETS[name].settings))
     assert (config.data, config.tasks, config.classes_per_task) == (data, tasks, classes)
     assert (config.epochs, config.pool) == (epochs, pool)
     assert (config.batch, config.lr, config.lr_schedule, config.image_size) == (128, 2e-4, "constant", 32)
@@ -50,11 +51,11 @@ def test_the_paper_has_its_network_its_noise_and_its_optimizer() -> None:
     assert type(new_optimizer(torch.nn.Linear(1, 1))) is torch.optim.Adam
 
 
-def test_the_papers_methods() -> None:
+def test_the_papers_methods_have_its_replays_and_penalties() -> None:
     gd, rank1 = METHODS["gd"].replays, Penalty("low_rank", 15000.0, "gradient")
     diagonal = Penalty("diagonal", 15000.0, "gradient")
-    found = [parse_method(text) for text in presets.PAPER_METHODS.values()]
-    assert [(m.replays, m.penalty, m.curriculum) for m in found] == [
+    recipes = [parse_method(text) for text in presets.PAPER_METHODS.values()]
+    assert [(m.replays, m.penalty, m.curriculum) for m in recipes] == [
         ((), None, "joint"),
         ((), None, "continual"),
         ((), diagonal, "continual"),
@@ -74,18 +75,18 @@ def test_the_papers_methods() -> None:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_can_run_and_says_only_what_differs(name: str) -> None:
+def test_every_preset_can_run_and_has_only_settings_that_differ(name: str) -> None:
     preset, default = PRESETS[name], RunConfig(method="gd")
     for method in preset.methods:
-        check(resolved(name, method))
+        check(resolve(RunConfig(method=method, **preset.settings)))
     for option, value in preset.settings.items():
         assert getattr(default, option) != value, f"{option} is the default"
     assert preset.settings.keys() & {*UNUSED} == set()
     assert {*OURS} <= vars(default).keys()
 
 
-def test_the_demo_is_the_defaults() -> None:
-    assert resolved("demo", "gd", 3) == planned(RunConfig(method="gd", seed=3))
+def test_the_demo_preset_has_the_default_settings() -> None:
+    assert RunConfig(method="gd", **PRESETS["demo"].settings) == RunConfig(method="gd")
     parsed = parser.parse(["compare", "--out", "x"])
     assert isinstance(parsed, options.Compare)
     assert (parsed.methods, parsed.seeds, parsed.preset) == (("fine-tune", "gd", "gd+rank1"), (0,), "demo")

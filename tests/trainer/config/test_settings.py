@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 
 import pytest
 from crl_diffusion.config.curriculum import Stage, stages
-from crl_diffusion.config.settings import RunConfig, check
+from crl_diffusion.config.settings import check
 from crl_diffusion.errors import OptionError
-
-Short = Callable[..., RunConfig]
+from helpers.trainer_runs import Short
 
 
 @pytest.mark.parametrize(
@@ -27,7 +25,7 @@ Short = Callable[..., RunConfig]
         ({"method": "rank9", "fisher_samples": 8, "fisher_estimate": "in-sample"}, "for rank9 it must be at least 9"),
     ],
 )
-def test_what_cannot_run_is_refused(short: Short, settings: dict[str, object], message: str) -> None:
+def test_settings_that_cannot_run_are_refused(short: Short, settings: dict[str, object], message: str) -> None:
     with pytest.raises(OptionError, match=re.escape(message)):
         check(short(**settings))
 

@@ -106,7 +106,7 @@ def test_spelling_round_trips(
         ("rank1:Top", "choose among decoupled, gradient, once, alone, lam=NUMBER, slopes, top, random, mean"),
     ],
 )
-def test_what_is_no_method_is_refused(text: str, message: str) -> None:
+def test_an_unknown_method_is_refused(text: str, message: str) -> None:
     with pytest.raises(OptionError, match=re.escape(message)):
         parse_method(text)
 

@@ -1,4 +1,4 @@
-"""Tasks: which images they have, in which order, and that they are views. What lies on disk is in test_sources.py."""
+"""Tasks: which images they have, in which order, and that they are views. What lies on disk is in test_catalog.py."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from crl_diffusion.config.settings import RunConfig, planned
-from crl_diffusion.data import images, sources, tasks
+from crl_diffusion.config.settings import RunConfig
+from crl_diffusion.data import catalog, images, tasks
+from crl_diffusion.data.dataset import CatalogEntry, Dataset
 from crl_diffusion.data.images import Images
-from crl_diffusion.data.source import Preset, Source
 from crl_diffusion.errors import OptionError
+from crl_diffusion.training.plan import resolve
 from torch import Tensor
 from torch.nn import functional
 
@@ -21,7 +22,7 @@ UNUSED = Path("unused")
 
 
 def config(**settings: Any) -> RunConfig:
-    return planned(RunConfig(method="fine-tune", **settings))
+    return resolve(RunConfig(method="fine-tune", **settings))
 
 
 @pytest.fixture
@@ -35,8 +36,8 @@ def numbered(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             pixels[:, 0, 0, 0], pixels[:, 0, 0, 1] = number // 256, number % 256
             return Images(pixels, labels)
 
-        source = Source("made-up", classes, part(train), part(test))
-        monkeypatch.setitem(sources.DATASETS, "digits", Preset(lambda root, size: source, (8,), 4))
+        dataset = Dataset("made-up", classes, part(train), part(test))
+        monkeypatch.setitem(catalog.DATASETS, "digits", CatalogEntry(lambda root, size: dataset, (8,), 4))
 
     return put
 
@@ -46,7 +47,7 @@ def numbers(part: Images) -> list[int]:
     return (256 * corner[:, 0] + corner[:, 1]).tolist()
 
 
-def test_pixels_survive_the_way_to_floats_and_back() -> None:
+def test_pixels_survive_the_conversion_to_floats_and_back() -> None:
     pixels = torch.arange(256, dtype=torch.uint8)
     floats = images.to_float(pixels)
     assert (floats.min(), floats.max()) == (-1, 1)
@@ -78,11 +79,11 @@ def test_a_shuffled_order_of_classes_deals_the_same_images_into_other_tasks() ->
     order = [c for task in shuffled.tasks for c in task.classes]
     assert sorted(order) == list(range(10)) != order
     for task in shuffled.tasks:
-        assert torch.equal(task.train.pixels, plain.train.of(task.classes).pixels)
-        assert torch.equal(task.held_out.pixels, plain.test.of(task.classes).pixels)
+        assert torch.equal(task.train.pixels, plain.train.of_classes(task.classes).pixels)
+        assert torch.equal(task.held_out.pixels, plain.test.of_classes(task.classes).pixels)
 
 
-def test_tasks_of_other_sizes() -> None:
+def test_tasks_can_have_other_sizes() -> None:
     loaded = tasks.load(config(tasks=2, classes_per_task=5), UNUSED)
     assert [task.classes for task in loaded.tasks] == [(0, 1, 2, 3, 4), (5, 6, 7, 8, 9)]
 
@@ -121,37 +122,37 @@ def test_per_class_keeps_the_first_images_and_leaves_the_rest_to_the_extractor(n
     assert [numbers(task.held_out) for task in loaded.tasks] == [[0, 1], [2, 3]]
 
 
-def test_tasks_share_the_pixels_of_the_whole_set() -> None:
+def test_tasks_share_the_pixels_of_the_data_set() -> None:
     loaded = tasks.load(config(held_out="validation", per_class=20, class_order=1), UNUSED)
     for task in loaded.tasks:
         for part in (task.train, task.validation, task.held_out):
             assert part.storage is loaded.train.storage
     joined = images.join([task.train for task in loaded.tasks])
     assert joined.storage is loaded.train.storage
-    assert joined.of((3, 5)).storage is loaded.train.storage
+    assert joined.of_classes((3, 5)).storage is loaded.train.storage
 
 
-def test_views_choose_like_their_pixels() -> None:
+def test_views_have_the_pixels_of_the_chosen_rows() -> None:
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (50, 3, 4, 4), generator=generator, dtype=torch.uint8)
-    whole = Images(pixels, torch.randint(0, 5, (50,), generator=generator))
-    assert whole.pixels is pixels
-    view = whole[torch.randperm(50, generator=generator)[:30]]
+    original = Images(pixels, torch.randint(0, 5, (50,), generator=generator))
+    assert original.pixels is pixels
+    view = original[torch.randperm(50, generator=generator)[:30]]
     index = torch.randint(0, 30, (7,), generator=generator)  # some twice
-    for part in (whole, view):
+    for part in (original, view):
         for chosen in (part.take(index), part[index]):
             assert torch.equal(chosen.pixels, part.pixels[index])
             assert torch.equal(chosen.labels, part.labels[index])
-        assert torch.equal(part.of((4, 1)).pixels, part.pixels[(part.labels == 4) | (part.labels == 1)])
-        assert len(part.of((9,))) == len(part.of(())) == 0
+        assert torch.equal(part.of_classes((4, 1)).pixels, part.pixels[(part.labels == 4) | (part.labels == 1)])
+        assert len(part.of_classes((9,))) == len(part.of_classes(())) == 0
         batches = list(part.batches(8))
         assert {len(batch) for batch in batches[:-1]} == {8}
         assert torch.equal(torch.cat([batch.pixels for batch in batches]), part.pixels)
     assert view.take(index).rows is None  # read, and no longer a view
-    elsewhere = images.join([view, replace(whole, storage=pixels.clone())])
-    for joined in (images.join([view, whole]), elsewhere):
+    elsewhere = images.join([view, replace(original, storage=pixels.clone())])
+    for joined in (images.join([view, original]), elsewhere):
         assert torch.equal(joined.pixels, torch.cat([view.pixels, pixels]))
-        assert torch.equal(joined.labels, torch.cat([view.labels, whole.labels]))
+        assert torch.equal(joined.labels, torch.cat([view.labels, original.labels]))
 
 
 def test_ranks_count_the_earlier_images_of_the_class() -> None:
@@ -180,7 +181,7 @@ def test_a_size_that_is_not_offered_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("train", "test", "classes", "settings", "said"),
+    ("train", "test", "classes", "settings", "message_parts"),
     [
         ([0, 1, 2], [0, 0, 1, 1, 2, 2], 3, {"tasks": 2}, ["--tasks is 2", "--classes-per-task is 2", "3 classes"]),
         ([0, 2, 2], [0, 0, 1, 1, 2, 2], 3, {"tasks": 1}, ["class 1, in task 1, has 0 training images"]),
@@ -207,11 +208,11 @@ def test_tasks_without_images_are_refused(
     test: list[int],
     classes: int,
     settings: dict[str, Any],
-    said: list[str],
+    message_parts: list[str],
 ) -> None:
     numbered(torch.tensor(train), torch.tensor(test), classes)
     with pytest.raises(OptionError) as caught:
         tasks.load(config(**settings), UNUSED)
-    for part in said:
+    for part in message_parts:
         assert part in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -15,7 +15,7 @@ from torch import Tensor
 LINEAR = noising.SCHEDULES["linear"]
 
 
-def test_a_stream_is_its_name() -> None:
+def test_a_random_stream_depends_on_its_name_only() -> None:
     def first(*name: object) -> list[float]:
         return torch.rand(4, generator=noising.stream(*name)).tolist()  # type: ignore[arg-type]
 
@@ -106,13 +106,13 @@ def test_samples_do_not_depend_on_how_many_are_drawn_or_in_what_batches() -> Non
     def noise(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return predict(model, x, t, y)
 
-    whole = sampling.ddim(noise, LINEAR, latents.double(), label, 4)
+    at_once = sampling.ddim(noise, LINEAR, latents.double(), label, 4)
     parts = sampling.ddim(noise, LINEAR, latents.double(), label, 4, batch=4)
     alone = torch.cat(
         [sampling.ddim(noise, LINEAR, x[None].double(), y[None], 4) for x, y in zip(latents, label, strict=True)]
     )
-    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-10)
-    torch.testing.assert_close(alone, whole, rtol=0, atol=1e-10)
+    torch.testing.assert_close(parts, at_once, rtol=0, atol=1e-10)
+    torch.testing.assert_close(alone, at_once, rtol=0, atol=1e-10)
 
 
 def test_sampling_leaves_the_global_random_state_alone() -> None:

@@ -1,16 +1,14 @@
-"""Evaluation: what a row holds, that it does not depend on the sampler's batches, and what is said beside numbers."""
+"""Evaluation: the content of a row, independence of the batches of the sampler, and what the commands print."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from crl_diffusion import cli
-from crl_diffusion.config.settings import RunConfig
 from crl_diffusion.data import tasks
 from crl_diffusion.data.images import Images, to_pixels
 from crl_diffusion.diffusion import sampling
@@ -20,14 +18,11 @@ from crl_diffusion.evaluation.classifiers import Classifier
 from crl_diffusion.files import Row, read_rows
 from crl_diffusion.run_folder.layout import claim
 from crl_diffusion.training.run import Run
-from helpers.trainer_runs import SHORT
+from helpers.trainer_runs import SHORT, MakeRun, Short, options, train_words
 from torch import Tensor
 
-MakeRun = Callable[[RunConfig], Run]
-Short = Callable[..., RunConfig]
 
-
-def test_a_row_says_what_was_measured_with_what(finished: Path, extractor: Classifier, digits: tasks.Data) -> None:
+def test_a_row_names_extractor_sampler_and_counts(finished: Path, extractor: Classifier, digits: tasks.Data) -> None:
     rows = [row for row in read_rows(finished / "metrics.jsonl") if row["kind"] == "evaluation"]
     summary = json.loads((finished / "summary.json").read_text())
     for row in rows:
@@ -48,13 +43,15 @@ def test_a_row_says_what_was_measured_with_what(finished: Path, extractor: Class
     assert summary["accuracy_forgetting"] == pytest.approx(rows[0]["accuracy"] - rows[1]["accuracy"])
 
 
-def test_a_row_by_hand(extractor: Classifier, extractor_folder: Path, digits: tasks.Data, short: Short) -> None:
+def test_the_row_of_chosen_images_is_as_computed_by_hand(
+    extractor: Classifier, extractor_folder: Path, digits: tasks.Data, short: Short
+) -> None:
     """Images of the wrong class count against accuracy; those of other tasks, against the histogram too."""
     tools = evaluate.instruments("cnn", digits, extractor_folder)
     right = {c: digits.train.pixels[digits.train.labels == c] for c in range(10)}
     right = {c: pixels[extractor.predictions(pixels) == c] for c, pixels in right.items()}
     drawn = [(0, 0, 5), (0, 1, 2), (0, 7, 1), (1, 1, 8)]  # asked for, drawn, how many
-    pixels = torch.cat([right[shown][:n] for _, shown, n in drawn])
+    pixels = torch.cat([right[drawn_class][:n] for _, drawn_class, n in drawn])
     label = torch.cat([torch.full((n,), asked) for asked, _, n in drawn])
     task = digits.tasks[0]
     row = evaluate.measure(tools, digits, short(), task, Images(pixels, label))
@@ -65,13 +62,13 @@ def test_a_row_by_hand(extractor: Classifier, extractor_folder: Path, digits: ta
 @pytest.fixture
 def run(make_run: MakeRun, short: Short) -> Run:
     """Its network has weights that draw something: as initialised it predicts zeros."""
-    made = make_run(short("fine-tune", tasks=1, eval_samples=20, eval_steps=4))
+    prepared = make_run(short("fine-tune", tasks=1, eval_samples=20, eval_steps=4))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in made.model.parameters():
+        for parameter in prepared.model.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
-    made.model.eval()
-    return made
+    prepared.model.eval()
+    return prepared
 
 
 def test_evaluation_does_not_depend_on_the_samplers_batches(run: Run) -> None:
@@ -86,11 +83,11 @@ def test_evaluation_does_not_depend_on_the_samplers_batches(run: Run) -> None:
 
         return evaluate.evaluate(draw, run.tools, run.data, run.config, 1, run.out)
 
-    whole = run.evaluate(run.stages[0])
-    assert rows(40) == whole
-    (row,), (other,) = whole, rows(7)
-    assert other.pop("fid") == pytest.approx(row.pop("fid"), rel=1e-3)
-    assert other == row
+    expected = run.evaluate(run.stages[0])
+    assert rows(40) == expected
+    (row,), (in_parts,) = expected, rows(7)
+    assert in_parts.pop("fid") == pytest.approx(row.pop("fid"), rel=1e-3)
+    assert in_parts == row
     # At most a rounding of some pixels by one of 255.
     difference = drawn[40].int() - drawn[7].int()
     assert int(difference.abs().max()) <= 1
@@ -106,7 +103,7 @@ def test_more_samples_begin_with_the_same_images() -> None:
     assert torch.equal(few[3:], many[9:12])
 
 
-def test_real_images_are_looked_at_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_features_of_real_images_are_extracted_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     first = run.evaluate(run.stages[0])
 
     def never(*_: object) -> None:
@@ -128,20 +125,18 @@ def test_a_process_without_instruments_only_draws(run: Run) -> None:
     assert not (run.out / "samples").exists()
 
 
-# What is said
+# What the commands print
 
 
-def test_train_says_extractor_and_counts(
+def test_train_prints_extractor_and_counts(
     extractor_folder: Path, extractor: Classifier, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = {**SHORT, "tasks": 1, "steps": 2}
-    options = [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    places = ["--out", str(tmp_path / "run"), "--extractor-folder", str(extractor_folder)]
-    assert cli.main(["train", "--method", "fine-tune", *options, *places]) == 0
-    said = capsys.readouterr().out
-    assert f"feature extractor {extractor.name}: 32 features, test accuracy {extractor.test_accuracy:.3f}" in said
-    assert "a task's FID compares 8 images (DDIM, 2 steps) with 119 held-out test images" in said
-    assert "8 images are fewer than 32 features: FIDs are biased far upwards" in said
+    arguments = train_words(tmp_path / "run", extractor_folder, "fine-tune", tasks=1, steps=2)
+    assert cli.main(arguments) == 0
+    output = capsys.readouterr().out
+    assert f"feature extractor {extractor.name}: 32 features, test accuracy {extractor.test_accuracy:.3f}" in output
+    assert "a task's FID compares 8 images (DDIM, 2 steps) with 119 held-out test images" in output
+    assert "8 images are fewer than 32 features: FIDs are biased far upwards" in output
 
     # And the report has it in its caption.
     assert cli.main(["report", str(tmp_path / "run")]) == 0
@@ -151,13 +146,13 @@ def test_train_says_extractor_and_counts(
 
     # A finished run is not passed off as measured with something else.
     capsys.readouterr()
-    assert cli.main(["train", "--method", "fine-tune", *options, *places, "--extractor", "lenet"]) == 2
+    assert cli.main([*arguments, "--extractor", "lenet"]) == 2
     assert f"--extractor is lenet, but the run in '{tmp_path / 'run'}' was measured with {extractor.name}" in (
         capsys.readouterr().err
     )
 
 
-def test_compare_says_extractor_and_counts(
+def test_compare_prints_extractor_and_counts(
     finished: Path,
     extractor_folder: Path,
     extractor: Classifier,
@@ -165,17 +160,16 @@ def test_compare_says_extractor_and_counts(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     shutil.copytree(finished, tmp_path / "gd+rank1-seed0")  # its only cell, so nothing is left to train
-    options = [part for name, value in SHORT.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    arguments = ["compare", "--methods", "gd+rank1", *options, "--out", str(tmp_path)]
+    arguments = ["compare", "--methods", "gd+rank1", *options(SHORT), "--out", str(tmp_path)]
     assert cli.main([*arguments, "--extractor-folder", str(extractor_folder)]) == 0
-    said = capsys.readouterr().out
-    assert f"feature extractor {extractor.name}: 32 features" in said
-    assert "a task's FID compares 8 images (DDIM, 2 steps) with 119 to 120 held-out test images" in said
+    output = capsys.readouterr().out
+    assert f"feature extractor {extractor.name}: 32 features" in output
+    assert "a task's FID compares 8 images (DDIM, 2 steps) with 119 to 120 held-out test images" in output
     assert cli.main([*arguments, "--extractor", "inception"]) == 2
     assert "--extractor is inception, but the run in" in capsys.readouterr().err
 
 
-def test_a_run_goes_on_with_the_classifier_it_was_begun_with(finished: Path, tmp_path: Path, short: Short) -> None:
+def test_a_run_resumes_only_with_its_own_extractor_and_classifier(finished: Path, tmp_path: Path, short: Short) -> None:
     out = tmp_path / "run"
     out.mkdir()
     config = json.loads((finished / "config.json").read_text())

@@ -33,23 +33,23 @@ def test_features_have_the_total_variance_that_is_promised(extractor: Classifier
 def test_classifiers_know_the_digits_and_are_kept(
     digits: tasks.Data, extractor_folder: Path, chosen: str, named: str, parameters: int
 ) -> None:
-    made = classifiers.classifier(digits, extractor_folder, chosen)
-    assert made.name.startswith(f"{named}-digits-8px-")
-    assert features.digest(*made.state_dict().values()).startswith(made.name[-8:])
-    assert made.test_accuracy > 0.95
-    assert made.accuracy(digits.test.pixels, digits.test.labels) == made.test_accuracy
+    trained = classifiers.classifier(digits, extractor_folder, chosen)
+    assert trained.name.startswith(f"{named}-digits-8px-")
+    assert features.digest(*trained.state_dict().values()).startswith(trained.name[-8:])
+    assert trained.test_accuracy > 0.95
+    assert trained.accuracy(digits.test.pixels, digits.test.labels) == trained.test_accuracy
     wrong = (digits.test.labels + 1) % 10
-    assert made.accuracy(digits.test.pixels, wrong) < 0.05
-    assert made.name in made.about()
-    assert f"{made.num_features} features, test accuracy {made.test_accuracy:.3f}" in made.about()
+    assert trained.accuracy(digits.test.pixels, wrong) < 0.05
+    assert trained.name in trained.about()
+    assert f"{trained.num_features} features, test accuracy {trained.test_accuracy:.3f}" in trained.about()
     if chosen == "lenet":
-        assert sum(p.numel() for p in made.parameters()) == parameters  # LeNet-5's, as counted in 1998's layout
+        assert sum(p.numel() for p in trained.parameters()) == parameters  # LeNet-5's, as counted in 1998's layout
     before = {path: path.stat().st_mtime_ns for path in extractor_folder.glob("*.safetensors")}
     again = classifiers.classifier(digits, extractor_folder, chosen)
-    assert again.name == made.name
+    assert again.name == trained.name
     assert {path: path.stat().st_mtime_ns for path in extractor_folder.glob("*.safetensors")} == before
     x = images.to_float(digits.test.pixels[:5])
-    assert torch.equal(again(x), made(x))
+    assert torch.equal(again(x), trained(x))
 
 
 def _file(folder: Path) -> Path:
@@ -64,8 +64,8 @@ def test_other_training_images_have_an_extractor_of_their_own(
     train = images.Images(digits.train.pixels[:64], digits.train.labels[:64])
     before = set(extractor_folder.glob("*.safetensors"))
     classifiers.classifier(replace(digits, train=train), extractor_folder)
-    (made,) = set(extractor_folder.glob("*.safetensors")) - before
-    made.unlink()
+    (added,) = set(extractor_folder.glob("*.safetensors")) - before
+    added.unlink()
 
 
 def test_an_extractor_of_other_images_or_a_torn_one_is_refused(
@@ -84,7 +84,7 @@ def test_an_extractor_of_other_images_or_a_torn_one_is_refused(
         classifiers.classifier(digits, tmp_path)
 
 
-def test_a_name_that_is_not_known_is_refused(digits: tasks.Data, tmp_path: Path) -> None:
+def test_an_unknown_extractor_is_refused(digits: tasks.Data, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="--extractor is 'vgg'; choose one of cnn, lenet, inception"):
         extractors.extractor("vgg", digits, tmp_path)  # type: ignore[arg-type]
 
@@ -97,18 +97,18 @@ def _moments(images: Tensor) -> Tensor:
     return torch.stack([images.mean((1, 2, 3)), images.std((1, 2, 3)), images[:, 0, 4, 4]], 1)
 
 
-def test_a_callable_measures_fid_under_the_name_it_was_given(
+def test_a_callable_measures_fid_under_its_given_name(
     extractor_folder: Path, digits: tasks.Data, tmp_path: Path, short: Callable[..., RunConfig]
 ) -> None:
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    said: list[str] = []
+    lines: list[str] = []
     config, mine = short("fine-tune", tasks=1, eval_samples=12), Custom("three-moments", _moments)
-    summary = loop.train(config, tmp_path, features=mine, extractor_folder=extractor_folder, say=said.append)
+    summary = loop.train(config, tmp_path, features=mine, extractor_folder=extractor_folder, say=lines.append)
     (row,) = [row for row in read_rows(tmp_path / "metrics.jsonl") if row["kind"] == "evaluation"]
     assert row["extractor"] == summary["extractor"] == "three-moments"
     assert row["classifier"].startswith("cnn32-digits-8px-")
-    assert "feature extractor three-moments: 3 features" in said
+    assert "feature extractor three-moments: 3 features" in lines
     assert read_json(tmp_path / "config.json")["classifier"] == row["classifier"]
 
     class Moments(torch.nn.Module):
@@ -130,7 +130,7 @@ def test_a_callable_measures_fid_under_the_name_it_was_given(
         loop.train(config, tmp_path)
 
 
-def test_a_callable_that_makes_no_features_is_refused(digits: tasks.Data, tmp_path: Path) -> None:
+def test_a_callable_that_returns_no_features_is_refused(digits: tasks.Data, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"'flat' made \(2,\) torch.float32 of two images; .* \(N, d\)"):
         extractors.extractor(Custom("flat", lambda images: images.mean((1, 2, 3))), digits, tmp_path)
 
@@ -138,7 +138,7 @@ def test_a_callable_that_makes_no_features_is_refused(digits: tasks.Data, tmp_pa
 # Inception
 
 
-def test_inception_says_where_to_get_its_weights(digits: tasks.Data, tmp_path: Path) -> None:
+def test_inception_without_weights_is_an_error_with_their_address(digits: tasks.Data, tmp_path: Path) -> None:
     with pytest.raises(OptionError) as caught:
         extractors.extractor("inception", digits, tmp_path)
     text = str(caught.value)
@@ -160,7 +160,7 @@ def _honest(folder: Path, content: Path) -> Path:
     return path
 
 
-def test_inception_without_its_package_says_what_to_install(
+def test_inception_without_its_package_is_an_error_with_what_to_install(
     digits: tasks.Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torchmetrics.image.fid._TORCH_FIDELITY_AVAILABLE", False)
@@ -191,16 +191,16 @@ def test_inception_is_torchmetrics_inception(
     torch.save({name: value.half() for name, value in random.state_dict().items()}, tmp_path / "w")
     weights = _honest(tmp_path, tmp_path / "w")
 
-    made = extractors.extractor("inception", digits, tmp_path)
-    assert made.name == f"inception2048-{weights.stem[-8:]}"
-    assert made.about().endswith("2048 features; these are NOT the weights of the literature")
+    extractor = extractors.extractor("inception", digits, tmp_path)
+    assert extractor.name == f"inception2048-{weights.stem[-8:]}"
+    assert extractor.about().endswith("2048 features; these are NOT the weights of the literature")
     real, generated = digits.test.pixels[:4], digits.test.pixels[4:8]
     metric = FrechetInceptionDistance(feature=2048, feature_extractor_weights_path=str(weights))
     metric.update(real.repeat(1, 3, 1, 1), real=True)
     metric.update(generated.repeat(1, 3, 1, 1), real=False)
     expected = float(metric.compute())
     assert expected > 0.1
-    assert fid.fid(made, fid.real_statistics(made, real), generated) == pytest.approx(expected, rel=1e-4)
+    assert fid.fid(extractor, fid.real_statistics(extractor, real), generated) == pytest.approx(expected, rel=1e-4)
 
     # Classes are still told apart by the data set's own classifier.
     shutil.copy(_file(extractor_folder), tmp_path)
@@ -210,7 +210,7 @@ def test_inception_is_torchmetrics_inception(
     task = replace(digits.tasks[0], held_out=images.Images(real, digits.test.labels[:4]))
     row = evaluate.measure(tools, digits, config, task, images.Images(generated, torch.tensor([0, 0, 1, 1])))
     assert row["fid"] == pytest.approx(expected, rel=1e-4)
-    assert (row["extractor"], row["classifier"]) == (made.name, tools.classifier.name)
+    assert (row["extractor"], row["classifier"]) == (extractor.name, tools.classifier.name)
     assert any("4 images are fewer than 2048 features" in line for line in tools.about(config, digits))
 
     # Not its weights at all.

@@ -25,7 +25,7 @@ def test_incremental_average_is_the_mean_of_all_rows_means() -> None:
     assert metrics.incremental_average_fid(R) == pytest.approx((10 + (14 + 20) / 2 + (19 + 22 + 30) / 3) / 3)
 
 
-def test_average_fid_is_fid_when_learnt_and_what_was_forgotten() -> None:
+def test_average_fid_is_fid_when_learnt_plus_forgetting() -> None:
     learnt, forgotten = metrics.fid_when_learnt(R), metrics.forgetting(R, divisor=3)
     assert learnt == (10 + 20 + 30) / 3
     assert forgotten is not None
@@ -37,7 +37,7 @@ def test_forgetting_under_both_divisors() -> None:
     assert metrics.forgetting(R, divisor=3) == pytest.approx(((19 - 10) + (22 - 20)) / 3)
 
 
-def test_what_was_not_measured_is_none() -> None:
+def test_numbers_that_were_not_measured_are_none() -> None:
     assert metrics.average_fid(JOINT) == 2.0
     assert metrics.forgetting(JOINT, 2) is None
     assert metrics.incremental_average_fid(JOINT) is metrics.fid_when_learnt(JOINT) is None
@@ -45,16 +45,16 @@ def test_what_was_not_measured_is_none() -> None:
 
 
 def test_headlines_name_every_number() -> None:
-    found = metrics.headlines(R, A, [[0.1], [0.2, 0.3], [0.4, 0.5, 0.9]])
-    assert found["average_fid"] == metrics.average_fid(R)
-    assert found["fid_when_learnt"] == metrics.fid_when_learnt(R)
-    assert found["incremental_average_fid"] == metrics.incremental_average_fid(R)
-    assert (found["forgetting"], found["forgetting_divisor_t"]) == pytest.approx((11 / 2, 11 / 3))
-    assert found["accuracy"] == pytest.approx((0.5 + 0.8 + 0.95) / 3)
-    assert found["accuracy_by_task"] == A[2]
-    assert (found["accuracy_task_1"], found["accuracy_task_1_when_learnt"]) == (0.5, 0.9)
-    assert found["accuracy_forgetting"] == pytest.approx(((0.9 - 0.5) + (1.0 - 0.8)) / 2)
-    assert found["class_kl"] == pytest.approx(0.6)
+    numbers = metrics.headlines(R, A, [[0.1], [0.2, 0.3], [0.4, 0.5, 0.9]])
+    assert numbers["average_fid"] == metrics.average_fid(R)
+    assert numbers["fid_when_learnt"] == metrics.fid_when_learnt(R)
+    assert numbers["incremental_average_fid"] == metrics.incremental_average_fid(R)
+    assert (numbers["forgetting"], numbers["forgetting_divisor_t"]) == pytest.approx((11 / 2, 11 / 3))
+    assert numbers["accuracy"] == pytest.approx((0.5 + 0.8 + 0.95) / 3)
+    assert numbers["accuracy_by_task"] == A[2]
+    assert (numbers["accuracy_task_1"], numbers["accuracy_task_1_when_learnt"]) == (0.5, 0.9)
+    assert numbers["accuracy_forgetting"] == pytest.approx(((0.9 - 0.5) + (1.0 - 0.8)) / 2)
+    assert numbers["class_kl"] == pytest.approx(0.6)
     joint = metrics.headlines(JOINT, JOINT, [[], [], []])
     assert joint["accuracy_forgetting"] is joint["forgetting"] is joint["class_kl"] is None
 
@@ -128,23 +128,23 @@ def test_kept_statistics_are_means_and_covariances(extractor: Classifier, digits
     torch.testing.assert_close((products - count * torch.outer(mean, mean)) / (count - 1), features.T.cov())
 
 
-def test_statistics_are_kept_and_made_anew_when_they_are_not_what_is_asked_for(
+def test_statistics_are_stored_and_replaced_if_they_do_not_match(
     extractor: Classifier, digits: tasks.Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     computed: list[int] = []
     original = fid.real_statistics
 
-    def counted(one: Classifier, pixels: Tensor) -> fid.Statistics:
+    def counted(classifier: Classifier, pixels: Tensor) -> fid.Statistics:
         computed.append(len(pixels))
-        return original(one, pixels)
+        return original(classifier, pixels)
 
     monkeypatch.setattr(fid, "real_statistics", counted)
     first, second = (task.held_out.pixels for task in digits.tasks[:2])
-    made = fid.kept_statistics(extractor, first, tmp_path, {"part": "test"})
+    statistics = fid.kept_statistics(extractor, first, tmp_path, {"part": "test"})
     (path,) = (tmp_path / "real-statistics").iterdir()
     again = fid.kept_statistics(extractor, first, tmp_path, {"part": "test"})
     assert computed == [len(first)]
-    assert all(torch.equal(a, b) for a, b in zip(made, again, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(statistics, again, strict=True))
 
     # Other images, or the same under another name: another file.
     fid.kept_statistics(extractor, second, tmp_path, {"part": "test"})
@@ -161,7 +161,7 @@ def test_statistics_are_kept_and_made_anew_when_they_are_not_what_is_asked_for(
         computed.clear()
         again = fid.kept_statistics(extractor, first, tmp_path, {"part": "test"})
         assert computed == [len(first)]
-        assert all(torch.equal(a, b) for a, b in zip(made, again, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(statistics, again, strict=True))
         fid.kept_statistics(extractor, first, tmp_path, {"part": "test"})
         assert computed == [len(first)]
 
@@ -175,8 +175,8 @@ def test_real_against_real_is_chance_and_noise_is_not(extractor: Classifier, dig
         order = torch.randperm(2 * n, generator=generator)
         return task.held_out.pixels[order[:n]], task.held_out.pixels[order[n:]]
 
-    def against(real: Tensor, other: Tensor) -> float:
-        return fid.fid(extractor, fid.real_statistics(extractor, real), other)
+    def against(real: Tensor, generated: Tensor) -> float:
+        return fid.fid(extractor, fid.real_statistics(extractor, real), generated)
 
     first, second = halves()
     chance = sorted(against(*halves()) for _ in range(200))
@@ -188,5 +188,5 @@ def test_real_against_real_is_chance_and_noise_is_not(extractor: Classifier, dig
     noise = torch.randint(0, 256, second.shape, generator=generator, dtype=torch.uint8)
     assert against(first, noise) > 3 * high
     assert against(first, digits.tasks[1].held_out.pixels[:n]) > 3 * high
-    one = second[:1].expand_as(second)  # a model that draws one image only
-    assert against(first, one) > high
+    repeated = second[:1].expand_as(second)  # a model that draws one image only
+    assert against(first, repeated) > high

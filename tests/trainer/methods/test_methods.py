@@ -10,21 +10,18 @@ import pytest
 import torch
 from crl_diffusion.config.curriculum import Stage, task_classes
 from crl_diffusion.config.method import METHODS, Method, Penalty, Replay
-from crl_diffusion.config.settings import RunConfig
 from crl_diffusion.data.tasks import Data
 from crl_diffusion.diffusion import sampling
 from crl_diffusion.diffusion.network import predict
 from crl_diffusion.methods import regression
 from crl_diffusion.training.fisher_batches import fisher_batches, per_sample_loss
 from crl_diffusion.training.run import Run
+from helpers.trainer_runs import MakeRun, Short
 from torch import Tensor
-
-MakeRun = Callable[[RunConfig], Run]
-Short = Callable[..., RunConfig]
 
 
 def _batches(run: Run, stage: Stage) -> list[regression.NoisedBatch]:
-    images = run.data.train.of(stage.classes)
+    images = run.data.train.of_classes(stage.classes)
     batches = []
     for run.step in range(4):
         batches.append(run.batch(images, stage))
@@ -36,20 +33,20 @@ def latents(monkeypatch: pytest.MonkeyPatch) -> Callable[[Run], list[float]]:
     """What a run's evaluation starts from."""
 
     def seen(run: Run) -> list[float]:
-        found: list[float] = []
+        values: list[float] = []
 
         class Enough(Exception):
             pass
 
         def ddim(predict: object, schedule: object, noise: Tensor, *rest: object) -> Tensor:
-            found.extend(noise.flatten().tolist())
+            values.extend(noise.flatten().tolist())
             raise Enough
 
         with monkeypatch.context() as patch, contextlib.suppress(Enough):
             patch.setattr(sampling, "ddim", ddim)
             run.evaluate(run.stages[0])
-        assert found
-        return found
+        assert values
+        return values
 
     return seen
 
@@ -89,8 +86,8 @@ def test_replayed_data_is_the_same_where_teachers_are(short: Short, make_run: Ma
 
 
 def test_seeds_steps_and_stages_see_different_data(short: Short, make_run: MakeRun) -> None:
-    run, other = make_run(short("fine-tune", seed=0)), make_run(short("fine-tune", seed=1))
-    seen = [batch.noised for r in (run, other) for stage in r.stages for batch in _batches(r, stage)]
+    run, other_seed = make_run(short("fine-tune", seed=0)), make_run(short("fine-tune", seed=1))
+    seen = [batch.noised for r in (run, other_seed) for stage in r.stages for batch in _batches(r, stage)]
     assert len({tuple(x.flatten().tolist()) for x in seen}) == len(seen)
 
 
@@ -106,7 +103,7 @@ def test_an_epoch_takes_every_image_once(digits: Data) -> None:
     assert not torch.equal(taken[:total], taken[total : 2 * total])
 
 
-def test_a_batch_larger_than_the_data_goes_round(digits: Data) -> None:
+def test_a_batch_larger_than_the_data_repeats_images(digits: Data) -> None:
     few = replace(digits.tasks[0].train.take(torch.arange(3)), labels=torch.arange(3))
     labels = regression.epoch_batch(few, 10, regression.Moment(0, 0, 1)).labels
     assert len(labels) == 10
@@ -123,14 +120,14 @@ def test_parts_compose_into_a_method_that_is_not_in_the_table(
     run = make_run(short("mine"))
     run.remember(run.stages[0])
     assert len(run.sources) == 1  # two replays of one pool
-    batch = run.batch(run.data.train.of((2, 3)), run.stages[1])
+    batch = run.batch(run.data.train.of_classes((2, 3)), run.stages[1])
     real, n = run.config.batch, run.config.replay_batch
     sums = [batch.weight[part].sum().item() for part in (slice(real), slice(real, real + n), slice(real + n, None))]
     assert sums == pytest.approx([1.0, 0.5, 2.0])
     assert set(batch.label[:real].tolist()) <= {2, 3}
     assert set(batch.label[real:].tolist()) <= {0, 1}
     before = [p.clone() for p in run.model.parameters()]
-    assert run.take_step(run.data.train.of((2, 3)), run.stages[1]).isfinite().all()
+    assert run.take_step(run.data.train.of_classes((2, 3)), run.stages[1]).isfinite().all()
     assert any(not torch.equal(a, b) for a, b in zip(before, run.model.parameters(), strict=True))
 
 
@@ -149,17 +146,17 @@ def test_the_pool_is_drawn_from_the_teacher_for_every_old_class(short: Short, ma
         assert run.teacher is not None
         return images.to_pixels(sampling.draw_images(run.teacher, run.schedule, latents, label, 2))
 
-    assert torch.equal(images.of([2]).pixels[:1], draw())
+    assert torch.equal(images.of_classes([2]).pixels[:1], draw())
     with torch.no_grad():
         for parameter in run.model.parameters():
             parameter.add_(1.0)
-    assert torch.equal(images.of([2]).pixels[:1], draw())  # training the model leaves the teacher alone
+    assert torch.equal(images.of_classes([2]).pixels[:1], draw())  # training the model leaves the teacher alone
 
 
 def test_the_fisher_matrix_sees_its_task_and_the_samples_asked_for(short: Short, make_run: MakeRun) -> None:
     run = make_run(short("rank1", fisher_samples=70))
     stage = run.stages[1]
-    batches = fisher_batches(run.data.train.of(stage.classes), stage, run.config, run.schedule, run.like)
+    batches = fisher_batches(run.data.train.of_classes(stage.classes), stage, run.config, run.schedule, run.like)
     assert [len(batch[0]) for batch in batches] == [32, 32, 6]
     noised, t, label, noise = (torch.cat(parts) for parts in zip(*batches, strict=True))
     assert set(label.tolist()) == set(stage.classes)

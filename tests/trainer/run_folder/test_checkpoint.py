@@ -26,27 +26,27 @@ def _make(stage: int, step: int) -> Checkpoint:
     return Checkpoint(stage, step, {"metrics": 7}, tensors, "this run")
 
 
-def test_what_is_saved_comes_back(tmp_path: Path) -> None:
+def test_a_saved_checkpoint_is_loaded_unchanged(tmp_path: Path) -> None:
     saved = _make(1, 0)
-    found = checkpoint.load(checkpoint.save(tmp_path, saved))
-    assert (found[:3], found.run) == (saved[:3], saved.run)
-    assert found.tensors.keys() == saved.tensors.keys()
+    loaded = checkpoint.load(checkpoint.save(tmp_path, saved))
+    assert (loaded[:3], loaded.run) == (saved[:3], saved.run)
+    assert loaded.tensors.keys() == saved.tensors.keys()
     for name, tensor in saved.tensors.items():
-        assert torch.equal(found.tensors[name], tensor)
-        assert found.tensors[name].dtype == tensor.dtype
-    assert list(found.part("model")) == ["w"]
-    assert list(found.part("optimizer")) == ["step/w"]
+        assert torch.equal(loaded.tensors[name], tensor)
+        assert loaded.tensors[name].dtype == tensor.dtype
+    assert list(loaded.part("model")) == ["w"]
+    assert list(loaded.part("optimizer")) == ["step/w"]
 
 
-def test_what_a_stage_keeps_is_written_once_and_read_with_every_checkpoint_of_it(tmp_path: Path) -> None:
+def test_the_memory_of_a_stage_is_written_once_and_read_with_each_of_its_checkpoints(tmp_path: Path) -> None:
     start = checkpoint.save(tmp_path, _make(1, 0))
     later = checkpoint.save(tmp_path, _make(1, 30))
     assert start.stat().st_size > 64 * 64 * 4 > later.stat().st_size
-    found, whole = checkpoint.load(later), _make(1, 30)
-    assert found[:3] == whole[:3]
-    assert found.tensors.keys() == whole.tensors.keys()
-    for name, tensor in whole.tensors.items():
-        assert torch.equal(found.tensors[name], tensor)
+    loaded, expected = checkpoint.load(later), _make(1, 30)
+    assert loaded[:3] == expected[:3]
+    assert loaded.tensors.keys() == expected.tensors.keys()
+    for name, tensor in expected.tensors.items():
+        assert torch.equal(loaded.tensors[name], tensor)
 
     # Without its stage's start, or with another one, it is no checkpoint.
     with safe_open(start, framework="pt") as file:
@@ -55,8 +55,8 @@ def test_what_a_stage_keeps_is_written_once_and_read_with_every_checkpoint_of_it
     start.write_bytes(content[:-1])
     with pytest.raises(ValueError, match=r"it needs 01-00000000.safetensors, which is damaged"):
         checkpoint.load(later)
-    other = {name: tensor + 1 for name, tensor in _make(1, 0).tensors.items()}
-    save_file(other, start, {**metadata, "digest": checkpoint._digests(other, {})[1]})
+    changed = {name: tensor + 1 for name, tensor in _make(1, 0).tensors.items()}
+    save_file(changed, start, {**metadata, "digest": checkpoint._digests(changed, {})[1]})
     with pytest.raises(ValueError, match=r"taken after another 01-00000000.safetensors"):
         checkpoint.load(later)
 
@@ -69,7 +69,7 @@ def test_a_file_under_another_name_is_refused(tmp_path: Path) -> None:
     assert "04-00000000.safetensors is damaged (it was taken after 0 stages and 100 steps" in complaints[0]
 
 
-def test_what_was_passed_over_does_not_push_out_what_is_new(tmp_path: Path) -> None:
+def test_skipped_checkpoints_do_not_displace_new_ones(tmp_path: Path) -> None:
     for step in (100, 200, 300):
         path = checkpoint.save(tmp_path, _make(0, step))
     for step in (200, 300):
@@ -91,7 +91,7 @@ def test_ends_of_stages_are_kept_and_two_others(tmp_path: Path) -> None:
     assert (newest.stage, newest.step, complaints) == (2, 0, [])
 
 
-def test_stages_and_steps_of_more_digits_than_names_have_room_for(tmp_path: Path) -> None:
+def test_stages_and_steps_may_have_more_digits_than_the_padding(tmp_path: Path) -> None:
     foreign = tmp_path / "of another program.safetensors"
     foreign.write_bytes(b"")
     for stage, step in [(99, 0), (99, 300), (100, 0), (100, 100), (100, 99_999_900), (100, 100_000_000)]:
@@ -105,7 +105,7 @@ def test_stages_and_steps_of_more_digits_than_names_have_room_for(tmp_path: Path
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "one bit", "no header"])
-def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_newest_checkpoint_is_skipped(tmp_path: Path, damage: str) -> None:
     checkpoint.save(tmp_path, _make(0, 100))
     path = checkpoint.save(tmp_path, _make(0, 200))
     content = bytearray(path.read_bytes())
@@ -162,7 +162,7 @@ def test_no_checkpoint_is_no_complaint(tmp_path: Path) -> None:
     assert checkpoint.latest(tmp_path / "missing") == (None, [])
 
 
-def test_a_log_is_cut_back_to_what_is_known_and_tolerates_a_torn_line(tmp_path: Path) -> None:
+def test_a_log_is_cut_to_the_rows_of_the_checkpoint_and_tolerates_a_torn_line(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     log = Log(path)
     for i in range(5):
@@ -182,7 +182,7 @@ def test_a_log_is_cut_back_to_what_is_known_and_tolerates_a_torn_line(tmp_path: 
         log.keep(4)
 
 
-def test_json_is_replaced_whole(tmp_path: Path) -> None:
+def test_json_is_replaced_completely_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     write_json(path, {"a": [1]})
     write_json(path, {"a": [2]})

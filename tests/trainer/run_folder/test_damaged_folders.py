@@ -16,18 +16,26 @@ import pytest
 from crl_diffusion import cli
 from crl_diffusion.errors import RecordError
 from crl_diffusion.evaluation import summaries
-from crl_diffusion.reporting import run_pictures
 from crl_diffusion.run_folder import checkpoint
 from crl_diffusion.run_folder.readers import read_metrics, read_timings
-from helpers.trainer_runs import SHORT, crl_diffusion, options, same_end
+from helpers.trainer_runs import (
+    SHORT,
+    TrainCommand,
+    crl_diffusion,
+    few_samples,
+    options,
+    require_one_line,
+    same_end,
+    train_words,
+)
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_tensors
 
-pytestmark = pytest.mark.filterwarnings("ignore:(only .* of the trace of the Fisher|the mean gradient is mostly noise)")
+pytestmark = few_samples
 Damage = Callable[[Path], None]
 
-# What is done to a file
+# Kinds of damage to a file
 
 
 def truncated(path: Path) -> None:
@@ -126,9 +134,9 @@ def metadata(**values: str) -> Damage:
 
     def damage(path: Path) -> None:
         with safe_open(path, framework="pt") as file:
-            whole = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             header = file.metadata()
-        save_tensors(whole, path, {**header, **{name.replace("__", "/"): value for name, value in values.items()}})
+        save_tensors(content, path, {**header, **{name.replace("__", "/"): value for name, value in values.items()}})
 
     return damage
 
@@ -242,12 +250,6 @@ CASES: dict[str, Case] = {
 
 
 @pytest.fixture
-def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They follow from metrics.jsonl and the samples, and take most of the time of so short a run."""
-    monkeypatch.setattr(run_pictures, "of_run", lambda run: [])
-
-
-@pytest.fixture
 def copy_of(finished: Path, tmp_path: Path) -> Callable[[str], Path]:
     """A copy of the finished run, or of it as it was after four steps of its second task."""
 
@@ -267,20 +269,8 @@ def copy_of(finished: Path, tmp_path: Path) -> Callable[[str], Path]:
     return copied
 
 
-def arguments(out: Path, extractor_folder: Path) -> list[str]:
-    words = ["train", "--method", "gd+rank1", *options(SHORT), "--out", str(out)]
-    return [*words, "--extractor-folder", str(extractor_folder)]
-
-
 def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def one_line(said: str, *parts: str) -> None:
-    assert said.startswith("crl-diffusion: error: "), said
-    assert said.count("\n") == 1, said
-    for part in parts:
-        assert part in said
 
 
 def same_folder(a: Path, b: Path, drawn: Sequence[str] = ()) -> None:
@@ -293,19 +283,19 @@ def same_folder(a: Path, b: Path, drawn: Sequence[str] = ()) -> None:
     assert all(first[key] == second[key] for key in first if key not in ("step_ms", "penalty_ms"))
 
 
-def test_there_are_thirty_kinds_and_more() -> None:
+def test_there_are_thirty_kinds_of_damage_or_more() -> None:
     assert len(CASES) >= 30
 
 
-@pytest.mark.usefixtures("_no_pictures")
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize(
     ("name", "state"), [(name, state) for name, case in CASES.items() for state in case.states], ids=str
 )
-def test_the_same_bits_or_one_line(
+def test_a_damaged_run_ends_with_the_same_bits_or_one_line(
     name: str,
     state: str,
     finished: Path,
-    extractor_folder: Path,
+    train_command: TrainCommand,
     copy_of: Callable[[str], Path],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -313,16 +303,16 @@ def test_the_same_bits_or_one_line(
     out = copy_of(state)
     case.damage(out / case.file)
     before = files(out)
-    code = cli.main(arguments(out, extractor_folder))
-    said = capsys.readouterr()
+    code = train_command()
+    output = capsys.readouterr()
     if case.says is None:
-        assert (code, said.err) == (0, "")
+        assert (code, output.err) == (0, "")
         same_folder(finished, out)
-        assert cli.main(arguments(out, extractor_folder)) == 0
+        assert train_command() == 0
         assert "is finished already" in capsys.readouterr().out
     else:
         assert code == 2
-        one_line(said.err, str(out / case.file), case.says)
+        require_one_line(output.err, str(out / case.file), case.says)
         assert {key: x for key, x in files(out).items() if key != ".lock"} == {
             key: x for key, x in before.items() if key != ".lock"
         }
@@ -365,14 +355,14 @@ READ: dict[str, tuple[str, Damage, str]] = {
 
 
 @pytest.mark.parametrize("name", READ)
-def test_report_names_the_file_and_what_to_do(
+def test_report_names_the_damaged_file_and_what_to_do(
     name: str, copy_of: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file, damage, says = READ[name]
     out = copy_of("finished")
     damage(out / file)
     assert cli.main(["report", str(tmp_path), "--out", str(tmp_path / "report")]) == 2
-    one_line(capsys.readouterr().err, str(out / file), says)
+    require_one_line(capsys.readouterr().err, str(out / file), says)
     assert not (tmp_path / "report").exists()
 
 
@@ -389,14 +379,14 @@ def test_report_names_the_file_and_what_to_do(
         (a_folder, FOLDER),
     ],
 )
-def test_report_looks_at_samples_without_checkpoints_too(
+def test_report_checks_samples_also_without_checkpoints(
     damage: Damage, says: str, copy_of: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = copy_of("finished")
     shutil.rmtree(out / "checkpoints")
     damage(out / "samples/after-task-2.safetensors")
     assert cli.main(["report", str(out), "--out", str(tmp_path / "report")]) == 2
-    one_line(capsys.readouterr().err, "after-task-2.safetensors", says.replace("PROBLEM)", ""))
+    require_one_line(capsys.readouterr().err, "after-task-2.safetensors", says.replace("PROBLEM)", ""))
 
 
 @pytest.mark.parametrize(
@@ -412,17 +402,17 @@ def test_report_looks_at_samples_without_checkpoints_too(
         ("checkpoints/02-00000000.safetensors", a_folder, FOLDER),
     ],
 )
-def test_diagnose_names_the_file_and_what_to_do(
+def test_diagnose_names_the_damaged_file_and_what_to_do(
     file: str, damage: Damage, says: str, copy_of: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = copy_of("finished")
     damage(out / file)
     assert cli.main(["diagnose", str(out), "--device", "cpu"]) == 2
-    one_line(capsys.readouterr().err, str(out), says)
+    require_one_line(capsys.readouterr().err, str(out), says)
 
 
 @pytest.mark.parametrize(
-    ("key", "other", "says"),
+    ("key", "value", "says"),
     [
         ("schedule", "sinus", "its schedule is 'sinus', expected one of linear, cosine"),
         ("steps", "six", "its steps is 'six', expected an integer"),
@@ -432,16 +422,16 @@ def test_diagnose_names_the_file_and_what_to_do(
     ],
 )
 def test_diagnose_refuses_a_configuration_that_is_not_the_checkpoints(
-    key: str, other: object, says: str, copy_of: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+    key: str, value: object, says: str, copy_of: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = copy_of("finished")
     record = json.loads((out / "config.json").read_text())
-    record["run"][key] = other
-    if other is None:
+    record["run"][key] = value
+    if value is None:
         del record["run"][key]
     (out / "config.json").write_text(json.dumps(record))
     assert cli.main(["diagnose", str(out), "--device", "cpu"]) == 2
-    one_line(capsys.readouterr().err, str(out), says)
+    require_one_line(capsys.readouterr().err, str(out), says)
 
 
 # What the lines say to do
@@ -456,47 +446,47 @@ def test_diagnose_refuses_a_configuration_that_is_not_the_checkpoints(
         ("checkpoints", a_file, lambda out: (out / "checkpoints").unlink()),
     ],
 )
-def test_what_the_line_says_to_do_helps(
+def test_the_remedy_in_the_message_repairs_the_run(
     file: str,
     damage: Damage,
     remedy: Callable[[Path], None],
     finished: Path,
-    extractor_folder: Path,
+    train_command: TrainCommand,
     copy_of: Callable[[str], Path],
 ) -> None:
     out = copy_of("unfinished")
     damage(out / file)
-    assert cli.main(arguments(out, extractor_folder)) == 2
+    assert train_command() == 2
     remedy(out)
-    assert cli.main(arguments(out, extractor_folder)) == 0
+    assert train_command() == 0
     same_folder(finished, out, ("samples.png", "fid_matrix.png", "curves.png"))
 
 
-def test_a_finished_run_without_checkpoints_is_not_made_again_unasked(
-    extractor_folder: Path, copy_of: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+def test_a_damaged_finished_run_without_checkpoints_is_not_repeated_without_consent(
+    train_command: TrainCommand, copy_of: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = copy_of("finished")
     shutil.rmtree(out / "checkpoints")
-    assert cli.main(arguments(out, extractor_folder)) == 0
+    assert train_command() == 0
     lost(3)(out / "metrics.jsonl")
     before = (out / "metrics.jsonl").read_bytes()
-    assert cli.main(arguments(out, extractor_folder)) == 2
-    one_line(capsys.readouterr().err, str(out), "without a good checkpoint", "delete summary.json")
+    assert train_command() == 2
+    require_one_line(capsys.readouterr().err, str(out), "without a good checkpoint", "delete summary.json")
     assert (out / "metrics.jsonl").read_bytes() == before
 
 
 def of_an_earlier_version(path: Path) -> None:
     """A checkpoint as it was written before it knew the run's records."""
     with safe_open(path, framework="pt") as file:
-        whole = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         header = {k: v for k, v in file.metadata().items() if not k.startswith("sha256/") and k != "config"}
-    header["digest"] = checkpoint._digests(whole, {})[1]
+    header["digest"] = checkpoint._digests(content, {})[1]
     if "start" in header:
         header["start"] = checkpoint._metadata(path.with_name("01-00000000.safetensors"))["digest"]
-    save_tensors(whole, path, header)
+    save_tensors(content, path, header)
 
 
-@pytest.mark.usefixtures("_no_pictures")
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize(
     ("file", "damage", "says"),
     [
@@ -508,12 +498,12 @@ def of_an_earlier_version(path: Path) -> None:
         ("config.json", truncated, "is damaged (no JSON"),
     ],
 )
-def test_checkpoints_of_an_earlier_version_resume_and_notice_what_they_can(
+def test_checkpoints_of_an_earlier_version_resume_and_detect_damage_to_rows(
     file: str,
     damage: Damage,
     says: str | None,
     finished: Path,
-    extractor_folder: Path,
+    train_command: TrainCommand,
     copy_of: Callable[[str], Path],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -521,56 +511,56 @@ def test_checkpoints_of_an_earlier_version_resume_and_notice_what_they_can(
     for path in sorted((out / "checkpoints").iterdir()):
         of_an_earlier_version(path)
     damage(out / file)
-    code = cli.main(arguments(out, extractor_folder))
+    code = train_command()
     if says is None:
         assert code == 0
         same_folder(finished, out)
     else:
         assert code == 2
-        one_line(capsys.readouterr().err, str(out / file), says)
+        require_one_line(capsys.readouterr().err, str(out / file), says)
 
 
-def test_samples_that_no_checkpoint_draws_are_said(
-    extractor_folder: Path, copy_of: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+def test_samples_that_no_checkpoint_can_draw_again_are_reported(
+    train_command: TrainCommand, copy_of: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = copy_of("finished")
     truncated(out / "samples/after-task-1.safetensors")
     truncated(out / "checkpoints/01-00000000.safetensors")
-    assert cli.main(arguments(out, extractor_folder)) == 0
+    assert train_command() == 0
     assert "no checkpoint has the model that drew its images" in capsys.readouterr().out.replace("\n", " ")
     assert not (out / "samples/after-task-1.safetensors").exists()
-    assert cli.main(arguments(out, extractor_folder)) == 0
+    assert train_command() == 0
     assert "is finished already" in capsys.readouterr().out
     assert cli.main(["report", str(out), "--out", str(out.parent / "report")]) == 0
 
 
-def test_a_folder_that_cannot_be_written_to(
-    extractor_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_folder_that_cannot_be_written_to_is_an_error(
+    train_command: TrainCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def read_only(*_: object, **__: object) -> None:
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(Path, "touch", read_only)
-    assert cli.main(arguments(tmp_path / "run", extractor_folder)) == 2
-    one_line(
+    assert train_command() == 2
+    require_one_line(
         capsys.readouterr().err, str(tmp_path / "run"), "Read-only file system", "make it writable, or give another"
     )
 
 
 @pytest.mark.parametrize("name", ["train", "compare", "report", "diagnose"])
 @pytest.mark.parametrize("inside", [False, True])
-def test_a_place_that_is_no_folder(
+def test_a_place_that_is_no_folder_is_an_error(
     name: str, inside: bool, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("kept")
     out = tmp_path / "file" / "run" if inside else tmp_path / "file"
     words = {"train": ["--method", "gd"], "compare": ["--methods", "gd"]}.get(name, [str(finished)])
     assert cli.main([name, *words, "--out", str(out)]) == 2
-    one_line(capsys.readouterr().err, "--out is", str(tmp_path / "file"), "is not a folder; give another place")
+    require_one_line(capsys.readouterr().err, "--out is", str(tmp_path / "file"), "is not a folder; give another place")
     assert (tmp_path / "file").read_text() == "kept"
 
 
-def test_compare_refuses_what_it_could_not_show_before_it_trains(
+def test_compare_refuses_damaged_records_before_it_trains(
     finished: Path, extractor_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["compare", "--methods", "gd", *options(SHORT), "--out", str(tmp_path)]
@@ -583,22 +573,22 @@ def test_compare_refuses_what_it_could_not_show_before_it_trains(
         shutil.copytree(finished, tmp_path / "gd+rank1-seed0")
         damage(tmp_path / "gd+rank1-seed0" / file)
         assert cli.main([*words, "--extractor-folder", str(extractor_folder)]) == 2
-        one_line(capsys.readouterr().err, str(tmp_path / "gd+rank1-seed0" / file), says)
+        require_one_line(capsys.readouterr().err, str(tmp_path / "gd+rank1-seed0" / file), says)
     assert not (tmp_path / "gd-seed0").exists()
 
 
-def test_a_process_says_the_same(finished: Path, extractor_folder: Path, tmp_path: Path) -> None:
+def test_a_process_prints_the_same_message(finished: Path, extractor_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "run")
     lost(0)(tmp_path / "run" / "metrics.jsonl")
-    done = crl_diffusion(*arguments(tmp_path / "run", extractor_folder))
+    done = crl_diffusion(*train_words(tmp_path / "run", extractor_folder))
     assert done.returncode == 2, done.stderr
-    one_line(done.stderr, str(tmp_path / "run" / "metrics.jsonl"), "put it back from a copy, or delete")
+    require_one_line(done.stderr, str(tmp_path / "run" / "metrics.jsonl"), "put it back from a copy, or delete")
 
 
 # Readers
 
 
-def test_readers_take_what_the_trainer_writes_and_what_earlier_versions_wrote(finished: Path, tmp_path: Path) -> None:
+def test_readers_accept_records_of_this_and_of_earlier_versions(finished: Path, tmp_path: Path) -> None:
     assert [row["kind"] for row in read_metrics(finished)].count("evaluation") == 3
     assert len(read_metrics(finished, 4)) == 4
     assert read_timings(tmp_path) == read_metrics(tmp_path) == []

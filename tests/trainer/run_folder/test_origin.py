@@ -6,17 +6,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from crl_diffusion.config.settings import RunConfig
 from crl_diffusion.files import read_json
 from crl_diffusion.run_folder import origin
-from crl_diffusion.training.run import Run
-
-MakeRun = Callable[[RunConfig], Run]
-Short = Callable[..., RunConfig]
 
 
 def test_a_run_keeps_its_command_and_its_source_code_but_no_host(finished: Path) -> None:

@@ -1,12 +1,12 @@
-"""A script: trains with the options given, in forks of itself, each but the last killed at a moment of its own.
+"""A script that trains with the given options in forks of itself. All forks but the last are killed.
 
     python killed_runs.py SEED KILLS train --out ...
 
 SIGKILL comes just before or just after one call of a traced function: in steps, while tensors are saved, between a
-write and its rename, in evaluations, in the Fisher's estimation, while pictures and the summary are made. First an
-uninterrupted run, into <out>-whole, counts these moments; each kill takes one at random out of those that are left to
-the run. Prints a line for each kill and ends with the exit code of the last run. Torch is imported once, by a process
-that computes nothing, so that its forks are as good as new processes and begin at once.
+write and its rename, in evaluations, in the estimation of the Fisher matrix, while pictures and the summary are
+written. First an uninterrupted run, into <out>-uninterrupted, counts these moments. Each kill takes one at random. The
+script prints a line for each kill and ends with the exit code of the last run. Torch is imported once, by a process
+that computes nothing, so its forks are as good as new processes and begin at once.
 """
 
 import os
@@ -72,20 +72,20 @@ class Moments:
 
         return traced
 
-    def pass_by(self, what: str) -> None:
+    def pass_by(self, place: str) -> None:
         self.count += 1
         if self.count == self.last:
-            print(f"killed at moment {self.count}, {what}", flush=True)
+            print(f"killed at moment {self.count}, {place}", flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def forked(arguments: list[str], last: int | None, tell: Path) -> int:
-    """The exit status of a run that is killed at the moment `last`; the number of its moments goes to `tell`."""
+def forked(arguments: list[str], last: int | None, count_file: Path) -> int:
+    """The exit status of a run that is killed at the moment `last`; the number of its moments goes to `count_file`."""
     child = os.fork()
     if child == 0:
         moments = Moments(last)
         code = cli.main(arguments)
-        tell.write_text(str(moments.count))
+        count_file.write_text(str(moments.count))
         sys.stdout.flush()
         os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -95,22 +95,22 @@ def main(seed: int, kills: int, arguments: list[str]) -> int:
     chosen = random.Random(seed)
     place = arguments.index("--out") + 1
     out = Path(arguments[place])
-    tell = out.with_name(f"{out.name}-moments")
-    whole = [*arguments[:place], f"{out}-whole", *arguments[place + 1 :]]
-    if code := forked(whole, None, tell):
+    count_file = out.with_name(f"{out.name}-moments")
+    uninterrupted = [*arguments[:place], f"{out}-uninterrupted", *arguments[place + 1 :]]
+    if code := forked(uninterrupted, None, count_file):
         return code
-    moments = int(tell.read_text())
+    moments = int(count_file.read_text())
     done = 0
     while done < kills:
         moment = chosen.randint(1, moments)
-        code = forked(arguments, moment, tell)
+        code = forked(arguments, moment, count_file)
         if code == -signal.SIGKILL:
             done += 1
         elif code == 0:  # so late a moment that what was left of the run had fewer
             break
         else:
             return code
-    return forked(arguments, None, tell)
+    return forked(arguments, None, count_file)
 
 
 if __name__ == "__main__":

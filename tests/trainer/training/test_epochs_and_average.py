@@ -4,19 +4,12 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from crl_diffusion.config.settings import RunConfig
 from crl_diffusion.run_folder import checkpoint
-from crl_diffusion.training.run import Run
-from helpers.trainer_runs import flat, same_end, train
-
-MakeRun = Callable[[RunConfig], Run]
-Short = Callable[..., RunConfig]
-quiet = pytest.mark.filterwarnings("ignore:(only .* of the trace of the Fisher|the mean gradient is mostly noise)")
+from helpers.trainer_runs import MakeRun, Short, few_samples, flat, same_end, train
 
 
 def test_epochs_are_passes_over_the_images_of_a_stage(short: Short, make_run: MakeRun) -> None:
@@ -45,16 +38,16 @@ def test_the_average_becomes_the_model_at_the_end_of_a_task(short: Short, make_r
     assert run.average is None
 
 
-@quiet
-def test_with_an_average_and_a_scaler_interrupted_and_resumed(
+@few_samples
+def test_a_run_with_an_average_and_a_scaler_resumes_to_the_same_bits(
     short: Short, tmp_path: Path, extractor_folder: Path
 ) -> None:
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    uninterrupted, interrupted = tmp_path / "uninterrupted", tmp_path / "interrupted"
     config = short("gd+rank1:gradient", ema=0.9, precision="fp16")
-    train(config, whole, extractor_folder)
+    train(config, uninterrupted, extractor_folder)
 
     # What is averaged is the next task's start, its teacher and the penalty's anchor.
-    within, end = (checkpoint.load(whole / "checkpoints" / f"01-{step:08d}.safetensors") for step in (4, 0))
+    within, end = (checkpoint.load(uninterrupted / "checkpoints" / f"01-{step:08d}.safetensors") for step in (4, 0))
     assert within.part("average").keys() == within.part("model").keys()
     assert within.part("scaler").keys() == {"scale", "good_steps"}
     assert not end.part("average")
@@ -64,11 +57,12 @@ def test_with_an_average_and_a_scaler_interrupted_and_resumed(
         projected += (value.double() * penalty[f"directions.0.{name}"].double()).sum().item()
     assert penalty["anchor_projections"].tolist() == pytest.approx([projected], rel=1e-5)
 
-    shutil.copytree(whole, cut)
-    (cut / "summary.json").unlink()
+    shutil.copytree(uninterrupted, interrupted)
+    (interrupted / "summary.json").unlink()
     for name in ("02-00000000", "01-00000006"):
-        (cut / "checkpoints" / f"{name}.safetensors").unlink()
+        (interrupted / "checkpoints" / f"{name}.safetensors").unlink()
     assert any(
-        "resuming after 1 finished stage(s) and 4 steps" in line for line in train(config, cut, extractor_folder)
+        "resuming after 1 finished stage(s) and 4 steps" in line
+        for line in train(config, interrupted, extractor_folder)
     )
-    same_end(whole, cut)
+    same_end(uninterrupted, interrupted)

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from crl_diffusion.config.settings import RunConfig
 from crl_diffusion.diffusion.precision import Precision
 from crl_diffusion.methods.regression import NoisedBatch
-from crl_diffusion.training.run import Run
 from crl_diffusion.training.step import training_step
-from helpers.trainer_runs import flat
+from helpers.trainer_runs import MakeRun, Short, flat
 from torch import Tensor, nn
-
-MakeRun = Callable[[RunConfig], Run]
-Short = Callable[..., RunConfig]
 
 
 class _Line(nn.Module):
@@ -99,7 +93,7 @@ def test_an_overflow_leaves_the_fused_optimizer_and_the_average_alone(short: Sho
 
 
 @pytest.mark.parametrize(("precision", "error"), [("fp64", 1e-6), ("bf16", 0.02), ("fp16", 0.002)])
-def test_a_precision_is_what_its_name_says(short: Short, make_run: MakeRun, precision: str, error: float) -> None:
+def test_a_precision_has_the_dtypes_of_its_name(short: Short, make_run: MakeRun, precision: str, error: float) -> None:
     """Losses of the first step against fp32's, within a few roundings of a number of 53, 8 or 11 bits, and not less
     than a tenth of one."""
     plain, run = make_run(short("fine-tune")), make_run(short("fine-tune", precision=precision))

@@ -28,7 +28,7 @@ def _numbers(value: Any) -> list[float]:
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch.distributed is missing")
-def test_two_processes_equal_one_and_one_resumes_what_two_began(extractor_folder: Path, tmp_path: Path) -> None:
+def test_two_processes_equal_one_and_one_resumes_the_run_of_two(extractor_folder: Path, tmp_path: Path) -> None:
     arguments = ["train", "--method", "gd+rank1", *options(SETTINGS), "--extractor-folder", extractor_folder]
     done = _torchrun(*arguments, "--out", tmp_path / "two")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -46,14 +46,14 @@ def test_two_processes_equal_one_and_one_resumes_what_two_began(extractor_folder
     _compare(tmp_path / "one", tmp_path / "two")
 
 
-def _compare(one: Path, two: Path) -> None:
+def _compare(single: Path, double: Path) -> None:
     """Parameters of all ends of stages within 1e-9, in relative L2, and rows within 1e-9; sums in another order."""
     for stage in (1, 2):
-        a, b = (checkpoint.load(run / "checkpoints" / f"{stage:02d}-00000000.safetensors") for run in (one, two))
+        a, b = (checkpoint.load(run / "checkpoints" / f"{stage:02d}-00000000.safetensors") for run in (single, double))
         x, y = (torch.cat([value.flatten() for value in saved.part("model").values()]) for saved in (a, b))
         assert x.dtype == torch.float64
         assert (x - y).norm() <= 1e-9 * x.norm()
-    rows, others = (read_rows(run / "metrics.jsonl") for run in (one, two))
+    rows, others = (read_rows(run / "metrics.jsonl") for run in (single, double))
     assert len(rows) == len(others)
     for row, other in zip(rows, others, strict=True):
         assert row.keys() == other.keys()

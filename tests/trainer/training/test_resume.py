@@ -5,21 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from crl_diffusion.config.settings import RunConfig
 from crl_diffusion.errors import OptionError
 from crl_diffusion.files import read_rows
 from crl_diffusion.run_folder.layout import writing
 from crl_diffusion.training import loop
-from helpers.trainer_runs import SHORT, crl_diffusion, options, python, same_end
+from helpers.trainer_runs import SHORT, Short, crl_diffusion, few_samples, python, same_end, train, train_words
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-
-Short = Callable[..., RunConfig]
 
 # Kills its own process, with a signal that cannot be caught, as the n-th call of a function of the trainer returns.
 # Other moments: test_kills.py.
@@ -41,9 +37,11 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_sigkill_in_mid_task_and_the_same_command_again(finished: Path, extractor_folder: Path, tmp_path: Path) -> None:
+def test_a_run_killed_in_the_middle_of_a_task_resumes_to_the_same_bits(
+    finished: Path, extractor_folder: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "run"
-    arguments = ["train", "--method", "gd+rank1", *options(SHORT), "--out", out, "--extractor-folder", extractor_folder]
+    arguments = train_words(out, extractor_folder)
 
     # In the 6th and last step of the second task, with a checkpoint after the 4th.
     script = KILLED.format(module="training.run", name="training_step", call=12)
@@ -62,7 +60,7 @@ def test_sigkill_in_mid_task_and_the_same_command_again(finished: Path, extracto
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     from crl_diffusion.cli import main
 
-    assert main([str(argument) for argument in arguments]) == 0
+    assert main(arguments) == 0
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
@@ -74,9 +72,9 @@ def _unfinish(finished: Path, out: Path, drop: list[str]) -> None:
         (out / "checkpoints" / f"{name}.safetensors").unlink()
 
 
-@pytest.mark.filterwarnings("ignore:(only .* of the trace of the Fisher|the mean gradient is mostly noise)")
+@few_samples
 @pytest.mark.parametrize("damage", ["truncated", "one bit"])
-def test_a_damaged_checkpoint_falls_back_and_says_so(
+def test_after_a_damaged_checkpoint_the_run_resumes_from_the_one_before(
     finished: Path, extractor_folder: Path, tmp_path: Path, short: Short, damage: str
 ) -> None:
     out = tmp_path / "run"
@@ -85,24 +83,23 @@ def test_a_damaged_checkpoint_falls_back_and_says_so(
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 64
     path.write_bytes(content[: -len(content) // 3] if damage == "truncated" else content)
-    said: list[str] = []
-    loop.train(short(), out, extractor_folder=extractor_folder, say=said.append)
-    assert any("02-00000000.safetensors is damaged" in line for line in said)
-    assert any("resuming after 1 finished stage(s) and 6 steps" in line for line in said)
+    lines = train(short(), out, extractor_folder)
+    assert any("02-00000000.safetensors is damaged" in line for line in lines)
+    assert any("resuming after 1 finished stage(s) and 6 steps" in line for line in lines)
     same_end(finished, out)
 
 
-@pytest.mark.filterwarnings("ignore:(only .* of the trace of the Fisher|the mean gradient is mostly noise)")
+@few_samples
 @pytest.mark.parametrize("left", ["nothing", "the first stage's steps", "the first stage"])
-def test_from_any_checkpoint_to_the_same_end(
+def test_a_run_resumed_from_any_checkpoint_ends_with_the_same_bits(
     finished: Path, extractor_folder: Path, tmp_path: Path, short: Short, left: str
 ) -> None:
     out = tmp_path / "run"
-    all_of_them = sorted(path.stem for path in (finished / "checkpoints").iterdir())
-    assert all_of_them == ["01-00000000", "01-00000004", "01-00000006", "02-00000000"]
-    keep = {"nothing": [], "the first stage's steps": all_of_them[:1], "the first stage": all_of_them[:2]}[left]
-    _unfinish(finished, out, [name for name in all_of_them if name not in keep])
-    loop.train(short(), out, extractor_folder=extractor_folder, say=lambda line: None)
+    names = sorted(path.stem for path in (finished / "checkpoints").iterdir())
+    assert names == ["01-00000000", "01-00000004", "01-00000006", "02-00000000"]
+    keep = {"nothing": [], "the first stage's steps": names[:1], "the first stage": names[:2]}[left]
+    _unfinish(finished, out, [name for name in names if name not in keep])
+    train(short(), out, extractor_folder)
     same_end(finished, out)
 
 
@@ -128,7 +125,7 @@ def test_rows_are_complete_and_in_order(finished: Path) -> None:
     assert all(row["replay_loss"] > 0 for row in rows if row["kind"] == "step" and row["stage"] == 2)
 
 
-def test_times_are_kept_apart(finished: Path) -> None:
+def test_times_are_logged_outside_of_metrics(finished: Path) -> None:
     assert "ms" not in (finished / "metrics.jsonl").read_text()
     timings = read_rows(finished / "timings.jsonl")
     start, *timings = timings
@@ -151,7 +148,7 @@ def test_two_processes_do_not_write_to_one_folder(short: Short, tmp_path: Path, 
         loop.train(short(), out, extractor_folder=extractor_folder)
 
 
-def test_another_extractor_is_refused_in_mid_run(
+def test_another_extractor_is_refused_in_the_middle_of_a_run(
     finished: Path, extractor_folder: Path, tmp_path: Path, short: Short
 ) -> None:
     out = tmp_path / "run"

@@ -7,17 +7,12 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from crl_diffusion.config.settings import RunConfig
 from crl_diffusion.run_folder import checkpoint
 from crl_diffusion.run_folder.checkpoint import Checkpoint
-from crl_diffusion.run_folder.layout import resolve
 from crl_diffusion.training import snapshot
-from crl_diffusion.training.run import Run
+from crl_diffusion.training.plan import resolve
+from helpers.trainer_runs import MakeRun, Short, few_samples
 from torch import Tensor
-
-MakeRun = Callable[[RunConfig], Run]
-Short = Callable[..., RunConfig]
-quiet = pytest.mark.filterwarnings("ignore:(only .* of the trace of the Fisher|the mean gradient is mostly noise)")
 
 
 def _forge(path: Path, change: Callable[[Checkpoint], Checkpoint]) -> None:
@@ -56,9 +51,9 @@ FORGERIES: dict[str, tuple[str, Callable[[Checkpoint], Checkpoint], str]] = {
 }
 
 
-@quiet
+@few_samples
 @pytest.mark.parametrize("forgery", FORGERIES)
-def test_a_forged_checkpoint_is_passed_over(
+def test_a_checkpoint_that_does_not_fit_the_run_is_skipped(
     forgery: str, finished: Path, extractor_folder: Path, tmp_path: Path, short: Short, make_run: MakeRun
 ) -> None:
     name, change, complaint = FORGERIES[forgery]

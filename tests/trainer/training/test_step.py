@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from crl_diffusion.config.curriculum import Stage
-from crl_diffusion.config.settings import RunConfig
 from crl_diffusion.diffusion.noising import stream
 from crl_diffusion.errors import TrainingError
 from crl_diffusion.methods import penalties
 from crl_diffusion.training import loop
 from crl_diffusion.training.run import Run
 from crl_diffusion.training.step import new_optimizer, one_cycle, training_step
+from helpers.trainer_runs import MakeRun, Short
 from torch import Tensor, nn
 
-MakeRun = Callable[[RunConfig], Run]
-Short = Callable[..., RunConfig]
 pytestmark = [  # from 24 samples: no wonder
     pytest.mark.filterwarnings("ignore:only .* of the trace of the Fisher"),
     pytest.mark.filterwarnings("ignore:the mean gradient .*is mostly noise"),
@@ -189,17 +186,19 @@ def _check(run: Run, name: str, schedule: str) -> None:
     model = copy.deepcopy(run.model)
     theta = _flat(model.parameters())
     expected, free = _expected(run, learnt, model, name, _lr(schedule, run.config.lr))
-    run.take_step(run.data.train.of((4, 5)), run.stages[2])
-    found = _flat(run.model.parameters())
+    run.take_step(run.data.train.of_classes((4, 5)), run.stages[2])
+    actual = _flat(run.model.parameters())
     assert (expected - theta).norm() > 0
-    assert (found - expected).norm() <= 1e-8 * (expected - theta).norm()
+    assert (actual - expected).norm() <= 1e-8 * (expected - theta).norm()
     if run.method.penalty is not None:
-        assert (found - expected).norm() <= 1e-6 * (expected - free).norm()  # the penalty's own share, that is
+        assert (actual - expected).norm() <= 1e-6 * (expected - free).norm()  # the penalty's own share, that is
 
 
 @pytest.mark.parametrize(("clip", "schedule"), [(0.05, "one-cycle"), (0.0, "constant")])
 @pytest.mark.parametrize("name", REPLAYED)
-def test_a_step_without_a_penalty(short: Short, make_run: MakeRun, name: str, clip: float, schedule: str) -> None:
+def test_a_step_without_a_penalty_is_that_of_plain_pytorch(
+    short: Short, make_run: MakeRun, name: str, clip: float, schedule: str
+) -> None:
     run = make_run(short(name, model="mini", tasks=3, steps=STEPS, clip=clip, lr_schedule=schedule))
     _check(run, name, schedule)
 
@@ -222,7 +221,7 @@ def test_a_step_without_a_penalty(short: Short, make_run: MakeRun, name: str, cl
         ("gd", "rank3:random,slopes,lam=50"),
     ],
 )
-def test_a_step_with_a_penalty(
+def test_a_step_with_a_penalty_is_that_of_plain_pytorch(
     short: Short, make_run: MakeRun, name: str, penalty: str, mode: str, clip: float, schedule: str
 ) -> None:
     method = f"{penalty},{mode}" if name == "fine-tune" else f"{name}+{penalty},{mode}"
@@ -230,38 +229,38 @@ def test_a_step_with_a_penalty(
     _check(make_run(short(method, fisher_samples=24, **settings)), name, schedule)
 
 
-def test_the_logged_loss_of_real_images_is_their_mean_whatever_it_weighs(short: Short, make_run: MakeRun) -> None:
-    found = []
+def test_the_logged_loss_of_real_images_is_their_unweighted_mean(short: Short, make_run: MakeRun) -> None:
+    losses = []
     for name in ("gd", "masip"):
         run = make_run(short(name, model="mini", tasks=3, steps=STEPS))
         _third_task(run)
-        found.append(run.take_step(run.task_images(run.stages[2], "train"), run.stages[2])[0])
-    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=0)
+        losses.append(run.take_step(run.task_images(run.stages[2], "train"), run.stages[2])[0])
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("method", ["rank1:slopes,alone,lam=50", "gd+bands2:slopes,alone,lam=3000"])
-def test_a_step_with_the_slopes_alone(short: Short, make_run: MakeRun, method: str) -> None:
+def test_a_step_with_the_slopes_alone_is_that_of_plain_pytorch(short: Short, make_run: MakeRun, method: str) -> None:
     run = make_run(short(method, model="mini", tasks=3, steps=STEPS, fisher_samples=24))
     _check(run, "gd" if method.startswith("gd") else "fine-tune", "one-cycle")
 
 
-def test_slopes_alone_go_on_from_a_saved_state(short: Short, make_run: MakeRun) -> None:
+def test_slopes_alone_continue_from_a_saved_state(short: Short, make_run: MakeRun) -> None:
     run = make_run(short("bands2:slopes,alone,lam=50", model="mini", tasks=3, steps=STEPS, fisher_samples=24))
     _third_task(run)
     assert run.penalty is not None
     model = copy.deepcopy(run.model)
     before = _flat(model.parameters())
-    other = penalties.PenaltyState(run.penalty.spec, model)
-    other.load_state(run.penalty.state())
-    for penalty in (run.penalty, other):
+    restored = penalties.PenaltyState(run.penalty.spec, model)
+    restored.load_state(run.penalty.state())
+    for penalty in (run.penalty, restored):
         penalty.after_step(1e-3)
     assert not torch.equal(_flat(model.parameters()), before)
     assert torch.equal(_flat(model.parameters()), _flat(run.model.parameters()))
     saved = run.penalty.state()
     with pytest.raises(ValueError, match="1 slopes and 4 terms"):
-        other.load_state({**saved, penalties.SLOPES_ALONE: torch.ones(1)})
+        restored.load_state({**saved, penalties.SLOPES_ALONE: torch.ones(1)})
     with pytest.raises(KeyError, match=penalties.SLOPES_ALONE):
-        other.load_state({name: value for name, value in saved.items() if name != penalties.SLOPES_ALONE})
+        restored.load_state({name: value for name, value in saved.items() if name != penalties.SLOPES_ALONE})
 
 
 def test_a_step_of_joint_training_is_one_of_fine_tuning_on_all_classes(short: Short, make_run: MakeRun) -> None:
@@ -277,9 +276,7 @@ def test_a_step_of_joint_training_is_one_of_fine_tuning_on_all_classes(short: Sh
 
 
 @pytest.mark.parametrize("method", ["rank1:once,slopes,lam=3", "gd+bands2:once,slopes,lam=3"])
-def test_once_is_one_pull_at_the_end_of_a_task_and_none_in_its_steps(
-    short: Short, make_run: MakeRun, method: str
-) -> None:
+def test_mode_once_pulls_at_the_end_of_a_task_and_never_in_steps(short: Short, make_run: MakeRun, method: str) -> None:
     run = make_run(short(method, model="mini", tasks=3, steps=STEPS, fisher_samples=24, clip=0.0))
     learnt = _double(run)
     before = _flat(run.model.parameters())
@@ -295,7 +292,7 @@ def test_once_is_one_pull_at_the_end_of_a_task_and_none_in_its_steps(
     run.optimizer = new_optimizer(run.model)
     run.stage, run.step = 1, STEP
     model = copy.deepcopy(run.model)
-    batch = run.batch(run.data.train.of((2, 3)), run.stages[1])
+    batch = run.batch(run.data.train.of_classes((2, 3)), run.stages[1])
     training_step(model, new_optimizer(model), batch, None, 1e-3, 0.0, run.precision)
     training_step(run.model, run.optimizer, batch, run.penalty, 1e-3, 0.0, run.precision)
     for p, q in zip(run.model.parameters(), model.parameters(), strict=True):

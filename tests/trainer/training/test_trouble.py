@@ -3,43 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from crl_diffusion import cli, files
-from crl_diffusion.config.settings import RunConfig
+from crl_diffusion import files
 from crl_diffusion.errors import OptionError, TrainingError
 from crl_diffusion.files import Log
 from crl_diffusion.run_folder import checkpoint
 from crl_diffusion.training import trouble
 from crl_diffusion.training.plan import require_fisher_images
-from crl_diffusion.training.run import Run
-from helpers.trainer_runs import SHORT, options, same_end
-
-MakeRun = Callable[[RunConfig], Run]
-Short = Callable[..., RunConfig]
-quiet = pytest.mark.filterwarnings("ignore:(only .* of the trace of the Fisher|the mean gradient is mostly noise)")
+from helpers.trainer_runs import MakeRun, Short, TrainCommand, at_call, few_samples, same_end
 
 
-def test_what_is_not_finite_is_named_with_its_likely_cause(short: Short, make_run: MakeRun) -> None:
+def test_the_number_that_is_not_finite_is_named_with_its_likely_cause(short: Short, make_run: MakeRun) -> None:
     run = make_run(short("gd+rank1:gradient,lam=60"))
     first, second = run.stages
     fine, nan, inf = [0.5, 0.2, 3.0], math.nan, math.inf
 
-    def said(stage: Any, *last: float) -> str:
+    def cause(stage: Any, *last: float) -> str:
         return trouble.explain(run, stage, 41, torch.tensor([fine, fine, [*last]], dtype=torch.float64))
 
-    assert said(first, nan, nan, nan).startswith("the loss is not finite at step 43 of stage 1 (norms of the gradient")
-    assert "just before: 3, 3); the learning rate is likely too high: try --lr 0.00067" in said(first, nan, nan, nan)
-    assert said(second, 0.5, 0.2, inf).startswith("the gradient is not finite, though the loss is, at step 43")
-    assert "try lam=6 or the decoupled mode" in said(second, 0.5, 0.2, inf)
+    assert cause(first, nan, nan, nan).startswith("the loss is not finite at step 43 of stage 1 (norms of the gradient")
+    assert "just before: 3, 3); the learning rate is likely too high: try --lr 0.00067" in cause(first, nan, nan, nan)
+    assert cause(second, 0.5, 0.2, inf).startswith("the gradient is not finite, though the loss is, at step 43")
+    assert "try lam=6 or the decoupled mode" in cause(second, 0.5, 0.2, inf)
     run.method = short("gd").recipe
-    assert said(second, 0.5, nan, nan).startswith("the loss on replayed images is not finite")
-    assert "the teacher's images" in said(second, 0.5, nan, nan)
+    assert cause(second, 0.5, nan, nan).startswith("the loss on replayed images is not finite")
+    assert "the teacher's images" in cause(second, 0.5, nan, nan)
     half = make_run(short("gd", precision="fp16"))
     assert "try --precision bf16" in trouble.explain(half, first, 1, torch.tensor([[inf, 0.0, nan]]))
     loose = make_run(short("gd", clip=0.0))
@@ -57,50 +50,39 @@ def test_the_last_task_needs_no_images_for_a_fisher_matrix(short: Short, make_ru
 
 
 @pytest.mark.filterwarnings("ignore:each stratum needs samples in both halves")
-def test_a_fisher_matrix_that_cannot_be_estimated_is_said(short: Short, make_run: MakeRun) -> None:
+def test_a_fisher_matrix_that_cannot_be_estimated_is_an_error(short: Short, make_run: MakeRun) -> None:
     run = make_run(short("bands1000", fisher_samples=4))
     with pytest.raises(TrainingError, match=r"no Fisher matrix of task 1 .*no stratum has samples in both halves"):
         run.remember(run.stages[0])
 
 
-@quiet
+@few_samples
 @pytest.mark.parametrize("fails", ["a checkpoint", "a log"])
-def test_a_full_disk_is_said_and_the_same_command_goes_on(
+def test_a_full_disk_is_an_error_and_the_same_command_resumes(
     fails: str,
     finished: Path,
-    extractor_folder: Path,
+    train_command: TrainCommand,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    out = tmp_path / "run"
-    arguments = ["train", "--method", "gd+rank1", *options(SHORT), "--out", str(out)]
-    arguments += ["--extractor-folder", str(extractor_folder)]
-    calls = 0
+    def full() -> None:
+        raise OSError(28, "No space left on device")
 
-    def full(original: Callable[..., Any], last: int) -> Callable[..., Any]:
-        def call(*given: Any, **named: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == last:
-                raise OSError(28, "No space left on device")
-            return original(*given, **named)
-
-        return call
-
-    with monkeypatch.context() as patched:
-        if fails == "a checkpoint":  # in the first stage's end
-            patched.setattr(files, "save_file", full(files.save_file, 3))
+    with monkeypatch.context() as patch:
+        if fails == "a checkpoint":  # at the end of the first stage
+            at_call(patch, files, "save_file", 3, full)
         else:
-            patched.setattr(Log, "append", full(Log.append, 9))
-        assert cli.main(arguments) == 1
+            at_call(patch, Log, "append", 9, full)
+        assert train_command() == 1
     complaint = capsys.readouterr().err
     assert complaint.startswith("crl-diffusion: ")
     assert "No space left on device" in complaint
     assert "give the same command again" in complaint
-    kept = checkpoint.latest(out / "checkpoints")
-    assert kept[0] is not None
-    assert (kept[0].stage, kept[0].step, kept[1]) == (0, 6, [])
+    out = tmp_path / "run"
+    newest, complaints = checkpoint.latest(out / "checkpoints")
+    assert newest is not None
+    assert (newest.stage, newest.step, complaints) == (0, 6, [])
     assert not list((out / "checkpoints").glob("*.tmp"))
-    assert cli.main(arguments) == 0
+    assert train_command() == 0
     same_end(finished, out)

@@ -1,5 +1,5 @@
-"""Data sets on disk: miniature archives of every format, their decoded copies, and what is said when they are missing
-or damaged. Real ones are read from the folder that the environment variable CRL_DATA names."""
+"""Data sets on disk: miniature archives of every format, their decoded copies, and the errors when they are missing or
+damaged. Real ones are read from the folder that the environment variable CRL_DATA names."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 from crl_diffusion import files
-from crl_diffusion.config.settings import RunConfig, planned
+from crl_diffusion.config.settings import RunConfig
 from crl_diffusion.data import cache, tasks
 from crl_diffusion.data.torchvision_sets import CIFAR10_CLASSES
 from crl_diffusion.diffusion.noising import SCHEDULES
@@ -29,13 +29,14 @@ from crl_diffusion.errors import OptionError
 from crl_diffusion.files import read_rows
 from crl_diffusion.methods import regression
 from crl_diffusion.training import loop
+from crl_diffusion.training.plan import resolve
 from PIL import Image
 
 MNISTS = [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST")]
 
 
 def load(name: str, root: Path, **settings: Any) -> tasks.Data:
-    return tasks.load(planned(RunConfig(method="fine-tune", data=name, **settings)), root)  # type: ignore[arg-type]
+    return tasks.load(resolve(RunConfig(method="fine-tune", data=name, **settings)), root)  # type: ignore[arg-type]
 
 
 def refused(name: str, root: Path, **settings: Any) -> str:
@@ -167,7 +168,7 @@ def test_cifar10_batches_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ).abs().max() <= 0.5
 
 
-def test_a_jpeg_copy_of_cifar10_is_named_so(tmp_path: Path) -> None:
+def test_a_jpeg_copy_of_cifar10_has_another_name(tmp_path: Path) -> None:
     write_tree(tmp_path / "cifar10_jpeg", CIFAR10_CLASSES)
     loaded = load("cifar10", tmp_path)
     assert (loaded.name, loaded.classes) == ("cifar10-jpeg", 10)
@@ -211,7 +212,7 @@ def test_pictures_in_a_folder_are_cropped_to_the_middle_square_and_averaged(tmp_
     assert load("folder", tmp_path, image_size=12, tasks=1).train.pixels[0].unique().tolist() == [77]
 
 
-def test_a_folder_is_named_by_its_files_wherever_it_lies(tmp_path: Path) -> None:
+def test_the_name_of_a_folder_depends_on_its_files_and_not_on_its_place(tmp_path: Path) -> None:
     write_tree(tmp_path / "one" / "birds", ("a", "b"))
     shutil.copytree(tmp_path / "one" / "birds", tmp_path / "two" / "birds")
     name = load("folder", tmp_path / "one" / "birds", tasks=1).name
@@ -225,7 +226,7 @@ def test_a_folder_is_named_by_its_files_wherever_it_lies(tmp_path: Path) -> None
 # Decoded copies
 
 
-def test_a_copy_is_made_once_and_mapped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_decoded_copy_is_written_once_and_mapped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_tree(tmp_path, ("a", "b", "c", "d"))
     first = load("folder", tmp_path, tasks=2, image_size=16)
     assert "decoding" in capsys.readouterr().err
@@ -248,7 +249,7 @@ def test_a_copy_is_made_once_and_mapped(tmp_path: Path, capsys: pytest.CaptureFi
     assert not list(copy.parent.glob(".*unfinished"))
 
 
-def test_a_step_of_a_mapped_set_reads_little_more_than_its_own_images(tmp_path: Path) -> None:
+def test_a_step_of_a_mapped_set_reads_little_more_than_its_images(tmp_path: Path) -> None:
     """By the system's account of the pages that are in memory, of a file of 64 MiB."""
     if sys.platform != "linux":
         pytest.skip(
@@ -299,7 +300,7 @@ def test_a_changed_data_set_gets_a_new_copy(change: str, tmp_path: Path) -> None
         assert loaded.train.pixels[0, :, 0, 0].tolist() == [1, 2, 3]
 
 
-def test_an_interrupted_copy_is_begun_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_copy_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tree(tmp_path, ("a", "b"))
     write = cache._write
 
@@ -326,7 +327,7 @@ def test_an_interrupted_copy_is_begun_again(tmp_path: Path, monkeypatch: pytest.
     ]
 
 
-def test_two_that_need_a_copy_at_once_make_one(
+def test_two_readers_that_need_a_copy_at_once_write_it_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("fcntl", reason="the lock is POSIX's")
@@ -339,8 +340,8 @@ def test_two_that_need_a_copy_at_once_make_one(
 
     monkeypatch.setattr(cache, "locked", late)
     with ThreadPoolExecutor(2) as threads:  # flock is between openings of a file: threads stand for processes
-        one, other = threads.map(lambda _: load("folder", tmp_path, tasks=1), range(2))
-    assert torch.equal(one.train.pixels, other.train.pixels)
+        first, second = threads.map(lambda _: load("folder", tmp_path, tasks=1), range(2))
+    assert torch.equal(first.train.pixels, second.train.pixels)
     assert capsys.readouterr().err.count("decoding") == 1
 
 
@@ -358,7 +359,7 @@ def test_copies_of_a_read_only_root_go_to_the_users_cache_folder(
 
 
 @pytest.mark.parametrize("damage", ["short", "no json", "missing"])
-def test_a_damaged_copy_is_named(damage: str, tmp_path: Path) -> None:
+def test_a_damaged_copy_is_an_error_that_names_it(damage: str, tmp_path: Path) -> None:
     write_tree(tmp_path, ("a", "b"))
     load("folder", tmp_path, tasks=1)
     (copy,) = (tmp_path / ".crl-diffusion").glob("folder-*")
@@ -375,7 +376,7 @@ def test_a_damaged_copy_is_named(damage: str, tmp_path: Path) -> None:
     assert len(load("folder", tmp_path, tasks=1).train) == 6
 
 
-def test_no_room_for_a_copy_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_room_for_a_copy_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tree(tmp_path, ("a", "b"))
 
     def full(*_: object) -> int:
@@ -390,7 +391,7 @@ def test_no_room_for_a_copy_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(("name", "folder"), MNISTS)
-def test_missing_mnist_files_are_named_with_what_to_do(name: str, folder: str, tmp_path: Path) -> None:
+def test_missing_mnist_files_are_an_error_that_says_what_to_do(name: str, folder: str, tmp_path: Path) -> None:
     text = refused(name, tmp_path)
     for part in (str(tmp_path / folder / "raw"), "t10k-labels-idx1-ubyte", "--data-root", "download=True"):
         assert part in text
@@ -414,7 +415,7 @@ def test_damaged_mnist_files_are_refused(damage: str, tmp_path: Path) -> None:
     assert "download=True" in text
 
 
-def test_a_missing_cifar10_is_described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_cifar10_is_an_error_that_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = refused("cifar10", tmp_path)
     for part in ("cifar-10-batches-py", "test_batch", "cifar10_jpeg/train/CLASS", "truck", "download=True"):
         assert part in text
@@ -433,7 +434,7 @@ def test_a_jpeg_copy_must_have_the_ten_classes(tmp_path: Path) -> None:
     assert "expected airplane" in text
 
 
-def test_a_missing_imagenet32_is_described(tmp_path: Path) -> None:
+def test_a_missing_imagenet32_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
     text = refused("imagenet32", tmp_path)
     for part in (
         "Imagenet32_train/train_data_batch_1",
@@ -458,7 +459,7 @@ class Runs:
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
         ("short", "train_data_batch_2"),
         ("code", "it asks for posix.system" if os.name == "posix" else "it asks for nt.system"),
@@ -471,7 +472,7 @@ class Runs:
         ("no pickle", "train_data_batch_2"),
     ],
 )
-def test_pickles_that_are_not_the_official_format_are_refused(damage: str, said: str, tmp_path: Path) -> None:
+def test_pickles_that_are_not_the_official_format_are_refused(damage: str, message: str, tmp_path: Path) -> None:
     write_imagenet32(tmp_path, "pickle")
     file = tmp_path / "Imagenet32_train" / "train_data_batch_2"
     entry = pickle.loads(file.read_bytes())
@@ -489,7 +490,7 @@ def test_pickles_that_are_not_the_official_format_are_refused(damage: str, said:
     }[damage]
     file.write_bytes(content)
     text = refused("imagenet32", tmp_path, tasks=3, classes_per_task=2)
-    assert said in text
+    assert message in text
     assert str(file) in text
     assert not trap.exists()
     assert not list((tmp_path / ".crl-diffusion").glob("imagenet32-*"))  # nothing half-made has the copy's name
@@ -506,7 +507,7 @@ def test_damaged_npz_files_are_refused(damage: str, tmp_path: Path) -> None:
     assert str(file) in refused("imagenet32", tmp_path, tasks=3, classes_per_task=2)
 
 
-def test_a_wrong_folder_is_described(tmp_path: Path) -> None:
+def test_a_wrong_folder_is_an_error_that_says_what_is_missing(tmp_path: Path) -> None:
     assert "no folder 'train'" in refused("folder", tmp_path)
     (tmp_path / "train").mkdir()
     assert "no folder 'test' or 'val'" in refused("folder", tmp_path)
