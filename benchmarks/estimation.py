@@ -117,7 +117,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     for row in rows:
         row["times_paper"] = row["samples_per_s"] / rows[0]["samples_per_s"]
     return {
-        "command": "python -m benchmarks.estimation",
+        "command": command.command_line("estimation"),
         "options": {key: value for key, value in vars(args).items() if key != "out"},
         "date": str(date.today()),
         "commit": commit(),

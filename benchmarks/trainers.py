@@ -257,7 +257,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     allocator.keep_freed_memory()
     result = {
-        "command": "python -m benchmarks.trainers",
+        "command": command.command_line("trainers"),
         "date": date.today().isoformat(),
         "commit": commit(),
         "machine": processor(),

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from ..distributed.unsharded import whole_parameters
 from ..model.binding import Binding
 from ..model.preserved import preserved, require_no_inference_mode
-from ..per_sample.batches import batch_size, concatenate_batches, limited, reorder_batch, slice_batch
+from ..per_sample.batches import batch_size, concatenate_batches, reorder_batch, slice_batch
 from ..per_sample.independence import require_independent_losses
+from ..per_sample.loaders import limited
 from ..per_sample.sample_gradients import SampleGradients
 from .diagnosis import Diagnosis
 from .spectrum import GROUPS, IntervalEstimate, Spectrum, share_of_bands, spectrum_of, top_coefficients

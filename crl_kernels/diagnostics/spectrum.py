@@ -46,7 +46,7 @@ class Spectrum:
 
     Unbiased, or a ratio of unbiased estimates:
         trace                  tr F = E |g|^2
-        kappa                  |mu|^2 / tr F, the signal share; can be below 0 when mu cannot be told from noise
+        kappa                  |mu|^2 / tr F; can be below 0 when mu cannot be told from noise
         rho                    mu^T F mu / (|mu|^2 tr F), the share of the trace along the exact mean gradient; nan when
                                the interval of kappa reaches 0, because the direction of mu is then unknown
         participation_ratio    (sum l)^2 / sum l^2 over F's eigenvalues l

@@ -18,7 +18,7 @@ from ..distributed.processes import Processes
 from ..distributed.unsharded import whole_parameters
 from ..model.binding import Binding
 from ..model.preserved import preserved, require_no_inference_mode, same_random_numbers
-from ..per_sample.batches import generators_of, halves, limited, shown
+from ..per_sample.loaders import generators_of, halves, limited, with_progress
 from .forms import DiagonalFisher, LowRankFisher
 from .loss_source import LossSource, PerSampleLoss, current_parameters, require_finite_gradients
 from .low_rank import LowRankEstimator
@@ -161,17 +161,20 @@ def estimate_fisher(
                 seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
                 torch.manual_seed(seed + processes.rank)
             if kind == "diagonal":
-                return _estimate_diagonal(source, shown(limited(loader, max_samples), "diagonal", progress), processes)
+                batches = with_progress(limited(loader, max_samples), "diagonal", progress)
+                return _estimate_diagonal(source, batches, processes)
             direction = direction or ("mean" if rank == 1 else "top")
             estimator = LowRankEstimator(source, processes, rank, direction, storage_dtype or binding.dtype)
             if unbiased:
                 parts = halves(loader, max_samples)
-                estimator.find_directions(shown(next(parts), "directions", progress))
-                samples, _ = estimator.project_samples(shown(next(parts), "curvatures", progress))
+                estimator.find_directions(with_progress(next(parts), "directions", progress))
+                samples, _ = estimator.project_samples(with_progress(next(parts), "curvatures", progress))
             else:
                 with same_random_numbers(binding.device, generators_of(loader)):
-                    first = estimator.find_directions(shown(limited(loader, max_samples), "directions", progress))
-                samples, second = estimator.project_samples(shown(limited(loader, max_samples), "curvatures", progress))
+                    batches = with_progress(limited(loader, max_samples), "directions", progress)
+                    first = estimator.find_directions(batches)
+                batches = with_progress(limited(loader, max_samples), "curvatures", progress)
+                samples, second = estimator.project_samples(batches)
                 _require_same_losses(first, second)
             fisher = estimator.fisher_from(samples, held_out=unbiased)
     _warn(fisher.statistics, rank, direction)

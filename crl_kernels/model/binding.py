@@ -312,9 +312,11 @@ class Binding:
                     f"lr of a parameter group is {lr!r}, and the decoupled step needs a number. Give the optimizer a "
                     "learning rate (Adafactor: relative_step=False, lr=...), or attach with decoupled=False."
                 )
-            # A single rate on another device stays there: reading it would wait for the device.
-            stays_on_device = isinstance(lr, Tensor) and lr.device.type != "cpu" and len(param_groups) == 1
-            rates.setdefault(lr.reshape(()) if stays_on_device else float(lr), []).extend(members)  # type: ignore[union-attr]
+            if isinstance(lr, Tensor) and lr.device.type != "cpu" and len(param_groups) == 1:
+                rate: float | Tensor = lr.reshape(())  # stays there: reading it would wait for the device
+            else:
+                rate = float(lr)
+            rates.setdefault(rate, []).extend(members)
         return {rate: sorted(members) for rate, members in rates.items()}
 
 

@@ -1,5 +1,4 @@
-"""Batches of a loader: what in them goes with the samples, how many samples they hold, the first so many, two halves,
-and a line that shows progress.
+"""Batches: how many samples one holds, and which parts of it are cut, reordered and joined with the samples.
 
 A batch of N samples is a tree. Its containers are Mappings of any class, dataclasses, attrs classes, named tuples,
 other objects that hold tensors as attributes, and lists and tuples. Its leaves:
@@ -21,9 +20,7 @@ so is a list of another length than N.
 import copy
 import dataclasses
 import itertools
-import math
 import sys
-import time
 from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
@@ -32,7 +29,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
-from torch.utils.data import Dataset, IterableDataset
 
 _CONSTANTS = (str, bytes, bytearray, memoryview, torch.Size, type)  # whatever their length
 _Rows = Callable[[Sequence[Any]], Any]  # the same column of one or several batches -> a column of the same kind
@@ -55,7 +51,7 @@ def batch_size(batch: Any) -> int:
         first_place.setdefault(length, place)
     got = ", ".join(f"{place} has {length}" for length, place in first_place.items())
     raise ValueError(
-        f"batch, a {_kind(batch)}, has no common first dimension, the number of its samples: "
+        f"batch, a {class_name(batch)}, has no common first dimension, the number of its samples: "
         f"{got or 'it holds no tensor and no array'}. Expected a tensor or array, or tuples, lists, dicts, "
         "dataclasses, ... of such, whose first dimension is the sample; what belongs to no sample goes into the loss."
     )
@@ -135,7 +131,7 @@ def _opened(node: Any) -> _Parts | None:
         return _Parts(
             "samples", _numbered(node.unbind()), lambda rows: torch.nested.as_nested_tensor(rows, layout=layout)
         )
-    if _is_array(node) or isinstance(node, _CONSTANTS):
+    if is_array(node) or isinstance(node, _CONSTANTS):
         return None
     if isinstance(node, Mapping):
         return _opened_mapping(node)
@@ -215,7 +211,7 @@ def _is_numpy(node: Any) -> bool:
     return numpy is not None and isinstance(node, numpy.ndarray)
 
 
-def _is_array(node: Any) -> bool:
+def is_array(node: Any) -> bool:
     """A tensor, a numpy array, or what acts as one tensor, such as a TensorDict with a batch size."""
     if isinstance(node, Tensor):
         return not node.is_nested
@@ -224,10 +220,10 @@ def _is_array(node: Any) -> bool:
 
 def _rows(node: Any) -> int | None:
     """How many rows a tensor or array has; None for a leaf or container of another kind, and without dimensions."""
-    return int(node.shape[0]) if _is_array(node) and len(node.shape) else None
+    return int(node.shape[0]) if is_array(node) and len(node.shape) else None
 
 
-def _kind(node: Any) -> str:
+def class_name(node: Any) -> str:
     return type(node).__name__
 
 
@@ -275,7 +271,7 @@ def _is_container(opened: _Parts, count: int) -> bool | None:
 
 def _is_column(opened: _Parts, count: int) -> bool:
     """Whether the parts may be samples; a tensor of ``count`` rows beside other things is a column, so they are not."""
-    arrays = [_rows(part) for part in opened.parts.values() if _is_array(part)]
+    arrays = [_rows(part) for part in opened.parts.values() if is_array(part)]
     return (
         opened.kind != "named"
         and len(opened.parts) == count
@@ -316,7 +312,7 @@ def _rebuilt_at(place: str, nodes: Sequence[Any], counts: Sequence[int], rows: _
         return _constant(place, nodes, counts)
     first = opened[0]
     if len(opened) < len(nodes) or len({parts.kind for parts in opened}) > 1:
-        kinds = dict.fromkeys(map(_kind, nodes))
+        kinds = dict.fromkeys(map(class_name, nodes))
         raise ValueError(f"{place} is a {' in one batch, in another a '.join(kinds)}; expected the same in all.")
     if _is_one_column(place, nodes, opened, counts):
         parts = rows([list(of_batch.parts.values()) for of_batch in opened])
@@ -333,7 +329,7 @@ def _rebuilt_at(place: str, nodes: Sequence[Any], counts: Sequence[int], rows: _
         return first.like(parts)
     except (TypeError, ValueError, AttributeError) as error:
         raise TypeError(
-            f"{place} is a {_kind(nodes[0])}, and another one cannot be made of its parts ({error}). Give a dict, "
+            f"{place} is a {class_name(nodes[0])}, and another one cannot be made of its parts ({error}). Give a dict, "
             "list, tuple or dataclass instead, or a class that can be made of a dict or a list."
         ) from error
 
@@ -352,19 +348,19 @@ def _is_one_column(place: str, nodes: Sequence[Any], opened: Sequence[_Parts], c
             length = len(parts.parts)
             if length not in (0, count) and not any(_holds_columns(part, count) for part in parts.parts.values()):
                 raise ValueError(
-                    f"{place} is a {_kind(node)} of length {length} in a batch of {count} samples; expected one entry "
-                    "for each sample, or columns of them. What belongs to no sample goes into the loss."
+                    f"{place} is a {class_name(node)} of length {length} in a batch of {count} samples; expected one "
+                    "entry for each sample, or columns of them. What belongs to no sample goes into the loss."
                 )
         return False
     if kind == "samples" or not container:
         return True
-    if all(_is_array(part) for parts in opened for part in parts.parts.values()):
+    if all(is_array(part) for parts in opened for part in parts.parts.values()):
         return False
     count = counts[0]
     raise ValueError(
-        f"{place} is a {_kind(nodes[0])} of {count} containers that hold {count} entries each, in a batch of {count} "
-        "samples: they could be samples or columns, so it cannot be cut. Give columns in a dict, or batches of another "
-        "size."
+        f"{place} is a {class_name(nodes[0])} of {count} containers that hold {count} entries each, in a batch of "
+        f"{count} samples: they could be samples or columns, so it cannot be cut. Give columns in a dict, or batches "
+        "of another size."
     )
 
 
@@ -372,11 +368,11 @@ def _constant(place: str, nodes: Sequence[Any], counts: Sequence[int]) -> Any:
     """What is no column, the same in all batches."""
     first = nodes[0]
     for node, count in zip(nodes, counts, strict=True):
-        known = _is_array(node) or isinstance(node, _CONSTANTS)
+        known = is_array(node) or isinstance(node, _CONSTANTS)
         if not known and hasattr(type(node), "__len__") and len(node) == count:
             raise TypeError(
-                f"{place} is a {_kind(node)} of length {count}, as many as the batch has samples, and it is not known "
-                "how to cut it; give a tensor, an array or a list."
+                f"{place} is a {class_name(node)} of length {count}, as many as the batch has samples, and it is not "
+                "known how to cut it; give a tensor, an array or a list."
             )
         if not (node is first or (type(node) is type(first) and bool(node == first))):
             raise ValueError(
@@ -384,148 +380,3 @@ def _constant(place: str, nodes: Sequence[Any], counts: Sequence[int]) -> Any:
                 "samples of all; give a value for each sample, or none."
             )
     return first
-
-
-def require_loader(loader: Any) -> None:
-    """Refuses what is no iterable of batches, or would be taken for one by mistake.
-
-    Raises:
-        TypeError: a Dataset, whose items are samples; a tensor, array, dict or string, which can be iterated, but not
-            over batches; anything that cannot be iterated.
-    """
-    if (isinstance(loader, Dataset) and not isinstance(loader, IterableDataset)) or hasattr(loader, "column_names"):
-        raise TypeError(
-            f"loader is a dataset ({_kind(loader)}), which yields samples; expected batches: give "
-            "DataLoader(dataset, batch_size=...), or batch_size=None if its items are batches."
-        )
-    if _is_array(loader) or isinstance(loader, Mapping):
-        raise TypeError(
-            f"loader is a {_kind(loader)}; expected an iterable of batches, such as a DataLoader. If it is one batch, "
-            "give a list of it: [batch]."
-        )
-    iterable = hasattr(type(loader), "__iter__") or hasattr(type(loader), "__getitem__")
-    if not iterable or isinstance(loader, (str, bytes, bytearray)):
-        raise TypeError(f"loader is {loader!r:.100}; expected an iterable of batches, such as a DataLoader or a list.")
-
-
-def _counted(loader: Iterable[Any], max_samples: int | None) -> Iterator[tuple[int, Any]]:
-    """Batches that have samples, the last one cut, up to ``max_samples`` samples; before each, its index in loader."""
-    require_loader(loader)
-    left = math.inf if max_samples is None else max_samples
-    for index, batch in enumerate(loader):
-        count = batch_size(batch)
-        if count > left:
-            batch, count = slice_batch(batch, 0, int(left)), int(left)
-        if count:
-            yield index, batch
-        left -= count
-        if left <= 0:
-            return
-
-
-def limited(loader: Iterable[Any], max_samples: int | None) -> Iterator[Any]:
-    """Batches that have samples, the last one cut, up to ``max_samples`` samples."""
-    return (batch for _, batch in _counted(loader, max_samples))
-
-
-def _length(source: Any) -> int | None:
-    """None where nothing tells: no len, or a stream behind something that claims to have one."""
-    try:
-        return len(source)
-    except (TypeError, NotImplementedError):
-        return None
-
-
-def _samples_in(loader: Any, size: int) -> int | None:
-    """How many samples a loader yields whose first batch has ``size``; None where only its number of batches tells.
-
-    The length of a sampler, or of a stream's dataset, is believed only if so many samples make as many batches of that
-    size as the loader has: with drop_last, a batch sampler of another kind, several processes, or items that are
-    batches themselves, it counts something else.
-    """
-    if isinstance(loader, (list, tuple)):
-        return sum(batch_size(batch) for batch in loader)
-    batches, batch_sampler = _length(loader), getattr(loader, "batch_sampler", None)
-    if batches is None or batch_sampler is None:
-        return None
-    for source in (getattr(batch_sampler, "sampler", None), getattr(loader, "dataset", None)):
-        samples = _length(source)
-        if samples is not None and (batches - 1) * size < samples <= batches * size:
-            return samples
-    return None
-
-
-def halves(loader: Iterable[Any], max_samples: int | None) -> Iterator[Iterator[Any]]:
-    """Two iterators over batches, to be used up one after the other: the first half of the samples, then the rest.
-
-    Half is half of the samples where their number is known, and half of the batches otherwise, of an odd number half of
-    the samples of the one in the middle; with ``max_samples``, half of that at most. No sample is in both.
-    """
-    batches = _counted(loader, max_samples)
-    first = next(batches, None)
-    if first is None:
-        used_up = ": it is an iterator, and has been read already" if isinstance(loader, Iterator) else ""
-        raise ValueError(f"loader yields no samples{used_up}.")
-    begin, size = first[0], batch_size(first[1])
-    samples, length = _samples_in(loader, size), _length(loader)
-    if samples is None and length is None and max_samples is None:
-        raise ValueError("loader has no len, so it cannot be cut in half; give max_samples=.")
-    half = min((count // 2 for count in (samples, max_samples) if count is not None), default=math.inf)
-    middle = (
-        math.inf
-    )  # index of the batch at which the second half begins; its fraction, how much of it is in the first
-    if samples is None and length is not None:
-        middle = (begin + max(length, begin + 1)) / 2
-    if half == 0 or size * (middle - begin) < 1:
-        raise ValueError("loader yields one sample; low-rank estimation needs at least two, one for each half.")
-    rest: list[Any] = []
-
-    def first_half() -> Iterator[Any]:
-        left = half
-        for index, batch in itertools.chain([first], batches):
-            count = batch_size(batch)
-            take = int(min(count, left, count * max(middle - index, 0)))
-            if take:
-                yield batch if take == count else slice_batch(batch, 0, take)
-            if take < count:
-                rest.append(slice_batch(batch, take, count) if take else batch)
-                return
-            left -= take
-            if left == 0:
-                return
-
-    yield first_half()
-    yield itertools.chain(rest, (batch for _, batch in batches))
-
-
-def generators_of(loader: Any) -> list[torch.Generator]:
-    """The random generators that a DataLoader and its samplers hold, apart from the global one."""
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    owners = (loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
-    found = (getattr(owner, "generator", None) for owner in owners)
-    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
-
-
-def shown(batches: Iterable[Any], what: str, show: bool) -> Iterator[Any]:
-    """The batches; with ``show``, a line on stderr that says how many samples of them are done, and how fast."""
-    if not show:
-        yield from batches
-        return
-    begun = told = time.monotonic()
-    done = 0
-
-    def tell() -> None:
-        rate = done / max(told - begun, 1e-9)
-        print(f"\rFisher, {what}: {done:,} samples, {rate:,.0f}/s", end="", file=sys.stderr, flush=True)
-
-    try:
-        for batch in batches:
-            yield batch
-            done += batch_size(batch)
-            if time.monotonic() - told > 0.2:  # a terminal, or a log, need not see every batch
-                told = time.monotonic()
-                tell()
-    finally:
-        told = time.monotonic()
-        tell()
-        print(file=sys.stderr)

@@ -11,21 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import optimizer, trainers
+from benchmarks.common import command
+from benchmarks.common.problem import Unavailable
+from benchmarks.penalty.contenders import CONTENDERS, YARDSTICKS
+from benchmarks.penalty.operators import OPERATORS
+from benchmarks.penalty.report import SUMMARY
+from benchmarks.penalty.rows import parse_size
+from benchmarks.sample_gradients.contenders import CONTENDERS as SAMPLE_GRADIENTS
+from benchmarks.sample_gradients.contenders import PLAIN, Case, errors
+from benchmarks.sample_gradients.models import TINY, Transformer, UNet
+from benchmarks.sample_gradients.report import error_cell, table_row
+
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))  # benchmarks are run from a checkout, and are not installed
-
-from benchmarks import optimizer, trainers  # noqa: E402
-from benchmarks.common import command  # noqa: E402
-from benchmarks.common.problem import Unavailable  # noqa: E402
-from benchmarks.penalty.contenders import CONTENDERS, YARDSTICKS  # noqa: E402
-from benchmarks.penalty.operators import OPERATORS  # noqa: E402
-from benchmarks.penalty.report import SUMMARY  # noqa: E402
-from benchmarks.penalty.rows import parse_size  # noqa: E402
-from benchmarks.sample_gradients.contenders import CONTENDERS as SAMPLE_GRADIENTS  # noqa: E402
-from benchmarks.sample_gradients.contenders import PLAIN, Case, errors  # noqa: E402
-from benchmarks.sample_gradients.models import TINY, Transformer, UNet  # noqa: E402
-from benchmarks.sample_gradients.report import error_cell, table_row  # noqa: E402
-
 FOLDER = ROOT / "benchmarks"
 COMMANDS = sorted(
     {path.parent.name for path in FOLDER.glob("*/__main__.py")}

@@ -2,7 +2,6 @@
 
 import math
 import shutil
-import sys
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -13,8 +12,6 @@ from crl_diffusion.config.settings import RunConfig, Settings, check
 from crl_diffusion.errors import OptionError
 from crl_diffusion.reporting import runs
 from helpers.run_folders import fabricate, measured_as
-
-sys.path.insert(0, str(Path(__file__).parents[2]))  # benchmarks are run from a checkout, not installed
 
 from benchmarks.evidence import __main__ as evidence
 from benchmarks.evidence import ledger, tuning

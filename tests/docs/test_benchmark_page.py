@@ -3,9 +3,7 @@
 import json
 import re
 
-import torch
 from helpers.page_text import TABLE, page, prose, result, table_after, tables
-from helpers.pages import DOCS, run_python_blocks
 
 BENCHMARKS = page("docs/benchmarks.md")
 PROSE = prose(BENCHMARKS)
@@ -13,12 +11,6 @@ PROSE = prose(BENCHMARKS)
 
 def by_name(table: list[list[str]]) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in table[2:]}
-
-
-def test_python_block_runs():
-    torch.manual_seed(0)
-    namespace = run_python_blocks(DOCS / "benchmarks.md")
-    assert namespace["top"].keys() == dict(namespace["model"].named_parameters()).keys()
 
 
 def test_table_of_penalties_is_what_the_benchmark_wrote():

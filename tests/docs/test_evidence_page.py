@@ -12,7 +12,7 @@ PROSE = prose(EVIDENCE)
 
 INSTEAD = {
     "distillation alone, as above": "digits-drift",
-    "60 more steps per task, which see as many images as a Fisher of 2,000 samples": "digits-drift-matched",
+    "60 more steps per task, which see about as many images as a Fisher of 2,000 samples": "digits-drift-matched",
     "125 more steps per task": "digits-drift-longer",
     "32 replay images per class, not 4": "digits-drift-pool",
 }
@@ -126,6 +126,11 @@ def test_numbers_in_paragraphs_on_the_first_experiment_are_in_its_reports():
         if bare_method(run["summary"]["method"]) == "gd+bands8"
     }
     assert re.search(r"8 bands keep (\d+) MB", PROSE)[1] == f"{held / 1e6:.0f}"
+
+    pools = {name: final_runs(name)[0]["record"]["run"]["pool"] for name in ("digits-drift", "digits-drift-pool")}
+    more = pools["digits-drift-pool"] - pools["digits-drift"]
+    quoted = re.search(r"(\d+) KB more of replay images \((\d+) more of each of (\d+) old classes", PROSE).groups()
+    assert quoted == (f"{9 * more * (8 * 8 + 8) / 1e3:.0f}", str(more), "9")
 
 
 def test_counts_of_fishers_are_those_of_the_runs():

@@ -143,7 +143,10 @@ def for_narrower_loops(test: Callable) -> Callable:
     """A test for each set of loops that is not this processor's fastest, ``isa``; it starts a process with that set."""
     for mark in (
         pytest.mark.parametrize("isa", ["baseline", "avx2"]),
-        pytest.mark.skipif("CRL_KERNELS_ISA" in os.environ, reason="this is the run that the test below starts"),
+        pytest.mark.skipif(
+            "CRL_KERNELS_ISA" in os.environ,
+            reason="this process has narrower loops already: it is the run that this test starts",
+        ),
         needs_x86_linux,
         needs_cpu_library,
     ):

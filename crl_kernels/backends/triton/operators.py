@@ -1,6 +1,6 @@
 """All operators in Triton, by the names under which the registry looks them up."""
 
-# ruff: noqa: F401
+# ruff: noqa: F401  (the registry looks the names up)
 
 from .adamw import diagonal_adamw_, low_rank_adamw_
 from .penalty import (

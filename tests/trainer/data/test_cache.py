@@ -1,0 +1,196 @@
+"""Decoded copies of data sets: written once, mapped, and made again when the data set changes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from crl_diffusion import files
+from crl_diffusion.data import cache
+from crl_diffusion.diffusion.noising import SCHEDULES
+from crl_diffusion.errors import OptionError
+from crl_diffusion.methods import regression
+from helpers.image_folders import load, write_tree
+from PIL import Image
+
+
+def is_mapped(tensor: torch.Tensor, file: Path) -> bool:
+    """Whether a tensor's bytes are those of a file, by the system's own account."""
+    if sys.platform != "linux":
+        pytest.skip(f"/proc/self/maps, which tells what is mapped from where, is Linux's; this is {sys.platform}")
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, *_, path = line.split(maxsplit=5)
+        low, high = (int(end, 16) for end in span.split("-"))
+        if path == str(file) and low <= tensor.data_ptr() < high:
+            return True
+    return False
+
+
+def test_a_decoded_copy_is_written_once_and_mapped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tree(tmp_path, ("a", "b", "c", "d"))
+    first = load("folder", tmp_path, tasks=2, image_size=16)
+    assert "decoding" in capsys.readouterr().err
+    again = load("folder", tmp_path, tasks=2, image_size=16, held_out="test", class_order=0)
+    assert capsys.readouterr().err == ""
+    (copy,) = (tmp_path / ".crl-diffusion").glob("folder-*")
+    assert copy.name.startswith(f"{first.name}-16px-")
+    assert (copy / "train.pixels").stat().st_size == 4 * 3 * 3 * 16 * 16
+    for loaded in (first, again):
+        assert is_mapped(loaded.train.storage, copy / "train.pixels")
+        assert is_mapped(loaded.test.storage, copy / "test.pixels")
+        for task in loaded.tasks:
+            assert task.train.storage.data_ptr() == loaded.train.storage.data_ptr()
+            assert task.held_out.storage.data_ptr() == loaded.test.storage.data_ptr()
+            assert not is_mapped(task.train.take(torch.tensor([0])).storage, copy / "train.pixels")
+    before = (copy / "train.pixels").read_bytes()
+    first.train.storage.zero_()  # private: neither the file nor another view of it changes
+    assert (copy / "train.pixels").read_bytes() == before
+    assert again.train.pixels.any()
+    assert not list(copy.parent.glob(".*unfinished"))
+
+
+def test_a_step_of_a_mapped_set_reads_little_more_than_its_images(tmp_path: Path) -> None:
+    """By the system's account of the pages that are in memory, of a file of 64 MiB."""
+    if sys.platform != "linux":
+        pytest.skip(
+            f"/proc/self/smaps, which tells how much of a file is in memory, is Linux's; this is {sys.platform}"
+        )
+    side, count = 64, 64 * 2**20 // (3 * 64**2)
+    write_tree(tmp_path, ("a", "b"))
+    load("folder", tmp_path, image_size=side, tasks=1)
+    (copy,) = (tmp_path / ".crl-diffusion").glob("folder-*")
+    os.truncate(copy / "train.pixels", count * 3 * side**2)
+    (torch.arange(count) % 2).numpy().tofile(copy / "train.labels")
+    about = json.loads((copy / "about.json").read_text())
+    about["images"]["train"] = count
+    (copy / "about.json").write_text(json.dumps(about))
+
+    def resident() -> int:
+        entries = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)
+        ours = [entry for entry in entries if entry.partition("\n")[0].endswith(f" {copy / 'train.pixels'}")]
+        assert ours
+        return sum(1024 * int(re.search(r"^Rss: +(\d+) kB", entry, re.MULTILINE)[1]) for entry in ours)  # type: ignore[index]
+
+    loaded = load("folder", tmp_path, image_size=side, tasks=2, classes_per_task=1, per_class=1000)
+    assert len(loaded.train) == count
+    assert resident() == 0
+    task = loaded.tasks[1]
+    batch = regression.real_batch(task.train, 32, 1.0, SCHEDULES["linear"], regression.Moment(0, 0, 3), torch.zeros(()))
+    assert batch.noised.shape == (32, 3, side, side)
+    assert 0 < resident() <= loaded.train.storage.numel() // 4  # 32 of 5,461 images, in pages or runs of pages
+    assert len(task.train.pixels) == 1000  # that is what it is not: reading a whole task
+    assert resident() > 1000 * 3 * side**2
+
+
+@pytest.mark.parametrize("change", ["content", "added", "size"])
+def test_a_changed_data_set_gets_a_new_copy(change: str, tmp_path: Path) -> None:
+    write_tree(tmp_path, ("a", "b"))
+    file = tmp_path / "train" / "a" / "0.png"
+    load("folder", tmp_path, tasks=1, image_size=8)
+    if change == "content":  # of the same length, as an uncompressed format has it
+        status = file.stat()
+        Image.new("RGB", (32, 32), (1, 2, 3)).save(file)
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    elif change == "added":
+        shutil.copy(file, file.with_name("9.png"))
+    loaded = load("folder", tmp_path, tasks=1, image_size=16 if change == "size" else 8)
+    assert len(list((tmp_path / ".crl-diffusion").glob("folder-*"))) == 2
+    assert len(loaded.train) == (7 if change == "added" else 6)
+    if change == "content":
+        assert loaded.train.pixels[0, :, 0, 0].tolist() == [1, 2, 3]
+
+
+def test_an_interrupted_copy_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tree(tmp_path, ("a", "b"))
+    write = cache._write
+
+    def interrupted(part: Path, chunks: cache.Chunks) -> int:
+        if part.name == "test":
+            raise KeyboardInterrupt
+        return write(part, chunks)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "_write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            load("folder", tmp_path, tasks=1)
+    (left,) = (path for path in (tmp_path / ".crl-diffusion").iterdir() if path.is_dir())
+    assert left.name.endswith(".unfinished")
+    (left / "stray").write_text("of the interrupted process")
+    assert len(load("folder", tmp_path, tasks=1).train) == 6
+    (copy,) = (path for path in (tmp_path / ".crl-diffusion").iterdir() if path.is_dir())
+    assert sorted(path.name for path in copy.iterdir()) == [
+        "about.json",
+        "test.labels",
+        "test.pixels",
+        "train.labels",
+        "train.pixels",
+    ]
+
+
+def test_two_readers_that_need_a_copy_at_once_write_it_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("fcntl", reason="the lock is POSIX's")
+    write_tree(tmp_path, ("a", "b"))
+    both_found_none, locked = threading.Barrier(2, timeout=60), files.locked
+
+    def late(path: Path) -> Any:
+        both_found_none.wait()
+        return locked(path)
+
+    monkeypatch.setattr(cache, "locked", late)
+    with ThreadPoolExecutor(2) as threads:  # flock is between openings of a file: threads stand for processes
+        first, second = threads.map(lambda _: load("folder", tmp_path, tasks=1), range(2))
+    assert torch.equal(first.train.pixels, second.train.pixels)
+    assert capsys.readouterr().err.count("decoding") == 1
+
+
+def test_copies_of_a_read_only_root_go_to_the_users_cache_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "root"
+    write_tree(root, ("a", "b"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != root and access(path, mode))
+    load("folder", root, tasks=1)
+    assert not (root / ".crl-diffusion").exists()
+    assert len(list((tmp_path / "cache" / "crl-diffusion").glob("folder-*"))) == 1
+
+
+@pytest.mark.parametrize("damage", ["short", "no json", "missing"])
+def test_a_damaged_copy_is_an_error_that_names_it(damage: str, tmp_path: Path) -> None:
+    write_tree(tmp_path, ("a", "b"))
+    load("folder", tmp_path, tasks=1)
+    (copy,) = (tmp_path / ".crl-diffusion").glob("folder-*")
+    if damage == "short":
+        os.truncate(copy / "train.pixels", 5)
+    elif damage == "missing":
+        (copy / "test.labels").unlink()
+    else:
+        (copy / "about.json").write_text("{")
+    with pytest.raises(OptionError, match=r"is damaged .*delete it, and it is made anew") as caught:
+        load("folder", tmp_path, tasks=1)
+    assert str(copy) in str(caught.value)
+    shutil.rmtree(copy)
+    assert len(load("folder", tmp_path, tasks=1).train) == 6
+
+
+def test_no_room_for_a_copy_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tree(tmp_path, ("a", "b"))
+
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cache, "_write", full)
+    with pytest.raises(OptionError, match=r"cannot be written .*No space left.* 3,072 bytes an image: make room"):
+        load("folder", tmp_path, tasks=1)
