@@ -2,7 +2,8 @@
 
 Lists of tensors are read as one flat vector of P elements in list order, each tensor in row-major order. Every sum and
 product is taken in float64; a result that is written to a tensor is rounded once, to that tensor's dtype (through
-float32 for 16-bit dtypes, as PyTorch does). Only AdamW's own arithmetic is in its parameters' dtype.
+float32 for 16-bit dtypes, as PyTorch does). Only AdamW's own arithmetic is in its parameters' dtype, and a
+convolution's per-sample gradients are computed in ``mean_dtype``.
 
 ``directions`` holds K vectors of P elements: K flat tensors, or, term by term, K lists of one tensor per parameter.
 ``fisher`` and ``anchor`` hold one such vector each: one flat tensor, or one tensor per parameter.
@@ -19,14 +20,14 @@ from torch import Tensor
 _Result = TypeVar("_Result")
 
 
-def takes(state: type[Any]) -> Callable[[Callable[..., _Result]], Callable[..., _Result]]:
-    """The decorated function takes its operator's first arguments together, as the named tuple ``state``."""
-    count = len(state._fields)
+def takes(group: type[Any]) -> Callable[[Callable[..., _Result]], Callable[..., _Result]]:
+    """The decorated function takes its operator's first arguments together, as the named tuple ``group``."""
+    count = len(group._fields)
 
     def decorate(function: Callable[..., _Result]) -> Callable[..., _Result]:
         @functools.wraps(function)
         def operator(*arguments: Any) -> _Result:
-            return function(state(*arguments[:count]), *arguments[count:])
+            return function(group(*arguments[:count]), *arguments[count:])
 
         return operator
 
@@ -243,12 +244,12 @@ def sample_weight_gradient_matrix(convolution: Convolution) -> Tensor:
     operands' dtype. Zeros where there are no pixels."""
     input, grad_output, kernel_size, stride, padding, dilation, groups = convolution
     input, grad_output = (tensor.to(mean_dtype(tensor.dtype)) for tensor in (input, grad_output))
-    weight = out_channels, channels, *_ = convolution.weight_shape
+    weight = convolution.weight_shape
     if input.numel() == 0 or grad_output.numel() == 0:  # unfold takes no empty image
         return input.new_zeros(len(input), *weight)
     patches = torch.nn.functional.unfold(input, tuple(kernel_size), tuple(dilation), tuple(padding), tuple(stride))
-    a = patches.reshape(len(input), groups, channels * math.prod(kernel_size), -1)
-    b = grad_output.reshape(len(input), groups, out_channels // groups, -1)
+    a = patches.reshape(len(input), groups, math.prod(weight[1:]), -1)
+    b = grad_output.reshape(len(input), groups, weight[0] // groups, -1)
     return (b @ a.transpose(2, 3)).reshape(len(input), *weight)
 
 

@@ -212,9 +212,8 @@ class LowRankEstimator:
             projections = sg.projections.double().reshape(len(losses), len(strata), width)
             on_means = projections[..., -1 if self._top else 0] * mean_norms
             pairs = torch.stack([on_means, projections[..., rank]], dim=-1)
-            in_stratum = (labels[:, None] == known_labels)[
-                ..., None
-            ]  # all False for a stratum that the first pass lacked
+            # All False for a stratum that the first pass lacked.
+            in_stratum = (labels[:, None] == known_labels)[..., None]
             columns = [torch.stack([labels.double(), require_finite_gradients(sg.sq_norms).double()], dim=1)]
             columns += [(values * in_stratum).sum(1) for values in (projections[..., :rank], pairs)]
             columns.append((pairs * weights).sum(1))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..backends.reference import mean_dtype
 from ..distributed.shards import Shards
 from .names import (
     Layout,
@@ -93,9 +94,8 @@ class Binding:
         for earlier in ambiguous:
             del earlier_names[earlier]
         owners = list(self.aliases.values())
-        inner_names = [
-            dict(zip(names, owners, strict=True)) for names in without_outer_wrappers(self.aliases)
-        ]  # without an unknown wrapper
+        # Without an unknown wrapper.
+        inner_names = [dict(zip(names, owners, strict=True)) for names in without_outer_wrappers(self.aliases)]
         self._known_names = [self.aliases, raw_names, *inner_names, earlier_names]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -195,7 +195,7 @@ class Binding:
         """The dtype of values and of a new state: float64 if a parameter is float64, else float32. If dtypes were mixed
         at binding, the first float64 parameter of that time decides."""
         self.require_model()
-        return torch.float64 if self._widest.dtype == torch.float64 else torch.float32
+        return mean_dtype(self._widest.dtype)
 
     def rename(self, layout: Layout) -> Layout:
         """``layout`` with this model's names of its parameters, if it has other names of them: those of a shared
@@ -205,9 +205,8 @@ class Binding:
             for names in readings:
                 if len({known.get(name) for name in names} - {None}) == len(names):
                     return Layout([known[name] for name in names], layout.shapes)
-        names = [
-            self.aliases.get(name, name) for name in layout.names
-        ]  # some do not fit, and the caller raises an error
+        # If some do not fit, the caller raises an error.
+        names = [self.aliases.get(name, name) for name in layout.names]
         return Layout(names, layout.shapes) if len(set(names)) == len(names) else layout
 
     def is_known(self, pattern: str) -> bool:

@@ -70,9 +70,10 @@ def _float64(params: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
 
 def _fake_stats(grads: Tensor, directions: Tensor | None, diagonal: bool) -> list[Tensor]:
     num_rows, num_columns = grads.shape
-    of_columns = [grads.new_empty(num_columns, dtype=reference.mean_dtype(grads.dtype)) for _ in range(1 + diagonal)]
+    dtype = reference.mean_dtype(grads.dtype)
+    mean, *squares = [grads.new_empty(num_columns, dtype=dtype) for _ in range(1 + diagonal)]
     projections = (num_rows,) if directions is None else (num_rows, directions.shape[0])
-    return [of_columns[0], _float64([grads], (num_rows,)), _float64([grads], projections), *of_columns[1:]]
+    return [mean, _float64([grads], (num_rows,)), _float64([grads], projections), *squares]
 
 
 _FAKES: dict[str, Callable[..., Any]] = {

@@ -367,19 +367,16 @@ class FusedAdamW(Optimizer):
         if self._decoupled:
             for i, parameter in enumerate(params):
                 if parameter.grad is None:
-                    states[i], rows[i] = (
-                        new_state(parameter),
-                        len(self.param_groups),
-                    )  # _IDLE, the row after the groups'
+                    # _IDLE is the row after the groups'.
+                    states[i], rows[i] = new_state(parameter), len(self.param_groups)
         step_counts = [state["step"] for state in states]
         found_inf = getattr(self, "found_inf", None)
         increment = torch.ones((), device=device)
         if found_inf is not None:
             found_inf = found_inf.to(device)
             increment = (found_inf <= 0).float()
-        torch._foreach_add_(
-            step_counts, increment, alpha=1
-        )  # without alpha, or with a number, it takes 4 times as long
+        # Without alpha, or with a number, it takes 4 times as long.
+        torch._foreach_add_(step_counts, increment, alpha=1)
         return operators.AdamWState(
             self._local(thetas),
             self._local(grads),
@@ -429,7 +426,7 @@ class FusedAdamW(Optimizer):
 
 
 _COPIED_ATTRIBUTES = ("lam", "_decoupled", "_verify_every", "_history", "_steps_taken", "_sharded", "last_penalty")
-_IDLE = (1.0, 0.0, 0.0, 1.0, 0.0, 1.0, 1.0, 1.0)
+_IDLE = AdamWSettings(factor=1.0, beta1=0.0, beta2=0.0, decay=1.0, step_size=0.0, root_scale=1.0, eps=1.0, share=1.0)
 
 
 def _kinds(params: list[Tensor]) -> list[Any]:

@@ -90,10 +90,13 @@ class DiagonalHistory(History[DiagonalFisher]):
         run = self._run_or_list(params)
         for ratio, members in groups:
             targets = run if members is None else [params[i] for i in members]
-            pieces = self._pieces([self._fisher, self._anchor], members)
-            half = len(pieces) // 2
-            operators.diagonal_shrink_(targets, pieces[:half], pieces[half:], ratio * strength)
+            operators.diagonal_shrink_(targets, *self._fisher_and_anchor(members), ratio * strength)
         self._count_writes(params, run)
+
+    def _fisher_and_anchor(self, members: tuple[int, ...] | None) -> tuple[list[Tensor], list[Tensor]]:
+        """The parts of S and m that belong to the parameters ``members``; None stands for all."""
+        pieces = self._pieces([self._fisher, self._anchor], members)
+        return pieces[: len(pieces) // 2], pieces[len(pieces) // 2 :]
 
     def _add_terms(self, fisher: DiagonalFisher, layout: Layout) -> None:
         new, anchor = (self._bound(layout, flat).double() for flat in (fisher.fisher_diagonal, fisher.anchor))

@@ -54,8 +54,8 @@ class FoldedPenalty(ABC, Generic[_History]):
         return self.history._bound_params()
 
     def require_members(self, param_groups: Sequence[Mapping[str, Any]]) -> None:
-        """Raises ValueError for a bound parameter in no group, TypeError for a group without a learning rate."""
-        self.history._binding.rates(param_groups)
+        """Raises ValueError for a bound parameter that is in no group."""
+        self.history._binding.members(param_groups)
 
     def is_current(self, moving: tuple[int, ...]) -> bool:
         """Whether the carried sums still fit: no terms were appended, loaded or moved, and no parameter was frozen or
@@ -73,8 +73,7 @@ class FoldedPenalty(ABC, Generic[_History]):
         device."""
         before = self._carried()
         self.read(params, moving)
-        squares = torch.stack([p.detach().double().square().sum() for p in params]).sum()
-        return self._difference(before, self._carried(), self._shards.sum_(squares).sqrt())
+        return self._difference(before, self._carried(), params)
 
     @abstractmethod
     def step_(self, make_operands: MakeOperands, lam: float | Tensor, lr: Sequence[Mapping[str, Any]]) -> Tensor:
@@ -91,7 +90,7 @@ class FoldedPenalty(ABC, Generic[_History]):
     def _carried(self) -> Tensor: ...
 
     @abstractmethod
-    def _difference(self, before: Tensor, now: Tensor, norm: Tensor) -> str | None: ...
+    def _difference(self, before: Tensor, now: Tensor, params: Sequence[Tensor]) -> str | None: ...
 
     def _members(self, indices: tuple[int, ...]) -> tuple[int, ...] | None:
         """Indices of parameters for ``History._pieces``: None stands for all parameters."""
@@ -131,7 +130,9 @@ class FoldedLowRank(FoldedPenalty[LowRankHistory]):
     def _carried(self) -> Tensor:
         return self._projections + self._frozen_part
 
-    def _difference(self, before: Tensor, now: Tensor, norm: Tensor) -> str | None:
+    def _difference(self, before: Tensor, now: Tensor, params: Sequence[Tensor]) -> str | None:
+        squares = torch.stack([p.detach().double().square().sum() for p in params]).sum()
+        norm = self._shards.sum_(squares).sqrt()
         lengths = self.history._gram(None).diagonal().sqrt().to(now.device)
         if bool(((before - now).abs() <= _SUMMATION_ERROR * lengths * norm).all()):
             return None
@@ -161,18 +162,14 @@ class FoldedDiagonal(FoldedPenalty[DiagonalHistory]):
     def _read(self, params: Sequence[Tensor], frozen: tuple[int, ...]) -> None:
         self._frozen_part = self.history._float64(0.0)
         if frozen:
-            pieces = self._pieces(self._members(frozen))
+            pieces = self.history._fisher_and_anchor(self._members(frozen))
             value = operators.diagonal_quadratic([params[i] for i in frozen], *pieces)
             self._frozen_part = self._shards.sum_(value)
-
-    def _pieces(self, members: tuple[int, ...] | None) -> tuple[list[Tensor], list[Tensor]]:
-        pieces = self.history._pieces([self.history._fisher, self.history._anchor], members)
-        return pieces[: len(pieces) // 2], pieces[len(pieces) // 2 :]
 
     def _carried(self) -> Tensor:
         return self._frozen_part
 
-    def _difference(self, before: Tensor, now: Tensor, norm: Tensor) -> str | None:
+    def _difference(self, before: Tensor, now: Tensor, params: Sequence[Tensor]) -> str | None:
         if bool(before == now):
             return None
         return f"the share of frozen parameters in sum S (theta - m)^2 was {before.item()} and is {now.item()}"
@@ -185,7 +182,7 @@ class FoldedDiagonal(FoldedPenalty[DiagonalHistory]):
             strength, ratios = history._float64(lam), [1.0] * len(self._moving)
         total = self._frozen_part + history._residual
         if self._moving:
-            pieces = self._pieces(self._members(self._moving))
+            pieces = history._fisher_and_anchor(self._members(self._moving))
             value = operators.diagonal_adamw_(make_operands(ratios, strength), *pieces, self._decoupled)
             total = total + self._shards.sum_(value)
         return total * (0.5 * history._float64(lam))
@@ -193,9 +190,11 @@ class FoldedDiagonal(FoldedPenalty[DiagonalHistory]):
 
 def check_history(history: object) -> None:
     """Raises unless ``history`` is None or a history that no optimizer has by ``attach``."""
-    if history is not None and not isinstance(history, LowRankHistory | DiagonalHistory):
+    if history is None:
+        return
+    if not isinstance(history, LowRankHistory | DiagonalHistory):
         raise TypeError(f"history is a {type(history).__name__}; expected a LowRankHistory or a DiagonalHistory.")
-    if history is not None and history._attachment is not None:
+    if history._attachment is not None:
         raise ValueError("history is attached to an optimizer, and its penalty would count twice; call detach() first.")
 
 

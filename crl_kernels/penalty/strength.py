@@ -35,7 +35,6 @@ def check_strength(argument: str, value: float | Tensor, *, finite: bool = True)
         number = value
     else:
         raise TypeError(f"{argument} is a {type(value).__name__}; expected a float or a 0-dim tensor.")
-    if not number >= 0 or (
-        finite and number == math.inf
-    ):  # comparisons, because a float may be symbolic in compiled code
+    # Comparisons, because a float may be symbolic in compiled code.
+    if not number >= 0 or (finite and number == math.inf):
         raise ValueError(f"{argument} is {number}; expected a {'finite ' if finite else ''}value >= 0.")

@@ -7,6 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ..backends.reference import mean_dtype
 from ..model.binding import Binding
 from .layer_gradients import MatrixGradient, SampleGradient, Statistics, Wanted
 from .operands import ParameterUse, contiguous_strides
@@ -113,9 +114,7 @@ class GradientCollector:
     def squares(self) -> list[Tensor]:
         """sum_i g_ij^2, flat, for each parameter."""
         return [
-            parameter.new_zeros(
-                parameter.numel(), dtype=torch.float64 if parameter.dtype == torch.float64 else torch.float32
-            )
+            parameter.new_zeros(parameter.numel(), dtype=mean_dtype(parameter.dtype))
             for parameter in self._binding.params
         ]
 

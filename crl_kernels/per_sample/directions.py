@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
+from ..backends.reference import mean_dtype
 from ..model.binding import Binding
 from ..model.names import join_names
 
@@ -35,7 +35,7 @@ def rows_of(direction: Mapping[str, Tensor], binding: Binding) -> tuple[bool, li
     (count,) = leading
     rows = []
     for name, length, parameter in zip(layout.names, layout.lengths, binding.params, strict=True):
-        dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+        dtype = mean_dtype(parameter.dtype)
         zeros = parameter.new_zeros(count or 1, length, dtype=dtype)
         row = direction[name].detach().to(dtype).reshape(zeros.shape) if name in direction else zeros
         rows.append(row.contiguous())

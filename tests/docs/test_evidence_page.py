@@ -152,6 +152,17 @@ def test_counts_of_fishers_are_those_of_the_runs():
     assert tuple(map(int, less_noisy)) == (sum(row["signal_share"] < 0.8 for row in rows), len(rows))
 
 
+def test_the_demos_time_and_its_extractor_are_those_of_its_log():
+    log = result("demo/log.txt")
+    date, machine, cores = re.search(r"in a new clone: ([\d-]+), (.*?), (\d+) cores", log).groups()
+    minutes, seconds = re.search(r"^real\t(\d+)m(\d+)\.", log, re.MULTILINE).groups()
+    time = f"{machine}, {cores} cores, {minutes} min {seconds} s with the installation"
+    assert f"{date} ({time}" in PROSE
+    assert f"({date}, {time})" in prose(page("README.md"))
+    accuracy = re.search(r"test accuracy (0\.\d+)", log)[1]
+    assert f"(test accuracy {accuracy}, as `make demo` prints)" in PROSE
+
+
 def test_the_demos_fishers_are_those_of_its_record():
     fishers = [row for row in records("demo/gd+rank1-metrics.jsonl") if row["kind"] == "fisher"]
     quoted = re.search(r"\(signal share (.*?) to (.*?)\) and holds only (.*?) to (.*?) %", PROSE).groups()

@@ -39,7 +39,7 @@ class _AdamWOperands:
         self.theta = theta
         views = (theta, self.grads, m, v)
         self.arguments = [
-            *(part for view in views for part in view.tensors),
+            *(part for view in views for part in view.vector),
             flat.numbers(settings, len(ADAMW_COLUMNS) * len(params)),
             found_inf,
         ]
@@ -84,8 +84,8 @@ def diagonal_adamw_(state: AdamWState, fisher: Sequence[Tensor], anchor: Sequenc
     flat.run(
         adamw_kernels.diagonal_adamw_kernel,
         *operands.arguments,
-        *s.tensors,
-        *m.tensors,
+        *s.vector,
+        *m.vector,
         partial,
         PARAMS=operands.theta.dtypes,
         GRADIENTS=operands.grads.dtypes,

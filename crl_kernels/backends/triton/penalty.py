@@ -17,7 +17,7 @@ def _partial_projections(flat: Flat, params: Sequence[Tensor], u: View, num_term
     partial = flat.empty_float64(num_terms, flat.chunks)
     flat.run(
         penalty_kernels.projections_kernel,
-        *theta.tensors,
+        *theta.vector,
         *u.terms,
         num_terms,
         partial,
@@ -30,7 +30,7 @@ def _partial_projections(flat: Flat, params: Sequence[Tensor], u: View, num_term
 def _combine(flat: Flat, targets: View, u: View, coefficients: Tensor, overwrite: bool) -> None:
     flat.run(
         penalty_kernels.combine_kernel,
-        *targets.tensors,
+        *targets.vector,
         *u.terms,
         coefficients.numel(),
         coefficients,
@@ -105,9 +105,9 @@ def diagonal_quadratic(params: Sequence[Tensor], fisher: Sequence[Tensor], ancho
     partial = flat.empty_float64(flat.chunks)
     flat.run(
         penalty_kernels.quadratic_kernel,
-        *theta.tensors,
-        *s.tensors,
-        *m.tensors,
+        *theta.vector,
+        *s.vector,
+        *m.vector,
         partial,
         PARAMS=theta.dtypes,
         STATE=s.dtypes,
@@ -129,10 +129,10 @@ def _gradient(
     partial = flat.empty_float64(flat.chunks)
     flat.run(
         penalty_kernels.gradient_kernel,
-        *targets.tensors,
-        *theta.tensors,
-        *s.tensors,
-        *m.tensors,
+        *targets.vector,
+        *theta.vector,
+        *s.vector,
+        *m.vector,
         flat.numbers(coefficient, 1),
         partial,
         PARAMS=theta.dtypes,
@@ -180,9 +180,9 @@ def diagonal_shrink_(
     theta = Target(flat, params)
     flat.run(
         penalty_kernels.shrink_kernel,
-        *theta.view.tensors,
-        *s.tensors,
-        *m.tensors,
+        *theta.view.vector,
+        *s.vector,
+        *m.vector,
         eta_lambda,
         PARAMS=theta.view.dtypes,
         STATE=s.dtypes,

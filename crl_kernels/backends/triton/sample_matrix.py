@@ -4,6 +4,7 @@ Grids depend on the matrix's shape alone, so results do not depend on the GPU's 
 import torch
 from torch import Tensor
 
+from ..reference import mean_dtype
 from . import sample_matrix_kernels
 from .chunks import NUM_WARPS
 from .reductions import finish
@@ -40,7 +41,7 @@ def sample_gradient_stats(grads: Tensor, directions: Tensor | None, diagonal: bo
     with torch.cuda.device_of(grads):
         matrix = _matrix(grads)
         num_rows, num_columns = matrix.shape
-        dtype = torch.float64 if grads.dtype == torch.float64 else torch.float32
+        dtype = mean_dtype(grads.dtype)
         num_terms = 1 if directions is None else len(directions)
         if directions is not None:
             check(

@@ -65,7 +65,7 @@ class View(NamedTuple):
     dtypes: int  # those that occur, as bits of their codes
 
     @property
-    def tensors(self) -> tuple[Tensor, int]:
+    def vector(self) -> tuple[Tensor, int]:
         """A kernel's operands for one vector."""
         return self.entries, self.stride
 

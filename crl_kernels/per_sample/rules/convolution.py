@@ -50,19 +50,14 @@ class _Convolution(torch.autograd.Function):
                     lambda: MatrixGradient(rows.sum(sum_tokens(b.flatten(2).transpose(1, 2)))),
                 )
         sizes = None if bias is None else list(bias.shape)
-        by_input, by_weight, by_bias = complete_gradients(
+        gradients = complete_gradients(
             call,
+            inputs,
             needs,
             (by_weight, by_bias),
             lambda mask: torch.ops.aten.convolution_backward(b, a, weight.to(b.dtype), sizes, *geometry, mask),
         )
-        return (
-            None,
-            None if by_input is None else by_input.to(input.dtype),
-            None if by_weight is None else by_weight.to(weight.dtype),
-            None if by_bias is None else by_bias.to(bias.dtype),
-            None,
-        )
+        return None, *gradients, None
 
 
 def _convolution_gradient(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from ...backends.reference import mean_dtype
 from ..layer_gradients import SampleGradient
 from ..rows import Rows
 
@@ -77,20 +78,23 @@ def take_gradient(
 
 def complete_gradients(
     call: Call,
+    inputs: Sequence[Tensor | None],
     needs: Sequence[bool],
     taken: Sequence[Tensor | None],
     backward: Callable[[list[bool]], Sequence[Tensor | None]],
 ) -> list[Tensor | None]:
-    """The gradients of a layer's input and operands. ``taken`` has those of the operands whose per-sample gradients
-    were taken; ``backward`` computes the needed rest, by a mask over (input, *operands)."""
+    """The gradients of a layer's ``inputs`` (its input, then the operands in the order of slots), in their dtypes.
+    ``taken`` has those of the operands whose per-sample gradients were taken; ``backward`` computes the needed rest, by
+    a mask over ``inputs``."""
     mask = [needs[0]]
     for slot, gradient in enumerate(taken):
         mask.append(needs[slot + 1] and gradient is None and not call.skips(slot))
     gradients = [None, *taken]
     for index, gradient in enumerate(backward(mask) if any(mask) else ()):
-        if mask[index]:
-            gradients[index] = gradient
-            if index > 0 and gradient is not None:
+        tensor = inputs[index]
+        if mask[index] and gradient is not None and tensor is not None:
+            gradients[index] = gradient = gradient.to(tensor.dtype)
+            if index > 0:
                 call.note_gradient(index - 1, gradient)
     return gradients
 
@@ -117,8 +121,7 @@ def as_matrix(tensor: Tensor) -> Tensor:
 
 def sum_tokens(b: Tensor) -> Tensor:
     """(N, T, C) -> (N, C), summed in at least float32."""
-    dtype = torch.float64 if b.dtype == torch.float64 else torch.float32
-    return b.sum(1, dtype=dtype) if b.shape[1] != 1 else b[:, 0]
+    return b.sum(1, dtype=mean_dtype(b.dtype)) if b.shape[1] != 1 else b[:, 0]
 
 
 def is_in_place(function: Callable[..., Any]) -> bool:

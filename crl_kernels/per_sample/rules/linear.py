@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..layer_gradients import LinearGradient, MatrixGradient
-from .interface import Call, Recorder, as_matrix, sum_tokens, take_gradient
+from .interface import Call, Recorder, as_matrix, complete_gradients, sum_tokens, take_gradient
 
 
 class _Linear(torch.autograd.Function):
@@ -24,14 +24,12 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, b: Tensor) -> Any:
-        inputs = input, weight, bias = ctx.saved_tensors
+        inputs = input, weight, _ = ctx.saved_tensors
         call, needs = ctx.call, ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():
-            return None, *_linear_derivative(input, weight, bias, b, needs)
+            return None, *_linear_derivative(input, weight, b, needs)
         with torch.autocast(b.device.type, enabled=False):
-            by_input = by_weight = by_bias = None
-            if needs[0]:
-                by_input = (b @ weight.to(b.dtype)).to(input.dtype)
+            by_weight = by_bias = None
             a = input.to(b.dtype)
             rows = call.rows(b, range(b.dim() - 1))
             if rows is not None and any(needs[1:]):
@@ -40,19 +38,19 @@ class _Linear(torch.autograd.Function):
                     by_weight = take_gradient(ctx, call, 0, inputs, lambda: LinearGradient(a_samples, b_samples))
                 if needs[2]:
                     by_bias = take_gradient(ctx, call, 1, inputs, lambda: MatrixGradient(sum_tokens(b_samples)))
-            if needs[1] and by_weight is None and not call.skips(0):
-                by_weight = (as_matrix(b).T @ as_matrix(a)).to(weight.dtype)
-                call.note_gradient(0, by_weight)
-            if needs[2] and by_bias is None and not call.skips(1):
-                by_bias = as_matrix(b).sum(0).to(bias.dtype)
-                call.note_gradient(1, by_bias)
-        return None, by_input, by_weight, by_bias
+            gradients = complete_gradients(
+                call,
+                inputs,
+                needs,
+                (by_weight, by_bias),
+                lambda mask: _linear_derivative(a, weight.to(b.dtype), b, mask),
+            )
+        return None, *gradients
 
 
-def _linear_derivative(
-    input: Tensor, weight: Tensor, bias: Tensor | None, b: Tensor, needs: Sequence[bool]
-) -> tuple[Tensor | None, ...]:
-    """Gradients by functions that have rules, so that the recorder sees the parameters' second use."""
+def _linear_derivative(input: Tensor, weight: Tensor, b: Tensor, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """The gradients of input, weight and bias that are needed, by functions that have rules: in a graph that is kept,
+    the recorder sees the parameters' second use."""
     return (
         torch.matmul(b, weight) if needs[0] else None,
         as_matrix(b).T @ as_matrix(input) if needs[1] else None,

@@ -142,6 +142,7 @@ class _LayerNorm(torch.autograd.Function):
                 by_bias = take_gradient(ctx, call, 1, inputs, lambda: per_sample(b))
         gradients = complete_gradients(
             call,
+            inputs,
             needs,
             (by_weight, by_bias),
             lambda mask: torch.ops.aten.native_layer_norm_backward(b, input, ctx.shape, mean, rstd, weight, bias, mask),
