@@ -33,8 +33,8 @@ def gathered(tensor: Tensor) -> Tensor:
         return tensor
     mesh_device = tensor.device_mesh.device_type
     on_mesh: Any = tensor if tensor.device.type == mesh_device else tensor.to(mesh_device)  # CPU offload
-    whole: Tensor = on_mesh.full_tensor()
-    return whole
+    full: Tensor = on_mesh.full_tensor()
+    return full
 
 
 class Shards:

@@ -46,8 +46,8 @@ def _with_rows(tensor: Tensor, shape: torch.Size) -> Tensor:
     """``tensor`` with rows of zeros appended, if it differs from ``shape`` only by having fewer rows."""
     if tensor.dim() != len(shape) or not shape or tensor.shape[1:] != shape[1:] or len(tensor) >= shape[0]:
         return tensor
-    whole = gathered(tensor)
-    return torch.cat([whole, whole.new_zeros(shape[0] - len(whole), *shape[1:])])
+    full = gathered(tensor)
+    return torch.cat([full, full.new_zeros(shape[0] - len(full), *shape[1:])])
 
 
 class History(ABC, Generic[_Fisher]):

@@ -173,10 +173,10 @@ def _opened_mapping(node: Mapping[Any, Any]) -> _Parts:
 
 
 def _mapping_of(kind: type, values: dict[Any, Any]) -> Any:
-    made = kind(values)
-    if set(made.keys()) != set(values.keys()):
+    mapping = kind(values)
+    if set(mapping.keys()) != set(values.keys()):
         raise TypeError(f"{kind.__name__}(dict) has other keys")
-    return made
+    return mapping
 
 
 def _list_like(node: list[Any], parts: list[Any]) -> list[Any]:
