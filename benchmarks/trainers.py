@@ -12,7 +12,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import date
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 import crl_kernels as ck
 
 from .common import allocator, command
-from .common.measure import Call, clock, commit, interleaved, processor, require_memory
+from .common.measure import Call, clock, commit, interleaved, require_memory
 from .common.problem import Task
 from .optimizer import diagonal_history, low_rank_history
 from .penalty import peers
@@ -257,10 +256,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     allocator.keep_freed_memory()
     result = {
-        "command": command.command_line("trainers"),
-        "date": date.today().isoformat(),
+        **command.record_head("trainers"),
         "commit": commit(),
-        "machine": processor(),
         "torch": torch.__version__,
         "threads": arguments.threads,
         "clock": "process CPU" if arguments.threads == 1 else "wall",
