@@ -64,11 +64,10 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path, remedy: str = PUT_BACK) -> Any:
     """The value in a JSON file; RecordError if it cannot be read."""
+    content = read_file(path, remedy)
     try:
-        return _parse(read_file(path, remedy))
+        return _parse(content)
     except ValueError as error:
-        if isinstance(error, RecordError):
-            raise
         raise RecordError(path, f"is damaged ({error})", remedy) from None
 
 
