@@ -211,6 +211,13 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         raise WriteError(f"{str(path)!r} cannot be written ({error})") from error
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Delete the temporary files of a process that was killed while it wrote them."""
+    for path in folder.glob("*.tmp"):
+        if path.is_file():
+            path.unlink()
+
+
 def sync_folder(folder: Path) -> None:
     """Make a rename in this folder survive a power cut, on systems that can."""
     if os.name == "posix":
