@@ -11,7 +11,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from datetime import date
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from crl_kernels import LowRankFisher, estimate_fisher
 
 from .common import command
-from .common.measure import clock, commit, interleaved, percentiles, processor
+from .common.measure import clock, commit, interleaved, percentiles
 
 PAPER = "the paper's two passes, batch size 1"
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # noised, t, label, noise
@@ -117,11 +116,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     for row in rows:
         row["times_paper"] = row["samples_per_s"] / rows[0]["samples_per_s"]
     return {
-        "command": command.command_line("estimation"),
+        **command.record_head("estimation"),
+        **({} if on_cpu else {"machine": torch.cuda.get_device_name(device)}),
         "options": {key: value for key, value in vars(args).items() if key != "out"},
-        "date": str(date.today()),
         "commit": commit(),
-        "machine": processor() if on_cpu else torch.cuda.get_device_name(device),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),

@@ -11,7 +11,6 @@ float32 vector after the step, to compare a float32 term with.
 import statistics
 import time
 from collections.abc import Callable
-from datetime import date
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ import crl_kernels as ck
 from crl_kernels.backends import registry
 
 from .common import allocator, command
-from .common.measure import clock, commit, interleaved, percentiles, processor, require_memory
+from .common.measure import clock, commit, interleaved, percentiles, require_memory
 from .common.problem import Problem
 from .penalty import peers
 from .penalty.contenders import CONTENDERS
@@ -139,9 +138,8 @@ def measure(numel: int, tensors: int, rounds: int) -> dict[str, Any]:
         for name, (bytes_, _) in steps.items()
     ]
     return {
-        "date": str(date.today()),
+        **command.record_head("optimizer"),
         "commit": commit(),
-        "processor": processor(),
         "threads": torch.get_num_threads(),
         "clock": "process CPU" if timer is time.process_time else "wall",
         "torch": torch.__version__,
@@ -156,7 +154,7 @@ def measure(numel: int, tensors: int, rounds: int) -> dict[str, Any]:
 def markdown(result: dict[str, Any]) -> str:
     lines = [
         "# A step of AdamW with an EWC penalty inside\n",
-        f"`python -m benchmarks.optimizer`, {result['date']}, commit {result['commit']}, {result['processor']}, "
+        f"`{result['command']}`, {result['date']}, commit {result['commit']}, {result['machine']}, "
         f"{result['threads']} thread(s), {result['clock']} time, torch {result['torch']}, {result['kernels']} kernels; "
         f"{result['parameters']:,} float32 parameters in {result['tensors']} tensors; median [20th, 80th percentile] "
         f"of {result['rounds']} rounds.\n",

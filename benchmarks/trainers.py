@@ -12,7 +12,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import date
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 import crl_kernels as ck
 
 from .common import allocator, command
-from .common.measure import Call, clock, commit, interleaved, processor, require_memory
+from .common.measure import Call, clock, commit, interleaved, require_memory
 from .common.problem import Task
 from .optimizer import diagonal_history, low_rank_history
 from .penalty import peers
@@ -109,7 +108,7 @@ def python_loop(model: nn.Module) -> Call:
         return [part.view_as(p) for part, p in zip(values.split(lengths), params, strict=True)]
 
     task = Task(flat, flat.square(), flat.clone())
-    problem = SimpleNamespace(device=flat.device, params=params, task=task, split=split)
+    problem = SimpleNamespace(device=flat.device, params=params, first_tasks=lambda count: [task], split=split)
     penalize = peers.diagonal_python_loop(problem)
     optimizer = adamw(model)
 
@@ -257,10 +256,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     allocator.keep_freed_memory()
     result = {
-        "command": command.command_line("trainers"),
-        "date": date.today().isoformat(),
+        **command.record_head("trainers"),
         "commit": commit(),
-        "machine": processor(),
         "torch": torch.__version__,
         "threads": arguments.threads,
         "clock": "process CPU" if arguments.threads == 1 else "wall",

@@ -63,6 +63,10 @@ class Problem(nn.Module):
     def tasks(self) -> list[Task]:
         return [self.task, *(self._task(number) for number in range(2, TASKS + 1))]
 
+    def first_tasks(self, count: int) -> list[Task]:
+        """The first ``count`` tasks; for one, the others are not made."""
+        return [self.task] if count == 1 else self.tasks[:count]
+
     @staticmethod
     def more_bytes(tasks: int) -> int:
         """Bytes per parameter of these tasks beyond the first."""
@@ -85,8 +89,7 @@ class Problem(nn.Module):
     def directions(self, terms: int, dtype: torch.dtype) -> list[Tensor]:
         """The first tasks' directions, in the dtype in which they are stored; made once for each dtype."""
         if (terms, dtype) not in self._directions:
-            tasks = [self.task] if terms == 1 else self.tasks[:terms]
-            self._directions[terms, dtype] = [task.direction.to(dtype) for task in tasks]
+            self._directions[terms, dtype] = [task.direction.to(dtype) for task in self.first_tasks(terms)]
         return self._directions[terms, dtype]
 
     @cached_property

@@ -57,10 +57,8 @@ def run(experiment: Experiment, folder: Path, lines: Path, command: Command) -> 
     """All stages. A run that fails (a loss that is not finite) does not stop the others. An interrupted stage ends the
     program, because the next stage would choose from the runs that happen to have finished."""
     for stage in ("coarse", "fine", "final"):
-        for seed in stages(experiment, folder)[stage][1]:
-            methods = stages(experiment, folder)[stage][0]
-            if not methods:
-                continue
+        methods, seeds = stages(experiment, folder)[stage]
+        for seed in seeds if methods else ():
             arguments = compare_arguments(experiment, stage, methods, seed)
             print("crl-diffusion compare", *arguments, flush=True)
             folders = ["--out", folder / stage, "--extractor-folder", command.results / "extractors"]

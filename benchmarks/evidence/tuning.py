@@ -7,16 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from crl_diffusion.config.spelling import spell
+from crl_diffusion.config.spelling import add_lam
 from crl_diffusion.reporting.runs import Finished, comparable, find, grouped
 
 from .experiments import Experiment
 
 BASELINE = "gd"
-
-
-def with_lam(name: str, lam: float) -> str:
-    return spell(f"{name}{',' if ':' in name else ':'}lam={lam:g}")
 
 
 def baseline(name: str) -> str:
@@ -25,7 +21,7 @@ def baseline(name: str) -> str:
 
 
 def fine_grid(lam: float) -> tuple[float, float, float]:
-    return float(f"{lam / 3:.2g}"), lam, 3 * lam
+    return float(f"{lam / 3:.2g}"), lam, float(f"{3 * lam:g}")
 
 
 class Sweep(NamedTuple):
@@ -56,7 +52,7 @@ class Tuning:
             self.fids |= {(stage, run.method): run.summary["average_fid"] for run in runs}
 
     def sweep(self, stage: str, name: str, lams: Sequence[float]) -> Sweep:
-        values = {lam: self.fids.get((stage, with_lam(name, lam)), math.nan) for lam in lams}
+        values = {lam: self.fids.get((stage, add_lam(name, lam)), math.nan) for lam in lams}
         best = min(lams, key=lambda lam: math.inf if math.isnan(values[lam]) else values[lam])
         return Sweep(values, best, values[best] - self.fids.get((stage, baseline(name)), math.nan))
 
@@ -90,11 +86,11 @@ def stages(experiment: Experiment, folder: Path) -> dict[str, tuple[str, tuple[i
     """Methods, separated by blanks, and seeds of each stage; later stages depend on finished runs of earlier ones."""
     screening = Tuning(folder, experiment).screening()
     references = dict.fromkeys(baseline(name) for name in experiment.grid)
-    coarse = [with_lam(name, lam) for name, row in screening.items() for lam in row.coarse.values]
-    fine = [with_lam(name, lam) for name, row in screening.items() if row.fine for lam in row.fine.values]
+    coarse = [add_lam(name, lam) for name, row in screening.items() for lam in row.coarse.values]
+    fine = [add_lam(name, lam) for name, row in screening.items() if row.fine for lam in row.fine.values]
     kept = {name: row.lam for name, row in screening.items() if row.lam is not None}
-    final = [with_lam(name, lam) for name, lam in kept.items()]
-    controls = [with_lam(name, kept[candidate]) for name, candidate in experiment.controls.items() if candidate in kept]
+    final = [add_lam(name, lam) for name, lam in kept.items()]
+    controls = [add_lam(name, kept[candidate]) for name, candidate in experiment.controls.items() if candidate in kept]
     return {
         "coarse": (" ".join([*references, *coarse]), (experiment.coarse_seed,)),
         "fine": ("", ()) if experiment.fine_seed is None else (" ".join([*references, *fine]), (experiment.fine_seed,)),

@@ -61,7 +61,7 @@ def main() -> int:
         sys.exit("torch finds no GPU; --dry-run runs the code on a CPU.")
     if not small:
         build_where_missing()
-    record: dict[str, Any] = {"machine": machine(small), "stages": {}}
+    record: dict[str, Any] = {"command": command.command_line("gpu"), "machine": machine(small), "stages": {}}
     for backend in ("auto",) if small else BACKENDS:
         for name in STAGES:
             record["stages"][f"{backend}: {name}"] = stage = in_own_process(name, backend, small)

@@ -9,7 +9,7 @@ def markdown(record: dict[str, Any]) -> str:
 
     facts = ", ".join(f"{key} {value}" for key, value in record["machine"].items())
     lines = [
-        f"# GPU: correctness and speed\n\n`python -m benchmarks.gpu`, {facts}.\n",
+        f"# GPU: correctness and speed\n\n`{record['command']}`, {facts}.\n",
         "| backend | stage | status | |",
         "|---|---|---|---|",
     ]

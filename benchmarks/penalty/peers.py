@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from ..common.problem import LAM, Problem, Task, Unavailable
+from ..common.problem import LAM, Problem, Unavailable
 
 Call = Callable[[], Tensor]
 
@@ -16,19 +16,15 @@ Call = Callable[[], Tensor]
 MOST_TENSORS_COMPILED = 100
 
 
-def tasks_of(problem: Problem, tasks: int) -> list[Task]:
-    return [problem.task] if tasks == 1 else problem.tasks[:tasks]
-
-
 def rank1_paper(problem: Problem, tasks: int = 1) -> Call:
     """As in the paper's code: concatenate all parameters; subtract, multiply and sum; backward through autograd."""
-    past, coefficient = tasks_of(problem, tasks), 1.0
+    past = problem.first_tasks(tasks)
 
     def call() -> Tensor:
         theta = torch.cat([parameter.reshape(-1) for parameter in problem.params])
         value = torch.zeros((), device=problem.device)
         for task in past:
-            value = value + 0.5 * LAM * coefficient * ((theta - task.anchor) * task.direction).sum() ** 2
+            value = value + 0.5 * LAM * ((theta - task.anchor) * task.direction).sum() ** 2
         value.backward()
         return value
 
@@ -37,7 +33,7 @@ def rank1_paper(problem: Problem, tasks: int = 1) -> Call:
 
 def diagonal_python_loop(problem: Problem, tasks: int = 1) -> Call:
     """As in most continual-learning libraries: a Python loop over the parameters, through autograd."""
-    past = [(problem.split(task.fisher), problem.split(task.anchor)) for task in tasks_of(problem, tasks)]
+    past = [(problem.split(task.fisher), problem.split(task.anchor)) for task in problem.first_tasks(tasks)]
 
     def call() -> Tensor:
         value = torch.zeros((), device=problem.device)
@@ -59,7 +55,7 @@ def diagonal_avalanche(problem: Problem, tasks: int = 1) -> Call:
     except ModuleNotFoundError as error:
         raise Unavailable(f"not installed: {error}") from error
     plugin = EWCPlugin(ewc_lambda=LAM / 2)  # its penalty has no factor 1/2
-    for number, task in enumerate(tasks_of(problem, tasks)):
+    for number, task in enumerate(problem.first_tasks(tasks)):
         fisher, anchor = problem.named(task.fisher), problem.named(task.anchor)
         plugin.update_importances({n: ParamData(f"imp_{n}", init_tensor=f) for n, f in fisher.items()}, number)
         plugin.saved_params[number] = {n: ParamData(n, init_tensor=m) for n, m in anchor.items()}

@@ -39,7 +39,7 @@ def test_contenders_compute_the_same_penalty(name):
     value = call().detach().double()
     theta = torch.cat([parameter.detach() for parameter in problem.params]).double()
     expected, expected_gradient = 0.0, torch.zeros_like(theta)
-    for task in [problem.task] if contender.tasks == 1 else problem.tasks:
+    for task in problem.first_tasks(contender.tasks):
         distance = theta - task.anchor
         u, fisher = task.direction.double(), task.fisher.double()
         weighted = u * (u @ distance) if contender.penalty == "rank-1" else fisher * distance

@@ -64,11 +64,10 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path, remedy: str = PUT_BACK) -> Any:
     """The value in a JSON file; RecordError if it cannot be read."""
+    content = read_file(path, remedy)
     try:
-        return _parse(read_file(path, remedy))
+        return _parse(content)
     except ValueError as error:
-        if isinstance(error, RecordError):
-            raise
         raise RecordError(path, f"is damaged ({error})", remedy) from None
 
 
@@ -210,6 +209,13 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise WriteError(f"{str(path)!r} cannot be written ({error})") from error
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete the temporary files of a process that was killed while it wrote them."""
+    for path in folder.glob("*.tmp"):
+        if path.is_file():
+            path.unlink()
 
 
 def sync_folder(folder: Path) -> None:

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from crl_diffusion.cli.options import Compare, Diagnose, List, Report, Train
 from crl_diffusion.config.settings import RunConfig, check
 from crl_diffusion.config.spelling import in_order, spell
-from crl_diffusion.errors import OptionError
+from crl_diffusion.errors import OptionError, TrainingError, WriteError
 
 FILE_WIDTH = 150  # columns of a table that goes to a file or a pipe
 
@@ -42,7 +42,6 @@ def train(command: Train) -> int:
     console = Console(soft_wrap=True)
 
     # torch and diffusers take seconds to import, so the options are checked first.
-    from crl_diffusion.errors import TrainingError
     from crl_diffusion.training import loop
 
     first = is_first()
@@ -77,15 +76,16 @@ def train(command: Train) -> int:
 
 
 def compare(command: Compare) -> int:
-    from crl_diffusion import processes
-    from crl_diffusion.comparison import cells, runner
-
     for name, values in (("methods", command.methods), ("seeds", command.seeds)):
         if not values or len(set(values)) != len(values):
             raise OptionError(f"--{name} is {' '.join(map(str, values))!r}; give at least one, and none twice")
     baseline = spell(command.baseline)
     if command.jobs < 0:
         raise OptionError(f"--jobs is {command.jobs}; it must be 0 or more")
+
+    from crl_diffusion import processes
+    from crl_diffusion.comparison import cells, runner
+
     if processes.launched() > 1:
         raise OptionError("compare starts its own processes; run it without torchrun, which is for train")
     work = cells.cells(command, command.methods, command.seeds, command.out, command.lams)
@@ -94,7 +94,6 @@ def compare(command: Compare) -> int:
     console = Console(soft_wrap=True)
 
     from crl_diffusion.data import tasks
-    from crl_diffusion.errors import WriteError
     from crl_diffusion.evaluation import evaluate
     from crl_diffusion.reporting import report, runs
     from crl_diffusion.run_folder.layout import check_folder, require_measured, require_place
@@ -129,9 +128,9 @@ def compare(command: Compare) -> int:
     failed = runner.run(work, jobs, command.data_root, command.extractor, folder, console, quiet_output(console))
     if len(failed) < len(work):
         # All runs of the folder: a comparison can grow.
-        runs = [run for run in runs.find([command.out])[0] if run.path.parent == command.out]
-        order = in_order(run.method for run in runs)
-        show(console, *report.write([run.path for run in runs], command.out, baseline, order))
+        finished_runs = [run for run in runs.find([command.out])[0] if run.path.parent == command.out]
+        order = in_order(run.method for run in finished_runs)
+        show(console, *report.write([run.path for run in finished_runs], command.out, baseline, order))
     for cell in failed:
         complain(f"{cell.name} failed; its last lines:\n{runner.tail(cell)}")
     if failed:
@@ -149,12 +148,12 @@ def report(command: Report) -> int:
     if not command.folders:
         raise OptionError("no folder was given; name folders written by `train` or `compare`")
     console = Console(soft_wrap=True)
-    runs, unfinished = runs.find(command.folders)
+    finished_runs, unfinished = runs.find(command.folders)
     for run in unfinished:
         console.print(f"{run} is not finished and is left out", highlight=False)
     out = command.out or command.folders[0]
     require_place("--out", out)
-    order = in_order(run.method for run in runs)
+    order = in_order(run.method for run in finished_runs)
     show(console, *report.write(command.folders, out, spell(command.baseline), order))
     return 0
 

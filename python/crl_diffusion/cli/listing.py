@@ -12,7 +12,7 @@ import torch
 from rich import box
 from rich.table import Table
 
-from crl_diffusion.config.method import FAMILIES, METHODS, PENALTIES, REPLAYS
+from crl_diffusion.config.method import FAMILIES, METHODS, PENALTIES
 from crl_diffusion.config.networks import MODELS
 from crl_diffusion.config.presets import OURS, PAPER_METHODS, PAPER_VARIANTS, PRESETS, UNUSED
 from crl_diffusion.config.settings import DATA_PLANS, RunConfig, Settings
@@ -68,11 +68,12 @@ def _models() -> Listing:
 
 def _replays() -> Listing:
     rows = []
-    for name, method in {"fine-tune": METHODS["fine-tune"], "joint": METHODS["joint"], **REPLAYS}.items():
+    for name, method in METHODS.items():
+        if method.penalty is not None:
+            continue
         parts = [f"{replay.source} images, target {replay.target}" for replay in method.replays]
         weights = {"sum": "1 each", "tasks": "1/k real, 1 - 1/k replay"}[method.weights] if parts else "1"
-        if name:
-            rows.append([name, "; ".join(parts) or "nothing", weights, method.curriculum])
+        rows.append([name, "; ".join(parts) or "nothing", weights, method.curriculum])
     return Listing(
         "Methods: what is replayed",
         ("--method", "replays", "weights", "curriculum"),

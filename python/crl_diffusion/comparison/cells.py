@@ -15,7 +15,7 @@ from pathlib import Path
 
 from crl_diffusion.config.method import Method
 from crl_diffusion.config.settings import RunConfig, Settings
-from crl_diffusion.config.spelling import parse_method, spell
+from crl_diffusion.config.spelling import add_lam, parse_method, spell
 from crl_diffusion.errors import OptionError, RecordError
 from crl_diffusion.reporting.runs import read_finished
 from crl_diffusion.run_folder.layout import differences
@@ -75,7 +75,7 @@ def with_lams(methods: Sequence[str], lams: Sequence[float]) -> list[str]:
         if parse_method(method).penalty is None or not lams:
             spelled.append(spell(method))
         else:
-            spelled += [spell(f"{method}{',' if ':' in method else ':'}lam={lam!r}") for lam in lams]
+            spelled += [add_lam(method, lam) for lam in lams]
     return list(dict.fromkeys(spelled))
 
 

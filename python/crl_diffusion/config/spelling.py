@@ -100,14 +100,18 @@ def spell(text: str, with_lam: bool = True) -> str:
     return f"{name}:{','.join(words)}" if words else name
 
 
+def add_lam(text: str, lam: float) -> str:
+    """The canonical spelling of a method that has a penalty, with this lam."""
+    return spell(f"{text}{',' if ':' in text else ':'}lam={lam!r}")
+
+
 def in_order(texts: Iterable[str]) -> list[str]:
     """Methods in the order of the tables: first those without a penalty, then from simple to rich penalties."""
+    known = [method for method in METHODS.values() if method.penalty is None]
 
     def key(text: str) -> tuple[Any, ...]:
         method = parse_method(text)
-        bare, known = replace(method, penalty=None), [METHODS["fine-tune"], METHODS["joint"], *REPLAYS.values()]
-        replayed = known.index(bare) if bare in known else len(known)
-        p = method.penalty
+        replayed, p = known.index(replace(method, penalty=None)), method.penalty
         if p is None:
             return (False, replayed, text)
         return (True, p.fisher != "diagonal", p.bands, p.rank, replayed, p.direction, p.slopes, p.mode, p.lam, text)

@@ -21,14 +21,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from crl_diffusion.data.images import Images
 from crl_diffusion.errors import OptionError
-from crl_diffusion.files import locked, sync_folder
+from crl_diffusion.files import locked, sync_folder, write_json
 
 FORMAT = 1  # of the copies; part of the key
 PARTS = ("train", "test")
@@ -92,11 +91,7 @@ def _make(folder: Path, name: str, size: int, decode: Callable[[str], Chunks]) -
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
         counts = {part: _write(unfinished / part, decode(part)) for part in PARTS}
-        about: dict[str, Any] = {"name": name, "size": size, "images": counts}
-        with open(unfinished / "about.json", "w") as file:
-            json.dump(about, file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
+        write_json(unfinished / "about.json", {"name": name, "size": size, "images": counts})
         sync_folder(unfinished)
         os.rename(unfinished, folder)
         sync_folder(folder.parent)

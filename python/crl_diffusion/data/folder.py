@@ -115,10 +115,6 @@ def _chunks(items: Sequence[Any], n: int) -> Iterator[list[Any]]:
         yield chunk
 
 
-def largest_label(labels: Tensor) -> int:
-    return int(labels.max()) if len(labels) else -1
-
-
 def in_words(names: Sequence[str]) -> str:
     """The first twelve names and the number of the others: "a, b and c"."""
     words = list(names[:12]) + ([f"{len(names) - 12} more"] if len(names) > 12 else [])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from crl_diffusion.data.dataset import Dataset, in_memory
-from crl_diffusion.data.folder import ImageTree, in_words, is_or_are, largest_label
+from crl_diffusion.data.folder import ImageTree, in_words, is_or_are
 from crl_diffusion.errors import OptionError
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -36,7 +36,7 @@ def read_mnist(class_name: str, option: str) -> Callable[[Path, int], Dataset]:
             parts = [kind(str(root), train=train, download=False) for train in (True, False)]
             train, test = ((part.data.unsqueeze(1), part.targets.long()) for part in parts)
             for pixels, labels in (train, test):
-                if len(pixels) != len(labels) or pixels.shape[1:] != (1, 28, 28) or not 0 <= largest_label(labels) < 10:
+                if len(pixels) != len(labels) or pixels.shape[1:] != (1, 28, 28) or not 0 <= _largest(labels) < 10:
                     raise ValueError(f"{len(pixels)} images, {len(labels)} labels")
         except (AssertionError, EOFError, IndexError, OSError, RuntimeError, TypeError, ValueError) as error:
             raise OptionError(
@@ -47,6 +47,10 @@ def read_mnist(class_name: str, option: str) -> Callable[[Path, int], Dataset]:
         return in_memory(option, train, test, size)
 
     return read
+
+
+def _largest(labels: Tensor) -> int:
+    return int(labels.max()) if len(labels) else -1
 
 
 def read_cifar10(root: Path, size: int) -> Dataset:

@@ -25,8 +25,7 @@ from crl_diffusion.evaluation.extractors import Custom
 from crl_diffusion.evaluation.features import Extractor
 from crl_diffusion.evaluation.fid import Statistics, fid, kept_statistics
 from crl_diffusion.evaluation.metrics import class_kl
-from crl_diffusion.files import Row, write_tensors
-from crl_diffusion.run_folder.checkpoint import remove_unfinished
+from crl_diffusion.files import Row, remove_unfinished, write_tensors
 from crl_diffusion.run_folder.readers import CONFIG_REMEDY, read_config, samples_path
 
 KEPT_SAMPLES = 12  # images of each class and evaluation that stay in the run folder

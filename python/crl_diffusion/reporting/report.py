@@ -27,7 +27,7 @@ def write(folders: Sequence[Path], out: Path, baseline: str, order: Sequence[str
         comparable(groups)
     out.mkdir(parents=True, exist_ok=True)
     html, drawn = page.render(parts, baseline)
-    paths = [drawing.save(out) for drawing in drawn if drawing.name]
+    paths = [drawing.save(out) for drawing in drawn]
 
     sheets = [tables.markdown_sheets(groups, baseline) for groups in parts.values()]
     for name, text in (("comparison.md", "\n".join(sheets)), ("report.html", html)):

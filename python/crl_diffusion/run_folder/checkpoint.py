@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from crl_diffusion.errors import WriteError
-from crl_diffusion.files import require_file, require_folder, write_tensors
+from crl_diffusion.files import remove_unfinished, require_file, require_folder, write_tensors
 
 KEPT_WITHIN_A_STAGE = 2
 MEMORY = "memory/"  # prefix of tensors that do not change within a stage
@@ -188,10 +188,3 @@ def _prune(folder: Path, newest: Path) -> None:
     for path in sorted(within, key=_moment)[:-KEPT_WITHIN_A_STAGE]:
         path.unlink()
     remove_unfinished(folder)
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Delete the temporary files of a process that was killed while it wrote them."""
-    for path in folder.glob("*.tmp"):
-        if path.is_file():
-            path.unlink()

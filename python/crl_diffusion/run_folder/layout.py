@@ -32,8 +32,8 @@ def claim(config: RunConfig, out: Path, data_name: str, network_names: dict[str,
     if path.exists():
         require_measured(out, names)
         return
-    history = {"environment": origin.environment(), "git": origin.git_state(), "command": origin.command_line()}
-    write_json(path, {"run": config.as_json(), **names, **history})
+    origins = {"environment": origin.environment(), "git": origin.git_state(), "command": origin.command_line()}
+    write_json(path, {"run": config.as_json(), **names, **origins})
 
 
 def require_measured(out: Path, names: dict[str, str]) -> None:

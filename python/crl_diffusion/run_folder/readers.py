@@ -1,7 +1,7 @@
 """One reader for each record of a run folder. It checks encoding, JSON, names, types and finite numbers.
 
 Earlier versions wrote fewer names than this one; the new names are optional here. A record that cannot be read, lacks a
-name or has a wrong value raises a `RecordError`. Nothing here imports torch.
+name or has a wrong value raises a `RecordError`.
 """
 
 from __future__ import annotations
@@ -256,11 +256,10 @@ def read_samples(run: Path, after_task: int) -> tuple[np.ndarray, np.ndarray] | 
     path = samples_path(run, after_task)
     if not path.exists():
         return None
+    content = read_file(path, SAMPLES_REMEDY)
     try:
-        tensors = load(read_file(path, SAMPLES_REMEDY))
+        tensors = load(content)
     except (SafetensorError, ValueError, KeyError) as error:  # KeyError: a dtype that NumPy does not have
-        if isinstance(error, RecordError):
-            raise
         raise RecordError(path, f"is damaged ({' '.join(str(error).split())})", SAMPLES_REMEDY) from None
     pixels, labels = tensors.get("pixels"), tensors.get("labels")
     if (

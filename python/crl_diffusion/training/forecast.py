@@ -15,6 +15,7 @@ import torch
 
 from crl_diffusion.config.curriculum import Stage, stages
 from crl_diffusion.config.settings import RunConfig
+from crl_diffusion.diffusion.network import build, predict
 from crl_diffusion.training.run import Run
 
 FISHER_PASSES = 4
@@ -63,8 +64,6 @@ def seconds_left(
 def seconds_per_pass(config: RunConfig, shape: tuple[int, int, int], classes: int) -> float:
     """Seconds of the forward pass of one image on this machine: a third of a timed forward and backward pass. On a CPU
     with one thread, as in the processes of `compare`."""
-    from crl_diffusion.diffusion.network import build, predict
-
     device, threads = torch.device(config.device), torch.get_num_threads()
     model = build(config.model, shape, classes, config.seed).to(device)
 
