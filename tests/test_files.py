@@ -605,7 +605,7 @@ def test_fishers_that_were_changed_are_refused_by_a_history(attribute):
 
 @pytest.mark.parametrize("kind", KINDS[2:])
 def test_distributed_checkpoints_are_checked(kind, tmp_path):
-    dcp = pytest.importorskip("torch.distributed.checkpoint")
+    dcp = pytest.importorskip("torch.distributed.checkpoint", reason="torch.distributed is missing")
     from crl_kernels.integrations.distributed_checkpoint import load_history
 
     saved, model = saved_object(kind)
