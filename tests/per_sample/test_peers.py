@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.block_checks import by_loop
-from helpers.by_loop import flat
+from helpers.by_loop import flat, rows_of_single_samples
 from torch import Tensor, nn
 
 from crl_kernels.per_sample.sample_gradients import SampleGradients
@@ -104,7 +103,7 @@ def losses(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def truth(model: nn.Module, x: Tensor) -> Tensor:
-    return flat(by_loop(model, losses, (x,))).square().sum(1)
+    return flat(rows_of_single_samples(model, losses, (x,))).square().sum(1)
 
 
 def ours(model: nn.Module, x: Tensor) -> Tensor:
@@ -278,7 +277,7 @@ def test_backpack_leaves_layers_out(name, missing, quantity):
     assert any("does not have an extension" in str(warning.message) for warning in caught)
     for name_ in left_out:
         model.get_parameter(name_).requires_grad_(False)
-    expected = [rows.flatten(1).square().sum(1) for rows in by_loop(model, losses, (x,)).values()]
+    expected = [rows.flatten(1).square().sum(1) for rows in rows_of_single_samples(model, losses, (x,)).values()]
     torch.testing.assert_close(norms, expected, rtol=1e-8, atol=0)
 
 
