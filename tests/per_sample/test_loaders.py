@@ -41,7 +41,7 @@ def no_process_state():
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
-# Halves
+# Two halves, and at most so many samples
 
 
 class Prebatched(Dataset[Tensor]):
