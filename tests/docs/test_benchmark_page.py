@@ -124,7 +124,7 @@ def test_overhead_of_small_models_is_what_the_benchmark_wrote():
 
 
 def test_costs_of_methods_are_what_the_benchmark_wrote():
-    quoted = PROSE[PROSE.index("`python -m benchmarks.trainer_cost`") :]
+    quoted = PROSE[PROSE.index("`python -m benchmarks.trainer_cost ") :]
     small, large, alone = map(by_name, tables(result("trainer_cost.md")))
 
     def ratio(table: dict[str, list[str]], method: str) -> str:
