@@ -4,6 +4,8 @@ CRL_TEST_LIBRARY names a library whose operators are tested in place of the pack
 """
 
 import os
+import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,6 +18,14 @@ if library := os.environ.get("CRL_TEST_LIBRARY"):
     torch.ops.load_library(library)
 if registry.INTERPRETED:
     import helpers.triton_interpreter  # noqa: F401  (corrects its rounding)
+
+
+@pytest.fixture
+def fresh_accelerate_state() -> Iterator[None]:
+    """The state that Accelerators share in a process ends with the test."""
+    yield
+    if "accelerate" in sys.modules:
+        sys.modules["accelerate"].state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

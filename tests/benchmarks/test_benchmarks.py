@@ -62,7 +62,7 @@ def run(name: str, out: Path, *arguments: str) -> dict:
 @pytest.fixture
 def run_here(tmp_path, monkeypatch):
     """As ``run``, in this process, for commands that import diffusers and leave the allocator alone."""
-    pytest.importorskip("diffusers", reason="diffusers has the trainer's UNet")
+    pytest.importorskip("diffusers", reason="diffusers is not installed (extra trainer)")
     threads = torch.get_num_threads()
 
     def call(name: str, *arguments: str) -> dict:
@@ -78,8 +78,8 @@ def run_here(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_answers_help(name, monkeypatch, capsys):
     if name in ("evidence", "trainer_cost"):
-        pytest.importorskip("tyro", reason="tyro reads the options of crl_diffusion")
-        pytest.importorskip("diffusers", reason="diffusers has the trainer's UNet")
+        pytest.importorskip("tyro", reason="tyro is not installed (extra trainer)")
+        pytest.importorskip("diffusers", reason="diffusers is not installed (extra trainer)")
     monkeypatch.setattr(sys, "argv", [name, "--help"])
     with pytest.raises(SystemExit) as end:
         runpy.run_module(f"benchmarks.{name}", run_name="__main__", alter_sys=True)
@@ -105,7 +105,7 @@ def test_a_row_is_measured_in_a_process_of_its_own():
 
 
 def test_penalty_writes_the_chosen_rows(tmp_path):
-    pytest.importorskip("matplotlib", reason="matplotlib draws the roofline")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra bench)")
     only = ["rank-1, add_penalty_grad_", "the paper's way", "Avalanche", "torch.compile", "diagonal_shrink_"]
     # More tensors than are compiled, because compiling would take most of the time.
     (size,) = run("penalty", tmp_path, "--sizes", "5K/101", "--rounds", "2", "--only", *only)["sizes"]

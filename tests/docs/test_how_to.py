@@ -1,23 +1,15 @@
 """The Python blocks of each how-to page, and of the reference, run one after the other, as they stand there."""
 
-import sys
 import warnings
-from collections.abc import Iterator
 
 import pytest
 import torch
 from helpers.pages import DOCS, run_python_blocks
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate_state")
 PAGES = [*sorted((DOCS / "how-to").glob("*.md")), DOCS / "reference" / "per-sample.md"]
 WITHOUT_BLOCKS = {"fsdp2"}  # includes sharded_loop.py, which has a test of its own
 NEEDS = {"other-trainers": ["accelerate", "transformers"], "resume": ["safetensors"]}
-
-
-@pytest.fixture(autouse=True)
-def one_accelerator_a_test() -> Iterator[None]:
-    yield
-    if "accelerate" in sys.modules:
-        sys.modules["accelerate"].state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from helpers.page_text import ROOT
+from helpers.pages import ROOT
 
 BLOB = "https://github.com/crl-kernels/crl-kernels/blob/main/"
 TREE = "https://github.com/crl-kernels/crl-kernels/tree/main/"

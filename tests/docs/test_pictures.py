@@ -1,13 +1,12 @@
 """The pictures of the concepts' pages can be drawn again, and show what the pages say of them."""
 
 import importlib.util
-from pathlib import Path
 
 import pytest
+from helpers.pages import DOCS
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra bench)")
 
-DOCS = Path(__file__).parents[2] / "docs"
 spec = importlib.util.spec_from_file_location("pictures_of_the_docs", DOCS / "pictures.py")
 pictures = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(pictures)

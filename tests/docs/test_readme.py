@@ -5,8 +5,8 @@ import warnings
 
 import pytest
 import torch
-from helpers.page_text import ROOT, cells, page, prose, result, table_after, tables
-from helpers.pages import run_python_blocks
+from helpers.page_text import cells, page, prose, result, table_after, tables
+from helpers.pages import ROOT, run_python_blocks
 
 from crl_kernels import FusedAdamW, LowRankFisher, LowRankHistory, rank1_ewc_penalty
 

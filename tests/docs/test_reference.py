@@ -2,12 +2,12 @@
 
 import ast
 import re
-from pathlib import Path
+
+from helpers.pages import DOCS, ROOT
 
 import crl_kernels
 
-ROOT = Path(__file__).parents[2]
-PAGES = sorted((ROOT / "docs" / "reference").glob("*.md"))
+PAGES = sorted((DOCS / "reference").glob("*.md"))
 DOCUMENTED = [name for page in PAGES for name in re.findall(r"^::: (\S+)", page.read_text("utf-8"), re.MULTILINE)]
 
 

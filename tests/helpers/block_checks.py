@@ -6,18 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from crl_kernels import SampleGradients
-from helpers.by_loop import Rows, assert_grads, flat, rows_by_loop, squared
-
-
-def by_loop(model: nn.Module, losses_of: Callable[..., Tensor], batch: tuple[Tensor, ...]) -> Rows:
-    """name -> (N, *shape) float64, each row from a batch of one."""
-    return rows_by_loop(model, [losses_of(model, *(x[i : i + 1] for x in batch)).sum() for i in range(len(batch[0]))])
-
-
-def close(actual: Tensor, expected: Tensor, tolerance: float, largest_of: Tensor | None = None) -> None:
-    """Relative to the largest element; of the whole model's, if given: some gradients are zero but for rounding."""
-    scale = float((expected if largest_of is None else largest_of).abs().max()) or 1.0
-    torch.testing.assert_close(actual.double(), expected.double(), rtol=0, atol=tolerance * scale)
+from helpers.by_loop import assert_close, assert_grads, flat, rows_of_single_samples, squared
 
 
 def check(
@@ -30,7 +19,7 @@ def check(
     weighted: bool = True,
 ) -> None:
     """All statistics, with every combination of options that changes which code runs."""
-    expected = by_loop(model, losses_of, batch) if expected is None else expected
+    expected = rows_of_single_samples(model, losses_of, batch) if expected is None else expected
     rows = flat(expected)
     mean = rows.mean(0)
     generator = torch.Generator().manual_seed(1)
@@ -49,21 +38,27 @@ def check(
             with SampleGradients(model, chosen, gram=options, loss_reduction=reduction, diagonal=options) as sg:
                 losses = losses_of(model, *batch)
                 getattr(losses, reduction)().backward()
-            close(sg.sq_norms, rows.square().sum(1), tolerance)
+            assert_close(sg.sq_norms, rows.square().sum(1), tolerance, "sq_norms")
             assert_grads(model, expected, 1 if reduction == "mean" else len(losses), tolerance)
             for name, gradient in expected.items():
-                close(sg.mean[name], gradient.mean(0), tolerance, rows)
-                close(sg.per_layer[name].sq_norms, gradient.flatten(1).square().sum(1), tolerance, sg.sq_norms)
+                assert_close(sg.mean[name], gradient.mean(0), tolerance, f"mean[{name!r}]", rows)
+                squares = gradient.flatten(1).square()
+                assert_close(
+                    sg.per_layer[name].sq_norms, squares.sum(1), tolerance, f"per_layer[{name!r}]", sg.sq_norms
+                )
             if direction is None:
-                close(sg.projections, rows @ mean, tolerance)
-                close(sg.gram, rows @ rows.T, tolerance)
-                close(sg.gram.mean(0), sg.projections, tolerance)
-                close(sg.projections.mean(), mean.square().sum(), tolerance)
-                close(torch.linalg.eigvalsh(sg.gram).sum(), sg.sq_norms.sum(), tolerance)
+                assert_close(sg.projections, rows @ mean, tolerance, "projections")
+                assert_close(sg.gram, rows @ rows.T, tolerance, "gram")
+                assert_close(sg.gram.mean(0), sg.projections, tolerance, "gram.mean(0)")
+                assert_close(sg.projections.mean(), mean.square().sum(), tolerance, "projections.mean()")
+                assert_close(torch.linalg.eigvalsh(sg.gram).sum(), sg.sq_norms.sum(), tolerance, "trace of gram")
                 for name, gradient in expected.items():
-                    close(sg.diagonal[name], gradient.square().mean(0), tolerance, rows.square())
+                    assert_close(
+                        sg.diagonal[name], gradient.square().mean(0), tolerance, f"diagonal[{name!r}]", rows.square()
+                    )
             else:
-                close(sg.projections, rows @ (along.T if single is None else along[single]), tolerance)
+                expected_projections = rows @ (along.T if single is None else along[single])
+                assert_close(sg.projections, expected_projections, tolerance, "projections")
     if weighted:
         check_weighted_sums(model, batch, losses_of, tolerance, expected)
 
@@ -90,6 +85,7 @@ def check_weighted_sums(
         sums = sg.weighted_sums(losses, weights) if after else sums
         assert list(sums) == list(expected)
         for name, gradient in expected.items():
-            close(sums[name], torch.einsum("kn,n...->k...", weights, gradient), 10 * tolerance, largest)
+            weighted = torch.einsum("kn,n...->k...", weights, gradient)
+            assert_close(sums[name], weighted, 10 * tolerance, f"weighted sum of {name!r}", largest)
         for p, grad in zip(model.parameters(), grads, strict=True):
             assert (p.grad is None and grad is None) or torch.equal(p.grad, grad)

@@ -65,18 +65,26 @@ def rows_by_loop(model: nn.Module, losses: Tensor | Sequence[Tensor]) -> Rows:
     return {name: torch.stack(row).double() for name, row in rows.items()}
 
 
+def rows_of_single_samples(model: nn.Module, losses_of: Callable[..., Tensor], batch: tuple[Tensor, ...]) -> Rows:
+    """name -> (N, *shape) float64, each row from a batch of one."""
+    return rows_by_loop(model, [losses_of(model, *(x[i : i + 1] for x in batch)).sum() for i in range(len(batch[0]))])
+
+
 def flat(rows: Rows) -> Tensor:
     """(N, P)"""
     return torch.cat([row.reshape(len(row), -1) for row in rows.values()], 1)
 
 
-def assert_close(got: Tensor, want: Tensor, tolerance: float, name: str, scale: Tensor | None = None) -> None:
-    """max |got - want| <= tolerance max |scale|; ``scale`` is ``want`` unless given."""
-    assert got.shape == want.shape, f"{name} has shape {tuple(got.shape)}; expected {tuple(want.shape)}"
-    if not want.numel():
+def assert_close(
+    actual: Tensor, expected: Tensor, tolerance: float, name: str = "tensor", scale: Tensor | None = None
+) -> None:
+    """max |actual - expected| <= tolerance max |scale|; ``scale`` is ``expected`` unless given: it is the whole model's
+    where one gradient is zero but for rounding."""
+    assert actual.shape == expected.shape, f"{name} has shape {tuple(actual.shape)}; expected {tuple(expected.shape)}"
+    if not expected.numel():
         return
-    largest = float((want if scale is None else scale).abs().max())
-    error = float((got.double() - want).abs().max()) / largest if largest else float(got.abs().max())
+    largest = float((expected if scale is None else scale).abs().max()) or 1.0
+    error = float((actual.double() - expected.double()).abs().max()) / largest
     assert error <= tolerance, f"{name} is off by {error:.2g}, relative to the largest"
 
 

@@ -1,4 +1,4 @@
-"""Folders of random images, and the data sets read from them."""
+"""Data sets for tests of reading: random images, folders of them, and a loader of any set."""
 
 from __future__ import annotations
 

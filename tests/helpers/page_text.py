@@ -2,10 +2,10 @@
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent.parent
+from helpers.pages import ROOT
+
 RESULTS = ROOT / "benchmarks" / "results"
 TABLE = r"(?:^\|.*\n)+"
 

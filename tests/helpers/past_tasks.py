@@ -1,4 +1,4 @@
-"""Random past tasks of both kinds of history, and trainings whose ends are compared."""
+"""Random past tasks of both kinds of history, steps with a penalty, and trainings whose ends are compared."""
 
 from collections.abc import Callable, Iterable, Mapping
 
@@ -54,6 +54,17 @@ def task_loss(model: nn.Module, step: int) -> Tensor:
 
 def flat(model: nn.Module) -> Tensor:
     return torch.cat([p.detach().double().flatten() for p in model.parameters()])
+
+
+def penalized_step(optimizer: torch.optim.Optimizer, history, lam: float, clip: float, decoupled: bool) -> None:
+    """A step whose penalty is not clipped: in the gradient after clipping, or after the step. Gradients end as zero."""
+    nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
+    if not decoupled:
+        history.add_penalty_grad_(lam)
+    optimizer.step()
+    if decoupled:
+        history.decoupled_step_(lam, optimizer.param_groups[0]["lr"])
+    optimizer.zero_grad()
 
 
 def train(

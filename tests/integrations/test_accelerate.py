@@ -1,41 +1,23 @@
 """accelerate: a prepared optimizer takes the penalty as a plain one does, after accumulation and clipping, and a
 checkpoint of accelerate's holds the history."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
-from helpers.histories import flat_parameters, penalized_step
+from helpers.past_tasks import flat, history_of, penalized_step
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import crl_kernels as ck
 
 accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed (extra trainer)")
+pytestmark = pytest.mark.usefixtures("fresh_accelerate_state")
 
 LAM, STEPS, ACCUMULATED, CLIP = 2.0, 30, 2, 0.05
-
-
-@pytest.fixture(autouse=True)
-def one_accelerator_a_test() -> Iterator[None]:
-    yield
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def network() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 3)).double()
-
-
-def history_of(model: nn.Module) -> ck.LowRankHistory:
-    """One past task, whose anchor lies away from where the model stands."""
-    generator, history = torch.Generator().manual_seed(1), ck.LowRankHistory(model)
-    gradient, anchor = (
-        {n: torch.randn(p.shape, generator=generator, dtype=torch.float64) for n, p in model.named_parameters()}
-        for _ in range(2)
-    )
-    history.append(ck.LowRankFisher.from_mean_gradient(gradient, 0.02, anchor))
-    return history
 
 
 def batches() -> DataLoader:
@@ -49,7 +31,7 @@ def loss_of(model: nn.Module, x: Tensor) -> Tensor:
 
 def plain_loop(decoupled: bool) -> tuple[nn.Module, list[float]]:
     model = network()
-    history, losses = history_of(model), []
+    history, losses = history_of(model, "low_rank", tasks=1), []
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for i, (x,) in enumerate(batches()):
         loss = loss_of(model, x)
@@ -64,7 +46,7 @@ def prepared(decoupled: bool = False):
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=ACCUMULATED)
     model = network()
     model, optimizer, loader = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2), batches())
-    history = history_of(model)
+    history = history_of(model, "low_rank", tasks=1)
     history.attach(optimizer, LAM, decoupled=decoupled)
     accelerator.register_for_checkpointing(history)
     return accelerator, model, optimizer, loader, history
@@ -89,14 +71,14 @@ def test_30_steps_equal_a_plain_loop_whose_penalty_is_not_clipped(decoupled):
     accelerator, model, optimizer, loader, history = prepared(decoupled)
     losses = train(accelerator, model, optimizer, loader)
     plain, expected = plain_loop(decoupled)
-    torch.testing.assert_close(flat_parameters(model), flat_parameters(plain), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(flat(model), flat(plain), rtol=1e-9, atol=1e-12)
     assert losses == pytest.approx(expected, rel=1e-9)
-    assert float((flat_parameters(model) - flat_parameters(network())).norm()) > 0.1
+    assert float((flat(model) - flat(network())).norm()) > 0.1
 
     history.detach()
-    before = flat_parameters(model)
+    before = flat(model)
     optimizer.optimizer.step()
-    torch.testing.assert_close(flat_parameters(model), before)  # no gradient, and no hook
+    torch.testing.assert_close(flat(model), before)  # no gradient, and no hook
 
 
 def test_a_checkpoint_of_accelerates_resumes_the_history_too(tmp_path):
@@ -104,7 +86,7 @@ def test_a_checkpoint_of_accelerates_resumes_the_history_too(tmp_path):
     first = accelerate.skip_first_batches(loader, len(loader) // 2)
     accelerator.save_state(str(tmp_path / "state"))
     train(accelerator, model, optimizer, first)
-    end = flat_parameters(model)
+    end = flat(model)
 
     history.append(
         ck.LowRankFisher.from_mean_gradient(dict(model.named_parameters()), 1.0, dict(model.named_parameters()))
@@ -112,4 +94,4 @@ def test_a_checkpoint_of_accelerates_resumes_the_history_too(tmp_path):
     accelerator.load_state(str(tmp_path / "state"))
     assert len(history) == 1
     train(accelerator, model, optimizer, accelerate.skip_first_batches(loader, len(loader) // 2))
-    assert torch.equal(flat_parameters(model), end)
+    assert torch.equal(flat(model), end)

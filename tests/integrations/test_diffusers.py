@@ -3,7 +3,7 @@ whole network, and LoRA adapters through peft, where the penalty is on the adapt
 
 import pytest
 import torch
-from helpers.histories import flat_parameters
+from helpers.past_tasks import flat
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -110,12 +110,12 @@ def test_30_steps_equal_the_penalty_written_out(lora):
     losses, history = fine_tune(model, LAM, by_hand=False)
     expected, beside = fine_tune(plain, LAM, by_hand=True)
     assert losses == pytest.approx(expected, rel=1e-4)
-    end = flat_parameters(model)
-    torch.testing.assert_close(end, flat_parameters(plain), rtol=1e-4, atol=1e-5)
+    end = flat(model)
+    torch.testing.assert_close(end, flat(plain), rtol=1e-4, atol=1e-5)
     assert history.penalty(LAM).item() == pytest.approx(beside.penalty(LAM).item(), rel=1e-2)
     assert all(("lora" in name) == lora for name in history.names)
     fine_tune(free, 0.0, by_hand=False)
-    assert float((flat_parameters(free) - end).norm()) > 10 * float((flat_parameters(plain) - end).norm())
+    assert float((flat(free) - end).norm()) > 10 * float((flat(plain) - end).norm())
 
 
 def test_adapters_go_to_a_file_and_back(tmp_path):

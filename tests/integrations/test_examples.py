@@ -5,7 +5,6 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,15 +13,10 @@ import torch
 accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed (extra trainer)")
 pytest.importorskip("diffusers", reason="diffusers is not installed (extra trainer)")
 pytest.importorskip("sklearn", reason="scikit-learn is not installed (extra trainer)")
+pytestmark = pytest.mark.usefixtures("fresh_accelerate_state")
 
 EXAMPLES = Path(__file__).parent.parent.parent / "python" / "examples"
 SMALL = ["--tasks", "2", "--steps", "12", "--batch", "16", "--pool", "4"]
-
-
-@pytest.fixture(autouse=True)
-def one_accelerator_a_test() -> Iterator[None]:
-    yield
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def example(name: str):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.histories import penalized_step
+from helpers.past_tasks import flat, penalized_step
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -89,10 +89,6 @@ def trainer_of(
         disable_tqdm=True,
     )
     return kind(model, arguments, train_dataset=Stream(), callbacks=list(callbacks))
-
-
-def flat(model: nn.Module) -> Tensor:
-    return torch.cat([p.detach().double().flatten() for p in model.parameters()])
 
 
 def plain_loop(model: nn.Module, history, optimizer: torch.optim.Optimizer, decoupled: bool = False) -> list[float]:

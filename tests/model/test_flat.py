@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from helpers.histories import fisher_of, flat_parameters, flatten, random_named, small_network, value_and_gradient
+from helpers.histories import fisher_of, flatten, small_network, value_and_gradient
+from helpers.past_tasks import flat, random_like, trainable
 from torch import Tensor, nn
 
 import crl_kernels as ck
@@ -14,8 +15,8 @@ def histories(model: nn.Module) -> list[ck.LowRankHistory | ck.DiagonalHistory]:
     low_rank, diagonal = ck.LowRankHistory(model), ck.DiagonalHistory(model)
     for seed in range(2):
         low_rank.append(fisher_of(model, seed))
-        squares = {n: g**2 for n, g in random_named(model, seed).items()}
-        diagonal.append(ck.DiagonalFisher(squares, random_named(model, 50 + seed)))
+        squares = {n: g**2 for n, g in random_like(trainable(model), seed).items()}
+        diagonal.append(ck.DiagonalFisher(squares, random_like(trainable(model), 50 + seed)))
     return [low_rank, diagonal]
 
 
@@ -31,16 +32,16 @@ def steps(model: nn.Module, zero_to_none: bool) -> Tensor:
         optimizer.step()
         for history in (low_rank, diagonal):
             history.decoupled_step_(0.1, 0.1)
-    return torch.cat([flat_parameters(model), torch.stack(values), low_rank.drift()])
+    return torch.cat([flat(model), torch.stack(values), low_rank.drift()])
 
 
 @pytest.mark.parametrize("zero_to_none", [False, True])
 def test_one_buffer_gives_the_same_numbers_bit_for_bit(zero_to_none):
     plain, flattened = small_network(), small_network()
     theta, gradient = ck.flatten_parameters(flattened)
-    assert torch.equal(flat_parameters(flattened), theta)
+    assert torch.equal(flat(flattened), theta)
     assert torch.equal(steps(plain, zero_to_none), steps(flattened, zero_to_none))
-    assert torch.equal(flat_parameters(flattened), theta)  # still views
+    assert torch.equal(flat(flattened), theta)  # still views
     assert torch.equal(flatten(p.grad for p in flattened.parameters()), gradient) == (not zero_to_none)
 
 
@@ -60,7 +61,7 @@ def test_state_dicts_and_optimizers_work_on_one_buffer():
     theta, gradient = ck.flatten_parameters(model)
     assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in model.parameters()]
     model.load_state_dict(second.state_dict())
-    assert torch.equal(theta, flat_parameters(second))
+    assert torch.equal(theta, flat(second))
     assert list(model.state_dict()) == list(second.state_dict())
     for net in (model, second):
         net(torch.ones(2, 6, dtype=torch.float64)).sum().backward()

@@ -47,7 +47,7 @@ def test_state_can_move_to_torchs_adamw_and_back(decoupled, storage):
 
 
 def run_with(write, decoupled: bool, verify_every: int = 0, resync: bool = False) -> list[Tensor]:
-    """60 steps of the reference and of FusedAdamW, with ``write(model, history, optimizer)`` before step 20 and 40."""
+    """60 steps of the reference and of FusedAdamW, with ``write(model, history)`` before steps 20 and 40."""
     ends = []
     for optimizer_type in BOTH:
         model = Network()
@@ -108,9 +108,8 @@ def test_resync_adopts_writes_through_data(decoupled):
     write_through_data(model, None)
     before = carried_sums(optimizer)
     optimizer.step()
-    assert (
-        relative_distance(carried_sums(optimizer), before) > 0.01
-    )  # a pass sums the present theta, so only one step is wrong
+    # A pass sums the present theta, so only one step is wrong.
+    assert relative_distance(carried_sums(optimizer), before) > 0.01
 
 
 @MODES

@@ -198,14 +198,14 @@ def test_a_tiny_mean_gradient_does_not_underflow():
     torch.testing.assert_close(fisher.curvatures, torch.tensor([8.0], dtype=torch.float64))
 
 
-HISTORIES = pytest.mark.parametrize(
+BOTH_KINDS = pytest.mark.parametrize(
     ("make", "penalty"),
     [(low_rank_history, ck.rank1_ewc_penalty), (diagonal_history, ck.diagonal_ewc_penalty)],
     ids=["low_rank", "diagonal"],
 )
 
 
-@HISTORIES
+@BOTH_KINDS
 def test_an_empty_history_costs_nothing(make, penalty):
     model = Net()
     history = make(model, tasks=0)
@@ -216,7 +216,7 @@ def test_an_empty_history_costs_nothing(make, penalty):
     assert all(p.grad is None for p in model.parameters())
 
 
-@HISTORIES
+@BOTH_KINDS
 def test_the_order_of_parameters_and_wrappers_do_not_change_the_penalty(make, penalty, tmp_path, process_group):
     """Reversed registration, wrappers and parameter groups: names decide, never positions."""
     model = Net()
@@ -268,7 +268,7 @@ def reordered_fisher(fisher, names):
     return ck.DiagonalFisher({name: diagonal[name] for name in names}, {name: anchor[name] for name in names})
 
 
-@HISTORIES
+@BOTH_KINDS
 def test_parameter_groups_do_not_change_the_gradient(make, penalty):
     """Decay and no-decay groups reorder parameters in the optimizer; the history does not look there."""
     results = []
@@ -294,7 +294,7 @@ def test_parameter_groups_do_not_change_the_gradient(make, penalty):
     torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-7)
 
 
-@HISTORIES
+@BOTH_KINDS
 def test_save_and_load_are_bitwise(make, penalty, tmp_path):
     model = Net()
     history = make(model)
@@ -365,7 +365,7 @@ def test_include_and_exclude(tmp_path):
 
 @pytest.mark.parametrize("lr", [1e-4, 0.1, 10.0])
 @pytest.mark.parametrize("lam", [0.0, 1e-3, 1.0, 1e6])
-@HISTORIES
+@BOTH_KINDS
 def test_decoupled_step_is_the_proximal_point(make, penalty, lam, lr):
     """theta' minimises |theta' - theta|^2 / (2 lr) + penalty: its gradient there is zero."""
     model = Net(dtype=torch.float64)
@@ -451,7 +451,7 @@ def test_state_bytes():
     assert diagonal_history(model, tasks=2).nbytes == 8 * numel + 8
 
 
-@HISTORIES
+@BOTH_KINDS
 def test_a_parameter_that_is_replaced_resized_or_moved_is_noticed(make, penalty):
     model = Net()
     history = make(model)

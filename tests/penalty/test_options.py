@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from helpers.histories import fisher_of, flatten, random_named, small_network, value_and_gradient
-from helpers.past_tasks import HISTORIES, KINDS
+from helpers.histories import fisher_of, flatten, small_network, value_and_gradient
+from helpers.past_tasks import HISTORIES, KINDS, random_like, trainable
 from torch import Tensor, nn
 
 import crl_kernels as ck
@@ -54,8 +54,8 @@ def test_slopes_are_left_out_unless_asked_for():
 
 def test_mean_gradients_and_estimates_have_slopes(tmp_path):
     model = small_network()
-    mu = random_named(model, 3)
-    fisher = ck.LowRankFisher.from_mean_gradient(mu, 2.0, random_named(model, 4), storage_dtype=torch.bfloat16)
+    mu, anchor = (random_like(trainable(model), seed) for seed in (3, 4))
+    fisher = ck.LowRankFisher.from_mean_gradient(mu, 2.0, anchor, storage_dtype=torch.bfloat16)
     stored = flatten(fisher.layout.split(fisher.directions[0].double()).values())
     torch.testing.assert_close(fisher.slopes[0], flatten(mu.values()) @ stored, rtol=1e-12, atol=0)
     fisher.save(tmp_path / "fisher.safetensors")
@@ -81,9 +81,9 @@ def test_slopes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"slopes is \[nan\]; expected finite values"):
         fisher_of(model, 1, slopes=torch.tensor([float("nan")]))
     flat_fisher = ck.LowRankFisher(
-        {n: x[None] for n, x in random_named(model, 1).items()},
+        {n: x[None] for n, x in random_like(trainable(model), 1).items()},
         torch.zeros(1),
-        random_named(model, 2),
+        random_like(trainable(model), 2),
         slopes=torch.ones(1),
     )
     with pytest.raises(ValueError, match="a slope along a direction of curvature 0"):
@@ -98,8 +98,8 @@ def test_decay_weighs_each_task_by_its_age(kind, tmp_path):
     for seed in range(4):
         fisher = fisher_of(model, seed)
         if kind == "diagonal":
-            diagonal = {n: g**2 for n, g in random_named(model, seed).items()}
-            fisher = ck.DiagonalFisher(diagonal, random_named(model, 50 + seed))
+            diagonal = {n: g**2 for n, g in random_like(trainable(model), seed).items()}
+            fisher = ck.DiagonalFisher(diagonal, random_like(trainable(model), 50 + seed))
         history.append(fisher)
         single_tasks.append(HISTORIES[kind](model))
         single_tasks[-1].append(fisher)
@@ -161,16 +161,16 @@ def test_merged_terms_are_the_best_low_rank_approximation(storage_dtype):
 def test_terms_that_span_less_than_the_limit_merge_without_loss():
     """Tasks along one direction: one term holds all of them, up to a constant."""
     model = small_network()
-    u = {n: x[None] / 7 for n, x in random_named(model, 1).items()}
+    u = {n: x[None] / 7 for n, x in random_like(trainable(model), 1).items()}
     free, limited = ck.LowRankHistory(model), ck.LowRankHistory(model, max_terms=1)
     for seed in range(3):
         for history in (free, limited):
-            history.append(ck.LowRankFisher(u, torch.tensor([1.0 + seed]), random_named(model, 60 + seed)))
+            history.append(ck.LowRankFisher(u, torch.tensor([1.0 + seed]), random_like(trainable(model), 60 + seed)))
     assert (len(free), len(limited)) == (3, 1)
     constants = []
     for seed in range(3):
         with torch.no_grad():
-            for p, new in zip(model.parameters(), random_named(model, 70 + seed).values(), strict=True):
+            for p, new in zip(model.parameters(), random_like(trainable(model), 70 + seed).values(), strict=True):
                 p.copy_(new)
         (value, gradient), (merged, merged_gradient) = (value_and_gradient(h, model) for h in (free, limited))
         torch.testing.assert_close(merged_gradient, gradient, rtol=1e-9, atol=1e-12)

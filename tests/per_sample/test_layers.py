@@ -5,8 +5,8 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.block_checks import by_loop, check, close
-from helpers.by_loop import HiddenScale, Parts, squared
+from helpers.block_checks import check
+from helpers.by_loop import HiddenScale, Parts, assert_close, rows_of_single_samples, squared
 from helpers.layer_cases import CASES, N, prepared, tokens, without_rules
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -25,7 +25,7 @@ def test_equals_one_backward_pass_per_sample(case):
 @pytest.mark.parametrize("case", CASES)
 def test_float32(case):
     model, batch = prepared(case, torch.float64)
-    expected = by_loop(model, squared, batch)
+    expected = rows_of_single_samples(model, squared, batch)
     as_float32 = tuple(x.float() if x.is_floating_point() else x for x in batch)
     check(model.float(), as_float32, tolerance=1e-5, expected=expected)
 
@@ -47,14 +47,14 @@ def test_a_use_without_a_rule_warns_once():
 @pytest.mark.filterwarnings("ignore:there is no rule")
 def test_weighted_sums_of_other_losses_than_those_of_the_statistics():
     model, (x,) = without_rules()
-    expected = by_loop(model, lambda m, x: squared(m[1], x), (x,))
+    expected = rows_of_single_samples(model, lambda m, x: squared(m[1], x), (x,))
     with SampleGradients(model) as sg:
         first, second = squared(model[1], x), squared(model[0], x)
         (first + second).sum().backward(retain_graph=True)
     ones = torch.ones(1, N)
     assert not bool(sg.weighted_sums(second, ones)["1.gate"].any())
     with torch.no_grad():  # the pass needs no graph of its own
-        close(sg.weighted_sums(first, ones)["1.gate"][0], expected["1.gate"].sum(0), 1e-10)
+        assert_close(sg.weighted_sums(first, ones)["1.gate"][0], expected["1.gate"].sum(0), 1e-10)
 
 
 def test_a_module_that_is_given_its_parameter():
@@ -104,7 +104,7 @@ def test_functions_without_a_rule_in_a_reentrant_checkpoint():
     again = Parts(lambda m, x: checkpoint(m.inner, m.lin(x), use_reentrant=True), lin=nn.Linear(6, 6), inner=model)
     again, x = again.double(), tokens()[0].double()
     plain = Parts(lambda m, x: m.inner(m.lin(x)), lin=again.lin, inner=model)
-    check(again, (x,), expected=by_loop(plain, squared, (x,)))
+    check(again, (x,), expected=rows_of_single_samples(plain, squared, (x,)))
 
 
 @pytest.mark.filterwarnings("ignore:there is no rule")

@@ -13,7 +13,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.by_loop import (
-    HiddenScale,
     Parts,
     Rows,
     assert_close,
@@ -788,6 +787,21 @@ def in_place(m: Parts, x: Tensor) -> Tensor:
 # What runs a model's functions: checkpoints, scripts, dropout
 
 
+class Gate(torch.autograd.Function):
+    """x * sigmoid(w), w of (D,)"""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return x * w.sigmoid()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        s = w.sigmoid()
+        return grad * s, (grad * x * s * (1 - s)).reshape(-1, len(w)).sum(0)
+
+
 class OwnLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, w: Tensor) -> Tensor:
@@ -834,7 +848,7 @@ RUN: Table = {
         nn.Sequential(nn.Linear(D, 4), torch.jit.script(nn.Sequential(nn.ReLU())), nn.Linear(4, 2)), vectors()),
     "scripted layers": lambda: given(
         nn.Sequential(nn.Linear(D, 4), torch.jit.script(nn.Sequential(nn.Linear(4, 3), nn.Tanh()))), vectors()),
-    "an autograd.Function": lambda: case(lambda m, x: HiddenScale.apply(m.i(x), m.w), tokens(), i=nn.Linear(D, D),
+    "an autograd.Function": lambda: case(lambda m, x: Gate.apply(m.i(x), m.w), tokens(), i=nn.Linear(D, D),
         w=normal(D)),
     "an autograd.Function of a weight": lambda: case(lambda m, x: OwnLinear.apply(x, m.w).tanh(), tokens(),
         w=normal(N, D)),

@@ -32,16 +32,11 @@ from crl_kernels.diagnostics.diagnose import diagnose
 from crl_kernels.per_sample.batches import batch_size
 from crl_kernels.per_sample.loaders import halves, limited
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate_state")
 X = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(autouse=True)
-def no_process_state():
-    yield
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-
-
-# Halves
+# Two halves, and at most so many samples
 
 
 class Prebatched(Dataset[Tensor]):

@@ -1,28 +1,23 @@
 """Opacus and BackPACK beside our per-sample gradients, in float64: equal where they are right, and where they are not,
 what they do instead, each fact pinned by a test that fails once a peer has repaired it.
 
-Every case is held to a loop of single-sample backward passes; the peers' own material is in test_peer_material.py. The
-peers: ``pip install crl-kernels[peers]``.
+Every case is held to a loop of single-sample backward passes; the peers' own material is in test_peer_material.py,
+other peers' Fishers are in test_peer_fishers.py. The peers: ``pip install crl-kernels[peers]``.
 """
 
 import copy
 import warnings
-from typing import Any
 
 import pytest
 import torch
-from helpers.block_checks import by_loop
-from helpers.by_loop import flat
+from helpers.by_loop import flat, rows_of_single_samples
+from helpers.peers import peer
 from torch import Tensor, nn
 
 from crl_kernels.per_sample.sample_gradients import SampleGradients
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the peers' own, about hooks and layers that they do not know
 SAMPLES = 3
-
-
-def peer(name: str) -> Any:
-    return pytest.importorskip(name, reason=f"{name} is not installed (extra peers)")
 
 
 class TiedWeights(nn.Module):
@@ -104,7 +99,7 @@ def losses(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def truth(model: nn.Module, x: Tensor) -> Tensor:
-    return flat(by_loop(model, losses, (x,))).square().sum(1)
+    return flat(rows_of_single_samples(model, losses, (x,))).square().sum(1)
 
 
 def ours(model: nn.Module, x: Tensor) -> Tensor:
@@ -278,7 +273,7 @@ def test_backpack_leaves_layers_out(name, missing, quantity):
     assert any("does not have an extension" in str(warning.message) for warning in caught)
     for name_ in left_out:
         model.get_parameter(name_).requires_grad_(False)
-    expected = [rows.flatten(1).square().sum(1) for rows in by_loop(model, losses, (x,)).values()]
+    expected = [rows.flatten(1).square().sum(1) for rows in rows_of_single_samples(model, losses, (x,)).values()]
     torch.testing.assert_close(norms, expected, rtol=1e-8, atol=0)
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.block_checks import by_loop, check, close
-from helpers.by_loop import Parts, Rows, flat, squared
+from helpers.block_checks import check
+from helpers.by_loop import Parts, Rows, assert_close, flat, rows_of_single_samples, squared
 from helpers.layer_cases import N, images, prepared, tokens, without_rules
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -32,7 +32,7 @@ def block() -> tuple[nn.Module, tuple[Tensor, ...]]:
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing(reentrant):
     model, batch = block()
-    expected = by_loop(model, squared, batch)
+    expected = rows_of_single_samples(model, squared, batch)
     middle = model.middle
     model.function = lambda m, x: m.out(checkpoint(middle, m.first(x), use_reentrant=reentrant))
     check(model, batch, expected=expected)
@@ -41,7 +41,7 @@ def test_activation_checkpointing(reentrant):
 def test_checkpointed_shared_weights():
     model, batch = block()
     model.function = lambda m, x: m.out(m.middle(m.middle(m.first(x))))
-    expected = by_loop(model, squared, batch)
+    expected = rows_of_single_samples(model, squared, batch)
     model.function = lambda m, x: m.out(
         checkpoint(m.middle, checkpoint(m.middle, m.first(x), use_reentrant=False), use_reentrant=False)
     )
@@ -62,7 +62,7 @@ def test_one_sample():
 def with_rows(case: str) -> tuple[nn.Module, tuple[Tensor, ...], Rows]:
     """A model in float64, its batch, and the gradient of each sample."""
     model, batch = prepared(case, torch.float64)
-    return model, batch, by_loop(model, squared, batch)
+    return model, batch, rows_of_single_samples(model, squared, batch)
 
 
 @pytest.mark.parametrize("case", ["conv2d", "transformer layer", "group norm", "embedding, class", "rms norm"])
@@ -103,7 +103,7 @@ def test_autocast(case):
     with torch.autocast("cpu", torch.bfloat16):  # which does not round the sums
         sums = sg.weighted_sums(losses, weights)
     for name, mean in sg.mean.items():
-        close(sums[name][0], N * mean, 1e-5, N * mean)
+        assert_close(sums[name][0], N * mean, 1e-5, name)
     torch.testing.assert_close(losses, plain, rtol=2e-2, atol=2e-2)
     torch.testing.assert_close(sg.sq_norms, rows.square().sum(1), rtol=0.15, atol=0)
     for p, grad in zip(model.parameters(), grads, strict=True):
@@ -131,7 +131,7 @@ def test_backward_passes_after_the_block_are_ordinary(case):
     gradients = torch.autograd.grad((weights * losses).sum(), list(model.parameters()), allow_unused=True)
     for gradient, rows in zip(gradients, expected.values(), strict=True):
         if gradient is not None:
-            close(gradient, torch.einsum("n,n...->...", weights, rows), 1e-10, rows)
+            assert_close(gradient, torch.einsum("n,n...->...", weights, rows), 1e-10, scale=rows)
     assert torch.equal(sg.sq_norms, before)
 
 
@@ -156,7 +156,7 @@ def test_weighted_sums_hold_few_per_sample_gradients_at_a_time(case, tile, monke
         sums = sg.weighted_sums(squared(model, *batch), weights)
     assert bool(held) == case.startswith("conv")
     for name, gradient in expected.items():
-        close(sums[name], torch.einsum("kn,n...->k...", weights, gradient), 1e-10, gradient)
+        assert_close(sums[name], torch.einsum("kn,n...->k...", weights, gradient), 1e-10, name, gradient)
 
 
 @pytest.mark.parametrize("case", ["linear", "linear, tokens", "attention", "embedding"])
@@ -167,7 +167,7 @@ def test_weighted_sums_of_single_samples_and_of_none(case):
     with SampleGradients(model) as sg:
         sums = sg.weighted_sums(squared(model, *batch), torch.eye(N + 1)[:, :N])
     for name, gradient in expected.items():
-        close(sums[name][:N], gradient, 1e-10, largest)
+        assert_close(sums[name][:N], gradient, 1e-10, name, largest)
         assert not bool(sums[name][N].any())
 
 
@@ -300,7 +300,7 @@ def test_a_compiled_model_runs_eagerly():
         squared(compiled, *batch).sum().backward()
     assert set(sg.mean) == set(expected)
     rows = flat(expected)
-    close(sg.sq_norms, rows.square().sum(1), 1e-10)
+    assert_close(sg.sq_norms, rows.square().sum(1), 1e-10)
 
 
 def test_bitwise_run_to_run_and_for_any_number_of_threads():
@@ -331,9 +331,9 @@ def test_include_and_exclude():
         squared(model, *batch).sum().backward()
     assert set(sg.mean) == {"2.weight", "2.bias"}
     rows = torch.cat([expected[name].flatten(1) for name in sg.mean], 1)
-    close(sg.sq_norms, rows.square().sum(1), 1e-10)
+    assert_close(sg.sq_norms, rows.square().sum(1), 1e-10)
     for name, p in model.named_parameters():
-        close(p.grad, expected[name].sum(0), 1e-10)
+        assert_close(p.grad, expected[name].sum(0), 1e-10)
 
 
 @pytest.mark.parametrize(

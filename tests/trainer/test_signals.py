@@ -37,7 +37,7 @@ from helpers.trainer_runs import (
 pytestmark = [
     few_samples,
     pytest.mark.usefixtures("no_pictures"),
-    pytest.mark.skipif(os.name != "posix", reason="signals of POSIX"),
+    pytest.mark.skipif(os.name != "posix", reason="SIGHUP and a SIGTERM to handle are missing: they need POSIX"),
 ]
 
 

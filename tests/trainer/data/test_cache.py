@@ -139,7 +139,7 @@ def test_an_interrupted_copy_is_started_again(tmp_path: Path, monkeypatch: pytes
 def test_two_readers_that_need_a_copy_at_once_write_it_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("fcntl", reason="the lock is POSIX's")
+    pytest.importorskip("fcntl", reason="fcntl is missing: file locks need POSIX")
     write_tree(tmp_path, ("a", "b"))
     both_found_none, locked = threading.Barrier(2, timeout=60), files.locked
 

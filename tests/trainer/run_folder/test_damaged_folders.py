@@ -14,10 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from crl_diffusion import cli
-from crl_diffusion.errors import RecordError
-from crl_diffusion.evaluation import summaries
 from crl_diffusion.run_folder import checkpoint
-from crl_diffusion.run_folder.readers import read_metrics, read_timings
 from helpers.trainer_runs import (
     SHORT,
     TrainCommand,
@@ -583,19 +580,3 @@ def test_a_process_prints_the_same_message(finished: Path, extractor_folder: Pat
     done = crl_diffusion(*train_words(tmp_path / "run", extractor_folder))
     assert done.returncode == 2, done.stderr
     require_one_line(done.stderr, str(tmp_path / "run" / "metrics.jsonl"), "put it back from a copy, or delete")
-
-
-# Readers
-
-
-def test_readers_accept_records_of_this_and_of_earlier_versions(finished: Path, tmp_path: Path) -> None:
-    assert [row["kind"] for row in read_metrics(finished)].count("evaluation") == 3
-    assert len(read_metrics(finished, 4)) == 4
-    assert read_timings(tmp_path) == read_metrics(tmp_path) == []
-    few = {"kind": "evaluation", "after_task": 2, "task": 1, "fid": 1, "extractor": "e", "sampler": "s"}
-    few |= {"samples": 4, "sampler_steps": 2}
-    (tmp_path / "metrics.jsonl").write_text(json.dumps(few) + "\n" + json.dumps({**few, "task": 2}) + "\n")
-    assert summaries.fid_matrix(read_metrics(tmp_path)) == [[], [1, 1]]  # joint training: evaluated at the end
-    (tmp_path / "metrics.jsonl").write_text(json.dumps({**few, "task": 2}) + "\n")
-    with pytest.raises(RecordError, match=r"metrics.jsonl' lacks rows before row 1 \(the evaluation of task 2 after"):
-        read_metrics(tmp_path)

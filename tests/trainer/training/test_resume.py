@@ -141,7 +141,7 @@ def test_times_are_logged_outside_of_metrics(finished: Path) -> None:
 
 
 def test_two_processes_do_not_write_to_one_folder(short: Short, tmp_path: Path, extractor_folder: Path) -> None:
-    pytest.importorskip("fcntl", reason="file locks are a POSIX thing")
+    pytest.importorskip("fcntl", reason="fcntl is missing: file locks need POSIX")
     out = tmp_path / "run"
     out.mkdir()
     with writing(out), pytest.raises(OptionError, match="is being written by another process"):

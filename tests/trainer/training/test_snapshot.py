@@ -54,7 +54,7 @@ FORGERIES: dict[str, tuple[str, Callable[[Checkpoint], Checkpoint], str]] = {
 @few_samples
 @pytest.mark.parametrize("forgery", FORGERIES)
 def test_a_checkpoint_that_does_not_fit_the_run_is_skipped(
-    forgery: str, finished: Path, extractor_folder: Path, tmp_path: Path, short: Short, make_run: MakeRun
+    forgery: str, finished: Path, tmp_path: Path, short: Short, make_run: MakeRun
 ) -> None:
     name, change, complaint = FORGERIES[forgery]
     folder = tmp_path / "checkpoints"
