@@ -63,7 +63,7 @@ class SampleGradient(Protocol):
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
     """16-bit numbers are summed as float32."""
-    return tensor.to(reference.mean_dtype(tensor.dtype))
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def _in_tiles(weights: Tensor, numbers: int, matrix_of: Callable[[slice], Tensor]) -> Tensor:

@@ -153,3 +153,4 @@ def with_progress(batches: Iterable[Any], stage: str, enabled: bool) -> Iterator
     finally:
         printed = time.monotonic()
         print_line()
+        print(file=sys.stderr)
