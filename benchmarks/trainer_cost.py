@@ -24,11 +24,12 @@ from crl_diffusion.data.images import Images
 from crl_diffusion.data.tasks import load
 from crl_diffusion.diffusion.network import frozen_copy
 from crl_diffusion.diffusion.precision import Precision
+from crl_diffusion.methods.optimizers import new_optimizer
 from crl_diffusion.methods.penalties import PenaltyState
 from crl_diffusion.training.fisher_batches import fisher_batches, per_sample_loss
 from crl_diffusion.training.plan import resolve
 from crl_diffusion.training.run import Run
-from crl_diffusion.training.step import new_optimizer, training_step
+from crl_diffusion.training.step import training_step
 from torch import Tensor
 
 import crl_kernels
@@ -156,7 +157,7 @@ def rank1_on(model_name: str, batch: int, rounds: int) -> dict[str, Any]:
                 scale = sum(p.numel() for p in parameters.values()) ** -0.5
                 u = {n: scale * torch.randn(1, *p.shape) for n, p in parameters.items()}
                 state.history.append(LowRankFisher(u, torch.full((1,), 0.1, dtype=torch.float64), parameters))  # type: ignore[arg-type]
-            call = state.after_backward if mode == "gradient" else lambda s=state: s.after_step(2e-4)
+            call = state.after_backward if mode == "gradient" else lambda s=state: s.after_step(2e-4, optimizer)
             calls[f"rank1, {mode}, {tasks} past task{'s' * (tasks > 1)}"] = call
     seconds = interleaved(calls, rounds, time.process_time)
     plain = statistics.median(seconds["plain step"])

@@ -13,7 +13,7 @@ from rich import box
 from rich.table import Table
 
 from crl_diffusion.config.method import FAMILIES, METHODS, PENALTIES
-from crl_diffusion.config.networks import MODELS
+from crl_diffusion.config.networks import MODELS, MLPSize
 from crl_diffusion.config.presets import OURS, PAPER_METHODS, PAPER_VARIANTS, PRESETS, UNUSED
 from crl_diffusion.config.settings import DATA_PLANS, RunConfig, Settings
 from crl_diffusion.config.spelling import penalty_names
@@ -53,7 +53,11 @@ def _models() -> Listing:
     rows = []
     for name, preset in MODELS.items():
         with torch.device("meta"):
-            count = sum(p.numel() for p in build(name, (3, 32, 32), 10, 0).parameters())
+            shape = (1, 8, 8) if isinstance(preset, MLPSize) else (3, 32, 32)
+            count = sum(p.numel() for p in build(name, shape, 10, 0).parameters())
+        if isinstance(preset, MLPSize):
+            rows.append([name, str(preset.width), f"{preset.blocks} residual blocks", "-", f"{count:,}"])
+            continue
         channels = ", ".join(map(str, preset.channels))
         levels = ["middle", *(f"{32 >> level} pixels" for level in preset.attention or ())]
         attention = "none" if preset.attention is None else ", ".join(levels)
@@ -62,7 +66,8 @@ def _models() -> Listing:
         "Models",
         ("--model", "channels", "layers", "attention", "parameters"),
         rows,
-        "diffusers' UNet2DModel, label-conditioned. Parameters: images of 3 x 32 x 32, 10 classes.",
+        "Label-conditioned. mlp: a residual MLP on the pixels, with its width; the others: diffusers' UNet2DModel. "
+        "Parameters: 10 classes; images of 1 x 8 x 8 for mlp, of 3 x 32 x 32 for the others.",
     )
 
 
@@ -100,6 +105,11 @@ def _options() -> Listing:
     rows = [
         ["decoupled", "a proximal step of the penalty after each optimizer step, with the same learning rate"],
         ["gradient", "the gradient of the penalty is added to that of the loss before clipping, as in the paper"],
+        [
+            "preconditioned",
+            "control, not a method to use: a step along the gradient of the penalty after each step of Adam, divided by "
+            "Adam's denominator; it does not enter Adam's moments",
+        ],
         ["once", "control, not a method to use: one proximal step at the end of each task, no penalty afterwards"],
         [
             "alone",

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-Mode = Literal["decoupled", "gradient", "once", "alone"]
+Mode = Literal["decoupled", "gradient", "preconditioned", "once", "alone"]
 Direction = Literal["mean", "top", "random"]
 
 

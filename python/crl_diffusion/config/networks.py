@@ -9,6 +9,14 @@ from crl_diffusion.errors import OptionError
 
 
 @dataclass(frozen=True)
+class MLPSize:
+    """Sizes of one residual multilayer perceptron (MLP), which reads all pixels at once."""
+
+    width: int  # of every hidden layer
+    blocks: int  # residual blocks, each with two layers
+
+
+@dataclass(frozen=True)
 class UNetSize:
     """Sizes of one UNet. Each level halves the resolution of the one before; level 0 is the highest."""
 
@@ -19,7 +27,8 @@ class UNetSize:
 
 
 # The small networks have no attention: on one CPU thread and 8 to 16 pixels it costs more time than it gains quality.
-MODELS: dict[str, UNetSize] = {
+MODELS: dict[str, UNetSize | MLPSize] = {
+    "mlp": MLPSize(112, 3),
     "mini": UNetSize((16, 32), 1, 8, None),
     "tiny": UNetSize((24, 48), 1, 8, None),
     "small": UNetSize((64, 128), 1, 16, None),
@@ -29,7 +38,8 @@ MODELS: dict[str, UNetSize] = {
 
 def require_size(config: RunConfig) -> None:
     """OptionError unless the image size of a resolved configuration can be halved once for each level of the model."""
-    size, halvings = config.image_size, len(MODELS[config.model].channels) - 1
+    size, model = config.image_size, MODELS[config.model]
+    halvings = len(model.channels) - 1 if isinstance(model, UNetSize) else 0
     if size % 2**halvings:
         raise OptionError(
             f"--image-size is {size}, and --model {config.model} halves images {halvings} time(s); choose a multiple "

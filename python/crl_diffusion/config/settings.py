@@ -11,7 +11,7 @@ from crl_diffusion.config.spelling import parse_method
 from crl_diffusion.errors import OptionError
 
 DataName = Literal["digits", "mnist", "fashion_mnist", "cifar10", "imagenet32", "folder"]
-ModelName = Literal["mini", "tiny", "small", "paper"]
+ModelName = Literal["mlp", "mini", "tiny", "small", "paper"]
 Device = Literal["auto", "cpu", "cuda"]
 ExtractorName = Literal["cnn", "lenet", "inception"]
 
@@ -56,7 +56,8 @@ class Settings:
     """Images that evaluations compare with. Choose validation to tune lam and other settings: these images are taken
     from the training images, so the test images stay unseen."""
     model: ModelName = "tiny"
-    """Size of the UNet: mini (0.16 M parameters) and tiny (0.36 M) suit a CPU; small has 2.5 M; paper has 36 M, the
+    """Network. mlp is a residual multilayer perceptron (0.1 M parameters at 8 pixels), the fastest, for images of 8 or
+    16 pixels. The others are UNets: mini (0.16 M) and tiny (0.36 M) suit a CPU; small has 2.5 M; paper has 36 M, the
     channels of the rank-1 paper, and is meant for images of 32 pixels."""
     schedule: Literal["linear", "cosine"] = "linear"
     """Noise schedule over the 1000 timesteps."""
@@ -70,10 +71,15 @@ class Settings:
     replay_batch: int = 32
     """Replayed images in each step, for each replay of the method."""
     lr: float = 2e-3
-    """Learning rate of Adam; the peak value if --lr-schedule is one-cycle. Each task starts with a new optimizer."""
+    """Learning rate; the peak value if --lr-schedule is one-cycle. Each task starts with a new optimizer."""
+    lr_later: float = 1.0
+    """Learning rate of all tasks after the first, as a share of --lr: with 0.1, a tenth of it."""
     lr_schedule: Literal["one-cycle", "constant"] = "one-cycle"
     """Learning rate within a task: one-cycle rises for a tenth of the steps and then falls to 0 along a cosine;
     constant does not change."""
+    optimizer: Literal["adam", "sgd"] = "adam"
+    """Optimizer. adam has the decay rates 0.9 and 0.999. sgd is stochastic gradient descent with momentum 0.9; it needs
+    a --lr about a hundred times larger."""
     clip: float = 1.0
     """Largest norm of the gradient. Longer gradients are scaled down to this norm. 0 means no clipping."""
     ema: float = 0.0
@@ -89,6 +95,9 @@ class Settings:
     """Images in the replay pool for each old class. The teacher draws them after every task."""
     pool_steps: int = 10
     """DDIM steps for the images of the pool."""
+    pool_latents: Literal["per-class", "shared"] = "per-class"
+    """Starting noise of the images of the pool. per-class draws it for every class and task; shared uses the same noise
+    for all classes and all tasks, as the code of the rank-1 paper does."""
     fresh_steps: int = 2
     """DDIM steps for replay images that are drawn in every training step (method masip)."""
     eval_samples: int = 100
@@ -117,8 +126,8 @@ class RunConfig(Settings):
 
     method: str
     """What is replayed and what is penalised: NAME or NAME:OPTION,..., for example gd+rank1:gradient,lam=60.
-    `crl-diffusion list` shows all names and options. The options once, alone and random are controls for experiments,
-    not methods to use."""
+    `crl-diffusion list` shows all names and options. The options once, alone, preconditioned and random are controls
+    for experiments, not methods to use."""
     seed: int = 0
     """Random seed. Runs with the same seed see the same batches, noise, timesteps and evaluation latents."""
 
@@ -128,14 +137,21 @@ class RunConfig(Settings):
         return parse_method(self.method)
 
     def as_json(self) -> dict[str, Any]:
-        """The configuration as `config.json` stores it."""
+        """The configuration as `config.json` stores it. Options of ADDED are in it where they differ from their
+        defaults, so a run of an earlier version has the same configuration and can be resumed."""
         recipe = asdict(self.recipe)
         recipe["replays"] = list(recipe["replays"])  # JSON knows no tuples
-        return {**asdict(self), "recipe": recipe}
+        values = {name: x for name, x in asdict(self).items() if x != ADDED.get(name)}
+        return {**values, "recipe": recipe}
 
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> RunConfig:
+        saved = {**ADDED, **saved}
         return cls(**{field.name: saved[field.name] for field in fields(cls)})
+
+
+# Options that earlier versions did not have; these values are what they did.
+ADDED: dict[str, Any] = {"lr_later": 1.0, "optimizer": "adam", "pool_latents": "per-class"}
 
 
 def least_fisher_samples(config: RunConfig) -> int:
@@ -172,6 +188,14 @@ def check(config: RunConfig) -> None:
         )
     if not (math.isfinite(config.lr) and config.lr > 0):
         raise OptionError(f"--lr is {config.lr}; it must be a finite number above 0")
+    if not (math.isfinite(config.lr_later) and config.lr_later > 0):
+        raise OptionError(f"--lr-later is {config.lr_later}; it must be a finite number above 0")
+    penalty = config.recipe.penalty
+    if config.optimizer != "adam" and penalty is not None and penalty.mode == "preconditioned":
+        raise OptionError(
+            f"--optimizer is {config.optimizer}, and {config.method} divides the penalty's gradient by Adam's "
+            "denominator; use --optimizer adam, or the mode gradient or decoupled"
+        )
     if not (math.isfinite(config.clip) and config.clip >= 0):
         raise OptionError(f"--clip is {config.clip}; it must be a finite number, 0 or more")
     if not 0 <= config.ema < 1:

@@ -31,7 +31,7 @@ def parse_method(text: str) -> Method:
     penalty = method.penalty
     for option in options.split(","):
         penalty = _with_option(penalty, option, text)
-    if penalty.mode == "gradient" and math.isinf(penalty.lam):
+    if penalty.mode in ("gradient", "preconditioned") and math.isinf(penalty.lam):
         raise OptionError(f"method {text!r}: a gradient needs a finite lam; give one, or use the decoupled mode")
     if penalty.mode == "alone" and not (penalty.slopes and math.isfinite(penalty.lam)):
         raise OptionError(f"method {text!r}: alone is the first-order term only; it needs slopes and a finite lam")

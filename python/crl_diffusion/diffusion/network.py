@@ -1,15 +1,18 @@
-"""Label-conditioned UNets: diffusers' UNet2DModel, and the one way in which they are called."""
+"""Label-conditioned networks: diffusers' UNet2DModel or an MLP, and the one way in which they are called."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import cast
 
 import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
-from crl_diffusion.config.networks import MODELS
+from crl_diffusion.config.networks import MODELS, MLPSize
+from crl_diffusion.diffusion.mlp import ResidualMLP
 from crl_diffusion.diffusion.noising import stream
 
 
@@ -17,9 +20,11 @@ def build(name: str, shape: tuple[int, int, int], classes: int, seed: int) -> nn
     """A new model for images of `shape` (C, S, S). Equal seeds give equal weights, whatever ran before."""
     preset = MODELS[name]
     c, size, _ = shape
+    if isinstance(preset, MLPSize):
+        with _seeded(seed):
+            return ResidualMLP(shape, classes, preset)
     attended = [level in (preset.attention or ()) for level in range(len(preset.channels))]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(stream(seed, "weights").initial_seed())
+    with _seeded(seed):
         return cast(
             nn.Module,
             UNet2DModel(
@@ -35,6 +40,14 @@ def build(name: str, shape: tuple[int, int, int], classes: int, seed: int) -> nn
                 num_class_embeds=classes,
             ),
         )
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Initial weights come from PyTorch's global generator: here it has the stream of the seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream(seed, "weights").initial_seed())
+        yield
 
 
 def predict(model: nn.Module, noised: Tensor, t: Tensor, label: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from crl_diffusion import processes
 from crl_diffusion.config.method import Penalty
 from crl_diffusion.diffusion.noising import TIMESTEPS
 from crl_diffusion.methods.controls import SlopesAlone, along_random_directions
+from crl_diffusion.methods.optimizers import adam_denominator
 from crl_kernels import DiagonalFisher, DiagonalHistory, LowRankFisher, LowRankHistory, estimate_fisher
 
 PerSampleLoss = Callable[[nn.Module, Any], Tensor]
@@ -36,13 +37,16 @@ class PenaltyState:
         if self.spec.mode == "gradient" and len(self.history):
             self._timed(lambda: self.history.add_penalty_grad_(self.spec.lam))
 
-    def after_step(self, lr: float) -> None:
-        """Mode decoupled: the proximal step of the penalty. Mode alone: the step of the first-order term. Both use the
-        learning rate of this optimizer step."""
+    def after_step(self, lr: float, optimizer: torch.optim.Optimizer) -> None:
+        """Mode decoupled: the proximal step of the penalty. Mode preconditioned: a step along its gradient, divided by
+        Adam's denominator. Mode alone: the step of the first-order term. All use the learning rate of this optimizer
+        step."""
         if not len(self.history):
             return
         if self.spec.mode == "decoupled":
             self._timed(lambda: self.history.decoupled_step_(self.spec.lam, lr))
+        elif self.spec.mode == "preconditioned":
+            self._timed(partial(self._preconditioned_step, lr, optimizer))
         elif self.slopes_alone is not None:
             self._timed(partial(self.slopes_alone.step_, lr))
 
@@ -72,6 +76,10 @@ class PenaltyState:
             statistics["curvatures"] = fisher.curvatures.tolist()
             statistics["slopes"] = None if fisher.slopes is None else fisher.slopes.tolist()
         return statistics
+
+    def directions(self) -> list[dict[str, Tensor]]:
+        """The unit directions of all past tasks, each as tensors by parameter; none for a diagonal."""
+        return list(self.history.directions()) if isinstance(self.history, LowRankHistory) else []
 
     @property
     def nbytes(self) -> int:
@@ -125,6 +133,15 @@ class PenaltyState:
             generator=generator,
             process_group=processes.group(),
         )
+
+    @torch.no_grad()
+    def _preconditioned_step(self, lr: float, optimizer: torch.optim.Optimizer) -> None:
+        """theta <- theta - lr * gradient of the penalty / (sqrt(v) + eps), with Adam's v, which never sees it."""
+        optimizer.zero_grad()
+        self.history.add_penalty_grad_(self.spec.lam)
+        for p in self.model.parameters():
+            if p.grad is not None:
+                p.addcdiv_(p.grad, adam_denominator(optimizer, p), value=-lr)
 
     def _timed(self, call: Callable[[], Any]) -> None:
         self._wait()

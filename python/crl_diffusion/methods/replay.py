@@ -60,13 +60,18 @@ class Pool:
 
     def __init__(self, config: RunConfig, shape: tuple[int, int, int]) -> None:
         self.seed, self.shape, self.per_class, self.steps = config.seed, shape, config.pool, config.pool_steps
+        self.shared_latents = config.pool_latents == "shared"
         self.schedule = noising.SCHEDULES[config.schedule]
         self.images = Images(torch.empty(0, *shape, dtype=torch.uint8), torch.empty(0, dtype=torch.int64))
 
     def refill(self, teacher: nn.Module, classes: Sequence[int], stage: int) -> None:
         """Draw `per_class` images of each class with DDIM."""
         label = torch.tensor(classes).repeat_interleave(self.per_class)
-        latents = sampling.draw_latents(self.seed, "pool", label, self.shape, stage)
+        if self.shared_latents:
+            same = sampling.draw_latents(self.seed, "pool", torch.zeros_like(label[: self.per_class]), self.shape)
+            latents = same.repeat(len(classes), 1, 1, 1)
+        else:
+            latents = sampling.draw_latents(self.seed, "pool", label, self.shape, stage)
         pixels = to_pixels(draw_images(teacher, self.schedule, latents, label, self.steps))
         self.images = Images(pixels, label)
 

@@ -17,7 +17,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from crl_diffusion.config.settings import RunConfig, Settings, check
+from crl_diffusion.config.settings import ADDED, RunConfig, Settings, check
 from crl_diffusion.errors import PUT_BACK, OptionError, RecordError
 from crl_diffusion.files import Row, read_file, read_json, read_rows
 
@@ -151,6 +151,13 @@ METRICS: Mapping[str, Shape] = {
         ),
         **dict.fromkeys(("curvatures", "slopes"), optional(NUMBERS)),
     },
+    "movement": {
+        "task": TASK,
+        **dict.fromkeys(("displacement", "random_drift"), NUMBER),
+        "drift": NUMBERS,
+        "precision": optional(NUMBER),
+    },
+    "held_out_loss": {**dict.fromkeys(("after_task", "task"), TASK), "by_band": NUMBERS},
 }
 STARTED: Shape = {"started": TEXT}
 TIMED: Shape = {"stage": TASK, "step": COUNT, "step_ms": NUMBER, "penalty_ms": optional(NUMBER)}
@@ -185,7 +192,7 @@ def read_config(run: Path) -> dict[str, Any]:
 
 def read_run_config(run: Path) -> RunConfig:
     """The configuration in config.json, which must be one that this version can run."""
-    path, saved = run / "config.json", read_config(run)["run"]
+    path, saved = run / "config.json", {**ADDED, **read_config(run)["run"]}
     for name, hint in get_type_hints(RunConfig).items():
         if name not in saved:
             wrong = f"is damaged, or of another version of this package (its run has no {name})"

@@ -35,11 +35,10 @@ from crl_diffusion.run_folder.layout import (
     restore_config,
     writing,
 )
-from crl_diffusion.training import snapshot, trouble
+from crl_diffusion.training import snapshot, stage_records, trouble
 from crl_diffusion.training.forecast import StepClock
 from crl_diffusion.training.plan import require_fisher_images, resolve
 from crl_diffusion.training.run import Run, Say, loss_table
-from crl_diffusion.training.step import new_optimizer
 
 Advance = Callable[[int, int], None]  # called with the number of finished steps and of all steps
 
@@ -172,10 +171,12 @@ def run_stage(run: Run, stage: Stage, board: TensorBoard, advance: Advance) -> N
             f"after task {row['after_task']}: task {row['task']} has FID {row['fid']:.1f}, "
             f"conditional accuracy {row['accuracy']:.3f}"
         )
+    for row in (*stage_records.movement(run, stage), *stage_records.held_out_losses(run, stage)):
+        run.log(row)
     if stage.number + 1 < len(run.stages):
         run.remember(stage)
     run.stage, run.step = run.stage + 1, 0
-    run.optimizer = new_optimizer(run.model)
+    run.optimizer = run.new_optimizer()
     snapshot.save(run)
 
 

@@ -23,12 +23,13 @@ from crl_diffusion.evaluation import evaluate
 from crl_diffusion.evaluation.evaluate import Instruments
 from crl_diffusion.files import Log, Row
 from crl_diffusion.methods import regression, replay
+from crl_diffusion.methods.optimizers import new_optimizer
 from crl_diffusion.methods.penalties import PenaltyState
 from crl_diffusion.methods.regression import Moment, NoisedBatch
 from crl_diffusion.run_folder.readers import samples_path, sha256_of
 from crl_diffusion.training.fisher_batches import fisher_batches, per_sample_loss
 from crl_diffusion.training.plan import stage_steps
-from crl_diffusion.training.step import LR_SCHEDULES, new_optimizer, training_step
+from crl_diffusion.training.step import LR_SCHEDULES, training_step
 
 Say = Callable[[str], None]
 
@@ -48,8 +49,8 @@ class Run:
         self.model = self.precision.of(build(config.model, data.shape, data.classes, config.seed)).to(self.device)
         self.like = next(self.model.parameters())
         self.average: dict[str, Tensor] | None = None  # of the weights (--ema), within a stage
-        self.teacher: nn.Module | None = None
-        self.optimizer = new_optimizer(self.model)
+        self.teacher: nn.Module | None = None  # the model at the start of the stage, from the second on
+        self.optimizer = self.new_optimizer()
         self.sources = self.new_sources()
         self.penalty = self.new_penalty()
         self.stage, self.step = 0, 0
@@ -57,6 +58,9 @@ class Run:
         names = ("metrics", "timings") if processes.is_first() else ()
         self.logs = {name: Log(out / f"{name}.jsonl") for name in names}
         self.samples: dict[str, str] = {}  # digests of the stored images of evaluations, by file
+
+    def new_optimizer(self) -> torch.optim.Optimizer:
+        return new_optimizer(self.model, self.config.optimizer)
 
     def new_sources(self) -> dict[str, replay.ReplaySource]:
         names = dict.fromkeys(part.source for part in self.method.replays)
@@ -70,8 +74,9 @@ class Run:
     def steps_done(self) -> int:
         return sum(self.stage_steps[: self.stage]) + self.step
 
-    def lr(self, step: int, steps: int) -> float:
-        return LR_SCHEDULES[self.config.lr_schedule](step, steps, self.config.lr)
+    def lr(self, stage: Stage, step: int) -> float:
+        peak = self.config.lr * (self.config.lr_later if stage.number else 1.0)
+        return LR_SCHEDULES[self.config.lr_schedule](step, self.stage_steps[stage.number], peak)
 
     # One step
 
@@ -95,7 +100,7 @@ class Run:
         share of the sum of the replays' weighted mean losses, and the norm of the gradient."""
         if self.config.ema and self.average is None:
             self.average = {name: p.detach().clone() for name, p in self.model.named_parameters()}
-        lr = self.lr(self.step, self.stage_steps[stage.number])
+        lr = self.lr(stage, self.step)
         batch = self.batch(images, stage)
         taken = training_step(self.model, self.optimizer, batch, self.penalty, lr, self.config.clip, self.precision)
         if self.average is not None and taken.moved:
@@ -141,8 +146,8 @@ class Run:
     def remember(self, stage: Stage) -> None:
         """Keep what later tasks need of this one: freeze the teacher, refill the pools, estimate the Fisher matrix."""
         learnt = [c for task in self.data.tasks[: stage.learnt] for c in task.classes]
+        self.teacher = frozen_copy(self.model)
         if self.method.replays:
-            self.teacher = frozen_copy(self.model)
             with self.precision.autocast():
                 for source in self.sources.values():
                     source.refill(self.teacher, learnt, stage.number)
@@ -150,8 +155,7 @@ class Run:
             images = self.task_images(stage, self.config.fisher_images)
             batches = fisher_batches(images, stage, self.config, self.schedule, self.like)
             generator = noising.stream(self.config.seed, "fisher", stage.number)
-            steps = self.stage_steps[stage.number]
-            task_lr = sum(self.lr(step, steps) for step in range(steps))
+            task_lr = sum(self.lr(stage, step) for step in range(self.stage_steps[stage.number]))
             try:
                 statistics = self.penalty.learn(per_sample_loss, batches, generator, task_lr)
             except ValueError as error:

@@ -15,6 +15,7 @@ from crl_diffusion.config.curriculum import Stage
 from crl_diffusion.diffusion.network import frozen_copy
 from crl_diffusion.errors import RecordError, TrainingError
 from crl_diffusion.files import read_file
+from crl_diffusion.methods import optimizers
 from crl_diffusion.run_folder import checkpoint
 from crl_diffusion.run_folder.checkpoint import MEMORY, Checkpoint, StaleRecords, require_like
 from crl_diffusion.run_folder.layout import digest_of
@@ -210,9 +211,12 @@ def require_fits(run: Run, saved: Checkpoint) -> None:
     weights = {name: value.cpu() for name, value in run.model.state_dict().items()}
     require_like(saved.part("model"), weights, "model")
     parameters = {name: weights[name] for name, _ in run.model.named_parameters()}
-    moments = {f"{key}/{name}": p for name, p in parameters.items() for key in ("exp_avg", "exp_avg_sq")}
-    moments.update({f"step/{name}": torch.zeros(()) for name in parameters})
-    require_like(saved.part("optimizer"), moments if saved.step else {}, "optimizer")
+    kept = {
+        f"{key}/{name}": torch.zeros(()) if key == "step" else p
+        for name, p in parameters.items()
+        for key in optimizers.STATE[run.config.optimizer]
+    }
+    require_like(saved.part("optimizer"), kept if saved.step else {}, "optimizer")
     require_like(saved.part("average"), parameters if run.config.ema and saved.step else {}, "average")
     require_like(saved.part("scaler"), run.precision.state(), "scaler")
     since = min(saved.step % run.config.log_every, saved.step % run.config.checkpoint_every)
@@ -224,7 +228,8 @@ def require_fits(run: Run, saved: Checkpoint) -> None:
 
     # Memory exists once a task has been learnt, and not after the last.
     if 0 < saved.stage < len(run.stages):
-        require_like(saved.part(f"{MEMORY}teacher"), weights if run.method.replays else {}, "teacher")
+        teacher = saved.part(f"{MEMORY}teacher")  # an earlier version had none without replays
+        require_like(teacher, weights if teacher or run.method.replays else {}, "teacher")
         for name, source in run.new_sources().items():
             source.load_state(saved.part(f"{MEMORY}source/{name}"))
         penalty = run.new_penalty()
@@ -243,7 +248,7 @@ def restore(run: Run, saved: Checkpoint) -> None:
     for name, parameter in run.model.named_parameters():
         if run.step:
             run.optimizer.state[parameter] = {
-                key: moments[f"{key}/{name}"].to(run.device) for key in ("step", "exp_avg", "exp_avg_sq")
+                key: moments[f"{key}/{name}"].to(run.device) for key in optimizers.STATE[run.config.optimizer]
             }
     if losses := saved.part("losses"):
         table = losses["table"].to(run.device)

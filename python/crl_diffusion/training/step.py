@@ -1,4 +1,4 @@
-"""One optimization step: learning rates, the optimizer, and the step itself."""
+"""One optimization step: learning rates, and the step itself."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def training_step(
         norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     moved = precision.step(optimizer)
     if penalty is not None and moved:
-        penalty.after_step(lr)
+        penalty.after_step(lr, optimizer)
     return StepResult(losses.detach(), norm.detach(), moved)
 
 
@@ -81,8 +81,3 @@ def sum_gradients(model: nn.Module) -> None:
     summed = processes.sum_(torch.cat([gradient.flatten() for gradient in gradients]))
     for gradient, part in zip(gradients, summed.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))
-
-
-def new_optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    """Adam; the learning rate is set in every step."""
-    return torch.optim.Adam(model.parameters(), lr=0.0, fused=True)

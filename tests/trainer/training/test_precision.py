@@ -34,7 +34,7 @@ class _Penalty:
         assert self.model.shift.grad is not None
         self.model.shift.grad += 3
 
-    def after_step(self, lr: float) -> None:
+    def after_step(self, lr: float, optimizer: torch.optim.Optimizer) -> None:
         self.steps += 1
 
 

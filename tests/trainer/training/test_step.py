@@ -11,9 +11,10 @@ from crl_diffusion.config.curriculum import Stage
 from crl_diffusion.diffusion.noising import stream
 from crl_diffusion.errors import TrainingError
 from crl_diffusion.methods import penalties
+from crl_diffusion.methods.optimizers import new_optimizer
 from crl_diffusion.training import loop
 from crl_diffusion.training.run import Run
-from crl_diffusion.training.step import new_optimizer, one_cycle, training_step
+from crl_diffusion.training.step import one_cycle, training_step
 from helpers.trainer_runs import MakeRun, Short
 from torch import Tensor, nn
 
@@ -253,7 +254,7 @@ def test_slopes_alone_continue_from_a_saved_state(short: Short, make_run: MakeRu
     restored = penalties.PenaltyState(run.penalty.spec, model)
     restored.load_state(run.penalty.state())
     for penalty in (run.penalty, restored):
-        penalty.after_step(1e-3)
+        penalty.after_step(1e-3, run.optimizer)
     assert not torch.equal(_flat(model.parameters()), before)
     assert torch.equal(_flat(model.parameters()), _flat(run.model.parameters()))
     saved = run.penalty.state()
