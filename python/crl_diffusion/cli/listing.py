@@ -107,8 +107,8 @@ def _options() -> Listing:
         ["gradient", "the gradient of the penalty is added to that of the loss before clipping, as in the paper"],
         [
             "preconditioned",
-            "control, not a method to use: a step along the gradient of the penalty after each step of Adam, divided by "
-            "Adam's denominator; it does not enter Adam's moments",
+            "control, not a method to use: after each step of Adam, a step along the gradient of the penalty, divided "
+            "by Adam's denominator; Adam's moments never see it",
         ],
         ["once", "control, not a method to use: one proximal step at the end of each task, no penalty afterwards"],
         [

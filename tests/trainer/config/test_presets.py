@@ -10,8 +10,8 @@ from crl_diffusion.config.method import METHODS, Penalty
 from crl_diffusion.config.presets import OURS, PRESETS, UNUSED
 from crl_diffusion.config.settings import RunConfig, check
 from crl_diffusion.config.spelling import parse_method, spell
-from crl_diffusion.training.plan import resolve
 from crl_diffusion.methods.optimizers import new_optimizer
+from crl_diffusion.training.plan import resolve
 
 # arXiv 2509.23593: data, tasks, classes a task, epochs a task, replay images a class.
 PAPER = {
