@@ -29,6 +29,10 @@ import tyro
 
 from . import ledger
 from .experiments import EXPERIMENTS, Experiment
+from .regime import running
+from .regime.definitions import REGIMES
+from .regime.report import write_report as write_regime
+from .regime.runs import Runs
 from .report import write_report
 from .tuning import compare_arguments, stages
 
@@ -72,13 +76,21 @@ def run(experiment: Experiment, folder: Path, lines: Path, command: Command) -> 
 
 
 def main(command: Command) -> None:
-    if command.experiment not in EXPERIMENTS:
-        sys.exit(f"experiment {command.experiment!r} is not known; choose one of {', '.join(EXPERIMENTS)}")
-    experiment, folder = EXPERIMENTS[command.experiment], command.out / command.experiment
+    known = [*EXPERIMENTS, *REGIMES]
+    if command.experiment not in known:
+        sys.exit(f"experiment {command.experiment!r} is not known; choose one of {', '.join(known)}")
+    folder = command.out / command.experiment
     lines = command.results / f"{command.experiment}.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
     ledger.restore(lines, folder)
     ledger.record(lines, folder)
+    if command.experiment in REGIMES:
+        regime = REGIMES[command.experiment]
+        if not command.report_only:
+            running.run(regime, folder, lines, command.results / "extractors", command.data_root, command.jobs)
+        write_regime(command.experiment, Runs(regime, folder), lines, command.results)
+        return
+    experiment = EXPERIMENTS[command.experiment]
     if not command.report_only:
         run(experiment, folder, lines, command)
     write_report(command.experiment, experiment, folder, lines, command.results)

@@ -20,21 +20,33 @@ from crl_diffusion.reporting.runs import Finished, find
 from ..common.measure import processor
 
 ORIGIN = ("run", "data_name", "extractor", "classifier", "git")  # parts of config.json, with the environment's versions
-FISHER = ("kind", "task", *STATISTICS, "state_bytes")
+FISHER = ("kind", "task", *STATISTICS, "state_bytes", "curvatures")
+AT_THE_END_OF_A_TASK = ("movement", "held_out_loss")  # kinds of rows
+DIGITS = 6  # of their numbers
 
 
 def as_line(run: Finished, folder: str) -> Row:
     environment = {key: value for key, value in run.record.get("environment", {}).items() if key != "platform"}
     environment.setdefault("processor", processor())
     record = {key: run.record[key] for key in ORIGIN if key in run.record}
-    rows = [row for row in read_rows(run.path / "metrics.jsonl") if row["kind"] == "fisher"]
+    rows = read_rows(run.path / "metrics.jsonl")
     return {
         "folder": folder,
         "date": date.today().isoformat(),
         "record": record | {"environment": environment},
         "summary": run.summary,
-        "fisher": [{key: row[key] for key in FISHER if key in row} for row in rows],
+        "fisher": [{key: row[key] for key in FISHER if key in row} for row in rows if row["kind"] == "fisher"],
+        "stages": [_shortened(row) for row in rows if row["kind"] in AT_THE_END_OF_A_TASK],
     }
+
+
+def _shortened(value: Any) -> Any:
+    """The same JSON value with fewer digits."""
+    if isinstance(value, dict):
+        return {key: _shortened(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_shortened(part) for part in value]
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
 
 
 def record(ledger: Path, root: Path) -> int:
@@ -66,7 +78,7 @@ def restore(ledger: Path, root: Path) -> int:
         if (folder / "summary.json").exists():
             continue
         folder.mkdir(parents=True, exist_ok=True)
-        rows: list[Any] = row["fisher"]
+        rows: list[Any] = [*row["fisher"], *row.get("stages", [])]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(part) + "\n" for part in rows), encoding="utf-8")
         write_json(folder / "config.json", row["record"])
         write_json(folder / "summary.json", row["summary"])  # last: it marks the run as finished

@@ -1,0 +1,89 @@
+"""What is run in each regime, and how every free number of it is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+BASELINE = "gd"
+Borrowed = Literal["", "same lam", "same lam a", "same precision"]
+
+
+class Arm(NamedTuple):
+    """One method in one setting: a row of the report.
+
+    With `lams`, its lam is the one of them with the lowest average FID on validation images of the tuning seed. Without
+    them, lam is borrowed from another arm, `model`: the same lam; the same product of lam and the mean curvature; or,
+    among the lams that were tried for this method, the one whose drop of Adam's precision is closest to the model's.
+    """
+
+    setting: str
+    method: str
+    lams: tuple[float, ...] = ()
+    borrowed: Borrowed = ""
+    model: str = ""  # label of another arm
+
+    @property
+    def label(self) -> str:
+        return f"{self.setting} {self.method}" + (f", {self.borrowed}" if self.borrowed else "")
+
+
+@dataclass(frozen=True)
+class Regime:
+    """Settings and arms. Every setting has a run of the baseline; reports show no run of the tuning seed."""
+
+    common: Mapping[str, Any]  # settings of every run
+    settings: Mapping[str, Mapping[str, Any]]  # by name: what is different in them
+    arms: tuple[Arm, ...]
+    seeds: tuple[int, ...]
+    tuning_seed: int = 100
+    # A setting whose rate is chosen: the settings among which the baseline of the tuning seed chooses.
+    chosen: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    curve: tuple[int, ...] = ()  # steps a task of further runs of the baseline, in the settings of CURVE
+    curve_seeds: tuple[int, ...] = (0, 1, 2)
+
+
+CURVE = ("constant", "one-cycle")
+LATER = ("later-0.5", "later-0.3", "later-0.1")
+SGD = ("sgd-0.03", "sgd-0.1", "sgd-0.3", "sgd-1.0")
+SETTINGS: dict[str, dict[str, Any]] = {
+    "constant": {},
+    "one-cycle": {"lr_schedule": "one-cycle"},
+    "ema": {"ema": 0.999},
+    **{name: {"lr_later": float(name.removeprefix("later-"))} for name in LATER},
+    "twice-the-rate": {"lr": 0.006},
+    **{name: {"optimizer": "sgd", "lr": float(name.removeprefix("sgd-"))} for name in SGD},
+}
+COMMON = {
+    **{"batch": 16, "replay_batch": 16, "lr": 0.003, "lr_schedule": "constant", "clip": 0.0, "fisher_samples": 4000},
+    **{"checkpoint_every": 100_000, "log_every": 100, "device": "cpu"},
+}
+IN_GRADIENT, DECOUPLED = (300.0, 1000.0, 3000.0, 10000.0), (30.0, 300.0, 3000.0, 30000.0)
+RANDOM, SLOPES, PRECONDITIONED = (30.0, 100.0, 300.0, 1000.0), (3.0, 10.0, 30.0, 100.0), (0.3, 1.0, 3.0, 10.0)
+RANK1 = Arm("constant", "gd+rank1:gradient", IN_GRADIENT)
+
+REGIMES = {
+    "regime-mlp": Regime(
+        common={**COMMON, "data": "digits", "model": "mlp", "steps": 2000},
+        settings=SETTINGS,
+        chosen={"sgd": SGD},
+        seeds=tuple(range(10)),
+        arms=(
+            *(Arm("constant", method) for method in ("gd", "fine-tune", "joint")),
+            *(Arm(setting, "gd") for setting in ("one-cycle", "ema", *LATER, "twice-the-rate", "sgd")),
+            RANK1,
+            *(Arm("constant", f"gd+{name}:gradient", IN_GRADIENT) for name in ("diagonal", "rank10", "bands8")),
+            Arm("constant", "gd+rank1:top,gradient", IN_GRADIENT),
+            Arm("constant", "gd+rank1:random,gradient", RANDOM),
+            *(Arm("constant", f"gd+{name}", DECOUPLED) for name in ("rank1", "diagonal", "rank10", "bands8")),
+            Arm("constant", "gd+rank1:random,gradient", borrowed="same lam", model=RANK1.label),
+            Arm("constant", "gd+rank1:random,gradient", borrowed="same precision", model=RANK1.label),
+            Arm("constant", "gd+rank1:top,gradient", borrowed="same lam a", model=RANK1.label),
+            Arm("constant", "gd+rank1:preconditioned", PRECONDITIONED),
+            *(Arm(setting, "gd+rank1:gradient", IN_GRADIENT) for setting in ("sgd", "ema", "one-cycle")),
+            *(Arm(setting, "gd+bands8:slopes", SLOPES) for setting in ("constant", "ema", "one-cycle")),
+        ),
+        curve=(500, 1000, 4000, 8000),
+    ),
+}

@@ -1,0 +1,184 @@
+"""The pictures of a regime: training until it no longer helps, gain against precision, forgetting against movement."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import matplotlib.pyplot as plt
+from crl_diffusion.config.spelling import parse_method
+from crl_diffusion.reporting import seeds
+from crl_diffusion.reporting.canvas import COLOURS, GREY, MARKERS, Drawing, drawing, plain_log
+
+from .definitions import BASELINE, CURVE
+from .runs import Result, Runs
+
+
+def training(runs: Runs, name: str) -> Drawing | None:
+    """Average FID and forgetting of the baseline against steps, with a constant and a one-cycle rate."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    empty = True
+    steps = sorted({*runs.regime.curve, runs.regime.common["steps"]})
+    for setting, colour, marker in zip(CURVE, COLOURS, MARKERS, strict=False):
+        results = {
+            n: [r for seed in runs.regime.curve_seeds if (r := runs.result(runs.curve_run(setting, n, seed)))]
+            for n in steps
+        }
+        done = [n for n in steps if results[n]]
+        empty &= not done
+        for axis, measure in zip(axes, ("average_fid", "forgetting"), strict=True):
+            for n in done:
+                values = [getattr(result, measure) for result in results[n]]
+                axis.plot([n] * len(values), values, marker, color=colour, markersize=4, alpha=0.4)
+            means = [seeds.estimate([getattr(r, measure) for r in results[n]]).mean for n in done]
+            axis.plot(done, means, color=colour, marker=marker, label=f"{setting} rate")
+    for axis, title in zip(axes, ("average FID", "forgetting, ÷ (T − 1)"), strict=True):
+        axis.set_xscale("log")
+        axis.set_xticks(steps, [f"{n:,}" for n in steps])
+        axis.minorticks_off()
+        axis.set_xlabel("steps a task (log scale)")
+        axis.set_ylabel(f"{title} (lower is better)")
+    plain_log(axes[0])
+    axes[1].axhline(0, color=GREY, linewidth=1, linestyle="--")
+    axes[0].legend(frameon=False)
+    if empty:
+        plt.close(figure)
+        return None
+    text = f"Distillation alone. Small markers: seeds; lines: means over {len(runs.regime.curve_seeds)} seeds."
+    return drawing(name, figure, "Average FID and forgetting of distillation alone against training steps.", text)
+
+
+class Kind(NamedTuple):
+    """Methods that share a colour and a marker in a scatter plot."""
+
+    name: str
+    colour: str
+    marker: str
+
+
+KINDS = {
+    "none": Kind("no penalty", COLOURS[6], "s"),
+    "mean": Kind("mean gradient (rank 1)", COLOURS[0], "o"),
+    "random": Kind("random direction", COLOURS[1], "D"),
+    "top": Kind("top eigenvector", COLOURS[2], "^"),
+    "several": Kind("rank 10 or 8 bands", COLOURS[3], "v"),
+    "diagonal": Kind("diagonal", COLOURS[4], "P"),
+}
+
+
+def kind(method: str) -> Kind:
+    penalty = parse_method(method).penalty
+    if penalty is None:
+        return KINDS["none"]
+    if penalty.fisher == "diagonal":
+        return KINDS["diagonal"]
+    if penalty.rank > 1 or penalty.bands > 1:
+        return KINDS["several"]
+    return KINDS[penalty.direction]
+
+
+class Point(NamedTuple):
+    """One method in one setting: results by seed of it, and of the baseline in the constant setting."""
+
+    label: str
+    method: str
+    pairs: Sequence[tuple[Result, Result]]
+    final: bool
+
+    def mean(self, value: str, difference: bool) -> float:
+        numbers = [getattr(a, value) - difference * getattr(b, value) for a, b in self.pairs]
+        return seeds.estimate(numbers).mean
+
+
+def points(runs: Runs) -> list[Point]:
+    """All methods, settings and lams, with Adam: those of the tuning seed, and the final ones."""
+    found: dict[str, Point] = {}
+    for final in (False, True):
+        by_part: dict[tuple[str, str], list[Result]] = {}
+        for result in runs.results.values():
+            stage, _, setting = result.run.path.parent.name.partition("-")
+            if stage == ("final" if final else "tuning") and result.run.settings["optimizer"] == "adam":
+                by_part.setdefault((setting, result.run.method), []).append(result)
+        base = {result.run.seed: result for result in by_part.get(("constant", BASELINE), [])}
+        for (setting, method), results in by_part.items():
+            usable = method not in ("fine-tune", "joint")
+            pairs = [(result, base[result.run.seed]) for result in results if result.run.seed in base and usable]
+            if pairs:
+                found[f"{final} {setting} {method}"] = Point(f"{setting} {method}", method, pairs, final)
+    return [*found.values()]
+
+
+SMALLEST = 0.25  # of the FID points on a logarithmic axis
+
+
+def scatter(
+    runs: Runs, name: str, x: tuple[str, bool, str], y: tuple[str, bool, str], text: str, alt: str
+) -> Drawing | None:
+    """One marker a method: x and y are a value of results, whether the baseline's is subtracted, and an axis label."""
+    every = points(runs)
+    if not every:
+        return None
+    figure, axis = plt.subplots(figsize=(9, 5.2), layout="constrained")
+    named: dict[str, Kind] = {}
+    for point in every:
+        look = kind(point.method)
+        named[look.name] = look
+        inside = point.label.startswith("constant ")
+        axis.plot(
+            point.mean(*x[:2]),
+            point.mean(*y[:2]),
+            look.marker,
+            markersize=8 if point.final else 5,
+            markerfacecolor=look.colour if point.final and inside else "none",
+            markeredgecolor=look.colour,
+            alpha=1 if point.final else 0.6,
+        )
+    for look in named.values():
+        axis.plot([], [], look.marker, color=look.colour, label=look.name)
+    for line in (axis.axhline, axis.axvline):
+        line(0, color=GREY, linewidth=1, linestyle="--", zorder=0)
+    if y[1]:
+        axis.set_yscale("symlog", linthresh=2)
+    axis.set_xlabel(x[2])
+    axis.set_ylabel(y[2])
+    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return drawing(name, figure, alt, text)
+
+
+MARKED = (
+    "Large markers: means over the final seeds (filled: constant rate; hollow: EMA, one-cycle, other rates). Small "
+    "hollow ones: every lam that was tried, on the tuning seed and validation images."
+)
+
+
+def gain_and_precision(runs: Runs, name: str) -> Drawing | None:
+    return scatter(
+        runs,
+        name,
+        ("precision", True, "change of Adam's precision, mean log 1/√v: −0.7 halves the steps"),
+        ("average_fid", True, "average FID less that of distillation alone (below 0 is a gain)"),
+        f"Change of average FID against change of Adam's precision, both less distillation alone. {MARKED}",
+        "Scatter plot of the change of average FID against the change of Adam's precision, one marker per method.",
+    )
+
+
+def forgetting_and_movement(runs: Runs, name: str) -> Drawing | None:
+    return scatter(
+        runs,
+        name,
+        ("displacement", False, "distance that the weights move in a task"),
+        ("forgetting", False, "forgetting, ÷ (T − 1) (lower is better)"),
+        f"Forgetting against the distance that the weights move in a task, a mean over tasks. {MARKED}",
+        "Scatter plot of forgetting against the movement of the weights, one marker per method.",
+    )
+
+
+def groups_of(runs: Runs) -> Mapping[str, Mapping[int, Result]]:
+    """The results of each arm by seed."""
+    groups: dict[str, dict[int, Result]] = {}
+    for arm in runs.regime.arms:
+        for seed in runs.regime.seeds:
+            wanted = runs.final_run(arm, seed)
+            if wanted is not None and (result := runs.result(wanted)) is not None:
+                groups.setdefault(arm.label, {})[seed] = result
+    return groups

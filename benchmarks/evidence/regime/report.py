@@ -1,0 +1,154 @@
+"""RESULTS/REGIME.md and its pictures, from the runs that have finished."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import date
+from pathlib import Path
+
+from crl_diffusion.files import read_rows
+from crl_diffusion.reporting import effects, seeds, tables
+from crl_diffusion.reporting.canvas import Drawing
+from crl_diffusion.reporting.runs import Finished
+from crl_diffusion.reporting.tables import NONE, Sheet, cell, number
+
+from . import pictures
+from .definitions import BASELINE, LATER, RANK1
+from .pictures import groups_of
+from .predictions import LIMIT, Difference, Prediction, predictions
+from .runs import Result, Runs
+
+BASE = f"constant {BASELINE}"
+
+
+def results_sheet(runs: Runs, groups: Mapping[str, Mapping[int, Result]]) -> Sheet:
+    """One row an arm: its numbers, and the differences to distillation alone at the constant rate."""
+    head = ["setting, method", "lam", "seeds", "average FID ↓", "FID when learnt ↓", "forgetting ↓", "precision"]
+    head += ["moved", "average FID, difference", "p", "forgetting, difference", "p"]
+    body = []
+    for arm in runs.regime.arms:
+        if arm.label not in groups:
+            continue
+        results = groups[arm.label]
+        lam = runs.lam(arm)
+        row = [arm.label, NONE if lam is None else f"{lam:g}", str(len(results))]
+        for name, digits in (("average_fid", 2), ("fid_when_learnt", 2), ("forgetting", 2)):
+            row.append(cell(tables.values([r.run for r in results.values()], name), digits, interval=False))
+        moving = [r for r in results.values() if r.of_kind("movement")]
+        adam = [r for r in moving if r.run.settings["optimizer"] == "adam"]
+        row.append(number(seeds.estimate([r.precision for r in adam]).mean, 2) if adam else NONE)
+        row.append(number(seeds.estimate([r.displacement for r in moving]).mean, 1) if moving else NONE)
+        for name in ("average_fid", "forgetting"):
+            values = tables.values([r.run for r in results.values()], name)
+            base = tables.values([r.run for r in groups.get(BASE, {}).values()], name)
+            paired = {} if arm.label == BASE else seeds.paired(values, base)
+            test = seeds.sign_flip(list(paired.values()))
+            row += [interval(list(paired.values())), NONE if test is None else f"{test.p:.2g}"]
+        body.append(row)
+    text = (
+        "Mean ± standard deviation over seeds. Differences: less distillation alone at the constant rate, paired by "
+        "seed, mean and 95 % t interval; p of the exact two-sided sign-flip test. Forgetting is divided by T − 1. "
+        "Precision: mean log 1/√v of Adam's second moments at the end of a task; moved: distance between the weights "
+        "at the start and at the end of a task; both are means over the tasks after the first. “same lam”, “same lam "
+        f"a”, “same precision”: lam is not tuned but taken from `{RANK1.label}`."
+    )
+    return Sheet(head, body, text)
+
+
+def interval(values: Sequence[float]) -> str:
+    if not values:
+        return NONE
+    estimate = seeds.estimate(values)
+    mean = number(estimate.mean, 2, plus=True)
+    if estimate.low is None or estimate.high is None:
+        return mean
+    return f"{mean} [{number(estimate.low, 2, plus=True)}, {number(estimate.high, 2, plus=True)}]"
+
+
+def prediction_part(number_: int, prediction: Prediction) -> str:
+    def row(test: Difference) -> list[str]:
+        return [test.text, interval(test.values), f"{test.p:.2g}", "shown" if test.shown else "not shown"]
+
+    head = ["difference", "mean [95 % interval]", "p", f"p ≤ {LIMIT:g}"]
+    sheet = Sheet(head, [row(test) for test in prediction.differences], f"Rule: {prediction.rule}.")
+    return f"### {number_}. {prediction.text} **{prediction.verdict.capitalize()}**\n\n{tables.markdown(sheet)}"
+
+
+def tuning_part(runs: Runs) -> Sheet:
+    """The average FID of every lam that was tried, by arm, and that of the same setting without a penalty."""
+    body = []
+    for arm in runs.regime.arms:
+        if not arm.lams:
+            continue
+        setting = runs.setting(arm.setting)
+        fids = dict(zip(arm.lams, runs.fids(runs.tried(arm).values()), strict=False))
+        base = runs.fids([runs.tuning_run(setting, BASELINE)])[0] if setting else float("nan")
+        values = ", ".join(f"{lam:g}: {number(fid, 2)}" for lam, fid in fids.items())
+        lam = runs.lam(arm)
+        body.append([arm.label, number(base, 2), values or "not run", NONE if lam is None else f"{lam:g}"])
+    for name, candidates in runs.regime.chosen.items():
+        fids = runs.fids(runs.tuning_run(candidate, BASELINE) for candidate in candidates)
+        values = ", ".join(f"{c}: {number(fid, 2)}" for c, fid in zip(candidates, fids, strict=True))
+        body.append([f"{name} {BASELINE}", NONE, values, runs.setting(name) or NONE])
+    text = (
+        f"Average FID on validation images, seed {runs.regime.tuning_seed}, one run each; nan: not run, inf: the loss "
+        "was not finite. The lowest one is kept. These are choices, not results."
+    )
+    return Sheet(["setting, method", "no penalty", "lam: average FID", "kept"], body, text)
+
+
+def lowered(runs: Runs) -> str:
+    """The label of the lowered rate that the tuning seed prefers."""
+    settings = [name for name in LATER if name in runs.regime.settings]
+    fids = runs.fids(runs.tuning_run(name, BASELINE) for name in settings)
+    return f"{min(zip(fids, settings, strict=True))[1]} {BASELINE}"
+
+
+def words(setting: Mapping[str, object]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in setting.items()) or "no difference"
+
+
+def picture(drawing: Drawing, results: Path) -> list[str]:
+    drawing.save(results)
+    return [f"![{drawing.alt}]({drawing.name}.png)", drawing.caption]
+
+
+def write_report(name: str, runs: Runs, lines: Path, results: Path) -> None:
+    rows = read_rows(lines)
+    machines = dict.fromkeys(row["record"]["environment"].get("processor", "unknown") for row in rows)
+    groups = groups_of(runs)
+    parts = [
+        f"# {name}",
+        f"`python -m benchmarks.evidence {name}`; {len(rows)} runs, {min(row['date'] for row in rows)} to "
+        f"{max(row['date'] for row in rows)}, {', '.join(machines)}; this page: {date.today()}. Every run's values: "
+        f"[{lines.name}]({lines.name}).",
+        "Settings of all runs: " + ", ".join(f"{key} {value}" for key, value in runs.regime.common.items()) + ". "
+        "Settings by name: "
+        + "; ".join(f"**{key}**: {words(value)}" for key, value in runs.regime.settings.items())
+        + ".",
+    ]
+    if missing := runs.missing():
+        parts.append(f"**Not finished**: {len(missing)} runs or more are missing.")
+    drawn = [
+        ("Training until it no longer helps", pictures.training(runs, f"{name}-steps")),
+        ("Gain and Adam's precision", pictures.gain_and_precision(runs, f"{name}-precision")),
+        ("Forgetting and movement", pictures.forgetting_and_movement(runs, f"{name}-movement")),
+    ]
+    compared: dict[str, list[Finished]] = {
+        label: [result.run for result in by_seed.values()]
+        for label, by_seed in groups.items()
+        if not label.endswith(("fine-tune", "joint"))
+    }
+    if BASE in groups:
+        parts += ["## Result", tables.markdown(results_sheet(runs, groups))]
+        forest = effects.forest(compared, BASE, f"{name}-differences")
+        if forest is not None:
+            parts += picture(forest, results)
+        parts += ["## The six predictions"]
+        tests = predictions(groups, lowered(runs))
+        parts += [prediction_part(i, prediction) for i, prediction in enumerate(tests, start=1)]
+    for title, drawing in drawn:
+        if drawing is not None:
+            parts += [f"## {title}", *picture(drawing, results)]
+    parts += ["## How lam and rates were chosen", tables.markdown(tuning_part(runs))]
+    (results / f"{name}.md").write_text("\n\n".join(part.strip() for part in parts) + "\n", encoding="utf-8")

@@ -1,0 +1,35 @@
+"""Makes the runs of a regime, some at a time, and records them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from crl_diffusion.comparison import runner
+from crl_diffusion.data.tasks import load
+from crl_diffusion.evaluation import evaluate
+from crl_diffusion.training.plan import resolve
+from rich.console import Console
+
+from .. import ledger
+from .definitions import BASELINE, Regime
+from .runs import Runs, cell
+
+AT_ONCE = 20  # runs between two updates of the ledger
+
+
+def run(regime: Regime, folder: Path, lines: Path, extractors: Path, data_root: Path, jobs: int) -> Runs:
+    """Make the runs that are missing. A run that fails is left out, and is tried again by the next command."""
+    console, failed = Console(soft_wrap=True), set[str]()
+    example = Runs(regime, folder).config("constant", BASELINE, 0)
+    for held_out in ("test", "validation"):
+        config = resolve(type(example)(**{**vars(example), "held_out": held_out}))
+        data = load(config, data_root)
+        evaluate.prepare(evaluate.instruments("cnn", data, extractors, "cpu"), config, data)
+    while missing := (runs := Runs(regime, folder, failed)).missing():
+        console.print(f"{len(missing)} runs or more are missing", highlight=False)
+        cells = [cell(wanted, folder, data) for wanted in missing[:AT_ONCE]]
+        ended = runner.run(cells, jobs or os.cpu_count() or 1, data_root, "cnn", extractors, console, True)
+        failed |= {str(one.folder.relative_to(folder)) for one in ended}
+        ledger.record(lines, folder)
+    return runs
