@@ -46,7 +46,7 @@ class Regime:
 
 CURVE = ("constant", "one-cycle")
 LATER = ("later-0.5", "later-0.3", "later-0.1")
-SGD = ("sgd-0.03", "sgd-0.1", "sgd-0.3", "sgd-1.0")
+SGD = ("sgd-0.001", "sgd-0.003", "sgd-0.01")  # with 0.03 the loss is soon not finite
 SETTINGS: dict[str, dict[str, Any]] = {
     "constant": {},
     "one-cycle": {"lr_schedule": "one-cycle"},

@@ -201,7 +201,8 @@ class Runs:
         final, count = self.final(), len(self.regime.curve_seeds)
         early = [run for run in final if run.config.seed in self.regime.seeds[:count]]
         late = [run for run in final if run.config.seed not in self.regime.seeds[:count]]
-        return [run for run in (*early, *curve, *late) if self.is_missing(run)]
+        runs = {run.folder: run for run in (*early, *curve, *late)}  # some are of the curve and final
+        return [run for run in runs.values() if self.is_missing(run)]
 
     def is_missing(self, run: Wanted) -> bool:
         return run.folder not in self.results and run.folder not in self.failed
