@@ -178,7 +178,7 @@ def verdicts(fids: dict[str, float], forgetting: dict[str, float] | None = None)
         }
         for i, (label, fid) in enumerate(fids.items())
     }
-    return [prediction.verdict for prediction in predictions(groups, "later-0.3 gd")]
+    return [prediction.verdict for prediction in predictions(groups, "later-0.3 gd", FIDS)]
 
 
 def test_the_hypothesis_is_supported_by_numbers_that_follow_it():

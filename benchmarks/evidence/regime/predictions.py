@@ -11,7 +11,7 @@ half of what rank 1 in the gradient gains at the constant rate. Where neither is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from crl_diffusion.reporting import seeds
@@ -110,13 +110,13 @@ C, RANK1 = "constant ", "gd+rank1:gradient"
 CALM = ("one-cycle", "ema")
 
 
-def predictions(groups: Groups, lowered: str) -> list[Prediction]:
-    """The six predictions, of the arms that have run. `lowered` is the label of the lowered rate that the tuning seed
-    prefers."""
+def predictions(groups: Groups, lowered: str, arms: Collection[str]) -> list[Prediction]:
+    """The six predictions. `lowered` is the label of the lowered rate that the tuning seed prefers; `arms` are the
+    labels of the regime, of which some may not have run yet."""
     base, rank1, random, top = (C + name for name in ("gd", RANK1, "gd+rank1:random,gradient", "gd+rank1:top,gradient"))
 
     def fid(*pairs: tuple[str, str]) -> Paired:
-        return paired(groups, pairs, FID, "average FID")
+        return paired(groups, [pair for pair in pairs if {*pair} <= {*arms}], FID, "average FID")
 
     gains = fid((rank1, base))
     gain = max(0.0, -gains.found[0].estimate.mean) if gains.found else 0.0
@@ -135,8 +135,8 @@ def predictions(groups: Groups, lowered: str) -> list[Prediction]:
             "Rank 1 in the gradient gains, and its gain follows the drop of Adam's precision, whatever the direction.",
             "supported if rank 1 gains, and a random direction with the same drop of precision, the top eigenvector "
             "with the same lam a, and a random direction with its own best lam are each worse by less than half of "
-            "that gain (95 % interval); refuted if one of them is shown to be worse, by more than that, or rank 1 to be "
-            "worse than no penalty",
+            "that gain (95 % interval); refuted if one of them is shown to be worse, by more than that, or if rank 1 is "
+            "shown to be worse than no penalty",
             [*gains.found, *alike.found, *fid((f"{random}, same lam", rank1)).found],
             "refuted"
             if gains.any_higher() or (gains.any_lower() and alike.any_higher(gain / 2))

@@ -145,7 +145,7 @@ def write_report(name: str, runs: Runs, lines: Path, results: Path) -> None:
         if forest is not None:
             parts += picture(forest, results)
         parts += ["## The six predictions"]
-        tests = predictions(groups, lowered(runs))
+        tests = predictions(groups, lowered(runs), [arm.label for arm in runs.regime.arms])
         parts += [prediction_part(i, prediction) for i, prediction in enumerate(tests, start=1)]
     for title, drawing in drawn:
         if drawing is not None:
