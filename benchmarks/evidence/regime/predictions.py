@@ -135,8 +135,8 @@ def predictions(groups: Groups, lowered: str, arms: Collection[str]) -> list[Pre
             "Rank 1 in the gradient gains, and its gain follows the drop of Adam's precision, whatever the direction.",
             "supported if rank 1 gains, and a random direction with the same drop of precision, the top eigenvector "
             "with the same lam a, and a random direction with its own best lam are each worse by less than half of "
-            "that gain (95 % interval); refuted if one of them is shown to be worse, by more than that, or if rank 1 is "
-            "shown to be worse than no penalty",
+            "that gain (95 % interval); refuted if one of them is shown to be worse, by more than that, or if rank 1 "
+            "is shown to be worse than no penalty",
             [*gains.found, *alike.found, *fid((f"{random}, same lam", rank1)).found],
             "refuted"
             if gains.any_higher() or (gains.any_lower() and alike.any_higher(gain / 2))
