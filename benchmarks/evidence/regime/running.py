@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
+from crl_diffusion import signals
 from crl_diffusion.comparison import runner
 from crl_diffusion.data.tasks import load
 from crl_diffusion.evaluation import evaluate
@@ -29,7 +31,11 @@ def run(regime: Regime, folder: Path, lines: Path, extractors: Path, data_root: 
     while missing := (runs := Runs(regime, folder, failed)).missing():
         console.print(f"{len(missing)} runs or more are missing", highlight=False)
         cells = [cell(wanted, folder, data) for wanted in missing[:AT_ONCE]]
-        ended = runner.run(cells, jobs or os.cpu_count() or 1, data_root, "cnn", extractors, console, True)
+        try:
+            with signals.handled():  # on a signal, the runs write checkpoints
+                ended = runner.run(cells, jobs or os.cpu_count() or 1, data_root, "cnn", extractors, console, True)
+        except signals.Stopped as stop:
+            sys.exit(f"{stop}; to resume, give the same command again")
         failed |= {str(one.folder.relative_to(folder)) for one in ended}
         ledger.record(lines, folder)
     return runs
