@@ -51,6 +51,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "constant": {},
     "one-cycle": {"lr_schedule": "one-cycle"},
     "ema": {"ema": 0.999},
+    "ema-one-cycle": {"ema": 0.999, "lr_schedule": "one-cycle"},
+    "ema-later-0.3": {"ema": 0.999, "lr_later": 0.3},
     **{name: {"lr_later": float(name.removeprefix("later-"))} for name in LATER},
     "twice-the-rate": {"lr": 0.006},
     **{name: {"optimizer": "sgd", "lr": float(name.removeprefix("sgd-"))} for name in SGD},
@@ -60,7 +62,7 @@ COMMON = {
     **{"checkpoint_every": 100_000, "log_every": 100, "device": "cpu"},
 }
 IN_GRADIENT, DECOUPLED = (300.0, 1000.0, 3000.0, 10000.0), (30.0, 300.0, 3000.0, 30000.0)
-DIAGONAL = (3.0, 30.0, 300.0, 1000.0)  # in the gradient
+SEVERAL, DIAGONAL = (1000.0, 3000.0, 10000.0, 30000.0), (3.0, 30.0, 300.0, 1000.0)  # in the gradient
 RANDOM, SLOPES, PRECONDITIONED = (30.0, 100.0, 300.0, 1000.0), (3.0, 10.0, 30.0, 100.0), (0.3, 1.0, 3.0, 10.0)
 RANK1 = Arm("constant", "gd+rank1:gradient", IN_GRADIENT)
 
@@ -73,9 +75,10 @@ REGIMES = {
         arms=(
             *(Arm("constant", method) for method in ("gd", "fine-tune", "joint")),
             *(Arm(setting, "gd") for setting in ("one-cycle", "ema", *LATER, "twice-the-rate", "sgd")),
+            *(Arm(setting, "gd") for setting in ("ema-one-cycle", "ema-later-0.3")),
             RANK1,
             Arm("constant", "gd+diagonal:gradient", DIAGONAL),
-            *(Arm("constant", f"gd+{name}:gradient", IN_GRADIENT) for name in ("rank10", "bands8")),
+            *(Arm("constant", f"gd+{name}:gradient", SEVERAL) for name in ("rank10", "bands8")),
             Arm("constant", "gd+rank1:top,gradient", IN_GRADIENT),
             Arm("constant", "gd+rank1:random,gradient", RANDOM),
             *(Arm("constant", f"gd+{name}", DECOUPLED) for name in ("rank1", "diagonal", "rank10", "bands8")),
