@@ -252,7 +252,7 @@ def test_the_report_names_every_arm_and_what_is_missing(tmp_path):
     assert "**Not finished**: 4 runs" in page  # the second seed's curve, but for those that are final runs too
     assert "sgd-0.1: 30.00, sgd-1.0: 9.00 | sgd-1.0 |" in page
     assert "300: 5.50, 3000: 5.00 | 3000 |" in page
-    for picture in ("steps", "precision", "movement", "differences"):
+    for picture in ("steps", "rate", "movement", "differences"):
         assert (results / f"small-{picture}.png").read_bytes().startswith(b"\x89PNG")
         assert f"(small-{picture}.png)" in page
 

@@ -9,6 +9,8 @@ import matplotlib.pyplot as plt
 from crl_diffusion.config.spelling import parse_method
 from crl_diffusion.reporting import seeds
 from crl_diffusion.reporting.canvas import COLOURS, GREY, MARKERS, Drawing, drawing, plain_log
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from .definitions import BASELINE, CURVE
 from .runs import Result, Runs
@@ -85,6 +87,12 @@ class Point(NamedTuple):
     pairs: Sequence[tuple[Result, Result]]
     final: bool
 
+    @property
+    def constant(self) -> bool:
+        """Whether the rate is constant within a task and the weights are not averaged."""
+        settings = self.pairs[0][0].run.settings
+        return settings["lr_schedule"] == "constant" and not settings["ema"]
+
     def mean(self, value: str, difference: bool) -> float:
         numbers = [getattr(a, value) - difference * getattr(b, value) for a, b in self.pairs]
         return seeds.estimate(numbers).mean
@@ -108,69 +116,81 @@ def points(runs: Runs) -> list[Point]:
     return [*found.values()]
 
 
-SMALLEST = 0.25  # of the FID points on a logarithmic axis
+Axis = tuple[str, bool, str]  # a value of results, whether that of distillation alone is subtracted, and a label
+MARKED = (
+    "Large markers: means over the final seeds. Small ones: every lam that was tried, on the tuning seed and "
+    "validation images. Filled: constant rate, that of --lr; hollow: other rates of later tasks, EMA, one-cycle."
+)
 
 
-def scatter(
-    runs: Runs, name: str, x: tuple[str, bool, str], y: tuple[str, bool, str], text: str, alt: str
-) -> Drawing | None:
-    """One marker a method: x and y are a value of results, whether the baseline's is subtracted, and an axis label."""
-    every = points(runs)
-    if not every:
-        return None
-    figure, axis = plt.subplots(figsize=(9, 5.2), layout="constrained")
+def scatter(every: Sequence[Point], x: Axis, y: Axis) -> tuple[Figure, Axes]:
+    """One marker a method, setting and lam."""
+    figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
     named: dict[str, Kind] = {}
     for point in every:
         look = kind(point.method)
         named[look.name] = look
-        inside = point.label.startswith("constant ")
         axis.plot(
             point.mean(*x[:2]),
             point.mean(*y[:2]),
             look.marker,
-            markersize=8 if point.final else 5,
-            markerfacecolor=look.colour if point.final and inside else "none",
+            markersize=9 if point.final else 5,
+            markerfacecolor=look.colour if point.label.startswith("constant ") else "none",
             markeredgecolor=look.colour,
-            alpha=1 if point.final else 0.6,
+            alpha=1 if point.final else 0.5,
         )
     for look in named.values():
         axis.plot([], [], look.marker, color=look.colour, label=look.name)
-    for line in (axis.axhline, axis.axvline):
-        line(0, color=GREY, linewidth=1, linestyle="--", zorder=0)
-    if y[1]:
-        axis.set_yscale("symlog", linthresh=2)
+    axis.axhline(0, color=GREY, linewidth=1, linestyle="--", zorder=0)
     axis.set_xlabel(x[2])
     axis.set_ylabel(y[2])
     axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure, axis
+
+
+LINEAR, HIGHEST = 2.0, 20.0  # FID points up to which the axis of gains is linear, and its upper end
+
+
+def gain_and_rate(runs: Runs, name: str) -> Drawing | None:
+    every = points(runs)
+    constant = [point for point in every if point.constant]
+    if not constant:
+        return None
+    gain: Axis = ("average_fid", True, "average FID less that of distillation alone (below 0 is a gain)")
+    rate: Axis = ("log_rate", True, "change of Adam's effective rate, mean log (lr / √v); −0.7: half of it")
+    figure, axis = scatter(constant, rate, gain)
+    for label, style in (("one-cycle gd", ":"), ("ema gd", "-.")):
+        for point in every:
+            if point.label == label and point.final:
+                axis.axhline(point.mean(*gain[:2]), color=COLOURS[6], linestyle=style, linewidth=1, label=label)
+    axis.axvline(0, color=GREY, linewidth=1, linestyle="--", zorder=0)
+    axis.set_yscale("symlog", linthresh=LINEAR, linscale=2)
+    axis.set_ylim(top=HIGHEST)
+    ticks = [-4.0, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 5.0, 10.0, 20.0]
+    low = axis.get_ylim()[0]
+    axis.set_yticks([t for t in ticks if t >= low], [f"{t:g}".replace("-", "−") for t in ticks if t >= low])
+    axis.minorticks_off()
+    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    text = (
+        "Change of average FID against change of Adam's effective rate, both less distillation alone, at constant "
+        f"rates without an average. Lines: distillation alone with one-cycle and with an EMA. {MARKED}"
+    )
+    alt = "Scatter plot of the change of average FID against that of Adam's effective rate, one marker per method."
     return drawing(name, figure, alt, text)
 
 
-MARKED = (
-    "Large markers: means over the final seeds (filled: constant rate; hollow: EMA, one-cycle, other rates). Small "
-    "hollow ones: every lam that was tried, on the tuning seed and validation images."
-)
-
-
-def gain_and_precision(runs: Runs, name: str) -> Drawing | None:
-    return scatter(
-        runs,
-        name,
-        ("precision", True, "change of Adam's precision, mean log 1/√v: −0.7 halves the steps"),
-        ("average_fid", True, "average FID less that of distillation alone (below 0 is a gain)"),
-        f"Change of average FID against change of Adam's precision, both less distillation alone. {MARKED}",
-        "Scatter plot of the change of average FID against the change of Adam's precision, one marker per method.",
-    )
-
-
 def forgetting_and_movement(runs: Runs, name: str) -> Drawing | None:
-    return scatter(
-        runs,
-        name,
-        ("displacement", False, "distance that the weights move in a task"),
+    every = points(runs)
+    if not every:
+        return None
+    figure, _ = scatter(
+        every,
+        ("displacement", False, "distance that the weights move in a task, mean over tasks"),
         ("forgetting", False, "forgetting, ÷ (T − 1) (lower is better)"),
-        f"Forgetting against the distance that the weights move in a task, a mean over tasks. {MARKED}",
-        "Scatter plot of forgetting against the movement of the weights, one marker per method.",
     )
+    text = f"Forgetting against the distance that the weights move in a task, a mean over tasks. {MARKED}"
+    alt = "Scatter plot of forgetting against the movement of the weights, one marker per method."
+    return drawing(name, figure, alt, text)
 
 
 def groups_of(runs: Runs) -> Mapping[str, Mapping[int, Result]]:

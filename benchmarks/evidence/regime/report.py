@@ -23,7 +23,7 @@ BASE = f"constant {BASELINE}"
 
 def results_sheet(runs: Runs, groups: Mapping[str, Mapping[int, Result]]) -> Sheet:
     """One row an arm: its numbers, and the differences to distillation alone at the constant rate."""
-    head = ["setting, method", "lam", "seeds", "average FID ↓", "FID when learnt ↓", "forgetting ↓", "precision"]
+    head = ["setting, method", "lam", "seeds", "average FID ↓", "FID when learnt ↓", "forgetting ↓", "log rate"]
     head += ["moved", "average FID, difference", "p", "forgetting, difference", "p"]
     body = []
     for arm in runs.regime.arms:
@@ -36,7 +36,7 @@ def results_sheet(runs: Runs, groups: Mapping[str, Mapping[int, Result]]) -> She
             row.append(cell(tables.values([r.run for r in results.values()], name), digits, interval=False))
         moving = [r for r in results.values() if r.of_kind("movement")]
         adam = [r for r in moving if r.run.settings["optimizer"] == "adam"]
-        row.append(number(seeds.estimate([r.precision for r in adam]).mean, 2) if adam else NONE)
+        row.append(number(seeds.estimate([r.log_rate for r in adam]).mean, 2) if adam else NONE)
         row.append(number(seeds.estimate([r.displacement for r in moving]).mean, 1) if moving else NONE)
         for name in ("average_fid", "forgetting"):
             values = tables.values([r.run for r in results.values()], name)
@@ -47,10 +47,11 @@ def results_sheet(runs: Runs, groups: Mapping[str, Mapping[int, Result]]) -> She
         body.append(row)
     text = (
         "Mean ± standard deviation over seeds. Differences: less distillation alone at the constant rate, paired by "
-        "seed, mean and 95 % t interval; p of the exact two-sided sign-flip test. Forgetting is divided by T − 1. "
-        "Precision: mean log 1/√v of Adam's second moments at the end of a task; moved: distance between the weights "
-        "at the start and at the end of a task; both are means over the tasks after the first. “same lam”, “same lam "
-        f"a”, “same precision”: lam is not tuned but taken from `{RANK1.label}`."
+        "seed, mean and 95 % t interval; p of the exact two-sided sign-flip test. Forgetting is divided by T − 1. Log "
+        "rate: mean log (lr / √v) of Adam's second moments v, with the peak of lr, at the end of a task; moved: "
+        "distance between the weights at the start and at the end of a task; both are means over the tasks after the "
+        "first. “same lam”, “same lam a”, “same precision”: lam is not tuned but taken from "
+        f"`{RANK1.label}`."
     )
     return Sheet(head, body, text)
 
@@ -131,7 +132,7 @@ def write_report(name: str, runs: Runs, lines: Path, results: Path) -> None:
         parts.append(f"**Not finished**: {len(missing)} runs or more are missing.")
     drawn = [
         ("Training until it no longer helps", pictures.training(runs, f"{name}-steps")),
-        ("Gain and Adam's precision", pictures.gain_and_precision(runs, f"{name}-precision")),
+        ("Gain and Adam's effective rate", pictures.gain_and_rate(runs, f"{name}-rate")),
         ("Forgetting and movement", pictures.forgetting_and_movement(runs, f"{name}-movement")),
     ]
     compared: dict[str, list[Finished]] = {

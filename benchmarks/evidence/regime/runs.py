@@ -60,6 +60,12 @@ class Result:
         return float(np.mean([row["precision"] for row in self.of_kind("movement")]))
 
     @property
+    def log_rate(self) -> float:
+        """The log of Adam's effective rate, mean log (lr / sqrt v), at the end of tasks after the first."""
+        settings = self.run.settings
+        return self.precision + math.log(settings["lr"] * settings["lr_later"])
+
+    @property
     def displacement(self) -> float:
         """Mean over the tasks after the first."""
         return float(np.mean([row["displacement"] for row in self.of_kind("movement")]))
