@@ -80,6 +80,7 @@ REGIMES = {
             Arm("constant", "gd+diagonal:gradient", DIAGONAL),
             *(Arm("constant", f"gd+{name}:gradient", SEVERAL) for name in ("rank10", "bands8")),
             Arm("constant", "gd+rank1:top,gradient", IN_GRADIENT),
+            Arm("constant", "gd+rank1:signs,gradient", IN_GRADIENT),
             Arm("constant", "gd+rank1:random,gradient", RANDOM),
             *(Arm("constant", f"gd+{name}", DECOUPLED) for name in ("rank1", "diagonal", "rank10", "bands8")),
             Arm("constant", "gd+rank1:random,gradient", borrowed="same lam", model=RANK1.label),

@@ -62,6 +62,7 @@ KINDS = {
     "none": Kind("no penalty", COLOURS[6], "s"),
     "mean": Kind("mean gradient (rank 1)", COLOURS[0], "o"),
     "random": Kind("random direction", COLOURS[1], "D"),
+    "signs": Kind("mean gradient with random signs", COLOURS[5], "X"),
     "top": Kind("top eigenvector", COLOURS[2], "^"),
     "several": Kind("rank 10 or 8 bands", COLOURS[3], "v"),
     "diagonal": Kind("diagonal", COLOURS[4], "P"),

@@ -122,6 +122,11 @@ def _options() -> Listing:
         ["top", "directions: the top eigenvectors of the Fisher matrix"],
         ["mean", "direction: the mean gradient (not with rank<n>)"],
         ["random", "control, not a method to use: random unit directions with the same curvatures and slopes"],
+        [
+            "signs",
+            "control, not a method to use: the same directions with a random sign for every entry; curvatures and "
+            "slopes stay",
+        ],
         ["slopes", "keep the first-order term of each task: it moves the anchor down the slope of the old task's loss"],
     ]
     return Listing("Methods: options of a penalty, NAME:OPTION,...", ("option", "meaning"), rows)

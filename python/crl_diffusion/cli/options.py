@@ -42,7 +42,7 @@ class Compare(Settings):
     """Named set of settings, methods and seeds. Other options override it. `crl-diffusion list` shows the presets."""
     methods: tuple[str, ...] = ("fine-tune", "gd", "gd+rank1")
     """Methods to compare, each as NAME or NAME:OPTION,... as for `train --method`. The options once, alone,
-    preconditioned and random are controls for experiments, not methods to use."""
+    preconditioned, random and signs are controls for experiments, not methods to use."""
     seeds: tuple[int, ...] = (0,)
     """Random seeds. Each method is run once with each of them."""
     lams: tuple[float, ...] = ()

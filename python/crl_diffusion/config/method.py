@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 Mode = Literal["decoupled", "gradient", "preconditioned", "once", "alone"]
-Direction = Literal["mean", "top", "random"]
+Direction = Literal["mean", "top", "random", "signs"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class Penalty:
     theta_k.
 
     A low-rank F has `rank` directions for each of `bands` equal bands of timesteps: F = sum_s p_s F_s, where p_s is the
-    share of samples in band s. The modes once and alone and the direction random are controls for experiments.
+    share of samples in band s. The modes preconditioned, once and alone and the directions random and signs are
+    controls for experiments.
     """
 
     fisher: Literal["low_rank", "diagonal"]

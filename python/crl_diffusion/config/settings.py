@@ -126,8 +126,8 @@ class RunConfig(Settings):
 
     method: str
     """What is replayed and what is penalised: NAME or NAME:OPTION,..., for example gd+rank1:gradient,lam=60.
-    `crl-diffusion list` shows all names and options. The options once, alone, preconditioned and random are controls
-    for experiments, not methods to use."""
+    `crl-diffusion list` shows all names and options. The options once, alone, preconditioned, random and
+    signs are controls for experiments, not methods to use."""
     seed: int = 0
     """Random seed. Runs with the same seed see the same batches, noise, timesteps and evaluation latents."""
 

@@ -72,11 +72,11 @@ def _with_option(penalty: Penalty, option: str, text: str) -> Penalty:
     if penalty.fisher == "low_rank":
         if option == "slopes":
             return replace(penalty, slopes=True)
-        if option in ("top", "random") or (option == "mean" and penalty.rank == 1):
+        if option in ("top", "random", "signs") or (option == "mean" and penalty.rank == 1):
             return replace(penalty, direction=option)  # type: ignore[arg-type]
     known = [*get_args(Mode), "lam=NUMBER"]
     if penalty.fisher == "low_rank":
-        known += ["slopes", "top", "random"] + (["mean"] if penalty.rank == 1 else [])
+        known += ["slopes", "top", "random", "signs"] + (["mean"] if penalty.rank == 1 else [])
     raise OptionError(f"method {text!r}: {option!r} is not an option of its penalty; choose among {', '.join(known)}")
 
 

@@ -1,4 +1,4 @@
-"""Controls for experiments on the first-order term: without the quadratic penalty, and with random directions."""
+"""Controls for experiments: the first-order term without the quadratic penalty, and random directions."""
 
 from __future__ import annotations
 
@@ -45,11 +45,19 @@ class SlopesAlone:
             self.parameters[name].sub_(pull, alpha=lr * self.lam)
 
 
-def along_random_directions(fisher: Any, model: nn.Module, generator: torch.Generator) -> LowRankFisher:
-    """The same curvatures and slopes along random unit directions."""
+def along_random_directions(
+    fisher: LowRankFisher, model: nn.Module, generator: torch.Generator, signs_only: bool = False
+) -> LowRankFisher:
+    """The same curvatures and slopes along random unit directions or, with `signs_only`, along the same directions with
+    a random sign for every entry: they differ in direction as much, and every entry keeps its size."""
     parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     terms = len(fisher)
     drawn = {name: torch.randn(terms, *p.shape, generator=generator) for name, p in parameters.items()}
+    if signs_only:
+        history = LowRankHistory(model)
+        history.append(fisher)
+        own = history.directions()
+        drawn = {name: noise.sign() * torch.stack([u[name] for u in own]).to(noise) for name, noise in drawn.items()}
     lengths = sum(d.flatten(1).double().square().sum(1) for d in drawn.values()).sqrt()
     directions = {
         name: (d / lengths.to(d.dtype).view(terms, *[1] * (d.dim() - 1))).to(parameters[name])

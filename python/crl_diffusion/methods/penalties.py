@@ -60,8 +60,8 @@ class PenaltyState:
         """Estimate the Fisher matrix of the task that has just been learnt and append it to the history. Returns its
         statistics; those that this kind of matrix lacks are None. `task_lr` is the sum of the task's learning rates."""
         fisher = self._estimate(per_sample_loss, batches, generator)
-        if self.spec.direction == "random":
-            fisher = along_random_directions(fisher, self.model, generator)
+        if self.spec.direction in ("random", "signs"):
+            fisher = along_random_directions(fisher, self.model, generator, self.spec.direction == "signs")
         if self.spec.mode == "once":
             # Control: one proximal step at the end of the task, with its total learning rate; no penalty afterwards.
             once = self._new_history()

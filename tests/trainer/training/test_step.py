@@ -340,3 +340,20 @@ def test_a_loss_that_is_not_finite_stops_with_its_step_and_a_cause(short: Short,
     stiff.step = 1
     with pytest.raises(TrainingError, match=r"step 1 of stage 2; .*lam=1e\+08 or the decoupled mode"):
         loop.log_losses(stiff, stiff.stages[1], [torch.tensor([float("nan"), 0.0, 1.0])], 0.1, board=None)  # type: ignore[arg-type]
+
+
+def test_random_signs_keep_the_size_of_every_entry_of_a_direction(short: Short, make_run: MakeRun) -> None:
+    kept = []
+    for method in ("rank3:slopes", "rank3:signs,slopes"):
+        run = make_run(short(method, model="mini", fisher_samples=24))
+        learnt = _double(run)
+        run.remember(run.stages[0])
+        kept.append((learnt[0].fisher, *_terms(run, learnt, slopes=True)))
+    (fisher, u, _, _), (control, flipped, _, b) = kept
+    torch.testing.assert_close(flipped.abs(), u.abs())
+    moved = u.abs() > 0
+    assert 0.49 < (flipped * u > 0)[moved].double().mean() < 0.51  # 160,000 entries a direction
+    assert torch.equal(control.curvatures, fisher.curvatures)
+    assert torch.equal(control.slopes, fisher.slopes)
+    assert run.penalty is not None
+    torch.testing.assert_close(run.penalty.history.anchor_projections, b)  # type: ignore[union-attr]
