@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from crl_diffusion.config.curriculum import Stage, stages
 from crl_diffusion.config.method import PENALTIES
+from crl_diffusion.config.settings import check
 from crl_diffusion.data.images import Images
 from crl_diffusion.data.tasks import load
 from crl_diffusion.diffusion import noising
@@ -19,6 +20,7 @@ from crl_diffusion.diffusion.network import build
 from crl_diffusion.diffusion.precision import Precision
 from crl_diffusion.errors import OptionError, RecordError
 from crl_diffusion.methods.penalties import PenaltyState
+from crl_diffusion.reporting.provenance import options
 from crl_diffusion.reporting.runs import Finished, differing, find
 from crl_diffusion.run_folder import checkpoint
 from crl_diffusion.run_folder.layout import digest_of_saved, require_measured
@@ -70,6 +72,12 @@ def comparable(folders: Sequence[Path]) -> list[Finished]:
     return runs
 
 
+def shared_options(runs: Sequence[Finished]) -> list[str]:
+    """What all runs have in common, as options of `crl-diffusion train`."""
+    config = {name: value for name, value in runs[0].settings.items() if name not in {*FREE, "data"}}
+    return ["--data", runs[0].data, "--method", runs[0].method, *options(config)]
+
+
 def state_after(run: Finished, stage: Stage) -> dict[str, Tensor]:
     """The model's state at the end of a stage."""
     path = checkpoint.end_of_stage(run.path / "checkpoints", stage.number)
@@ -92,6 +100,7 @@ def measure(run: Finished, data_root: Path, samples: int, fisher_samples: int) -
     """One row for each task but the last, and one for each pair of a task and a later one, in the order of tasks."""
     # The trainer's own configuration, data and network.
     config = replace(read_run_config(run.path), fisher_samples=fisher_samples)
+    check(replace(config, method="rank10"))  # the estimate that needs most samples
     data, plan, schedule = load(config, data_root), stages(config), noising.SCHEDULES[config.schedule]
     require_measured(run.path, {"data_name": data.name})
     precision = Precision(config.precision, torch.device("cpu"))
@@ -122,6 +131,7 @@ def measure(run: Finished, data_root: Path, samples: int, fisher_samples: int) -
                 for name, penalty in penalties.items()
             }
         shown = {name: statistics["rank1"][name] for name in STATISTICS}
+        shown["mean_gradient_sq"] = shown["kappa"] * shown["trace"]
         tasks.append({"task": stage.learnt, "loss": base, "held_out_loss": unseen_base, **shown})
 
         for later in plan[stage.learnt :]:
