@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from crl_diffusion.config.curriculum import Stage, stages
 from crl_diffusion.config.method import PENALTIES
-from crl_diffusion.config.settings import check
+from crl_diffusion.config.settings import RunConfig, check
 from crl_diffusion.data.images import Images
 from crl_diffusion.data.tasks import load
 from crl_diffusion.diffusion import noising
@@ -27,7 +27,7 @@ from crl_diffusion.run_folder.layout import digest_of_saved, require_measured
 from crl_diffusion.run_folder.readers import read_run_config
 from crl_diffusion.training.fisher_batches import fisher_batches, per_sample_loss
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from .displacement import STEP, Batch, curvature, draw, first_and_second_order, loss
 
@@ -96,6 +96,21 @@ def state_after(run: Finished, stage: Stage) -> dict[str, Tensor]:
 # What they say
 
 
+def estimated(
+    model: nn.Module, config: RunConfig, stage: Stage, batches: Sequence[tuple[Tensor, ...]]
+) -> tuple[dict[str, PenaltyState], dict[str, float]]:
+    """The penalties that the trainer would have had from the end of this stage on, and the rank-1 one's statistics."""
+    penalties, statistics = {}, {}
+    for name in ESTIMATES:
+        penalties[name] = PenaltyState(PENALTIES[name], model, config.fisher_estimate == "in-sample")
+        generator = noising.stream(config.seed, "fisher", stage.number)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about rho and the signal share, which the page shows
+            statistics[name] = penalties[name].learn(per_sample_loss, batches, generator, task_lr=0.0)
+    rank1 = {name: statistics["rank1"][name] for name in STATISTICS}
+    return penalties, {**rank1, "mean_gradient_sq": rank1["kappa"] * rank1["trace"]}
+
+
 def measure(run: Finished, data_root: Path, samples: int, fisher_samples: int) -> dict[str, Any]:
     """One row for each task but the last, and one for each pair of a task and a later one, in the order of tasks."""
     # The trainer's own configuration, data and network.
@@ -120,19 +135,10 @@ def measure(run: Finished, data_root: Path, samples: int, fisher_samples: int) -
         seen, unseen = drawn(task.train, "train", stage), drawn(task.held_out, "held out", stage)
         base, unseen_base = loss(model64, theta, seen), loss(model64, theta, unseen)
 
-        # The penalties that the trainer would have had from here on.
         model.load_state_dict(states[stage.number])
         batches = fisher_batches(task.train, stage, config, schedule, like)
-        penalties = {n: PenaltyState(PENALTIES[n], model, config.fisher_estimate == "in-sample") for n in ESTIMATES}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about rho and the signal share, which the page shows
-            statistics = {
-                name: penalty.learn(per_sample_loss, batches, noising.stream(config.seed, "fisher", stage.number), 0.0)
-                for name, penalty in penalties.items()
-            }
-        shown = {name: statistics["rank1"][name] for name in STATISTICS}
-        shown["mean_gradient_sq"] = shown["kappa"] * shown["trace"]
-        tasks.append({"task": stage.learnt, "loss": base, "held_out_loss": unseen_base, **shown})
+        penalties, statistics = estimated(model, config, stage, batches)
+        tasks.append({"task": stage.learnt, "loss": base, "held_out_loss": unseen_base, **statistics})
 
         for later in plan[stage.learnt :]:
             after = weights[later.number]

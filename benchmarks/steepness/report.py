@@ -231,8 +231,10 @@ def picture(record: Row) -> Drawing:
             axis.plot(*positive.T, marker, label=PREDICTED[key], **style)
         axis.set(xscale="log", yscale="log", xlabel="measured rise of the old task's loss")
         axis.set_title(name, fontsize=10)
+    limits = axes[0].axis()
     for axis in axes:
         axis.axline((1, 1), (10, 10), color=GREY, linewidth=1, linestyle="--", zorder=0)
+    axes[0].axis(limits)  # the line would extend them to its points
     axes[0].set_ylabel("predicted by the quadratic")
     axes[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     text = (
