@@ -77,7 +77,7 @@ def run_here(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_answers_help(name, monkeypatch, capsys):
-    if name in ("evidence", "trainer_cost"):
+    if name in ("evidence", "steepness", "trainer_cost"):
         pytest.importorskip("tyro", reason="tyro is not installed (extra trainer)")
         pytest.importorskip("diffusers", reason="diffusers is not installed (extra trainer)")
     monkeypatch.setattr(sys, "argv", [name, "--help"])
