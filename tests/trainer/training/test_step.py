@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -17,12 +19,13 @@ from crl_diffusion.training.run import Run
 from crl_diffusion.training.step import one_cycle, training_step
 from helpers.trainer_runs import MakeRun, Short
 from torch import Tensor, nn
+from torch.nn.utils import vector_to_parameters
 
 pytestmark = [  # from 24 samples: no wonder
     pytest.mark.filterwarnings("ignore:only .* of the trace of the Fisher"),
     pytest.mark.filterwarnings("ignore:the mean gradient .*is mostly noise"),
 ]
-STEPS, STEP = 20, 2  # of a task, and the one that is looked at
+STEPS, STEP = 20, 2  # of a task, and the first that is looked at
 ABAR = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
 # Weights of the real batch and of each replay in the third task.
 REPLAYED = {
@@ -71,13 +74,13 @@ def _third_task(run: Run) -> list[Learnt]:
         with torch.no_grad():
             for p in run.model.parameters():
                 p.add_(0.01 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
-    run.optimizer = new_optimizer(run.model)
+    run.optimizer = run.new_optimizer()
     run.stage, run.step = 2, STEP
     return learnt
 
 
-def _noised(seed: int, pixels: Tensor, purpose: str, stage: int) -> tuple[Tensor, Tensor, Tensor]:
-    generator = stream(seed, purpose, stage, STEP)
+def _noised(seed: int, pixels: Tensor, purpose: str, stage: int, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = stream(seed, purpose, stage, step)
     t = torch.randint(1000, (len(pixels),), generator=generator)
     noise = torch.randn(pixels.shape, generator=generator).double()
     a = ABAR[t].reshape(-1, 1, 1, 1)
@@ -92,42 +95,58 @@ def _drawn_anew(run: Run, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     x = torch.randn(len(label), *run.data.shape, generator=generator).double()
     for t, following in ((500, float(ABAR[0])), (0, 1.0)):
         with torch.no_grad():
-            noise = run.teacher(x, torch.full_like(label, t), class_labels=label).sample
+            noise = run.teacher(x, torch.full_like(label, t), class_labels=label)[0]
         clean = ((x - (1 - ABAR[t]) ** 0.5 * noise) / ABAR[t] ** 0.5).clamp(-1, 1)
         x = following**0.5 * clean + (1 - following) ** 0.5 * noise
     return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8), label
 
 
-def _plain_gradient(run: Run, model: nn.Module, name: str, stage: Stage) -> Tensor:
+def _plain_gradient(run: Run, model: nn.Module, name: str, stage: Stage, step: int = STEP) -> Tensor:
     """Of the weighted mean squared errors on real and on replayed images."""
     config, seed = run.config, run.config.seed
     weight, replays = REPLAYED[name]
     images = run.task_images(stage, "train")
-    order = torch.randperm(len(images.labels), generator=stream(seed, "epoch", stage.number, 0))[16:24]
-    x, t, noise = _noised(seed, images.pixels[order], "noise", stage.number)
-    loss = weight * nn.functional.mse_loss(model(x, t, class_labels=images.labels[order]).sample, noise)
+    order = torch.randperm(len(images.labels), generator=stream(seed, "epoch", stage.number, 0))[8 * step :][:8]
+    x, t, noise = _noised(seed, images.pixels[order], "noise", stage.number, step)
+    loss = weight * nn.functional.mse_loss(model(x, t, class_labels=images.labels[order])[0], noise)
     for i, (source, target, weight) in enumerate(replays):
-        generator = stream(seed, f"replay {i}", stage.number, STEP)
+        generator = stream(seed, f"replay {i}", stage.number, step)
         if source == "pool":
             pool = run.sources["pool"].images  # type: ignore[attr-defined]
             index = torch.randint(len(pool.labels), (config.replay_batch,), generator=generator)
             pixels, label = pool.pixels[index], pool.labels[index]
         else:
             pixels, label = _drawn_anew(run, generator)
-        x, t, wanted = _noised(seed, pixels, f"replay noise {i}", stage.number)
+        x, t, wanted = _noised(seed, pixels, f"replay noise {i}", stage.number, step)
         if target == "teacher":
             assert run.teacher is not None
             with torch.no_grad():
-                wanted = run.teacher(x, t, class_labels=label).sample
-        loss = loss + weight * nn.functional.mse_loss(model(x, t, class_labels=label).sample, wanted)
+                wanted = run.teacher(x, t, class_labels=label)[0]
+        loss = loss + weight * nn.functional.mse_loss(model(x, t, class_labels=label)[0], wanted)
     return _flat(torch.autograd.grad(loss, list(model.parameters())))
 
 
-def _adam(theta: Tensor, gradient: Tensor, clip: float, lr: float) -> Tensor:
-    """Clipped, first step of Adam: both moments, with their bias corrected, are the gradient and its square."""
-    if clip:
-        gradient = gradient * min(1.0, clip / (float(gradient.norm()) + 1e-6))
-    return theta - lr * gradient / (gradient.abs() + 1e-8)
+def _clipped(gradient: Tensor, clip: float) -> Tensor:
+    return gradient * min(1.0, clip / (float(gradient.norm()) + 1e-6)) if clip else gradient
+
+
+def _decaying_sum(decay: float, terms: Sequence[Tensor]) -> Tensor:
+    """Each term is multiplied by `decay` once for each of those after it."""
+    return torch.stack([decay**age * term for age, term in enumerate(reversed(terms))]).sum(0)
+
+
+def _adam_denominator(gradients: Sequence[Tensor]) -> Tensor:
+    """The square root of the average square, corrected for its start at 0, plus eps."""
+    squares = _decaying_sum(0.999, [gradient**2 for gradient in gradients])
+    return (0.001 * squares / (1 - 0.999 ** len(gradients))).sqrt() + 1e-8
+
+
+def _direction(optimizer: str, gradients: Sequence[Tensor]) -> Tensor:
+    """What the optimizer multiplies by its learning rate after these gradients of its steps."""
+    if optimizer == "sgd":
+        return _decaying_sum(0.9, gradients)
+    mean = 0.1 * _decaying_sum(0.9, gradients) / (1 - 0.9 ** len(gradients))
+    return mean / _adam_denominator(gradients)
 
 
 def _terms(run: Run, learnt: list[Learnt], slopes: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -151,48 +170,83 @@ def _pull(theta: Tensor, u: Tensor, a: Tensor, b: Tensor, strength: float) -> Te
     return theta + q @ (after - before)
 
 
-def _expected(run: Run, learnt: list[Learnt], model: nn.Module, name: str, lr: float) -> tuple[Tensor, Tensor]:
-    """Parameters after the step, and after the same step without the penalty."""
-    theta, clip, spec = _flat(model.parameters()), run.config.clip, run.method.penalty
-    gradient = _plain_gradient(run, model, name, run.stages[2])
-    free = _adam(theta, gradient, clip, lr)
-    if spec is None:
-        return free, free
+def _penalty_gradient(run: Run, learnt: list[Learnt], theta: Tensor) -> Tensor:
+    spec = run.method.penalty
+    assert spec is not None
+    if spec.fisher == "diagonal":
+        pulls = [task.fisher.fisher_diagonal.double() * (theta - task.theta) for task in learnt]
+        return spec.lam * torch.stack(pulls).sum(0)
+    u, a, b = _terms(run, learnt, spec.slopes)
+    return spec.lam * (a * (u @ theta - b)) @ u
+
+
+def _proximal(run: Run, learnt: list[Learnt], theta: Tensor, lr: float) -> Tensor:
+    """argmin_x |x - theta|^2 / 2 + lr penalty(x)"""
+    spec = run.method.penalty
+    assert spec is not None
     if spec.fisher == "diagonal":
         curvature = sum(task.fisher.fisher_diagonal.double() for task in learnt)
         pulled = sum(task.fisher.fisher_diagonal.double() * task.theta for task in learnt)
-        if spec.mode == "gradient":
-            return _adam(theta, gradient + spec.lam * (curvature * theta - pulled), clip, lr), free
-        return (free + lr * spec.lam * pulled) / (1 + lr * spec.lam * curvature), free
-    u, a, b = _terms(run, learnt, spec.slopes)
-    if spec.mode == "gradient":
-        return _adam(theta, gradient + spec.lam * (a * (u @ theta - b)) @ u, clip, lr), free
-    if spec.mode == "alone":  # of slopes that are two tasks old, and one
-        task_lr = sum(one_cycle(step, STEPS, run.config.lr) for step in range(STEPS))
-        age = torch.cat([torch.full_like(task.fisher.slopes, 2 - i) for i, task in enumerate(learnt)])
-        weights = (1 + spec.lam * task_lr * a) ** -age
-        return free - lr * spec.lam * (weights * torch.cat([task.fisher.slopes for task in learnt])) @ u, free
-    return _pull(free, u, a, b, lr * spec.lam), free
+        return (theta + lr * spec.lam * pulled) / (1 + lr * spec.lam * curvature)
+    return _pull(theta, *_terms(run, learnt, spec.slopes), lr * spec.lam)
 
 
-def _lr(schedule: str, peak: float) -> float:
+def _slopes_alone(run: Run, learnt: list[Learnt]) -> Tensor:
+    """lam sum_k w_k s_k u_k; w_k has faded at the end of each task from the k-th on, with that task's rates."""
+    config, spec = run.config, run.method.penalty
+    assert spec is not None
+    u, a, _ = _terms(run, learnt, slopes=False)
+    weights = torch.ones_like(a)
+    for number, task in enumerate(learnt):
+        peak = config.lr * (config.lr_later if number else 1.0)
+        rates = [{"one-cycle": one_cycle(step, STEPS, peak), "constant": peak}[config.lr_schedule] for step in range(STEPS)]
+        known = len(task.fisher.slopes) * (number + 1)
+        weights[:known] /= 1 + spec.lam * sum(rates) * a[:known]
+    return spec.lam * (weights * torch.cat([task.fisher.slopes for task in learnt])) @ u
+
+
+def _expected(run: Run, learnt: list[Learnt], name: str, rates: Sequence[float], penalised: bool = True) -> list[Tensor]:
+    """Parameters after each of the steps that have these learning rates, the first of them STEP."""
+    model, config = copy.deepcopy(run.model), run.config
+    mode = run.method.penalty.mode if run.method.penalty is not None and penalised else None
+    theta, gradients, path = _flat(model.parameters()), [], []
+    for step, lr in enumerate(rates, STEP):
+        gradient = _plain_gradient(run, model, name, run.stages[2], step)
+        if mode == "gradient":
+            gradient = gradient + _penalty_gradient(run, learnt, theta)
+        gradients.append(_clipped(gradient, config.clip))
+        theta = theta - lr * _direction(config.optimizer, gradients)
+        if mode == "decoupled":
+            theta = _proximal(run, learnt, theta, lr)
+        elif mode == "preconditioned":
+            theta = theta - lr * _penalty_gradient(run, learnt, theta) / _adam_denominator(gradients)
+        elif mode == "alone":
+            theta = theta - lr * _slopes_alone(run, learnt)
+        path.append(theta)
+        vector_to_parameters(theta, model.parameters())
+    return path
+
+
+def _lr(schedule: str, peak: float, step: int = STEP) -> float:
     """The step lies beyond the rise of one-cycle, which is a tenth of the steps."""
     rise = STEPS // 10
-    shape = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * (STEP - rise) / (STEPS - rise), dtype=torch.float64)).item())
+    shape = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * (step - rise) / (STEPS - rise), dtype=torch.float64)).item())
     return peak * {"one-cycle": shape, "constant": 1.0}[schedule]
 
 
-def _check(run: Run, name: str, schedule: str) -> None:
+def _check(run: Run, name: str, schedule: str, steps: int = 1) -> None:
+    """Compares parameters after each step of the third task, from STEP on, with those of plain PyTorch."""
     learnt = _third_task(run)
-    model = copy.deepcopy(run.model)
-    theta = _flat(model.parameters())
-    expected, free = _expected(run, learnt, model, name, _lr(schedule, run.config.lr))
-    run.take_step(run.data.train.of_classes((4, 5)), run.stages[2])
-    actual = _flat(run.model.parameters())
-    assert (expected - theta).norm() > 0
-    assert (actual - expected).norm() <= 1e-8 * (expected - theta).norm()
-    if run.method.penalty is not None:
-        assert (actual - expected).norm() <= 1e-6 * (expected - free).norm()  # the penalty's own share, that is
+    theta = _flat(run.model.parameters())
+    rates = [_lr(schedule, run.config.lr * run.config.lr_later, STEP + i) for i in range(steps)]
+    path, free_path = (_expected(run, learnt, name, rates, penalised) for penalised in (True, False))
+    for expected, free in zip(path, free_path, strict=True):
+        run.take_step(run.data.train.of_classes((4, 5)), run.stages[2])
+        actual = _flat(run.model.parameters())
+        assert (expected - theta).norm() > 0
+        assert (actual - expected).norm() <= 1e-8 * (expected - theta).norm()
+        if run.method.penalty is not None:
+            assert (actual - expected).norm() <= 1e-6 * (expected - free).norm()  # the penalty's own share, that is
 
 
 @pytest.mark.parametrize(("clip", "schedule"), [(0.05, "one-cycle"), (0.0, "constant")])
@@ -270,7 +324,8 @@ def test_a_step_of_joint_training_is_one_of_fine_tuning_on_all_classes(short: Sh
     (stage,) = run.stages
     model = copy.deepcopy(run.model)
     run.step = STEP
-    expected = _adam(_flat(model.parameters()), _plain_gradient(run, model, "fine-tune", stage), 0.0, run.config.lr)
+    gradient = _plain_gradient(run, model, "fine-tune", stage)
+    expected = _flat(model.parameters()) - run.config.lr * _direction("adam", [gradient])
     run.take_step(run.task_images(stage, "train"), stage)
     moved = (expected - _flat(model.parameters())).norm()
     assert (_flat(run.model.parameters()) - expected).norm() <= 1e-8 * moved
