@@ -46,7 +46,8 @@ def explain(run: Run, stage: Stage, first: int, table: Tensor) -> str:
     if config.precision == "fp16" and not (real and replayed):
         cause = "the largest fp16 number is 65504, and the network's activations may exceed it: try --precision bf16"
     elif penalty is not None and stage.number > 0 and penalty.mode in ("gradient", "preconditioned"):
-        cause = f"a stiff penalty in {penalty.mode} mode is unstable: try lam={penalty.lam / 10:g} or the decoupled mode"
+        softer = f"lam={penalty.lam / 10:g}"
+        cause = f"a stiff penalty in {penalty.mode} mode is unstable: try {softer} or the decoupled mode"
     elif real and not replayed:
         cause = "the teacher's images or predictions are likely broken: look at the evaluation after the last task"
     elif not config.clip:

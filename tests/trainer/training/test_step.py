@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from crl_diffusion.config.curriculum import Stage
+from crl_diffusion.config.settings import RunConfig
 from crl_diffusion.diffusion.noising import stream
 from crl_diffusion.errors import TrainingError
 from crl_diffusion.methods import penalties
@@ -191,6 +192,14 @@ def _proximal(run: Run, learnt: list[Learnt], theta: Tensor, lr: float) -> Tenso
     return _pull(theta, *_terms(run, learnt, spec.slopes), lr * spec.lam)
 
 
+def _total_rate(config: RunConfig, task: int) -> float:
+    """Sum of the learning rates of a task, from 0."""
+    peak = config.lr * (config.lr_later if task else 1.0)
+    return {"one-cycle": sum(one_cycle(step, STEPS, peak) for step in range(STEPS)), "constant": STEPS * peak}[
+        config.lr_schedule
+    ]
+
+
 def _slopes_alone(run: Run, learnt: list[Learnt]) -> Tensor:
     """lam sum_k w_k s_k u_k; w_k has faded at the end of each task from the k-th on, with that task's rates."""
     config, spec = run.config, run.method.penalty
@@ -198,14 +207,14 @@ def _slopes_alone(run: Run, learnt: list[Learnt]) -> Tensor:
     u, a, _ = _terms(run, learnt, slopes=False)
     weights = torch.ones_like(a)
     for number, task in enumerate(learnt):
-        peak = config.lr * (config.lr_later if number else 1.0)
-        rates = [{"one-cycle": one_cycle(step, STEPS, peak), "constant": peak}[config.lr_schedule] for step in range(STEPS)]
         known = len(task.fisher.slopes) * (number + 1)
-        weights[:known] /= 1 + spec.lam * sum(rates) * a[:known]
+        weights[:known] /= 1 + spec.lam * _total_rate(config, number) * a[:known]
     return spec.lam * (weights * torch.cat([task.fisher.slopes for task in learnt])) @ u
 
 
-def _expected(run: Run, learnt: list[Learnt], name: str, rates: Sequence[float], penalised: bool = True) -> list[Tensor]:
+def _expected(
+    run: Run, learnt: list[Learnt], name: str, rates: Sequence[float], penalised: bool = True
+) -> list[Tensor]:
     """Parameters after each of the steps that have these learning rates, the first of them STEP."""
     model, config = copy.deepcopy(run.model), run.config
     mode = run.method.penalty.mode if run.method.penalty is not None and penalised else None
@@ -282,6 +291,149 @@ def test_a_step_with_a_penalty_is_that_of_plain_pytorch(
     method = f"{penalty},{mode}" if name == "fine-tune" else f"{name}+{penalty},{mode}"
     settings = {"model": "mini", "tasks": 3, "steps": STEPS, "clip": clip, "lr_schedule": schedule}
     _check(make_run(short(method, fisher_samples=24, **settings)), name, schedule)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "method"),
+    [
+        ("sgd", "fine-tune"),
+        ("sgd", "gd"),
+        ("sgd", "diagonal:gradient,lam=3000"),
+        ("sgd", "gd+rank1:top,gradient,lam=50"),
+        ("sgd", "gd+diagonal:lam=3000"),
+        ("sgd", "bands2:slopes,lam=50"),
+        ("adam", "gd"),
+        ("adam", "gd+rank1:random,gradient,lam=50"),
+        ("adam", "rank3:slopes,lam=50"),
+        ("adam", "gd+rank1:preconditioned,lam=0.05"),
+        ("adam", "rank3:slopes,preconditioned,lam=0.05"),
+        ("adam", "diagonal:preconditioned,lam=0.05"),
+    ],
+)
+@pytest.mark.parametrize(("clip", "schedule"), [(0.05, "one-cycle"), (0.0, "constant")])
+def test_consecutive_steps_are_those_of_plain_pytorch(
+    short: Short, make_run: MakeRun, optimizer: str, method: str, clip: float, schedule: str
+) -> None:
+    settings = {"optimizer": optimizer, "lr": {"adam": 2e-3, "sgd": 0.2}[optimizer], "lr_schedule": schedule}
+    run = make_run(short(method, model="mlp", tasks=3, steps=STEPS, clip=clip, fisher_samples=24, **settings))
+    _check(run, "gd" if method.startswith("gd") else "fine-tune", schedule, steps=3)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("gd+rank1:lam=50", {"optimizer": "sgd", "lr": 0.2}),
+        ("gd+rank1:gradient,lam=50", {"optimizer": "sgd", "lr": 0.2}),
+        ("gd+rank1:preconditioned,lam=0.05", {}),
+    ],
+)
+def test_consecutive_steps_of_a_unet_are_those_of_plain_pytorch(
+    short: Short, make_run: MakeRun, method: str, settings: dict[str, Any]
+) -> None:
+    run = make_run(short(method, model="mini", tasks=3, steps=STEPS, fisher_samples=24, **settings))
+    _check(run, "gd", "one-cycle", steps=2)
+
+
+@pytest.mark.parametrize("schedule", ["one-cycle", "constant"])
+@pytest.mark.parametrize("method", ["gd", "gd+rank1:lam=50", "gd+bands2:slopes,alone,lam=3000"])
+def test_a_step_of_a_later_task_has_its_share_of_the_learning_rate(
+    short: Short, make_run: MakeRun, method: str, schedule: str
+) -> None:
+    settings = {"model": "mlp", "tasks": 3, "steps": STEPS, "fisher_samples": 24, "lr_schedule": schedule}
+    _check(make_run(short(method, lr_later=0.1, **settings)), "gd", schedule)
+
+    first, second = (make_run(short(method, lr_later=share, **settings)) for share in (0.1, 1.0))
+    for run in (first, second):
+        run.take_step(run.task_images(run.stages[0], "train"), run.stages[0])
+    assert torch.equal(_flat(first.model.parameters()), _flat(second.model.parameters()))
+
+
+@pytest.mark.parametrize("schedule", ["one-cycle", "constant"])
+def test_what_is_learnt_of_a_task_comes_with_the_sum_of_its_learning_rates(
+    short: Short, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, schedule: str
+) -> None:
+    run = make_run(short("rank1", model="mlp", tasks=3, steps=STEPS, lr=0.01, lr_later=0.25, lr_schedule=schedule))
+    totals: list[float] = []
+
+    def learn(loss: Any, batches: Any, generator: Any, task_lr: float) -> dict[str, Any]:
+        totals.append(task_lr)
+        return {}
+
+    monkeypatch.setattr(run.penalty, "learn", learn)
+    for stage in run.stages:
+        run.remember(stage)
+    if schedule == "constant":
+        assert totals == pytest.approx([0.2, 0.05, 0.05], rel=1e-12)
+    else:
+        rates = [_lr(schedule, 0.01, step) for step in range(2, STEPS)]
+        first = 0.01 * (0.5 + 1.0) + sum(rates)  # the rise: half of the peak, then the peak
+        assert totals == pytest.approx([first, first / 4, first / 4], rel=1e-12)
+
+
+@pytest.mark.parametrize("schedule", ["one-cycle", "constant"])
+def test_the_average_beside_a_penalty_in_the_gradient_is_that_of_its_formula(
+    short: Short, make_run: MakeRun, schedule: str
+) -> None:
+    """At steps 3 to 6 of the task n / (n + 9) is 0.25, 0.31, 0.36 and 0.4: below the decay of 0.35, and above."""
+    method = "gd+rank1:gradient,slopes,lam=50"
+    settings = {"model": "mlp", "tasks": 3, "steps": STEPS, "fisher_samples": 24, "lr_schedule": schedule}
+    run = make_run(short(method, ema=0.35, **settings))
+    learnt = _third_task(run)
+    average = start = _flat(run.model.parameters())
+    path = _expected(run, learnt, "gd", [_lr(schedule, run.config.lr, step) for step in range(STEP, STEP + 4)])
+    for n, theta in enumerate(path, STEP + 1):
+        run.take_step(run.data.train.of_classes((4, 5)), run.stages[2])
+        assert (_flat(run.model.parameters()) - theta).norm() <= 1e-8 * (theta - start).norm()
+        decay = min(0.35, n / (n + 9))
+        average = decay * average + (1 - decay) * theta
+    assert run.average is not None
+    kept = [run.average[name].clone() for name, _ in run.model.named_parameters()]
+    assert (_flat(kept) - average).norm() <= 1e-8 * (average - start).norm()
+    run.adopt_average()
+    for p, value in zip(run.model.parameters(), kept, strict=True):
+        assert torch.equal(p, value)
+
+
+@pytest.mark.parametrize("direction", ["mean", "top", "random"])
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_directions_of_equal_curvature_and_strength_pull_equally_in_the_gradient(
+    short: Short, make_run: MakeRun, optimizer: str, direction: str
+) -> None:
+    """With lam * a = 7 and a drift of 0.3 along the unit direction u, the gradient has 2.1 u added to it."""
+    settings = {"model": "mlp", "steps": STEPS, "clip": 0.0, "fisher_samples": 24, "optimizer": optimizer}
+    run = make_run(short(f"rank1:{direction},gradient", **settings))
+    learnt = _double(run)
+    run.remember(run.stages[0])
+    (u,), (a,), _ = _terms(run, learnt, slopes=False)
+    assert float(u.norm()) == pytest.approx(1, rel=1e-6)
+    assert run.penalty is not None
+    run.penalty.spec = replace(run.penalty.spec, lam=7 / float(a))
+    theta = learnt[0].theta + 0.3 * u / (u @ u)  # random ones are of length 1 in float32
+    vector_to_parameters(theta.clone(), run.model.parameters())
+    run.optimizer, run.stage, run.step = run.new_optimizer(), 1, STEP
+    gradient, lr = _plain_gradient(run, run.model, "fine-tune", run.stages[1]), _lr("one-cycle", run.config.lr)
+    free, expected = (theta - lr * _direction(optimizer, [gradient + pull * u]) for pull in (0.0, 2.1))
+    run.take_step(run.task_images(run.stages[1], "train"), run.stages[1])
+    error = (_flat(run.model.parameters()) - expected).norm()
+    assert error <= 1e-8 * (expected - theta).norm()
+    assert error <= 1e-6 * (expected - free).norm()
+
+
+@pytest.mark.parametrize("method", ["gd+rank1:preconditioned,lam=0.05", "diagonal:preconditioned,lam=0.05"])
+def test_adams_moments_never_see_a_preconditioned_penalty(short: Short, make_run: MakeRun, method: str) -> None:
+    runs = [make_run(short(method, model="mlp", tasks=3, steps=STEPS, fisher_samples=24)) for _ in range(2)]
+    for run in runs:
+        _third_task(run)
+    penalised, free = runs
+    free.penalty = None
+    first, second = (run.take_step(run.task_images(run.stages[2], "train"), run.stages[2]) for run in runs)
+    assert torch.equal(first, second)  # losses, and the norm of the gradient
+    assert not torch.equal(_flat(penalised.model.parameters()), _flat(free.model.parameters()))
+    for p, q in zip(penalised.model.parameters(), free.model.parameters(), strict=True):
+        state, expected = penalised.optimizer.state[p], free.optimizer.state[q]
+        assert state.keys() == expected.keys() == {"step", "exp_avg", "exp_avg_sq"}
+        for name, value in expected.items():
+            assert torch.equal(state[name], value), name
 
 
 def test_the_logged_loss_of_real_images_is_their_unweighted_mean(short: Short, make_run: MakeRun) -> None:
