@@ -33,7 +33,7 @@ def movement(run: Run, stage: Stage) -> list[Row]:
     if run.teacher is None:
         return []
     now, then = dict(run.model.named_parameters()), dict(run.teacher.named_parameters())
-    delta = {name: (now[name] - then[name]).double() for name in now}
+    delta = {name: now[name].double() - then[name].double() for name in now}
     displacement = sum(float(part.square().sum()) for part in delta.values()) ** 0.5
     row: Row = {"kind": "movement", "task": stage.number + 1, "displacement": displacement}
     row["random_drift"] = displacement / sum(part.numel() for part in delta.values()) ** 0.5
