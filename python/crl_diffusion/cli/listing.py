@@ -117,7 +117,7 @@ def _options() -> Listing:
         ],
         [
             "lam=NUMBER",
-            "strength, for a loss that is the mean over C*H*W; inf (not with gradient) pins the directions",
+            "strength, for a loss that is the mean over C*H*W; inf (with decoupled or once) pins the directions",
         ],
         ["top", "directions: the top eigenvectors of the Fisher matrix"],
         ["mean", "direction: the mean gradient (not with rank<n>)"],
@@ -154,7 +154,7 @@ def _settings() -> Listing:
         rows,
         "All numbers of the demo are ours; it takes 300 steps for each task, the others count epochs. Epochs 0: steps "
         "are used. Fisher samples 0: every image of a task once. Class order -1: the order of the labels. Per class 0: "
-        "all images. Optimizer: Adam, new for every task; 1000 timesteps.",
+        "all images. Each task has a new optimizer. 1000 timesteps.",
     )
 
 

@@ -62,7 +62,10 @@ _PAPER: dict[str, Any] = {
     "checkpoint_every": 1000,
 }
 # Settings whose value in the paper presets is ours. eval_samples is the number of held-out images of a class.
-OURS = ("replay_batch", "lr_schedule", "clip", "ema", "precision", "eval_samples", "log_every", "checkpoint_every")
+OURS = (
+    *("replay_batch", "lr_later", "lr_schedule", "clip", "ema", "precision", "pool_latents", "eval_samples"),
+    *("log_every", "checkpoint_every"),
+)
 # Not in the table of the presets: read only by methods that are not the paper's, or replaced by another setting.
 UNUSED = ("steps", "fresh_steps", "device")
 

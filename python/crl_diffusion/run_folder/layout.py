@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from crl_diffusion.config.settings import RunConfig
+from crl_diffusion.config.settings import ADDED, RunConfig
 from crl_diffusion.errors import OptionError, RecordError
 from crl_diffusion.files import locked, require_file, require_folder, write_json, write_text
 from crl_diffusion.run_folder import checkpoint, origin
@@ -56,7 +56,7 @@ def check_folder(config: RunConfig, out: Path) -> None:
 def differences(config: RunConfig, out: Path, ignored: Collection[str] = ()) -> str:
     """The options in which a resolved configuration differs from that of the run in `out`, with both values; "" if
     there are none."""
-    saved, wanted = read_config(out)["run"], config.as_json()
+    saved, wanted = ({**ADDED, **values} for values in (read_config(out)["run"], config.as_json()))
     keys = sorted(key for key in saved.keys() | wanted.keys() if saved.get(key) != wanted.get(key))
     return ", ".join(
         f"{key} {saved.get(key)!r} there, {wanted.get(key)!r} asked for" for key in keys if key not in ignored

@@ -2,8 +2,9 @@
 
 The unit is the forward pass of one image; a backward pass counts as two. Training with its replays, sampling for the
 pool and for evaluations, and the estimation of Fisher matrices are counted. In an estimation, the gradient of a sample
-and its square norm or projection cost about four forward passes. FIDs, checkpoints, and Fisher matrices that use every
-image of a task once are not counted. Steps of a penalty count only as far as the timed steps include them.
+and its square norm or projection cost about four forward passes. FIDs, held-out losses, checkpoints, and Fisher
+matrices that use every image of a task once are not counted. Steps of a penalty count only as far as the timed steps
+include them.
 """
 
 from __future__ import annotations

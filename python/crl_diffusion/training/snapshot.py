@@ -182,7 +182,8 @@ def draw_again(run: Run, stage: Stage, wanted: str) -> bool:
     same = True
     if processes.is_first():
         path = samples_path(run.out, stage.learnt)
-        known = [row for row in read_metrics(run.out) if row.get("after_task") == stage.learnt]
+        evaluations = [row for row in read_metrics(run.out) if row["kind"] == "evaluation"]
+        known = [row for row in evaluations if row["after_task"] == stage.learnt]
         same = sha256_of(path) == wanted if wanted else rows == known
     return processes.from_first(same)
 

@@ -1,6 +1,7 @@
 """What a stage has done to the weights and to the losses of all tasks: rows of metrics.jsonl, written at its end.
 
-movement, from the second task on, with delta = the weights that the stage ends with - those that it began with:
+movement, from the second task on, with delta = the weights that the stage ends with - those that the one before it
+ended with (in the mode once: before its proximal step):
     displacement     |delta|
     drift            u_k . delta along the unit directions u_k of the penalty, those of past tasks, in their order
     random_drift     |delta| / sqrt(P), the root mean square of r . delta for a random unit direction r of P parameters
@@ -32,7 +33,7 @@ def movement(run: Run, stage: Stage) -> list[Row]:
     if run.teacher is None:
         return []
     now, then = dict(run.model.named_parameters()), dict(run.teacher.named_parameters())
-    delta = {name: (now[name] - then[name]).double() for name in now}
+    delta = {name: now[name].double() - then[name].double() for name in now}
     displacement = sum(float(part.square().sum()) for part in delta.values()) ** 0.5
     row: Row = {"kind": "movement", "task": stage.number + 1, "displacement": displacement}
     row["random_drift"] = displacement / sum(part.numel() for part in delta.values()) ** 0.5
@@ -42,15 +43,15 @@ def movement(run: Run, stage: Stage) -> list[Row]:
     return [row]
 
 
-def precision(run: Run) -> float:
-    """See the top of the file."""
+def precision(run: Run) -> float | None:
+    """See the top of the file; None if Adam has taken no step, because every fp16 gradient has overflowed."""
     total, count = 0.0, 0
     for p in run.model.parameters():
         if p in run.optimizer.state:
             moved = run.optimizer.state[p]["exp_avg_sq"] > 0  # unused rows of an embedding have no gradient
             total -= float(adam_denominator(run.optimizer, p, eps=0.0)[moved].double().log().sum())
             count += int(moved.sum())
-    return total / count
+    return total / count if count else None
 
 
 @torch.no_grad()

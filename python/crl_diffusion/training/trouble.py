@@ -35,7 +35,7 @@ def explain(run: Run, stage: Stage, first: int, table: Tensor) -> str:
         problem = "the gradient is not finite, though the loss is,"
     elif real:
         problem = "the loss on replayed images is not finite"
-    elif replayed and run.teacher is not None:
+    elif replayed and run.teacher is not None and run.method.replays:
         problem = "the loss on real images is not finite"
     else:
         problem = "the loss is not finite"
@@ -45,8 +45,9 @@ def explain(run: Run, stage: Stage, first: int, table: Tensor) -> str:
     cause = f"the learning rate is likely too high: try --lr {config.lr / 3:.2g}"
     if config.precision == "fp16" and not (real and replayed):
         cause = "the largest fp16 number is 65504, and the network's activations may exceed it: try --precision bf16"
-    elif penalty is not None and stage.number > 0 and penalty.mode == "gradient":
-        cause = f"a stiff penalty in gradient mode is unstable: try lam={penalty.lam / 10:g} or the decoupled mode"
+    elif penalty is not None and stage.number > 0 and penalty.mode in ("gradient", "preconditioned"):
+        softer = f"lam={penalty.lam / 10:g}"
+        cause = f"a stiff penalty in {penalty.mode} mode is unstable: try {softer} or the decoupled mode"
     elif real and not replayed:
         cause = "the teacher's images or predictions are likely broken: look at the evaluation after the last task"
     elif not config.clip:

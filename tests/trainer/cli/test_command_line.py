@@ -21,6 +21,9 @@ from helpers.trainer_runs import crl_diffusion, require_one_line
         (["train", "--method", "gd", "--out", "x", "--stpes", "3"], ["Perhaps you meant", "--steps"]),
         (["train", "--method", "gd", "--out", "x", "--steps", "many"], ["--steps", "'many'"]),
         (["train", "--method", "gd", "--out", "x", "--lam", "3"], ["Unrecognized", "--lam"]),
+        (["train", "--method", "gd", "--out", "x", "--model", "unet"], ["--model", "'unet'", "mlp"]),
+        (["train", "--method", "gd", "--out", "x", "--optimizer", "adamw"], ["--optimizer", "'adamw'", "sgd"]),
+        (["compare", "--out", "x", "--pool-latents", "same"], ["--pool-latents", "'same'", "shared"]),
         (["report", "--preset", "demo", "x"], ["Unrecognized", "--preset"]),
     ],
 )
@@ -42,6 +45,14 @@ def test_options_that_tyro_cannot_read_end_with_its_message_and_exit_code_2(
         (["train", "--method", "gd+rank0", "--out", "x"], ["method 'gd+rank0'", "rank1"]),
         (["train", "--method", "gd", "--out", "x", "--steps", "0"], ["--steps is 0", "at least 1"]),
         (["train", "--method", "gd:lam=3", "--out", "x"], ["method 'gd:lam=3'", "gd has no penalty", "rank1"]),
+        (
+            ["train", "--method", "gd", "--out", "x", "--lr-later", "0"],
+            ["--lr-later is 0.0", "a finite number above 0"],
+        ),
+        (
+            ["compare", "--out", "x", "--methods", "gd", "rank1:preconditioned", "--optimizer", "sgd"],
+            ["--optimizer is sgd", "rank1:preconditioned", "Adam's denominator", "use --optimizer adam"],
+        ),
         (["train", "--method", "gd", "--out", "x", "--preset", "papers"], ["--preset is 'papers'", "paper-cifar10"]),
         (["train", "--method", "gd", "--out", "x", "--preset=demo", "--preset"], ["--preset is ''"]),
         (["train", "--method", "gd", "--out", "x", "--image-size", "9"], ["--image-size is 9", "8 pixels"]),

@@ -24,5 +24,5 @@ def test_the_written_list_is_what_the_command_prints(
         monkeypatch.setenv(name, value)
     assert cli.main(["list"]) == 0
     output = capsys.readouterr().out
-    for name in [*PRESETS, *DATA_PLANS, "gd+rank1:gradient,lam=15000", "rank<n>", "35,751,427"]:
+    for name in [*PRESETS, *DATA_PLANS, "gd+rank1:gradient,lam=15000", "rank<n>", "35,751,427", "117,889"]:
         assert name in output

@@ -45,7 +45,7 @@ NAMES = st.one_of(
 @hypothesis.given(
     name=NAMES,
     lam=st.none() | st.floats(0, allow_nan=False),
-    mode=st.sampled_from([None, "decoupled", "gradient", "once", "alone"]),
+    mode=st.sampled_from([None, "decoupled", "gradient", "preconditioned", "once", "alone"]),
     direction=st.sampled_from([None, "mean", "top", "random"]),
     slopes=st.booleans(),
     order=st.randoms(use_true_random=False),
@@ -62,7 +62,7 @@ def test_spelling_round_trips(
         if direction and not (direction == "mean" and penalty.rank > 1):
             words.append(direction)
         words += ["slopes"] if slopes else []
-    hypothesis.assume(not (mode in ("gradient", "alone") and lam == math.inf))
+    hypothesis.assume(not (mode in ("gradient", "preconditioned", "alone") and lam == math.inf))
     hypothesis.assume(mode != "alone" or "slopes" in words)
     order.shuffle(words)
     text = ":".join([name, *([",".join(words)] if words else [])])
@@ -95,15 +95,19 @@ def test_spelling_round_trips(
         ("rank1:lam=nan", "lam must be a number, 0 or more"),
         ("rank1:lam=much", "'lam=much'; lam must be a number"),
         ("rank1:gradient,lam=inf", "a gradient needs a finite lam"),
+        ("diagonal:lam=inf,preconditioned", "a gradient needs a finite lam"),
         ("rank1:alone", "alone is the first-order term only; it needs slopes"),
         ("rank1:slopes,alone,lam=inf", "it needs slopes and a finite lam"),
         ("diagonal:alone", "it needs slopes"),
         (
             "diagonal:slopes",
-            "'slopes' is not an option of its penalty; choose among decoupled, gradient, once, alone, ",
+            "'slopes' is not an option of its penalty; choose among decoupled, gradient, preconditioned, once, alone, ",
         ),
         ("rank3:mean", "'mean' is not an option of its penalty"),
-        ("rank1:Top", "choose among decoupled, gradient, once, alone, lam=NUMBER, slopes, top, random, mean"),
+        (
+            "rank1:Top",
+            "choose among decoupled, gradient, preconditioned, once, alone, lam=NUMBER, slopes, top, random, mean",
+        ),
     ],
 )
 def test_an_unknown_method_is_refused(text: str, message: str) -> None:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from crl_diffusion.config.curriculum import Stage, task_classes
 from crl_diffusion.config.method import METHODS, Method, Penalty, Replay
+from crl_diffusion.data.images import to_pixels
 from crl_diffusion.data.tasks import Data
 from crl_diffusion.diffusion import sampling
 from crl_diffusion.diffusion.network import predict
-from crl_diffusion.methods import regression
+from crl_diffusion.diffusion.noising import stream
+from crl_diffusion.methods import regression, replay
 from crl_diffusion.training.fisher_batches import fisher_batches, per_sample_loss
 from crl_diffusion.training.run import Run
-from helpers.trainer_runs import MakeRun, Short
+from helpers.trainer_runs import MakeRun, Short, few_samples
 from torch import Tensor
 
 
@@ -70,6 +73,44 @@ def test_methods_of_one_seed_see_the_same_real_data(
         for x, y in zip(a[:-1], b[:-1], strict=True):
             assert torch.equal(x, y[:n])
         assert torch.equal(b.weight[:n], a.weight * (0.5 if run.method.weights == "tasks" else 1.0))
+
+
+@few_samples
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"lr_later": 0.1},
+        {"optimizer": "sgd", "lr": 0.2},
+        {"pool_latents": "shared"},
+        {"model": "mlp"},
+        {"ema": 0.9},
+        {"method": "replay+rank1:preconditioned,lam=0.01"},
+    ],
+    ids=str,
+)
+def test_runs_of_one_seed_that_differ_in_an_option_see_the_same_data(
+    option: dict[str, Any], short: Short, make_run: MakeRun, latents: Callable[[Run], list[float]]
+) -> None:
+    """Replayed images come from teachers that differ; which of them, their timesteps and their noise are the same."""
+    runs = [make_run(short(**{"method": "replay+rank1", "model": "mini", **changed})) for changed in ({}, option)]
+    seen = []
+    for run in runs:
+        first, second = run.stages
+        batches = _batches(run, first)
+        run.step = 0
+        run.take_step(run.task_images(first, "train"), first)
+        run.remember(first)
+        run.optimizer = run.new_optimizer()
+        run.take_step(run.task_images(second, "train"), second)
+        seen.append((batches, _batches(run, second)))
+    assert latents(runs[0]) == latents(runs[1])
+    n = runs[0].config.batch
+    for stage, (plain, other) in enumerate(zip(*seen, strict=True)):
+        for a, b in zip(plain, other, strict=True):
+            assert len(a.t) == n + stage * runs[0].config.replay_batch
+            assert torch.equal(a.noised[:n], b.noised[:n])
+            for x, y in zip(a[1:], b[1:], strict=True):  # timesteps, labels, noise, weights
+                assert torch.equal(x, y)
 
 
 def test_replayed_data_is_the_same_where_teachers_are(short: Short, make_run: MakeRun) -> None:
@@ -139,18 +180,48 @@ def test_the_pool_is_drawn_from_the_teacher_for_every_old_class(short: Short, ma
 
     def draw() -> Tensor:
         label = torch.tensor([2])
-        from crl_diffusion.data import images
-        from crl_diffusion.diffusion import sampling
-
         latents = sampling.draw_latents(0, "pool", label, (1, 8, 8), task=1)
         assert run.teacher is not None
-        return images.to_pixels(sampling.draw_images(run.teacher, run.schedule, latents, label, 2))
+        return to_pixels(sampling.draw_images(run.teacher, run.schedule, latents, label, 2))
 
     assert torch.equal(images.of_classes([2]).pixels[:1], draw())
     with torch.no_grad():
         for parameter in run.model.parameters():
             parameter.add_(1.0)
     assert torch.equal(images.of_classes([2]).pixels[:1], draw())  # training the model leaves the teacher alone
+
+
+@pytest.mark.parametrize("kind", ["per-class", "shared"])
+def test_the_pool_starts_from_noise_of_each_class_and_task_or_of_none(
+    kind: str, short: Short, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[tuple[Tensor, list[int]]] = []
+
+    def draw_images(teacher: object, schedule: object, latents: Tensor, label: Tensor, steps: int) -> Tensor:
+        started.append((latents, label.tolist()))
+        return sampling.draw_images(teacher, schedule, latents, label, steps)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(replay, "draw_images", draw_images)
+    run = make_run(short("gd", model="mlp", tasks=3, seed=5, pool_latents=kind))
+    for stage in run.stages[:2]:
+        run.remember(stage)
+
+    def noise(c: int, task: int, n: int) -> Tensor:
+        name = (f"pool, class {c}", task, n) if kind == "per-class" else ("pool, class 0", 0, n)
+        return torch.randn(1, 8, 8, generator=stream(5, *name))
+
+    for task, (latents, label) in enumerate(started):
+        classes = range(2 * task + 2)
+        assert label == [c for c in classes for _ in range(3)]
+        assert torch.equal(latents, torch.stack([noise(c, task, n) for c in classes for n in range(3)]))
+    label = torch.tensor([2, 2, 2])
+    if kind == "shared":
+        latents = sampling.draw_latents(5, "pool", torch.zeros(3, dtype=torch.int64), (1, 8, 8))
+    else:
+        latents = sampling.draw_latents(5, "pool", label, (1, 8, 8), task=1)
+    assert run.teacher is not None
+    drawn = to_pixels(sampling.draw_images(run.teacher, run.schedule, latents, label, run.config.pool_steps))
+    assert torch.equal(run.sources["pool"].images.of_classes([2]).pixels, drawn)
 
 
 def test_the_fisher_matrix_sees_its_task_and_the_samples_asked_for(short: Short, make_run: MakeRun) -> None:

@@ -389,6 +389,10 @@ def test_commands_on_the_page_repeat_the_configurations(finished_runs: list[Fini
     assert "--data-root" not in str(command_of_runs("cnn32-digits-8px", "--data-root /sets", data="digits"))
     assert command_of_runs("cnn32-mnist", "--data-root /sets", "") is None
     assert command_of_runs("a caller's own-1a2b", "") is None
+    other = run("gd", 3, model="mlp", optimizer="sgd", lr_later=0.1, pool_latents="shared")
+    parsed = parser.parse(shlex.split(provenance.command(other))[1:])
+    assert isinstance(parsed, options.Train)
+    assert (parsed.model, parsed.optimizer, parsed.lr_later, parsed.pool_latents) == ("mlp", "sgd", 0.1, "shared")
     recorded = finished_runs[0]._replace(record={"command": "python -m crl_diffusion train"})
     assert provenance.command(recorded) == "python -m crl_diffusion train"
 
@@ -421,6 +425,9 @@ def test_runs_that_were_measured_differently_are_refused(key: str) -> None:
         ("steps", 300, 600),
         ("pool", 100, 16),
         ("lr", 2e-3, 1e-3),
+        ("lr_later", 1.0, 0.1),
+        ("optimizer", "adam", "sgd"),
+        ("pool_latents", "per-class", "shared"),
     ],
 )
 def test_runs_that_were_trained_differently_are_refused(key: str, value: object, different: object) -> None:

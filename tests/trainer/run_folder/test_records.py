@@ -15,6 +15,16 @@ def test_readers_accept_records_of_this_and_of_earlier_versions(finished: Path, 
     assert [row["kind"] for row in read_metrics(finished)].count("evaluation") == 3
     assert len(read_metrics(finished, 4)) == 4
     assert read_timings(tmp_path) == read_metrics(tmp_path) == []
+    without_adam = {
+        "kind": "movement",
+        "task": 2,
+        "displacement": 1.5,
+        "random_drift": 0.1,
+        "drift": [],
+        "precision": None,
+    }
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(without_adam) + "\n")
+    assert read_metrics(tmp_path) == [without_adam]
     few = {"kind": "evaluation", "after_task": 2, "task": 1, "fid": 1, "extractor": "e", "sampler": "s"}
     few |= {"samples": 4, "sampler_steps": 2}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(few) + "\n" + json.dumps({**few, "task": 2}) + "\n")

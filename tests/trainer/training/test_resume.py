@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from crl_diffusion.config.settings import ADDED
 from crl_diffusion.errors import OptionError
 from crl_diffusion.files import read_rows
+from crl_diffusion.reporting.runs import read_finished
+from crl_diffusion.run_folder import checkpoint
 from crl_diffusion.run_folder.layout import writing
+from crl_diffusion.run_folder.readers import read_metrics
 from crl_diffusion.training import loop
 from helpers.trainer_runs import SHORT, Short, crl_diffusion, few_samples, python, same_end, train, train_words
 from safetensors import safe_open
@@ -103,9 +110,88 @@ def test_a_run_resumed_from_any_checkpoint_ends_with_the_same_bits(
     same_end(finished, out)
 
 
-def test_a_folder_of_another_run_is_refused_with_what_differs(finished: Path, short: Short) -> None:
-    with pytest.raises(OptionError, match=r"holds another run \(lr 0.002 there, 0.01 asked for\)"):
-        loop.train(short(lr=0.01), finished)
+OPTIONS: dict[str, dict[str, Any]] = {
+    "sgd": {"optimizer": "sgd", "lr": 0.2},
+    "a later rate": {"lr_later": 0.1},
+    "shared latents": {"pool_latents": "shared"},
+    "a preconditioned penalty": {"method": "gd+rank1:preconditioned,lam=0.01"},
+    "an average beside a penalty": {"method": "gd+rank1:slopes,gradient", "ema": 0.9},
+    "fine-tuning": {"method": "fine-tune"},
+}
+
+
+@few_samples
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_run_with_any_option_resumes_to_the_same_bits(
+    name: str, extractor_folder: Path, tmp_path: Path, short: Short
+) -> None:
+    config = short(**{"model": "mlp", **OPTIONS[name]})
+    train(config, tmp_path / "whole", extractor_folder)
+    kinds = {row["kind"] for row in read_rows(tmp_path / "whole" / "metrics.jsonl")}
+    assert {"step", "evaluation", "movement", "held_out_loss"} <= kinds
+    _unfinish(tmp_path / "whole", tmp_path / "run", ["01-00000006", "02-00000000"])
+    lines = train(config, tmp_path / "run", extractor_folder)
+    assert any("resuming after 1 finished stage(s) and 4 steps" in line for line in lines)
+    same_end(tmp_path / "whole", tmp_path / "run")
+
+
+def _of_an_earlier_version(out: Path) -> None:
+    """The records as they were before movement and held-out losses, when only replays kept the start of the stage."""
+    lines = (out / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    new = [json.loads(line)["kind"] in ("movement", "held_out_loss") for line in lines]
+    assert any(new)
+    (out / "metrics.jsonl").write_bytes(b"".join(line for line, n in zip(lines, new, strict=True) if not n))
+    config = json.loads((out / "config.json").read_text())["run"]
+    assert not config.keys() & ADDED.keys()
+    for saved in [checkpoint.load(path) for path in sorted((out / "checkpoints").iterdir())]:
+        count, tensors = saved.rows["metrics"], saved.tensors
+        rows = [line for line, n in zip(lines[:count], new, strict=False) if not n]
+        if not config["recipe"]["replays"]:
+            assert saved.part("memory/teacher")
+            tensors = {key: x for key, x in tensors.items() if not key.startswith("memory/teacher")}
+        digests = {**saved.digests, "metrics.jsonl": hashlib.sha256(b"".join(rows)).hexdigest()}
+        counts = {**saved.rows, "metrics": len(rows)}
+        checkpoint.save(out / "checkpoints", saved._replace(rows=counts, tensors=tensors, digests=digests))
+
+
+@few_samples
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("method", ["fine-tune", "rank1", "gd"])
+def test_a_run_of_an_earlier_version_resumes(method: str, extractor_folder: Path, tmp_path: Path, short: Short) -> None:
+    """It ends with the same weights and evaluations. Without replays, the weights that the stage began with are lost:
+    its movement is not recorded."""
+    config, whole, run = short(method, model="mlp"), tmp_path / "whole", tmp_path / "run"
+    train(config, whole, extractor_folder)
+    _unfinish(whole, run, ["01-00000006", "02-00000000"])
+    _of_an_earlier_version(run)
+    lines = train(config, run, extractor_folder)
+    assert any("resuming after 1 finished stage(s) and 4 steps" in line for line in lines)
+    lost = [("held_out_loss", 1)] + ([] if method == "gd" else [("movement", None)])
+    expected = [r for r in read_metrics(whole) if (r["kind"], r.get("after_task")) not in lost]
+    assert read_metrics(run) == expected
+    first, second = (checkpoint.load(out / "checkpoints" / "02-00000000.safetensors") for out in (whole, run))
+    assert first.tensors.keys() == second.tensors.keys()
+    assert all(torch.equal(x, second.tensors[name]) for name, x in first.tensors.items())
+    assert {k: x for k, x in read_finished(run).items() if "sha256" not in k and "ms" not in k} == {
+        k: x for k, x in read_finished(whole).items() if "sha256" not in k and "ms" not in k
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "difference"),
+    [
+        ({"lr": 0.01}, "lr 0.002 there, 0.01 asked for"),
+        ({"lr_later": 0.1}, "lr_later 1.0 there, 0.1 asked for"),
+        ({"optimizer": "sgd"}, "optimizer 'adam' there, 'sgd' asked for"),
+        ({"pool_latents": "shared"}, "pool_latents 'per-class' there, 'shared' asked for"),
+    ],
+)
+def test_a_folder_of_another_run_is_refused_with_what_differs(
+    finished: Path, short: Short, settings: dict[str, Any], difference: str
+) -> None:
+    with pytest.raises(OptionError, match=re.escape(f"holds another run ({difference})")):
+        loop.train(short(**settings), finished)
 
 
 def test_rows_are_complete_and_in_order(finished: Path) -> None:
@@ -118,6 +204,10 @@ def test_rows_are_complete_and_in_order(finished: Path) -> None:
         if row["kind"] == "evaluation":
             assert row["extractor"].startswith("cnn32-digits-8px-")
             assert (row["samples"], row["sampler"], row["sampler_steps"]) == (8, "DDIM", 2)
+    losses = [(row["after_task"], row["task"]) for row in rows if row["kind"] == "held_out_loss"]
+    assert losses == evaluations
+    assert all(len(row["by_band"]) == 10 for row in rows if row["kind"] == "held_out_loss")
+    assert [row["task"] for row in rows if row["kind"] == "movement"] == [2]
     (fisher,) = [row for row in rows if row["kind"] == "fisher"]
     assert fisher["num_samples"] == SHORT["fisher_samples"]
     assert fisher["state_bytes"] > 4 * 350_000

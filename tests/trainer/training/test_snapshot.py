@@ -73,3 +73,47 @@ def test_a_checkpoint_that_does_not_fit_the_run_is_skipped(
         assert (newest.stage, newest.step) == (1, 4)
     else:
         assert newest is None
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "complaint"),
+    [
+        (
+            "01-00000001",
+            lambda s: _without(s, "optimizer/momentum_buffer/first.bias"),
+            "its optimizer lacks or has too",
+        ),
+        ("01-00000000", lambda s: _without(s, "memory/teacher/first.bias"), "its teacher lacks or has too many: first"),
+        ("01-00000000", lambda s: _with(s, "memory/teacher/", lambda t: t[:1]), "its teacher has torch.float32 (1,"),
+        ("01-00000000", lambda s: _without(s, "memory/teacher"), None),  # as an earlier version wrote it
+    ],
+)
+def test_momentum_and_the_start_of_a_stage_must_fit_without_replays_too(
+    name: str,
+    change: Callable[[Checkpoint], Checkpoint],
+    complaint: str | None,
+    tmp_path: Path,
+    short: Short,
+    make_run: MakeRun,
+) -> None:
+    run = make_run(short("fine-tune", model="mlp", optimizer="sgd"))
+    run.remember(run.stages[0])
+    run.stage = 1
+    snapshot.save(run)
+    run.losses.append(run.take_step(run.task_images(run.stages[1], "train"), run.stages[1]))
+    snapshot.save(run)
+    folder = tmp_path / "checkpoints"
+    fits = partial(snapshot.require_fits, run)
+    newest, complaints = checkpoint.latest(folder, fits)
+    assert newest is not None
+    assert ((newest.stage, newest.step), complaints) == ((1, 1), [])
+    if name == "01-00000000":
+        (folder / "01-00000001.safetensors").unlink()
+    _forge(folder / f"{name}.safetensors", change)
+    newest, complaints = checkpoint.latest(folder, fits)
+    if complaint is None:
+        assert newest is not None
+        assert ((newest.stage, newest.step), complaints) == ((1, 0), [])
+    else:
+        assert f"checkpoint {name}.safetensors is damaged" in complaints[0]
+        assert complaint in complaints[0]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from crl_diffusion.config.curriculum import Stage
+from crl_diffusion.config.settings import RunConfig
 from crl_diffusion.diffusion.noising import stream
 from crl_diffusion.errors import TrainingError
 from crl_diffusion.methods import penalties
@@ -17,12 +20,13 @@ from crl_diffusion.training.run import Run
 from crl_diffusion.training.step import one_cycle, training_step
 from helpers.trainer_runs import MakeRun, Short
 from torch import Tensor, nn
+from torch.nn.utils import vector_to_parameters
 
 pytestmark = [  # from 24 samples: no wonder
     pytest.mark.filterwarnings("ignore:only .* of the trace of the Fisher"),
     pytest.mark.filterwarnings("ignore:the mean gradient .*is mostly noise"),
 ]
-STEPS, STEP = 20, 2  # of a task, and the one that is looked at
+STEPS, STEP = 20, 2  # of a task, and the first that is looked at
 ABAR = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
 # Weights of the real batch and of each replay in the third task.
 REPLAYED = {
@@ -71,13 +75,13 @@ def _third_task(run: Run) -> list[Learnt]:
         with torch.no_grad():
             for p in run.model.parameters():
                 p.add_(0.01 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
-    run.optimizer = new_optimizer(run.model)
+    run.optimizer = run.new_optimizer()
     run.stage, run.step = 2, STEP
     return learnt
 
 
-def _noised(seed: int, pixels: Tensor, purpose: str, stage: int) -> tuple[Tensor, Tensor, Tensor]:
-    generator = stream(seed, purpose, stage, STEP)
+def _noised(seed: int, pixels: Tensor, purpose: str, stage: int, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = stream(seed, purpose, stage, step)
     t = torch.randint(1000, (len(pixels),), generator=generator)
     noise = torch.randn(pixels.shape, generator=generator).double()
     a = ABAR[t].reshape(-1, 1, 1, 1)
@@ -92,42 +96,58 @@ def _drawn_anew(run: Run, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     x = torch.randn(len(label), *run.data.shape, generator=generator).double()
     for t, following in ((500, float(ABAR[0])), (0, 1.0)):
         with torch.no_grad():
-            noise = run.teacher(x, torch.full_like(label, t), class_labels=label).sample
+            noise = run.teacher(x, torch.full_like(label, t), class_labels=label)[0]
         clean = ((x - (1 - ABAR[t]) ** 0.5 * noise) / ABAR[t] ** 0.5).clamp(-1, 1)
         x = following**0.5 * clean + (1 - following) ** 0.5 * noise
     return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8), label
 
 
-def _plain_gradient(run: Run, model: nn.Module, name: str, stage: Stage) -> Tensor:
+def _plain_gradient(run: Run, model: nn.Module, name: str, stage: Stage, step: int = STEP) -> Tensor:
     """Of the weighted mean squared errors on real and on replayed images."""
     config, seed = run.config, run.config.seed
     weight, replays = REPLAYED[name]
     images = run.task_images(stage, "train")
-    order = torch.randperm(len(images.labels), generator=stream(seed, "epoch", stage.number, 0))[16:24]
-    x, t, noise = _noised(seed, images.pixels[order], "noise", stage.number)
-    loss = weight * nn.functional.mse_loss(model(x, t, class_labels=images.labels[order]).sample, noise)
+    order = torch.randperm(len(images.labels), generator=stream(seed, "epoch", stage.number, 0))[8 * step :][:8]
+    x, t, noise = _noised(seed, images.pixels[order], "noise", stage.number, step)
+    loss = weight * nn.functional.mse_loss(model(x, t, class_labels=images.labels[order])[0], noise)
     for i, (source, target, weight) in enumerate(replays):
-        generator = stream(seed, f"replay {i}", stage.number, STEP)
+        generator = stream(seed, f"replay {i}", stage.number, step)
         if source == "pool":
             pool = run.sources["pool"].images  # type: ignore[attr-defined]
             index = torch.randint(len(pool.labels), (config.replay_batch,), generator=generator)
             pixels, label = pool.pixels[index], pool.labels[index]
         else:
             pixels, label = _drawn_anew(run, generator)
-        x, t, wanted = _noised(seed, pixels, f"replay noise {i}", stage.number)
+        x, t, wanted = _noised(seed, pixels, f"replay noise {i}", stage.number, step)
         if target == "teacher":
             assert run.teacher is not None
             with torch.no_grad():
-                wanted = run.teacher(x, t, class_labels=label).sample
-        loss = loss + weight * nn.functional.mse_loss(model(x, t, class_labels=label).sample, wanted)
+                wanted = run.teacher(x, t, class_labels=label)[0]
+        loss = loss + weight * nn.functional.mse_loss(model(x, t, class_labels=label)[0], wanted)
     return _flat(torch.autograd.grad(loss, list(model.parameters())))
 
 
-def _adam(theta: Tensor, gradient: Tensor, clip: float, lr: float) -> Tensor:
-    """Clipped, first step of Adam: both moments, with their bias corrected, are the gradient and its square."""
-    if clip:
-        gradient = gradient * min(1.0, clip / (float(gradient.norm()) + 1e-6))
-    return theta - lr * gradient / (gradient.abs() + 1e-8)
+def _clipped(gradient: Tensor, clip: float) -> Tensor:
+    return gradient * min(1.0, clip / (float(gradient.norm()) + 1e-6)) if clip else gradient
+
+
+def _decaying_sum(decay: float, terms: Sequence[Tensor]) -> Tensor:
+    """Each term is multiplied by `decay` once for each of those after it."""
+    return torch.stack([decay**age * term for age, term in enumerate(reversed(terms))]).sum(0)
+
+
+def _adam_denominator(gradients: Sequence[Tensor]) -> Tensor:
+    """The square root of the average square, corrected for its start at 0, plus eps."""
+    squares = _decaying_sum(0.999, [gradient**2 for gradient in gradients])
+    return (0.001 * squares / (1 - 0.999 ** len(gradients))).sqrt() + 1e-8
+
+
+def _direction(optimizer: str, gradients: Sequence[Tensor]) -> Tensor:
+    """What the optimizer multiplies by its learning rate after these gradients of its steps."""
+    if optimizer == "sgd":
+        return _decaying_sum(0.9, gradients)
+    mean = 0.1 * _decaying_sum(0.9, gradients) / (1 - 0.9 ** len(gradients))
+    return mean / _adam_denominator(gradients)
 
 
 def _terms(run: Run, learnt: list[Learnt], slopes: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -151,48 +171,91 @@ def _pull(theta: Tensor, u: Tensor, a: Tensor, b: Tensor, strength: float) -> Te
     return theta + q @ (after - before)
 
 
-def _expected(run: Run, learnt: list[Learnt], model: nn.Module, name: str, lr: float) -> tuple[Tensor, Tensor]:
-    """Parameters after the step, and after the same step without the penalty."""
-    theta, clip, spec = _flat(model.parameters()), run.config.clip, run.method.penalty
-    gradient = _plain_gradient(run, model, name, run.stages[2])
-    free = _adam(theta, gradient, clip, lr)
-    if spec is None:
-        return free, free
+def _penalty_gradient(run: Run, learnt: list[Learnt], theta: Tensor) -> Tensor:
+    spec = run.method.penalty
+    assert spec is not None
+    if spec.fisher == "diagonal":
+        pulls = [task.fisher.fisher_diagonal.double() * (theta - task.theta) for task in learnt]
+        return spec.lam * torch.stack(pulls).sum(0)
+    u, a, b = _terms(run, learnt, spec.slopes)
+    return spec.lam * (a * (u @ theta - b)) @ u
+
+
+def _proximal(run: Run, learnt: list[Learnt], theta: Tensor, lr: float) -> Tensor:
+    """argmin_x |x - theta|^2 / 2 + lr penalty(x)"""
+    spec = run.method.penalty
+    assert spec is not None
     if spec.fisher == "diagonal":
         curvature = sum(task.fisher.fisher_diagonal.double() for task in learnt)
         pulled = sum(task.fisher.fisher_diagonal.double() * task.theta for task in learnt)
-        if spec.mode == "gradient":
-            return _adam(theta, gradient + spec.lam * (curvature * theta - pulled), clip, lr), free
-        return (free + lr * spec.lam * pulled) / (1 + lr * spec.lam * curvature), free
-    u, a, b = _terms(run, learnt, spec.slopes)
-    if spec.mode == "gradient":
-        return _adam(theta, gradient + spec.lam * (a * (u @ theta - b)) @ u, clip, lr), free
-    if spec.mode == "alone":  # of slopes that are two tasks old, and one
-        task_lr = sum(one_cycle(step, STEPS, run.config.lr) for step in range(STEPS))
-        age = torch.cat([torch.full_like(task.fisher.slopes, 2 - i) for i, task in enumerate(learnt)])
-        weights = (1 + spec.lam * task_lr * a) ** -age
-        return free - lr * spec.lam * (weights * torch.cat([task.fisher.slopes for task in learnt])) @ u, free
-    return _pull(free, u, a, b, lr * spec.lam), free
+        return (theta + lr * spec.lam * pulled) / (1 + lr * spec.lam * curvature)
+    return _pull(theta, *_terms(run, learnt, spec.slopes), lr * spec.lam)
 
 
-def _lr(schedule: str, peak: float) -> float:
+def _total_rate(config: RunConfig, task: int) -> float:
+    """Sum of the learning rates of a task, from 0."""
+    peak = config.lr * (config.lr_later if task else 1.0)
+    return {"one-cycle": sum(one_cycle(step, STEPS, peak) for step in range(STEPS)), "constant": STEPS * peak}[
+        config.lr_schedule
+    ]
+
+
+def _slopes_alone(run: Run, learnt: list[Learnt]) -> Tensor:
+    """lam sum_k w_k s_k u_k; w_k has faded at the end of each task from the k-th on, with that task's rates."""
+    config, spec = run.config, run.method.penalty
+    assert spec is not None
+    u, a, _ = _terms(run, learnt, slopes=False)
+    weights = torch.ones_like(a)
+    for number, task in enumerate(learnt):
+        known = len(task.fisher.slopes) * (number + 1)
+        weights[:known] /= 1 + spec.lam * _total_rate(config, number) * a[:known]
+    return spec.lam * (weights * torch.cat([task.fisher.slopes for task in learnt])) @ u
+
+
+def _expected(
+    run: Run, learnt: list[Learnt], name: str, rates: Sequence[float], penalised: bool = True
+) -> list[Tensor]:
+    """Parameters after each of the steps that have these learning rates, the first of them STEP."""
+    model, config = copy.deepcopy(run.model), run.config
+    mode = run.method.penalty.mode if run.method.penalty is not None and penalised else None
+    theta, gradients, path = _flat(model.parameters()), [], []
+    for step, lr in enumerate(rates, STEP):
+        gradient = _plain_gradient(run, model, name, run.stages[2], step)
+        if mode == "gradient":
+            gradient = gradient + _penalty_gradient(run, learnt, theta)
+        gradients.append(_clipped(gradient, config.clip))
+        theta = theta - lr * _direction(config.optimizer, gradients)
+        if mode == "decoupled":
+            theta = _proximal(run, learnt, theta, lr)
+        elif mode == "preconditioned":
+            theta = theta - lr * _penalty_gradient(run, learnt, theta) / _adam_denominator(gradients)
+        elif mode == "alone":
+            theta = theta - lr * _slopes_alone(run, learnt)
+        path.append(theta)
+        vector_to_parameters(theta, model.parameters())
+    return path
+
+
+def _lr(schedule: str, peak: float, step: int = STEP) -> float:
     """The step lies beyond the rise of one-cycle, which is a tenth of the steps."""
     rise = STEPS // 10
-    shape = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * (STEP - rise) / (STEPS - rise), dtype=torch.float64)).item())
+    shape = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * (step - rise) / (STEPS - rise), dtype=torch.float64)).item())
     return peak * {"one-cycle": shape, "constant": 1.0}[schedule]
 
 
-def _check(run: Run, name: str, schedule: str) -> None:
+def _check(run: Run, name: str, schedule: str, steps: int = 1) -> None:
+    """Compares parameters after each step of the third task, from STEP on, with those of plain PyTorch."""
     learnt = _third_task(run)
-    model = copy.deepcopy(run.model)
-    theta = _flat(model.parameters())
-    expected, free = _expected(run, learnt, model, name, _lr(schedule, run.config.lr))
-    run.take_step(run.data.train.of_classes((4, 5)), run.stages[2])
-    actual = _flat(run.model.parameters())
-    assert (expected - theta).norm() > 0
-    assert (actual - expected).norm() <= 1e-8 * (expected - theta).norm()
-    if run.method.penalty is not None:
-        assert (actual - expected).norm() <= 1e-6 * (expected - free).norm()  # the penalty's own share, that is
+    theta = _flat(run.model.parameters())
+    rates = [_lr(schedule, run.config.lr * run.config.lr_later, STEP + i) for i in range(steps)]
+    path, free_path = (_expected(run, learnt, name, rates, penalised) for penalised in (True, False))
+    for expected, free in zip(path, free_path, strict=True):
+        run.take_step(run.data.train.of_classes((4, 5)), run.stages[2])
+        actual = _flat(run.model.parameters())
+        assert (expected - theta).norm() > 0
+        assert (actual - expected).norm() <= 1e-8 * (expected - theta).norm()
+        if run.method.penalty is not None:
+            assert (actual - expected).norm() <= 1e-6 * (expected - free).norm()  # the penalty's own share, that is
 
 
 @pytest.mark.parametrize(("clip", "schedule"), [(0.05, "one-cycle"), (0.0, "constant")])
@@ -228,6 +291,149 @@ def test_a_step_with_a_penalty_is_that_of_plain_pytorch(
     method = f"{penalty},{mode}" if name == "fine-tune" else f"{name}+{penalty},{mode}"
     settings = {"model": "mini", "tasks": 3, "steps": STEPS, "clip": clip, "lr_schedule": schedule}
     _check(make_run(short(method, fisher_samples=24, **settings)), name, schedule)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "method"),
+    [
+        ("sgd", "fine-tune"),
+        ("sgd", "gd"),
+        ("sgd", "diagonal:gradient,lam=3000"),
+        ("sgd", "gd+rank1:top,gradient,lam=50"),
+        ("sgd", "gd+diagonal:lam=3000"),
+        ("sgd", "bands2:slopes,lam=50"),
+        ("adam", "gd"),
+        ("adam", "gd+rank1:random,gradient,lam=50"),
+        ("adam", "rank3:slopes,lam=50"),
+        ("adam", "gd+rank1:preconditioned,lam=0.05"),
+        ("adam", "rank3:slopes,preconditioned,lam=0.05"),
+        ("adam", "diagonal:preconditioned,lam=0.05"),
+    ],
+)
+@pytest.mark.parametrize(("clip", "schedule"), [(0.05, "one-cycle"), (0.0, "constant")])
+def test_consecutive_steps_are_those_of_plain_pytorch(
+    short: Short, make_run: MakeRun, optimizer: str, method: str, clip: float, schedule: str
+) -> None:
+    settings = {"optimizer": optimizer, "lr": {"adam": 2e-3, "sgd": 0.2}[optimizer], "lr_schedule": schedule}
+    run = make_run(short(method, model="mlp", tasks=3, steps=STEPS, clip=clip, fisher_samples=24, **settings))
+    _check(run, "gd" if method.startswith("gd") else "fine-tune", schedule, steps=3)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("gd+rank1:lam=50", {"optimizer": "sgd", "lr": 0.2}),
+        ("gd+rank1:gradient,lam=50", {"optimizer": "sgd", "lr": 0.2}),
+        ("gd+rank1:preconditioned,lam=0.05", {}),
+    ],
+)
+def test_consecutive_steps_of_a_unet_are_those_of_plain_pytorch(
+    short: Short, make_run: MakeRun, method: str, settings: dict[str, Any]
+) -> None:
+    run = make_run(short(method, model="mini", tasks=3, steps=STEPS, fisher_samples=24, **settings))
+    _check(run, "gd", "one-cycle", steps=2)
+
+
+@pytest.mark.parametrize("schedule", ["one-cycle", "constant"])
+@pytest.mark.parametrize("method", ["gd", "gd+rank1:lam=50", "gd+bands2:slopes,alone,lam=3000"])
+def test_a_step_of_a_later_task_has_its_share_of_the_learning_rate(
+    short: Short, make_run: MakeRun, method: str, schedule: str
+) -> None:
+    settings = {"model": "mlp", "tasks": 3, "steps": STEPS, "fisher_samples": 24, "lr_schedule": schedule}
+    _check(make_run(short(method, lr_later=0.1, **settings)), "gd", schedule)
+
+    first, second = (make_run(short(method, lr_later=share, **settings)) for share in (0.1, 1.0))
+    for run in (first, second):
+        run.take_step(run.task_images(run.stages[0], "train"), run.stages[0])
+    assert torch.equal(_flat(first.model.parameters()), _flat(second.model.parameters()))
+
+
+@pytest.mark.parametrize("schedule", ["one-cycle", "constant"])
+def test_what_is_learnt_of_a_task_comes_with_the_sum_of_its_learning_rates(
+    short: Short, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, schedule: str
+) -> None:
+    run = make_run(short("rank1", model="mlp", tasks=3, steps=STEPS, lr=0.01, lr_later=0.25, lr_schedule=schedule))
+    totals: list[float] = []
+
+    def learn(loss: Any, batches: Any, generator: Any, task_lr: float) -> dict[str, Any]:
+        totals.append(task_lr)
+        return {}
+
+    monkeypatch.setattr(run.penalty, "learn", learn)
+    for stage in run.stages:
+        run.remember(stage)
+    if schedule == "constant":
+        assert totals == pytest.approx([0.2, 0.05, 0.05], rel=1e-12)
+    else:
+        rates = [_lr(schedule, 0.01, step) for step in range(2, STEPS)]
+        first = 0.01 * (0.5 + 1.0) + sum(rates)  # the rise: half of the peak, then the peak
+        assert totals == pytest.approx([first, first / 4, first / 4], rel=1e-12)
+
+
+@pytest.mark.parametrize("schedule", ["one-cycle", "constant"])
+def test_the_average_beside_a_penalty_in_the_gradient_is_that_of_its_formula(
+    short: Short, make_run: MakeRun, schedule: str
+) -> None:
+    """At steps 3 to 6 of the task n / (n + 9) is 0.25, 0.31, 0.36 and 0.4: below the decay of 0.35, and above."""
+    method = "gd+rank1:gradient,slopes,lam=50"
+    settings = {"model": "mlp", "tasks": 3, "steps": STEPS, "fisher_samples": 24, "lr_schedule": schedule}
+    run = make_run(short(method, ema=0.35, **settings))
+    learnt = _third_task(run)
+    average = start = _flat(run.model.parameters())
+    path = _expected(run, learnt, "gd", [_lr(schedule, run.config.lr, step) for step in range(STEP, STEP + 4)])
+    for n, theta in enumerate(path, STEP + 1):
+        run.take_step(run.data.train.of_classes((4, 5)), run.stages[2])
+        assert (_flat(run.model.parameters()) - theta).norm() <= 1e-8 * (theta - start).norm()
+        decay = min(0.35, n / (n + 9))
+        average = decay * average + (1 - decay) * theta
+    assert run.average is not None
+    kept = [run.average[name].clone() for name, _ in run.model.named_parameters()]
+    assert (_flat(kept) - average).norm() <= 1e-8 * (average - start).norm()
+    run.adopt_average()
+    for p, value in zip(run.model.parameters(), kept, strict=True):
+        assert torch.equal(p, value)
+
+
+@pytest.mark.parametrize("direction", ["mean", "top", "random"])
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_directions_of_equal_curvature_and_strength_pull_equally_in_the_gradient(
+    short: Short, make_run: MakeRun, optimizer: str, direction: str
+) -> None:
+    """With lam * a = 7 and a drift of 0.3 along the unit direction u, the gradient has 2.1 u added to it."""
+    settings = {"model": "mlp", "steps": STEPS, "clip": 0.0, "fisher_samples": 24, "optimizer": optimizer}
+    run = make_run(short(f"rank1:{direction},gradient", **settings))
+    learnt = _double(run)
+    run.remember(run.stages[0])
+    (u,), (a,), _ = _terms(run, learnt, slopes=False)
+    assert float(u.norm()) == pytest.approx(1, rel=1e-6)
+    assert run.penalty is not None
+    run.penalty.spec = replace(run.penalty.spec, lam=7 / float(a))
+    theta = learnt[0].theta + 0.3 * u / (u @ u)  # random ones are of length 1 in float32
+    vector_to_parameters(theta.clone(), run.model.parameters())
+    run.optimizer, run.stage, run.step = run.new_optimizer(), 1, STEP
+    gradient, lr = _plain_gradient(run, run.model, "fine-tune", run.stages[1]), _lr("one-cycle", run.config.lr)
+    free, expected = (theta - lr * _direction(optimizer, [gradient + pull * u]) for pull in (0.0, 2.1))
+    run.take_step(run.task_images(run.stages[1], "train"), run.stages[1])
+    error = (_flat(run.model.parameters()) - expected).norm()
+    assert error <= 1e-8 * (expected - theta).norm()
+    assert error <= 1e-6 * (expected - free).norm()
+
+
+@pytest.mark.parametrize("method", ["gd+rank1:preconditioned,lam=0.05", "diagonal:preconditioned,lam=0.05"])
+def test_adams_moments_never_see_a_preconditioned_penalty(short: Short, make_run: MakeRun, method: str) -> None:
+    runs = [make_run(short(method, model="mlp", tasks=3, steps=STEPS, fisher_samples=24)) for _ in range(2)]
+    for run in runs:
+        _third_task(run)
+    penalised, free = runs
+    free.penalty = None
+    first, second = (run.take_step(run.task_images(run.stages[2], "train"), run.stages[2]) for run in runs)
+    assert torch.equal(first, second)  # losses, and the norm of the gradient
+    assert not torch.equal(_flat(penalised.model.parameters()), _flat(free.model.parameters()))
+    for p, q in zip(penalised.model.parameters(), free.model.parameters(), strict=True):
+        state, expected = penalised.optimizer.state[p], free.optimizer.state[q]
+        assert state.keys() == expected.keys() == {"step", "exp_avg", "exp_avg_sq"}
+        for name, value in expected.items():
+            assert torch.equal(state[name], value), name
 
 
 def test_the_logged_loss_of_real_images_is_their_unweighted_mean(short: Short, make_run: MakeRun) -> None:
@@ -270,7 +476,8 @@ def test_a_step_of_joint_training_is_one_of_fine_tuning_on_all_classes(short: Sh
     (stage,) = run.stages
     model = copy.deepcopy(run.model)
     run.step = STEP
-    expected = _adam(_flat(model.parameters()), _plain_gradient(run, model, "fine-tune", stage), 0.0, run.config.lr)
+    gradient = _plain_gradient(run, model, "fine-tune", stage)
+    expected = _flat(model.parameters()) - run.config.lr * _direction("adam", [gradient])
     run.take_step(run.task_images(stage, "train"), stage)
     moved = (expected - _flat(model.parameters())).norm()
     assert (_flat(run.model.parameters()) - expected).norm() <= 1e-8 * moved

@@ -33,6 +33,12 @@ def test_the_number_that_is_not_finite_is_named_with_its_likely_cause(short: Sho
     run.method = short("gd").recipe
     assert cause(second, 0.5, nan, nan).startswith("the loss on replayed images is not finite")
     assert "the teacher's images" in cause(second, 0.5, nan, nan)
+    run.method = short("gd+rank1:preconditioned,lam=3").recipe
+    assert "penalty in preconditioned mode is unstable: try lam=0.3 or the decoupled" in cause(second, 0.5, 0.2, inf)
+    run.method, run.teacher = short("fine-tune").recipe, run.model
+    assert cause(second, nan, 0.0, nan).startswith("the loss is not finite at step 43 of stage 2")
+    run.method = short("gd").recipe
+    assert cause(second, nan, 0.2, nan).startswith("the loss on real images is not finite at step 43 of stage 2")
     half = make_run(short("gd", precision="fp16"))
     assert "try --precision bf16" in trouble.explain(half, first, 1, torch.tensor([[inf, 0.0, nan]]))
     loose = make_run(short("gd", clip=0.0))
