@@ -361,10 +361,11 @@ def test_there_are_warnings_of_low_signal_share_and_low_rho() -> None:
 
 
 def test_commands_on_the_page_repeat_the_configurations(finished_runs: list[Finished]) -> None:
-    for run in finished_runs:
-        parsed = parser.parse(shlex.split(provenance.command(run))[1:])
+    other = run("gd", 3, model="mlp", optimizer="sgd", lr_later=0.1, pool_latents="shared")
+    for one in [*finished_runs, other]:
+        parsed = parser.parse(shlex.split(provenance.command(one))[1:])
         assert isinstance(parsed, options.Train)
-        wanted = RunConfig.from_json(run.config)
+        wanted = RunConfig.from_json(one.config)
         assert all(getattr(parsed, name) == value for name, value in vars(wanted).items())
     compare_command = provenance.compare_command(grouped(finished_runs))
     assert compare_command is not None
@@ -389,10 +390,6 @@ def test_commands_on_the_page_repeat_the_configurations(finished_runs: list[Fini
     assert "--data-root" not in str(command_of_runs("cnn32-digits-8px", "--data-root /sets", data="digits"))
     assert command_of_runs("cnn32-mnist", "--data-root /sets", "") is None
     assert command_of_runs("a caller's own-1a2b", "") is None
-    other = run("gd", 3, model="mlp", optimizer="sgd", lr_later=0.1, pool_latents="shared")
-    parsed = parser.parse(shlex.split(provenance.command(other))[1:])
-    assert isinstance(parsed, options.Train)
-    assert (parsed.model, parsed.optimizer, parsed.lr_later, parsed.pool_latents) == ("mlp", "sgd", 0.1, "shared")
     recorded = finished_runs[0]._replace(record={"command": "python -m crl_diffusion train"})
     assert provenance.command(recorded) == "python -m crl_diffusion train"
 

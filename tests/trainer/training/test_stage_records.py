@@ -15,7 +15,7 @@ from crl_diffusion.training.run import Run
 from helpers.trainer_runs import MakeRun, Short, few_samples, flat, train
 from torch import Tensor
 
-pytestmark = few_samples
+pytestmark = [few_samples, pytest.mark.filterwarnings("ignore:the mean gradient .*is mostly noise")]
 ABAR = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
 DOUBLE: dict[str, Any] = {"model": "mlp", "precision": "fp64", "tasks": 3, "fisher_samples": 24}
 
