@@ -63,6 +63,7 @@ COMMON = {
 }
 IN_GRADIENT, DECOUPLED = (300.0, 1000.0, 3000.0, 10000.0), (30.0, 300.0, 3000.0, 30000.0)
 SEVERAL, DIAGONAL = (1000.0, 3000.0, 10000.0, 30000.0), (3.0, 30.0, 300.0, 1000.0)  # in the gradient
+WITH_SGD = (1.0, 3.0, 10.0, 30.0)  # in the gradient; with 300 the loss is soon not finite
 RANDOM, SLOPES, PRECONDITIONED = (3.0, 10.0, 30.0, 100.0), (3.0, 10.0, 30.0, 100.0), (0.001, 0.003, 0.01, 0.03)
 RANK1 = Arm("constant", "gd+rank1:gradient", IN_GRADIENT)
 
@@ -87,7 +88,8 @@ REGIMES = {
             Arm("constant", "gd+rank1:random,gradient", borrowed="same precision", model=RANK1.label),
             Arm("constant", "gd+rank1:top,gradient", borrowed="same lam a", model=RANK1.label),
             Arm("constant", "gd+rank1:preconditioned", PRECONDITIONED),
-            *(Arm(setting, "gd+rank1:gradient", IN_GRADIENT) for setting in ("sgd", "ema", "one-cycle")),
+            Arm("sgd", "gd+rank1:gradient", WITH_SGD),
+            *(Arm(setting, "gd+rank1:gradient", IN_GRADIENT) for setting in ("ema", "one-cycle")),
             *(Arm(setting, "gd+bands8:slopes", SLOPES) for setting in ("constant", "ema", "one-cycle")),
         ),
         curve=(500, 1000, 4000, 8000),
