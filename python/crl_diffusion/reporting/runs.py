@@ -179,10 +179,10 @@ def by_data(runs: Sequence[Finished], order: Sequence[str] = ()) -> dict[str, Gr
 
 
 def label_among(runs: Sequence[Finished], method: str) -> str:
-    """The label that stands for a method among these runs: the method or, if no run has this label and all runs share
-    other values of `VARIED`, its variant with these."""
-    shared = {label(method, run.settings) for run in runs}
-    return shared.pop() if len(shared) == 1 and method not in {run.label for run in runs} else method
+    """The label of a method, or of a variant, among these runs: a method stands for its variant with the values of
+    `VARIED` that all of the runs share."""
+    labels = {label(method, run.settings) for run in runs}
+    return labels.pop() if len(labels) == 1 and "@" not in method else method
 
 
 def differing(runs: Sequence[Finished]) -> list[str]:

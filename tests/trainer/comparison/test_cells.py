@@ -76,6 +76,7 @@ def test_a_variant_is_a_run_of_its_method_with_its_own_setting(tmp_path: Path) -
             ("gd@lr-later=0.3", {"lr_later": 0.3}),
         )
     }
+    assert len(work) == 8
     assert {cell.folder.name for cell in work if not cell.config.seed} == {
         *("gd-seed0", "gd@ema=0.999-seed0", "gd@ema=0.999_lr-later=0.3-seed0", "gd@lr-later=0.3-seed0")
     }

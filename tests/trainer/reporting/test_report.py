@@ -473,7 +473,8 @@ def test_two_runs_of_one_variant_and_seed_are_refused_and_so_are_other_settings(
 
 def test_a_method_stands_for_its_variant_where_all_runs_share_it() -> None:
     averaged = [run(method, 0, ema=0.9) for method in ("gd", "gd+rank1")]
-    assert label_among(averaged, "gd") == "gd@ema=0.9"
+    assert label_among(averaged, "gd") == label_among(averaged, "gd@ema=0.9") == "gd@ema=0.9"
+    assert label_among(averaged, "masip@ema=0.8") == "masip@ema=0.8"  # which has no run
     assert label_among([*averaged, run("masip", 0)], "gd") == "gd"  # which has no run
     assert label_among([*averaged, run("gd", 0, ema=0.99)], "gd") == "gd"
     assert label_among([run("gd", 0)], "gd") == "gd"
