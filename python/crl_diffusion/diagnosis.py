@@ -85,7 +85,7 @@ def diagnose_run(
     batch = (to_float(drawn.pixels, dtype).to(place), drawn.labels.to(place))
 
     moment = f"{saved.stage} finished stage(s)" + (f" and {saved.step} steps of the next" if saved.step else "")
-    say(f"{config.method} on {config.data}, seed {config.seed}, after {moment}; {samples} images")
+    say(f"{config.label} on {config.data}, seed {config.seed}, after {moment}; {samples} images")
     diagnosis = diagnose(
         model,
         partial(per_sample_loss_at, schedule),
@@ -97,5 +97,5 @@ def diagnose_run(
         generator=noising.stream(seed, "diagnosis noise"),
         progress=say,
     )
-    subject = f"{config.data}, {config.method}" + ("" if task is None else f", task {task}")
+    subject = f"{config.data}, {config.label}" + ("" if task is None else f", task {task}")
     return diagnosis, diagnosis.save(out, f"Is rank 1 enough? {subject}")

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from crl_diffusion.cli.options import Compare, Diagnose, List, Report, Train
 from crl_diffusion.config.settings import RunConfig, check
-from crl_diffusion.config.spelling import in_order, spell
+from crl_diffusion.config.spelling import in_order, label, parse_variant
 from crl_diffusion.errors import OptionError, TrainingError, WriteError
 
 FILE_WIDTH = 150  # columns of a table that goes to a file or a pipe
@@ -37,6 +37,13 @@ def quiet_output(console: Console) -> bool:
 
 
 def train(command: Train) -> int:
+    if "@" in command.method:
+        method, values = parse_variant(command.method)
+        words = "".join(f" --{name.replace('_', '-')} {value}" for name, value in values.items())
+        raise OptionError(
+            f"--method is {command.method!r}, and only compare takes variants; give options instead: "
+            f"--method {method}{words}"
+        )
     check(command)
     config = RunConfig(**{field.name: getattr(command, field.name) for field in fields(RunConfig)})
     console = Console(soft_wrap=True)
@@ -48,7 +55,7 @@ def train(command: Train) -> int:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"))
     clock = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
     with Progress(*columns, *clock, console=console, disable=quiet_output(console) or not first) as progress:
-        bar = progress.add_task(f"{config.method}, seed {config.seed}", total=None)
+        bar = progress.add_task(f"{config.label}, seed {config.seed}", total=None)
 
         def say(line: str) -> None:
             console.print(line, highlight=False, markup=False)
@@ -79,7 +86,7 @@ def compare(command: Compare) -> int:
     for name, values in (("methods", command.methods), ("seeds", command.seeds)):
         if not values or len(set(values)) != len(values):
             raise OptionError(f"--{name} is {' '.join(map(str, values))!r}; give at least one, and none twice")
-    baseline = spell(command.baseline)
+    baseline_method, baseline_values = parse_variant(command.baseline)
     if command.jobs < 0:
         raise OptionError(f"--jobs is {command.jobs}; it must be 0 or more")
 
@@ -91,6 +98,7 @@ def compare(command: Compare) -> int:
     work = cells.cells(command, command.methods, command.seeds, command.out, command.lams)
     for cell in work:
         check(cell.config)
+    baseline = cells.configuration(command, baseline_method, baseline_values).label
     console = Console(soft_wrap=True)
 
     from crl_diffusion.data import tasks
@@ -129,7 +137,7 @@ def compare(command: Compare) -> int:
     if len(failed) < len(work):
         # All runs of the folder: a comparison can grow.
         finished_runs = [run for run in runs.find([command.out])[0] if run.path.parent == command.out]
-        order = in_order(run.method for run in finished_runs)
+        order = in_order(run.label for run in finished_runs)
         show(console, *report.write([run.path for run in finished_runs], command.out, baseline, order))
     for cell in failed:
         complain(f"{cell.name} failed; its last lines:\n{runner.tail(cell)}")
@@ -153,8 +161,8 @@ def report(command: Report) -> int:
         console.print(f"{run} is not finished and is left out", highlight=False)
     out = command.out or command.folders[0]
     require_place("--out", out)
-    order = in_order(run.method for run in finished_runs)
-    show(console, *report.write(command.folders, out, spell(command.baseline), order))
+    order = in_order(run.label for run in finished_runs)
+    show(console, *report.write(command.folders, out, label(*parse_variant(command.baseline)), order))
     return 0
 
 

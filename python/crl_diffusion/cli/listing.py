@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from rich.table import Table
 
 from crl_diffusion.config.method import FAMILIES, METHODS, PENALTIES
 from crl_diffusion.config.networks import MODELS, MLPSize
-from crl_diffusion.config.presets import OURS, PAPER_METHODS, PAPER_VARIANTS, PRESETS, UNUSED
+from crl_diffusion.config.presets import OURS, PAPER_METHODS, PAPER_VARIANTS, PRESETS, UNUSED, Preset
 from crl_diffusion.config.settings import DATA_PLANS, RunConfig, Settings
 from crl_diffusion.config.spelling import penalty_names
 from crl_diffusion.diffusion.network import build
@@ -141,21 +141,31 @@ def _presets() -> Listing:
 
 
 def _settings() -> Listing:
-    configs = {name: resolve(RunConfig(method="fine-tune", **preset.settings)) for name, preset in PRESETS.items()}
+    configs = {name: _resolved(preset) for name, preset in PRESETS.items()}
     rows = []
     for field in fields(Settings):
         if field.name in UNUSED:
             continue
-        source = "ours" if field.name in OURS else "paper"
-        rows.append([_option(field.name), *(_value(getattr(c, field.name)) for c in configs.values()), source])
+        values = [
+            "-" if field.name == "steps" and config.epochs else _value(getattr(config, field.name))
+            for config in configs.values()
+        ]
+        rows.append([_option(field.name), *values, "ours" if field.name in OURS else "paper"])
     return Listing(
         "Presets, resolved",
         ("option", *configs, "paper presets' number"),
         rows,
-        "All numbers of the demo are ours; it takes 300 steps for each task, the others count epochs. Epochs 0: steps "
-        "are used. Fisher samples 0: every image of a task once. Class order -1: the order of the labels. Per class 0: "
-        "all images. Each task has a new optimizer. 1000 timesteps.",
+        "The last column is about the paper presets; all numbers of the others are ours. Epochs 0: steps are used, for "
+        "each task. Fisher samples 0: every image of a task once. Class order -1: the order of the labels. Per class "
+        "0: all images. Each task has a new optimizer. 1000 timesteps.",
     )
+
+
+def _resolved(preset: Preset) -> RunConfig:
+    """The preset's settings with the defaults of its data set. The device stays as it is: the list does not depend on
+    the machine."""
+    config = RunConfig(method="fine-tune", **preset.settings)
+    return replace(resolve(replace(config, device="cpu")), device=config.device)
 
 
 def _paper_methods() -> Listing:

@@ -42,7 +42,9 @@ class Compare(Settings):
     """Named set of settings, methods and seeds. Other options override it. `crl-diffusion list` shows the presets."""
     methods: tuple[str, ...] = ("fine-tune", "gd", "gd+rank1")
     """Methods to compare, each as NAME or NAME:OPTION,... as for `train --method`. The options once, alone,
-    preconditioned, random and signs are controls for experiments, not methods to use."""
+    preconditioned, random and signs are controls for experiments, not methods to use. METHOD@ema=NUMBER and
+    METHOD@lr-later=NUMBER are variants of a method, with a value of --ema or --lr-later of their own:
+    gd gd@ema=0.999."""
     seeds: tuple[int, ...] = (0,)
     """Random seeds. Each method is run once with each of them."""
     lams: tuple[float, ...] = ()
@@ -51,7 +53,8 @@ class Compare(Settings):
     jobs: int = 0
     """Number of runs at the same time. 0 means one for each CPU core or, on a CUDA device, one."""
     baseline: str = "gd"
-    """Method that the others are compared with. Differences are paired by seed and need two seeds or more."""
+    """Method, or variant of one, that the others are compared with. Differences are paired by seed and need two seeds
+    or more."""
     data_root: Path = Path("data")
     """Folder of the data sets, in the layout of torchvision (MNIST/raw/...). Not needed for digits."""
     extractor: ExtractorName = "cnn"
@@ -71,7 +74,8 @@ class Report:
     out: Path | None = None
     """Folder for the report. By default the first of the given folders."""
     baseline: str = "gd"
-    """Method that the others are compared with. Differences are paired by seed and need two seeds or more."""
+    """Method, or variant of one, that the others are compared with. Differences are paired by seed and need two seeds
+    or more."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,25 +1,25 @@
-"""The cells of a comparison: one run for each method and seed.
+"""The cells of a comparison: one run for each method, or variant of a method, and seed.
 
 Each cell is a run folder, written by `crl-diffusion train` and named by `folder_name`. Finished cells are kept;
-interrupted cells continue from their last checkpoint. A folder holds one comparison: methods and seeds can be added,
-other settings are refused.
+interrupted cells continue from their last checkpoint. A folder holds one comparison: methods, variants and seeds can be
+added, other settings are refused.
 """
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from crl_diffusion.config.method import Method
 from crl_diffusion.config.settings import RunConfig, Settings
-from crl_diffusion.config.spelling import add_lam, parse_method, spell
+from crl_diffusion.config.spelling import VARIED, add_lam, label, parse_method, parse_variant, spell
 from crl_diffusion.errors import OptionError, RecordError
 from crl_diffusion.reporting.runs import read_finished
 from crl_diffusion.run_folder.layout import differences
-from crl_diffusion.run_folder.readers import read_metrics
+from crl_diffusion.run_folder.readers import read_config, read_metrics
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        return f"{self.config.method}, seed {self.config.seed}"
+        return f"{self.config.label}, seed {self.config.seed}"
 
     @property
     def steps(self) -> int:
@@ -59,13 +59,20 @@ def cells(
 ) -> list[Cell]:
     """All cells, the longest first, so that no long run is left for one core at the end. With `lams`, each method that
     has a penalty gets one cell for each lam."""
-    common = {field.name: getattr(settings, field.name) for field in fields(Settings)}
-    work = [
-        Cell(RunConfig(**common, method=method, seed=seed), out / folder_name(method, seed))
+    configs = [
+        configuration(settings, method, values, seed)
         for seed in seeds
-        for method in with_lams(methods, lams)
+        for name, values in map(parse_variant, methods)
+        for method in with_lams([name], lams)
     ]
+    work = [Cell(config, out / folder_name(config.label, config.seed)) for config in dict.fromkeys(configs)]
     return sorted(work, key=lambda cell: _cost(cell.config.recipe), reverse=True)
+
+
+def configuration(settings: Settings, method: str, values: Mapping[str, float], seed: int = 0) -> RunConfig:
+    """A run of a comparison whose settings are `settings`, but for the `values` of its variant."""
+    common = {field.name: getattr(settings, field.name) for field in fields(Settings)}
+    return RunConfig(**{**common, **values}, method=method, seed=seed)
 
 
 def with_lams(methods: Sequence[str], lams: Sequence[float]) -> list[str]:
@@ -79,9 +86,9 @@ def with_lams(methods: Sequence[str], lams: Sequence[float]) -> list[str]:
     return list(dict.fromkeys(spelled))
 
 
-def folder_name(method: str, seed: int) -> str:
-    """A name that every file system allows: gd+bands8:top,lam=60 -> gd+bands8_top_lam=60-seed0."""
-    return f"{method.replace(':', '_').replace(',', '_')}-seed{seed}"
+def folder_name(label: str, seed: int) -> str:
+    """A name that every file system allows: gd+bands8:top,lam=60@ema=0.9 -> gd+bands8_top_lam=60@ema=0.9-seed0."""
+    return f"{label.replace(':', '_').replace(',', '_')}-seed{seed}"
 
 
 def _cost(method: Method) -> tuple[int, bool]:
@@ -89,15 +96,24 @@ def _cost(method: Method) -> tuple[int, bool]:
 
 
 def check_others(work: Sequence[Cell], out: Path) -> None:
-    """Refuse a folder that holds runs with other settings, whose results cannot be compared with these. RecordError if
-    the records of another finished run, which the report would include, are damaged."""
+    """Refuse a folder that holds runs with other settings, whose results cannot be compared with these, or one of these
+    runs in a folder of another name. RecordError if the records of another finished run, which the report would
+    include, are damaged."""
+    folders = {cell.name: cell.folder for cell in work}
     for path in sorted(out.glob("*/summary.json")):
         if path.parent not in [cell.folder for cell in work]:
             read_finished(path.parent)
     for path in sorted(out.glob("*/config.json")):
-        if changes := differences(work[0].config, path.parent, ignored=("method", "recipe", "seed")):
+        if changes := differences(work[0].config, path.parent, ignored=("method", "recipe", "seed", *VARIED)):
             raise OptionError(
                 f"--out {str(out)!r} holds runs with other settings: {path.parent.name} ({changes}); use another folder"
+            )
+        run = read_config(path.parent)["run"]
+        name = f"{label(run['method'], run)}, seed {run['seed']}"
+        if folders.get(name, path.parent) != path.parent:
+            raise OptionError(
+                f"--out {str(out)!r} holds {name} in {path.parent.name}; rename this folder to {folders[name].name}, "
+                "or use another --out"
             )
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, NamedTuple
 
 from crl_diffusion.config.method import Method
-from crl_diffusion.config.spelling import parse_method
+from crl_diffusion.config.spelling import VARIED, label, parse_method
 from crl_diffusion.errors import OptionError
 
 DataName = Literal["digits", "mnist", "fashion_mnist", "cifar10", "imagenet32", "folder"]
@@ -72,7 +72,7 @@ class Settings:
     """Replayed images in each step, for each replay of the method."""
     lr: float = 2e-3
     """Learning rate; the peak value if --lr-schedule is one-cycle. Each task starts with a new optimizer."""
-    lr_later: float = 1.0
+    lr_later: float = VARIED["lr_later"]
     """Learning rate of all tasks after the first, as a share of --lr: with 0.1, a tenth of it."""
     lr_schedule: Literal["one-cycle", "constant"] = "one-cycle"
     """Learning rate within a task: one-cycle rises for a tenth of the steps and then falls to 0 along a cosine;
@@ -82,7 +82,7 @@ class Settings:
     a --lr about a hundred times larger."""
     clip: float = 1.0
     """Largest norm of the gradient. Longer gradients are scaled down to this norm. 0 means no clipping."""
-    ema: float = 0.0
+    ema: float = VARIED["ema"]
     """Decay of an exponential moving average (EMA) of the weights. 0 means no average. After step n of a task the decay
     is at most n / (n + 9), so the weights from the start of the task soon lose their influence. At the end of a task
     the average replaces the model's weights. Evaluation, the teacher, the penalty's anchor and the next task all use
@@ -135,6 +135,12 @@ class RunConfig(Settings):
     def recipe(self) -> Method:
         """The parts of the method."""
         return parse_method(self.method)
+
+    @property
+    def label(self) -> str:
+        """What the run is called in a comparison: its method and, if they are not the defaults, the settings in which
+        the runs of a comparison may differ."""
+        return label(self.method, vars(self))
 
     def as_json(self) -> dict[str, Any]:
         """The configuration as `config.json` stores it. Options of ADDED are in it where they differ from their

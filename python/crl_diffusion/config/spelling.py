@@ -1,20 +1,26 @@
-"""How a method is written: NAME or NAME:OPTION,OPTION,...
+"""How a method is written, NAME or NAME:OPTION,OPTION,..., and how its variants are, METHOD@SETTING=VALUE,...
 
 `gd+bands8:top,slopes,gradient,lam=60` is generative distillation with a penalty: eight bands of timesteps, top
 eigenvectors as directions, the first-order term of each task kept, added to the gradient, lam = 60. `rank<k>` and
 `bands<n>` accept any number from 2 to 1000. Of two options of one kind the last one counts. `spell` gives the canonical
 spelling of a method, which tables and folder names use.
+
+`gd@ema=0.999` is the method gd with an average of the weights, in a comparison with runs that have another average or
+none. A run is labelled so in tables, pictures and folder names: `label`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, get_args
 
 from crl_diffusion.config.method import FAMILIES, METHODS, NUMBERED, PENALTIES, REPLAYS, Method, Mode, Penalty
 from crl_diffusion.errors import OptionError
+
+# Settings in which the runs of one comparison may differ, as they may in their method, with the defaults.
+VARIED: dict[str, float] = {"ema": 0.0, "lr_later": 1.0}
 
 
 def parse_method(text: str) -> Method:
@@ -95,9 +101,13 @@ def spell(text: str, with_lam: bool = True) -> str:
     if asked.mode != own.mode:
         words.append(asked.mode)
     if with_lam and asked.lam != own.lam:
-        short = f"{asked.lam:g}"
-        words.append(f"lam={short if float(short) == asked.lam else repr(asked.lam)}")
+        words.append(f"lam={_shortest(asked.lam)}")
     return f"{name}:{','.join(words)}" if words else name
+
+
+def _shortest(number: float) -> str:
+    short = f"{number:g}"
+    return short if float(short) == number else repr(number)
 
 
 def add_lam(text: str, lam: float) -> str:
@@ -105,15 +115,52 @@ def add_lam(text: str, lam: float) -> str:
     return spell(f"{text}{',' if ':' in text else ':'}lam={lam!r}")
 
 
+def parse_variant(text: str) -> tuple[str, dict[str, float]]:
+    """The method of METHOD or METHOD@SETTING=VALUE,..., in canonical spelling, and the values of its settings."""
+    name, at, assignments = text.partition("@")
+    method, values = spell(name), dict[str, float]()
+    settings = {_option(setting): setting for setting in VARIED}
+    for assignment in assignments.split(",") if at else ():
+        option, _, number = assignment.partition("=")
+        if option not in settings:
+            raise OptionError(
+                f"method {text!r}: {assignment!r} is not a setting of a variant; write METHOD@SETTING=VALUE,... with "
+                f"{' or '.join(settings)}, for example {method}@ema=0.999"
+            )
+        if settings[option] in values:
+            raise OptionError(f"method {text!r} gives {option} twice; give it once")
+        try:
+            values[settings[option]] = float(number) + 0.0  # -0 becomes 0
+        except ValueError:
+            raise OptionError(f"method {text!r}: {assignment!r}; {option} must be a number") from None
+    return method, values
+
+
+def label(method: str, settings: Mapping[str, Any]) -> str:
+    """METHOD or METHOD@SETTING=VALUE,...: what tells the runs of a comparison apart, besides the seed. `settings` are
+    those of the run; the label has the values of `VARIED` that differ from the defaults."""
+    values = {name: settings.get(name, default) for name, default in VARIED.items()}
+    words = [f"{_option(name)}={_shortest(value)}" for name, value in values.items() if value != VARIED[name]]
+    return f"{method}@{','.join(words)}" if words else method
+
+
+def _option(setting: str) -> str:
+    return setting.replace("_", "-")
+
+
 def in_order(texts: Iterable[str]) -> list[str]:
-    """Methods in the order of the tables: first those without a penalty, then from simple to rich penalties."""
+    """Methods and variants in the order of the tables: first those without a penalty, then from simple to rich
+    penalties; variants after the method's own defaults."""
     known = [method for method in METHODS.values() if method.penalty is None]
 
     def key(text: str) -> tuple[Any, ...]:
-        method = parse_method(text)
+        name, values = parse_variant(text)
+        method, values = parse_method(name), VARIED | values
+        variation = [(values[setting] != default, values[setting]) for setting, default in VARIED.items()]
         replayed, p = known.index(replace(method, penalty=None)), method.penalty
         if p is None:
-            return (False, replayed, text)
-        return (True, p.fisher != "diagonal", p.bands, p.rank, replayed, p.direction, p.slopes, p.mode, p.lam, text)
+            return (False, replayed, variation, text)
+        kind = (p.fisher != "diagonal", p.bands, p.rank, replayed, p.direction, p.slopes, p.mode)
+        return (True, *kind, variation, p.lam, text)
 
     return sorted(dict.fromkeys(texts), key=key)

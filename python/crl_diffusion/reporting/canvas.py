@@ -54,10 +54,10 @@ def drawing(name: str, figure: Figure, alt: str, caption: str) -> Drawing:
 
 
 def wrap(method: str, width: int) -> str:
-    """A method's name in lines of about `width` characters, broken after + : and commas."""
-    parts = re.sub(r"([+:,])(?=.)", r"\1 ", method)
+    """A method's name in lines of about `width` characters, broken after + : @ and commas."""
+    parts = re.sub(r"([+:,@])(?=.)", r"\1 ", method)
     lines = textwrap.wrap(parts, width, break_long_words=True) or [method]
-    return "\n".join(re.sub(r"([+:,]) ", r"\1", line) for line in lines)
+    return "\n".join(re.sub(r"([+:,@]) ", r"\1", line) for line in lines)
 
 
 # R and curves

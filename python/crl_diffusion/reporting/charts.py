@@ -56,7 +56,7 @@ def final_samples(groups: Groups, name: str) -> Drawing | None:
     """Samples of every method after the last task."""
     chosen = _representatives(groups)
     tasks = max(len(run.summary["fid_matrix"]) for run in chosen.values())
-    drawn = {run.method: images for run in chosen.values() if (images := read_samples(run.path, tasks)) is not None}
+    drawn = {label: images for label, run in chosen.items() if (images := read_samples(run.path, tasks)) is not None}
     if not drawn:
         return None
     classes = samples.Classes.learnt(next(iter(drawn.values()))[1], tasks)

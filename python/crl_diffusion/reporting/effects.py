@@ -95,9 +95,10 @@ def squeeze(axis: Axes, differences: Sequence[float], reach: Sequence[float]) ->
 
 
 def without_penalty(run: Finished, groups: Groups) -> str | None:
-    """The method with the same replay and no penalty."""
-    recipe = {**run.config["recipe"], "penalty": None}
-    return next((name for name, group in groups.items() if group[0].config["recipe"] == recipe), None)
+    """The label of the same replay and settings without a penalty."""
+    wanted = {**run.config["recipe"], "penalty": None}, run.label.partition("@")[2]
+    others = {name: (group[0].config["recipe"], group[0].label.partition("@")[2]) for name, group in groups.items()}
+    return next((name for name, other in others.items() if other == wanted), None)
 
 
 def sweeps(groups: Groups) -> dict[str, dict[float, Sequence[Finished]]]:

@@ -25,7 +25,7 @@ def render(parts: Mapping[str, Groups], baseline: str) -> tuple[str, list[Drawin
     """The page of all runs by data set, and the pictures on it that get files."""
     runs = [run for groups in parts.values() for run in runs_of(groups)]
     several = len(parts) > 1
-    methods, seed_count = len({run.method for run in runs}), len({run.seed for run in runs})
+    methods, seed_count = len({run.label for run in runs}), len({run.seed for run in runs})
     seed_words = f"{seed_count} seeds" if seed_count > 1 else f"seed {runs[0].seed} only"
     scores = _scores(parts)
     data_sets = [_data_set(name, groups, baseline, several) for name, groups in parts.items()]
@@ -52,8 +52,8 @@ def render(parts: Mapping[str, Groups], baseline: str) -> tuple[str, list[Drawin
 
 
 def breakable(name: str) -> Markup:
-    """A method's name that a browser may break after + : and commas."""
-    return Markup(re.sub("([+:,])", r"\1<wbr>", escape(name)))
+    """A method's name that a browser may break after + : @ and commas."""
+    return Markup(re.sub("([+:,@])", r"\1<wbr>", escape(name)))
 
 
 def keep_signs(title: str) -> str:

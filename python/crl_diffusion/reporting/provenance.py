@@ -8,6 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 from crl_diffusion.config.settings import RunConfig, Settings
+from crl_diffusion.config.spelling import VARIED
 from crl_diffusion.evaluation.extractors import KINDS
 from crl_diffusion.reporting.runs import Finished, Groups, differing, runs_of
 from crl_diffusion.reporting.tables import NONE, Sheet
@@ -68,17 +69,18 @@ def _given(option: str, words: Sequence[str]) -> str | None:
 
 
 def compare_command(groups: Groups) -> str | None:
-    """One command for all runs, if each method has each seed and all other options are the same."""
+    """One command for all runs, if each label has each seed and all other options are the same."""
     runs = runs_of(groups)
     all_seeds = sorted({run.seed for run in runs})
     if any([run.seed for run in group] != all_seeds for group in groups.values()):
         return None
-    if len({tuple(options(run.config)) for run in runs}) > 1:
+    common = [options({k: v for k, v in run.config.items() if k not in VARIED}) for run in runs]
+    if any(words != common[0] for words in common):
         return None
     measurement = {tuple(_measurement_options(run)) for run in runs}
     if len(measurement) > 1 or any(run.record.get("extractor") and not _kind(run) for run in runs):
         return None
-    words = ["--methods", *groups, "--seeds", *map(str, all_seeds), *options(runs[0].config), *measurement.pop()]
+    words = ["--methods", *groups, "--seeds", *map(str, all_seeds), *common[0], *measurement.pop()]
     words += ["--out", "OUT"]
     return "crl-diffusion compare " + shlex.join(words)
 
@@ -98,7 +100,7 @@ def settings(groups: Groups) -> tuple[Sheet, Sheet | None]:
     )
     if not different:
         return common, None
-    body = [[run.method, str(run.seed), *(_text(run.settings.get(name)) for name in different)] for run in runs]
+    body = [[run.label, str(run.seed), *(_text(run.settings.get(name)) for name in different)] for run in runs]
     return common, Sheet(["method", "seed", *different], body, "Options that are not the same in all runs.")
 
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from crl_diffusion.errors import OptionError
 from crl_diffusion.files import write_json, write_text
-from crl_diffusion.reporting.runs import by_data, comparable, find, runs_of
+from crl_diffusion.reporting.runs import by_data, comparable, find, label_among, runs_of
 
 
 def write(folders: Sequence[Path], out: Path, baseline: str, order: Sequence[str] = ()) -> tuple[Table, list[Path]]:
@@ -22,7 +22,7 @@ def write(folders: Sequence[Path], out: Path, baseline: str, order: Sequence[str
     if not runs:
         where = ", ".join(repr(str(folder)) for folder in folders)
         raise OptionError(f"no finished run in {where}; give folders that `train` or `compare` has written")
-    parts = by_data(runs, order)
+    parts, baseline = by_data(runs, order), label_among(runs, baseline)
     for groups in parts.values():
         comparable(groups)
     out.mkdir(parents=True, exist_ok=True)
@@ -34,7 +34,10 @@ def write(folders: Sequence[Path], out: Path, baseline: str, order: Sequence[str
         write_text(out / name, text)
     captions = [tables.caption(runs_of(groups)) for groups in parts.values()]
     ordered = [run for groups in parts.values() for run in runs_of(groups)]
-    values = [{**run.summary, "data": run.data, "folder": os.path.relpath(run.path, out)} for run in ordered]
+    values = [
+        {**run.summary, "label": run.label, "data": run.data, "folder": os.path.relpath(run.path, out)}
+        for run in ordered
+    ]
     write_json(out / "comparison.json", {"caption": " ".join(captions), "runs": values})
     paths += [out / "comparison.md", out / "comparison.json", out / "report.html"]
     return tables.for_terminal(parts, baseline), paths

@@ -9,6 +9,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+from crl_diffusion.config.spelling import label
 from crl_diffusion.evaluation.summaries import fid_matrix
 from crl_diffusion.files import Row
 from crl_diffusion.reporting.canvas import (
@@ -31,7 +32,7 @@ matplotlib.use("Agg")  # pictures go to files, with or without a display
 def of_run(run: Path) -> list[Path]:
     """Samples, R and curves of one run."""
     config, rows = read_config(run)["run"], read_metrics(run)
-    name = f"{config['method']} on {config['data']}, seed {config['seed']}"
+    name = f"{label(config['method'], config)} on {config['data']}, seed {config['seed']}"
     r = fid_matrix(rows)
     drawings = []
     if (grid := grid_over_tasks(run, len(r), f"Samples of {name}")) is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from crl_diffusion.config.settings import DATA_PLANS, RunConfig, Settings
-from crl_diffusion.config.spelling import spell
+from crl_diffusion.config.spelling import VARIED, label, spell
 from crl_diffusion.errors import OptionError, RecordError
 from crl_diffusion.evaluation import metrics
 from crl_diffusion.evaluation.summaries import summarise
@@ -48,6 +48,11 @@ class Finished(NamedTuple):
         return str(self.config["method"])
 
     @property
+    def label(self) -> str:
+        """What reports call the run; runs with one label differ in their seed only."""
+        return label(self.method, self.settings)
+
+    @property
     def seed(self) -> int:
         return int(self.config["seed"])
 
@@ -63,11 +68,11 @@ class Finished(NamedTuple):
 
     @property
     def family(self) -> str:
-        """The method without lam: runs of one family differ only in the strength of their penalty."""
+        """The label without lam: runs of one family differ only in the strength of their penalty."""
         try:
-            return spell(self.method, with_lam=False)
+            return label(spell(self.method, with_lam=False), self.settings)
         except OptionError:  # a method of another version of this package, whose options are not known here
-            return self.method
+            return self.label
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -142,7 +147,7 @@ def find(folders: Iterable[Path]) -> tuple[list[Finished], list[Path]]:
 
 # Comparison
 
-Groups = Mapping[str, Sequence[Finished]]  # method -> its runs, one per seed
+Groups = Mapping[str, Sequence[Finished]]  # label -> its runs, one per seed
 
 
 def runs_of(groups: Groups) -> list[Finished]:
@@ -150,27 +155,34 @@ def runs_of(groups: Groups) -> list[Finished]:
 
 
 def grouped(runs: Sequence[Finished], order: Sequence[str] = ()) -> dict[str, list[Finished]]:
-    """Runs by method, in the order of seeds: methods of `order` first, then as found; one family side by side, from
-    the smallest lam up."""
+    """Runs by label, in the order of seeds: labels and methods of `order` first, then as found; one family side by
+    side, from the smallest lam up."""
     families = list(dict.fromkeys(run.family for run in runs))
 
     def place(run: Finished) -> tuple[float, ...]:
-        named = [name for name in (run.method, run.method.partition(":")[0]) if name in order]
+        named = [name for name in (run.label, run.method, run.method.partition(":")[0]) if name in order]
         rank = order.index(named[0]) if named else len(order)
         return rank, families.index(run.family), -1.0 if run.lam is None else run.lam, run.seed
 
     result: dict[str, list[Finished]] = {}
     for run in sorted(runs, key=place):
-        result.setdefault(run.method, []).append(run)
+        result.setdefault(run.label, []).append(run)
     return result
 
 
 def by_data(runs: Sequence[Finished], order: Sequence[str] = ()) -> dict[str, Groups]:
-    """Groups of runs for each data set, in the order of `DATA_PLANS`; methods in the order of `grouped`."""
+    """Groups of runs for each data set, in the order of `DATA_PLANS`; labels in the order of `grouped`."""
     names = sorted(
         {run.data for run in runs}, key=lambda name: (name not in DATA_PLANS, [*DATA_PLANS, name].index(name))
     )
     return {name: grouped([run for run in runs if run.data == name], order) for name in names}
+
+
+def label_among(runs: Sequence[Finished], method: str) -> str:
+    """The label of a method, or of a variant, among these runs: a method stands for its variant with the values of
+    `VARIED` that all of the runs share."""
+    labels = {label(method, run.settings) for run in runs}
+    return labels.pop() if len(labels) == 1 and "@" not in method else method
 
 
 def differing(runs: Sequence[Finished]) -> list[str]:
@@ -181,12 +193,14 @@ def differing(runs: Sequence[Finished]) -> list[str]:
 
 
 def comparable(groups: Groups) -> None:
-    """Raise OptionError unless all numbers come from runs that were trained and measured in the same way."""
+    """Raise OptionError unless all numbers come from runs that were trained and measured in the same way, but for
+    their methods and the settings that are in their labels."""
     runs = runs_of(groups)
     for key in MEASURED_WITH:
         values = {run.path: run.summary[key] for run in runs if run.summary.get(key) is not None}
         _require_same(key, values, "their FIDs do not compare")
-    free = FREE_OPTIONS | METHOD_OPTIONS | {"lam", "mode"}  # these two are part of the recipe, and were options once
+    once_options = {"lam", "mode"}  # parts of the recipe now
+    free = FREE_OPTIONS | METHOD_OPTIONS | VARIED.keys() | once_options
     for key in differing(runs):
         if key not in free:
             _require_same(key, {run.path: run.settings.get(key) for run in runs}, "a difference may come from that")
@@ -197,10 +211,10 @@ def comparable(groups: Groups) -> None:
                 _require_same(key, values, f"they are all called {name}, but their seeds are not replicates")
     seen: dict[tuple[str, int], Path] = {}
     for run in runs:
-        twin = seen.setdefault((run.method, run.seed), run.path)
+        twin = seen.setdefault((run.label, run.seed), run.path)
         if twin != run.path:
             raise OptionError(
-                f"{str(twin)!r} and {str(run.path)!r} are both {run.method} with seed {run.seed}; report them apart"
+                f"{str(twin)!r} and {str(run.path)!r} are both {run.label} with seed {run.seed}; report them apart"
             )
 
 

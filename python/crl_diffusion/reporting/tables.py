@@ -15,7 +15,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from crl_diffusion.reporting import seeds
-from crl_diffusion.reporting.runs import Finished, Groups, runs_of
+from crl_diffusion.reporting.runs import Finished, Groups, label_among, runs_of
 
 NONE = "–"
 MINUS = "−"
@@ -192,10 +192,11 @@ def across(parts: Mapping[str, Groups]) -> dict[str, dict[str, dict[int, float]]
     """For each method and data set, (FID - joint) / (fine-tune - joint) by seed, where both references exist."""
     result: dict[str, dict[str, dict[int, float]]] = {}
     for data, groups in parts.items():
-        joint, fine_tune = (values(groups.get(name, []), AVERAGE.key) for name in ("joint", "fine-tune"))
+        references = [label_among(runs_of(groups), name) for name in ("joint", "fine-tune")]
+        joint, fine_tune = (values(groups.get(name, []), AVERAGE.key) for name in references)
         for name, group in groups.items():
             scores = seeds.normalised(values(group, AVERAGE.key), joint, fine_tune)
-            if scores and name not in ("joint", "fine-tune"):
+            if scores and name not in references:
                 result.setdefault(name, {})[data] = scores
     return result
 

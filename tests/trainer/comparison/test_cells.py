@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -55,13 +56,70 @@ def test_other_cells_continue_when_one_is_killed(tmp_path: Path, monkeypatch: py
 
 
 def test_methods_and_seeds_can_be_added_and_other_settings_are_refused(tmp_path: Path) -> None:
-    for cell in cells.cells(Settings(), ["gd"], [0], tmp_path):
-        cell.folder.mkdir()
-        write_json(cell.folder / "config.json", {"run": cell.config.as_json()})
+    _begin(cells.cells(Settings(), ["gd"], [0], tmp_path))
     cells.check_others(cells.cells(Settings(), ["gd", "rank1:lam=3"], [0, 1], tmp_path), tmp_path)
     changed = cells.cells(Settings(lr=0.01), ["rank1"], [0], tmp_path)
     with pytest.raises(OptionError, match=r"gd-seed0 \(lr 0.002 there, 0.01 asked for\); use another folder"):
         cells.check_others(changed, tmp_path)
+
+
+def test_a_variant_is_a_run_of_its_method_with_its_own_setting(tmp_path: Path) -> None:
+    texts = ["gd", "gd@ema=0.999", "gd@lr-later=0.3,ema=0.999", "gd@lr-later=0.3", "gd@ema=0,lr-later=1", "gd@ema=.999"]
+    work = cells.cells(Settings(steps=7), texts, [0, 3], tmp_path)
+    assert {(cell.name, cell.config) for cell in work} == {
+        (f"{label}, seed {seed}", RunConfig(method="gd", seed=seed, steps=7, **values))
+        for seed in (0, 3)
+        for label, values in (
+            ("gd", {}),
+            ("gd@ema=0.999", {"ema": 0.999}),
+            ("gd@ema=0.999,lr-later=0.3", {"ema": 0.999, "lr_later": 0.3}),
+            ("gd@lr-later=0.3", {"lr_later": 0.3}),
+        )
+    }
+    assert len(work) == 8
+    assert {cell.folder.name for cell in work if not cell.config.seed} == {
+        *("gd-seed0", "gd@ema=0.999-seed0", "gd@ema=0.999_lr-later=0.3-seed0", "gd@lr-later=0.3-seed0")
+    }
+    # A setting of the command holds for methods without their own.
+    work = cells.cells(Settings(ema=0.9), ["gd", "gd@ema=0", "gd@lr-later=0.3"], [0], tmp_path)
+    assert {cell.config.label for cell in work} == {"gd@ema=0.9", "gd", "gd@ema=0.9,lr-later=0.3"}
+
+
+def test_names_of_folders_are_allowed_everywhere_and_differ(tmp_path: Path) -> None:
+    texts = ["gd+bands8:top,lam=60@ema=0.9,lr-later=0.3", "gd+bands8:top,lam=60@ema=0.9", "gd+bands8:top,lam=60"]
+    texts += ["gd+bands8:top@ema=0.9", "gd+bands8:top@ema=0.90000001", "gd+bands8:top@lr-later=0.9"]
+    names = [cell.folder.name for cell in cells.cells(Settings(), texts, [0], tmp_path)]
+    assert len(set(map(str.lower, names))) == len(texts)
+    assert all(re.fullmatch(r"[a-z0-9+_=@.-]+", name) for name in names)
+
+
+def test_each_lam_is_run_in_each_variant(tmp_path: Path) -> None:
+    work = cells.cells(Settings(), ["gd@ema=0.9", "gd+rank1", "gd+rank1@ema=0.9"], [0], tmp_path, [1, 20])
+    labels = {"gd@ema=0.9", "gd+rank1:lam=1", "gd+rank1", "gd+rank1:lam=1@ema=0.9", "gd+rank1@ema=0.9"}
+    assert {cell.config.label for cell in work} == labels
+
+
+def _begin(work: list[cells.Cell]) -> None:
+    for cell in work:
+        cell.folder.mkdir()
+        write_json(cell.folder / "config.json", {"run": cell.config.as_json()})
+
+
+def test_variants_can_be_added_to_a_folder(tmp_path: Path) -> None:
+    _begin(cells.cells(Settings(), ["gd", "gd@ema=0.9"], [0], tmp_path))
+    cells.check_others(cells.cells(Settings(), ["gd+rank1@lr-later=0.3"], [0], tmp_path), tmp_path)
+    with pytest.raises(OptionError, match=r"\(lr 0.002 there, 0.01 asked for\)"):
+        cells.check_others(cells.cells(Settings(lr=0.01), ["gd@ema=0.99"], [0], tmp_path), tmp_path)
+
+
+def test_a_run_that_is_in_the_folder_under_another_name_is_not_made_twice(tmp_path: Path) -> None:
+    (cell,) = cells.cells(Settings(ema=0.9), ["gd"], [0], tmp_path)
+    cell.folder = tmp_path / "gd-seed0"
+    _begin([cell])
+    again = cells.cells(Settings(), ["fine-tune", "gd@ema=0.9"], [0], tmp_path)
+    with pytest.raises(OptionError, match=r"gd@ema=0.9, seed 0 in gd-seed0; rename .* to gd@ema=0.9-seed0"):
+        cells.check_others(again, tmp_path)
+    cells.check_others(cells.cells(Settings(), ["gd@ema=0.9"], [1], tmp_path), tmp_path)
 
 
 def test_there_is_a_cell_for_each_method_seed_and_lam(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from crl_diffusion.cli import parser
 from crl_diffusion.cli.options import Train
 from crl_diffusion.comparison import cells
 from crl_diffusion.config.settings import Settings
+from crl_diffusion.run_folder.readers import read_run_config
 from helpers.run_folders import fabricate
 from helpers.trainer_runs import SHORT, child_environment, options
 from PIL import Image
@@ -78,6 +79,26 @@ def test_two_methods_end_to_end(
     assert "holds another run (lr 0.002 there, 0.01 asked for)" in capsys.readouterr().err
 
 
+def test_a_method_and_its_variants_end_to_end(
+    tmp_path: Path, extractor_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in child_environment().items():
+        monkeypatch.setenv(name, value)
+    shutil.copytree(extractor_folder, tmp_path, dirs_exist_ok=True)
+    arguments = ["compare", *options({**SHORT, "model": "mlp", "ema": 0.5}), "--jobs", "2", "--out", str(tmp_path)]
+    arguments += ["--methods", "fine-tune", "fine-tune@ema=0,lr-later=0.3", "--baseline", "fine-tune"]
+    assert cli.main(arguments) == 0
+    assert "fine-tune@lr-later=0.3, seed 0: finished" in capsys.readouterr().out
+
+    runs = {run["label"]: run for run in json.loads((tmp_path / "comparison.json").read_text())["runs"]}
+    assert list(runs) == ["fine-tune@lr-later=0.3", "fine-tune@ema=0.5"]
+    configs = [read_run_config(tmp_path / run["folder"]) for run in runs.values()]
+    assert [(c.method, c.ema, c.lr_later) for c in configs] == [("fine-tune", 0.0, 0.3), ("fine-tune", 0.5, 1.0)]
+    assert all(f"\n| {label} | 1 |" in (tmp_path / "comparison.md").read_text() for label in runs)
+    # --ema holds for a baseline without its own, as it does for methods.
+    assert "<h3>Differences to fine-tune@ema=0.5, paired by seed</h3>" in (tmp_path / "report.html").read_text()
+
+
 def test_runs_measured_with_other_networks_are_refused_before_training(
     tmp_path: Path, extractor_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -118,7 +139,7 @@ def test_a_failed_run_is_shown_and_the_others_are_kept(
 
 def test_the_command_of_a_cell_gives_its_configuration(tmp_path: Path) -> None:
     settings = Settings(steps=7, lr=0.005, data="mnist")
-    for cell in cells.cells(settings, ["gd", "gd+rank1:gradient"], [0, 3], tmp_path):
+    for cell in cells.cells(settings, ["gd", "gd+rank1:gradient", "gd@ema=0.9,lr-later=0.3"], [0, 3], tmp_path):
         parsed = parser.parse(cells.train_command(cell, Path("data"), "cnn", tmp_path)[3:])
         assert isinstance(parsed, Train)
         assert all(getattr(parsed, name) == value for name, value in vars(cell.config).items())

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 from crl_diffusion.cli import options, parser
+from crl_diffusion.comparison import cells
 from crl_diffusion.config import presets
 from crl_diffusion.config.curriculum import stages
 from crl_diffusion.config.method import METHODS, Penalty
 from crl_diffusion.config.presets import OURS, PRESETS, UNUSED
-from crl_diffusion.config.settings import RunConfig, check
-from crl_diffusion.config.spelling import parse_method, spell
+from crl_diffusion.config.settings import RunConfig, Settings, check
+from crl_diffusion.config.spelling import parse_method, parse_variant, spell
 from crl_diffusion.methods.optimizers import new_optimizer
 from crl_diffusion.training.plan import resolve
 
@@ -77,8 +81,11 @@ def test_the_papers_methods_have_its_replays_and_penalties() -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_can_run_and_has_only_settings_that_differ(name: str) -> None:
     preset, default = PRESETS[name], RunConfig(method="gd")
-    for method in preset.methods:
-        check(resolve(RunConfig(method=method, **preset.settings)))
+    settings = Settings(**{**preset.settings, "device": "cpu"})  # wherever this runs
+    work = cells.cells(settings, preset.methods, preset.seeds, Path("x"))
+    assert {cell.config.label for cell in work} == {*preset.methods}  # as folders and tables will call them
+    for cell in work:
+        check(resolve(cell.config))
     for option, value in preset.settings.items():
         assert getattr(default, option) != value, f"{option} is the default"
     assert preset.settings.keys() & {*UNUSED} == set()
@@ -90,6 +97,21 @@ def test_the_demo_preset_has_the_default_settings() -> None:
     parsed = parser.parse(["compare", "--out", "x"])
     assert isinstance(parsed, options.Compare)
     assert (parsed.methods, parsed.seeds, parsed.preset) == (("fine-tune", "gd", "gd+rank1"), (0,), "demo")
+
+
+def test_the_forgetting_preset_compares_rank_1_with_an_average_at_a_constant_rate() -> None:
+    preset = PRESETS["forgetting"]
+    config = resolve(RunConfig(method="gd", **preset.settings))
+    assert (config.data, config.model, config.steps, config.epochs) == ("digits", "mlp", 2000, 0)
+    assert (config.lr, config.lr_schedule, config.clip, config.ema, config.lr_later) == (0.003, "constant", 0, 0, 1)
+    assert (config.batch, config.replay_batch, config.fisher_samples) == (16, 16, 4000)
+    variants = [parse_variant(text) for text in preset.methods]
+    assert [values for _, values in variants] == [{}, {}, {}, {"ema": 0.999}]
+    fine_tune, gd, rank1, average = (parse_method(method) for method, _ in variants)
+    assert (fine_tune, gd, average) == (METHODS["fine-tune"], METHODS["gd"], METHODS["gd"])
+    assert rank1.replays == gd.replays
+    assert rank1.penalty is not None
+    assert replace(rank1.penalty, lam=0) == Penalty("low_rank", 0, "gradient")
 
 
 @pytest.mark.parametrize("name", PRESETS)

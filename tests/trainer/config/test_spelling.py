@@ -1,4 +1,4 @@
-"""How a method is written: options, families, one spelling, and what is refused."""
+"""How methods and their variants are written: options, families, one spelling, and what is refused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import hypothesis
 import pytest
 from crl_diffusion.config import method, spelling
 from crl_diffusion.config.method import METHODS, Method, Penalty
-from crl_diffusion.config.spelling import parse_method, spell
+from crl_diffusion.config.spelling import VARIED, label, parse_method, parse_variant, spell
 from crl_diffusion.errors import OptionError
 from hypothesis import strategies as st
 
@@ -106,7 +106,7 @@ def test_spelling_round_trips(
         ("rank3:mean", "'mean' is not an option of its penalty"),
         (
             "rank1:Top",
-            "choose among decoupled, gradient, preconditioned, once, alone, lam=NUMBER, slopes, top, random, mean",
+            "preconditioned, once, alone, lam=NUMBER, slopes, top, random, signs, mean",
         ),
     ],
 )
@@ -115,7 +115,60 @@ def test_an_unknown_method_is_refused(text: str, message: str) -> None:
         parse_method(text)
 
 
+@hypothesis.given(
+    name=NAMES,
+    values=st.fixed_dictionaries({}, optional={name: st.floats(allow_nan=False) for name in VARIED}),
+    order=st.randoms(use_true_random=False),
+)
+def test_a_label_and_its_variant_are_one_to_one(name: str, values: dict[str, float], order: random.Random) -> None:
+    words = [f"{setting.replace('_', '-')}={value!r}" for setting, value in values.items()]
+    order.shuffle(words)
+    method, parsed = parse_variant("@".join([name, *([",".join(words)] if words else [])]))
+    assert (method, parsed) == (name, values)
+    changed = {setting: value for setting, value in values.items() if value != VARIED[setting]}
+    assert parse_variant(label(method, parsed)) == (name, changed)
+    assert label(method, {**VARIED, **changed}) == label(method, parsed)
+
+
+def test_a_label_has_what_differs_from_the_defaults() -> None:
+    assert parse_variant("gd+rank1:lam=3.0,gradient@lr-later=.3,ema=0.9990") == (
+        "gd+rank1:gradient,lam=3",
+        {"lr_later": 0.3, "ema": 0.999},
+    )
+    assert label("gd", {"ema": 0.999, "lr_later": 0.3, "lr": 7.0}) == "gd@ema=0.999,lr-later=0.3"
+    assert label("gd", {"ema": 0.0, "lr_later": 1.0}) == label("gd", {}) == "gd"
+    assert label("gd", {"ema": 0.12345678}) != label("gd", {"ema": 0.12345679})
+    assert str(parse_variant("gd@ema=-0")[1]["ema"]) == "0.0"  # config.json has one zero
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("gd@", "method 'gd@': '' is not a setting of a variant; write METHOD@SETTING=VALUE,... with ema or lr-later"),
+        ("gd@lr=0.1", "'lr=0.1' is not a setting of a variant"),
+        ("gd@lr_later=0.1", "ema or lr-later, for example gd@ema=0.999"),
+        ("gd@ema=0.9,", "'' is not a setting"),
+        ("gd@ema", "method 'gd@ema': 'ema'; ema must be a number"),
+        ("gd@ema=much", "'ema=much'; ema must be a number"),
+        ("gd@ema=0.9@lr-later=0.1", "'ema=0.9@lr-later=0.1'; ema must be a number"),
+        ("gd@ema=0.9,lr-later=1,ema=0.9", "gives ema twice; give it once"),
+        ("gdd@ema=0.9", "method 'gdd' is not known"),
+        ("@ema=0.9", "method '' is not known"),
+        ("gd+rank1@ema=0.9:gradient", "'ema=0.9:gradient'; ema must be a number"),
+    ],
+)
+def test_an_impossible_variant_is_refused(text: str, message: str) -> None:
+    with pytest.raises(OptionError, match=re.escape(message)):
+        parse_variant(text)
+
+
 def test_tables_go_from_simple_to_rich() -> None:
     wanted = ["fine-tune", "joint", "gd", "masip", "diagonal", "gd+diagonal", "rank1", "gd+rank1", "gd+rank1:lam=60"]
     wanted += ["gd+rank3", "gd+rank10", "gd+bands8", "gd+bands12"]
     assert spelling.in_order(reversed([*wanted, "gd"])) == wanted
+
+
+def test_variants_follow_their_method_and_each_lam_of_a_variant_follows_the_others() -> None:
+    wanted = ["fine-tune", "gd", "gd@lr-later=0.1", "gd@lr-later=0.3", "gd@ema=0.9", "gd@ema=0.9,lr-later=0.3"]
+    wanted += ["gd@ema=0.999", "masip", "gd+rank1", "gd+rank1:lam=60", "gd+rank1@ema=0.9", "gd+rank1:lam=60@ema=0.9"]
+    assert spelling.in_order(reversed(wanted)) == wanted

@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 from crl_diffusion import errors
 from crl_diffusion.cli import options, parser
+from crl_diffusion.comparison import cells
 from crl_diffusion.comparison.cells import folder_name
 from crl_diffusion.config.settings import RunConfig
+from crl_diffusion.config.spelling import in_order
 from crl_diffusion.reporting import (
     canvas,
     charts,
@@ -24,11 +26,12 @@ from crl_diffusion.reporting import (
     penalty_tables,
     provenance,
     report,
+    run_pictures,
     samples,
     seeds,
     tables,
 )
-from crl_diffusion.reporting.runs import Finished, comparable, find, grouped
+from crl_diffusion.reporting.runs import Finished, comparable, find, grouped, label_among
 from helpers.run_folders import fabricate
 from matplotlib import pyplot as plt
 
@@ -293,6 +296,7 @@ def test_the_intervals_of_half_of_the_methods_lie_in_the_linear_part_of_an_axis(
 def test_a_name_is_broken_between_its_parts_only() -> None:
     assert canvas.wrap(LONG, 20) == "gd+bands16:top,\nslopes,gradient,\nlam=60"
     assert canvas.wrap("gd", 20) == "gd"
+    assert canvas.wrap("gd+rank1@ema=0.999", 12) == "gd+rank1@\nema=0.999"
     assert canvas.wrap(LONG, 20).replace("\n", "") == LONG
 
 
@@ -331,6 +335,14 @@ def test_a_sweep_is_a_family_of_one_method_beside_its_replay_without_a_penalty(f
     assert {family: list(lams) for family, lams in sweeps.items()} == {"gd+rank1": [20.0, 60.0]}
     assert effects.without_penalty(groups["gd+rank1"][0], groups) == "gd"
     assert effects.without_penalty(groups["gd+rank1"][0], {"gd+rank1": groups["gd+rank1"]}) is None
+    averaged = grouped([run._replace(config={**run.config, "ema": 0.9}) for run in finished_runs])
+    both = {**groups, **averaged}
+    assert {family: list(lams) for family, lams in effects.sweeps(both).items()} == {
+        "gd+rank1": [20.0, 60.0],
+        "gd+rank1@ema=0.9": [20.0, 60.0],
+    }
+    assert effects.without_penalty(both["gd+rank1@ema=0.9"][0], both) == "gd@ema=0.9"
+    assert effects.without_penalty(averaged["gd+rank1@ema=0.9"][0], groups) is None
     # Named methods first, each beside its other strengths; then the order of `finished_runs`.
     order = list(grouped(finished_runs, ("gd+rank1", "gd")))
     assert order == ["gd+rank1", "gd+rank1:lam=60", "gd", "fine-tune", LONG, "joint"]
@@ -398,9 +410,9 @@ def test_commands_on_the_page_repeat_the_configurations(finished_runs: list[Fini
 
 
 def run(method: str, seed: int, summary: dict[str, Any] | None = None, **settings: Any) -> Finished:
-    config = RunConfig(method=method, seed=seed, **settings).as_json()
+    config = RunConfig(method=method, seed=seed, **settings)
     defaults = {"average_fid": 1.0 + seed, "extractor": "e", "samples_per_task": 8, "sampler": "s"}
-    return Finished(Path(f"{method}-{seed}"), config, {**defaults, **(summary or {})})
+    return Finished(Path(f"{config.label}-{seed}"), config.as_json(), {**defaults, **(summary or {})})
 
 
 @pytest.mark.parametrize("key", ["extractor", "samples_per_task", "sampler", "held_out_images", "classifier"])
@@ -432,6 +444,84 @@ def test_runs_that_were_trained_differently_are_refused(key: str, value: object,
     runs = [run("gd", 0, **{key: value}), run("gd", 1, **{key: value}), run("gd+rank1", 0, **{key: different})]
     with pytest.raises(errors.OptionError, match=message):
         comparable(grouped(runs))
+
+
+def test_variants_of_a_method_stand_side_by_side() -> None:
+    variants: list[dict[str, float]] = [{}, {"ema": 0.9}, {"lr_later": 0.3}, {"lr_later": 0.3, "ema": 0.9}]
+    runs = [
+        run(method, seed, {"average_fid": 10.0 + seed - 4 * values.get("ema", 0)}, **values)
+        for method in ("gd", "gd+rank1")
+        for values in variants
+        for seed in (0, 1)
+    ]
+    names = ["", "@lr-later=0.3", "@ema=0.9", "@ema=0.9,lr-later=0.3"]
+    labels = [method + name for method in ("gd", "gd+rank1") for name in names]
+    groups = grouped(runs, in_order(run.label for run in runs))
+    comparable(groups)
+    assert list(groups) == labels
+    assert all([run.seed for run in group] == [0, 1] for group in groups.values())
+    differences = tables.differences(groups, "gd@ema=0.9")
+    assert differences is not None
+    assert {row[0]: row[2].split(" ±")[0] for row in differences.body} == {
+        label: "0.00" if "ema" in label else "+3.60" for label in labels if label != "gd@ema=0.9"
+    }
+
+
+def test_two_runs_of_one_variant_and_seed_are_refused_and_so_are_other_settings() -> None:
+    twin = run("gd", 0, ema=0.9)._replace(path=Path("elsewhere"))
+    with pytest.raises(errors.OptionError, match=r"are both gd@ema=0\.9 with seed 0"):
+        comparable(grouped([run("gd", 0), run("gd", 0, ema=0.9), twin]))
+    with pytest.raises(errors.OptionError, match=r"differ in their lr \("):
+        comparable(grouped([run("gd", 0), run("gd", 0, ema=0.9, lr=0.1)]))
+
+
+def test_a_method_stands_for_its_variant_where_all_runs_share_it() -> None:
+    averaged = [run(method, 0, ema=0.9) for method in ("gd", "gd+rank1")]
+    assert label_among(averaged, "gd") == label_among(averaged, "gd@ema=0.9") == "gd@ema=0.9"
+    assert label_among(averaged, "masip@ema=0.8") == "masip@ema=0.8"  # which has no run
+    assert label_among([*averaged, run("masip", 0)], "gd") == "gd"  # which has no run
+    assert label_among([*averaged, run("gd", 0, ema=0.99)], "gd") == "gd"
+    assert label_among([run("gd", 0)], "gd") == "gd"
+    fids = {"joint": 2.0, "fine-tune": 12.0, "gd": 7.0}
+    runs = [run(method, 0, {"average_fid": fid}, ema=0.9) for method, fid in fids.items()]
+    assert tables.across({"digits": grouped(runs)}) == {"gd@ema=0.9": {"digits": {0: 0.5}}}
+
+
+def test_the_page_names_variants_by_their_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small: dict[str, Any] = {"tasks": 2, "classes_per_task": 1}
+    for seed in (0, 1):
+        fabricate(tmp_path / f"a{seed}", "gd", seed, **small)
+        fabricate(tmp_path / f"b{seed}", "gd", seed, 8.0, ema=0.999, **small)
+    drawn: list[str] = []
+    monkeypatch.setattr(samples, "strips_of", lambda rows, classes: drawn.extend(row[0] for row in rows) or [])
+    monkeypatch.setattr(samples, "show_strips", lambda *arguments: plt.figure())
+    report.write([tmp_path], tmp_path / "out", "gd")
+    report_page = Page(tmp_path / "out" / "report.html")
+    assert "4 finished runs: 2 methods, 2 seeds." in report_page.html
+    assert "<td>gd@<wbr>ema=0.999</td>" in report_page.html
+    assert [name for name in drawn if name.startswith("gd")] == ["gd", "gd@ema=0.999"]
+    for first_cells in (["gd@ema=0.999", "2"], ["gd@ema=0.999", "2p ≥ 0.5"], ["gd@ema=0.999", "1", "0.999"]):
+        assert any(row[: len(first_cells)] == first_cells for row in report_page.rows)
+    compare_command = provenance.compare_command(grouped(find([tmp_path])[0]))
+    assert compare_command is not None
+    parsed = parser.parse(shlex.split(compare_command)[1:])
+    assert isinstance(parsed, options.Compare)
+    work = {cell.config for cell in cells.cells(parsed, parsed.methods, parsed.seeds, tmp_path)}
+    assert work == {RunConfig.from_json(run.config) for run in find([tmp_path])[0]}
+
+    titles: list[str] = []
+    monkeypatch.setattr(run_pictures, "grid_over_tasks", lambda run, tasks, title: titles.append(title))
+    run_pictures.of_run(tmp_path / "b0")
+    assert titles == ["Samples of gd@ema=0.999 on digits, seed 0"]
+
+
+def test_a_comparison_whose_runs_share_a_variant_has_its_baseline(tmp_path: Path) -> None:
+    for method in ("gd", "gd+rank1"):
+        for seed in (0, 1):
+            fabricate(tmp_path / f"{method}{seed}", method, seed, tasks=2, classes_per_task=1, ema=0.999)
+    report.write([tmp_path], tmp_path / "out", "gd")
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    assert "Method less gd@ema=0.999, seed by seed" in text
 
 
 def test_methods_strengths_seeds_and_fisher_samples_may_differ() -> None:
