@@ -140,7 +140,7 @@ def label(method: str, settings: Mapping[str, Any]) -> str:
     """METHOD or METHOD@SETTING=VALUE,...: what tells the runs of a comparison apart, besides the seed. `settings` are
     those of the run; the label has the values of `VARIED` that differ from the defaults."""
     values = {name: settings.get(name, default) for name, default in VARIED.items()}
-    words = [f"{_option(name)}={_shortest(value)}" for name, value in values.items() if value != VARIED[name]]
+    words = [f"{_option(name)}={_shortest(value + 0.0)}" for name, value in values.items() if value != VARIED[name]]
     return f"{method}@{','.join(words)}" if words else method
 
 

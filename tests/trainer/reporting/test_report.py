@@ -434,7 +434,6 @@ def test_runs_that_were_measured_differently_are_refused(key: str) -> None:
         ("steps", 300, 600),
         ("pool", 100, 16),
         ("lr", 2e-3, 1e-3),
-        ("lr_later", 1.0, 0.1),
         ("optimizer", "adam", "sgd"),
         ("pool_latents", "per-class", "shared"),
     ],
