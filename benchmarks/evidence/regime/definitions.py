@@ -87,6 +87,7 @@ REGIMES = {
             Arm("constant", "gd+rank1:random,gradient", borrowed="same lam", model=RANK1.label),
             Arm("constant", "gd+rank1:random,gradient", borrowed="same precision", model=RANK1.label),
             Arm("constant", "gd+rank1:top,gradient", borrowed="same lam a", model=RANK1.label),
+            Arm("constant", "gd+rank1:damping", IN_GRADIENT),
             Arm("constant", "gd+rank1:preconditioned", PRECONDITIONED),
             Arm("sgd", "gd+rank1:gradient", WITH_SGD),
             *(Arm(setting, "gd+rank1:gradient", IN_GRADIENT) for setting in ("ema", "one-cycle")),

@@ -62,6 +62,7 @@ KINDS = {
     "none": Kind("no penalty", COLOURS[6], "s"),
     "mean": Kind("mean gradient (rank 1)", COLOURS[0], "o"),
     "random": Kind("random direction", COLOURS[1], "D"),
+    "damping": Kind("mean gradient in v only", "#7A5195", "*"),
     "signs": Kind("mean gradient with random signs", COLOURS[5], "X"),
     "top": Kind("top eigenvector", COLOURS[2], "^"),
     "several": Kind("rank 10 or 8 bands", COLOURS[3], "v"),
@@ -75,6 +76,8 @@ def kind(method: str) -> Kind:
         return KINDS["none"]
     if penalty.fisher == "diagonal":
         return KINDS["diagonal"]
+    if penalty.mode in KINDS:
+        return KINDS[penalty.mode]
     if penalty.rank > 1 or penalty.bands > 1:
         return KINDS["several"]
     return KINDS[penalty.direction]

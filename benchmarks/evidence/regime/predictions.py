@@ -113,7 +113,7 @@ CALM = ("one-cycle", "ema")
 def predictions(groups: Groups, lowered: str, arms: Collection[str]) -> list[Prediction]:
     """The six predictions. `lowered` is the label of the lowered rate that the tuning seed prefers; `arms` are the
     labels of the regime, of which some may not have run yet."""
-    base, rank1 = C + "gd", C + RANK1
+    base, rank1, damping = C + "gd", C + RANK1, C + "gd+rank1:damping"
     random, signs, top = (C + f"gd+rank1:{direction},gradient" for direction in ("random", "signs", "top"))
 
     def fid(*pairs: tuple[str, str]) -> Paired:
@@ -138,7 +138,11 @@ def predictions(groups: Groups, lowered: str, arms: Collection[str]) -> list[Pre
             "with the same lam a, and a random direction with its own best lam are each worse by less than half of "
             "that gain (95 % interval); refuted if one of them is shown to be worse, by more than that, or if rank 1 "
             "is shown to be worse than no penalty",
-            [*gains.found, *alike.found, *fid((f"{random}, same lam", rank1), (signs, rank1), (signs, base)).found],
+            [
+                *gains.found,
+                *alike.found,
+                *fid((f"{random}, same lam", rank1), (signs, rank1), (damping, rank1), (damping, base)).found,
+            ],
             "refuted"
             if gains.any_higher() or (gains.any_lower() and alike.any_higher(gain / 2))
             else "supported"

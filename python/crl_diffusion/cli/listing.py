@@ -110,6 +110,11 @@ def _options() -> Listing:
             "control, not a method to use: after each step of Adam, a step along the gradient of the penalty, divided "
             "by Adam's denominator; Adam's moments never see it",
         ],
+        [
+            "damping",
+            "control, not a method to use: the gradient of the penalty enters Adam's second moment and nothing else; it "
+            "shortens steps and never pulls",
+        ],
         ["once", "control, not a method to use: one proximal step at the end of each task, no penalty afterwards"],
         [
             "alone",

@@ -42,7 +42,7 @@ class Compare(Settings):
     """Named set of settings, methods and seeds. Other options override it. `crl-diffusion list` shows the presets."""
     methods: tuple[str, ...] = ("fine-tune", "gd", "gd+rank1")
     """Methods to compare, each as NAME or NAME:OPTION,... as for `train --method`. The options once, alone,
-    preconditioned, random and signs are controls for experiments, not methods to use. METHOD@ema=NUMBER and
+    preconditioned, damping, random and signs are controls for experiments, not methods to use. METHOD@ema=NUMBER and
     METHOD@lr-later=NUMBER are variants of a method, with a value of --ema or --lr-later of their own:
     gd gd@ema=0.999."""
     seeds: tuple[int, ...] = (0,)

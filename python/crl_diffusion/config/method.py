@@ -12,7 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-Mode = Literal["decoupled", "gradient", "preconditioned", "once", "alone"]
+Mode = Literal["decoupled", "gradient", "preconditioned", "damping", "once", "alone"]
+OF_ADAM: tuple[Mode, ...] = ("preconditioned", "damping")  # modes that need Adam's second moments
 Direction = Literal["mean", "top", "random", "signs"]
 
 
@@ -31,8 +32,8 @@ class Penalty:
     theta_k.
 
     A low-rank F has `rank` directions for each of `bands` equal bands of timesteps: F = sum_s p_s F_s, where p_s is the
-    share of samples in band s. The modes preconditioned, once and alone and the directions random and signs are
-    controls for experiments.
+    share of samples in band s. The modes preconditioned, damping, once and alone and the directions random and
+    signs are controls for experiments.
     """
 
     fisher: Literal["low_rank", "diagonal"]

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, NamedTuple
 
-from crl_diffusion.config.method import Method
+from crl_diffusion.config.method import OF_ADAM, Method
 from crl_diffusion.config.spelling import VARIED, label, parse_method
 from crl_diffusion.errors import OptionError
 
@@ -126,8 +126,8 @@ class RunConfig(Settings):
 
     method: str
     """What is replayed and what is penalised: NAME or NAME:OPTION,..., for example gd+rank1:gradient,lam=60.
-    `crl-diffusion list` shows all names and options. The options once, alone, preconditioned, random and
-    signs are controls for experiments, not methods to use."""
+    `crl-diffusion list` shows all names and options. The options once, alone, preconditioned, damping,
+    random and signs are controls for experiments, not methods to use."""
     seed: int = 0
     """Random seed. Runs with the same seed see the same batches, noise, timesteps and evaluation latents."""
 
@@ -197,10 +197,10 @@ def check(config: RunConfig) -> None:
     if not (math.isfinite(config.lr_later) and config.lr_later > 0):
         raise OptionError(f"--lr-later is {config.lr_later}; it must be a finite number above 0")
     penalty = config.recipe.penalty
-    if config.optimizer != "adam" and penalty is not None and penalty.mode == "preconditioned":
+    if config.optimizer != "adam" and penalty is not None and penalty.mode in OF_ADAM:
         raise OptionError(
-            f"--optimizer is {config.optimizer}, and {config.method} divides the penalty's gradient by Adam's "
-            "denominator; use --optimizer adam, or the mode gradient or decoupled"
+            f"--optimizer is {config.optimizer}, and the mode {penalty.mode} of {config.method} needs Adam's second "
+            "moments; use --optimizer adam, or the mode gradient or decoupled"
         )
     if not (math.isfinite(config.clip) and config.clip >= 0):
         raise OptionError(f"--clip is {config.clip}; it must be a finite number, 0 or more")

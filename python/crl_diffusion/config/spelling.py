@@ -16,7 +16,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, get_args
 
-from crl_diffusion.config.method import FAMILIES, METHODS, NUMBERED, PENALTIES, REPLAYS, Method, Mode, Penalty
+from crl_diffusion.config.method import (
+    FAMILIES,
+    METHODS,
+    NUMBERED,
+    OF_ADAM,
+    PENALTIES,
+    REPLAYS,
+    Method,
+    Mode,
+    Penalty,
+)
 from crl_diffusion.errors import OptionError
 
 # Settings in which the runs of one comparison may differ, as they may in their method, with the defaults.
@@ -37,7 +47,7 @@ def parse_method(text: str) -> Method:
     penalty = method.penalty
     for option in options.split(","):
         penalty = _with_option(penalty, option, text)
-    if penalty.mode in ("gradient", "preconditioned") and math.isinf(penalty.lam):
+    if penalty.mode in ("gradient", *OF_ADAM) and math.isinf(penalty.lam):
         raise OptionError(f"method {text!r}: a gradient needs a finite lam; give one, or use the decoupled mode")
     if penalty.mode == "alone" and not (penalty.slopes and math.isfinite(penalty.lam)):
         raise OptionError(f"method {text!r}: alone is the first-order term only; it needs slopes and a finite lam")

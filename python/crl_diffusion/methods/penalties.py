@@ -30,23 +30,30 @@ class PenaltyState:
         self.spec, self.model, self.in_sample = spec, model, in_sample
         self.history: LowRankHistory | DiagonalHistory = self._new_history()
         self.slopes_alone = SlopesAlone(model, spec.lam) if spec.mode == "alone" else None
+        self.kept_gradient: list[tuple[nn.Parameter, Tensor]] = []  # of the penalty, in mode damping
         self.seconds: list[float] = []  # durations of the penalty's calls since the last row of timings
 
     def after_backward(self) -> None:
-        """Mode gradient: add the gradient of the penalty to that of the loss."""
-        if self.spec.mode == "gradient" and len(self.history):
+        """Mode gradient: add the gradient of the penalty to that of the loss. Mode damping: keep it for the step."""
+        if not len(self.history):
+            return
+        if self.spec.mode == "gradient":
             self._timed(lambda: self.history.add_penalty_grad_(self.spec.lam))
+        elif self.spec.mode == "damping":
+            self._timed(self._note_gradient)
 
     def after_step(self, lr: float, optimizer: torch.optim.Optimizer) -> None:
         """Mode decoupled: the proximal step of the penalty. Mode preconditioned: a step along its gradient, divided by
-        Adam's denominator. Mode alone: the step of the first-order term. All use the learning rate of this optimizer
-        step."""
+        Adam's denominator. Mode damping: repeat Adam's step with the kept gradient in its second moment. Mode alone:
+        the step of the first-order term. All use the learning rate of this optimizer step."""
         if not len(self.history):
             return
         if self.spec.mode == "decoupled":
             self._timed(lambda: self.history.decoupled_step_(self.spec.lam, lr))
         elif self.spec.mode == "preconditioned":
             self._timed(partial(self._preconditioned_step, lr, optimizer))
+        elif self.spec.mode == "damping":
+            self._timed(partial(self._damped_step, lr, optimizer))
         elif self.slopes_alone is not None:
             self._timed(partial(self.slopes_alone.step_, lr))
 
@@ -142,6 +149,30 @@ class PenaltyState:
         for p in self.model.parameters():
             if p.grad is not None:
                 p.addcdiv_(p.grad, adam_denominator(optimizer, p), value=-lr)
+
+    @torch.no_grad()
+    def _note_gradient(self) -> None:
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        of_loss = [p.grad.clone() for p in parameters if p.grad is not None]
+        self.history.add_penalty_grad_(self.spec.lam)
+        self.kept_gradient = []
+        for p, gradient in zip(parameters, of_loss, strict=True):
+            assert p.grad is not None
+            self.kept_gradient.append((p, p.grad - gradient))
+            p.grad.copy_(gradient)
+
+    @torch.no_grad()
+    def _damped_step(self, lr: float, optimizer: torch.optim.Optimizer) -> None:
+        """Adam has added (1 - beta2) g^2 to v, and moved by -lr m / (sqrt(v) + eps): make that (1 - beta2) (g + p)^2,
+        with p the gradient of the penalty, and the same m."""
+        beta1, beta2 = optimizer.param_groups[0]["betas"]
+        for p, gradient in self.kept_gradient:
+            assert p.grad is not None
+            state = optimizer.state[p]
+            step = lr * state["exp_avg"] / (1 - beta1 ** float(state["step"]))
+            p.addcdiv_(step, adam_denominator(optimizer, p))
+            state["exp_avg_sq"].add_(gradient * (2 * p.grad + gradient), alpha=1 - beta2).clamp_(min=0)
+            p.addcdiv_(step, adam_denominator(optimizer, p), value=-1)
 
     def _timed(self, call: Callable[[], Any]) -> None:
         self._wait()

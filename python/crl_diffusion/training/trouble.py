@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from crl_diffusion.config.curriculum import Stage
+from crl_diffusion.config.method import OF_ADAM
 from crl_diffusion.errors import TrainingError
 from crl_diffusion.training.run import Run
 
@@ -45,7 +46,7 @@ def explain(run: Run, stage: Stage, first: int, table: Tensor) -> str:
     cause = f"the learning rate is likely too high: try --lr {config.lr / 3:.2g}"
     if config.precision == "fp16" and not (real and replayed):
         cause = "the largest fp16 number is 65504, and the network's activations may exceed it: try --precision bf16"
-    elif penalty is not None and stage.number > 0 and penalty.mode in ("gradient", "preconditioned"):
+    elif penalty is not None and stage.number > 0 and penalty.mode in ("gradient", *OF_ADAM):
         softer = f"lam={penalty.lam / 10:g}"
         cause = f"a stiff penalty in {penalty.mode} mode is unstable: try {softer} or the decoupled mode"
     elif real and not replayed:

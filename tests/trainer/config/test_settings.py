@@ -45,8 +45,8 @@ def test_settings_that_cannot_run_are_refused(short: Short, settings: dict[str, 
         ({"lr_later": math.inf}, "--lr-later is inf; it must be a finite number above 0"),
         (
             {"method": "gd+diagonal:preconditioned", "optimizer": "sgd"},
-            "--optimizer is sgd, and gd+diagonal:preconditioned divides the penalty's gradient by Adam's denominator; "
-            "use --optimizer adam, or the mode gradient or decoupled",
+            "--optimizer is sgd, and the mode preconditioned of gd+diagonal:preconditioned needs Adam's second "
+            "moments; use --optimizer adam, or the mode gradient or decoupled",
         ),
         (
             {"method": "rank1:preconditioned,lam=inf"},

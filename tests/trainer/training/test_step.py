@@ -142,12 +142,13 @@ def _adam_denominator(gradients: Sequence[Tensor]) -> Tensor:
     return (0.001 * squares / (1 - 0.999 ** len(gradients))).sqrt() + 1e-8
 
 
-def _direction(optimizer: str, gradients: Sequence[Tensor]) -> Tensor:
-    """What the optimizer multiplies by its learning rate after these gradients of its steps."""
+def _direction(optimizer: str, gradients: Sequence[Tensor], squared: Sequence[Tensor] | None = None) -> Tensor:
+    """What the optimizer multiplies by its learning rate after these gradients of its steps. `squared`: those that
+    enter Adam's second moment, if they are others."""
     if optimizer == "sgd":
         return _decaying_sum(0.9, gradients)
     mean = 0.1 * _decaying_sum(0.9, gradients) / (1 - 0.9 ** len(gradients))
-    return mean / _adam_denominator(gradients)
+    return mean / _adam_denominator(gradients if squared is None else squared)
 
 
 def _terms(run: Run, learnt: list[Learnt], slopes: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -218,13 +219,16 @@ def _expected(
     """Parameters after each of the steps that have these learning rates, the first of them STEP."""
     model, config = copy.deepcopy(run.model), run.config
     mode = run.method.penalty.mode if run.method.penalty is not None and penalised else None
-    theta, gradients, path = _flat(model.parameters()), [], []
+    theta, gradients, squared, path = _flat(model.parameters()), [], [], []
     for step, lr in enumerate(rates, STEP):
         gradient = _plain_gradient(run, model, name, run.stages[2], step)
         if mode == "gradient":
             gradient = gradient + _penalty_gradient(run, learnt, theta)
         gradients.append(_clipped(gradient, config.clip))
-        theta = theta - lr * _direction(config.optimizer, gradients)
+        squared.append(gradients[-1])
+        if mode == "damping":
+            squared[-1] = gradients[-1] + _penalty_gradient(run, learnt, theta)
+        theta = theta - lr * _direction(config.optimizer, gradients, squared)
         if mode == "decoupled":
             theta = _proximal(run, learnt, theta, lr)
         elif mode == "preconditioned":
@@ -308,6 +312,9 @@ def test_a_step_with_a_penalty_is_that_of_plain_pytorch(
         ("adam", "gd+rank1:preconditioned,lam=0.05"),
         ("adam", "rank3:slopes,preconditioned,lam=0.05"),
         ("adam", "diagonal:preconditioned,lam=0.05"),
+        ("adam", "gd+rank1:damping,lam=50"),
+        ("adam", "gd+rank3:slopes,signs,damping,lam=50"),
+        ("adam", "diagonal:damping,lam=3000"),
     ],
 )
 @pytest.mark.parametrize(("clip", "schedule"), [(0.05, "one-cycle"), (0.0, "constant")])
@@ -434,6 +441,22 @@ def test_adams_moments_never_see_a_preconditioned_penalty(short: Short, make_run
         assert state.keys() == expected.keys() == {"step", "exp_avg", "exp_avg_sq"}
         for name, value in expected.items():
             assert torch.equal(state[name], value), name
+
+
+def test_a_damping_penalty_enters_the_second_moment_only(short: Short, make_run: MakeRun) -> None:
+    runs = [make_run(short("gd+rank1:damping,lam=50", model="mlp", tasks=3, steps=STEPS, fisher_samples=24))]
+    runs.append(make_run(runs[0].config))
+    for run in runs:
+        _third_task(run)
+    penalised, free = runs
+    free.penalty = None
+    first, second = (run.take_step(run.task_images(run.stages[2], "train"), run.stages[2]) for run in runs)
+    assert torch.equal(first, second)  # losses, and the norm of the gradient
+    for p, q in zip(penalised.model.parameters(), free.model.parameters(), strict=True):
+        state, expected = penalised.optimizer.state[p], free.optimizer.state[q]
+        assert torch.equal(state["exp_avg"], expected["exp_avg"])
+        assert (state["exp_avg_sq"] >= 0).all()
+        assert not torch.equal(state["exp_avg_sq"], expected["exp_avg_sq"])
 
 
 def test_the_logged_loss_of_real_images_is_their_unweighted_mean(short: Short, make_run: MakeRun) -> None:
