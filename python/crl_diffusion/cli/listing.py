@@ -112,8 +112,8 @@ def _options() -> Listing:
         ],
         [
             "damping",
-            "control, not a method to use: the gradient of the penalty enters Adam's second moment and nothing else: "
-            "it shortens steps and never pulls",
+            "control, not a method to use: the square of the penalty's gradient is added to Adam's second moment, and "
+            "nothing else: it shortens steps and never pulls",
         ],
         ["once", "control, not a method to use: one proximal step at the end of each task, no penalty afterwards"],
         [

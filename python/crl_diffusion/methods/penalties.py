@@ -44,7 +44,7 @@ class PenaltyState:
 
     def after_step(self, lr: float, optimizer: torch.optim.Optimizer) -> None:
         """Mode decoupled: the proximal step of the penalty. Mode preconditioned: a step along its gradient, divided by
-        Adam's denominator. Mode damping: repeat Adam's step with the kept gradient in its second moment. Mode alone:
+        Adam's denominator. Mode damping: repeat Adam's step with the square of the kept gradient in v. Mode alone:
         the step of the first-order term. All use the learning rate of this optimizer step."""
         if not len(self.history):
             return
@@ -163,15 +163,14 @@ class PenaltyState:
 
     @torch.no_grad()
     def _damped_step(self, lr: float, optimizer: torch.optim.Optimizer) -> None:
-        """Adam has added (1 - beta2) g^2 to v, and moved by -lr m / (sqrt(v) + eps): make that (1 - beta2) (g + p)^2,
-        with p the gradient of the penalty, and the same m."""
+        """Adam has added (1 - beta2) g^2 to v, and moved by -lr m / (sqrt(v) + eps): make that (1 - beta2) (g^2 + p^2),
+        with p the gradient of the penalty, and the same m. With (g + p)^2, v would vanish where p = -g."""
         beta1, beta2 = optimizer.param_groups[0]["betas"]
         for p, gradient in self.kept_gradient:
-            assert p.grad is not None
             state = optimizer.state[p]
             step = lr * state["exp_avg"] / (1 - beta1 ** float(state["step"]))
             p.addcdiv_(step, adam_denominator(optimizer, p))
-            state["exp_avg_sq"].add_(gradient * (2 * p.grad + gradient), alpha=1 - beta2).clamp_(min=0)
+            state["exp_avg_sq"].addcmul_(gradient, gradient, value=1 - beta2)
             p.addcdiv_(step, adam_denominator(optimizer, p), value=-1)
 
     def _timed(self, call: Callable[[], Any]) -> None:

@@ -51,7 +51,7 @@ def test_options_that_tyro_cannot_read_end_with_its_message_and_exit_code_2(
         ),
         (
             ["compare", "--out", "x", "--methods", "gd", "rank1:preconditioned", "--optimizer", "sgd"],
-            ["--optimizer is sgd", "rank1:preconditioned", "Adam's denominator", "use --optimizer adam"],
+            ["--optimizer is sgd", "rank1:preconditioned", "Adam's second moments", "use --optimizer adam"],
         ),
         (["train", "--method", "gd", "--out", "x", "--preset", "papers"], ["--preset is 'papers'", "paper-cifar10"]),
         (["train", "--method", "gd", "--out", "x", "--preset=demo", "--preset"], ["--preset is ''"]),
