@@ -43,7 +43,7 @@ def draw(
 
 def predict_with(model: nn.Module, weights: Weights, batch: Batch) -> Tensor:
     noised, t, label, _ = batch
-    return predict(lambda *args, **options: functional_call(model, weights, args, options), noised, t, label)  # type: ignore[arg-type]
+    return predict(lambda *args, **options: functional_call(model, weights, args, options), noised, t, label)
 
 
 def mean(parts: Sequence[Tensor]) -> float:

@@ -12,6 +12,7 @@ half of what rank 1 in the gradient gains at the constant rate. Where neither is
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from operator import attrgetter
 from typing import Literal, NamedTuple
 
 from crl_diffusion.reporting import seeds
@@ -23,8 +24,7 @@ from .runs import Result
 LIMIT = 0.01
 Verdict = Literal["supported", "refuted", "open"]
 Groups = Mapping[str, Mapping[int, Result]]  # label of an arm -> its results by seed
-FID: Callable[[Result], float] = lambda result: result.average_fid  # noqa: E731
-FORGETTING: Callable[[Result], float] = lambda result: result.forgetting  # noqa: E731
+FID, FORGETTING = attrgetter("average_fid"), attrgetter("forgetting")
 
 
 class Difference(NamedTuple):

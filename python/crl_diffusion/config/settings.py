@@ -78,8 +78,8 @@ class Settings:
     """Learning rate within a task: one-cycle rises for a tenth of the steps and then falls to 0 along a cosine;
     constant does not change."""
     optimizer: Literal["adam", "sgd"] = "adam"
-    """Optimizer. adam has the decay rates 0.9 and 0.999. sgd is stochastic gradient descent with momentum 0.9; it needs
-    a --lr about a hundred times larger."""
+    """Optimizer. adam has the decay rates 0.9 and 0.999. sgd is stochastic gradient descent with momentum 0.9; its
+    --lr is on another scale than Adam's and has to be tuned."""
     clip: float = 1.0
     """Largest norm of the gradient. Longer gradients are scaled down to this norm. 0 means no clipping."""
     ema: float = VARIED["ema"]

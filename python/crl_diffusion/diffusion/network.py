@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
 from diffusers import UNet2DModel
@@ -50,7 +50,7 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def predict(model: nn.Module, noised: Tensor, t: Tensor, label: Tensor) -> Tensor:
+def predict(model: Callable[..., Any], noised: Tensor, t: Tensor, label: Tensor) -> Tensor:
     """Predicted noise, (B, C, S, S), for noised images (B, C, S, S), timesteps (B,) and labels (B,); in the dtype of
     the images, also under autocast."""
     prediction: Tensor = model(noised, t, class_labels=label, return_dict=False)[0]

@@ -530,23 +530,35 @@ def test_mode_once_pulls_at_the_end_of_a_task_and_never_in_steps(short: Short, m
         assert torch.equal(p, q)
 
 
-def test_random_directions_have_the_curvatures_and_slopes_of_those_they_replace(
-    short: Short, make_run: MakeRun
-) -> None:
+def _replaced(short: Short, make_run: MakeRun, direction: str) -> tuple[Tensor, Tensor]:
+    """The directions of a Fisher matrix and those of the same one under a control, which keeps all else of it."""
     kept = []
-    for method in ("rank3:slopes", "rank3:random,slopes"):
-        run = make_run(short(method, model="mini", fisher_samples=24))
+    for options in ("slopes", f"{direction},slopes"):
+        run = make_run(short(f"rank3:{options}", model="mini", fisher_samples=24))
         learnt = _double(run)
         run.remember(run.stages[0])
         kept.append((learnt[0].fisher, *_terms(run, learnt, slopes=True)))
-    (fisher, u, _, _), (control, random, _, b) = kept
-    torch.testing.assert_close(random.norm(dim=1), torch.ones(3, dtype=torch.float64))
+    (fisher, u, _, _), (control, other, _, b) = kept
     assert torch.equal(control.curvatures, fisher.curvatures)
     assert torch.equal(control.slopes, fisher.slopes)
-    assert (random @ random.T - torch.eye(3)).abs().max() < 0.02  # 160,000 dimensions: 1 / 400 is usual
-    assert (random @ u.T).abs().max() < 0.02
     assert run.penalty is not None
     torch.testing.assert_close(run.penalty.history.anchor_projections, b)  # type: ignore[union-attr]
+    return u, other
+
+
+def test_random_directions_have_the_curvatures_and_slopes_of_those_they_replace(
+    short: Short, make_run: MakeRun
+) -> None:
+    u, random = _replaced(short, make_run, "random")
+    torch.testing.assert_close(random.norm(dim=1), torch.ones(3, dtype=torch.float64))
+    assert (random @ random.T - torch.eye(3)).abs().max() < 0.02  # 160,000 dimensions: 1 / 400 is usual
+    assert (random @ u.T).abs().max() < 0.02
+
+
+def test_random_signs_keep_the_size_of_every_entry_of_a_direction(short: Short, make_run: MakeRun) -> None:
+    u, flipped = _replaced(short, make_run, "signs")
+    torch.testing.assert_close(flipped.abs(), u.abs())
+    assert 0.49 < (flipped * u > 0)[u != 0].double().mean() < 0.51  # 160,000 entries a direction
 
 
 def test_the_learning_rate_rises_falls_and_never_leaves_its_range() -> None:
@@ -570,20 +582,3 @@ def test_a_loss_that_is_not_finite_stops_with_its_step_and_a_cause(short: Short,
     stiff.step = 1
     with pytest.raises(TrainingError, match=r"step 1 of stage 2; .*lam=1e\+08 or the decoupled mode"):
         loop.log_losses(stiff, stiff.stages[1], [torch.tensor([float("nan"), 0.0, 1.0])], 0.1, board=None)  # type: ignore[arg-type]
-
-
-def test_random_signs_keep_the_size_of_every_entry_of_a_direction(short: Short, make_run: MakeRun) -> None:
-    kept = []
-    for method in ("rank3:slopes", "rank3:signs,slopes"):
-        run = make_run(short(method, model="mini", fisher_samples=24))
-        learnt = _double(run)
-        run.remember(run.stages[0])
-        kept.append((learnt[0].fisher, *_terms(run, learnt, slopes=True)))
-    (fisher, u, _, _), (control, flipped, _, b) = kept
-    torch.testing.assert_close(flipped.abs(), u.abs())
-    moved = u.abs() > 0
-    assert 0.49 < (flipped * u > 0)[moved].double().mean() < 0.51  # 160,000 entries a direction
-    assert torch.equal(control.curvatures, fisher.curvatures)
-    assert torch.equal(control.slopes, fisher.slopes)
-    assert run.penalty is not None
-    torch.testing.assert_close(run.penalty.history.anchor_projections, b)  # type: ignore[union-attr]
