@@ -5,11 +5,17 @@ from __future__ import annotations
 import math
 
 import torch
-from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embedding
 from torch import Tensor, nn
 
 from crl_diffusion.config.networks import MLPSize
 from crl_diffusion.diffusion.noising import TIMESTEPS
+
+
+def sinusoids(width: int) -> Tensor:
+    """(T, width): sines, then cosines, of timesteps times frequencies from 1 down to 1/10,000, in geometric steps."""
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(width // 2) / (width // 2 - 1))
+    angles = torch.arange(TIMESTEPS)[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], 1)
 
 
 class Block(nn.Module):
@@ -36,8 +42,8 @@ class ResidualMLP(nn.Module):
     def __init__(self, shape: tuple[int, int, int], classes: int, size: MLPSize) -> None:
         super().__init__()
         pixels, width = math.prod(shape), size.width
-        self.register_buffer("sinusoids", get_timestep_embedding(torch.arange(TIMESTEPS), width), persistent=False)
-        self.time_embedding = TimestepEmbedding(width, width)
+        self.register_buffer("sinusoids", sinusoids(width), persistent=False)
+        self.time_embedding = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.label_embedding = nn.Embedding(classes, width)
         self.first = nn.Linear(pixels, width)
         self.blocks = nn.ModuleList(Block(width) for _ in range(size.blocks))

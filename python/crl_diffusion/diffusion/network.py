@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from crl_diffusion.config.networks import MODELS, MLPSize
@@ -23,6 +22,8 @@ def build(name: str, shape: tuple[int, int, int], classes: int, seed: int) -> nn
     if isinstance(preset, MLPSize):
         with _seeded(seed):
             return ResidualMLP(shape, classes, preset)
+    from diffusers import UNet2DModel  # takes seconds to import; an MLP does without
+
     attended = [level in (preset.attention or ()) for level in range(len(preset.channels))]
     with _seeded(seed):
         return cast(

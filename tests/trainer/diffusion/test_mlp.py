@@ -61,7 +61,7 @@ def test_the_output_is_that_of_the_formula(shape: tuple[int, int, int]) -> None:
     half = size.width // 2
     angles = t[:, None] * torch.tensor([10000 ** (-i / (half - 1)) for i in range(half)])
     embedding = torch.cat([angles.sin(), angles.cos()], 1).double()
-    embedding = linear("time_embedding.linear_2", silu(linear("time_embedding.linear_1", embedding)))
+    embedding = linear("time_embedding.2", silu(linear("time_embedding.0", embedding)))
     embedding = embedding + weights["label_embedding.weight"][label]
     x = noised.flatten(1)
     hidden = linear("first", x)
