@@ -160,9 +160,12 @@ def _settings() -> Listing:
         "Presets, resolved",
         ("option", *configs, "paper presets' number"),
         rows,
-        "The last column is about the paper presets; all numbers of the others are ours. Epochs 0: steps are used, for "
-        "each task. Fisher samples 0: every image of a task once. Class order -1: the order of the labels. Per class "
-        "0: all images. Each task has a new optimizer. 1000 timesteps.",
+        "The last column is about the paper presets, and 'paper' includes its authors' code; all numbers of the other "
+        "presets are ours. Epochs 0: steps are used, for each task. Fisher samples 0: every image of a task once. "
+        "Class order -1: the order of the labels. Per class 0: all images. Each task has a new optimizer. 1000 "
+        "timesteps. Two things differ from the authors' code whatever the options: pools hold 8-bit images, theirs "
+        "hold floats; and in-sample estimates take directions and curvatures from the same timesteps and noise, theirs "
+        "draw new ones.",
     )
 
 
