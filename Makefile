@@ -22,7 +22,7 @@ $(VENV)/.built: $(VENV)/.torch $(SOURCES)
 	touch $@
 
 demo: install
-	$(RUN)/crl-diffusion compare --out runs/demo
+	$(RUN)/crl-diffusion compare --preset forgetting --out runs/demo
 
 compare: install
 	$(RUN)/crl-diffusion compare --out runs/compare --methods fine-tune joint rank1 gd gd+diagonal gd+rank1
