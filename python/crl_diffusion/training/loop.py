@@ -164,6 +164,8 @@ def run_stage(run: Run, stage: Stage, board: TensorBoard, advance: Advance) -> N
 
     run.model.eval()
     run.adopt_average()
+    records = [*stage_records.movement(run, stage), *stage_records.held_out_losses(run, stage)]
+    trouble.require_finite_records(run, stage, records)
     for row in run.evaluate(stage):
         run.log(row)
         board.scalars(row["after_task"], {f"fid/task {row['task']}": row["fid"]})
@@ -171,7 +173,7 @@ def run_stage(run: Run, stage: Stage, board: TensorBoard, advance: Advance) -> N
             f"after task {row['after_task']}: task {row['task']} has FID {row['fid']:.1f}, "
             f"conditional accuracy {row['accuracy']:.3f}"
         )
-    for row in (*stage_records.movement(run, stage), *stage_records.held_out_losses(run, stage)):
+    for row in records:
         run.log(row)
     if stage.number + 1 < len(run.stages):
         run.remember(stage)

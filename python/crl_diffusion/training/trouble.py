@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from crl_diffusion.config.curriculum import Stage
 from crl_diffusion.config.method import OF_ADAM
 from crl_diffusion.errors import TrainingError
+from crl_diffusion.files import Row
 from crl_diffusion.training.run import Run
 
 SMALLEST_SCALE = 2.0**-10  # below it the gradient scaler has halved 26 times: fp16 cannot represent this network
@@ -27,10 +31,18 @@ def require_finite(run: Run, stage: Stage, table: Tensor) -> None:
         )
 
 
+def require_finite_records(run: Run, stage: Stage, rows: Sequence[Row]) -> None:
+    """TrainingError if the last step of a stage has spoilt the weights, which no loss of a step shows. `rows`: those of
+    `stage_records`."""
+    numbers = [x for row in rows for x in (row["by_band"] if row["kind"] == "held_out_loss" else [row["displacement"]])]
+    if not all(map(math.isfinite, numbers)):
+        problem = f"the loss on held-out images is not finite at the end of stage {stage.number + 1}"
+        raise TrainingError(f"{problem}; {likely_cause(run, stage, True, True)}, in a new folder")
+
+
 def explain(run: Run, stage: Stage, first: int, table: Tensor) -> str:
     """Which number is not finite, at which step, and the likely cause. `table`, (steps, 3), has the real loss, the
     replayed loss and the norm of the gradient of each step, from step `first` to the first that is not finite."""
-    config, penalty = run.config, run.method.penalty
     real, replayed = table[-1, :2].isfinite().tolist()
     if real and replayed:
         problem = "the gradient is not finite, though the loss is,"
@@ -42,7 +54,13 @@ def explain(run: Run, stage: Stage, first: int, table: Tensor) -> str:
         problem = "the loss is not finite"
     norms = [f"{value:.2g}" for value in table[:-1, 2].tolist()[-3:]]
     before = f" (norms of the gradient just before: {', '.join(norms)})" if norms else ""
+    cause = likely_cause(run, stage, real, replayed)
+    return f"{problem} at step {first + len(table) - 1} of stage {stage.number + 1}{before}; {cause}, in a new folder"
 
+
+def likely_cause(run: Run, stage: Stage, real: bool, replayed: bool) -> str:
+    """The likely cause and a remedy. `real`, `replayed`: whether the losses on real and replayed images are finite."""
+    config, penalty = run.config, run.method.penalty
     cause = f"the learning rate is likely too high: try --lr {config.lr / 3:.2g}"
     if config.precision == "fp16" and not (real and replayed):
         cause = "the largest fp16 number is 65504, and the network's activations may exceed it: try --precision bf16"
@@ -53,4 +71,4 @@ def explain(run: Run, stage: Stage, first: int, table: Tensor) -> str:
         cause = "the teacher's images or predictions are likely broken: look at the evaluation after the last task"
     elif not config.clip:
         cause = f"the gradient is not clipped: try --clip 1, or --lr {config.lr / 3:.2g}"
-    return f"{problem} at step {first + len(table) - 1} of stage {stage.number + 1}{before}; {cause}, in a new folder"
+    return cause

@@ -13,9 +13,10 @@ from crl_diffusion import files
 from crl_diffusion.errors import OptionError, TrainingError
 from crl_diffusion.files import Log
 from crl_diffusion.run_folder import checkpoint
+from crl_diffusion.run_folder.readers import read_metrics
 from crl_diffusion.training import trouble
 from crl_diffusion.training.plan import require_fisher_images
-from helpers.trainer_runs import MakeRun, Short, TrainCommand, at_call, few_samples, same_end
+from helpers.trainer_runs import MakeRun, Short, TrainCommand, at_call, few_samples, same_end, train
 
 
 def test_the_number_that_is_not_finite_is_named_with_its_likely_cause(short: Short, make_run: MakeRun) -> None:
@@ -43,6 +44,15 @@ def test_the_number_that_is_not_finite_is_named_with_its_likely_cause(short: Sho
     assert "try --precision bf16" in trouble.explain(half, first, 1, torch.tensor([[inf, 0.0, nan]]))
     loose = make_run(short("gd", clip=0.0))
     assert "try --clip 1" in trouble.explain(loose, first, 1, torch.tensor([[inf, 0.0, nan]]))
+
+
+def test_weights_that_the_last_step_spoils_stop_the_run(short: Short, extractor_folder: Path, tmp_path: Path) -> None:
+    """The loss of the only step is finite: Adam's step after it makes every weight 1e30."""
+    config = short("gd", model="mlp", steps=1, clip=0.0, lr_schedule="constant", lr=1e30)
+    with pytest.raises(TrainingError, match=r"held-out images is not finite at the end of stage 1; .*try --clip 1"):
+        train(config, tmp_path / "run", extractor_folder)
+    (row,) = read_metrics(tmp_path / "run")
+    assert row["kind"] == "step"
 
 
 def test_the_last_task_needs_no_images_for_a_fisher_matrix(short: Short, make_run: MakeRun) -> None:
