@@ -252,6 +252,13 @@ def test_the_report_names_every_arm_and_what_is_missing(tmp_path):
     assert "**Not finished**: 4 runs" in page  # the second seed's curve, but for those that are final runs too
     assert "sgd-0.1: 30.00, sgd-1.0: 9.00 | sgd-1.0 |" in page
     assert "300: 5.50, 3000: 5.00 | 3000 |" in page
+    recipes = page.partition("## Which to use")[2].partition("Kept:")[0].strip().splitlines()[2:]
+    assert len(recipes) == len(SMALL.arms)
+    fids = [float(row.split(" | ")[2]) for row in recipes]
+    assert fids == sorted(fids)
+    assert f"| constant {RANK1} | 143 | 5.15 | −5.85 | – | – |" in recipes
+    assert "| ema gd | 4 | 4.35 | −6.65 | −0.80 [−0.80, −0.80] | 0.5 |" in recipes
+    assert "| constant gd | 0 | 6.15 | −4.85 | +1.00 [+1.00, +1.00] | 0.5 |" in recipes
     for picture in ("steps", "rate", "movement", "differences"):
         assert (results / f"small-{picture}.png").read_bytes().startswith(b"\x89PNG")
         assert f"(small-{picture}.png)" in page

@@ -71,6 +71,14 @@ class Result:
         return float(np.mean([row["displacement"] for row in self.of_kind("movement")]))
 
     @property
+    def kept(self) -> float:
+        """Bytes for each parameter that the method keeps at the end of the run besides the model, Adam's state and the
+        old model: the penalty's state, and the average of the weights."""
+        row = self.of_kind("movement")[0]
+        parameters = round((row["displacement"] / row["random_drift"]) ** 2)
+        return float(self.run.summary["state_bytes"] / parameters + (4 if self.run.settings["ema"] else 0))
+
+    @property
     def curvature(self) -> float:
         """Mean over past tasks of the sum of the curvatures of their directions."""
         return float(np.mean([sum(row["curvatures"]) for row in self.of_kind("fisher")]))
