@@ -57,7 +57,7 @@ def results_sheet(runs: Runs, groups: Mapping[str, Mapping[int, Result]]) -> She
 
 
 def recipes_sheet(runs: Runs, groups: Mapping[str, Mapping[int, Result]]) -> Sheet:
-    """Every continual arm with the memory that it takes, against rank 1 in the gradient; the lowest average FID first."""
+    """Continual arms with the memory that each takes, against rank 1 in the gradient; the lowest average FID first."""
     model = {seed: result.average_fid for seed, result in groups.get(RANK1.label, {}).items()}
     means, body = {}, {}
     for label, results in groups.items():
