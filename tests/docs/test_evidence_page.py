@@ -165,7 +165,7 @@ def test_the_demos_time_and_its_extractor_are_those_of_its_log():
 
 def test_the_demos_fishers_are_those_of_its_record():
     fishers = [row for row in records("demo/gd+rank1-metrics.jsonl") if row["kind"] == "fisher"]
-    quoted = re.search(r"\(signal share (.*?) to (.*?)\) and holds only (.*?) to (.*?) %", PROSE).groups()
+    quoted = re.search(r"\(signal share (.*?) to (.*?)\) and holds (.*?) to (.*?) % of", PROSE).groups()
     shares = [row["signal_share"] for row in fishers]
     percent = [100 * row["rho"] for row in fishers]
     assert quoted == (f"{min(shares):.2f}", f"{max(shares):.2f}", f"{min(percent):.1f}", f"{max(percent):.1f}")
