@@ -49,7 +49,8 @@ struct AdamWOctets {
     for (int j = 0; j < kOctet; ++j) {
       if (!place.in_one_segment) {
         const int64_t index = place.index + j;
-        while (index >= end && index < table.numel) end = __ldg(table.begins + ++segment + 1);
+        if (index >= table.numel) break;  // past the last element, where eps = 0 would make 0 / 0
+        while (index >= end) end = __ldg(table.begins + ++segment + 1);
         row = operands.settings + segment * kSettings;
         adamw = AdamW<Widest>(row);
       }

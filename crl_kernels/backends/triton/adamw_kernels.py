@@ -41,13 +41,26 @@ def _restrict(place: tl.tuple, index: tl.tensor) -> tl.tuple:
 
 
 @triton.jit
+def _root(x: tl.tensor) -> tl.tensor:
+    """The square root, correctly rounded; ``tl.sqrt`` is approximate in float32."""
+    return tl.sqrt_rn(x) if x.dtype == tl.float32 else tl.sqrt(x)
+
+
+@triton.jit
+def _quotient(x: tl.tensor, y: tl.tensor) -> tl.tensor:
+    """x / y, correctly rounded; ``/`` is approximate in float32."""
+    return tl.div_rn(x, y) if x.dtype == tl.float32 else x / y
+
+
+@triton.jit
 def _adamw(row: tl.tensor, theta: tl.tensor, gradient: tl.tensor, m: tl.tensor, v: tl.tensor) -> tl.tuple:
     """(theta, m, v) after a step along ``gradient``, in theta's dtype; see ``reference.low_rank_adamw_``."""
     beta1, beta2 = tl.load(row + BETA1), tl.load(row + BETA2)
     first = m + (1 - beta1).to(m.dtype) * (gradient - m)
     second = beta2.to(v.dtype) * v + (1 - beta2).to(v.dtype) * gradient * gradient
-    root = tl.load(row + ROOT_SCALE).to(v.dtype) * tl.sqrt(second) + tl.load(row + EPS).to(v.dtype)
-    theta = tl.load(row + DECAY).to(theta.dtype) * theta - tl.load(row + STEP_SIZE).to(theta.dtype) * (first / root)
+    root = tl.load(row + ROOT_SCALE).to(v.dtype) * _root(second) + tl.load(row + EPS).to(v.dtype)
+    step = tl.load(row + STEP_SIZE).to(theta.dtype) * _quotient(first, root)
+    theta = tl.load(row + DECAY).to(theta.dtype) * theta - step
     return theta, first, second
 
 

@@ -136,6 +136,14 @@ def test_sm_90_does_not_spill(case, tmp_path):
     assert registers <= chunks.registers(*case)
 
 
+@pytest.mark.parametrize("case", [case for case in [*USUAL, *MIXED] if "adamw" in case[0]], ids=name_of)
+def test_roots_and_quotients_are_correctly_rounded(case):
+    ptx = compiled(*case, "sm_90").asm["ptx"]
+    assert "sqrt.rn.f" in ptx
+    assert "div.rn.f" in ptx
+    assert not re.search(r"\.approx|div\.full", ptx)
+
+
 @pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx942"])
 def test_compiles_for_other_gpus(target):
     needs_linker(target)
