@@ -37,11 +37,13 @@ def record_head(name: str) -> dict[str, Any]:
 
 
 def write(folder: Path | None, stem: str, record: dict[str, Any], markdown: str) -> None:
-    """FOLDER/STEM.json and FOLDER/STEM.md; nothing without a folder."""
+    """FOLDER/STEM.json and FOLDER/STEM.md, whole or as they were before; nothing without a folder."""
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
-        (folder / f"{stem}.md").write_text(markdown)
+        for suffix, text in (("json", json.dumps(record, indent=1) + "\n"), ("md", markdown)):
+            unfinished = folder / f"{stem}.{suffix}.tmp"
+            unfinished.write_text(text)
+            unfinished.replace(folder / f"{stem}.{suffix}")
 
 
 def run(

@@ -2,14 +2,17 @@
 
 Needs torch, triton and numpy. Uses the crl_kernels that is installed, or this source tree, whose CUDA library it builds
 if it is missing. Each stage runs in a process of its own, once for the CUDA C++ kernels and once for Triton's, so a
-crash or a hang is recorded and the next stage still runs. The command ends with a table, which it also writes with all
-figures to ``--out``. ``--dry-run`` runs the same code on a CPU, with small sizes; a stage that needs a GPU says so.
+crash or a hang is recorded and the next stage still runs. The command ends with a table. It writes this table and all
+figures to ``--out`` after each stage, so nothing that is known is lost if it is stopped. What has not begun after
+``--seconds`` does not run, and the table says so. ``--dry-run`` runs the same code on a CPU, with small sizes; a stage
+that needs a GPU says so.
 """
 
 import os
 import platform
 import subprocess
 import sys
+import time
 from datetime import date
 from typing import Any
 
@@ -51,7 +54,16 @@ def build_where_missing() -> None:
 def main() -> int:
     parser = command.parser("gpu", __doc__, "gpu.json and gpu.md")
     parser.add_argument("--dry-run", action="store_true", help="the same code on a CPU, with small sizes")
-    parser.add_argument("--stage", choices=STAGES, help="run one stage in this process")
+    parser.add_argument("--seconds", type=float, default=400, help="time for all stages (default: 400)")
+    parser.add_argument(
+        "--stages",
+        choices=STAGES,
+        nargs="+",
+        default=list(STAGES),
+        metavar="STAGE",
+        help=f"run only these: {', '.join(STAGES)}",
+    )
+    parser.add_argument("--stage", choices=STAGES, help="run one stage in this process, and print its result")
     arguments = parser.parse_args()
     small = arguments.dry_run
     if arguments.stage:
@@ -59,15 +71,17 @@ def main() -> int:
         return 0
     if not small and not torch.cuda.is_available():
         sys.exit("torch finds no GPU; --dry-run runs the code on a CPU.")
+    end = time.monotonic() + arguments.seconds
     if not small:
         build_where_missing()
     record: dict[str, Any] = {"command": command.command_line("gpu"), "machine": machine(small), "stages": {}}
-    for backend in ("auto",) if small else BACKENDS:
-        for name in STAGES:
-            record["stages"][f"{backend}: {name}"] = stage = in_own_process(name, backend, small)
+    for name in arguments.stages:
+        for backend in ("auto",) if small else BACKENDS:
+            stage = in_own_process(name, backend, small, end - time.monotonic())
+            record["stages"][f"{backend}: {name}"] = stage
+            command.write(arguments.out, "gpu", record, markdown(record))
             print(f"{backend}: {name}: {stage['status']} {stage.get('reason', '')}", flush=True)
     print(markdown(record))
-    command.write(arguments.out, "gpu", record, markdown(record))
     return 1 if any(stage["status"] == "failed" for stage in record["stages"].values()) else 0
 
 
