@@ -36,8 +36,11 @@ SCHEMAS = (
 NAMES = tuple(schema.partition("(")[0] for schema in SCHEMAS)
 
 _library = torch.library.Library("crl_kernels", "DEF")
+# An operator on lists keeps tables of addresses, which an eager call writes into memory of its own. Under
+# torch.compile(mode="reduce-overhead") that memory would be of a CUDA graph's pool, which takes it back.
+_KEEPS_TABLES = (torch.Tag.cudagraph_unsafe,)
 for _schema, _name in zip(SCHEMAS, NAMES, strict=True):
-    _library.define(_schema)
+    _library.define(_schema, tags=_KEEPS_TABLES if _name.startswith(("low_rank_", "diagonal_")) else ())
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
 registry.register(NAMES)
 
