@@ -95,6 +95,18 @@ REGIMES = {
         ),
         curve=(500, 1000, 4000, 8000),
     ),
+    "regime-mlp-longer": Regime(  # where more steps no longer help
+        common={**COMMON, "data": "digits", "model": "mlp", "steps": 4000},
+        settings={name: SETTINGS[name] for name in ("constant", "one-cycle", "ema", "later-0.3")},
+        seeds=tuple(range(10)),
+        arms=(
+            *(Arm(setting, "gd") for setting in ("constant", "one-cycle", "ema", "later-0.3")),
+            RANK1,
+            Arm("constant", "gd+rank1:damping", IN_GRADIENT),
+            Arm("constant", "gd+rank1", DECOUPLED),
+            *(Arm(setting, "gd+rank1:gradient", IN_GRADIENT) for setting in ("ema", "one-cycle")),
+        ),
+    ),
     "regime-digits": Regime(
         common={**COMMON, "data": "digits", "model": "mini", "lr": 0.001, "steps": 1500},
         settings={name: SETTINGS[name] for name in ("constant", "one-cycle", "ema", "later-0.3")},

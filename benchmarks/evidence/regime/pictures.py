@@ -17,7 +17,10 @@ from .runs import Result, Runs
 
 
 def training(runs: Runs, name: str) -> Drawing | None:
-    """Average FID and forgetting of the baseline against steps, with a constant and a one-cycle rate."""
+    """Average FID and forgetting of the baseline against steps, with a constant and a one-cycle rate; None where the
+    regime has one number of steps, or no run."""
+    if not runs.regime.curve:
+        return None
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     empty = True
     steps = sorted({*runs.regime.curve, runs.regime.common["steps"]})
