@@ -61,6 +61,51 @@ def graphs(device: str, small: bool) -> dict[str, Any]:
     return {"histories": 2}
 
 
+def optimizer_graphs(device: str, small: bool) -> dict[str, Any]:
+    """Replays of FusedAdamW's step equal eager steps, with another rate, strength and gradient in each."""
+    if device != "cuda":
+        raise NeedsGpu("CUDA graphs")
+    import crl_kernels as ck
+
+    from ..common.problem import Problem
+
+    cases = [(kind, decoupled) for kind in ("rank1_history", "diagonal_history") for decoupled in (False, True)]
+    for kind, decoupled in cases:
+        problems = [Problem(1_000_000, 100, device) for _ in range(2)]
+        lr, lam = (torch.full((), value, dtype=torch.float64, device=device) for value in (1e-3, 0.5))
+        optimizers = [
+            ck.FusedAdamW(
+                problem.params, lr=rate, history=getattr(problem, kind), lam=strength, decoupled=decoupled,
+                capturable=True,
+            )
+            for problem, rate, strength in zip(problems, (1e-3, lr), (0.5, lam), strict=True)
+        ]  # fmt: skip
+        eager, captured = optimizers
+        graph = torch.cuda.CUDAGraph()
+        for step in range(6):
+            rate, strength = 1e-3 / (1 + step), 0.5 + step
+            eager.param_groups[0]["lr"], eager.lam = rate, strength
+            lr.fill_(rate)
+            lam.fill_(strength)
+            for problem in problems:
+                generator = torch.Generator(device).manual_seed(step)
+                for gradient in problem.grads:
+                    gradient.normal_(generator=generator)
+            eager.step()
+            if step == 0:
+                captured.step()
+            else:
+                if step == 1:
+                    with torch.cuda.graph(graph):  # runs nothing
+                        captured.step()
+                graph.replay()
+            pairs = zip(problems[0].params, problems[1].params, strict=True)
+            same = all(torch.equal(first, second) for first, second in pairs)
+            if not same or not torch.equal(eager.last_penalty, captured.last_penalty):
+                raise AssertionError(f"step {step}: a replay differs from eager mode ({kind}, decoupled={decoupled})")
+    return {"cases": len(cases)}
+
+
 def compilation(device: str, small: bool) -> dict[str, Any]:
     """torch.compile(fullgraph=True) and gradcheck."""
     from crl_kernels import rank1_ewc_penalty

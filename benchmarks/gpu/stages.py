@@ -24,6 +24,7 @@ STAGES = {  # what matters most comes first: time may run out
     "correctness": Stage(operators.correctness, 180),
     "sample_operators": Stage(sample_gradients.sample_operators, 180),
     "graphs": Stage(capture.graphs, 60),
+    "optimizer_graphs": Stage(capture.optimizer_graphs, 60),
     "compilation": Stage(capture.compilation, 120),
     "sample_gradients": Stage(sample_gradients.sample_gradients, 180),
     "races": Stage(operators.races, 120),

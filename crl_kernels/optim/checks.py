@@ -13,11 +13,6 @@ from .state import TRAINABLE_DTYPES
 def check_group(group: Mapping[str, Any], penalized: bool) -> None:
     """Raises unless FusedAdamW can step a new parameter group; ``penalized`` if it has a history."""
     check_options(group, penalized)
-    if group["capturable"]:
-        raise ValueError(
-            "capturable=True is not supported: a replayed CUDA graph would not carry projections from step to step. "
-            "Use torch.optim.AdamW(capturable=True) with history.attach(optimizer, lam)."
-        )
     for parameter in group["params"]:
         if parameter.requires_grad and parameter.dtype not in TRAINABLE_DTYPES:
             raise TypeError(
@@ -52,6 +47,38 @@ def check_options(group: Mapping[str, Any], penalized: bool) -> None:
         )
     if group.get("maximize") and penalized:
         raise ValueError("maximize=True would maximize the penalty too; negate the loss instead.")
+
+
+def check_capture(
+    param_groups: Sequence[Mapping[str, Any]], lam: float | Tensor | None, decoupled: bool, verify_every: int
+) -> None:
+    """Raises RuntimeError where the replays of a step that a CUDA graph captures would differ from eager steps. ``lam``
+    is that of a penalty; None without one."""
+    if not all(group.get("capturable") for group in param_groups):
+        raise capture_error("capturable is False", "Create it with capturable=True")
+    if verify_every:
+        raise capture_error("verify_every waits for the device", "Create it with verify_every=0")
+    for group in param_groups:
+        if any(map(on_device, (*group["betas"], group["eps"], group["weight_decay"]))):
+            raise capture_error("betas, eps or weight_decay are tensors that the host would read", "Make them numbers")
+    strengths = [("lr", group["lr"]) for group in param_groups] + ([] if lam is None else [("lam", lam)])
+    for name, value in strengths:
+        if not on_device(value):
+            reason = f"{name} is {value!r}, which replays would keep for good"
+            raise capture_error(reason, "Make it a 0-dim tensor on the device and change it in place")
+    if lam is not None and decoupled and len(param_groups) > 1:
+        reason = "the decoupled step would compare the learning rates of its groups, which waits for the device"
+        raise capture_error(reason, "Give it one group, or decoupled=False")
+
+
+def capture_error(reason: str, remedy: str) -> RuntimeError:
+    return RuntimeError(
+        f"FusedAdamW's step is being captured in a CUDA graph, and {reason}. {remedy}, or step outside of the graph."
+    )
+
+
+def on_device(value: float | Tensor) -> bool:
+    return isinstance(value, Tensor) and value.device.type != "cpu"
 
 
 def check_gradients(params: Sequence[Tensor], untrainable: Sequence[Tensor]) -> None:

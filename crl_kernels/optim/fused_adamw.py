@@ -18,7 +18,15 @@ from ..penalty.diagonal import DiagonalHistory
 from ..penalty.folded import FoldedPenalty, check_history, fold_history
 from ..penalty.low_rank import LowRankHistory
 from ..penalty.strength import check_strength
-from .checks import check_gradients, check_group, check_hyperparameters, check_options
+from .checks import (
+    capture_error,
+    check_capture,
+    check_gradients,
+    check_group,
+    check_hyperparameters,
+    check_options,
+    on_device,
+)
 from .state import HALF_DTYPES, TRAINABLE_DTYPES, convert_state, new_state, read_states
 
 _dtype = attrgetter("dtype")
@@ -85,6 +93,12 @@ class FusedAdamW(Optimizer):
     optimizer then moves the copied model and has its penalty, and ``optimizer.history`` is the copied history. A copy
     without the model has a history without parameters, and its step raises RuntimeError.
 
+    CUDA graphs. With ``capturable=True`` a step may be captured, after at least one eager step. Learning rates and,
+    with a history, ``lam`` must be 0-dim tensors on the device: replays read them there. Replays carry the projections
+    in the memory that the captured step used. They do not notice writes from outside; an eager step does, and renews
+    the projections in place. Capture again after ``load_state_dict``, and after terms were appended or parameters
+    frozen.
+
     A GradScaler's scale and skipped steps are applied on the device, as by torch's ``fused=True``. A step does not wait
     for the device, except for ``verify_every`` and, in decoupled mode, for learning rates that differ between groups
     and are tensors on the device.
@@ -96,7 +110,8 @@ class FusedAdamW(Optimizer):
     Args:
         params: as for any torch optimizer; groups may have their own ``lr``, ``betas``, ``eps``, ``weight_decay``.
         lr, betas, eps, weight_decay, maximize: as for torch's AdamW.
-        amsgrad, capturable, differentiable: as for torch's AdamW, but only False is supported.
+        amsgrad, differentiable: as for torch's AdamW, but only False is supported.
+        capturable: whether the step may be captured in a CUDA graph.
         foreach, fused: accepted and kept in the groups, but without effect: the only implementation is a fused one.
         history: a LowRankHistory or DiagonalHistory of some or all of these parameters; the others get no penalty.
             Terms may be appended between steps.
@@ -108,14 +123,16 @@ class FusedAdamW(Optimizer):
             carried ones; 0: never.
 
     Attributes:
-        last_penalty: the penalty before the last step, a 0-dim float64 tensor on the device.
+        last_penalty: the penalty before the last step, a 0-dim float64 tensor on the device; a new one in every step,
+            but with ``capturable=True`` always the same.
 
     Raises:
         TypeError, ValueError: options that are not implemented, ``lam`` in a group, trained parameters of another dtype
             than float16, bfloat16, float32 or float64, hyperparameters out of range, a history with parameters that the
             optimizer lacks, an attached history, ``maximize`` with a history.
         RuntimeError: in a step, before anything is written: a gradient that is sparse or belongs to a parameter of
-            another dtype, capture in a CUDA graph, a history that was copied without its model.
+            another dtype, a capture whose replays would differ from eager steps, a history that was copied without its
+            model.
     """
 
     _step_supports_amp_scaling = True
@@ -180,6 +197,9 @@ class FusedAdamW(Optimizer):
         self._versions: list[int] | None = None  # of watched parameters after the last step; None: read them again
         self._roles = _Roles.assign([], [], [])
         self._uploaded: dict[Any, Tensor] = {}
+        self._capturing = False
+        if "_replayed" not in self.__dict__:  # what graphs read is never forgotten
+            self._replayed: dict[Any, Tensor] = {}
 
     @property
     def history(self) -> LowRankHistory | DiagonalHistory | None:
@@ -260,14 +280,12 @@ class FusedAdamW(Optimizer):
         return loss
 
     def _step(self) -> None:
-        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "FusedAdamW's step is being captured in a CUDA graph, whose replays would not carry projections from "
-                "step to step. Capture forward and backward alone, or use torch.optim.AdamW(capturable=True) with "
-                "history.add_penalty_grad_(lam) before its step."
-            )
         check_strength("lam", self.lam, finite=not self._decoupled)
         penalty = self._penalty if self._penalty is not None and len(self._penalty.history) else None
+        self._capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+        if self._capturing:
+            lam = None if penalty is None else self.lam
+            check_capture(self.param_groups, lam, self._decoupled, self._verify_every)
         bound = penalty.bound_params() if penalty is not None else []
         roles = self._find_roles(bound)
         check_gradients(roles.params, roles.untrainable)
@@ -279,6 +297,8 @@ class FusedAdamW(Optimizer):
         watched = bound + roles.halves
         if self._versions != self._versions_of(watched):
             self._versions = None
+        if self._versions is None:
+            self._require_eager("parameters, their state or the history have changed since the last step")
         if penalty is not None:
             self._update_carried(penalty, bound, roles.halves)
         elif self._versions is None:
@@ -286,7 +306,9 @@ class FusedAdamW(Optimizer):
 
         moved = [parameter for parameter in bound if parameter.requires_grad]
         if penalty is not None:
-            self.last_penalty = penalty.step_(partial(self._operands, moved), self.lam, self.param_groups)
+            value = penalty.step_(partial(self._operands, moved), self.lam, self.param_groups)
+            # Replays of a graph write it where the captured step has written it.
+            self.last_penalty = self.last_penalty.copy_(value) if self.param_groups[0]["capturable"] else value
         unpenalized: dict[torch.device, list[Tensor]] = {}
         for parameter in roles.unbound:
             if parameter.grad is not None:
@@ -327,6 +349,8 @@ class FusedAdamW(Optimizer):
         """Makes sure that the penalty's carried sums belong to the present parameters."""
         moving = tuple(i for i, parameter in enumerate(bound) if parameter.requires_grad)
         fits = self._versions is not None and penalty.is_current(moving)
+        if not fits:
+            self._require_eager("the penalty has changed since the last step")
         due = self._verify_every and self._steps_taken % self._verify_every == 0
         if fits and not due:
             return
@@ -360,6 +384,7 @@ class FusedAdamW(Optimizer):
         states = [self.state[parameter] for parameter in params]
         for parameter, state in zip(params, states, strict=True):
             if not state:
+                self._require_eager("a parameter has its first gradient")
                 state.update(new_state(parameter))
         thetas = [state.get("master", parameter) for parameter, state in zip(params, states, strict=True)]
         grads = [torch.zeros_like(x) if p.grad is None else p.grad for x, p in zip(thetas, params, strict=True)]
@@ -393,7 +418,7 @@ class FusedAdamW(Optimizer):
         column = ADAMW_COLUMNS
         table = self._upload((*map(_row, self.param_groups), _IDLE), torch.float64, device)
         rates = [group["lr"] for group in self.param_groups]
-        if any(map(_on_device, rates)):
+        if any(map(on_device, rates)):
             weight_decays = tuple(float(group["weight_decay"]) for group in self.param_groups)
             numbers = [torch.as_tensor(rate, dtype=torch.float64, device=device) for rate in (*rates, 0.0)]
             lr = torch.stack([number.reshape(()) for number in numbers])
@@ -412,9 +437,11 @@ class FusedAdamW(Optimizer):
         return settings
 
     def _upload(self, numbers: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Numbers as a tensor on the device, without waiting for it. The last few tensors are kept."""
+        """Numbers as a tensor on the device, without waiting for it. The last few tensors are kept, and those that a
+        graph has captured for good."""
         key = numbers, dtype, device
         if (kept := self._uploaded.get(key)) is None:
+            self._require_eager("a parameter group has changed since the last step")
             kept = torch.tensor(numbers, dtype=dtype)
             if device.type == "cuda":
                 kept = kept.pin_memory()  # torch keeps it until the copy is done
@@ -422,7 +449,14 @@ class FusedAdamW(Optimizer):
             if len(self._uploaded) >= 16:  # a schedule makes new ones at every step
                 self._uploaded.clear()
             self._uploaded[key] = kept
+        if self._capturing:
+            self._replayed[key] = kept
         return kept
+
+    def _require_eager(self, reason: str) -> None:
+        """Raises RuntimeError while a graph captures the step: its replays would not do what is to be done now."""
+        if self._capturing:
+            raise capture_error(reason, "Take a step before the capture")
 
 
 _COPIED_ATTRIBUTES = ("lam", "_decoupled", "_verify_every", "_history", "_steps_taken", "_sharded", "last_penalty")
@@ -436,7 +470,7 @@ def _kinds(params: list[Tensor]) -> list[Any]:
 def _row(group: Mapping[str, Any]) -> AdamWSettings:
     (beta1, beta2), lr = group["betas"], group["lr"]
     sign = -1.0 if group.get("maximize") else 1.0
-    rate = 0.0 if _on_device(lr) else float(lr)  # to look at it would wait for the device
+    rate = 0.0 if on_device(lr) else float(lr)  # to look at it would wait for the device
     decay = 1 - rate * float(group["weight_decay"])
     return AdamWSettings(
         factor=sign,
@@ -448,10 +482,6 @@ def _row(group: Mapping[str, Any]) -> AdamWSettings:
         eps=float(group["eps"]),
         share=1.0,
     )
-
-
-def _on_device(rate: float | Tensor) -> bool:
-    return isinstance(rate, Tensor) and rate.device.type != "cpu"
 
 
 def _are_same_objects(tensors: list[Any], others: list[Any]) -> bool:

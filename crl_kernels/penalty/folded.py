@@ -110,12 +110,16 @@ class FoldedPenalty(ABC, Generic[_History]):
 
 
 class FoldedLowRank(FoldedPenalty[LowRankHistory]):
+    def __init__(self, history: LowRankHistory, decoupled: bool) -> None:
+        super().__init__(history, decoupled)
+        self._projections = self._frozen_part = torch.zeros(0)  # not read yet
+
     def _state(self) -> object:
         return self.history._directions  # a new list whenever terms change
 
     def _read(self, params: Sequence[Tensor], frozen: tuple[int, ...]) -> None:
-        self._projections = self._project(params, self._moving)
-        self._frozen_part = self._project(params, frozen)
+        self._projections = _in_place_of(self._projections, self._project(params, self._moving))
+        self._frozen_part = _in_place_of(self._frozen_part, self._project(params, frozen))
 
     def _project(self, params: Sequence[Tensor], indices: tuple[int, ...]) -> Tensor:
         if not indices:
@@ -151,20 +155,25 @@ class FoldedLowRank(FoldedPenalty[LowRankHistory]):
             state = make_operands(ratios, None)
             directions = self._pieces(self._members(self._moving))
             projections = operators.low_rank_adamw_(state, directions, coefficients, self._decoupled)
-            self._projections = self._shards.sum_(projections)
+            self._projections.copy_(self._shards.sum_(projections))
         return 0.5 * (force * drift).sum()
 
 
 class FoldedDiagonal(FoldedPenalty[DiagonalHistory]):
+    def __init__(self, history: DiagonalHistory, decoupled: bool) -> None:
+        super().__init__(history, decoupled)
+        self._frozen_part = torch.zeros(0)  # not read yet
+
     def _state(self) -> object:
         return self.history._fisher  # a new tensor whenever tasks change
 
     def _read(self, params: Sequence[Tensor], frozen: tuple[int, ...]) -> None:
-        self._frozen_part = self.history._float64(0.0)
+        part = self.history._float64(0.0)
         if frozen:
             pieces = self.history._fisher_and_anchor(self._members(frozen))
             value = operators.diagonal_quadratic([params[i] for i in frozen], *pieces)
-            self._frozen_part = self._shards.sum_(value)
+            part = self._shards.sum_(value)
+        self._frozen_part = _in_place_of(self._frozen_part, part)
 
     def _carried(self) -> Tensor:
         return self._frozen_part
@@ -186,6 +195,11 @@ class FoldedDiagonal(FoldedPenalty[DiagonalHistory]):
             value = operators.diagonal_adamw_(make_operands(ratios, strength), *pieces, self._decoupled)
             total = total + self._shards.sum_(value)
         return total * (0.5 * history._float64(lam))
+
+
+def _in_place_of(kept: Tensor, new: Tensor) -> Tensor:
+    """``new``, in the memory of ``kept`` where it fits: a step that a CUDA graph has captured reads it there."""
+    return kept.copy_(new) if (kept.shape, kept.device) == (new.shape, new.device) else new
 
 
 def check_history(history: object) -> None:

@@ -25,7 +25,6 @@ DEVICES = ("cpu", "cuda", "mps")
 # Options that FusedAdamW does not support, and how its error begins.
 UNSUPPORTED = {
     "amsgrad": "amsgrad=True is not supported; use torch.optim.AdamW with history.attach",
-    "capturable": "capturable=True is not supported: a replayed CUDA graph would not carry projections",
     "differentiable": "differentiable=True is not supported, because the step writes in place",
 }
 # What torch's own loops cannot do, and FusedAdamW can: foreach=True chooses one of them, and has no effect here.
@@ -104,7 +103,7 @@ GROUPS = {
 def test_an_input_of_torchs_own_tests_trains_as_with_adamw(name, form, dtype):
     """float64 to rounding; float32 as close to the float64 truth as twice torch's own distance."""
     kwargs = INPUTS[name]
-    loops = {"foreach", "fused"} & kwargs.keys()
+    loops = {"foreach", "fused", "capturable"} & kwargs.keys()
     ends, losses, optimizers = {}, {}, {}
     cases = {"torch": (torch.optim.AdamW, dtype), "fused": (ck.FusedAdamW, dtype)}
     if dtype == torch.float32:
@@ -112,7 +111,7 @@ def test_an_input_of_torchs_own_tests_trains_as_with_adamw(name, form, dtype):
     for case, (make, kind) in cases.items():
         model = network(kind)
         given = in_dtype(kwargs, kind)
-        if case != "fused":  # the reference is torch's plainest loop
+        if case != "fused":  # the reference is torch's plainest loop; torch's AdamW takes capturable on a GPU only
             given = {flag: value for flag, value in given.items() if flag not in loops}
         optimizer = optimizers[case] = make(GROUPS[form](model), **given)
         losses[case] = train(optimizer, model, closure=form == "groups")
@@ -146,8 +145,8 @@ def test_every_input_is_supported_or_named():
     assert plain == {"default", "non-default lr", "nonzero weight_decay", "maximize", "amsgrad"}
     assert plain - set(left["amsgrad"]) == {"default", "non-default lr", "nonzero weight_decay", "maximize"}
     assert "Tensor lr" in INPUTS
-    assert sum("capturable" in name for name in left["capturable"]) == len(left["capturable"]) > 0
-    assert taken == 5 * 5  # four of a CPU and the tensor lr of mps, with each flag
+    # With each flag: four of a CPU, the tensor lr of mps, capturable, and capturable with tensors.
+    assert taken == 7 * 5
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)

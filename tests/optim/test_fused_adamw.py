@@ -153,7 +153,7 @@ def test_learning_rates_on_a_device_are_not_read_on_the_host(monkeypatch):
         return train(model, optimizer, range(20), lambda step: groups[0]["lr"].mul_(0.9))
 
     expected = end()
-    monkeypatch.setattr("crl_kernels.optim.fused_adamw._on_device", lambda rate: isinstance(rate, Tensor))
+    monkeypatch.setattr("crl_kernels.optim.fused_adamw.on_device", lambda rate: isinstance(rate, Tensor))
     assert torch.equal(end(), expected)
 
 
@@ -270,18 +270,6 @@ def test_a_history_without_terms_and_gradients_that_are_missing(decoupled):
     assert relative_distance(ends[1], ends[0]) <= 1e-9
 
 
-def test_the_step_is_not_captured_in_a_graph(monkeypatch):
-    model = Network()
-    optimizer = ck.FusedAdamW(model.parameters())
-    task_loss(model, 0).backward()
-    before = flat(model)
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(RuntimeError, match=r"captured in a CUDA graph, .*torch.optim.AdamW\(capturable=True\)"):
-        optimizer.step()
-    assert torch.equal(flat(model), before)
-
-
 @MODES
 def test_channels_last_flat_buffers_and_mixed_dtypes(decoupled):
     """Other memory than row-major tensors of one dtype."""
@@ -380,8 +368,6 @@ def test_unsupported_arguments_are_refused():
             [{"params": params, "amsgrad": True}])),
         (ValueError, r"differentiable=True is not supported, .* in the loss", lambda: ck.FusedAdamW(
             params, differentiable=True)),
-        (ValueError, r"capturable=True is not supported: .* with history.attach", lambda: ck.FusedAdamW(
-            [{"params": params, "capturable": True}])),
         (ValueError, r"lr is a tensor of shape \(2,\); expected a number or one element", lambda: ck.FusedAdamW(
             params, lr=torch.ones(2))),
         (ValueError, r"expected two numbers or two tensors", lambda: ck.FusedAdamW(
