@@ -12,7 +12,11 @@ import torch
 from torch.utils.cpp_extension import include_paths
 
 CSRC = Path(__file__).parents[3] / "csrc"
-ARCHITECTURES = ("80", "90", "100")
+ARCHITECTURES = (
+    pytest.param("80", marks=pytest.mark.slow),
+    "90",
+    pytest.param("100", marks=pytest.mark.slow),
+)
 # Kernels that stream over the parameters, and whether they write such a stream.
 STREAMING = {
     "projections_kernel": False,

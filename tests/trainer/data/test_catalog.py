@@ -385,7 +385,9 @@ def test_twenty_tasks_of_a_folder_run_from_files_to_summary(tmp_path: Path) -> N
             images = tmp_path / "cifar10" / {"val": "test"}.get(part, part) / CIFAR10_CLASSES[c % 10]
             for file in sorted(images.iterdir())[c // 10 * 6 : c // 10 * 6 + 6]:
                 shutil.copy(file, root / part / f"n{c:08}")
-    config = RunConfig(method="fine-tune", data="folder", tasks=20, class_order=5, **{**TINY, "image_size": 8})
+    config = RunConfig(
+        method="fine-tune", data="folder", tasks=20, class_order=5, **{**TINY, "image_size": 8, "model": "mlp"}
+    )
     summary = loop.train(config, tmp_path / "run", root, say=lambda line: None)
     assert np.isfinite(summary["average_fid"])
     assert np.isfinite(summary["forgetting"])
