@@ -56,8 +56,8 @@ class Call {
     launcher_.launch(grid.blocks, kThreads, grid.kernel, table(), arguments...);
   }
   template <class Kernel, class... Arguments>
-  void launch_cooperative(const Grid<Kernel>& grid, Arguments... arguments) {
-    launcher_.launch_cooperative(grid.blocks, kThreads, grid.kernel, table(), arguments...);
+  bool launch_cooperative(const Grid<Kernel>& grid, Arguments... arguments) {
+    return launcher_.launch_cooperative(grid.blocks, kThreads, grid.kernel, table(), arguments...);
   }
 
   // The sum of each row of partial sums.

@@ -53,19 +53,26 @@ class Launcher {
 
   template <class... Parameters, class... Arguments>
   void launch(int blocks, int threads, void (*kernel)(Parameters...), Arguments... arguments) const {
-    launch_with(false, blocks, threads, kernel, arguments...);
+    STD_CUDA_CHECK(launch_with(false, blocks, threads, kernel, arguments...));
   }
 
-  // All blocks run at once, so that they can wait for one another.
+  // All blocks run at once, so that they can wait for one another. False, with nothing launched, where they cannot: a
+  // process may have only a part of the device (MPS, green contexts).
   template <class... Parameters, class... Arguments>
-  void launch_cooperative(int blocks, int threads, void (*kernel)(Parameters...), Arguments... arguments) const {
-    launch_with(true, blocks, threads, kernel, arguments...);
+  bool launch_cooperative(int blocks, int threads, void (*kernel)(Parameters...), Arguments... arguments) const {
+    const cudaError_t error = launch_with(true, blocks, threads, kernel, arguments...);
+    if (error == cudaErrorCooperativeLaunchTooLarge) {
+      cudaGetLastError();  // or the next check would report it
+      return false;
+    }
+    STD_CUDA_CHECK(error);
+    return true;
   }
 
  private:
   template <class... Parameters, class... Arguments>
-  void launch_with(bool cooperative, int blocks, int threads, void (*kernel)(Parameters...),
-                   Arguments... arguments) const {
+  cudaError_t launch_with(bool cooperative, int blocks, int threads, void (*kernel)(Parameters...),
+                          Arguments... arguments) const {
     cudaLaunchAttribute attribute = {};
     attribute.id = cudaLaunchAttributeCooperative;
     attribute.val.cooperative = 1;
@@ -75,7 +82,7 @@ class Launcher {
     config.stream = stream_;
     config.attrs = &attribute;
     config.numAttrs = cooperative ? 1 : 0;
-    STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
+    return cudaLaunchKernelEx(&config, kernel, arguments...);
   }
 
   torch::stable::Device device_;

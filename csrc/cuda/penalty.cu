@@ -78,13 +78,15 @@ Tensor low_rank_penalty_accumulate_(const Tensors targets, const Tensors params,
   Tensor value = call.float64({});
   // One launch, with a barrier instead of two more launches, where the directions stay in L2 for their second reading.
   // Otherwise three launches, so that none is limited by the registers and the grid of another.
+  bool done = false;
   if (call.launcher().attribute(cudaDevAttrCooperativeLaunch) && penalty.num_terms <= kCooperativeTerms &&
       bytes_of(table, u) <= call.launcher().attribute(cudaDevAttrL2CacheSize)) {
     const auto grid = call.grid(penalty_kernel<float>, penalty_kernel<double>);
     Tensor partial = call.partial_sums(grid, penalty.num_terms);
-    call.launch_cooperative(grid, target_view, theta_view, u_view, penalty, partial.mutable_data_ptr<double>(),
-                            value.mutable_data_ptr<double>());
-  } else {
+    done = call.launch_cooperative(grid, target_view, theta_view, u_view, penalty, partial.mutable_data_ptr<double>(),
+                                   value.mutable_data_ptr<double>());
+  }
+  if (!done) {
     const auto projecting = call.grid(projections_kernel<float>, projections_kernel<double>);
     const auto combining = call.grid(combine_kernel<float, false>, combine_kernel<double, false>);
     Tensor partial = call.partial_sums(projecting, penalty.num_terms);

@@ -50,7 +50,7 @@ def test_operators_and_derivatives(library):
     assert_pass_in_a_process(chosen, *files, CRL_KERNELS_BACKEND="reference", CRL_TEST_LIBRARY=str(library))
 
 
-DEFAULTS = {"stream": 0, "capturing": 0, "cooperative_launch": 1, "l2_bytes": 1 << 16}
+DEFAULTS = {"stream": 0, "capturing": 0, "cooperative_launch": 1, "cooperative_blocks": 1 << 20, "l2_bytes": 1 << 16}
 
 
 class Device:
@@ -201,12 +201,21 @@ def test_sixteen_bytes_at_a_time_where_addresses_allow(device, dtype):
 
 @needs_emulation
 @pytest.mark.parametrize(
-    ("cooperative_launch", "l2_bytes", "num_terms"),
-    [(1, 1 << 30, 1), (1, 1 << 30, 35), (0, 1 << 30, 35), (1, 1 << 16, 3), (1, 1 << 30, 513)],
+    ("cooperative_launch", "cooperative_blocks", "l2_bytes", "num_terms"),
+    [
+        (1, 6, 1 << 30, 1),
+        (1, 6, 1 << 30, 35),
+        (0, 6, 1 << 30, 35),
+        (1, 1, 1 << 30, 35),  # a process that has a part of the device
+        (1, 6, 1 << 16, 3),
+        (1, 6, 1 << 30, 513),
+    ],
 )
-def test_value_and_gradient_with_and_without_a_cooperative_launch(device, cooperative_launch, l2_bytes, num_terms):
-    device.set(cooperative_launch=cooperative_launch, l2_bytes=l2_bytes)
-    cooperative = cooperative_launch and num_terms <= 512 and l2_bytes == 1 << 30
+def test_value_and_gradient_with_and_without_a_cooperative_launch(
+    device, cooperative_launch, cooperative_blocks, l2_bytes, num_terms
+):
+    device.set(cooperative_launch=cooperative_launch, cooperative_blocks=cooperative_blocks, l2_bytes=l2_bytes)
+    cooperative = cooperative_launch and cooperative_blocks > 1 and num_terms <= 512 and l2_bytes == 1 << 30
     generator = torch.Generator().manual_seed(0)
     lengths = [1000, 1, 0, 33, 2048, 5] if num_terms > 3 else [30_000, 1, 0, 33, 2048, 5]
     dtypes = [torch.float32, torch.bfloat16, torch.float32, torch.float16, torch.float32, torch.bfloat16]

@@ -7,6 +7,7 @@ extern "C" {
 inline int64_t emulated_stream = 0;
 inline int64_t emulated_capturing = 0;
 inline int64_t emulated_cooperative_launch = 1;
+inline int64_t emulated_cooperative_blocks = 1 << 20;  // more are refused
 inline int64_t emulated_l2_bytes = 1 << 16;
 inline int64_t emulated_launches = 0;
 inline int64_t emulated_cooperative_launches = 0;
@@ -60,6 +61,7 @@ inline double __hiloint2double(int high, int low) {
 }
 
 using cudaError_t = int;
+constexpr cudaError_t cudaErrorCooperativeLaunchTooLarge = 720;
 using cudaStream_t = void*;
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrCooperativeLaunch, cudaDevAttrL2CacheSize };
@@ -80,6 +82,9 @@ struct cudaLaunchConfig_t {
   cudaLaunchAttribute* attrs;
   unsigned numAttrs;
 };
+
+inline cudaError_t emulated_error = 0;  // the last one
+inline cudaError_t cudaGetLastError() { return std::exchange(emulated_error, 0); }
 
 inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
   *status = emulated_capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
@@ -103,6 +108,10 @@ template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
   const bool cooperative = config->numAttrs == 1 && config->attrs[0].val.cooperative;
+  if (emulated_error) emulation::fail("an error that nobody has cleared");
+  if (cooperative && config->gridDim.x > emulated_cooperative_blocks) {
+    return emulated_error = cudaErrorCooperativeLaunchTooLarge;
+  }
   ++(cooperative ? emulated_cooperative_launches : emulated_launches);
   emulation::run(config->gridDim.x, static_cast<int>(config->blockDim.x), cooperative, [&] { kernel(arguments...); });
   return 0;
