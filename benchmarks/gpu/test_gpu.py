@@ -37,13 +37,9 @@ def test_a_command_that_is_killed_leaves_what_it_had(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     record = json.loads((tmp_path / "gpu.json").read_text())
-    assert record["stages"] == {
-        "auto: graphs": {
-            "status": "not run",
-            "reason": "needs CUDA graphs",
-            "seconds": record["stages"]["auto: graphs"]["seconds"],
-        }
-    }
+    assert list(record["stages"]) == ["auto: graphs"]
+    stage = record["stages"]["auto: graphs"]
+    assert (stage["status"], stage["reason"]) == ("not run", "needs CUDA graphs")
     assert "| auto | graphs | not run | needs CUDA graphs |" in (tmp_path / "gpu.md").read_text()
 
 

@@ -249,6 +249,7 @@ def test_the_report_names_every_arm_and_what_is_missing(tmp_path):
         assert f"| {arm.label} |" in page
     for number in range(1, 7):
         assert f"### {number}. " in page
+    assert page.count("**No verdict before the last run**") == 6
     assert "**Not finished**: 4 runs" in page  # the second seed's curve, but for those that are final runs too
     assert "sgd-0.1: 30.00, sgd-1.0: 9.00 | sgd-1.0 |" in page
     assert "300: 5.50, 3000: 5.00 | 3000 |" in page
@@ -259,6 +260,12 @@ def test_the_report_names_every_arm_and_what_is_missing(tmp_path):
     assert f"| constant {RANK1} | 143 | 5.15 | −5.85 | – | – |" in recipes
     assert "| ema gd | 4 | 4.35 | −6.65 | −0.80 [−0.80, −0.80] | 0.5 |" in recipes
     assert "| constant gd | 0 | 6.15 | −4.85 | +1.00 [+1.00, +1.00] | 0.5 |" in recipes
+    for run in runs.missing():
+        make(root, run, 6.0)
+    write_report("small", Runs(small, root), results / "small.jsonl", results)
+    finished = (results / "small.md").read_text()
+    assert "**Open**" in finished
+    assert "No verdict" not in finished
     for picture in ("steps", "rate", "movement", "differences"):
         assert (results / f"small-{picture}.png").read_bytes().startswith(b"\x89PNG")
         assert f"(small-{picture}.png)" in page

@@ -95,7 +95,7 @@ REGIMES = {
         ),
         curve=(500, 1000, 4000, 8000),
     ),
-    "regime-mlp-longer": Regime(  # where more steps no longer help
+    "regime-mlp-longer": Regime(
         common={**COMMON, "data": "digits", "model": "mlp", "steps": 4000},
         settings={name: SETTINGS[name] for name in ("constant", "one-cycle", "ema", "later-0.3")},
         seeds=tuple(range(10)),

@@ -90,13 +90,14 @@ def interval(values: Sequence[float]) -> str:
     return f"{mean} [{number(estimate.low, 2, plus=True)}, {number(estimate.high, 2, plus=True)}]"
 
 
-def prediction_part(number_: int, prediction: Prediction) -> str:
+def prediction_part(number_: int, prediction: Prediction, finished: bool) -> str:
     def row(test: Difference) -> list[str]:
         return [test.text, interval(test.values), f"{test.p:.2g}", "shown" if test.shown else "not shown"]
 
     head = ["difference", "mean [95 % interval]", "p", f"p ≤ {LIMIT:g}"]
     sheet = Sheet(head, [row(test) for test in prediction.differences], f"Rule: {prediction.rule}.")
-    return f"### {number_}. {prediction.text} **{prediction.verdict.capitalize()}**\n\n{tables.markdown(sheet)}"
+    verdict = prediction.verdict.capitalize() if finished else "No verdict before the last run"
+    return f"### {number_}. {prediction.text} **{verdict}**\n\n{tables.markdown(sheet)}"
 
 
 def tuning_part(runs: Runs) -> Sheet:
@@ -152,7 +153,8 @@ def write_report(name: str, runs: Runs, lines: Path, results: Path) -> None:
         + "; ".join(f"**{key}**: {words(value)}" for key, value in runs.regime.settings.items())
         + ".",
     ]
-    if missing := runs.missing():
+    missing = runs.missing()
+    if missing:
         parts.append(f"**Not finished**: {len(missing)} runs or more are missing.")
     drawn = [
         ("Training until it no longer helps", pictures.training(runs, f"{name}-steps")),
@@ -172,7 +174,7 @@ def write_report(name: str, runs: Runs, lines: Path, results: Path) -> None:
         parts += ["## Which to use", tables.markdown(recipes_sheet(runs, groups))]
         parts += ["## The six predictions"]
         tests = predictions(groups, lowered(runs), [arm.label for arm in runs.regime.arms])
-        parts += [prediction_part(i, prediction) for i, prediction in enumerate(tests, start=1)]
+        parts += [prediction_part(i, prediction, not missing) for i, prediction in enumerate(tests, start=1)]
     for title, drawing in drawn:
         if drawing is not None:
             parts += [f"## {title}", *picture(drawing, results)]

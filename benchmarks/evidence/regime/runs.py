@@ -75,6 +75,7 @@ class Result:
         """Bytes for each parameter that the method keeps at the end of the run besides the model, Adam's state and the
         old model: the penalty's state, and the average of the weights."""
         row = self.of_kind("movement")[0]
+        # A random direction's drift is the displacement over the root of the number of parameters.
         parameters = round((row["displacement"] / row["random_drift"]) ** 2)
         return float(self.run.summary["state_bytes"] / parameters + (4 if self.run.settings["ema"] else 0))
 
