@@ -50,8 +50,11 @@ def nvcc_version(nvcc):
 
 
 def architectures(version):
-    """Every architecture from Turing on that this nvcc knows, and PTX for later ones."""
-    return "7.5;8.0;9.0;10.0+PTX" if version >= (12, 8) else "7.5;8.0;9.0+PTX"
+    """Every architecture from Turing on that this nvcc knows, and PTX for later ones.
+
+    8.6 (which 8.9 runs too) and 12.0 beside 8.0 and 10.0, because float64 is slow there: see float64_arithmetic.cuh.
+    """
+    return "7.5;8.0;8.6;9.0;10.0+PTX;12.0+PTX" if version >= (12, 8) else "7.5;8.0;8.6;9.0+PTX"
 
 
 def cuda_obstacle(choice, nvcc, torch_cuda):

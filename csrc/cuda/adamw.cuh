@@ -45,6 +45,7 @@ struct AdamWOctets {
     int64_t end = __ldg(table.begins + segment + 1);
     const double* row = operands.settings + segment * kSettings;
     AdamW<Widest> adamw(row);
+    Number<Widest> share = number<Number<Widest>>(penalty_share(row));
 #pragma unroll
     for (int j = 0; j < kOctet; ++j) {
       if (!place.in_one_segment) {
@@ -53,9 +54,10 @@ struct AdamWOctets {
         while (index >= end) end = __ldg(table.begins + ++segment + 1);
         row = operands.settings + segment * kSettings;
         adamw = AdamW<Widest>(row);
+        share = number<Number<Widest>>(penalty_share(row));
       }
       Widest start = static_cast<Widest>(theta[j]), g = adamw.factor * static_cast<Widest>(gradient[j]);
-      penalize(j, penalty_share(row), start, g);
+      penalize(j, share, start, g);
       const Widest first = first_moment(adamw, static_cast<Widest>(m[j]), g);
       const Widest second = second_moment(adamw, static_cast<Widest>(v[j]), g);
       Widest value = adamw_step(adamw, start, first, static_cast<Widest>(sqrt(second)));
@@ -76,49 +78,48 @@ struct AdamWOctets {
 // A step of AdamW with share * sum_k coefficients[k] u_k, in the gradient or, decoupled, added to theta before, and
 // partial[k * gridDim.x + block] = u_k . theta after it. A direction's second reading finds the tile in L1 or L2.
 //
-// As in project(), lane j of each warp keeps the sum of term j, for the first 32 terms; more terms read theta again.
+// As in project(), the lanes of a warp keep the sums of 32 terms; more terms read theta again.
 template <class Widest, bool kDecoupled>
-__global__ void __launch_bounds__(kThreads, resident<Widest>(2))
-    low_rank_adamw_kernel(DeviceTable table, AdamWViews operands, View directions, int num_terms,
-                          const double* coefficients, double* partial) {
-  const int lane = threadIdx.x % kWarp, terms = num_terms < kWarp ? num_terms : kWarp;
+__device__ void low_rank_adamw(const DeviceTable& table, const AdamWViews& operands, const View& directions,
+                               int num_terms, const double* coefficients, double* partial) {
+  const int terms = num_terms < kWarp ? num_terms : kWarp;
   const bool skip = operands.skips();
+  share_coefficients<Widest>(coefficients, num_terms);
   double sum = 0.0;
   for (int64_t tile = blockIdx.x; tile < table.tiles(); tile += gridDim.x) {
     const Place place = table.place(tile);
     AdamWOctets<Widest> octets(table, operands, place);
-    double pull[kOctet] = {};
+    Number<Widest> pull[kOctet] = {};
     for (int k = 0; k < num_terms; ++k) {
       Octet<Widest> u = read<Widest, Caching::kKeep>(table, directions, place, k);
-      const double c = coefficients[k];
+      const Number<Widest> c = shared_coefficient<Widest>(coefficients, k);
       convert(u);
 #pragma unroll
-      for (int j = 0; j < kOctet; ++j) pull[j] = fma(c, u[j], pull[j]);
+      for (int j = 0; j < kOctet; ++j) pull[j] = multiply_add(c, u[j], pull[j]);
     }
     octets.convert_all();
     if (!skip) {
-      octets.step(table, operands, place, [&](int j, double share, Widest& start, Widest& gradient) {
-        (kDecoupled ? start : gradient) += static_cast<Widest>(share * pull[j]);
+      octets.step(table, operands, place, [&](int j, Number<Widest> share, Widest& start, Widest& gradient) {
+        (kDecoupled ? start : gradient) += static_cast<Widest>(rounded(product(pull[j], share)));
       });
     }
-    for (int k = 0; k < terms; ++k) {
-      Octet<Widest> u = read<Widest, Caching::kKeep>(table, directions, place, k);
-      convert(u);
-      double dot = 0.0;
-#pragma unroll
-      for (int j = 0; j < kOctet; ++j) dot = fma(octets.theta[j], u[j], dot);
-      dot = warp_sum(dot);
-      if (lane == k) sum += dot;
-    }
+    add_projections<1>(table, directions, place, octets.theta, 0, terms, sum);
   }
   write_term_sums(sum, 0, terms, partial);
   project<Widest>(table, operands.theta, directions, num_terms, partial, kWarp);
 }
 
+template <class Widest, bool kDecoupled>
+__global__ void __launch_bounds__(kThreads, resident<Widest>(2))
+    low_rank_adamw_kernel(DeviceTable table, AdamWViews operands, View directions, int num_terms,
+                          const double* coefficients, double* partial) {
+  low_rank_adamw<Widest, kDecoupled>(table, operands, directions, num_terms, coefficients, partial);
+}
+
 // The same with share S (theta - m), or the proximal step of that strength, and partial[block] = sum S (theta - m)^2
 // before it.
 template <class Widest, bool kDecoupled>
-__global__ void __launch_bounds__(kThreads, resident<Widest>(kDecoupled ? 1 : 2))
+__global__ void __launch_bounds__(kThreads, resident<Widest>(2))
     diagonal_adamw_kernel(DeviceTable table, AdamWViews operands, View fisher_view, View anchor_view, double* partial) {
   const bool skip = operands.skips();
   double sum = 0.0;
@@ -130,17 +131,14 @@ __global__ void __launch_bounds__(kThreads, resident<Widest>(kDecoupled ? 1 : 2)
     octets.convert_all();
     convert(fisher);
     convert(anchor);
-#pragma unroll
-    for (int j = 0; j < kOctet; ++j) {
-      const double distance = octets.theta[j] - anchor[j];
-      sum = fma(fisher[j] * distance, distance, sum);
-    }
+    sum += quadratic(octets.theta, fisher, anchor, [](int, Number<Widest>) {});
     if (!skip) {
-      octets.step(table, operands, place, [&](int j, double share, Widest& start, Widest& gradient) {
+      octets.step(table, operands, place, [&](int j, Number<Widest> share, Widest& start, Widest& gradient) {
         if (kDecoupled) {
           start = static_cast<Widest>(proximal_step(octets.theta[j], fisher[j], anchor[j], share));
         } else {
-          gradient += static_cast<Widest>(share * (fisher[j] * (octets.theta[j] - anchor[j])));
+          const Number<Widest> slope = product(difference(octets.theta[j], anchor[j]), fisher[j]);
+          gradient += static_cast<Widest>(rounded(product(slope, share)));
         }
       });
     }

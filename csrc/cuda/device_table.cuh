@@ -11,6 +11,7 @@
 
 namespace crl {
 
+constexpr int kWarp = 32;
 constexpr int kThreads = 256;
 constexpr int kOctet = 8;
 constexpr int64_t kTile = kThreads * kOctet;
@@ -71,6 +72,12 @@ struct DeviceTable {
       }
     }
     return {index, low, index + kOctet <= __ldg(begins + low + 1)};
+  }
+
+  // Whether the octets of this thread's warp all lie in the segment of `place`; the same for all of them.
+  __device__ bool warp_in_one_segment(const Place& place) const {
+    const int64_t first = place.index - threadIdx.x % kWarp * kOctet;
+    return __ldg(begins + place.segment) <= first && first + kWarp * kOctet <= __ldg(begins + place.segment + 1);
   }
 
   // Calls element(i, segment, index) for each element of an octet that may lie in several segments; the segment is -1

@@ -1,13 +1,16 @@
-// Eight consecutive flat elements: read, converted to float64, written.
+// Eight consecutive flat elements: read, converted, written.
 //
 // An octet that lies in one tensor at an address divisible by 16 is moved 16 bytes at a time; any other, at the ends of
-// a tensor or in one whose address does not fit its flat index, element by element. Both give the same bits.
+// a tensor or in one whose address does not fit its flat index, element by element. Both give the same bits. A tensor
+// that follows one of odd length has no octet of the first kind, so the second has to be quick too: its first load
+// brings the octet into L1, and the lanes of a warp store consecutive elements.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include "cuda/device_table.cuh"
+#include "cuda/float64_arithmetic.cuh"
 
 namespace crl {
 namespace {
@@ -17,14 +20,14 @@ enum class Caching { kOnce, kKeep };
 
 // Eight elements as they are in memory. They are converted later, so that a thread can load several octets before it
 // waits for the first: to Widest, which is float where no tensor of the lists is float64 and double elsewhere. Both
-// hold every value exactly; arithmetic converts float to float64 one element at a time, in half the registers.
+// hold every value exactly; arithmetic in float64 converts one element at a time, in half the registers.
 template <class Widest>
 struct Octet {
   uint32_t bits[kOctet * sizeof(Widest) / 4];
   DType dtype;
 
   // The elements, once they are converted.
-  __device__ double operator[](int i) const {
+  __device__ Factor<Widest> operator[](int i) const {
     if constexpr (sizeof(Widest) == 8) return __hiloint2double(bits[2 * i + 1], bits[2 * i]);
     return __uint_as_float(bits[i]);
   }
@@ -50,10 +53,8 @@ __device__ T load(const void* source) {
 
 __device__ float from_bfloat16(uint32_t bits) { return __uint_as_float(bits << 16); }
 __device__ float from_float16(uint32_t bits) { return __half2float(__ushort_as_half(static_cast<uint16_t>(bits))); }
-__device__ uint32_t to_bfloat16(double value) {
-  return __bfloat16_as_ushort(__float2bfloat16_rn(static_cast<float>(value)));
-}
-__device__ uint32_t to_float16(double value) { return __half_as_ushort(__float2half_rn(static_cast<float>(value))); }
+__device__ uint32_t to_bfloat16(float value) { return __bfloat16_as_ushort(__float2bfloat16_rn(value)); }
+__device__ uint32_t to_float16(float value) { return __half_as_ushort(__float2half_rn(value)); }
 
 // One element; in kernels without float64 there is no such tensor.
 template <class Widest, Caching kCaching>
@@ -71,25 +72,44 @@ __device__ Widest load_element(Pointer source) {
   }
 }
 
-__device__ void store_element(Pointer target, double value) {
+template <class Widest>
+__device__ void store_element(Pointer target, Widest value) {
+  const float narrow = static_cast<float>(value);
   switch (target.dtype) {
     case DType::kFloat64:
-      return __stcs(static_cast<double*>(target.data), value);
+      if constexpr (sizeof(Widest) == 8) __stcs(static_cast<double*>(target.data), value);
+      return;
     case DType::kFloat32:
-      return __stcs(static_cast<float*>(target.data), static_cast<float>(value));
+      return __stcs(static_cast<float*>(target.data), narrow);
     case DType::kBFloat16:
-      return __stcs(static_cast<unsigned short*>(target.data), static_cast<unsigned short>(to_bfloat16(value)));
+      return __stcs(static_cast<unsigned short*>(target.data), static_cast<unsigned short>(to_bfloat16(narrow)));
     default:
-      return __stcs(static_cast<unsigned short*>(target.data), static_cast<unsigned short>(to_float16(value)));
+      return __stcs(static_cast<unsigned short*>(target.data), static_cast<unsigned short>(to_float16(narrow)));
   }
 }
 
-// A thread's elements in shared memory, where a loop can index them: an octet in several segments is rare, and unrolled
-// code for it takes registers from the common case.
+// A thread's elements in shared memory, where a loop can index them: an octet of the second kind is rare, and unrolled
+// code for it takes registers from the common case. A row is 4 elements longer than the block, so that a warp that
+// reads all elements of 4 threads uses 32 banks.
 template <class Widest>
-__device__ Widest& staged(int i) {
-  __shared__ Widest elements[kOctet][kThreads];
-  return elements[i][threadIdx.x];
+__device__ Widest& staged(int i, int thread = threadIdx.x) {
+  __shared__ Widest elements[kOctet][kThreads + 4];
+  return elements[i][thread];
+}
+
+// Writes the octets that a warp has staged to the one tensor that holds them. This thread's octet begins at `first`.
+template <class Widest>
+__device__ void store_by_warp(Pointer first) {
+  const int lane = threadIdx.x % kWarp;
+  const int64_t size = size_of(first.dtype);
+  char* target = static_cast<char*>(first.data) - lane * (kOctet - 1) * size;  // of element `lane` of the warp's 256
+  __syncwarp();
+#pragma unroll 1
+  for (int i = 0; i < kOctet; ++i, target += kWarp * size) {
+    const int thread = threadIdx.x - lane + (i * kWarp + lane) / kOctet;
+    store_element({target, first.dtype}, staged<Widest>(lane % kOctet, thread));
+  }
+  __syncwarp();  // before a thread stages its next octet
 }
 
 // The octet of a view's term at a place. Elements past the end of the vector are 0.
@@ -112,9 +132,17 @@ __device__ Octet<Widest> read(const DeviceTable& table, const View& view, const 
     }
   } else {
     octet.dtype = sizeof(Widest) == 8 ? DType::kFloat64 : DType::kFloat32;
-    table.for_each_element(place, [&](int i, int segment, int64_t index) {
-      staged<Widest>(i) = segment < 0 ? 0 : load_element<Widest, kCaching>(table.at(view, term, segment, index));
-    });
+    if (place.in_one_segment) {
+      char* source = static_cast<char*>(first.data);
+#pragma unroll 1
+      for (int i = 0; i < kOctet; ++i, source += size_of(first.dtype)) {
+        staged<Widest>(i) = load_element<Widest, kCaching>({source, first.dtype});
+      }
+    } else {
+      table.for_each_element(place, [&](int i, int segment, int64_t index) {
+        staged<Widest>(i) = segment < 0 ? 0 : load_element<Widest, kCaching>(table.at(view, term, segment, index));
+      });
+    }
 #pragma unroll
     for (int i = 0; i < kOctet; ++i) octet.set(i, staged<Widest>(i));
   }
@@ -124,6 +152,7 @@ __device__ Octet<Widest> read(const DeviceTable& table, const View& view, const 
 template <class Widest>
 __device__ void convert(Octet<Widest>& octet) {
   const Octet<Widest> raw = octet;
+  octet.dtype = sizeof(Widest) == 8 ? DType::kFloat64 : DType::kFloat32;
   switch (raw.dtype) {
     case DType::kFloat64:
       break;
@@ -147,22 +176,25 @@ __device__ void write(const DeviceTable& table, const View& view, const Place& p
   const Pointer first = table.at(view, 0, place.segment, place.index);
   if (place.in_one_segment && aligned(first)) {
     Octet<Widest> rounded = values;
+    float narrow[kOctet];
+#pragma unroll
+    for (int i = 0; i < kOctet; ++i) narrow[i] = static_cast<float>(values[i]);
     switch (first.dtype) {
       case DType::kFloat64:
         break;
       case DType::kFloat32:
 #pragma unroll
-        for (int i = 0; i < kOctet; ++i) rounded.bits[i] = __float_as_uint(static_cast<float>(values[i]));
+        for (int i = 0; i < kOctet; ++i) rounded.bits[i] = __float_as_uint(narrow[i]);
         break;
       case DType::kBFloat16:
 #pragma unroll
         for (int i = 0; i < kOctet; i += 2)
-          rounded.bits[i / 2] = to_bfloat16(values[i]) | to_bfloat16(values[i + 1]) << 16;
+          rounded.bits[i / 2] = to_bfloat16(narrow[i]) | to_bfloat16(narrow[i + 1]) << 16;
         break;
       default:
 #pragma unroll
         for (int i = 0; i < kOctet; i += 2)
-          rounded.bits[i / 2] = to_float16(values[i]) | to_float16(values[i + 1]) << 16;
+          rounded.bits[i / 2] = to_float16(narrow[i]) | to_float16(narrow[i + 1]) << 16;
     }
     char* target = static_cast<char*>(first.data);
 #pragma unroll
@@ -176,9 +208,13 @@ __device__ void write(const DeviceTable& table, const View& view, const Place& p
   } else {
 #pragma unroll
     for (int i = 0; i < kOctet; ++i) staged<Widest>(i) = static_cast<Widest>(values[i]);
-    table.for_each_element(place, [&](int i, int segment, int64_t index) {
-      if (segment >= 0) store_element(table.at(view, 0, segment, index), staged<Widest>(i));
-    });
+    if (table.warp_in_one_segment(place)) {
+      store_by_warp<Widest>(first);
+    } else {
+      table.for_each_element(place, [&](int i, int segment, int64_t index) {
+        if (segment >= 0) store_element(table.at(view, 0, segment, index), staged<Widest>(i));
+      });
+    }
   }
 }
 

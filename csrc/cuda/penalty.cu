@@ -79,7 +79,7 @@ Tensor low_rank_penalty_accumulate_(const Tensors targets, const Tensors params,
   // One launch, with a barrier instead of two more launches, where the directions stay in L2 for their second reading.
   // Otherwise three launches, so that none is limited by the registers and the grid of another.
   bool done = false;
-  if (call.launcher().attribute(cudaDevAttrCooperativeLaunch) && penalty.num_terms <= kCooperativeTerms &&
+  if (call.launcher().attribute(cudaDevAttrCooperativeLaunch) && penalty.num_terms <= kSharedTerms &&
       bytes_of(table, u) <= call.launcher().attribute(cudaDevAttrL2CacheSize)) {
     const auto grid = call.grid(penalty_kernel<float>, penalty_kernel<double>);
     Tensor partial = call.partial_sums(grid, penalty.num_terms);

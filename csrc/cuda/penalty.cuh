@@ -10,9 +10,7 @@
 namespace crl {
 namespace {
 
-constexpr int kCooperativeTerms = 512;  // coefficients that a block of the cooperative kernel can hold
-
-// targets (+)= sum_k coefficients[k] u_k, rounded once.
+// targets (+)= sum_k coefficients[k] u_k, rounded once. The first coefficients are in shared memory.
 //
 // From the last tile to the first: after project(), L2 holds the last tiles of the directions.
 template <class Widest, bool kOverwrite>
@@ -23,7 +21,7 @@ __device__ void combine(const DeviceTable& table, const View& targets, const Vie
     const Place place = table.place(tile);
     Octet<Widest> target;
     if (!kOverwrite) target = read<Widest>(table, targets, place);
-    double sums[kOctet] = {};
+    Number<Widest> sums[kOctet] = {};
     for (int k = 0; k < num_terms; k += kTermsAtOnce) {
       Octet<Widest> u[kTermsAtOnce];
 #pragma unroll
@@ -33,16 +31,16 @@ __device__ void combine(const DeviceTable& table, const View& targets, const Vie
 #pragma unroll
       for (int i = 0; i < kTermsAtOnce; ++i) {
         if (k + i < num_terms) {
-          const double c = coefficients[k + i];
+          const Number<Widest> c = shared_coefficient<Widest>(coefficients, k + i);
           convert(u[i]);
 #pragma unroll
-          for (int j = 0; j < kOctet; ++j) sums[j] = fma(c, u[i][j], sums[j]);
+          for (int j = 0; j < kOctet; ++j) sums[j] = multiply_add(c, u[i][j], sums[j]);
         }
       }
     }
     if (!kOverwrite) convert(target);
 #pragma unroll
-    for (int j = 0; j < kOctet; ++j) target.set(j, kOverwrite ? sums[j] : target[j] + sums[j]);
+    for (int j = 0; j < kOctet; ++j) target.set(j, rounded(kOverwrite ? sums[j] : plus(sums[j], target[j])));
     write(table, targets, place, target);
   }
 }
@@ -53,20 +51,21 @@ struct Penalty {
   const double *curvatures, *anchor_projections, *coefficient;
 };
 
-// coefficients[k] = c a_k (u_k . theta - b_k); returns (c / 2) sum_k a_k (u_k . theta - b_k)^2 in every thread. Every
-// block that calls it adds the same numbers in the same order.
-__device__ double forces(const Penalty& penalty, const double* partial, int64_t count, double* coefficients) {
+// Calls store(k, c a_k (u_k . theta - b_k)) for every term; returns (c / 2) sum_k a_k (u_k . theta - b_k)^2 in every
+// thread. Every block that calls it adds the same numbers in the same order.
+template <class Store>
+__device__ double forces(const Penalty& penalty, const double* partial, int64_t count, const Store& store) {
   const double c = *penalty.coefficient;
   double value = 0.0;
   for (int k = threadIdx.x / kWarp; k < penalty.num_terms; k += kWarps) {
     const LowRankTerm term =
         low_rank_term(total_of(partial + k * count, count), penalty.anchor_projections[k], penalty.curvatures[k], c);
     if (threadIdx.x % kWarp == 0) {
-      coefficients[k] = term.force;
+      store(k, term.force);
       value += term.value;
     }
   }
-  return block_sum(value);  // and its barrier publishes the coefficients to the block
+  return block_sum(value);  // and its barrier publishes what was stored in shared memory
 }
 
 template <class Widest>
@@ -78,28 +77,31 @@ __global__ void __launch_bounds__(kThreads, resident<Widest>(3))
 template <class Widest, bool kOverwrite>
 __global__ void __launch_bounds__(kThreads, resident<Widest>(3))
     combine_kernel(DeviceTable table, View targets, View directions, int num_terms, const double* coefficients) {
+  share_coefficients<Widest>(coefficients, num_terms);
   combine<Widest, kOverwrite>(table, targets, directions, num_terms, coefficients);
 }
 
 // Between projections_kernel and combine_kernel, in one block: coefficients and the value.
 __global__ void __launch_bounds__(kThreads)
     forces_kernel(Penalty penalty, const double* partial, int64_t count, double* coefficients, double* value) {
-  const double total = forces(penalty, partial, count, coefficients);
+  const double total = forces(penalty, partial, count, [&](int k, double force) { coefficients[k] = force; });
   if (threadIdx.x == 0) *value = total;
 }
 
-// The same three in one launch, whose blocks are all resident and wait for one another in between. A block takes the
-// same tiles both times, backwards the second time, so the tiles of the directions that it read last are still in L2.
+// The same three in one launch for at most kSharedTerms terms, whose blocks are all resident and wait for one another
+// in between. A block takes the same tiles both times, backwards the second time, so the tiles of the directions that
+// it read last are still in L2.
 template <class Widest>
 __global__ void __launch_bounds__(kThreads, resident<Widest>(3))
     penalty_kernel(DeviceTable table, View targets, View theta, View directions, Penalty penalty, double* partial,
                    double* value) {
-  __shared__ double coefficients[kCooperativeTerms];
   project<Widest>(table, theta, directions, penalty.num_terms, partial);
   cooperative_groups::this_grid().sync();
-  const double total = forces(penalty, partial, gridDim.x, coefficients);
+  Number<Widest>* coefficients = shared_coefficients<Widest>();
+  const double total = forces(penalty, partial, gridDim.x,
+                              [&](int k, double force) { coefficients[k] = number<Number<Widest>>(force); });
   if (blockIdx.x == 0 && threadIdx.x == 0) *value = total;
-  combine<Widest, false>(table, targets, directions, penalty.num_terms, coefficients);
+  combine<Widest, false>(table, targets, directions, penalty.num_terms, nullptr);
 }
 
 // theta, S and m of the diagonal penalty.
@@ -120,11 +122,7 @@ __global__ void __launch_bounds__(kThreads, resident<Widest>(4))
     convert(theta);
     convert(fisher);
     convert(anchor);
-#pragma unroll
-    for (int j = 0; j < kOctet; ++j) {
-      const double distance = theta[j] - anchor[j];
-      sum = fma(fisher[j] * distance, distance, sum);
-    }
+    sum += quadratic(theta, fisher, anchor, [](int, Number<Widest>) {});
   }
   const double total = block_sum(sum);
   if (threadIdx.x == 0) partial[blockIdx.x] = total;
@@ -135,7 +133,7 @@ template <class Widest, bool kOverwrite>
 __global__ void __launch_bounds__(kThreads, resident<Widest>(2))
     quadratic_gradient_kernel(DeviceTable table, Diagonal diagonal, View targets, const double* coefficient,
                               double* partial) {
-  const double c = *coefficient;
+  const Number<Widest> c = number<Number<Widest>>(*coefficient);
   double sum = 0.0;
   for (int64_t tile = blockIdx.x; tile < table.tiles(); tile += gridDim.x) {
     const Place place = table.place(tile);
@@ -148,13 +146,9 @@ __global__ void __launch_bounds__(kThreads, resident<Widest>(2))
     convert(fisher);
     convert(anchor);
     if (!kOverwrite) convert(target);
-#pragma unroll
-    for (int j = 0; j < kOctet; ++j) {
-      const double distance = theta[j] - anchor[j];
-      const double slope = fisher[j] * distance;
-      sum = fma(slope, distance, sum);
-      target.set(j, kOverwrite ? c * slope : fma(c, slope, target[j]));
-    }
+    sum += quadratic(theta, fisher, anchor, [&](int j, Number<Widest> slope) {
+      target.set(j, rounded(kOverwrite ? product(slope, c) : plus(product(slope, c), target[j])));
+    });
     write(table, targets, place, target);
   }
   const double total = block_sum(sum);
@@ -165,7 +159,7 @@ __global__ void __launch_bounds__(kThreads, resident<Widest>(2))
 template <class Widest>
 __global__ void __launch_bounds__(kThreads, resident<Widest>(3))
     shrink_kernel(DeviceTable table, Diagonal diagonal, const double* strength) {
-  const double eta_lambda = *strength;
+  const Number<Widest> eta_lambda = number<Number<Widest>>(*strength);
   for (int64_t tile = blockIdx.x; tile < table.tiles(); tile += gridDim.x) {
     const Place place = table.place(tile);
     Octet<Widest> theta = read<Widest>(table, diagonal.theta, place);

@@ -1,9 +1,9 @@
 // Sums over the flat vector: how a grid of resident blocks walks its tiles and reduces.
 //
-// Arithmetic is float64, except AdamW's own. Reductions have two stages and no atomics: each block writes one sum of
-// all of its tiles for each term, and finish_kernel adds those in a fixed order. Flat indices and the grid alone
-// determine the elements of a thread, so results are bitwise the same from run to run on a device, and for a list and a
-// flat tensor.
+// Arithmetic is as good as float64, except AdamW's own. Reductions have two stages and no atomics: each block writes
+// one sum of all of its tiles for each term, and finish_kernel adds those in a fixed order. Flat indices and the grid
+// alone determine the elements of a thread, so results are bitwise the same from run to run on a device, and for a list
+// and a flat tensor.
 //
 // A pass is limited by memory. By Little's law an H100 wants about 18 KiB under way on each multiprocessor (3.35 TB/s x
 // 700 ns / 132). 80 registers leave room for 768 threads, each of which requests 32 to 96 bytes before it waits for
@@ -15,7 +15,6 @@
 namespace crl {
 namespace {
 
-constexpr int kWarp = 32;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kTermsAtOnce = 2;  // octets of directions that a thread loads before it waits
 
@@ -30,6 +29,15 @@ constexpr int resident(int blocks) {
 __device__ double warp_sum(double value) {
 #pragma unroll
   for (int distance = kWarp / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(~0u, value, distance);
+  return value;
+}
+
+// The sums over a warp of two values: of the first in lanes 0 to 15, of the second in lanes 16 to 31.
+__device__ double warp_sums(double first, double second) {
+  const bool upper = threadIdx.x % kWarp >= kWarp / 2;
+  double value = (upper ? second : first) + __shfl_xor_sync(~0u, upper ? first : second, kWarp / 2);
+#pragma unroll
+  for (int distance = kWarp / 4; distance > 0; distance /= 2) value += __shfl_xor_sync(~0u, value, distance);
   return value;
 }
 
@@ -54,63 +62,146 @@ __device__ double total_of(const double* partial, int64_t count) {
   return warp_sum(sum);
 }
 
-// partial[k * gridDim.x + block] for the terms k from `first` on, at most a warp of them: lane j of each warp has the
-// warp's sum of term first + j.
+// x . u over an octet.
+template <class Widest>
+__device__ double dot(const Factor<Widest> (&x)[kOctet], const Octet<Widest>& u) {
+  if constexpr (kPairs<Widest>) {
+    DoubleFloat sum = {};
+    float largest = 0.0f;
+#pragma unroll
+    for (int j = 0; j < kOctet; ++j) {
+      const DoubleFloat product = exact_product(x[j], u[j]);
+      largest = fmaxf(largest, fabsf(product.high));
+      sum = plus(sum, product);
+    }
+    if (in_range(largest)) return widened(sum);
+  }
+  double sum = 0.0;
+#pragma unroll
+  for (int j = 0; j < kOctet; ++j) sum = fma(static_cast<double>(x[j]), static_cast<double>(u[j]), sum);
+  return sum;
+}
+
+// sum S (theta - m)^2 over an octet. Calls slope(j, S (theta - m)) for each element.
+template <class Widest, class Slope>
+__device__ double quadratic(const Octet<Widest>& theta, const Octet<Widest>& fisher, const Octet<Widest>& anchor,
+                            const Slope& slope) {
+  Number<Widest> sum = {};
+#pragma unroll
+  for (int j = 0; j < kOctet; ++j) {
+    const auto distance = difference(theta[j], anchor[j]);
+    const auto weighted = product(distance, fisher[j]);
+    sum = multiply_add(weighted, distance, sum);
+    slope(j, weighted);
+  }
+  if constexpr (kPairs<Widest>) {
+    if (in_range(sum.high)) return widened(sum);
+    double wide = 0.0;
+#pragma unroll
+    for (int j = 0; j < kOctet; ++j) {
+      const double distance = static_cast<double>(theta[j]) - anchor[j];
+      wide = fma(fisher[j] * distance, distance, wide);
+    }
+    return wide;
+  } else {
+    return sum;
+  }
+}
+
+// A warp keeps the sums of up to 32 terms in its lanes: the even terms in lanes 0 to 15, the odd ones in lanes 16
+// to 31.
+__device__ int term_of_lane() {
+  const int lane = threadIdx.x % kWarp;
+  return lane % (kWarp / 2) * 2 + lane / (kWarp / 2);
+}
+
+// Adds u_k . x over the warp's octets to the sums of the terms k from `first` on, at most a warp of them. A thread
+// loads kAtOnce octets of directions before it waits.
+template <int kAtOnce, class Widest>
+__device__ void add_projections(const DeviceTable& table, const View& directions, const Place& place, Octet<Widest>& x,
+                                int first, int terms, double& sum) {
+  Factor<Widest> values[kOctet];
+  for (int k = 0; k < terms; k += 2) {
+    double even = 0.0, odd = 0.0;
+#pragma unroll 1
+    for (int half = 0; half < 2; half += kAtOnce) {
+      Octet<Widest> u[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int term = k + half + i;
+        if (term < terms) u[i] = read<Widest, Caching::kKeep>(table, directions, place, first + term);
+      }
+      if (k == 0 && half == 0) {
+        convert(x);
+#pragma unroll
+        for (int j = 0; j < kOctet; ++j) values[j] = x[j];
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (k + half + i < terms) {
+          convert(u[i]);
+          (half + i == 0 ? even : odd) = dot<Widest>(values, u[i]);
+        }
+      }
+    }
+    const double total = warp_sums(even, odd);
+    if (term_of_lane() / 2 == k / 2) sum += total;
+  }
+}
+
+// partial[k * gridDim.x + block] for those terms.
 __device__ void write_term_sums(double sum, int first, int terms, double* partial) {
   __shared__ double sums[kWarps][kWarp];
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, term = term_of_lane();
   __syncthreads();  // the previous use of `sums` is over
   sums[warp][lane] = sum;
   __syncthreads();
-  if (warp == 0 && lane < terms) {
+  if (warp == 0 && term < terms) {
     double total = 0.0;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) total += sums[w][lane];
-    partial[int64_t{first + lane} * gridDim.x + blockIdx.x] = total;
+    partial[int64_t{first + term} * gridDim.x + blockIdx.x] = total;
   }
 }
 
 // partial[k * gridDim.x + block] = u_k . theta over the block's tiles, from the first to the last, for k >= begin.
 //
-// Lane j of each warp keeps the warp's sum of term j, so that 32 terms need one register and one reading of theta. More
-// terms read theta again for each 32: at most 1/32 more than the directions themselves in float32.
+// 32 terms need one register and one reading of theta. More terms read theta again for each 32: at most 1/32 more than
+// the directions themselves in float32.
 template <class Widest>
 __device__ void project(const DeviceTable& table, const View& theta, const View& directions, int num_terms,
                         double* partial, int begin = 0) {
-  const int lane = threadIdx.x % kWarp;
   for (int first = begin; first < num_terms; first += kWarp) {
     const int terms = num_terms - first < kWarp ? num_terms - first : kWarp;
     double sum = 0.0;
     for (int64_t tile = blockIdx.x; tile < table.tiles(); tile += gridDim.x) {
       const Place place = table.place(tile);
       Octet<Widest> x = read<Widest>(table, theta, place);
-      double values[kOctet];
-      for (int k = 0; k < terms; k += kTermsAtOnce) {
-        Octet<Widest> u[kTermsAtOnce];
-#pragma unroll
-        for (int i = 0; i < kTermsAtOnce; ++i) {
-          if (k + i < terms) u[i] = read<Widest, Caching::kKeep>(table, directions, place, first + k + i);
-        }
-        if (k == 0) {
-          convert(x);
-#pragma unroll
-          for (int j = 0; j < kOctet; ++j) values[j] = x[j];
-        }
-#pragma unroll
-        for (int i = 0; i < kTermsAtOnce; ++i) {
-          if (k + i < terms) {
-            convert(u[i]);
-            double dot = 0.0;
-#pragma unroll
-            for (int j = 0; j < kOctet; ++j) dot = fma(values[j], u[i][j], dot);
-            dot = warp_sum(dot);
-            if (lane == k + i) sum += dot;
-          }
-        }
-      }
+      add_projections<kTermsAtOnce>(table, directions, place, x, first, terms, sum);
     }
     write_term_sums(sum, first, terms, partial);
   }
+}
+
+// The coefficients of a low-rank sum, the first of them in shared memory, converted.
+constexpr int kSharedTerms = 512;
+
+template <class Widest>
+__device__ Number<Widest>* shared_coefficients() {
+  __shared__ Number<Widest> coefficients[kSharedTerms];
+  return coefficients;
+}
+template <class Widest>
+__device__ void share_coefficients(const double* coefficients, int num_terms) {
+  Number<Widest>* shared = shared_coefficients<Widest>();
+  for (int k = threadIdx.x; k < num_terms && k < kSharedTerms; k += kThreads) {
+    shared[k] = number<Number<Widest>>(coefficients[k]);
+  }
+  __syncthreads();
+}
+template <class Widest>
+__device__ Number<Widest> shared_coefficient(const double* coefficients, int k) {
+  return k < kSharedTerms ? shared_coefficients<Widest>()[k] : number<Number<Widest>>(coefficients[k]);
 }
 
 // result[k] = the sum of partial[k * count ... k * count + count - 1]; a warp for each k.

@@ -25,12 +25,13 @@ needs_emulation = pytest.mark.skipif(LIBRARY is None, reason="CRL_TEST_LIBRARY i
 ops = torch.ops.crl_kernels
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory) -> Path:
-    target = tmp_path_factory.mktemp("emulation") / "emulated_cuda.so"
+def emulated(folder: Path, slow_float64: bool) -> Path:
+    """The library, with the arithmetic of cards whose float64 is fast or slow."""
+    target = folder / "emulated_cuda.so"
     includes = [f"-I{path}" for path in (TESTS / "backends/cuda_emulation", TESTS.parent / "csrc", *include_paths())]
     libraries = [f"-L{path}" for path in library_paths()]
     options = ["-O1", "-std=c++17", "-shared", "-fPIC", "-w", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    options.append(f"-DCRL_SLOW_FLOAT64={slow_float64:d}")
     source = str(TESTS / "backends/cuda_emulation/operators.cpp")
     command = [COMPILER, *options, *includes, source, *libraries, "-lc10", "-ltorch", "-ltorch_cpu", "-o", str(target)]
     result = subprocess.run(command, capture_output=True, text=True)
@@ -40,11 +41,17 @@ def library(tmp_path_factory) -> Path:
 
 @pytest.mark.skipif(LIBRARY is not None, reason="this is the run that the test starts")
 @pytest.mark.skipif(COMPILER is None or sys.platform != "linux", reason="needs g++ on Linux")
-def test_operators_and_derivatives(library):
-    files = [
-        str(TESTS / name)
-        for name in ("backends/test_operators.py", "operators/test_derivatives.py", "backends/test_cuda_emulation.py")
-    ]
+@pytest.mark.parametrize(
+    ("slow_float64", "names"),
+    [
+        (False, ("backends/test_operators.py", "operators/test_derivatives.py", "backends/test_cuda_emulation.py")),
+        (True, ("backends/test_operators.py",)),
+    ],
+    ids=["fast-float64", "slow-float64"],
+)
+def test_operators_and_derivatives(slow_float64, names, tmp_path):
+    library = emulated(tmp_path, slow_float64)
+    files = [str(TESTS / name) for name in names]
     # Compilers see operators, not their kernels; plain PyTorch is tested where it is not a subprocess.
     chosen = "not (inside_compiled_code or recompilation or inductor or compiled_training_step or reference)"
     assert_pass_in_a_process(chosen, *files, CRL_KERNELS_BACKEND="reference", CRL_TEST_LIBRARY=str(library))

@@ -517,3 +517,30 @@ def test_drift_is_exact_where_theta_is_almost_the_anchor(backend):
     drift = backend.low_rank_projections([theta], [u], 1) - b
     exact = u.double() @ (theta.double() - anchor.double())
     torch.testing.assert_close(drift[0], exact, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("scale", [(1e-25, 1e-20), (1e-12, 1e-12), (1e20, 1e19), (1e-30, 1e30)], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sums_of_float32_products_that_float32_cannot_hold(backend, scale):
+    """The products, or what rounding cuts off them, are smaller or larger than any float32."""
+    generator = torch.Generator().manual_seed(0)
+    theta, u = (torch.randn(5000, generator=generator) * s for s in scale)
+    theta[:2500] *= 2.0 ** torch.randint(-9, 9, (2500,), generator=generator)
+    products = u.double() * theta.double()
+    (projection,) = backend.low_rank_projections([theta], [u], 1)
+    assert_sum_close(projection, products.sum(), products.abs().sum())
+    fisher = u.abs()
+    value = backend.diagonal_quadratic([theta], [fisher], [torch.zeros(5000)])
+    expected = (fisher.double() * theta.double().square()).sum()
+    assert_sum_close(value, expected, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_few_elements_are_added_as_exactly_as_many(backend):
+    """One octet of a GPU's thread: nothing averages out."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        theta, u = torch.randn(2, 8, generator=generator)
+        products = u.double() * theta.double()
+        (projection,) = backend.low_rank_projections([theta], [u], 1)
+        assert abs(projection - products.sum()) <= 2**-44 * products.abs().sum()

@@ -60,6 +60,8 @@ inline double __hiloint2double(int high, int low) {
   return bits_as<double>(static_cast<uint64_t>(static_cast<unsigned>(high)) << 32 | static_cast<unsigned>(low));
 }
 
+inline float __fmul_rn(float a, float b) { return a * b; }
+
 using cudaError_t = int;
 constexpr cudaError_t cudaErrorCooperativeLaunchTooLarge = 720;
 using cudaStream_t = void*;

@@ -33,6 +33,8 @@
 #define __shared__ static __attribute__((section("shared_memory")))
 extern "C" char __start_shared_memory[], __stop_shared_memory[];
 using std::fma;
+using std::isinf;
+using std::isnan;
 using std::sqrt;
 
 namespace emulation {
@@ -184,6 +186,7 @@ inline void run(unsigned blocks, int threads, bool cooperative, const std::funct
 
 inline emulation::Index &threadIdx = emulation::thread, &blockIdx = emulation::block, &gridDim = emulation::grid;
 inline void __syncthreads() { emulation::wait(emulation::State::kAtBlock); }
+inline void __syncwarp() { emulation::wait(emulation::State::kAtWarp); }
 
 inline double __shfl_xor_sync(unsigned, double value, int distance) {
   const unsigned slot = emulation::fiber().shuffles++ % 2;

@@ -1,0 +1,179 @@
+"""``python -m benchmarks.static_gpu``: would arithmetic or memory limit each CUDA kernel, on each kind of GPU?
+
+Compiles csrc/cuda for each architecture and counts, in the machine code, what a thread executes for eight elements. From
+published rates follows the time that a multiprocessor's busiest part would take, as a share of the time that the kernel's
+bytes take at the card's bandwidth: below 1, memory is the limit. Nothing runs on a GPU, and nothing here is a
+measurement. Latency is left out; for it, the table has the bytes that all threads of a multiprocessor request before they
+wait, beside those that would have to be under way at any time to use the full bandwidth (Little's law).
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..common import command
+from . import prediction
+from .machine_code import CSRC, Function, compiled, hot_loops, nvcc
+from .prediction import ARCHITECTURES, CARDS, NARROWER, OCTET, THREADS, UNIT, Count, count_of, executed
+
+HERE = Path(__file__).parent
+
+
+class Kernel(NamedTuple):
+    """A kernel that streams: ``read`` and ``written`` float32 tensors of the parameters' size, and its terms."""
+
+    name: str
+    read: int
+    written: int
+    label: str
+    template: str = ""  # in the mangled name
+    fixed: str = ""  # the kernel of fixed_terms.cu, where it has terms
+    readings: int = 1  # of each term's octet; a second one finds it in L1 or L2
+
+
+KERNELS = (
+    Kernel("projections_kernel", 1, 0, "projections", "If", "projections_of"),
+    Kernel("combine_kernel", 1, 1, "gradient added", "IfLb0", "combine_of"),
+    Kernel("low_rank_adamw_kernel", 4, 3, "AdamW, low rank", "IfLb0", "adamw_of", 2),
+    Kernel("quadratic_kernel", 3, 0, "diagonal, value", "If"),
+    Kernel("quadratic_gradient_kernel", 4, 1, "diagonal, value and gradient added", "IfLb0"),
+    Kernel("shrink_kernel", 3, 1, "diagonal, decoupled", "If"),
+    Kernel("diagonal_adamw_kernel", 6, 3, "AdamW, diagonal", "IfLb0"),
+    Kernel("diagonal_adamw_kernel", 6, 3, "AdamW, diagonal, decoupled", "IfLb1"),
+)
+
+
+class Terms(NamedTuple):
+    number: int
+    bytes: int  # of an element
+
+
+TERMS = (Terms(1, 4), Terms(10, 2))
+
+
+def named(functions: list[Function], name: str, template: str) -> Function:
+    """The one whose mangled name has this name, with its length in front, and these template arguments."""
+    (match,) = [f for f in functions if f"{len(name)}{name}{template}E" in f.name]
+    return match
+
+
+def counts(kernel: Kernel, shipped: list[Function], fixed: list[Function], terms: Terms | None) -> Count:
+    """For an octet."""
+    stream = OCTET * 4 // UNIT
+    own_units = (kernel.read + kernel.written) * stream
+    if terms is None:
+        return count_of(hot_loops(named(shipped, kernel.name, kernel.template))[0], own_units)
+
+    def of_terms(number: int) -> Count:
+        loop = hot_loops(named(fixed, kernel.fixed, f"ILi{number}E"))[0]
+        return count_of(loop, own_units + number * kernel.readings * stream)
+
+    if terms.number == 1:
+        count = of_terms(1)
+    else:
+        without = executed(hot_loops(named(fixed, kernel.fixed, "ILi30E"))[0].executed)
+        pair = of_terms(2).plus(without, -1)
+        count = without.plus(pair, terms.number / 2)
+    return count.plus(NARROWER, terms.number * kernel.readings) if terms.bytes == 2 else count
+
+
+def row(kernel: Kernel, shipped: list[Function], fixed: list[Function], architecture: str, terms: Terms | None) -> Any:
+    count = counts(kernel, shipped, fixed, terms)
+    function = named(shipped, kernel.name, kernel.template)
+    blocks = prediction.blocks_at_once(function, ARCHITECTURES[architecture])
+    of_terms = terms.number * terms.bytes if terms else 0
+    bytes_moved = OCTET * ((kernel.read + kernel.written) * 4 + of_terms)
+    at_once = OCTET * (kernel.read * 4 + (min(terms.number, 2) * terms.bytes if terms else 0))
+    cards = {}
+    for name, card in CARDS.items():
+        if card.architecture == architecture:
+            memory = bytes_moved / card.bytes_per_cycle
+            wanted = card.bytes_per_cycle * card.clock * prediction.LATENCY
+            cards[name] = {
+                "share_of_memory_time": round(count.cycles(ARCHITECTURES[architecture]) / memory, 2),
+                "kib_wanted": round(wanted / 1024, 1),
+            }
+    return {
+        "kernel": kernel.label,
+        "terms": f"{terms.number} of {8 * terms.bytes} bits" if terms else "–",
+        "bytes": bytes_moved,
+        "count": {name: round(value, 1) for name, value in count._asdict().items()},
+        "registers": function.registers,
+        "spilled_bytes": function.spilled_bytes,
+        "blocks": blocks,
+        "kib_requested": round(blocks * THREADS * at_once / 1024, 1),
+        "cards": cards,
+    }
+
+
+def table(architecture: str) -> list[Any]:
+    """Every kernel's row for an architecture."""
+    with tempfile.TemporaryDirectory() as folder:
+        sources = [CSRC / "cuda/penalty.cu", CSRC / "cuda/adamw.cu", HERE / "fixed_terms.cu"]
+        penalty, adamw, fixed = (compiled(source, architecture, Path(folder)) for source in sources)
+    return [
+        row(kernel, penalty + adamw, fixed, architecture, terms)
+        for kernel in KERNELS
+        for terms in (TERMS if kernel.fixed else (None,))
+    ]
+
+
+def markdown(record: dict[str, Any]) -> str:
+    lines = [
+        "# What the CUDA kernels ask of a GPU, by count",
+        "",
+        f"`{record['command']}`, {record['date']}, {record['compiler']}. Counted in machine code; not run on a GPU.",
+        "",
+        "For each octet, eight elements of one thread: bytes moved; instructions in all, and of float32, of float64 and of "
+        "conversions from and to it. For each multiprocessor: blocks of 256 threads, and the KiB that they request before "
+        "they wait. For each card: the time of the busiest part, as a share of the time of the bytes at the card's "
+        "bandwidth (below 1, memory is the limit), and the KiB that have to be under way to use all of it.",
+    ]
+    for architecture, rows in record["architectures"].items():
+        names = list(rows[0]["cards"])
+        lines += [
+            "",
+            f"## sm_{architecture}",
+            "",
+            "| kernel | terms | bytes | instructions | float32 | float64 | conversions | registers | blocks | KiB | "
+            + " | ".join(f"{name}, {rows[0]['cards'][name]['kib_wanted']} KiB" for name in names)
+            + " |",
+            "|---|---|" + "--:|" * (8 + len(names)),
+        ]
+        for r in rows:
+            count = r["count"]
+            cells = [r["kernel"], r["terms"], r["bytes"]]
+            cells += [f"{count[name]:.0f}" for name in ("instructions", "float32", "float64", "conversions")]
+            cells += [r["registers"], r["blocks"], r["kib_requested"]]
+            cells += [f"{card['share_of_memory_time']:.2f}" for card in r["cards"].values()]
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = command.parser("static_gpu", __doc__, "static_gpu.json and static_gpu.md")
+    parser.add_argument(
+        "--architectures", choices=ARCHITECTURES, nargs="+", default=list(ARCHITECTURES), help="(default: all)"
+    )
+    arguments = parser.parse_args()
+    if nvcc() is None:
+        parser.error("needs nvcc, on PATH or in $CUDA_HOME/bin")
+    version = subprocess.run([str(nvcc()), "--version"], capture_output=True, text=True, check=True).stdout
+    release = re.search(r"release (\S+),", version)
+    record: dict[str, Any] = {
+        **command.record_head("static_gpu"),
+        "compiler": f"nvcc {release[1] if release else version}",
+        "architectures": {},
+    }
+    for architecture in arguments.architectures:
+        record["architectures"][architecture] = table(architecture)
+        command.write(arguments.out, "static_gpu", record, markdown(record))
+    print(markdown(record))
+
+
+if __name__ == "__main__":
+    main()
