@@ -1,10 +1,10 @@
 """``python -m benchmarks.static_gpu``: would arithmetic or memory limit each CUDA kernel, on each kind of GPU?
 
-Compiles csrc/cuda for each architecture and counts, in the machine code, what a thread executes for eight elements. From
-published rates follows the time that a multiprocessor's busiest part would take, as a share of the time that the kernel's
-bytes take at the card's bandwidth: below 1, memory is the limit. Nothing runs on a GPU, and nothing here is a
-measurement. Latency is left out; for it, the table has the bytes that all threads of a multiprocessor request before they
-wait, beside those that would have to be under way at any time to use the full bandwidth (Little's law).
+Compiles csrc/cuda for each architecture and counts, in the machine code, what a thread executes for eight elements.
+From published rates follows the time that a multiprocessor's busiest part would take, as a share of the time that the
+kernel's bytes take at the card's bandwidth: below 1, memory is the limit. Nothing runs on a GPU, and nothing here is a
+measurement. Latency is left out; for it, the table has the bytes that all threads of a multiprocessor request before
+they wait, beside those that have to be under way at any time to use the full bandwidth (Little's law).
 """
 
 from __future__ import annotations
@@ -128,10 +128,10 @@ def markdown(record: dict[str, Any]) -> str:
         "",
         f"`{record['command']}`, {record['date']}, {record['compiler']}. Counted in machine code; not run on a GPU.",
         "",
-        "For each octet, eight elements of one thread: bytes moved; instructions in all, and of float32, of float64 and of "
-        "conversions from and to it. For each multiprocessor: blocks of 256 threads, and the KiB that they request before "
-        "they wait. For each card: the time of the busiest part, as a share of the time of the bytes at the card's "
-        "bandwidth (below 1, memory is the limit), and the KiB that have to be under way to use all of it.",
+        "For each octet, eight elements of one thread: bytes moved; instructions in all, and of float32, of float64 "
+        "and of conversions from and to it. For each multiprocessor: blocks of 256 threads, and the KiB they request "
+        "before they wait. For each card: the time of the busiest part, as a share of the time of the bytes at the "
+        "card's bandwidth (below 1, memory is the limit), and the KiB that have to be under way to use all of it.",
     ]
     for architecture, rows in record["architectures"].items():
         names = list(rows[0]["cards"])

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -104,7 +105,7 @@ class Loop:
 
 def _blocks(code: list[Instruction]) -> tuple[nx.DiGraph, dict[int, list[Instruction]]]:
     """The control flow between blocks of instructions, each named by its first address."""
-    following = {a.address: b.address for a, b in zip(code, code[1:], strict=False)}
+    following = {a.address: b.address for a, b in pairwise(code)}
     targets: dict[int, list[int]] = {}
     for instruction in code:
         address, predicate, opcode, operands = instruction

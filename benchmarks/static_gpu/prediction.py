@@ -114,7 +114,7 @@ def executed(opcodes: Counter[str]) -> Count:
 
 
 def count_of(loop: Loop, units: int) -> Count:
-    """What an iteration executes that moves so many units. The loops inside it, if any, move equal parts of the rest."""
+    """What an iteration executes that moves so many units; loops inside it move equal parts of what is not its own."""
     own = executed(loop.executed)
     rest = units - own.units
     if rest < 0 or bool(rest) != bool(loop.inside) or any(child.inside for child in loop.inside):
