@@ -110,13 +110,17 @@ def row(kernel: Kernel, shipped: list[Function], fixed: list[Function], architec
     }
 
 
-def table(architecture: str) -> list[Any]:
+def compile_for(architecture: str, folder: Path) -> tuple[list[Function], list[Function]]:
+    """The kernels that are shipped, and those for a fixed number of terms."""
+    sources = sorted((CSRC / "cuda").glob("*.cu"))
+    shipped = [function for source in sources for function in compiled(source, architecture, folder)]
+    return shipped, compiled(HERE / "fixed_terms.cu", architecture, folder)
+
+
+def table(architecture: str, shipped: list[Function], fixed: list[Function]) -> list[Any]:
     """Every kernel's row for an architecture."""
-    with tempfile.TemporaryDirectory() as folder:
-        sources = [CSRC / "cuda/penalty.cu", CSRC / "cuda/adamw.cu", HERE / "fixed_terms.cu"]
-        penalty, adamw, fixed = (compiled(source, architecture, Path(folder)) for source in sources)
     return [
-        row(kernel, penalty + adamw, fixed, architecture, terms)
+        row(kernel, shipped, fixed, architecture, terms)
         for kernel in KERNELS
         for terms in (TERMS if kernel.fixed else (None,))
     ]
@@ -170,7 +174,9 @@ def main() -> None:
         "architectures": {},
     }
     for architecture in arguments.architectures:
-        record["architectures"][architecture] = table(architecture)
+        with tempfile.TemporaryDirectory() as folder:
+            shipped, fixed = compile_for(architecture, Path(folder))
+        record["architectures"][architecture] = table(architecture, shipped, fixed)
         command.write(arguments.out, "static_gpu", record, markdown(record))
     print(markdown(record))
 

@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
-from benchmarks.static_gpu.__main__ import table
-from benchmarks.static_gpu.machine_code import CSRC, compiled, cuobjdump, nvcc
+from benchmarks.static_gpu.__main__ import compile_for, table
+from benchmarks.static_gpu.machine_code import Function, cuobjdump, nvcc
 
 ARCHITECTURES = (  # with fast float64, and with slow
     "90",
@@ -33,27 +33,29 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_no_spills_and_16_byte_accesses(architecture, tmp_path):
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def kernels(request, tmp_path_factory) -> tuple[str, list[Function], list[Function]]:
+    """An architecture, the kernels that are shipped, and those for a fixed number of terms."""
+    return request.param, *compile_for(request.param, tmp_path_factory.mktemp("machine_code"))
+
+
+def test_no_spills_and_16_byte_accesses(kernels):
+    _, shipped, _ = kernels
+    assert [function.name for function in shipped if function.spilled_bytes] == []
     seen = set()
-    for source in sorted((CSRC / "cuda").glob("*.cu")):
-        functions = compiled(source, architecture, tmp_path)
-        assert functions
-        assert [function.name for function in functions if function.spilled_bytes] == []
-        for function in functions:
-            # The exact name, with its length before it: quadratic_kernel is not quadratic_gradient_kernel.
-            name = next((name for name in STREAMING if f"{len(name)}{name}" in function.name), None)
-            if name is None:
-                continue
-            seen.add(name)
-            moves = {i.opcode.partition(".")[0] for i in function.code if i.moves_unit}
-            assert moves == ({"LDG", "STG"} if STREAMING[name] else {"LDG"}), function.name
+    for function in shipped:
+        # The exact name, with its length before it: quadratic_kernel is not quadratic_gradient_kernel.
+        name = next((name for name in STREAMING if f"{len(name)}{name}" in function.name), None)
+        if name is None:
+            continue
+        seen.add(name)
+        moves = {i.opcode.partition(".")[0] for i in function.code if i.moves_unit}
+        assert moves == ({"LDG", "STG"} if STREAMING[name] else {"LDG"}), function.name
     assert seen == set(STREAMING)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_arithmetic_takes_less_time_than_memory_on_every_card(architecture):
-    rows = table(architecture)
+def test_arithmetic_takes_less_time_than_memory_on_every_card(kernels):
+    rows = table(*kernels)
     assert len(rows) == 11
     shares = {
         (row["kernel"], row["terms"], name): card["share_of_memory_time"]
