@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from typing_extensions import Self
 
 from .. import files
+from ..backends.memory_order import order_of
 from ..distributed.shards import gathered, local_part
 from ..fisher.forms import DiagonalFisher, LowRankFisher
 from ..fisher.validation import require_numbers, require_tensor
@@ -50,6 +51,19 @@ def _with_rows(tensor: Tensor, shape: torch.Size) -> Tensor:
     return torch.cat([full, full.new_zeros(shape[0] - len(full), *shape[1:])])
 
 
+def _flatten(
+    tensors: Iterable[Tensor], orders: Sequence[tuple[int, ...] | None] | None, leading: Sequence[int] = ()
+) -> Tensor:
+    """The flat (*leading, P) tensor of tensors (*leading, *shape), with the elements of each in its order."""
+    flat, count = [], len(leading)
+    for tensor, order in zip(tensors, orders, strict=True) if orders else ((tensor, None) for tensor in tensors):
+        if order is not None:
+            dims = sorted(range(len(order)), key=lambda dim: order[dim], reverse=True)
+            tensor = tensor.permute(*range(count), *(count + dim for dim in dims))
+        flat.append(tensor.reshape(*leading, tensor.shape[count:].numel()))
+    return torch.cat(flat, dim=-1)
+
+
 class History(ABC, Generic[_Fisher]):
     """The parts that both kinds share: the binding to a model, an optimizer's hooks, and files."""
 
@@ -69,7 +83,10 @@ class History(ABC, Generic[_Fisher]):
         self._num_tasks = 0
         self._curvature = 0.0  # see stiffness
         self._attachment: Attachment | None = None
-        self._parts: dict[tuple[int, ...], list[Tensor]] = {}  # cache of _pieces, until the state changes
+        self._parts: dict[tuple[int, ...] | None, list[Tensor]] = {}  # cache of _pieces, until the state changes
+        # The state's vectors hold each parameter's elements in the order of its memory, so that kernels read both as
+        # they are. Of these strides are the parameters, and in this order the vectors; None is row-major.
+        self._strides, self._orders = self._memory_orders()
         self._parameter_run, self._gradient_run = (FlatRun(self._binding.shards.lengths) for _ in range(2))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -358,6 +375,10 @@ class History(ABC, Generic[_Fisher]):
     def _set_state(self, state: Mapping[str, Tensor], origin: str, grown: Container[str] = ()) -> None: ...
 
     @abstractmethod
+    def _map_vectors(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Replaces each flat vector of the state by a function of it."""
+
+    @abstractmethod
     def _move_state(self, device: torch.device) -> None: ...
 
     def _options(self) -> dict[str, Any]:
@@ -372,6 +393,8 @@ class History(ABC, Generic[_Fisher]):
             rows = ordered.reshape(-1, self._binding.layout.numel)
             parts = [self._cut(self._binding.layout.split(row)) for row in rows]
             ordered = torch.stack(parts).view(*ordered.shape[:-1], sum(self._binding.shards.lengths))
+        elif self._orders is not None:
+            ordered = _flatten(self._binding.layout.split(ordered).values(), self._orders, ordered.shape[:-1])
         return ordered.to(self._device)
 
     def _cut(self, named: Mapping[str, Tensor]) -> Tensor:
@@ -380,9 +403,38 @@ class History(ABC, Generic[_Fisher]):
 
     def _named(self, flat: Tensor) -> dict[str, Tensor]:
         """A vector of the state as views by parameter name, sharded as the parameters are."""
-        if self._binding.shards.unsharded:
-            return self._binding.layout.split(flat)
-        return dict(zip(self.names, self._binding.shards.join(flat), strict=True))
+        parts = self._split(flat) if self._binding.shards.unsharded else self._binding.shards.join(flat)
+        return dict(zip(self.names, parts, strict=True))
+
+    def _split(self, flat: Tensor) -> list[Tensor]:
+        """A vector of the state as views with the shapes of unsharded parameters."""
+        layout, orders = self._binding.layout, self._orders
+        if orders is None:
+            return list(layout.split(flat).values())
+        parts = zip(flat.split(layout.lengths), layout.shapes, orders, strict=True)
+        return [
+            part.view(shape) if order is None else part.as_strided(shape, order, part.storage_offset())
+            for part, shape, order in parts
+        ]
+
+    def _memory_orders(self) -> tuple[list[tuple[int, ...]], list[tuple[int, ...] | None] | None]:
+        """(the parameters' strides, the order of each one's elements in vectors of the state; None: all row-major)"""
+        if not self._binding.shards.unsharded:
+            return [], None
+        orders = list(map(order_of, self._binding.params))
+        return list(map(Tensor.stride, self._binding.params)), orders if any(orders) else None
+
+    def _follow_memory_order(self) -> None:
+        """Rearranges the state if parameters have changed their order, as model.to(memory_format=...) does it. Without
+        this, every operator would copy what is in another order than the parameter."""
+        if torch.compiler.is_compiling() or not self._binding.shards.unsharded:
+            return
+        if list(map(Tensor.stride, self._binding.params)) != self._strides:
+            self._strides, orders = self._memory_orders()
+            if orders != self._orders:
+                with torch.inference_mode(False):  # autograd may save the new vectors later
+                    self._map_vectors(lambda flat: _flatten(self._split(flat), orders))
+                self._orders = orders
 
     def _scalars_of(self, state: Mapping[str, Tensor], origin: str, *keys: str) -> list[Tensor]:
         """The tensors of a state that belong to no parameter: num_tasks, checked, and the float64 ones of ``keys``."""
@@ -461,6 +513,7 @@ class History(ABC, Generic[_Fisher]):
     def _bound_params(self) -> list[Tensor]:
         """The bound parameters, after a check that they are still the model's."""
         self._binding.check(self._device)
+        self._follow_memory_order()
         return list(self._binding.params)
 
     def _params(self) -> list[Tensor]:
@@ -506,6 +559,7 @@ class History(ABC, Generic[_Fisher]):
     def _accumulate(self, accumulate: Callable[[list[Tensor], list[Tensor]], Tensor]) -> Tensor:
         """Runs ``accumulate(gradients, params)``, on one flat tensor each if both lie in one buffer."""
         self._binding.check(self._device, all_devices=False)
+        self._follow_memory_order()
         bound: list[Tensor] = list(self._binding.params)
         shards = self._binding.shards
         bound_gradients, missing = self._gradients(bound)
@@ -571,13 +625,15 @@ class History(ABC, Generic[_Fisher]):
         return torch.where(rate == 0, rate, rate * self._float64(lam))
 
     def _pieces(self, vectors: list[Tensor], members: tuple[int, ...] | None) -> list[Tensor]:
-        """The parts of the state's vectors that belong to the parameters ``members``, vector by vector; the vectors
-        themselves for None, which stands for all parameters."""
-        if members is None:
+        """The parts of the state's vectors that belong to the parameters ``members``, vector by vector. None stands for
+        all parameters: the vectors themselves, if they are row-major."""
+        if members is None and self._orders is None:
             return vectors
         if members not in self._parts:
-            split = [vector.split(self._binding.shards.lengths) for vector in vectors]
-            self._parts[members] = [parts[i] for parts in split for i in members]
+            lengths = self._binding.shards.lengths
+            split = [vector.split(lengths) if self._orders is None else self._split(vector) for vector in vectors]
+            chosen = range(len(lengths)) if members is None else members
+            self._parts[members] = [parts[i] for parts in split for i in chosen]
         return self._parts[members]
 
     def _value(self, total: Tensor, lam: float | Tensor) -> Tensor:
