@@ -51,15 +51,12 @@ def _with_rows(tensor: Tensor, shape: torch.Size) -> Tensor:
     return torch.cat([full, full.new_zeros(shape[0] - len(full), *shape[1:])])
 
 
-def _flatten(
-    tensors: Iterable[Tensor], orders: Sequence[tuple[int, ...] | None] | None, leading: Sequence[int] = ()
-) -> Tensor:
-    """The flat (*leading, P) tensor of tensors (*leading, *shape), with the elements of each in its order."""
+def _flatten(tensors: Iterable[Tensor], order: Sequence[Sequence[int]] | None, leading: Sequence[int] = ()) -> Tensor:
+    """The flat (*leading, P) tensor of tensors (*leading, *shape), each with its dimensions in this order."""
     flat, count = [], len(leading)
-    for tensor, order in zip(tensors, orders, strict=True) if orders else ((tensor, None) for tensor in tensors):
+    for i, tensor in enumerate(tensors):
         if order is not None:
-            dims = sorted(range(len(order)), key=lambda dim: order[dim], reverse=True)
-            tensor = tensor.permute(*range(count), *(count + dim for dim in dims))
+            tensor = tensor.permute(*range(count), *(count + dim for dim in order[i]))
         flat.append(tensor.reshape(*leading, tensor.shape[count:].numel()))
     return torch.cat(flat, dim=-1)
 
@@ -84,9 +81,8 @@ class History(ABC, Generic[_Fisher]):
         self._curvature = 0.0  # see stiffness
         self._attachment: Attachment | None = None
         self._parts: dict[tuple[int, ...] | None, list[Tensor]] = {}  # cache of _pieces, until the state changes
-        # The state's vectors hold each parameter's elements in the order of its memory, so that kernels read both as
-        # they are. Of these strides are the parameters, and in this order the vectors; None is row-major.
-        self._strides, self._orders = self._memory_orders()
+        # Vectors of the state have each parameter's elements in the order of its memory, so kernels need no copies.
+        self._strides, self._order = self._memory_order()
         self._parameter_run, self._gradient_run = (FlatRun(self._binding.shards.lengths) for _ in range(2))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -393,8 +389,8 @@ class History(ABC, Generic[_Fisher]):
             rows = ordered.reshape(-1, self._binding.layout.numel)
             parts = [self._cut(self._binding.layout.split(row)) for row in rows]
             ordered = torch.stack(parts).view(*ordered.shape[:-1], sum(self._binding.shards.lengths))
-        elif self._orders is not None:
-            ordered = _flatten(self._binding.layout.split(ordered).values(), self._orders, ordered.shape[:-1])
+        elif self._order is not None:
+            ordered = _flatten(self._binding.layout.split(ordered).values(), self._order, ordered.shape[:-1])
         return ordered.to(self._device)
 
     def _cut(self, named: Mapping[str, Tensor]) -> Tensor:
@@ -408,21 +404,22 @@ class History(ABC, Generic[_Fisher]):
 
     def _split(self, flat: Tensor) -> list[Tensor]:
         """A vector of the state as views with the shapes of unsharded parameters."""
-        layout, orders = self._binding.layout, self._orders
-        if orders is None:
+        layout = self._binding.layout
+        if self._order is None:
             return list(layout.split(flat).values())
-        parts = zip(flat.split(layout.lengths), layout.shapes, orders, strict=True)
-        return [
-            part.view(shape) if order is None else part.as_strided(shape, order, part.storage_offset())
-            for part, shape, order in parts
-        ]
+        views = []
+        for part, shape, dims in zip(flat.split(layout.lengths), layout.shapes, self._order, strict=True):
+            views.append(part.view([shape[dim] for dim in dims]).permute([dims.index(i) for i in range(len(dims))]))
+        return views
 
-    def _memory_orders(self) -> tuple[list[tuple[int, ...]], list[tuple[int, ...] | None] | None]:
-        """(the parameters' strides, the order of each one's elements in vectors of the state; None: all row-major)"""
-        if not self._binding.shards.unsharded:
-            return [], None
-        orders = list(map(order_of, self._binding.params))
-        return list(map(Tensor.stride, self._binding.params)), orders if any(orders) else None
+    def _memory_order(self) -> tuple[list[tuple[int, ...]], list[list[int]] | None]:
+        """(the parameters' strides; each one's dimensions from the slowest to the fastest, or None for row-major)"""
+        params = self._binding.params
+        if not self._binding.shards.unsharded or not any(map(order_of, params)):
+            return list(map(Tensor.stride, params)), None
+        strides = [order_of(p) or range(p.dim(), 0, -1) for p in params]
+        order = [sorted(range(len(s)), key=s.__getitem__, reverse=True) for s in strides]
+        return list(map(Tensor.stride, params)), order
 
     def _follow_memory_order(self) -> None:
         """Rearranges the state if parameters have changed their order, as model.to(memory_format=...) does it. Without
@@ -430,11 +427,11 @@ class History(ABC, Generic[_Fisher]):
         if torch.compiler.is_compiling() or not self._binding.shards.unsharded:
             return
         if list(map(Tensor.stride, self._binding.params)) != self._strides:
-            self._strides, orders = self._memory_orders()
-            if orders != self._orders:
+            self._strides, order = self._memory_order()
+            if order != self._order:
                 with torch.inference_mode(False):  # autograd may save the new vectors later
-                    self._map_vectors(lambda flat: _flatten(self._split(flat), orders))
-                self._orders = orders
+                    self._map_vectors(lambda flat: _flatten(self._split(flat), order))
+                self._order = order
 
     def _scalars_of(self, state: Mapping[str, Tensor], origin: str, *keys: str) -> list[Tensor]:
         """The tensors of a state that belong to no parameter: num_tasks, checked, and the float64 ones of ``keys``."""
@@ -627,14 +624,16 @@ class History(ABC, Generic[_Fisher]):
     def _pieces(self, vectors: list[Tensor], members: tuple[int, ...] | None) -> list[Tensor]:
         """The parts of the state's vectors that belong to the parameters ``members``, vector by vector. None stands for
         all parameters: the vectors themselves, if they are row-major."""
-        if members is None and self._orders is None:
+        if members is None and self._order is None:
             return vectors
-        if members not in self._parts:
+        pieces = self._parts.get(members)
+        if pieces is None:
             lengths = self._binding.shards.lengths
-            split = [vector.split(lengths) if self._orders is None else self._split(vector) for vector in vectors]
-            chosen = range(len(lengths)) if members is None else members
-            self._parts[members] = [parts[i] for parts in split for i in chosen]
-        return self._parts[members]
+            split = [vector.split(lengths) if self._order is None else self._split(vector) for vector in vectors]
+            pieces = [parts[i] for parts in split for i in (range(len(lengths)) if members is None else members)]
+            if not torch.compiler.is_compiling():
+                self._parts[members] = pieces
+        return pieces
 
     def _value(self, total: Tensor, lam: float | Tensor) -> Tensor:
         return (0.5 * lam * total).to(self._binding.dtype)
