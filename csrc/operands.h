@@ -4,6 +4,7 @@
 #pragma once
 
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -51,13 +52,24 @@ inline DeviceCode device_code_of(const Tensor& tensor) {
   return code;
 }
 
-// A tensor's sizes and strides, in the tensor's own memory.
+// A tensor's sizes and strides, where the tensor keeps them.
 struct Geometry {
   int64_t dims, *sizes, *strides;
 
   explicit Geometry(const Tensor& tensor) : dims(tensor.dim()) {
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor.get(), &sizes));
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor.get(), &strides));
+  }
+
+  // Whether the elements of a tensor that has some fill one stretch of memory, each place once.
+  bool is_dense(int64_t numel) const {
+    int64_t filled = 1;  // by the fastest dimensions
+    for (int64_t repeat = 0; repeat < dims; ++repeat) {
+      for (int64_t i = 0; i < dims; ++i) {
+        if (sizes[i] != 1 && strides[i] == filled) filled *= sizes[i];
+      }
+    }
+    return filled == numel;
   }
 };
 
@@ -71,12 +83,11 @@ inline SegmentTable segment_table(const Tensors& tensors) {
     lengths.push_back(tensors[i].numel());
     if (tensors[i].is_contiguous()) continue;
     const Geometry own(tensors[i]);
-    const MemoryOrder order = {{own.sizes, own.sizes + own.dims}, {own.strides, own.strides + own.dims}};
-    if (!order.is_dense()) continue;
+    if (!own.is_dense(lengths.back())) continue;
     orders.resize(tensors.size());
-    orders[i] = order;
+    orders[i] = {{own.sizes, own.sizes + own.dims}, {own.strides, own.strides + own.dims}};
   }
-  return SegmentTable(lengths, orders);
+  return SegmentTable(lengths, std::move(orders));
 }
 
 // Whether a tensor has its elements in this order (null: row-major), one after the other.
@@ -94,9 +105,9 @@ inline Tensor copy_in_order(const Tensor& tensor, const MemoryOrder* order) {
   if (order == nullptr) return torch::stable::contiguous(tensor);
   const DeviceCode device = device_code_of(tensor);
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(static_cast<int64_t>(order->sizes.size()), order->sizes.data(), order->strides.data(),
-                               dtype_code_of(tensor), device.type, device.index, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(order->sizes.size()), order->sizes.data(),
+                                                         order->strides.data(), dtype_code_of(tensor), device.type,
+                                                         device.index, &handle));
   Tensor copy(handle);
   torch::stable::copy_(copy, torch::stable::reshape(tensor, order->sizes));
   return copy;

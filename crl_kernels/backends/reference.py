@@ -7,6 +7,9 @@ convolution's per-sample gradients are computed in ``mean_dtype``.
 
 ``directions`` holds K vectors of P elements: K flat tensors, or, term by term, K lists of one tensor per parameter.
 ``fisher`` and ``anchor`` hold one such vector each: one flat tensor, or one tensor per parameter.
+
+The memory order of a tensor never changes what an operator computes, except for the order in which a sum is taken. A
+kernel copies nothing if the tensors that belong to one parameter have its memory order (``memory_order.py``).
 """
 
 import functools

@@ -316,9 +316,10 @@ class History(ABC, Generic[_Fisher]):
         return options, {name: torch.tensor(value, dtype=dtypes[type(value)]) for name, value in scalars.items()}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The state as tensors by parameter name, for a trainer's own checkpoints. They share memory with the state
-        and are sharded as the parameters are. Save sharded tensors with torch.distributed.checkpoint; torch.save fails
-        on them (a DTensor over a part of a storage), and ``save`` writes full tensors.
+        """The state as tensors by parameter name, for a trainer's own checkpoints. They share memory with the state,
+        have the parameters' memory order (such as channels_last) and are sharded as the parameters are. Save sharded
+        tensors with torch.distributed.checkpoint; torch.save fails on them (a DTensor over a part of a storage), and
+        ``save`` writes full tensors.
 
         Options (``include``, ``decay`` and so on) and the attachment of ``attach`` are not in it.
         """
@@ -426,7 +427,9 @@ class History(ABC, Generic[_Fisher]):
         this, every operator would copy what is in another order than the parameter."""
         if torch.compiler.is_compiling() or not self._binding.shards.unsharded:
             return
-        if list(map(Tensor.stride, self._binding.params)) != self._strides:
+        params = self._binding.params
+        unchanged = self._order is None and all(map(Tensor.is_contiguous, params))  # the common case, at half the cost
+        if not unchanged and list(map(Tensor.stride, params)) != self._strides:
             self._strides, order = self._memory_order()
             if order != self._order:
                 with torch.inference_mode(False):  # autograd may save the new vectors later

@@ -5,8 +5,8 @@
 // parameters, their gradients, a direction u_k, a diagonal Fisher. It is stored either as one tensor per parameter or
 // as one flat tensor; both give an address for every flat index, so kernels treat both alike.
 //
-// Every operator works element by element along a segment, or sums over it. So a segment's elements may follow one another
-// in any order that is the same in all operands: that of the parameter's memory, where that is dense.
+// Every operator works element by element along a segment, or sums over it. So a segment's elements may follow one
+// another in any order that is the same in all operands: that of the parameter's memory, where that is dense.
 //
 // Chunks are cut at fixed flat indices and never at tensor boundaries, and partial sums belong to chunks. So every
 // reduction is bitwise the same for a list and for a flat tensor, and for any number of threads.
@@ -47,21 +47,6 @@ struct Pointer {
 // strides. Without sizes: row-major.
 struct MemoryOrder {
   std::vector<int64_t> sizes, strides;
-
-  // Whether the elements fill one stretch of memory, each place once.
-  bool is_dense() const {
-    std::vector<std::pair<int64_t, int64_t>> dims;
-    for (size_t i = 0; i < sizes.size(); ++i) {
-      if (sizes[i] != 1) dims.push_back({strides[i], sizes[i]});
-    }
-    std::sort(dims.begin(), dims.end());
-    int64_t expected = 1;
-    for (const auto& [stride, size] : dims) {
-      if (stride != expected) return false;
-      expected *= size;
-    }
-    return true;
-  }
 };
 
 class SegmentTable {
