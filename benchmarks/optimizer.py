@@ -6,11 +6,15 @@ process CPU time; with more it is wall time. All optimizers share their gradient
 that a step has to move. A core that waits for its reads rather than for the memory's bandwidth, as one core alone often
 does, pays more for reading than for writing, and AdamW's 28 bytes are 16 read and 12 written. So one row reads one more
 float32 vector after the step, to compare a float32 term with.
+
+``--channels-last`` measures something else: steps on convolution weights (..., 64, 3, 3) in channels_last, beside
+the same steps on the same weights in row-major order.
 """
 
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,17 +33,22 @@ ADAMW, LOOP = "AdamW(fused=True)", "AdamW(fused=True) + diagonal, Python loop"
 READ = "AdamW(fused=True), then one vector read"
 ADAMW_BYTES = 28  # theta, m and v are read and written, the gradient is read
 LAM = 1.0
+KERNEL = (64, 3, 3)  # of the convolutions that --channels-last measures
 TARGETS = {"one term": 1.20, "Python loop": 4.0}
 BYTES = 474  # per parameter, all rows together
 
 
 class Model(nn.Module):
-    """Parameters of one optimizer, because FusedAdamW notices writes by others; the gradients are the problem's."""
+    """Parameters of one optimizer, because FusedAdamW notices writes by others; the gradients are the problem's, or
+    copies of them in a memory format."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, memory_format: torch.memory_format | None = None) -> None:
         super().__init__()
         self.held = nn.ParameterList(parameter.detach().clone() for parameter in problem.params)
         for parameter, gradient in zip(self.held, problem.grads, strict=True):
+            if memory_format is not None:
+                weight = parameter.data.view(-1, *KERNEL).contiguous(memory_format=memory_format)
+                parameter.data, gradient = weight, gradient.view(-1, *KERNEL).clone(memory_format=memory_format)
             parameter.grad = gradient
 
 
@@ -117,11 +126,42 @@ def steps_on(problem: Problem) -> dict[str, tuple[int, Callable[[], object]]]:
     return steps
 
 
+def steps_in(problem: Problem, memory_format: torch.memory_format) -> dict[str, Callable[[], object]]:
+    """Steps with one task on convolution weights in this memory format, by name."""
+    steps: dict[str, Callable[[], object]] = {}
+    for kind, make in (("one term, fp32", HISTORIES[0][3]), ("diagonal", diagonal_history)):
+        model = Model(problem, memory_format)
+        history = make(model)
+        steps[f"add_penalty_grad_, {kind}"] = partial(history.add_penalty_grad_, 1e-3)
+        steps[f"decoupled_step_, {kind}"] = partial(history.decoupled_step_, 1e-3, 1e-3)
+        moved = Model(problem, memory_format)
+        steps[f"FusedAdamW, {kind}"] = ck.FusedAdamW(moved.parameters(), history=make(moved), lam=LAM).step
+    return steps
+
+
+def measure_channels_last(numel: int, tensors: int, rounds: int) -> dict[str, Any]:
+    require_memory(numel * BYTES, torch.device("cpu"))
+    problem = Problem(numel, tensors)
+    for gradient in problem.grads:
+        gradient.normal_(std=1e-3)
+    row_major, channels_last = (steps_in(problem, f) for f in (torch.contiguous_format, torch.channels_last))
+    calls = {(name, i): steps[name] for name in row_major for i, steps in enumerate((row_major, channels_last))}
+    seconds = interleaved(calls, rounds, clock())
+    rows = []
+    for name in row_major:
+        ratios = [b / a for a, b in zip(seconds[name, 0], seconds[name, 1], strict=True)]
+        ratio = {key.replace("ms", "ratio"): value / 1e3 for key, value in percentiles(ratios).items()}
+        rows.append(
+            {"name": name, "row_major": percentiles(seconds[name, 0]), **percentiles(seconds[name, 1]), **ratio}
+        )
+    return head(numel, tensors, rounds) | {"rows": rows}
+
+
 def measure(numel: int, tensors: int, rounds: int) -> dict[str, Any]:
     require_memory(numel * BYTES, torch.device("cpu"))
     problem = Problem(numel, tensors)
-    steps, timer = steps_on(problem), clock()
-    seconds = interleaved({name: call for name, (_, call) in steps.items()}, rounds, timer)
+    steps = steps_on(problem)
+    seconds = interleaved({name: call for name, (_, call) in steps.items()}, rounds, clock())
 
     def ratio(name: str, base: str) -> float:
         return statistics.median(a / b for a, b in zip(seconds[name], seconds[base], strict=True))
@@ -137,27 +177,47 @@ def measure(numel: int, tensors: int, rounds: int) -> dict[str, Any]:
         }
         for name, (bytes_, _) in steps.items()
     ]
+    return head(numel, tensors, rounds) | {"rows": rows}
+
+
+def head(numel: int, tensors: int, rounds: int) -> dict[str, Any]:
     return {
         **command.record_head("optimizer"),
         "commit": commit(),
         "threads": torch.get_num_threads(),
-        "clock": "process CPU" if timer is time.process_time else "wall",
+        "clock": "process CPU" if clock() is time.process_time else "wall",
         "torch": torch.__version__,
         "kernels": registry.implementation("cpu", "low_rank_adamw_"),
         "parameters": numel,
         "tensors": tensors,
         "rounds": rounds,
-        "rows": rows,
     }
+
+
+def conditions(result: dict[str, Any]) -> str:
+    return (
+        f"`{result['command']}`, {result['date']}, commit {result['commit']}, {result['machine']}, "
+        f"{result['threads']} thread(s), {result['clock']} time, torch {result['torch']}, {result['kernels']} kernels; "
+        f"{result['parameters']:,} float32 parameters in {result['tensors']} tensors; median [20th, 80th percentile] "
+        f"of {result['rounds']} rounds.\n"
+    )
+
+
+def channels_last_markdown(result: dict[str, Any]) -> str:
+    lines = ["# Steps in channels_last\n", conditions(result)]
+    lines += ["| step | row-major, ms | channels_last, ms | channels_last / row-major |", "|---|---|---|---|"]
+    for row in result["rows"]:
+        lines.append(
+            f"| {row['name']} | {row['row_major']['ms']:.1f} | {row['ms']:.1f} [{row['ms_p20']:.1f}, "
+            f"{row['ms_p80']:.1f}] | {row['ratio']:.2f} [{row['ratio_p20']:.2f}, {row['ratio_p80']:.2f}] |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 def markdown(result: dict[str, Any]) -> str:
     lines = [
         "# A step of AdamW with an EWC penalty inside\n",
-        f"`{result['command']}`, {result['date']}, commit {result['commit']}, {result['machine']}, "
-        f"{result['threads']} thread(s), {result['clock']} time, torch {result['torch']}, {result['kernels']} kernels; "
-        f"{result['parameters']:,} float32 parameters in {result['tensors']} tensors; median [20th, 80th percentile] "
-        f"of {result['rounds']} rounds.\n",
+        conditions(result),
         f"Limit: bytes that the step has to move, over AdamW's {ADAMW_BYTES}. Targets: one rank-1 term at most "
         f"{TARGETS['one term']:.2f} times AdamW(fused=True), and {TARGETS['Python loop']:.0f} times faster than the "
         "Python loop.\n",
@@ -179,12 +239,20 @@ def main() -> None:
     parser.add_argument("--tensors", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--channels-last", action="store_true", help="only steps in channels_last and in row-major")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     allocator.keep_freed_memory()
-    result = measure(arguments.parameters, arguments.tensors, arguments.rounds)
-    print(markdown(result))
-    command.write(arguments.out, f"optimizer_cpu_{arguments.threads}thread", result, markdown(result))
+    sizes = arguments.parameters, arguments.tensors, arguments.rounds
+    stem = f"cpu_{arguments.threads}thread"
+    if arguments.channels_last:
+        result, stem = measure_channels_last(*sizes), f"optimizer_channels_last_{stem}"
+        table = channels_last_markdown(result)
+    else:
+        result, stem = measure(*sizes), f"optimizer_{stem}"
+        table = markdown(result)
+    print(table)
+    command.write(arguments.out, stem, result, table)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -51,33 +52,84 @@ inline DeviceCode device_code_of(const Tensor& tensor) {
   return code;
 }
 
+// A tensor's sizes and strides, where the tensor keeps them.
+struct Geometry {
+  int64_t dims, *sizes, *strides;
+
+  explicit Geometry(const Tensor& tensor) : dims(tensor.dim()) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor.get(), &sizes));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor.get(), &strides));
+  }
+
+  // Whether the elements of a tensor that has some fill one stretch of memory, each place once.
+  bool is_dense(int64_t numel) const {
+    int64_t filled = 1;  // by the fastest dimensions
+    for (int64_t repeat = 0; repeat < dims; ++repeat) {
+      for (int64_t i = 0; i < dims; ++i) {
+        if (sizes[i] != 1 && strides[i] == filled) filled *= sizes[i];
+      }
+    }
+    return filled == numel;
+  }
+};
+
+// The table of the tensors whose memory decides the order of each segment's elements: the parameters, or the targets.
 inline SegmentTable segment_table(const Tensors& tensors) {
   STD_TORCH_CHECK(!tensors.empty(), "crl_kernels: expected at least one tensor");
   std::vector<int64_t> lengths;
+  std::vector<MemoryOrder> orders;
   lengths.reserve(tensors.size());
-  for (const Tensor& tensor : tensors) lengths.push_back(tensor.numel());
-  return SegmentTable(lengths);
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    lengths.push_back(tensors[i].numel());
+    if (tensors[i].is_contiguous()) continue;
+    const Geometry own(tensors[i]);
+    if (!own.is_dense(lengths.back())) continue;
+    orders.resize(tensors.size());
+    orders[i] = {{own.sizes, own.sizes + own.dims}, {own.strides, own.strides + own.dims}};
+  }
+  return SegmentTable(lengths, std::move(orders));
 }
 
-// Tensors to read along a table: one for each segment, or a single flat one. Tensors that are not contiguous are
-// copied; the copies live as long as this object.
+// Whether a tensor has its elements in this order (null: row-major), one after the other.
+inline bool is_in_order(const Tensor& tensor, const MemoryOrder* order) {
+  if (order == nullptr) return tensor.is_contiguous();
+  const Geometry own(tensor);
+  if (own.dims != static_cast<int64_t>(order->sizes.size())) return false;
+  for (int64_t i = 0; i < own.dims; ++i) {
+    if (own.sizes[i] != order->sizes[i] || (own.sizes[i] != 1 && own.strides[i] != order->strides[i])) return false;
+  }
+  return true;
+}
+
+inline Tensor copy_in_order(const Tensor& tensor, const MemoryOrder* order) {
+  if (order == nullptr) return torch::stable::contiguous(tensor);
+  const DeviceCode device = device_code_of(tensor);
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(order->sizes.size()), order->sizes.data(),
+                                                         order->strides.data(), dtype_code_of(tensor), device.type,
+                                                         device.index, &handle));
+  Tensor copy(handle);
+  torch::stable::copy_(copy, torch::stable::reshape(tensor, order->sizes));
+  return copy;
+}
+
+// Tensors to read along a table: one for each segment, or a single flat one in row-major order. A tensor whose elements
+// are not in its segment's order is copied; the copies live as long as this object.
 class Operand {
  public:
-  Operand(const SegmentTable& table, const Tensor* first, int64_t count, const Tensor& same_device_as) : view_(count) {
+  Operand(const SegmentTable& table, const Tensor* first, int64_t count, const Tensor& same_device_as)
+      : view_(is_cut(table, count) ? table.segments() : count) {
     const bool flat = count == 1 && first[0].numel() == table.numel();
     STD_TORCH_CHECK(flat || count == table.segments(), "crl_kernels: expected one flat tensor or ", table.segments(),
                     " tensors, got ", count);
     const DeviceCode device = device_code_of(same_device_as);
     for (int64_t i = 0; i < count; ++i) {
       const Tensor& tensor = first[i];
-      const int64_t begin = table.begin(i), numel = tensor.numel();
-      const int64_t expected = (flat ? table.numel() : table.end(i)) - begin;
+      const int64_t numel = tensor.numel(), expected = flat ? table.numel() : table.end(i) - table.begin(i);
       STD_TORCH_CHECK(numel == expected, "crl_kernels: tensor ", i, " of a list has ", numel, " elements, expected ",
                       expected);
       STD_TORCH_CHECK(device_code_of(tensor) == device, "crl_kernels: tensors are on different devices");
-      const bool contiguous = tensor.is_contiguous();
-      if (!contiguous) copies_.push_back({i, torch::stable::contiguous(tensor)});
-      view_.add({(contiguous ? tensor : copies_.back().tensor).data_ptr(), dtype_of(tensor)}, begin);
+      is_cut(table, count) ? cut(table, tensor) : add(table, i, tensor);
     }
   }
   Operand(const SegmentTable& table, const Tensors& tensors, const Tensor& same_device_as)
@@ -93,15 +145,36 @@ class Operand {
   const std::vector<Copy>& copies() const { return copies_; }
 
  private:
+  // Whether a list is one flat tensor beside segments in other orders.
+  static bool is_cut(const SegmentTable& table, int64_t count) {
+    return count == 1 && table.segments() > 1 && !table.row_major();
+  }
+
+  void add(const SegmentTable& table, int64_t segment, const Tensor& tensor) {
+    const bool in_place = is_in_order(tensor, table.order(segment));
+    if (!in_place) copies_.push_back({segment, copy_in_order(tensor, table.order(segment))});
+    view_.add({(in_place ? tensor : copies_.back().tensor).data_ptr(), dtype_of(tensor)}, table.begin(segment));
+  }
+
+  void cut(const SegmentTable& table, const Tensor& flat) {
+    Tensor row_major = torch::stable::reshape(flat, {-1});
+    if (!flat.is_contiguous()) copies_.push_back({0, row_major});
+    for (int64_t i = 0; i < table.segments(); ++i) {
+      add(table, i, torch::stable::narrow(row_major, 0, table.begin(i), table.end(i) - table.begin(i)));
+    }
+  }
+
   std::vector<Copy> copies_;
   FlatView view_;
 };
 
-// Tensors to write along a table, which outlive this object. Those that are not contiguous are written through a
-// contiguous copy: call write_back() after the kernel.
+// Tensors to write along a table, one for each segment, which outlive this object. Those whose elements are not in
+// their segment's order are written through a copy: call write_back() after the kernel.
 class Target {
  public:
   Target(const SegmentTable& table, const Tensors& tensors) : tensors_(tensors), operand_(table, tensors, tensors[0]) {
+    STD_TORCH_CHECK(static_cast<int64_t>(tensors.size()) == table.segments(), "crl_kernels: expected ",
+                    table.segments(), " tensors to write to, got ", tensors.size());
     for (const Operand::Copy& copy : operand_.copies()) {
       const Tensor& tensor = tensors[copy.index];
       for (int64_t dim = 0; dim < tensor.dim(); ++dim) {
@@ -118,7 +191,7 @@ class Target {
   void write_back() const {
     for (const Operand::Copy& copy : operand_.copies()) {
       Tensor tensor = tensors_[copy.index];
-      torch::stable::copy_(tensor, copy.tensor);
+      torch::stable::copy_(tensor, torch::stable::reshape(copy.tensor, tensor.sizes()));
     }
   }
 
@@ -163,10 +236,11 @@ inline const float* flag_of(const std::optional<Tensor>& flag, const Tensor& sam
   return flag->const_data_ptr<float>();
 }
 
+// In the memory orders of `tensors`, as autograd expects of the gradients of parameters.
 inline Tensors empty_like_all(const Tensors& tensors) {
   Tensors result;
   result.reserve(tensors.size());
-  for (const Tensor& tensor : tensors) result.push_back(torch::stable::new_empty(tensor, tensor.sizes()));
+  for (const Tensor& tensor : tensors) result.push_back(torch::stable::empty_like(tensor));
   return result;
 }
 

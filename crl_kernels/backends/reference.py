@@ -7,6 +7,9 @@ convolution's per-sample gradients are computed in ``mean_dtype``.
 
 ``directions`` holds K vectors of P elements: K flat tensors, or, term by term, K lists of one tensor per parameter.
 ``fisher`` and ``anchor`` hold one such vector each: one flat tensor, or one tensor per parameter.
+
+The memory order of a tensor never changes what an operator computes, except for the order in which a sum is taken. A
+kernel copies nothing if the tensors that belong to one parameter have its memory order (``memory_order.py``).
 """
 
 import functools
@@ -58,10 +61,10 @@ def low_rank_projections(params: Sequence[Tensor], directions: Sequence[Tensor],
 
 
 def low_rank_combine(directions: Sequence[Tensor], coefficients: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """sum_k c_k u_k, as one tensor for each of ``like``, of its shape and dtype."""
+    """sum_k c_k u_k, as one tensor for each of ``like``, of its shape, dtype and memory order."""
     terms = _terms(directions, coefficients.numel(), like)
     sums = [sum(c * u for c, u in zip(coefficients, pieces, strict=True)) for pieces in zip(*terms, strict=True)]
-    return [total.to(tensor.dtype).contiguous() for total, tensor in zip(sums, like, strict=True)]
+    return [torch.empty_like(tensor).copy_(total) for total, tensor in zip(sums, like, strict=True)]
 
 
 def low_rank_accumulate_(targets: Sequence[Tensor], directions: Sequence[Tensor], coefficients: Tensor) -> None:
@@ -96,9 +99,9 @@ def diagonal_quadratic(params: Sequence[Tensor], fisher: Sequence[Tensor], ancho
 def diagonal_gradient(
     params: Sequence[Tensor], fisher: Sequence[Tensor], anchor: Sequence[Tensor], coefficient: Tensor
 ) -> list[Tensor]:
-    """c S (theta - m), as one tensor for each parameter, of its dtype."""
+    """c S (theta - m), as one tensor for each parameter, of its dtype and memory order."""
     state = zip(params, _pieces(fisher, params), _pieces(anchor, params), strict=True)
-    return [(coefficient * s * (theta.double() - m)).to(theta.dtype).contiguous() for theta, s, m in state]
+    return [torch.empty_like(theta).copy_(coefficient * s * (theta.double() - m)) for theta, s, m in state]
 
 
 def diagonal_accumulate_(

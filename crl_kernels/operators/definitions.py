@@ -81,11 +81,11 @@ def _fake_stats(grads: Tensor, directions: Tensor | None, diagonal: bool) -> lis
 
 _FAKES: dict[str, Callable[..., Any]] = {
     "low_rank_projections": lambda params, directions, num_terms: _float64(params, (num_terms,)),
-    "low_rank_combine": lambda directions, coefficients, like: [tensor.new_empty(tensor.shape) for tensor in like],
+    "low_rank_combine": lambda directions, coefficients, like: list(map(torch.empty_like, like)),
     "low_rank_accumulate_": lambda targets, directions, coefficients: None,
     "low_rank_penalty_accumulate_": lambda targets, params, directions, a, b, coefficient: _float64(params, ()),
     "diagonal_quadratic": lambda params, fisher, anchor: _float64(params, ()),
-    "diagonal_gradient": lambda params, fisher, anchor, coefficient: [p.new_empty(p.shape) for p in params],
+    "diagonal_gradient": lambda params, fisher, anchor, coefficient: list(map(torch.empty_like, params)),
     "diagonal_accumulate_": lambda targets, params, fisher, anchor, coefficient: _float64(params, ()),
     "diagonal_shrink_": lambda params, fisher, anchor, strength: None,
     "low_rank_adamw_": lambda params, grads, m, v, settings, found_inf, directions, coefficients, decoupled: _float64(

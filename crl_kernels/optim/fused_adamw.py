@@ -41,7 +41,7 @@ class _Roles(NamedTuple):
     unbound: list[Tensor]
     halves: list[Tensor]  # float16 and bfloat16
     untrainable: list[Tensor]  # of dtypes that no step can move
-    kinds: list[Any]  # dtypes and devices
+    kinds: list[Any]  # dtypes, devices, and whether they are row-major
     group_of: dict[Tensor, int]
 
     @staticmethod
@@ -324,7 +324,7 @@ class FusedAdamW(Optimizer):
         self._steps_taken += 1
 
     def _find_roles(self, bound: list[Tensor]) -> _Roles:
-        """The kept roles, or new ones if a parameter has joined, left or changed its group, dtype or device."""
+        """The kept roles, or new ones if a parameter has joined, left or changed its group, dtype, device or order."""
         kept, params = self._roles, [parameter for group in self.param_groups for parameter in group["params"]]
         group_sizes = [len(group["params"]) for group in self.param_groups]
         if (
@@ -464,7 +464,7 @@ _IDLE = AdamWSettings(factor=1.0, beta1=0.0, beta2=0.0, decay=1.0, step_size=0.0
 
 
 def _kinds(params: list[Tensor]) -> list[Any]:
-    return [*map(_dtype, params), *map(Tensor.get_device, params)]
+    return [*map(_dtype, params), *map(Tensor.get_device, params), *map(Tensor.is_contiguous, params)]
 
 
 def _row(group: Mapping[str, Any]) -> AdamWSettings:

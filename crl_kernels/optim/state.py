@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends.memory_order import in_order_of
 from ..model.names import join_names
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
@@ -30,7 +31,7 @@ def new_state(parameter: Tensor) -> dict[str, Tensor]:
 
 
 def convert_state(parameter: Tensor, state: dict[str, Any]) -> None:
-    """Moves a state to its parameter's device and to the dtype of the step's arithmetic.
+    """Moves a state to its parameter's device and memory order, and to the dtype of the step's arithmetic.
 
     A 16-bit parameter without a master copy gets one. Any other parameter moves itself, and loses its master copy.
     """
@@ -39,7 +40,7 @@ def convert_state(parameter: Tensor, state: dict[str, Any]) -> None:
     state["step"] = torch.as_tensor(state["step"]).to(parameter.device, torch.float32)
     for key in _PARAMETER_SHAPED_KEYS:
         if key in state:
-            state[key] = state[key].to(parameter.device, dtype)
+            state[key] = in_order_of(state[key].to(parameter.device, dtype), parameter)
     if half:
         state.setdefault("master", parameter.detach().float())
     else:

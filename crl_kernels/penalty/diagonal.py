@@ -1,6 +1,6 @@
 """DiagonalHistory: the exact sum of all past tasks' diagonal penalties, with the memory of one."""
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import ClassVar
 
 import torch
@@ -54,7 +54,8 @@ class DiagonalHistory(History[DiagonalFisher]):
         check_strength("lam", lam)
         if not self._num_tasks:
             return self._zero()
-        local = operators.diagonal_quadratic(self._params(), [self._fisher], [self._anchor])
+        params = self._params()
+        local = operators.diagonal_quadratic(params, *self._fisher_and_anchor(None))
         return self._value(self._binding.shards.sum(local) + self._residual, lam)
 
     @torch.no_grad()
@@ -69,8 +70,12 @@ class DiagonalHistory(History[DiagonalFisher]):
         check_strength("lam", lam)
         if not self._num_tasks:
             return self._float64(0.0)
-        state = [self._fisher], [self._anchor], self._float64(lam)
-        total = self._accumulate(lambda grads, params: operators.diagonal_accumulate_(grads, params, *state))
+        strength = self._float64(lam)
+        total = self._accumulate(
+            lambda grads, params: operators.diagonal_accumulate_(
+                grads, params, *self._fisher_and_anchor(None), strength
+            )
+        )
         return (self._binding.shards.sum_(total) + self._residual) * (0.5 * lam)
 
     @torch.no_grad()
@@ -139,7 +144,10 @@ class DiagonalHistory(History[DiagonalFisher]):
             raise ValueError(f"num_tasks in {origin} is 0, and its curvatures are not; expected the number of tasks.")
         self._num_tasks = int(num_tasks)
 
-    def _move_state(self, device: torch.device) -> None:
-        self._fisher, self._anchor = self._fisher.to(device), self._anchor.to(device)
-        self._residual = self._residual.to(device)
+    def _map_vectors(self, function: Callable[[Tensor], Tensor]) -> None:
+        self._fisher, self._anchor = function(self._fisher), function(self._anchor)
         self._parts = {}
+
+    def _move_state(self, device: torch.device) -> None:
+        self._map_vectors(lambda vector: vector.to(device))
+        self._residual = self._residual.to(device)

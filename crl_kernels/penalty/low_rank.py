@@ -1,7 +1,7 @@
 """LowRankHistory: the low-rank penalty terms of all past tasks."""
 
 import math
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -83,7 +83,8 @@ class LowRankHistory(History[LowRankFisher]):
         check_strength("lam", lam)
         if not self._directions:
             return self._zero()
-        local = operators.low_rank_projections(self._params(), self._directions, len(self))
+        params = self._params()
+        local = operators.low_rank_projections(params, self._pieces(self._directions, None), len(self))
         projections = self._binding.shards.sum(local)
         return self._value((self._curvatures * (projections - self._anchor_projections).square()).sum(), lam)
 
@@ -102,8 +103,12 @@ class LowRankHistory(History[LowRankFisher]):
         strength = self._float64(lam)
         if not self._binding.shards.unsharded:
             return self._accumulate(lambda grads, params: self._accumulate_shards(grads, params, strength))
-        state = self._directions, self._curvatures, self._anchor_projections, strength
-        return self._accumulate(lambda grads, params: operators.low_rank_penalty_accumulate_(grads, params, *state))
+        scalars = self._curvatures, self._anchor_projections, strength
+        return self._accumulate(
+            lambda grads, params: operators.low_rank_penalty_accumulate_(
+                grads, params, self._pieces(self._directions, None), *scalars
+            )
+        )
 
     def _accumulate_shards(self, gradients: list[Tensor], params: list[Tensor], strength: Tensor) -> Tensor:
         """The same as low_rank_penalty_accumulate_, with a sum of projections over processes in between."""
@@ -151,10 +156,11 @@ class LowRankHistory(History[LowRankFisher]):
         return self._constant_drift(self._params()) if self._directions else self._curvatures.clone()
 
     def _constant_drift(self, params: list[Tensor]) -> Tensor:
-        return self._constant_projections(params, self._directions) - self._anchor_projections
+        directions = self._pieces(self._directions, None)
+        return self._constant_projections(params, directions, len(self)) - self._anchor_projections
 
-    def _constant_projections(self, params: list[Tensor], directions: list[Tensor]) -> Tensor:
-        return self._binding.shards.sum_(operators.constant_projections(params, directions, len(directions)))
+    def _constant_projections(self, params: list[Tensor], directions: list[Tensor], num_terms: int) -> Tensor:
+        return self._binding.shards.sum_(operators.constant_projections(params, directions, num_terms))
 
     def _add_terms(self, fisher: LowRankFisher, layout: Layout) -> None:
         anchor_projections = fisher.anchor_projections
@@ -191,7 +197,8 @@ class LowRankHistory(History[LowRankFisher]):
         mixing = (modes[:, kept] / eigenvalues[kept].sqrt()).T.contiguous()
         directions = [operators.low_rank_combine(self._directions, row, self._directions[:1])[0] for row in mixing]
         # c_i belongs to the stored, rounded v_i, so that the drift of the present parameters does not change.
-        projections = self._constant_projections(params, directions)
+        pieces = directions if self._order is None else [part for u in directions for part in self._split(u)]
+        projections = self._constant_projections(params, pieces, len(directions))
         self._set_terms(directions, eigenvalues[kept], projections - mixing @ self._constant_drift(params))
 
     def _set_terms(self, directions: list[Tensor], curvatures: Tensor, anchor_projections: Tensor) -> None:
@@ -265,9 +272,12 @@ class LowRankHistory(History[LowRankFisher]):
     def _options(self) -> dict[str, Any]:
         return super()._options() | {"first_order": self._first_order, "max_terms": self._max_terms}
 
+    def _map_vectors(self, function: Callable[[Tensor], Tensor]) -> None:
+        self._directions = [function(u) for u in self._directions]
+        self._parts = {}
+
     def _move_state(self, device: torch.device) -> None:
-        self._directions = [u.to(device) for u in self._directions]
+        self._map_vectors(lambda u: u.to(device))
         self._curvatures = self._curvatures.to(device)
         self._anchor_projections = self._anchor_projections.to(device)
         self._spectra = {groups: (e.to(device), q.to(device)) for groups, (e, q) in self._spectra.items()}
-        self._parts = {}

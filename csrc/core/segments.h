@@ -5,12 +5,16 @@
 // parameters, their gradients, a direction u_k, a diagonal Fisher. It is stored either as one tensor per parameter or
 // as one flat tensor; both give an address for every flat index, so kernels treat both alike.
 //
+// Every operator works element by element along a segment, or sums over it. So a segment's elements may follow one
+// another in any order that is the same in all operands: that of the parameter's memory, where that is dense.
+//
 // Chunks are cut at fixed flat indices and never at tensor boundaries, and partial sums belong to chunks. So every
 // reduction is bitwise the same for a list and for a flat tensor, and for any number of threads.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "core/host_device.h"
@@ -39,9 +43,17 @@ struct Pointer {
   DType dtype;
 };
 
+// The order in which the elements of a segment follow one another: that of the memory of a tensor of these sizes and
+// strides. Without sizes: row-major.
+struct MemoryOrder {
+  std::vector<int64_t> sizes, strides;
+};
+
 class SegmentTable {
  public:
-  explicit SegmentTable(const std::vector<int64_t>& lengths) {
+  // `orders` has one entry for each segment, or none if all are row-major.
+  explicit SegmentTable(const std::vector<int64_t>& lengths, std::vector<MemoryOrder> orders = {})
+      : orders_(std::move(orders)) {
     begins_.reserve(lengths.size() + 1);
     begins_.push_back(0);
     for (int64_t length : lengths) begins_.push_back(begins_.back() + length);
@@ -52,6 +64,12 @@ class SegmentTable {
   int64_t begin(int64_t segment) const { return begins_[segment]; }
   int64_t end(int64_t segment) const { return begins_[segment + 1]; }
   int64_t chunks() const { return (numel() + kChunk - 1) / kChunk; }
+
+  bool row_major() const { return orders_.empty(); }
+  // The order of a segment that is not row-major; null of one that is.
+  const MemoryOrder* order(int64_t segment) const {
+    return row_major() || orders_[segment].sizes.empty() ? nullptr : &orders_[segment];
+  }
 
   // The segment that holds flat element `index`; empty segments hold none.
   int64_t find(int64_t index) const {
@@ -72,6 +90,7 @@ class SegmentTable {
 
  private:
   std::vector<int64_t> begins_;
+  std::vector<MemoryOrder> orders_;
 };
 
 class FlatView {

@@ -26,6 +26,8 @@ from helpers.backends import (
     directions_like,
     flat64,
     for_narrower_loops,
+    form,
+    in_other_orders,
     layout,
     length,
     lists,
@@ -52,12 +54,12 @@ from crl_kernels.operators import definitions
     case=lists,
     num_terms=st.integers(1, 3),
     dtype=st.sampled_from(["float32", "bfloat16", "float64", "float16"]),
-    flat=st.booleans(),
+    form=form,
     seed=st.integers(0, 2**30),
 )
-def test_low_rank_operators(backend, case, num_terms, dtype, flat, seed):
+def test_low_rank_operators(backend, case, num_terms, dtype, form, seed):
     (params,) = random_lists(case, seed)
-    directions, matrix = directions_like(params, num_terms, DTYPES[dtype], flat, seed + 1)
+    directions, matrix = directions_like(params, num_terms, DTYPES[dtype], form, seed + 1)
     theta = flat64(params)
     poison()
     projections = backend.low_rank_projections(params, directions, num_terms)
@@ -68,10 +70,12 @@ def test_low_rank_operators(backend, case, num_terms, dtype, flat, seed):
     step, size = coefficients @ matrix, coefficients.abs() @ matrix.abs()
     poison()
     combined = backend.low_rank_combine(directions, coefficients, params)
-    assert [(t.shape, t.dtype) for t in combined] == [(p.shape, p.dtype) for p in params]
+    like = [torch.empty_like(p) for p in params]  # autograd's order of a gradient
+    assert [(t.shape, t.dtype, t.stride()) for t in combined] == [(p.shape, p.dtype, p.stride()) for p in like]
     assert_rounded_once(combined, step, size)
 
     (targets,) = random_lists(case, seed, writable=True)
+    targets = in_other_orders(targets, seed)
     before = flat64(targets)
     backend.low_rank_accumulate_(targets, directions, coefficients)
     assert_rounded_once(targets, before + step, before.abs() + size)
@@ -91,12 +95,12 @@ def test_low_rank_operators(backend, case, num_terms, dtype, flat, seed):
 @given(
     case=lists,
     state_dtype=st.sampled_from(["float32", "float64"]),
-    flat=st.booleans(),
+    form=form,
     seed=st.integers(0, 2**30),
 )
-def test_diagonal_operators(backend, case, state_dtype, flat, seed):
+def test_diagonal_operators(backend, case, state_dtype, form, seed):
     params, targets = random_lists(case, seed, count=2, writable=True)
-    (f, fisher), (m, anchor) = (directions_like(params, 1, DTYPES[state_dtype], flat, seed + i) for i in (1, 2))
+    (f, fisher), (m, anchor) = (directions_like(params, 1, DTYPES[state_dtype], form, seed + i) for i in (1, 2))
     f, fisher = [t.abs() for t in f], fisher[0].abs()
     theta, distance = flat64(params), flat64(params) - anchor[0]
     poison()
@@ -109,6 +113,7 @@ def test_diagonal_operators(backend, case, state_dtype, flat, seed):
     poison()
     assert_rounded_once(backend.diagonal_gradient(params, f, m, c), gradient, gradient.abs())
 
+    targets, f = in_other_orders(targets, seed), f if form == "flat" else in_other_orders(f, seed + 1)
     before = flat64(targets)
     value = backend.diagonal_accumulate_(targets, params, f, m, c)
     assert_sum_close(value, expected, expected)
@@ -150,7 +155,7 @@ def adamw_state(case, seed: int) -> tuple[list[Tensor], list[Tensor], list[Tenso
     (gradients,) = random_lists(grads, seed + 9)
     for tensor in v:
         tensor.abs_()
-    return theta, gradients, m, v
+    return theta, in_other_orders(gradients, seed + 1), in_other_orders(m, seed + 2), in_other_orders(v, seed + 3)
 
 
 def assert_adamw(state, before, start: Tensor, pull: Tensor, penalty_size: Tensor, rows: Tensor) -> None:
@@ -178,14 +183,14 @@ def assert_adamw(state, before, start: Tensor, pull: Tensor, penalty_size: Tenso
     case=adamw_lists,
     num_terms=st.integers(0, 3),
     dtype=st.sampled_from(["float32", "bfloat16", "float64", "float16"]),
-    flat=st.booleans(),
+    form=form,
     decoupled=st.booleans(),
     seed=st.integers(0, 2**30),
 )
-def test_low_rank_adamw(backend, case, num_terms, dtype, flat, decoupled, seed):
+def test_low_rank_adamw(backend, case, num_terms, dtype, form, decoupled, seed):
     state, rows = adamw_state(case, seed), adamw_settings(len(case), seed)
     params, before = state[0], [flat64(tensors) for tensors in state]
-    directions, matrix = directions_like(params, num_terms, DTYPES[dtype], flat, seed + 1)
+    directions, matrix = directions_like(params, num_terms, DTYPES[dtype], form, seed + 1)
     c = torch.randn(num_terms, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     lengths = torch.tensor([p.numel() for p in params])
 
@@ -214,17 +219,17 @@ def test_low_rank_adamw(backend, case, num_terms, dtype, flat, decoupled, seed):
 @given(
     case=adamw_lists,
     state_dtype=st.sampled_from(["float32", "float64"]),
-    flat=st.booleans(),
+    form=form,
     decoupled=st.booleans(),
     infinite=st.booleans(),
     seed=st.integers(0, 2**30),
 )
-def test_diagonal_adamw(backend, case, state_dtype, flat, decoupled, infinite, seed):
+def test_diagonal_adamw(backend, case, state_dtype, form, decoupled, infinite, seed):
     state, rows = adamw_state(case, seed), adamw_settings(len(case), seed)
     if decoupled and infinite:
         rows[0, 7] = float("inf")
     params, before = state[0], [flat64(tensors) for tensors in state]
-    (f, fisher), (a, anchor) = (directions_like(params, 1, DTYPES[state_dtype], flat, seed + i) for i in (1, 2))
+    (f, fisher), (a, anchor) = (directions_like(params, 1, DTYPES[state_dtype], form, seed + i) for i in (1, 2))
     f, fisher = [t.abs() for t in f], fisher[0].abs()
     distance = before[0] - anchor[0]
     expected = (fisher * distance.square()).sum()
@@ -261,7 +266,7 @@ def test_lists_of_many_tiny_and_empty_tensors(backend):
     ]
     for lengths in lists:
         params = [torch.randn(n) for n in lengths]
-        directions, matrix = directions_like(params, 2, torch.float32, True, 0)
+        directions, matrix = directions_like(params, 2, torch.float32, "flat", 0)
         projections = backend.low_rank_projections(params, directions, 2)
         assert_sum_close(projections, matrix @ flat64(params), matrix.abs() @ flat64(params).abs())
         targets = [torch.zeros(n) for n in lengths]

@@ -50,7 +50,8 @@ BACKENDS = [
 ]
 
 length = st.sampled_from([0, 1, 2, 15, 16, 17, 63, 64, 65, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 3])
-layout = st.sampled_from(["contiguous", "offset", "strided", "transposed", "expanded"])
+layout = st.sampled_from(["contiguous", "offset", "strided", "transposed", "channels_last", "expanded"])
+form = st.sampled_from(["flat", "list", "list like the parameters"])  # of a direction, a Fisher or an anchor
 lists = st.lists(st.tuples(length, st.sampled_from(sorted(DTYPES)), layout), min_size=1, max_size=6)
 
 
@@ -74,7 +75,25 @@ def make(numel: int, dtype: torch.dtype, kind: str, generator: torch.Generator) 
         return fresh(3, numel // 3).t()
     if kind == "expanded" and numel % 2 == 0:
         return fresh(numel // 2, 1).expand(numel // 2, 2)
+    for channels, size in ((3, 2), (2, 2), (7, 3)):
+        if kind == "channels_last" and numel % (channels * size**2) == 0:
+            shape = numel // (channels * size**2), channels, size, size
+            return fresh(*shape).to(memory_format=torch.channels_last)
     return fresh(numel)
+
+
+def in_other_orders(tensors: list[Tensor], seed: int) -> list[Tensor]:
+    """The same values, each tensor in an order of memory of its own: its own, row-major, reversed, or with gaps."""
+    orders = (
+        lambda tensor: tensor,
+        lambda tensor: tensor.contiguous(),
+        lambda tensor: (
+            tensor.permute(*reversed(range(tensor.dim()))).contiguous().permute(*reversed(range(tensor.dim())))
+        ),
+        lambda tensor: torch.stack([tensor, tensor], -1)[..., 0],
+    )
+    choice = torch.randint(len(orders), (len(tensors),), generator=torch.Generator().manual_seed(seed))
+    return [orders[i](tensor) for i, tensor in zip(choice.tolist(), tensors, strict=True)]
 
 
 def random_lists(case, seed: int, count: int = 1, writable: bool = False) -> list[list[Tensor]]:
@@ -87,14 +106,18 @@ def flat64(tensors: list[Tensor]) -> Tensor:
     return torch.cat([t.double().flatten() for t in tensors])
 
 
-def directions_like(params: list[Tensor], num_terms: int, dtype: torch.dtype, flat: bool, seed: int):
+def directions_like(params: list[Tensor], num_terms: int, dtype: torch.dtype, form: str, seed: int):
     """(arguments for the operator, (K, P) float64)."""
     generator = torch.Generator().manual_seed(seed)
     matrix = torch.randn(num_terms, sum(p.numel() for p in params), generator=generator).to(dtype)
-    if flat:
+    if form == "flat":
         return list(matrix), matrix.double()
     lengths = [p.numel() for p in params]
     pieces = [piece.reshape(p.shape) for row in matrix for piece, p in zip(row.split(lengths), params, strict=True)]
+    if form == "list like the parameters":
+        pieces = [
+            torch.empty_like(p, dtype=dtype).copy_(piece) for piece, p in zip(pieces, params * num_terms, strict=True)
+        ]
     return pieces, matrix.double()
 
 

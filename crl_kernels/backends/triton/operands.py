@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ..memory_order import in_order_of
 from . import chunks, tables
 from .tables import View, check
 
@@ -39,13 +40,26 @@ class Flat:
         self._place = tables.Place.of(like[0])
         segments = tables.write_segments if self._place.capturing else tables.cached_segments
         self._begins, self._firsts = segments(self.lengths, self._block, self._place)
+        self._row_major = all(tensor.is_contiguous() for tensor in like)
         self._copies: list[Sequence[Tensor]] = []
 
+    def in_order(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Tensors in the order in which this list is read, copied where they are not: one after another for each
+        segment, or flat ones in row-major order."""
+        if self._row_major:
+            return [tensor.contiguous() for tensor in tensors]
+        segments, total = len(self.lengths), sum(self.lengths)
+        if segments > 1 and all(tensor.numel() == total for tensor in tensors):
+            tensors = [part for tensor in tensors for part in tensor.reshape(-1).split(self.lengths)]
+        numels = [tensor.numel() for tensor in tensors]
+        check(numels == list(self.lengths) * (len(tensors) // segments), f"expected {segments} tensors of these sizes")
+        return [in_order_of(tensor, self._like[i % segments]) for i, tensor in enumerate(tensors)]
+
     def view(self, tensors: Sequence[Tensor], num_terms: int = 1) -> View:
-        """Tensors to read: for each term one flat tensor, or one tensor for each segment. Tensors that are not
-        contiguous are copied; the copies live as long as this object."""
-        if not all(tensor.is_contiguous() for tensor in tensors):
-            tensors = [tensor.contiguous() for tensor in tensors]
+        """Tensors to read: for each term one flat tensor in row-major order, or one tensor for each segment. Those that
+        are in another order than this list are copied; the copies live as long as this object."""
+        if not self._row_major or not all(tensor.is_contiguous() for tensor in tensors):
+            tensors = self.in_order(tensors)
             self._copies.append(tensors)
         check(all(tensor.get_device() == self._index for tensor in tensors), "tensors are on different devices")
         view = tables.write_view if self._place.capturing else tables.cached_view
@@ -88,18 +102,18 @@ class Flat:
 
 
 class Target:
-    """Tensors to write. Those that are not contiguous are written through a contiguous copy: call ``write_back`` after
-    the kernel."""
+    """Tensors to write, one for each segment. Those that are in another order than their segment are written through a
+    copy: call ``write_back`` after the kernel."""
 
     def __init__(self, flat: Flat, tensors: Sequence[Tensor]) -> None:
         self._tensors = tensors
-        self._contiguous = [tensor.contiguous() for tensor in tensors]  # itself, where it is contiguous
-        self.view = flat.view(self._contiguous)
+        self._ordered = flat.in_order(tensors)  # itself, where it is in order
+        self.view = flat.view(self._ordered)
 
     def write_back(self) -> None:
-        for tensor, contiguous in zip(self._tensors, self._contiguous, strict=True):
-            if contiguous is not tensor:
-                tensor.copy_(contiguous)
+        for tensor, ordered in zip(self._tensors, self._ordered, strict=True):
+            if ordered is not tensor:
+                tensor.copy_(ordered.reshape(tensor.shape))
 
 
 def check_targets(targets: Sequence[Tensor], params: Sequence[Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from . import penalty_kernels
@@ -49,7 +50,7 @@ def low_rank_projections(params: Sequence[Tensor], directions: Sequence[Tensor],
 
 @on_device_of_first
 def low_rank_combine(directions: Sequence[Tensor], coefficients: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    result = [tensor.new_empty(tensor.shape) for tensor in like]
+    result = [torch.empty_like(tensor) for tensor in like]
     flat = Flat(result)
     num_terms = coefficients.numel()
     u = flat.view(directions, num_terms)
@@ -148,7 +149,7 @@ def diagonal_gradient(
 ) -> list[Tensor]:
     check_state(fisher, anchor)
     flat = Flat(params)
-    result = [tensor.new_empty(tensor.shape) for tensor in params]
+    result = [torch.empty_like(tensor) for tensor in params]
     _gradient(flat, flat.view(result), params, fisher, anchor, coefficient, overwrite=True)
     return result
 
