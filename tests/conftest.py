@@ -6,9 +6,11 @@ CRL_TEST_LIBRARY names a library whose operators are tested in place of the pack
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from helpers import device
 
 import crl_kernels  # noqa: F401  (defines the operators' schemas)
 from crl_kernels.backends import registry
@@ -18,6 +20,39 @@ if library := os.environ.get("CRL_TEST_LIBRARY"):
     torch.ops.load_library(library)
 if registry.INTERPRETED:
     import helpers.triton_interpreter  # noqa: F401  (corrects its rounding)
+
+# Tests of the device that --device names; all others are of a CPU.
+ON_DEVICE = (
+    *("operators/", "penalty/", "optim/", "per_sample/", "fisher/", "backends/test_operators.py"),
+    *("backends/test_launches.py", "backends/test_sample_matrix.py", "backends/test_weight_gradients.py"),
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = "where tests run: a GPU, a CPU, or a CPU that refuses what a GPU would (default: cuda where torch finds one)"
+    parser.addoption("--device", choices=device.CHOICES, help=text)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    device.use(config.getoption("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def pytest_unconfigure() -> None:
+    device.leave()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        path = item.path.relative_to(Path(__file__).parent).as_posix()
+        mark = item.get_closest_marker("cpu")
+        if mark:
+            reason = mark.args[0]
+        elif "process_group" in item.fixturenames:  # type: ignore[attr-defined]
+            reason = "gloo's process groups"
+        else:
+            reason = None if path.startswith(ON_DEVICE) else f"tests of a CPU: {path}"
+        if reason and device.name != "cpu":
+            item.add_marker(pytest.mark.skip(reason=f"--device {device.name}: {reason}"))
 
 
 @pytest.fixture
