@@ -21,12 +21,6 @@ if library := os.environ.get("CRL_TEST_LIBRARY"):
 if registry.INTERPRETED:
     import helpers.triton_interpreter  # noqa: F401  (corrects its rounding)
 
-# Tests of the device that --device names; all others are of a CPU.
-ON_DEVICE = (
-    *("operators/", "penalty/", "optim/", "per_sample/", "fisher/", "backends/test_operators.py"),
-    *("backends/test_launches.py", "backends/test_sample_matrix.py", "backends/test_weight_gradients.py"),
-)
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     text = "where tests run: a GPU, a CPU, or a CPU that refuses what a GPU would (default: cuda where torch finds one)"
@@ -42,16 +36,17 @@ def pytest_unconfigure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        path = item.path.relative_to(Path(__file__).parent).as_posix()
+    folder = Path(__file__).parent
+    for item in [item for item in items if folder in item.path.parents and device.name != "cpu"]:
+        path = item.path.relative_to(folder).as_posix()
         mark = item.get_closest_marker("cpu")
         if mark:
             reason = mark.args[0]
         elif "process_group" in item.fixturenames:  # type: ignore[attr-defined]
             reason = "gloo's process groups"
         else:
-            reason = None if path.startswith(ON_DEVICE) else f"tests of a CPU: {path}"
-        if reason and device.name != "cpu":
+            reason = None if path.startswith(device.ON_DEVICE) else f"tests of a CPU: {path}"
+        if reason:
             item.add_marker(pytest.mark.skip(reason=f"--device {device.name}: {reason}"))
 
 

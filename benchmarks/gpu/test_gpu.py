@@ -8,11 +8,11 @@ import time
 
 import pytest
 import torch
+from helpers.device import ON_DEVICE
 
 from ..common import command
 from . import kit, report
 from .stages import STAGES, in_own_process, run_stage
-from .tests import run as run_tests
 
 
 def test_a_stage_that_cannot_run_is_recorded_as_failed(tmp_path):
@@ -35,7 +35,6 @@ def test_a_stage_ends_with_the_time_that_is_left(tmp_path):
 
 
 def test_a_stage_of_tests_says_what_failed(monkeypatch, capsys):
-    """A failed test makes a failed stage, with its name; here a file of tests that cannot pass."""
     monkeypatch.setitem(STAGES, "races", STAGES["races"]._replace(run=lambda *_: {"failures": ["tests/x.py::y"]}))
     run_stage("races", "cpu", True)
     stage = json.loads(capsys.readouterr().out)
@@ -49,15 +48,11 @@ def test_without_pytest_the_stages_of_tests_say_so(monkeypatch, capsys):
 
 
 def test_every_test_of_the_device_is_in_a_stage():
-    sys.path.insert(0, str(command.ROOT / "tests"))
-    from conftest import ON_DEVICE
-
     files = {file for stage in STAGES.values() for file in getattr(stage.run, "args", ((),))[0]}
     tests = command.ROOT / "tests"
     every = {path for part in ON_DEVICE for path in [*(tests / part).glob("test_*.py"), tests / part] if path.is_file()}
     run = {path for file in files for path in [*(tests / file).glob("test_*.py"), tests / file] if path.is_file()}
     assert run == every
-    assert run_tests.__module__ == "benchmarks.gpu.tests"
 
 
 def test_a_command_that_is_killed_leaves_what_it_had(tmp_path):

@@ -21,13 +21,23 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import crl_kernels
+
 CHOICES = ("cpu", "cuda", "rehearsal")
-TESTS, MODULES = f"{Path(__file__).parents[1]}/", f"{Path(nn.__file__).parent}/"
+TESTS, TORCH = f"{Path(__file__).parents[1]}/", f"{Path(torch.__file__).parent}/"
+MODULES, PACKAGES = f"{Path(nn.__file__).parent}/", f"{Path(torch.__file__).parents[1]}/"
+LIBRARY = f"{Path(crl_kernels.__file__).parent}/"
 RANDOM = ("rand", "randn", "randint", "randperm")
 FACTORIES = (
     *RANDOM,
     *("arange", "as_tensor", "empty", "empty_strided", "eye", "full", "linspace", "ones", "scalar_tensor"),
     *("sparse_coo_tensor", "tensor", "zeros"),
+)
+
+# Tests of the device that --device names; all others are of a CPU.
+ON_DEVICE = (
+    *("operators/", "penalty/", "optim/", "per_sample/", "fisher/", "backends/test_operators.py"),
+    *("backends/test_launches.py", "backends/test_sample_matrix.py", "backends/test_weight_gradients.py"),
 )
 
 name = "cpu"
@@ -81,10 +91,15 @@ def _exchange() -> None:
         setattr(owner, attribute, other)
 
 
+def _builds_modules(file: str) -> bool:
+    """Of torch.nn, or of another package than torch and this library, such as diffusers."""
+    return file.startswith(MODULES) or (file.startswith(PACKAGES) and not file.startswith((TORCH, LIBRARY)))
+
+
 def _of_a_test() -> bool:
-    """Whether a test's file, or a module of torch.nn that it builds, called the factory."""
+    """Whether a test's file, or a module that it builds, called the factory."""
     frame = sys._getframe(2)
-    while frame is not None and frame.f_code.co_filename.startswith(MODULES):
+    while frame is not None and _builds_modules(frame.f_code.co_filename):
         frame = frame.f_back
     return frame is not None and frame.f_code.co_filename.startswith(TESTS)
 
