@@ -20,8 +20,8 @@ PACKAGES = (
 PLATFORM = ["--implementation", "cp", "--platform", "manylinux_2_28_x86_64", "--platform", "manylinux2014_x86_64"]
 RUN = """#!/bin/sh
 # Installs the wheels of this folder into it, and runs everything: ./run --out RESULTS
-cd "$(dirname "$0")" && rm -rf site && "${PYTHON:-python3}" -m pip install --quiet --no-deps --no-index --no-compile \\
-  --target site wheels/*.whl && PYTHONPATH="$PWD/site" exec "${PYTHON:-python3}" -m benchmarks.gpu "$@"
+cd "$(dirname "$0")" && rm -rf site && "${PYTHON:=python3}" -m pip install --quiet --no-deps --no-index --no-compile \\
+  --target site wheels/*.whl && PYTHONPATH="$PWD/site${PYTHONPATH:+:$PYTHONPATH}" exec "$PYTHON" -m benchmarks.gpu "$@"
 """
 
 

@@ -229,7 +229,10 @@ def _ways(original: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
         converted = original(self, *rest, **kwargs) if rest or kwargs else self
         if (torch.device(target).index == 0) == bool(_is_there(self)):
             return converted
-        return _labelled(torch.ops.aten._to_copy(converted), target)
+        copy = _labelled(torch.ops.aten._to_copy(converted), target)
+        if isinstance(target, torch.device) and target.index is None:  # from C++ too, for which all is the CPU's
+            _storage(copy).on_device = None
+        return copy
 
     def cpu(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return self.to("cpu")
