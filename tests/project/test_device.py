@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import device
 
 TESTS = Path(__file__).parents[1]
 # Few, because all of them take many minutes.
 REHEARSED = ("operators/test_rehearsal.py", "penalty/test_rebind.py")
-REHEARSED_AT_LENGTH = ("backends/test_operators.py", "operators", "penalty", "optim", "per_sample", "fisher")
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -36,6 +36,6 @@ def test_a_rehearsal_on_a_cpu():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", REHEARSED_AT_LENGTH)
+@pytest.mark.parametrize("file", device.ON_DEVICE)
 def test_a_rehearsal_of_every_test(file):
     assert_rehearsed((file,))
