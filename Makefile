@@ -6,7 +6,7 @@ VENV := .venv
 RUN := OMP_NUM_THREADS=1 $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: install demo compare test test-all bench lint docs clean
+.PHONY: install demo compare test test-all bench gpu-kit lint docs clean
 
 install: $(VENV)/.built
 
@@ -36,6 +36,9 @@ test-all: test
 
 bench: install
 	$(RUN)/pytest benchmarks
+
+gpu-kit: install
+	$(VENV)/bin/python -m benchmarks.gpu.kit
 
 lint: install
 	$(VENV)/bin/ruff check .

@@ -6,9 +6,11 @@ CRL_TEST_LIBRARY names a library whose operators are tested in place of the pack
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from helpers import device
 
 import crl_kernels  # noqa: F401  (defines the operators' schemas)
 from crl_kernels.backends import registry
@@ -18,6 +20,34 @@ if library := os.environ.get("CRL_TEST_LIBRARY"):
     torch.ops.load_library(library)
 if registry.INTERPRETED:
     import helpers.triton_interpreter  # noqa: F401  (corrects its rounding)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = "where tests run: a GPU, a CPU, or a CPU that refuses what a GPU would (default: cuda where torch finds one)"
+    parser.addoption("--device", choices=device.CHOICES, help=text)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    device.use(config.getoption("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def pytest_unconfigure() -> None:
+    device.leave()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    folder = Path(__file__).parent
+    for item in [item for item in items if folder in item.path.parents and device.name != "cpu"]:
+        path = item.path.relative_to(folder).as_posix()
+        mark = item.get_closest_marker("cpu")
+        if mark:
+            reason = mark.args[0]
+        elif "process_group" in item.fixturenames:  # type: ignore[attr-defined]
+            reason = "gloo's process groups"
+        else:
+            reason = None if path.startswith(device.ON_DEVICE) else f"tests of a CPU: {path}"
+        if reason:
+            item.add_marker(pytest.mark.skip(reason=f"--device {device.name}: {reason}"))
 
 
 @pytest.fixture

@@ -10,8 +10,6 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from .measure import processor
-
 ROOT = Path(__file__).parents[2]
 
 
@@ -33,6 +31,8 @@ def command_line(name: str) -> str:
 
 def record_head(name: str) -> dict[str, Any]:
     """The first entries of a record: which command, when, and on which machine."""
+    from .measure import processor  # which imports the library; a command may install that first
+
     return {"command": command_line(name), "date": date.today().isoformat(), "machine": processor()}
 
 

@@ -23,6 +23,7 @@ from helpers.backends import (
     assert_pass_with_narrower_loops,
     assert_rounded_once,
     assert_sum_close,
+    cpp_loops,
     directions_like,
     flat64,
     for_narrower_loops,
@@ -395,6 +396,7 @@ def test_nan_and_inf_pass_through(backend):
         torch.testing.assert_close(targets[0], torch.full((5,), bad), equal_nan=True)
 
 
+@cpp_loops
 @needs_cpu_library
 def test_sums_are_taken_in_the_documented_order():
     """Products of float32 are exact in float64, so the sum is bitwise that of 16 lanes per chunk of 4,096."""
@@ -417,6 +419,7 @@ def test_this_file_passes_with_narrower_loops(isa):
     assert_pass_with_narrower_loops(isa, __file__, "not (reference or instruction_set or wide_registers)")
 
 
+@cpp_loops
 @needs_cpu_library
 @needs_x86_linux
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "sse9"])
@@ -433,6 +436,7 @@ def test_an_instruction_set_that_cannot_run_is_refused(isa):
         assert f"crl_kernels: CRL_KERNELS_ISA={isa}: {reason}" in run.stderr
 
 
+@cpp_loops
 @needs_cpu_library
 @needs_x86_linux
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump, of binutils")

@@ -10,7 +10,7 @@ from torch import nn
 
 import crl_kernels as ck
 
-pytestmark = IGNORE_ESTIMATE_WARNINGS
+pytestmark = [*IGNORE_ESTIMATE_WARNINGS, pytest.mark.cpu("processes of a gloo group")]
 
 
 PARALLEL = [

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from crl_kernels.backends import reference, registry
+from helpers import device
 
 DTYPES = {
     "float32": torch.float32,
@@ -25,14 +26,17 @@ DTYPES = {
 # Half a unit in the last place, relative: what one rounding to the dtype may cost.
 ROUNDING = {torch.float32: 2**-24, torch.float64: 2**-53, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 CHUNK = 4096
-EXAMPLES = 20 if registry.INTERPRETED else 60
+EXAMPLES = 20 if registry.INTERPRETED else 5 if device.name == "rehearsal" else 60
 MANY = 70 if registry.INTERPRETED else 700  # tensors in a chunk, which a program visits one after another
 
 needs_cpu_library = pytest.mark.skipif(not registry.CPU.loaded, reason=f"no C++ kernels: {registry.CPU.reason}")
-
+cpp_loops = pytest.mark.cpu("of the C++ loops")
 
 needs_library = pytest.mark.skipif(
-    not registry.CPU.loaded and not registry.INTERPRETED and "CRL_TEST_LIBRARY" not in os.environ,
+    device.type_() == "cpu"
+    and not registry.CPU.loaded
+    and not registry.INTERPRETED
+    and "CRL_TEST_LIBRARY" not in os.environ,
     reason=f"no C++ kernels: {registry.CPU.reason}",
 )
 
@@ -154,7 +158,7 @@ def runs_here(isa: str) -> bool:
 def assert_pass_in_a_process(selected: str, *files: str, **environment: str) -> None:
     """Runs what is selected of test files in a process with these environment variables."""
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", selected, *files],
+        [sys.executable, "-m", "pytest", "--device", "cpu", "-q", "-p", "no:cacheprovider", "-k", selected, *files],
         env=os.environ | environment,
         capture_output=True,
         text=True,
@@ -172,6 +176,7 @@ def for_narrower_loops(test: Callable) -> Callable:
         ),
         needs_x86_linux,
         needs_cpu_library,
+        cpp_loops,
     ):
         test = mark(test)
     return test

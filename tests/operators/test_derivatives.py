@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import device
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -211,7 +212,7 @@ def test_autocast_does_not_lower_the_penaltys_precision(kind, penalty):
     history = getattr(model, kind)
     expected = penalty(history, lam=3.0)
     gradients = torch.autograd.grad(expected, list(model.net.parameters()))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device.type_(), dtype=torch.bfloat16):
         loss = model.net(torch.randn(6, 4)).float().square().mean()
         value = penalty(history, lam=3.0)
         assert torch.equal(value, expected)
@@ -233,7 +234,7 @@ def test_a_scaled_loss_scales_the_penaltys_gradient(kind, penalty):
         p.detach() - 0.1 * g for p, g in zip(params, torch.autograd.grad(history.penalty(3.0), params), strict=True)
     ]
     optimizer = torch.optim.SGD(params, lr=0.1)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    scaler = torch.amp.GradScaler(device.type_(), init_scale=2.0**16)
     scaler.scale(penalty(history, lam=3.0)).backward()
     scaler.step(optimizer)
     scaler.update()

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from helpers import device
 from helpers.past_tasks import MODES, flat
 from helpers.penalized_adamw import (
     BOTH,
@@ -167,7 +168,7 @@ def test_a_grad_scaler_changes_nothing_but_skipped_steps(kind, decoupled):
         model = Network()
         history = history_of(model, kind)
         optimizer = ck.FusedAdamW(groups_of(model), history=history, lam=LAM, decoupled=decoupled)
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=scaled)
+        scaler = torch.amp.GradScaler(device.type_(), init_scale=2.0**10, enabled=scaled)
         for step in range(40):
             overflow = step % 9 == 3 or step == 0
             if overflow and not scaled:

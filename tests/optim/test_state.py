@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from helpers import device
 from helpers.past_tasks import MODES, flat
 from helpers.penalized_adamw import (
     BOTH,
@@ -83,7 +84,7 @@ WRITES = {
     "of the history": lambda model, history: history.load_state_dict(
         {key: t * 1.1 if t.is_floating_point() else t for key, t in history.state_dict().items()}
     ),
-    "history.to": lambda model, history: history.to("cpu"),
+    "history.to": lambda model, history: history.to(device.here()),
 }
 
 

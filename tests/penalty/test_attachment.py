@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from helpers import device
 from helpers.past_tasks import KINDS, flat, history_of, task_loss, train
 from torch import Tensor, nn
 
@@ -116,7 +117,7 @@ def test_grad_scaler_changes_nothing_but_skipped_steps(kind, decoupled, optimize
         history = history_of(model, kind)
         optimizer = OPTIMIZERS[optimizer_name](groups_of(model))
         history.attach(optimizer, 0.5, decoupled=decoupled)
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=scaled)
+        scaler = torch.amp.GradScaler(device.type_(), init_scale=2.0**10, enabled=scaled)
         for step in range(8):
             overflow = step == 3
             if overflow and not scaled:

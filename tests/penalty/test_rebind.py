@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import device
 from helpers.past_tasks import HISTORIES, KINDS, history_of, random_fisher, trainable
 from torch import Tensor, nn
 
@@ -98,7 +99,7 @@ def test_rebinding_keeps_options_and_follows_other_parameter_objects():
     curvature = float(history.curvatures[0])
     history.append(ck.LowRankFisher.from_mean_gradient(mu, 0.02, {n: torch.zeros_like(g) for n, g in mu.items()}))
     assert float(history.curvatures[0]) == 0.5 * curvature
-    history.rebind(successor.to("cpu"))
+    history.rebind(successor.to(device.here()))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import gc
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import device
 from helpers.by_loop import HiddenScale, Parts, assert_close, flat, rows_by_loop
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,7 +28,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.com
 @given(count=st.integers(1, 140), rows=st.integers(1, 40), dtype=st.sampled_from(DTYPES), data=st.data())
 def test_every_assignment_of_rows_is_read_from_the_passes(count, rows, dtype, data):
     samples = torch.tensor(data.draw(st.lists(st.integers(0, count - 1), min_size=rows, max_size=rows)))
-    codes = Codes(count, torch.device("cpu"))
+    codes = Codes(count, device.here())
     gradient = torch.randn(3, rows, 4, dtype=dtype)
     prints = [fingerprint(gradient * weights[samples].to(dtype)[:, None], (0, 1)) for weights in codes.passes]
     rows_read = codes.rows(prints, (0, 1))
@@ -41,7 +42,7 @@ def test_every_assignment_of_rows_is_read_from_the_passes(count, rows, dtype, da
 @settings(max_examples=60, deadline=None)
 @given(count=st.integers(2, 140), data=st.data())
 def test_rows_that_samples_share_are_no_rows_of_one(count, data):
-    codes = Codes(count, torch.device("cpu"))
+    codes = Codes(count, device.here())
     share = torch.rand(count) if data.draw(st.booleans()) else torch.ones(count)
     parts = torch.randn(count, 4, 3).exp() * share[:, None, None]
     prints = [fingerprint((weights[:, None, None] * parts).sum(0), (0,)) for weights in codes.passes]
@@ -49,7 +50,7 @@ def test_rows_that_samples_share_are_no_rows_of_one(count, data):
 
 
 def test_a_row_without_a_gradient_follows_the_pattern_or_is_not_lasting():
-    codes = Codes(4, torch.device("cpu"))
+    codes = Codes(4, device.here())
 
     def rows_of(samples: list[int]) -> Rows:
         known = torch.tensor(samples)
@@ -225,7 +226,7 @@ def test_autocast_in_some_batches():
     x = torch.randn(N, D).float()
     for on in (False, True, False, True):
         with SampleGradients(m) as sg:
-            with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            with torch.autocast(device.type_(), torch.bfloat16, enabled=on):
                 losses = squares(m, x).float()
             losses.sum().backward(retain_graph=True)
         rows = flat(rows_by_loop(m, losses)).square().sum(1)

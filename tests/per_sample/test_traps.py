@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import device
 from helpers.block_checks import check
 from helpers.by_loop import Parts, Rows, assert_close, flat, rows_of_single_samples, squared
 from helpers.layer_cases import N, images, prepared, tokens, without_rules
@@ -90,17 +91,17 @@ def test_autocast(case):
     model, batch, expected = with_rows(case)
     rows = flat(expected)
     model, batch = model.float(), tuple(x.float() for x in batch)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device.type_(), torch.bfloat16):
         plain = squared(model, *batch)
     plain.sum().backward()
     grads = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     with SampleGradients(model) as sg:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device.type_(), torch.bfloat16):
             losses = squared(model, *batch)
         losses.sum().backward(retain_graph=True)
     weights = torch.stack([torch.ones(N), torch.rand(N)])
-    with torch.autocast("cpu", torch.bfloat16):  # which does not round the sums
+    with torch.autocast(device.type_(), torch.bfloat16):  # which does not round the sums
         sums = sg.weighted_sums(losses, weights)
     for name, mean in sg.mean.items():
         assert_close(sums[name][0], N * mean, 1e-5, name)
