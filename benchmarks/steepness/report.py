@@ -12,6 +12,7 @@ from crl_diffusion.reporting import seeds
 from crl_diffusion.reporting.canvas import COLOURS, GREY, MARKERS, Drawing, drawing
 from crl_diffusion.reporting.tables import MINUS, NONE, Sheet
 from crl_diffusion.reporting.tables import markdown as table
+from matplotlib.ticker import LogLocator
 from scipy import stats
 
 from .displacement import STEP
@@ -230,6 +231,9 @@ def picture(record: Row) -> Drawing:
             style = {"color": colour, "markersize": 5, "alpha": 0.65, "markeredgewidth": 0}
             axis.plot(*positive.T, marker, label=PREDICTED[key], **style)
         axis.set(xscale="log", yscale="log", xlabel="measured rise of the old task's loss")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter("")
         axis.set_title(name, fontsize=10)
     limits = axes[0].axis()
     for axis in axes:
