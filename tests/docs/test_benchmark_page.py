@@ -140,3 +140,19 @@ def test_costs_of_methods_are_what_the_benchmark_wrote():
         ),
     ):
         assert list(re.search(pattern, quoted).groups()) == written
+
+
+def test_shares_of_arithmetic_on_the_page_without_a_gpu_are_those_that_were_counted():
+    slow, one, ten = re.search(
+        r"at most ([\d.]+) of the time of memory on the cards with slow float64\. On the others it takes at most ([\d.]+) "
+        r"with one float32 term or a diagonal, and at most ([\d.]+) with ten bfloat16 terms",
+        prose(page("docs/without-a-gpu.md")),
+    ).groups()
+    largest = {"slow": 0.0, "one": 0.0, "ten": 0.0}
+    for architecture, rows in json.loads(result("static_gpu.json"))["architectures"].items():
+        for row in rows:
+            terms = "ten" if row["terms"].startswith("10 ") else "one"
+            key = terms if architecture in ("80", "90", "100") else "slow"
+            shares = (card["share_of_memory_time"] for card in row["cards"].values())
+            largest[key] = max(largest[key], *shares)
+    assert (float(slow), float(one), float(ten)) == (largest["slow"], largest["one"], largest["ten"])
