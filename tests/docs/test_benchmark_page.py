@@ -144,8 +144,8 @@ def test_costs_of_methods_are_what_the_benchmark_wrote():
 
 def test_shares_of_arithmetic_on_the_page_without_a_gpu_are_those_that_were_counted():
     slow, one, ten = re.search(
-        r"at most ([\d.]+) of the time of memory on the cards with slow float64\. On the others it takes at most ([\d.]+) "
-        r"with one float32 term or a diagonal, and at most ([\d.]+) with ten bfloat16 terms",
+        r"at most ([\d.]+) of the time of memory on the cards with slow float64\. On the others it takes at most "
+        r"([\d.]+) with one float32 term or a diagonal, and at most ([\d.]+) with ten bfloat16 terms",
         prose(page("docs/without-a-gpu.md")),
     ).groups()
     largest = {"slow": 0.0, "one": 0.0, "ten": 0.0}

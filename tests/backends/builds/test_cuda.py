@@ -1,5 +1,4 @@
-"""The CUDA compiler's machine code: no spilled registers, 16-byte accesses, and less time for arithmetic than for memory.
-Needs no GPU."""
+"""The CUDA compiler's machine code: no spilled registers, 16-byte accesses, memory as the limit. Needs no GPU."""
 
 import sys
 
