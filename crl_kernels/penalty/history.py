@@ -56,7 +56,7 @@ def _flatten(tensors: Iterable[Tensor], order: Sequence[Sequence[int]] | None, l
     flat, count = [], len(leading)
     for i, tensor in enumerate(tensors):
         if order is not None:
-            tensor = tensor.permute(*range(count), *(count + dim for dim in order[i]))
+            tensor = tensor.permute([*range(count), *(count + dim for dim in order[i])])
         flat.append(tensor.reshape(*leading, tensor.shape[count:].numel()))
     return torch.cat(flat, dim=-1)
 
