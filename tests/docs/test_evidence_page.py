@@ -194,3 +194,128 @@ def test_the_demos_table_is_what_the_demo_wrote():
     written = re.search(TABLE, result("demo/comparison.md"), re.MULTILINE)[0]
     assert written.count("\n") >= 4
     assert written in EVIDENCE
+
+
+REGIME = {
+    "distillation alone": "constant gd",
+    "rank 1 in the gradient, as in the paper": "constant gd+rank1:gradient",
+    "control: its square in Adam's second moment, no pull": "constant gd+rank1:damping",
+    "rank 1, decoupled": "constant gd+rank1",
+    "later tasks at 0.3 of the rate": "later-0.3 gd",
+    "EMA": "ema gd",
+    "EMA, rank 1 in the gradient": "ema gd+rank1:gradient",
+    "one-cycle": "one-cycle gd",
+    "one-cycle, rank 1 in the gradient": "one-cycle gd+rank1:gradient",
+}
+
+
+def sheet_after(text: str, heading: str) -> dict[str, dict[str, str]]:
+    """The first table after a heading, row by row, by the names of its columns; of two alike, the first."""
+    head, _, *rows = table_after(text, heading)
+    return {row[0]: dict(reversed(list(zip(head, row, strict=True)))) for row in rows}
+
+
+def test_rows_at_a_constant_rate_are_what_the_experiment_wrote():
+    quoted = sheet_after(EVIDENCE, command("regime-mlp-longer"))
+    written = sheet_after(evidence("regime-mlp-longer"), "## Result")
+    columns = ("average FID ↓", "forgetting ↓", "average FID, difference", "p")
+    assert quoted.keys() == REGIME.keys()
+    for label, row in quoted.items():
+        assert [row[name] for name in columns] == [written[REGIME[label]][name] for name in columns]
+        assert written[REGIME[label]]["seeds"] == "10"
+
+
+def test_recipes_are_those_of_the_experiment():
+    quoted = sheet_after(page("docs/how-to/what-to-use.md"), "regime-mlp-longer`")
+    written = sheet_after(evidence("regime-mlp-longer"), "## Which to use")
+    assert [REGIME[label] for label in quoted] == list(written)
+    for label, row in quoted.items():
+        assert list(row.values())[:-1] == list(written[REGIME[label]].values())[:-1]  # all but the label
+
+
+def test_what_the_page_says_of_steepness_was_measured():
+    def means(heading: str, name: str, *columns: str) -> list[str]:
+        row = sheet_after(evidence("steepness"), heading)[name]
+        return [row[column].split(" [")[0] for column in columns]
+
+    rates = ("constant rate", "one-cycle")
+    gradient, order = "## The old task's gradient", "## Order of the pairs"
+    for pattern, expected in (
+        (r"square norm is (\S+), with one-cycle (\S+);", means(gradient, "square norm of the mean gradient", *rates)),
+        (r"holds (\S+) of the Fisher's trace \(rho; one-cycle: (\S+)\)", means(gradient, "rho of rank 1", *rates)),
+        (r"signal share of its estimate is (\S+) \((\S+)\)", means(gradient, "signal share", *rates)),
+        (
+            r"rank 1 holds (\S+) of the Fisher's quadratic \(one-cycle: (\S+)\)",
+            means("## Relative to the Fisher matrix along the displacement", "rank 1", *rates),
+        ),
+        (
+            r"predicts (\S+) times the measured rise, and rank 1 (\S+) times",
+            [
+                *means("## Predicted over measured", "curvature along δ, ½ δᵀHδ", rates[0]),
+                *means("## Predicted over measured", "rank 1", rates[0]),
+            ],
+        ),
+        (
+            r"have moved \((\S+)\), then by the Fisher \((\S+)\), and by rank 1 not at all \((\S+); rank",
+            [
+                *means(order, "square of the displacement, \\|δ\\|²", "all pairs, both"),
+                *means(order, "Fisher, ½ δᵀFδ", "all pairs, both"),
+                *means(order, "rank 1", "all pairs, both"),
+            ],
+        ),
+    ):
+        assert list(re.search(pattern, PROSE).groups()) == expected
+
+
+def test_findings_at_a_constant_rate_are_those_of_the_experiment():
+    report = evidence("regime-mlp-longer")
+
+    def difference(text: str) -> tuple[str, str]:
+        return re.search(rf"\| [^|]*: {re.escape(text)} \| ([^|]*) \| ([^|]*) \|", report).groups()
+
+    rank1, base = "constant gd+rank1:gradient", "constant gd"
+    which = sheet_after(report, "## Which to use")["one-cycle gd"]
+    margin = which["average FID, difference"], which["p"]
+    findings = {
+        r"better than distillation alone\*\*: (.*?) \(p (\S+)\)": difference(f"{rank1} less {base}"),
+        r"better than rank 1 at 300: (.*?) \(p (\S+)\)": difference(f"constant gd+rank1:damping less {rank1}"),
+        r"rate in later tasks: (.*?) \(p (\S+)\)": difference(f"later-0.3 gd less {rank1}"),
+        r"not shown to gain anything: (.*?) \(p (\S+)\)": difference(f"constant gd+rank1 less {base}"),
+        r"ahead of rank 1 in the gradient by far: (.*?) \(p (\S+)\)": margin,
+        r"rank 1 adds a little\*\*: (.*?) \(p (\S+)\)": difference("ema gd+rank1:gradient less ema gd"),
+        r"one-cycle, nothing is shown: (.*?) \(p (\S+)\)": difference("one-cycle gd+rank1:gradient less one-cycle gd"),
+    }
+    for pattern, expected in findings.items():
+        assert re.search(pattern, PROSE).groups() == expected
+    use = prose(page("docs/how-to/what-to-use.md"))
+    quoted = re.search(r"\((−\S+ \[.*?\]) of average FID, p (\S+)\); on top", use).groups()
+    assert quoted == difference("ema gd+rank1:gradient less ema gd")
+    assert re.search(r"the paper's method, by (.*?) of average FID", use)[1] == margin[0]
+
+    result_of = sheet_after(report, "## Result")
+    assert [result_of[f"constant gd+rank1:{kind}"]["lam"] for kind in ("gradient", "damping")] == ["300", "1000"]
+    means = {name: row["average FID ↓"].split()[0] for name, row in result_of.items()}
+    lost = {name: row["forgetting ↓"].split()[0] for name, row in result_of.items()}
+    quoted = re.search(r"forgetting falls from (\S+) to (\S+), with one-cycle to (\S+)\. ", PROSE).groups()
+    assert quoted == (lost[base], lost["ema gd"], lost["one-cycle gd"])
+    quoted = re.search(
+        r"from (\S+) to (\S+) \(ten seeds, p (\S+)\)\. A control .*? lowers it to (\S+), an EMA of the weights to "
+        r"(\S+), and a rate that falls within each task to (\S+)\. On top of the EMA, rank 1 adds (\S+) \(p (\S+)\);",
+        prose(page("README.md")),
+    ).groups()
+    added, p = difference("ema gd+rank1:gradient less ema gd")
+    assert quoted == (
+        *(means[base], means[rank1], difference(f"{rank1} less {base}")[1], means["constant gd+rank1:damping"]),
+        *(means["ema gd"], means["one-cycle gd"], added.split()[0].removeprefix("−"), p),
+    )
+
+    verdicts = re.findall(r"^### \d\. .*\*\*(.*)\*\*$", report, re.MULTILINE)
+    quoted_verdicts = [row["verdict"] for row in sheet_after(EVIDENCE, "Verdicts in this experiment").values()]
+    assert [verdict.partition(":")[0] for verdict in quoted_verdicts] == [verdict.lower() for verdict in verdicts]
+
+
+def test_the_curve_is_that_of_the_runs():
+    fids = {run["folder"]: run["summary"]["average_fid"] for run in records("evidence/regime-mlp.jsonl")}
+    quoted = re.search(r"average FID of (\S+) with 2,000 steps, (\S+) with 4,000 and (\S+) with 8,000", PROSE).groups()
+    folders = ("final-constant", "steps-4000-constant", "steps-8000-constant")
+    assert quoted == tuple(f"{fids[f'{folder}/gd-seed0']:.1f}" for folder in folders)

@@ -28,7 +28,7 @@ def records(path: str) -> list[dict[str, Any]]:
 
 
 def cells(table: str) -> list[list[str]]:
-    return [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in table.splitlines()]
 
 
 def tables(text: str) -> list[list[list[str]]]:

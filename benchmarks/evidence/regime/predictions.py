@@ -147,7 +147,7 @@ def predictions(groups: Groups, lowered: str, arms: Collection[str]) -> list[Pre
             "refuted"
             if gains.any_higher() or (gains.any_lower() and alike.any_higher(gain / 2))
             else "supported"
-            if gains.any_lower() and alike.all_below(gain / 2)
+            if gains.any_lower() and alike.found and alike.all_below(gain / 2)
             else "open",
         ),
         Prediction(
@@ -159,7 +159,7 @@ def predictions(groups: Groups, lowered: str, arms: Collection[str]) -> list[Pre
             "refuted"
             if gains.any_lower() and slow.any_higher(gain / 2)
             else "supported"
-            if gains.any_lower() and slow.all_below(gain / 2)
+            if gains.any_lower() and slow.found and slow.all_below(gain / 2)
             else "open",
         ),
         Prediction(
