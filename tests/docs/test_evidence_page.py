@@ -256,7 +256,8 @@ def test_what_the_page_says_of_steepness_was_measured():
             ],
         ),
         (
-            r"have moved \((\S+)\), then by the Fisher \((\S+)\), and by rank 1 not at all \((\S+); rank",
+            r"have moved \((\S+)\), then like the Fisher's quadratic \((\S+)\), and not at all like rank 1's "
+            r"\((\S+); rank",
             [
                 *means(order, "square of the displacement, \\|δ\\|²", "all pairs, both"),
                 *means(order, "Fisher, ½ δᵀFδ", "all pairs, both"),
