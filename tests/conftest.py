@@ -16,6 +16,7 @@ import crl_kernels  # noqa: F401  (defines the operators' schemas)
 from crl_kernels.backends import registry
 
 torch.set_num_threads(1)
+sys.path.append(str(Path(__file__).parents[1]))  # for benchmarks, which are run from a checkout and not installed
 if library := os.environ.get("CRL_TEST_LIBRARY"):
     torch.ops.load_library(library)
 if registry.INTERPRETED:
