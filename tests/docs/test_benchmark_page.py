@@ -156,3 +156,10 @@ def test_shares_of_arithmetic_on_the_page_without_a_gpu_are_those_that_were_coun
             shares = (card["share_of_memory_time"] for card in row["cards"].values())
             largest[key] = max(largest[key], *shares)
     assert (float(slow), float(one), float(ten)) == (largest["slow"], largest["one"], largest["ten"])
+
+
+def test_ratios_of_channels_last_are_what_the_benchmark_wrote():
+    rows = tables(result("optimizer_channels_last_cpu_1thread.md"))[0][2:]
+    ratios = [float(row[-1].split()[0]) for row in rows]
+    quoted = re.search(r"in channels_last, steps take (\S+) to (\S+) times as long", PROSE).groups()
+    assert tuple(map(float, quoted)) == (min(ratios), max(ratios))
