@@ -20,6 +20,7 @@ from crl_kernels.backends import reference
 TESTS = Path(__file__).parents[1]
 COMPILER = shutil.which("g++")
 LIBRARY = os.environ.get("CRL_TEST_LIBRARY")
+OPERATORS = ("backends/test_operators.py", "backends/test_launches.py")
 
 needs_emulation = pytest.mark.skipif(LIBRARY is None, reason="CRL_TEST_LIBRARY is not set: runs within the first test")
 ops = torch.ops.crl_kernels
@@ -44,8 +45,8 @@ def emulated(folder: Path, slow_float64: bool) -> Path:
 @pytest.mark.parametrize(
     ("slow_float64", "names"),
     [
-        (False, ("backends/test_operators.py", "operators/test_derivatives.py", "backends/test_cuda_emulation.py")),
-        (True, ("backends/test_operators.py",)),
+        (False, (*OPERATORS, "operators/test_derivatives.py", "backends/test_cuda_emulation.py")),
+        (True, OPERATORS),
     ],
     ids=["fast-float64", "slow-float64"],
 )

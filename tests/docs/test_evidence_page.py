@@ -301,7 +301,8 @@ def test_findings_at_a_constant_rate_are_those_of_the_experiment():
     assert quoted == (lost[base], lost["ema gd"], lost["one-cycle gd"])
     quoted = re.search(
         r"from (\S+) to (\S+) \(ten seeds, p (\S+)\)\. A control .*? lowers it to (\S+), an EMA of the weights to "
-        r"(\S+), and a rate that falls within each task to (\S+)\. On top of the EMA, rank 1 adds (\S+) \(p (\S+)\);",
+        r"(\S+), and a rate that falls within each task to (\S+)\. On top of the EMA, rank 1 takes off another "
+        r"(\S+) \(p (\S+)\);",
         prose(page("README.md")),
     ).groups()
     added, p = difference("ema gd+rank1:gradient less ema gd")
