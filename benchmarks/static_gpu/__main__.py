@@ -17,8 +17,19 @@ from typing import Any, NamedTuple
 
 from ..common import command
 from . import prediction
-from .machine_code import CSRC, Function, compiled, hot_loops, nvcc
-from .prediction import ARCHITECTURES, CARDS, NARROWER, OCTET, THREADS, UNIT, Count, count_of, executed
+from .machine_code import CSRC, Function, Loop, compiled, hot_loops, nvcc
+from .prediction import (
+    ARCHITECTURES,
+    CARDS,
+    NARROWER,
+    OCTET,
+    THREADS,
+    UNIT,
+    Architecture,
+    Count,
+    count_of,
+    count_of_term,
+)
 
 HERE = Path(__file__).parent
 
@@ -53,6 +64,7 @@ class Terms(NamedTuple):
 
 
 TERMS = (Terms(1, 4), Terms(10, 2))
+MANY = 30  # terms, in fixed_terms.cu, for which the compiler keeps its loop over terms
 
 
 def named(functions: list[Function], name: str, template: str) -> Function:
@@ -61,28 +73,26 @@ def named(functions: list[Function], name: str, template: str) -> Function:
     return match
 
 
-def counts(kernel: Kernel, shipped: list[Function], fixed: list[Function], terms: Terms | None) -> Count:
+def counts(
+    kernel: Kernel, shipped: list[Function], fixed: list[Function], architecture: Architecture, terms: Terms | None
+) -> Count:
     """For an octet."""
     stream = OCTET * 4 // UNIT
-    own_units = (kernel.read + kernel.written) * stream
+
+    def first_loop(function: Function) -> Loop:
+        return hot_loops(function, architecture.product)[0]
+
+    units = (kernel.read + kernel.written) * stream
     if terms is None:
-        return count_of(hot_loops(named(shipped, kernel.name, kernel.template))[0], own_units)
-
-    def of_terms(number: int) -> Count:
-        loop = hot_loops(named(fixed, kernel.fixed, f"ILi{number}E"))[0]
-        return count_of(loop, own_units + number * kernel.readings * stream)
-
-    if terms.number == 1:
-        count = of_terms(1)
-    else:
-        without = executed(hot_loops(named(fixed, kernel.fixed, "ILi30E"))[0].executed)
-        pair = of_terms(2).plus(without, -1)
-        count = without.plus(pair, terms.number / 2)
+        return count_of(first_loop(named(shipped, kernel.name, kernel.template)), units)
+    one = count_of(first_loop(named(fixed, kernel.fixed, "ILi1E")), units + kernel.readings * stream)
+    further = count_of_term(first_loop(named(fixed, kernel.fixed, f"ILi{MANY}E")), stream)
+    count = one.plus(further, terms.number - 1)
     return count.plus(NARROWER, terms.number * kernel.readings) if terms.bytes == 2 else count
 
 
 def row(kernel: Kernel, shipped: list[Function], fixed: list[Function], architecture: str, terms: Terms | None) -> Any:
-    count = counts(kernel, shipped, fixed, terms)
+    count = counts(kernel, shipped, fixed, ARCHITECTURES[architecture], terms)
     function = named(shipped, kernel.name, kernel.template)
     blocks = prediction.blocks_at_once(function, ARCHITECTURES[architecture])
     of_terms = terms.number * terms.bytes if terms else 0

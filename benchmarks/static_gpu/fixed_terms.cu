@@ -1,5 +1,5 @@
-// The kernels with terms, for a fixed number of them: one and two make code without a loop over terms, in which every
-// instruction of a tile is seen; with many, what a tile takes without its terms.
+// The kernels with terms, for a fixed number of them: one makes code without a loop over terms, in which every
+// instruction of a tile is seen; with many, that loop is what each further term takes.
 #include "cuda/adamw.cuh"
 #include "cuda/penalty.cuh"
 
@@ -25,12 +25,11 @@ __global__ void __launch_bounds__(kThreads, resident<float>(2))
   low_rank_adamw<float, false>(table, operands, directions, kTerms, coefficients, partial);
 }
 
-#define FOR_TERMS(terms)                                                             \
-  template __global__ void projections_of<terms>(DeviceTable, View, View, double*);  \
+#define FOR_TERMS(terms)                                                              \
+  template __global__ void projections_of<terms>(DeviceTable, View, View, double*);   \
   template __global__ void combine_of<terms>(DeviceTable, View, View, const double*); \
   template __global__ void adamw_of<terms>(DeviceTable, AdamWViews, View, const double*, double*);
 FOR_TERMS(1)
-FOR_TERMS(2)
 FOR_TERMS(30)
 
 }  // namespace

@@ -2,8 +2,8 @@
 
 The machine code has several ways through a loop: an octet may lie in several tensors, at any address, in any dtype, and
 some sums are computed again in float64. Counted is the way that real models take almost always: the one that moves the
-most units of 16 bytes, among those the one with the most roots and reciprocals, since no element is left out there, and
-among those the one with the fewest instructions.
+most units of 16 bytes, among those the one with the most products, roots and reciprocals, since no element and no term
+is left out there, and among those the one with the fewest instructions.
 """
 
 from __future__ import annotations
@@ -154,8 +154,9 @@ def _loop_bodies(graph: nx.DiGraph, entry: int) -> dict[int, set[int]]:
     return bodies
 
 
-def hot_loops(function: Function) -> list[Loop]:
-    """The outermost loops that move units, in the order of their code."""
+def hot_loops(function: Function, product: str) -> list[Loop]:
+    """The outermost loops that move units, in the order of their code. ``product`` is the opcode of a product with a
+    sum in the kernel's arithmetic: where that is float32, what is computed again in float64 is no reason for a way."""
     graph, blocks = _blocks(function.code)
     bodies = _loop_bodies(graph, function.code[0].address)
     forward = graph.copy()
@@ -173,7 +174,7 @@ def hot_loops(function: Function) -> list[Loop]:
                 continue
             (moved, special, fewer), way = max(before, default=((0, 0, 0), []))
             if block not in inside:
-                special += sum(i.opcode.startswith("MUFU") for i in blocks[block])
+                special += sum(i.opcode.startswith(("MUFU", product)) for i in blocks[block])
                 moved, fewer = moved + units[block], fewer - len(blocks[block])
             best[block] = (moved, special, fewer), [*way, block]
         ends = [best[block] for block in graph.predecessors(first) if block in best and block in hot[first]]

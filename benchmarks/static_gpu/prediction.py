@@ -23,6 +23,11 @@ class Architecture(NamedTuple):
     threads: int
     shared_bytes: int
 
+    @property
+    def product(self) -> str:
+        """The opcode of a product with a sum, in the arithmetic that csrc/cuda has for this architecture."""
+        return "DFMA" if self.float64 >= 32 else "FFMA"
+
 
 class Card(NamedTuple):
     """One card of an architecture: the maker's figures."""
@@ -59,7 +64,12 @@ CARDS = {
     "B200": Card("100", 8000e9, 148, 1.85e9),
     "RTX 5090": Card("120", 1792e9, 170, 2.41e9),
 }
-ISSUED, INTEGER, SHUFFLES, L1_BYTES = 128, 64, 32, 128  # for each cycle, on all of them
+# For each cycle, on all of them. Products of integers (IMAD, which also moves registers) have half of the pipe of
+# float32 products; other integers' arithmetic, comparisons and selections have a pipe of their own: Nsight Compute's
+# documentation, "Pipelines". Branches, barriers and uniform instructions are in neither.
+ISSUED, PRODUCTS, INTEGER, SHUFFLES, L1_BYTES = 128, 64, 64, 32, 128
+_INTEGER = ("LOP3", "PLOP3", "SHF", "SEL", "FSEL", "ISETP", "FSETP", "IADD3", "VIADD", "IABS", "PRMT", "LEA")
+_INTEGER = (*_INTEGER, "IMNMX", "VIMNMX", "FMNMX", "MOV")
 
 
 class Count(NamedTuple):
@@ -71,26 +81,28 @@ class Count(NamedTuple):
     conversions: float
     shuffles: float
     units: float
+    products: float  # of integers
+    integer: float
 
     def plus(self, other: Count, times: float = 1) -> Count:
         return Count(*(a + times * b for a, b in zip(self, other, strict=True)))
 
     def cycles(self, architecture: Architecture) -> float:
         """Of a multiprocessor, for one thread: those of its busiest part, since the parts work at the same time."""
-        rest = self.instructions - sum(self[1:])
         return max(
             self.instructions / ISSUED,
-            self.float32 / architecture.float32,
+            (self.float32 + self.products) / architecture.float32,
+            self.products / PRODUCTS,
+            self.integer / INTEGER,
             self.float64 / architecture.float64,
             self.conversions / architecture.conversions,
             self.shuffles / SHUFFLES,
             self.units * UNIT / L1_BYTES,
-            rest / INTEGER,
         )
 
 
-# 16-bit instead of float32: one unit less for an octet, and eight conversions.
-NARROWER = Count(instructions=OCTET - 1, float32=0, float64=0, conversions=0, shuffles=0, units=-1)
+# bfloat16 instead of float32: one unit less for an octet, and eight conversions, which are shifts and products.
+NARROWER = Count(OCTET - 1, 0, 0, 0, 0, units=-1, products=OCTET / 2, integer=OCTET / 2)
 
 
 def _part(opcode: str) -> str:
@@ -103,7 +115,11 @@ def _part(opcode: str) -> str:
         return "conversions"
     if kind == "SHFL":
         return "shuffles"
-    return "units" if opcode.startswith(("LDG", "STG")) and ".128" in opcode else "rest"
+    if kind == "IMAD":
+        return "products"
+    if kind in _INTEGER:
+        return "integer"
+    return "units" if opcode.startswith(("LDG", "STG")) and ".128" in opcode else "other"
 
 
 def executed(opcodes: Counter[str]) -> Count:
@@ -123,6 +139,15 @@ def count_of(loop: Loop, units: int) -> Count:
         count = executed(child.executed)
         own = own.plus(count, rest / len(loop.inside) / count.units)
     return own
+
+
+def count_of_term(loop: Loop, units: int) -> Count:
+    """What the loops inside an iteration execute for one term, of so many units."""
+    total = Count(*(0 for _ in Count._fields))
+    for child in loop.inside:
+        count = executed(child.executed)
+        total = total.plus(count, units / count.units)
+    return total
 
 
 def blocks_at_once(function: Function, architecture: Architecture) -> int:

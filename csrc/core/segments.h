@@ -24,17 +24,12 @@ namespace crl {
 constexpr int64_t kChunk = 4096;  // elements per partial sum: 16 KiB of float32, so a chunk stays in L1 for K terms
 constexpr int64_t kLanes = 16;    // on a CPU, flat element j of a chunk is added to lane j % kLanes of its partial sum
 
-enum class DType : int8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+enum class DType : int8_t { kFloat64, kFloat32, kBFloat16, kFloat16 };
 
+// 8, 4, 2 or 2 bytes, without a branch: CUDA kernels compute it for every octet.
 CRL_HOST_DEVICE inline int64_t size_of(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return 8;
-    case DType::kFloat32:
-      return 4;
-    default:
-      return 2;
-  }
+  const int halvings = static_cast<int>(dtype);
+  return int64_t{8} >> (halvings < 2 ? halvings : 2);
 }
 
 // The address and the dtype of some elements.

@@ -85,7 +85,7 @@ __device__ void low_rank_adamw(const DeviceTable& table, const AdamWViews& opera
   const int terms = num_terms < kWarp ? num_terms : kWarp;
   const bool skip = operands.skips();
   share_coefficients<Widest>(coefficients, num_terms);
-  double sum = 0.0;
+  TermSums<Widest> sums;
   for (int64_t tile = blockIdx.x; tile < table.tiles(); tile += gridDim.x) {
     const Place place = table.place(tile);
     AdamWOctets<Widest> octets(table, operands, place);
@@ -103,9 +103,14 @@ __device__ void low_rank_adamw(const DeviceTable& table, const AdamWViews& opera
         (kDecoupled ? start : gradient) += static_cast<Widest>(rounded(product(pull[j], share)));
       });
     }
-    add_projections<1>(table, directions, place, octets.theta, 0, terms, sum);
+#pragma unroll(kPairs<Widest> ? 2 : 1)  // TermSums adds two terms at a time
+    for (int k = 0; k < terms; ++k) {
+      Octet<Widest> u = read<Widest, Caching::kKeep>(table, directions, place, k);
+      convert(u);
+      sums.add(dot(octets.theta, u), k, terms);
+    }
   }
-  write_term_sums(sum, 0, terms, partial);
+  sums.write(0, terms, partial);
   project<Widest>(table, operands.theta, directions, num_terms, partial, kWarp);
 }
 

@@ -63,8 +63,8 @@ __device__ double total_of(const double* partial, int64_t count) {
 }
 
 // x . u over an octet.
-template <class Widest>
-__device__ double dot(const Factor<Widest> (&x)[kOctet], const Octet<Widest>& u) {
+template <class Elements, class Widest>
+__device__ double dot(const Elements& x, const Octet<Widest>& u) {
   if constexpr (kPairs<Widest>) {
     DoubleFloat sum = {};
     float largest = 0.0f;
@@ -108,78 +108,80 @@ __device__ double quadratic(const Octet<Widest>& theta, const Octet<Widest>& fis
   }
 }
 
-// A warp keeps the sums of up to 32 terms in its lanes: the even terms in lanes 0 to 15, the odd ones in lanes 16
-// to 31.
-__device__ int term_of_lane() {
-  const int lane = threadIdx.x % kWarp;
-  return lane % (kWarp / 2) * 2 + lane / (kWarp / 2);
-}
+// A warp's sums of up to 32 terms, one in each lane, so that they take one register. Where float64 is slow, two terms
+// are added in one pass over the warp, which leaves the even terms in lanes 0 to 15 and the odd ones in lanes 16 to 31.
+template <class Widest>
+struct TermSums {
+  double sum = 0.0, even = 0.0;  // `even`: of this thread's octet, for the even term before an odd one
 
-// Adds u_k . x over the warp's octets to the sums of the terms k from `first` on, at most a warp of them. A thread
-// loads kAtOnce octets of directions before it waits.
-template <int kAtOnce, class Widest>
-__device__ void add_projections(const DeviceTable& table, const View& directions, const Place& place, Octet<Widest>& x,
-                                int first, int terms, double& sum) {
-  Factor<Widest> values[kOctet];
-  for (int k = 0; k < terms; k += 2) {
-    double even = 0.0, odd = 0.0;
-#pragma unroll 1
-    for (int half = 0; half < 2; half += kAtOnce) {
-      Octet<Widest> u[kAtOnce];
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const int term = k + half + i;
-        if (term < terms) u[i] = read<Widest, Caching::kKeep>(table, directions, place, first + term);
-      }
-      if (k == 0 && half == 0) {
-        convert(x);
-#pragma unroll
-        for (int j = 0; j < kOctet; ++j) values[j] = x[j];
-      }
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        if (k + half + i < terms) {
-          convert(u[i]);
-          (half + i == 0 ? even : odd) = dot<Widest>(values, u[i]);
-        }
-      }
+  __device__ static int term_of_lane() {
+    const int lane = threadIdx.x % kWarp;
+    return kPairs<Widest> ? lane % (kWarp / 2) * 2 + lane / (kWarp / 2) : lane;
+  }
+
+  // Adds the warp's octets of one term. All lanes call it, for the terms 0, 1, ..., terms - 1, in this order.
+  __device__ void add(double octet, int term, int terms) {
+    if constexpr (kPairs<Widest>) {
+      if (term % 2 == 0) even = octet;
+      if (term % 2 == 0 && term + 1 < terms) return;
+      const double total = warp_sums(even, term % 2 == 0 ? 0.0 : octet);
+      if (term_of_lane() / 2 == term / 2) sum += total;
+    } else {
+      const double total = warp_sum(octet);
+      if (term_of_lane() == term) sum += total;
     }
-    const double total = warp_sums(even, odd);
-    if (term_of_lane() / 2 == k / 2) sum += total;
   }
-}
 
-// partial[k * gridDim.x + block] for those terms.
-__device__ void write_term_sums(double sum, int first, int terms, double* partial) {
-  __shared__ double sums[kWarps][kWarp];
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, term = term_of_lane();
-  __syncthreads();  // the previous use of `sums` is over
-  sums[warp][lane] = sum;
-  __syncthreads();
-  if (warp == 0 && term < terms) {
-    double total = 0.0;
+  // partial[(first + k) * gridDim.x + block] for the terms k.
+  __device__ void write(int first, int terms, double* partial) const {
+    __shared__ double sums[kWarps][kWarp];
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, term = term_of_lane();
+    __syncthreads();  // the previous use of `sums` is over
+    sums[warp][lane] = sum;
+    __syncthreads();
+    if (warp == 0 && term < terms) {
+      double total = 0.0;
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) total += sums[w][lane];
-    partial[int64_t{first + term} * gridDim.x + blockIdx.x] = total;
+      for (int w = 0; w < kWarps; ++w) total += sums[w][lane];
+      partial[int64_t{first + term} * gridDim.x + blockIdx.x] = total;
+    }
   }
-}
+};
 
 // partial[k * gridDim.x + block] = u_k . theta over the block's tiles, from the first to the last, for k >= begin.
 //
-// 32 terms need one register and one reading of theta. More terms read theta again for each 32: at most 1/32 more than
-// the directions themselves in float32.
+// More than 32 terms read theta again for each 32: at most 1/32 more than the directions themselves in float32.
 template <class Widest>
 __device__ void project(const DeviceTable& table, const View& theta, const View& directions, int num_terms,
                         double* partial, int begin = 0) {
   for (int first = begin; first < num_terms; first += kWarp) {
     const int terms = num_terms - first < kWarp ? num_terms - first : kWarp;
-    double sum = 0.0;
+    TermSums<Widest> sums;
     for (int64_t tile = blockIdx.x; tile < table.tiles(); tile += gridDim.x) {
       const Place place = table.place(tile);
       Octet<Widest> x = read<Widest>(table, theta, place);
-      add_projections<kTermsAtOnce>(table, directions, place, x, first, terms, sum);
+      Factor<Widest> values[kOctet];
+      for (int k = 0; k < terms; k += kTermsAtOnce) {
+        Octet<Widest> u[kTermsAtOnce];
+#pragma unroll
+        for (int i = 0; i < kTermsAtOnce; ++i) {
+          if (k + i < terms) u[i] = read<Widest, Caching::kKeep>(table, directions, place, first + k + i);
+        }
+        if (k == 0) {
+          convert(x);
+#pragma unroll
+          for (int j = 0; j < kOctet; ++j) values[j] = x[j];
+        }
+#pragma unroll
+        for (int i = 0; i < kTermsAtOnce; ++i) {
+          if (k + i < terms) {
+            convert(u[i]);
+            sums.add(dot(values, u[i]), k + i, terms);
+          }
+        }
+      }
     }
-    write_term_sums(sum, first, terms, partial);
+    sums.write(first, terms, partial);
   }
 }
 

@@ -18,7 +18,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-# Codes of dtypes, as in csrc/core/segments.h: 0 float32, 1 float64, 2 bfloat16, 3 float16.
+# Codes of dtypes in Triton's tables: 0 float32, 1 float64, 2 bfloat16, 3 float16.
 
 # 8 elements of a chunk for each of 256 threads: one 16-byte load of bfloat16, two of float32. Tests change it.
 BLOCK = 2048
