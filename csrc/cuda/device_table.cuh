@@ -53,7 +53,8 @@ struct DeviceTable {
   __device__ int64_t tiles() const { return (numel + kTile - 1) / kTile; }
 
   __device__ Pointer at(const View& view, int term, int segment, int64_t index) const {
-    const int64_t entry = __ldg(entries + view.first + term * view.per_term + segment * view.per_segment);
+    const int64_t* of_segment = entries + (view.first + segment * view.per_segment);  // the same for all terms
+    const int64_t entry = __ldg(of_segment + term * view.per_term);
     const DType dtype = dtype_of(entry);
     return {reinterpret_cast<void*>(origin_of(entry) + index * size_of(dtype)), dtype};
   }

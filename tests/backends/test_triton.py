@@ -55,16 +55,20 @@ if registry.INTERPRETED:
 
 @pytest.mark.skipif(registry.INTERPRETED, reason="this is the run that the test below starts")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-def test_operators_and_derivatives():
+@pytest.mark.parametrize(
+    ("slow_float64", "names"), [("0", TESTED), ("1", TESTED[:2])], ids=["fast-float64", "slow-float64"]
+)
+def test_operators_and_derivatives(slow_float64, names):
     """These files without the tests that are slow here; the bitwise test of lists is below, on less data.
 
     Compilers see operators, not their kernels, so compiled code is tested where it is not interpreted.
     """
-    files = [str(TESTS / name) for name in TESTED]
+    files = [str(TESTS / name) for name in names]
     slow = "written_tensors_are_bitwise or drift_is_exact or any_number_of_threads or (gradcheck and rank1)"
     compiled = "inside_compiled_code or recompilation or inductor or compiled_training_step"
     selected = f"not (reference or {slow} or {compiled})"
-    assert_pass_in_a_process(selected, *files, CRL_KERNELS_BACKEND="triton", TRITON_INTERPRET="1")
+    variables = {"CRL_KERNELS_BACKEND": "triton", "TRITON_INTERPRET": "1", "CRL_TEST_SLOW_FLOAT64": slow_float64}
+    assert_pass_in_a_process(selected, *files, **variables)
 
 
 @needs_interpreter

@@ -15,10 +15,13 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_86": GPUTarget("cuda", 86, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+SLOW_FLOAT64 = ("sm_86", "sm_120")
 
 
 def tool(name: str) -> str:

@@ -8,7 +8,19 @@ import triton.language as tl
 
 from ..reference import ADAMW_COLUMNS
 from .chunks import kernel, locate, read, write, zeros
-from .penalty_kernels import proximal_weight
+from .float64_arithmetic import (
+    added,
+    difference,
+    dot,
+    number,
+    product,
+    proximal_step,
+    quadratic,
+    rounded,
+    scaled,
+    where,
+    zero,
+)
 
 # Kernels take global numbers as constexpr only.
 FACTOR = tl.constexpr(ADAMW_COLUMNS.factor)
@@ -89,6 +101,7 @@ def low_rank_adamw_kernel(
     GRADIENTS: tl.constexpr,
     DIRECTIONS: tl.constexpr,
     DECOUPLED: tl.constexpr,
+    PAIRS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     """A step of AdamW, and partial[k, chunk] = u_k . theta after it. The second reading of u_k is from L2."""
@@ -96,11 +109,11 @@ def low_rank_adamw_kernel(
     chunks = tl.num_programs(0)
     place = locate(begins, firsts, numel, chunk, BLOCK)
     skip = tl.load(found_inf) > 0
-    total = tl.zeros([BLOCK], tl.float64)
+    total = zero(BLOCK, PAIRS)
     term = directions
     for k in range(num_terms):
         u = read(term, directions_stride, place, DIRECTIONS, BLOCK)
-        total += tl.load(coefficients + k) * u.to(tl.float64)
+        total = added(total, scaled(number(tl.load(coefficients + k), PAIRS), u, PAIRS), PAIRS)
         term += pieces
 
     result = zeros(PARAMS, BLOCK)
@@ -112,7 +125,8 @@ def low_rank_adamw_kernel(
         m = read(exp_avgs, exp_avgs_stride, part, PARAMS, BLOCK)
         v = read(exp_avg_sqs, exp_avg_sqs_stride, part, PARAMS, BLOCK)
         row = settings + index.to(tl.int64) * COLUMNS
-        pull = (tl.load(row + SHARE) * total).to(theta.dtype)
+        share = number(tl.load(row + SHARE), PAIRS)
+        pull = rounded(product(total, share, PAIRS), PAIRS).to(theta.dtype)
         gradient = tl.load(row + FACTOR).to(theta.dtype) * gradient
         if DECOUPLED:
             stepped, m, v = _adamw(row, theta + pull, gradient, m, v)
@@ -131,7 +145,7 @@ def low_rank_adamw_kernel(
 
     for _ in range(num_terms):
         u = read(directions, directions_stride, place, DIRECTIONS, BLOCK)
-        tl.store(partial + chunk, tl.sum(result.to(tl.float64) * u.to(tl.float64), axis=0))
+        tl.store(partial + chunk, dot(result, u, PAIRS))
         directions += pieces
         partial += chunks
 
@@ -160,13 +174,15 @@ def diagonal_adamw_kernel(
     GRADIENTS: tl.constexpr,
     STATE: tl.constexpr,
     DECOUPLED: tl.constexpr,
+    PAIRS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     """A step of AdamW with the diagonal penalty, and partial[chunk] = sum S (theta - m)^2 before it."""
     chunk = tl.program_id(0).to(tl.int64)
     place = locate(begins, firsts, numel, chunk, BLOCK)
     skip = tl.load(found_inf) > 0
-    squares = tl.zeros([BLOCK], tl.float64)
+    # Of all lanes, for the sum of squares.
+    all_s, distances = zeros(STATE, BLOCK), zero(BLOCK, PAIRS)
     index, last = _segment_range(firsts, place)
     while index <= last:
         part, selected = _restrict(place, index)
@@ -174,20 +190,23 @@ def diagonal_adamw_kernel(
         gradient = read(gradients, gradients_stride, part, GRADIENTS, BLOCK).to(theta.dtype)
         m = read(exp_avgs, exp_avgs_stride, part, PARAMS, BLOCK)
         v = read(exp_avg_sqs, exp_avg_sqs_stride, part, PARAMS, BLOCK)
-        s = read(fisher, fisher_stride, part, STATE, BLOCK).to(tl.float64)
-        distance = theta.to(tl.float64) - read(anchor, anchor_stride, part, STATE, BLOCK).to(tl.float64)
-        slope = s * distance
-        squares = tl.where(selected, slope * distance, squares)
+        s = read(fisher, fisher_stride, part, STATE, BLOCK)
+        old = read(anchor, anchor_stride, part, STATE, BLOCK)
+        distance = difference(theta, old, PAIRS)
+        all_s = tl.where(selected, s, all_s)
+        distances = where(selected, distance, distances, PAIRS)
         row = settings + index.to(tl.int64) * COLUMNS
+        share = tl.load(row + SHARE)
         gradient = tl.load(row + FACTOR).to(theta.dtype) * gradient
         if DECOUPLED:
-            start = theta.to(tl.float64) - proximal_weight(s, tl.load(row + SHARE)) * distance
-            stepped, m, v = _adamw(row, start.to(theta.dtype), gradient, m, v)
+            start = proximal_step(theta, s, old, share, PAIRS).to(theta.dtype)
+            stepped, m, v = _adamw(row, start, gradient, m, v)
         else:
-            stepped, m, v = _adamw(row, theta, gradient + (tl.load(row + SHARE) * slope).to(theta.dtype), m, v)
+            pull = rounded(product(scaled(distance, s, PAIRS), number(share, PAIRS), PAIRS), PAIRS).to(theta.dtype)
+            stepped, m, v = _adamw(row, theta, gradient + pull, m, v)
         if skip == 0:
             write(parameters, parameters_stride, part, stepped, PARAMS, BLOCK)
             write(exp_avgs, exp_avgs_stride, part, m, PARAMS, BLOCK)
             write(exp_avg_sqs, exp_avg_sqs_stride, part, v, PARAMS, BLOCK)
         index += 1
-    tl.store(partial + chunk, tl.sum(squares, axis=0))
+    tl.store(partial + chunk, quadratic(all_s, distances, PAIRS))

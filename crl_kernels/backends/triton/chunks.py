@@ -4,7 +4,8 @@ A chunk is BLOCK consecutive flat elements, whatever tensors they lie in. Lane j
 chunk * BLOCK + j and is multiplied, added and summed in the same place for a list and for a flat tensor. Reductions
 have two stages and no atomics: one sum per chunk, then ``finish_kernel``. So results are bitwise the same from run to
 run, and for a list and a flat tensor: kernels are not specialised on arguments that differ between those two, so both
-run the same binary. Arithmetic is float64, except AdamW's own, which is in its parameters' dtype.
+run the same binary. Arithmetic is float64, or as good (``float64_arithmetic.py``), except AdamW's own, which is in its
+parameters' dtype.
 
 A view of the flat vector is a table of entries, one per segment (stride 1) or a single one (stride 0). An entry is
 4 * origin + code: where flat element 0 would be, were the whole vector laid out like this segment, and the dtype.
@@ -23,6 +24,9 @@ import triton.language as tl
 # 8 elements of a chunk for each of 256 threads: one 16-byte load of bfloat16, two of float32. Tests change it.
 BLOCK = 2048
 NUM_WARPS = 8
+
+# The constants of kernels that hold the dtypes of a view.
+VIEWS = ("PARAMS", "TARGETS", "DIRECTIONS", "STATE", "GRADIENTS")
 
 # On NVIDIA, registers per thread: 64 lets four programs run on a multiprocessor at a time, 80 three, 128 two. Without
 # a limit, ptxas aims for more programs and spills.
@@ -43,12 +47,19 @@ def block(name: str) -> int:
 
 
 def registers(name: str, constants: Mapping[str, int]) -> int:
-    """Registers per thread of a kernel with these constants. A sum into tensors of several dtypes and AdamW in float64
-    need more than usual."""
+    """Registers per thread of a kernel with these constants. A sum into tensors of several dtypes, AdamW in float64
+    and products of pairs need more than usual."""
     if name == "low_rank_adamw_kernel" and constants["PARAMS"] != 1:
         return 255
+    if name == "projections_kernel" and constants["PAIRS"]:
+        return 128
     mixed = any(constants[view].bit_count() > 1 for view in ("TARGETS", "DIRECTIONS") if view in constants)
     return 128 if name == "combine_kernel" and mixed else _REGISTERS[name]
+
+
+def pairs(constants: Mapping[str, int], slow_float64: bool) -> bool:
+    """Whether a kernel with these constants computes with pairs of float32: not where a view has float64."""
+    return slow_float64 and not any(constants.get(view, 0) & 2 for view in VIEWS)
 
 
 def kernel(function: Callable[..., None]) -> Any:

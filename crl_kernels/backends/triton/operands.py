@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..memory_order import in_order_of
-from . import chunks, tables
+from . import chunks, float64_arithmetic, tables
 from .tables import View, check
 
 _Result = TypeVar("_Result")
@@ -88,6 +88,7 @@ class Flat:
         """Runs a kernel with one program for each chunk."""
         if self.chunks == 0:
             return
+        constants["PAIRS"] = chunks.pairs(constants, float64_arithmetic.slow_float64(self._place.device))
         if torch.version.hip is None:
             constants["maxnreg"] = chunks.registers(kernel.__name__, constants)
         kernel[(self.chunks,)](
@@ -98,6 +99,7 @@ class Flat:
             **constants,
             BLOCK=self._block,
             num_warps=chunks.NUM_WARPS,
+            enable_fp_fusion=not constants["PAIRS"],
         )
 
 

@@ -1,9 +1,21 @@
 """The penalties' Triton kernels, low-rank and diagonal. Operators in ``penalty.py`` launch them."""
 
-import triton
 import triton.language as tl
 
 from .chunks import kernel, locate, read, write
+from .float64_arithmetic import (
+    added,
+    added_to,
+    difference,
+    dot,
+    number,
+    product,
+    proximal_step,
+    quadratic,
+    rounded,
+    scaled,
+    zero,
+)
 from .reductions import row_sum
 
 # The low-rank penalty.
@@ -23,6 +35,7 @@ def projections_kernel(
     partial: tl.tensor,
     PARAMS: tl.constexpr,
     DIRECTIONS: tl.constexpr,
+    PAIRS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     """partial[k, chunk] = u_k . theta over the chunk. theta is read once for all terms."""
@@ -32,7 +45,7 @@ def projections_kernel(
     theta = read(parameters, parameters_stride, place, PARAMS, BLOCK)
     for _ in range(num_terms):
         u = read(directions, directions_stride, place, DIRECTIONS, BLOCK)
-        tl.store(partial + chunk, tl.sum(theta.to(tl.float64) * u.to(tl.float64), axis=0))
+        tl.store(partial + chunk, dot(theta, u, PAIRS))
         directions += pieces
         partial += chunks
 
@@ -52,18 +65,21 @@ def combine_kernel(
     TARGETS: tl.constexpr,
     DIRECTIONS: tl.constexpr,
     OVERWRITE: tl.constexpr,
+    PAIRS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     """targets (+)= sum_k c_k u_k, rounded once."""
     place = locate(begins, firsts, numel, tl.program_id(0).to(tl.int64), BLOCK)
-    total = tl.zeros([BLOCK], tl.float64)
+    total = zero(BLOCK, PAIRS)
     for k in range(num_terms):
         u = read(directions, directions_stride, place, DIRECTIONS, BLOCK)
-        total += tl.load(coefficients + k) * u.to(tl.float64)
+        total = added(total, scaled(number(tl.load(coefficients + k), PAIRS), u, PAIRS), PAIRS)
         directions += pieces
-    if not OVERWRITE:
-        total += read(targets, targets_stride, place, TARGETS, BLOCK).to(tl.float64)
-    write(targets, targets_stride, place, total, TARGETS, BLOCK)
+    if OVERWRITE:
+        values = rounded(total, PAIRS)
+    else:
+        values = added_to(read(targets, targets_stride, place, TARGETS, BLOCK), total, PAIRS)
+    write(targets, targets_stride, place, values, TARGETS, BLOCK)
 
 
 @kernel
@@ -102,6 +118,7 @@ def quadratic_kernel(
     partial: tl.tensor,
     PARAMS: tl.constexpr,
     STATE: tl.constexpr,
+    PAIRS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     """partial[chunk] = sum S (theta - m)^2 over the chunk."""
@@ -110,8 +127,7 @@ def quadratic_kernel(
     theta = read(parameters, parameters_stride, place, PARAMS, BLOCK)
     s = read(fisher, fisher_stride, place, STATE, BLOCK)
     m = read(anchor, anchor_stride, place, STATE, BLOCK)
-    distance = theta.to(tl.float64) - m.to(tl.float64)
-    tl.store(partial + chunk, tl.sum(s.to(tl.float64) * distance * distance, axis=0))
+    tl.store(partial + chunk, quadratic(s, difference(theta, m, PAIRS), PAIRS))
 
 
 @kernel
@@ -132,6 +148,7 @@ def gradient_kernel(
     PARAMS: tl.constexpr,
     STATE: tl.constexpr,
     OVERWRITE: tl.constexpr,
+    PAIRS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     """targets = c S (theta - m); or targets += that and partial[chunk] = sum S (theta - m)^2, in one pass. A target has
@@ -141,24 +158,14 @@ def gradient_kernel(
     theta = read(parameters, parameters_stride, place, PARAMS, BLOCK)
     s = read(fisher, fisher_stride, place, STATE, BLOCK)
     m = read(anchor, anchor_stride, place, STATE, BLOCK)
-    c = tl.load(coefficient)
+    distance = difference(theta, m, PAIRS)
+    slope = product(scaled(distance, s, PAIRS), number(tl.load(coefficient), PAIRS), PAIRS)
     if OVERWRITE:
-        slope = s.to(tl.float64) * (theta.to(tl.float64) - m.to(tl.float64))
-        write(targets, targets_stride, place, c * slope, PARAMS, BLOCK)
+        write(targets, targets_stride, place, rounded(slope, PAIRS), PARAMS, BLOCK)
     else:
         target = read(targets, targets_stride, place, PARAMS, BLOCK)
-        distance = theta.to(tl.float64) - m.to(tl.float64)
-        slope = s.to(tl.float64) * distance
-        write(targets, targets_stride, place, target.to(tl.float64) + c * slope, PARAMS, BLOCK)
-        tl.store(partial + chunk, tl.sum(slope * distance, axis=0))
-
-
-@triton.jit
-def proximal_weight(s: tl.tensor, strength: tl.tensor) -> tl.tensor:
-    """strength S / (1 + strength S); 0 where S = 0, 1 where it is infinite."""
-    x = tl.where(s == 0.0, 0.0, s * strength)
-    x = tl.where(x > 1.7976931348623157e308, 1.7976931348623157e308, x)  # NaN is kept
-    return x / (1.0 + x)
+        write(targets, targets_stride, place, added_to(target, slope, PAIRS), PARAMS, BLOCK)
+        tl.store(partial + chunk, quadratic(s, distance, PAIRS))
 
 
 @kernel
@@ -175,12 +182,13 @@ def shrink_kernel(
     strength: tl.tensor,
     PARAMS: tl.constexpr,
     STATE: tl.constexpr,
+    PAIRS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     """theta <- theta - w (theta - m), with the proximal weight w."""
     place = locate(begins, firsts, numel, tl.program_id(0).to(tl.int64), BLOCK)
-    theta = read(parameters, parameters_stride, place, PARAMS, BLOCK).to(tl.float64)
-    s = read(fisher, fisher_stride, place, STATE, BLOCK).to(tl.float64)
-    m = read(anchor, anchor_stride, place, STATE, BLOCK).to(tl.float64)
-    w = proximal_weight(s, tl.load(strength))
-    write(parameters, parameters_stride, place, theta - w * (theta - m), PARAMS, BLOCK)
+    theta = read(parameters, parameters_stride, place, PARAMS, BLOCK)
+    s = read(fisher, fisher_stride, place, STATE, BLOCK)
+    m = read(anchor, anchor_stride, place, STATE, BLOCK)
+    moved = proximal_step(theta, s, m, tl.load(strength), PAIRS)
+    write(parameters, parameters_stride, place, moved, PARAMS, BLOCK)

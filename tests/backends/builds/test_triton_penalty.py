@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from helpers.triton_targets import (
+    SLOW_FLOAT64,
     TARGETS,
     needs_linker,
     registers_and_stack,
@@ -37,6 +38,7 @@ WRITES = {
     "low_rank_adamw_kernel": ("PARAMS",) * 3,
     "diagonal_adamw_kernel": ("PARAMS",) * 3,
 }
+SUMS = [name for name in READS if name not in ("combine_kernel", "shrink_kernel")]
 TYPES = {
     "firsts": "*i32",
     "numel": "i64",
@@ -90,7 +92,8 @@ def name_of(case) -> str:
 
 def compiled(kernel: str, constants: dict[str, int], target: str):
     function = KERNELS[kernel]
-    constants = constants | {"BLOCK": chunks.block(kernel)}
+    pairs = chunks.pairs(constants, target in SLOW_FLOAT64)
+    constants = constants | {"PAIRS": pairs, "BLOCK": chunks.block(kernel)}
 
     def type_of(parameter: str) -> str:
         if parameter in constants:
@@ -99,7 +102,7 @@ def compiled(kernel: str, constants: dict[str, int], target: str):
             return "i32"
         return TYPES.get(parameter, "*i64" if parameter in TABLES else "*fp64")
 
-    options = {"num_warps": chunks.NUM_WARPS}
+    options = {"num_warps": chunks.NUM_WARPS, "enable_fp_fusion": not pairs}
     if TARGETS[target].backend == "cuda":
         options["maxnreg"] = chunks.registers(kernel, constants)
     source = ASTSource(function, {name: type_of(name) for name in function.arg_names}, constexprs=constants)
@@ -126,14 +129,31 @@ def test_sm_90_reads_and_writes_16_bytes_at_a_time(case):
         assert len(wide) == wide_accesses(chunks.block(kernel), constants, views, threads)
 
 
-@pytest.mark.parametrize("case", [*USUAL, *MIXED, *WIDEST], ids=name_of)
-def test_sm_90_does_not_spill(case, tmp_path):
+def assert_does_not_spill(case, target, tmp_path):
     """In the binary that runs: spilled registers would be on the stack."""
     binary = tmp_path / "kernel.cubin"
-    binary.write_bytes(compiled(*case, "sm_90").asm["cubin"])
+    binary.write_bytes(compiled(*case, target).asm["cubin"])
     registers, stack = registers_and_stack(binary)
     assert stack == 0
-    assert registers <= chunks.registers(*case)
+    assert registers <= chunks.registers(case[0], case[1] | {"PAIRS": chunks.pairs(case[1], target in SLOW_FLOAT64)})
+
+
+@pytest.mark.parametrize("case", [*USUAL, *MIXED, *WIDEST], ids=name_of)
+def test_sm_90_does_not_spill(case, tmp_path):
+    assert_does_not_spill(case, "sm_90", tmp_path)
+
+
+@pytest.mark.parametrize("case", USUAL, ids=name_of)
+def test_gpus_with_slow_float64_use_little_of_it(case, tmp_path):
+    """For coefficients, results, and sums that float32's exponents cannot hold: not for each element."""
+    assert_does_not_spill(case, "sm_86", tmp_path)
+    ptx = compiled(*case, "sm_86").asm["ptx"]
+    elements = chunks.block(case[0]) // (32 * chunks.NUM_WARPS)  # of a thread
+    wide = len(re.findall(r"\b(?:add|sub|mul|fma|div)\.\S*f64", ptx))
+    sums = case[0] in SUMS and not case[1].get("OVERWRITE")  # have a second way, in float64
+    assert wide < (8 * elements if sums else elements)
+    assert "mul.rn.f32" in ptx
+    assert not re.search(r"\bmul\.f32", ptx)  # would be fused with sums
 
 
 @pytest.mark.parametrize("case", [case for case in [*USUAL, *MIXED] if "adamw" in case[0]], ids=name_of)
