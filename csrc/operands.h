@@ -16,6 +16,11 @@
 #include "core/adamw_math.h"
 #include "core/segments.h"
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // in older torch there is only the one without the error's message
+#include <torch/headeronly/util/shim_utils.h>
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace crl {
 
 using torch::headeronly::ScalarType;

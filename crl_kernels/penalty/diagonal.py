@@ -76,7 +76,7 @@ class DiagonalHistory(History[DiagonalFisher]):
                 grads, params, *self._fisher_and_anchor(None), strength
             )
         )
-        return (self._binding.shards.sum_(total) + self._residual) * (0.5 * lam)
+        return (self._binding.shards.sum_(total) + self._residual) * lam * 0.5
 
     @torch.no_grad()
     def decoupled_step_(self, lam: float | Tensor, lr: Rate) -> None:

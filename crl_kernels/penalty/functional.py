@@ -68,7 +68,7 @@ def rank1_ewc_penalty(
     else:
         b = _number("anchor_projection", anchor_projection)
     drift = operators.low_rank_projections(tensors, directions, 1)[0] - b
-    return (0.5 * lam * curvature * drift.square()).to(_value_dtype(tensors))
+    return (drift.square() * curvature * lam * 0.5).to(_value_dtype(tensors))
 
 
 def diagonal_ewc_penalty(
@@ -112,7 +112,7 @@ def diagonal_ewc_penalty(
     fisher, anchors = _constants("fisher_diagonal", fisher_diagonal, tensors), _constants("anchor", anchor, tensors)
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in (*fisher, *anchors)) else torch.float32
     fisher, anchors = [f.to(dtype) for f in fisher], [m.to(dtype) for m in anchors]
-    return (0.5 * lam * operators.diagonal_quadratic(tensors, fisher, anchors)).to(_value_dtype(tensors))
+    return (operators.diagonal_quadratic(tensors, fisher, anchors) * lam * 0.5).to(_value_dtype(tensors))
 
 
 def _refuse_raw(**arguments: object) -> None:

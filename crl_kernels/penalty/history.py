@@ -595,6 +595,8 @@ class History(ABC, Generic[_Fisher]):
     def _float64(self, value: float | Tensor) -> Tensor:
         if isinstance(value, Tensor):
             return value.detach().to(dtype=torch.float64, device=self._device)
+        if torch.compiler.is_compiling():  # which specialises on the float that fills a tensor
+            return torch.ones((), dtype=torch.float64, device=self._device) * value
         return torch.full((), value, dtype=torch.float64, device=self._device)
 
     def _groups(self, lr: Rate, moving: tuple[int, ...] | None = None) -> tuple[Groups, float | Tensor]:
@@ -639,7 +641,8 @@ class History(ABC, Generic[_Fisher]):
         return pieces
 
     def _value(self, total: Tensor, lam: float | Tensor) -> Tensor:
-        return (0.5 * lam * total).to(self._binding.dtype)
+        # From a tensor on: older compilers specialise on a float that meets another number first.
+        return (total * lam * 0.5).to(self._binding.dtype)
 
     def _zero(self) -> Tensor:
         return torch.zeros((), dtype=self._binding.dtype, device=self._device)

@@ -38,7 +38,7 @@ DType dtype_of(const py::dtype& dtype) {
       return DType::kFloat16;
     default:
       throw py::type_error("expected float32, float64, float16, or uint16 for bfloat16; got " +
-                           py::str(dtype).cast<std::string>());
+                           py::str(py::handle(dtype)).cast<std::string>());
   }
 }
 

@@ -1,7 +1,7 @@
 """Makes Triton's interpreter round to bfloat16 as GPUs do, to the nearest, ties to even (it truncates), round a product
 and a sum in ``fma`` once (it rounds twice), multiply matrices of bfloat16 as such (it takes their bits for integers),
-and run larger or fewer programs, because each costs it 10 ms. With CRL_TEST_SLOW_FLOAT64=1, kernels compute as on GPUs
-where float64 is slow.
+reduce pairs quickly, and run larger or fewer programs, because each costs it 10 ms. With CRL_TEST_SLOW_FLOAT64=1,
+kernels compute as on GPUs where float64 is slow.
 
 This changes Triton's internals, so it is for tests only. It raises an error where a version of Triton lacks them.
 """
@@ -59,6 +59,16 @@ def _reduce_by_halves(self: Any, tensors: Any) -> Any:
     return [self.to_tensor(d.item(), tensor.dtype) for d, tensor in zip(data, tensors, strict=True)]
 
 
+_patch_tensor = interpreter._patch_lang_tensor
+
+
+def _patch_lang_tensor(tensor: Any, *scope: Any) -> None:
+    """numpy 2.4 makes no index of an array of one element, as which older interpreters have a scalar."""
+    _patch_tensor(tensor, *scope)
+    tensor.__index__ = lambda self: int(self.handle.data.item())
+
+
+interpreter._patch_lang_tensor = _patch_lang_tensor
 interpreter._convert_float = _convert_float
 interpreter.ReduceOps.generic_reduce = _reduce_by_halves
 interpreter.InterpreterBuilder.create_fma = _create_fma

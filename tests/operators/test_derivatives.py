@@ -274,6 +274,32 @@ def test_lam_changes_without_recompilation(kind, penalty, backend):
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 1 + recompilations
 
 
+@pytest.mark.parametrize("kind", ["low_rank", "diagonal"])
+@pytest.mark.parametrize("entry", ["add_penalty_grad_", "decoupled_step_"])
+def test_steps_change_lam_and_rate_without_recompilation(kind, entry):
+    """Floats: one more graph at the first change."""
+
+    def states(compiled: bool) -> list[torch.Tensor]:
+        model = Histories()
+        history = getattr(model, kind)
+        for parameter in model.net.parameters():
+            parameter.grad = torch.ones_like(parameter)
+
+        def step(lam: float, lr: float) -> None:
+            history.add_penalty_grad_(lam) if entry == "add_penalty_grad_" else history.decoupled_step_(lam, lr)
+
+        call = torch.compile(step, backend="aot_eager") if compiled else step
+        torch._dynamo.reset()
+        counters.clear()
+        for i in range(5):
+            call(0.1 * (i + 1), 0.01 / (i + 1))
+        return [tensor for p in model.net.parameters() for tensor in (p.detach(), p.grad)]
+
+    plain = states(compiled=False)
+    torch.testing.assert_close(states(compiled=True), plain)
+    assert 0 < counters["stats"]["unique_graphs"] <= 2
+
+
 @PENALTIES
 def test_transforms_inside_compiled_code(penalty, plain):
     """Where a custom operator alone would give a tangent of zero."""

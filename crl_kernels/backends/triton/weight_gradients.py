@@ -3,9 +3,11 @@ defines the operator. Grids depend on shapes alone, so results do not depend on 
 a GPU yet: tile sizes follow from arithmetic and from compilers' reports."""
 
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from .. import reference
@@ -27,6 +29,18 @@ JOINT_CHANNELS = 32  # fewer than this, and a tile takes several kernel offsets
 SUM_COLUMNS = 1024
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def compiler_fails(version: str, capability: tuple[int, int]) -> bool:
+    """Whether this version of Triton ends the process when it compiles the kernels for a B200, as 3.6 does; 3.8 does
+    not."""
+    return capability[0] == 10 and tuple(map(int, version.split(".")[:2])) < (3, 8)
+
+
+@cache
+def _can_compile(device: torch.device) -> bool:
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return not (nvidia and compiler_fails(triton.__version__, torch.cuda.get_device_capability(device)))
 
 
 class Geometry(NamedTuple):
@@ -241,7 +255,8 @@ def _sum_runs(sums: Tensor, runs: int, g: Geometry) -> Tensor:
 def sample_weight_gradients(
     convolution: Convolution, directions: Tensor | None, gram: bool, squares: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """float64 operands and the Gram matrix go to the reference, which has the matrix of all g_i in memory.
+    """float64 operands, the Gram matrix, and all where the compiler fails, go to the reference, which has the matrix of
+    all g_i in memory.
 
     A sample's gradient and sums over a run of samples are added in float32, the rest in float64; squares are float32,
     so a norm beyond its range becomes infinite and one below it 0.
@@ -252,7 +267,7 @@ def sample_weight_gradients(
     """
     input, grad_output = convolution[:2]
     g = _geometry(convolution)
-    if gram or input.dtype == torch.float64:
+    if gram or input.dtype == torch.float64 or not _can_compile(input.device):
         return reference.sample_weight_gradients(*convolution, directions, gram, squares)
     check(input.dtype in _DTYPES, "expected float32, float64, bfloat16 or float16 tensors")
     check(g.pixels < 2**30 and g.height * g.width < 2**30, "expected images of less than 2^30 pixels")

@@ -8,6 +8,7 @@ import sys
 import pytest
 from helpers.triton_targets import (
     SLOW_FLOAT64,
+    STACK,
     TARGETS,
     needs_linker,
     registers_and_stack,
@@ -134,7 +135,7 @@ def assert_does_not_spill(case, target, tmp_path):
     binary = tmp_path / "kernel.cubin"
     binary.write_bytes(compiled(*case, target).asm["cubin"])
     registers, stack = registers_and_stack(binary)
-    assert stack == 0
+    assert stack <= STACK
     assert registers <= chunks.registers(case[0], case[1] | {"PAIRS": chunks.pairs(case[1], target in SLOW_FLOAT64)})
 
 

