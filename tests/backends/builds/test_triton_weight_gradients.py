@@ -8,13 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-
-triton = pytest.importorskip("triton", reason="Triton is not installed")
 from helpers.triton_targets import (
     STACK,
     TARGETS,
     needs_linker,
     registers_and_stack,
+    triton,
 )  # skips where kernels are interpreted
 
 from crl_kernels.backends.triton.weight_gradients import compiler_fails
