@@ -15,8 +15,7 @@ __global__ void __launch_bounds__(kThreads, resident<float>(3))
 template <int kTerms>
 __global__ void __launch_bounds__(kThreads, resident<float>(3))
     combine_of(DeviceTable table, View targets, View directions, const double* coefficients) {
-  share_coefficients<float>(coefficients, kTerms);
-  combine<float, false>(table, targets, directions, kTerms, coefficients);
+  combine<float, false>(table, targets, directions, kTerms, Coefficients<float>(coefficients, kTerms));
 }
 
 template <int kTerms>

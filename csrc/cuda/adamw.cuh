@@ -84,7 +84,7 @@ __device__ void low_rank_adamw(const DeviceTable& table, const AdamWViews& opera
                                int num_terms, const double* coefficients, double* partial) {
   const int terms = num_terms < kWarp ? num_terms : kWarp;
   const bool skip = operands.skips();
-  share_coefficients<Widest>(coefficients, num_terms);
+  const Coefficients<Widest> factors(coefficients, num_terms);
   TermSums<Widest> sums;
   for (int64_t tile = blockIdx.x; tile < table.tiles(); tile += gridDim.x) {
     const Place place = table.place(tile);
@@ -92,7 +92,7 @@ __device__ void low_rank_adamw(const DeviceTable& table, const AdamWViews& opera
     Number<Widest> pull[kOctet] = {};
     for (int k = 0; k < num_terms; ++k) {
       Octet<Widest> u = read<Widest, Caching::kKeep>(table, directions, place, k);
-      const Number<Widest> c = shared_coefficient<Widest>(coefficients, k);
+      const Number<Widest> c = factors[k];
       convert(u);
 #pragma unroll
       for (int j = 0; j < kOctet; ++j) pull[j] = multiply_add(c, u[j], pull[j]);

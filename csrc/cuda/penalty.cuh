@@ -10,12 +10,12 @@
 namespace crl {
 namespace {
 
-// targets (+)= sum_k coefficients[k] u_k, rounded once. The first coefficients are in shared memory.
+// targets (+)= sum_k coefficients[k] u_k, rounded once.
 //
 // From the last tile to the first: after project(), L2 holds the last tiles of the directions.
 template <class Widest, bool kOverwrite>
 __device__ void combine(const DeviceTable& table, const View& targets, const View& directions, int num_terms,
-                        const double* coefficients) {
+                        const Coefficients<Widest>& coefficients) {
   const int64_t rounds = (table.tiles() - 1 - blockIdx.x) / gridDim.x;  // the grid has no more blocks than tiles
   for (int64_t tile = blockIdx.x + rounds * gridDim.x; tile >= 0; tile -= gridDim.x) {
     const Place place = table.place(tile);
@@ -31,7 +31,7 @@ __device__ void combine(const DeviceTable& table, const View& targets, const Vie
 #pragma unroll
       for (int i = 0; i < kTermsAtOnce; ++i) {
         if (k + i < num_terms) {
-          const Number<Widest> c = shared_coefficient<Widest>(coefficients, k + i);
+          const Number<Widest> c = coefficients[k + i];
           convert(u[i]);
 #pragma unroll
           for (int j = 0; j < kOctet; ++j) sums[j] = multiply_add(c, u[i][j], sums[j]);
@@ -51,21 +51,20 @@ struct Penalty {
   const double *curvatures, *anchor_projections, *coefficient;
 };
 
-// Calls store(k, c a_k (u_k . theta - b_k)) for every term; returns (c / 2) sum_k a_k (u_k . theta - b_k)^2 in every
-// thread. Every block that calls it adds the same numbers in the same order.
-template <class Store>
-__device__ double forces(const Penalty& penalty, const double* partial, int64_t count, const Store& store) {
+// coefficients[k] = c a_k (u_k . theta - b_k); returns (c / 2) sum_k a_k (u_k . theta - b_k)^2 in every thread. Every
+// block that calls it adds the same numbers in the same order.
+__device__ double forces(const Penalty& penalty, const double* partial, int64_t count, double* coefficients) {
   const double c = *penalty.coefficient;
   double value = 0.0;
   for (int k = threadIdx.x / kWarp; k < penalty.num_terms; k += kWarps) {
     const LowRankTerm term =
         low_rank_term(total_of(partial + k * count, count), penalty.anchor_projections[k], penalty.curvatures[k], c);
     if (threadIdx.x % kWarp == 0) {
-      store(k, term.force);
+      coefficients[k] = term.force;
       value += term.value;
     }
   }
-  return block_sum(value);  // and its barrier publishes what was stored in shared memory
+  return block_sum(value);  // and its barrier publishes the coefficients to the block
 }
 
 template <class Widest>
@@ -77,14 +76,13 @@ __global__ void __launch_bounds__(kThreads, resident<Widest>(3))
 template <class Widest, bool kOverwrite>
 __global__ void __launch_bounds__(kThreads, resident<Widest>(3))
     combine_kernel(DeviceTable table, View targets, View directions, int num_terms, const double* coefficients) {
-  share_coefficients<Widest>(coefficients, num_terms);
-  combine<Widest, kOverwrite>(table, targets, directions, num_terms, coefficients);
+  combine<Widest, kOverwrite>(table, targets, directions, num_terms, Coefficients<Widest>(coefficients, num_terms));
 }
 
 // Between projections_kernel and combine_kernel, in one block: coefficients and the value.
 __global__ void __launch_bounds__(kThreads)
     forces_kernel(Penalty penalty, const double* partial, int64_t count, double* coefficients, double* value) {
-  const double total = forces(penalty, partial, count, [&](int k, double force) { coefficients[k] = force; });
+  const double total = forces(penalty, partial, count, coefficients);
   if (threadIdx.x == 0) *value = total;
 }
 
@@ -95,13 +93,13 @@ template <class Widest>
 __global__ void __launch_bounds__(kThreads, resident<Widest>(3))
     penalty_kernel(DeviceTable table, View targets, View theta, View directions, Penalty penalty, double* partial,
                    double* value) {
+  __shared__ double coefficients[kSharedTerms];
   project<Widest>(table, theta, directions, penalty.num_terms, partial);
   cooperative_groups::this_grid().sync();
-  Number<Widest>* coefficients = shared_coefficients<Widest>();
-  const double total = forces(penalty, partial, gridDim.x,
-                              [&](int k, double force) { coefficients[k] = number<Number<Widest>>(force); });
+  const double total = forces(penalty, partial, gridDim.x, coefficients);
   if (blockIdx.x == 0 && threadIdx.x == 0) *value = total;
-  combine<Widest, false>(table, targets, directions, penalty.num_terms, nullptr);
+  const Coefficients<Widest> factors(coefficients, penalty.num_terms);
+  combine<Widest, false>(table, targets, directions, penalty.num_terms, factors);
 }
 
 // theta, S and m of the diagonal penalty.

@@ -185,26 +185,39 @@ __device__ void project(const DeviceTable& table, const View& theta, const View&
   }
 }
 
-// The coefficients of a low-rank sum, the first of them in shared memory, converted.
 constexpr int kSharedTerms = 512;
 
+// The coefficients of a low-rank sum. Where float64 is slow, the block converts the first ones once, into shared
+// memory.
 template <class Widest>
-__device__ Number<Widest>* shared_coefficients() {
-  __shared__ Number<Widest> coefficients[kSharedTerms];
-  return coefficients;
-}
-template <class Widest>
-__device__ void share_coefficients(const double* coefficients, int num_terms) {
-  Number<Widest>* shared = shared_coefficients<Widest>();
-  for (int k = threadIdx.x; k < num_terms && k < kSharedTerms; k += kThreads) {
-    shared[k] = number<Number<Widest>>(coefficients[k]);
+class Coefficients {
+ public:
+  // All threads of the block call it.
+  __device__ Coefficients(const double* values, int num_terms) : values_(values) {
+    if constexpr (kPairs<Widest>) {
+      for (int k = threadIdx.x; k < num_terms && k < kSharedTerms; k += kThreads) {
+        converted()[k] = number<Number<Widest>>(values[k]);
+      }
+      __syncthreads();
+    }
   }
-  __syncthreads();
-}
-template <class Widest>
-__device__ Number<Widest> shared_coefficient(const double* coefficients, int k) {
-  return k < kSharedTerms ? shared_coefficients<Widest>()[k] : number<Number<Widest>>(coefficients[k]);
-}
+
+  __device__ Number<Widest> operator[](int k) const {
+    if constexpr (kPairs<Widest>) {
+      return k < kSharedTerms ? converted()[k] : number<Number<Widest>>(values_[k]);
+    } else {
+      return values_[k];
+    }
+  }
+
+ private:
+  __device__ static Number<Widest>* converted() {
+    __shared__ Number<Widest> coefficients[kSharedTerms];
+    return coefficients;
+  }
+
+  const double* values_;
+};
 
 // result[k] = the sum of partial[k * count ... k * count + count - 1]; a warp for each k.
 __global__ void __launch_bounds__(kThreads)
