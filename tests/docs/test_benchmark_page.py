@@ -144,8 +144,8 @@ def test_costs_of_methods_are_what_the_benchmark_wrote():
 
 def test_shares_of_arithmetic_on_the_page_without_a_gpu_are_those_that_were_counted():
     quoted = re.search(
-        r"at most ([\d.]+) of the time of memory on the cards with slow float64, and at most ([\d.]+) on A100, H100 and "
-        r"H200\. On a B200 it takes at most ([\d.]+) with one float32 term or a diagonal; with ten bfloat16 terms "
+        r"at most ([\d.]+) of the time of memory on the cards with slow float64, and at most ([\d.]+) on A100, H100 "
+        r"and H200\. On a B200 it takes at most ([\d.]+) with one float32 term or a diagonal; with ten bfloat16 terms "
         r"projections take ([\d.]+) and AdamW ([\d.]+)\.",
         prose(page("docs/without-a-gpu.md")),
     ).groups()
