@@ -208,6 +208,8 @@ def test_columns_of_settings(core):
     assert {name: column for column, name in enumerate(SETTINGS)} == core.SETTINGS
     assert len(SETTINGS) == core.NUM_SETTINGS
     reference = Path(__file__).parents[2] / "crl_kernels" / "backends" / "reference.py"
+    if not reference.exists():
+        pytest.skip("needs the package's source beside the tests")
     [row] = [node for node in ast.parse(reference.read_text()).body if getattr(node, "name", "") == "AdamWSettings"]
     assert [field.target.id for field in row.body if isinstance(field, ast.AnnAssign)] == [*SETTINGS]
 
