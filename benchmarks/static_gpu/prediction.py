@@ -64,9 +64,9 @@ CARDS = {
     "B200": Card("100", 8000e9, 148, 1.85e9),
     "RTX 5090": Card("120", 1792e9, 170, 2.41e9),
 }
-# For each cycle, on all of them. Products of integers (IMAD, which also moves registers) have half of the pipe of
-# float32 products; other integers' arithmetic, comparisons and selections have a pipe of their own: Nsight Compute's
-# documentation, "Pipelines". Branches, barriers and uniform instructions are in neither.
+# For each cycle, on all of them. Products of integers (IMAD, which also moves registers) share the pipe of float32
+# products, or half of it where that gives 128; other integer arithmetic, comparisons and selections have a pipe of
+# their own: Nsight Compute's documentation, "Pipelines". Branches, barriers and uniform instructions are in neither.
 ISSUED, PRODUCTS, INTEGER, SHUFFLES, L1_BYTES = 128, 64, 64, 32, 128
 _INTEGER = ("LOP3", "PLOP3", "SHF", "SEL", "FSEL", "ISETP", "FSETP", "IADD3", "VIADD", "IABS", "PRMT", "LEA")
 _INTEGER = (*_INTEGER, "IMNMX", "VIMNMX", "FMNMX", "MOV")
