@@ -73,10 +73,16 @@ def named(functions: list[Function], name: str, template: str) -> Function:
     return match
 
 
-def counts(
+class Way(NamedTuple):
+    """What a thread executes for an octet, and the bytes that it requests before it waits for any."""
+
+    executed: Count
+    bytes_requested: float
+
+
+def way(
     kernel: Kernel, shipped: list[Function], fixed: list[Function], architecture: Architecture, terms: Terms | None
-) -> Count:
-    """For an octet."""
+) -> Way:
     stream = OCTET * 4 // UNIT
 
     def first_loop(function: Function) -> Loop:
@@ -84,20 +90,25 @@ def counts(
 
     units = (kernel.read + kernel.written) * stream
     if terms is None:
-        return count_of(first_loop(named(shipped, kernel.name, kernel.template)), units)
-    one = count_of(first_loop(named(fixed, kernel.fixed, "ILi1E")), units + kernel.readings * stream)
-    further = count_of_term(first_loop(named(fixed, kernel.fixed, f"ILi{MANY}E")), stream)
-    count = one.plus(further, terms.number - 1)
-    return count.plus(NARROWER, terms.number * kernel.readings) if terms.bytes == 2 else count
+        loop = first_loop(named(shipped, kernel.name, kernel.template))
+        return Way(count_of(loop, units), loop.requested * UNIT)
+    loop = first_loop(named(fixed, kernel.fixed, "ILi1E"))
+    count = count_of(loop, units + kernel.readings * stream)
+    if terms.number > 1:
+        loop = first_loop(named(fixed, kernel.fixed, f"ILi{MANY}E"))
+        count = count.plus(count_of_term(loop, stream), terms.number - 1)
+    if terms.bytes == 2:
+        count = count.plus(NARROWER, terms.number * kernel.readings)
+    streams = kernel.read * stream
+    return Way(count, (streams + (loop.requested - streams) * terms.bytes / 4) * UNIT)
 
 
 def row(kernel: Kernel, shipped: list[Function], fixed: list[Function], architecture: str, terms: Terms | None) -> Any:
-    count = counts(kernel, shipped, fixed, ARCHITECTURES[architecture], terms)
+    count, requested = way(kernel, shipped, fixed, ARCHITECTURES[architecture], terms)
     function = named(shipped, kernel.name, kernel.template)
     blocks = prediction.blocks_at_once(function, ARCHITECTURES[architecture])
     of_terms = terms.number * terms.bytes if terms else 0
     bytes_moved = OCTET * ((kernel.read + kernel.written) * 4 + of_terms)
-    at_once = OCTET * (kernel.read * 4 + (min(terms.number, 2) * terms.bytes if terms else 0))
     cards = {}
     for name, card in CARDS.items():
         if card.architecture == architecture:
@@ -115,7 +126,7 @@ def row(kernel: Kernel, shipped: list[Function], fixed: list[Function], architec
         "registers": function.registers,
         "spilled_bytes": function.spilled_bytes,
         "blocks": blocks,
-        "kib_requested": round(blocks * THREADS * at_once / 1024, 1),
+        "kib_requested": round(blocks * THREADS * requested / 1024, 1),
         "cards": cards,
     }
 

@@ -14,7 +14,7 @@ import shutil
 import subprocess
 from collections import Counter
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,6 +51,17 @@ class Instruction(NamedTuple):
     @property
     def moves_unit(self) -> bool:
         return self.opcode.startswith(("LDG", "STG")) and ".128" in self.opcode
+
+    def registers(self) -> tuple[set[int], set[int]]:
+        """The four that a unit is loaded to, if this loads one, and those that are read."""
+        first, _, rest = self.operands.partition(",")
+        target = re.fullmatch(r"R(\d+)(\.reuse)?", first)
+        loaded, read = set[int](), set[int]()
+        if target and self.moves_unit:
+            loaded = {int(target[1]) + i for i in range(4)}
+        for number, wide in re.findall(r"\bR(\d+)(\.64)?", rest if target else self.operands):
+            read |= {int(number), int(number) + 1} if wide or self.opcode.startswith("D") else {int(number)}
+        return loaded, read
 
 
 class Function(NamedTuple):
@@ -97,9 +108,11 @@ def compiled(source: Path, architecture: str, folder: Path) -> list[Function]:
 
 @dataclass
 class Loop:
-    """A loop that moves units. ``executed`` counts opcodes of one iteration, without those of the loops inside."""
+    """A loop that moves units. ``executed`` counts opcodes of one iteration, without those of the loops inside.
+    ``requested`` are the units that an iteration loads before it waits for one of them."""
 
     executed: Counter[str] = field(default_factory=Counter)
+    requested: int = 0
     inside: list[Loop] = field(default_factory=list)
 
 
@@ -154,6 +167,19 @@ def _loop_bodies(graph: nx.DiGraph, entry: int) -> dict[int, set[int]]:
     return bodies
 
 
+def _requested(instructions: list[Instruction]) -> tuple[int, bool]:
+    """Units that are loaded before an instruction reads one of them, and whether one does."""
+    loaded: set[int] = set()
+    units = 0
+    for instruction in instructions:
+        target, read = instruction.registers()
+        if read & loaded:
+            return units, True
+        loaded |= target
+        units += bool(target)
+    return units, False
+
+
 def hot_loops(function: Function, product: str) -> list[Loop]:
     """The outermost loops that move units, in the order of their code. ``product`` is the opcode of a product with a
     sum in the kernel's arithmetic: where that is float32, what is computed again in float64 is no reason for a way."""
@@ -181,6 +207,9 @@ def hot_loops(function: Function, product: str) -> list[Loop]:
         _, way = max(ends)
         executed = Counter(i.opcode for block in way if block not in inside for i in blocks[block])
         outermost = [o for o in nested if not any(o in hot[other] for other in nested if other != o)]
-        return Loop(executed, [loop_at(other) for other in sorted(outermost)])
+        loops = [loop_at(other) for other in sorted(outermost)]
+        ahead = list(takewhile(lambda block: block not in inside, way))
+        requested, waits = _requested([i for block in ahead for i in blocks[block]])
+        return Loop(executed, requested + (loops[0].requested if loops and not waits else 0), loops)
 
     return [loop_at(f) for f in sorted(hot) if not any(f in body for other, body in hot.items() if other != f)]

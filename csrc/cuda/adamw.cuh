@@ -85,25 +85,19 @@ __device__ void low_rank_adamw(const DeviceTable& table, const AdamWViews& opera
   const int terms = num_terms < kWarp ? num_terms : kWarp;
   const bool skip = operands.skips();
   const Coefficients<Widest> factors(coefficients, num_terms);
-  TermSums<Widest> sums;
+  TermSums sums;
   for (int64_t tile = blockIdx.x; tile < table.tiles(); tile += gridDim.x) {
     const Place place = table.place(tile);
     AdamWOctets<Widest> octets(table, operands, place);
     Number<Widest> pull[kOctet] = {};
-    for (int k = 0; k < num_terms; ++k) {
-      Octet<Widest> u = read<Widest, Caching::kKeep>(table, directions, place, k);
-      const Number<Widest> c = factors[k];
-      convert(u);
-#pragma unroll
-      for (int j = 0; j < kOctet; ++j) pull[j] = multiply_add(c, u[j], pull[j]);
-    }
+    add_terms(table, directions, place, num_terms, factors, pull);
     octets.convert_all();
     if (!skip) {
       octets.step(table, operands, place, [&](int j, Number<Widest> share, Widest& start, Widest& gradient) {
         (kDecoupled ? start : gradient) += static_cast<Widest>(rounded(product(pull[j], share)));
       });
     }
-#pragma unroll(kPairs<Widest> ? 2 : 1)  // TermSums adds two terms at a time
+#pragma unroll 2  // TermSums adds two terms at a time
     for (int k = 0; k < terms; ++k) {
       Octet<Widest> u = read<Widest, Caching::kKeep>(table, directions, place, k);
       convert(u);

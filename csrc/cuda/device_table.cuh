@@ -26,13 +26,19 @@ struct View {
   int per_segment;
 };
 
-// An entry is 4 * origin + dtype; the origin is where flat element 0 would be, were the whole vector laid out like the
-// entry's tensor. Addresses have at most 57 bits, so an origin has two to spare.
+// An entry has an origin in its lower bits and a dtype in the upper ones. The origin is where flat element 0 would be,
+// were the whole vector laid out like the entry's tensor. Addresses have at most 57 bits.
+constexpr int kOriginBits = 59;
+constexpr uint64_t kOrigin = (uint64_t{1} << kOriginBits) - 1;
 CRL_HOST_DEVICE inline int64_t entry_of(uintptr_t origin, DType dtype) {
-  return static_cast<int64_t>(origin) * 4 + static_cast<int64_t>(dtype);
+  return static_cast<int64_t>(static_cast<uint64_t>(dtype) << kOriginBits | (origin & kOrigin));
 }
-CRL_HOST_DEVICE inline int64_t origin_of(int64_t entry) { return entry >> 2; }
-CRL_HOST_DEVICE inline DType dtype_of(int64_t entry) { return static_cast<DType>(entry & 3); }
+// Flat element `index` of an entry's tensor.
+CRL_HOST_DEVICE inline Pointer pointer_of(int64_t entry, int64_t index) {
+  const uint64_t bits = static_cast<uint64_t>(entry);
+  const DType dtype = static_cast<DType>(bits >> kOriginBits);
+  return {reinterpret_cast<void*>((bits + index * size_of(dtype)) & kOrigin), dtype};
+}
 
 // A thread's octet: its first flat element, the segment that holds it, and whether that segment holds all eight.
 struct Place {
@@ -53,10 +59,8 @@ struct DeviceTable {
   __device__ int64_t tiles() const { return (numel + kTile - 1) / kTile; }
 
   __device__ Pointer at(const View& view, int term, int segment, int64_t index) const {
-    const int64_t* of_segment = entries + (view.first + segment * view.per_segment);  // the same for all terms
-    const int64_t entry = __ldg(of_segment + term * view.per_term);
-    const DType dtype = dtype_of(entry);
-    return {reinterpret_cast<void*>(origin_of(entry) + index * size_of(dtype)), dtype};
+    const uint32_t entry = view.first + segment * view.per_segment + term * view.per_term;
+    return pointer_of(__ldg(entries + entry), index);
   }
 
   // The place of this thread's octet. Past the end of the vector it is not in one segment.

@@ -115,14 +115,15 @@ __device__ void store_by_warp(Pointer first) {
 // The octet of a view's term at a place. Elements past the end of the vector are 0.
 template <class Widest, Caching kCaching = Caching::kOnce>
 __device__ Octet<Widest> read(const DeviceTable& table, const View& view, const Place& place, int term = 0) {
-  Octet<Widest> octet;
+  Octet<Widest> octet = {};  // uninitialised, the second unit of 16-bit elements would be the loop's last one, copied
   const Pointer first = table.at(view, term, place.segment, place.index);
   if (place.in_one_segment && aligned(first)) {
     octet.dtype = first.dtype;
     const char* source = static_cast<const char*>(first.data);
+    const int bytes = kOctet * static_cast<int>(size_of(first.dtype));
 #pragma unroll
     for (int i = 0; i < kOctet * static_cast<int>(sizeof(Widest)) / kUnit; ++i) {
-      if (i * kUnit < kOctet * size_of(first.dtype)) {
+      if (i == 0 || i * kUnit < bytes) {
         const uint4 unit = load<kCaching, uint4>(source + i * kUnit);
         octet.bits[4 * i] = unit.x;
         octet.bits[4 * i + 1] = unit.y;
@@ -153,20 +154,15 @@ template <class Widest>
 __device__ void convert(Octet<Widest>& octet) {
   const Octet<Widest> raw = octet;
   octet.dtype = sizeof(Widest) == 8 ? DType::kFloat64 : DType::kFloat32;
-  switch (raw.dtype) {
-    case DType::kFloat64:
-      break;
-    case DType::kFloat32:
+  if (raw.dtype == DType::kFloat16) {
 #pragma unroll
-      for (int i = 0; i < kOctet; ++i) octet.set(i, __uint_as_float(raw.bits[i]));
-      break;
-    case DType::kBFloat16:
+    for (int i = 0; i < kOctet; ++i) octet.set(i, from_float16(raw.bits[i / 2] >> (i % 2 * 16)));
+  } else if (raw.dtype == DType::kBFloat16) {
 #pragma unroll
-      for (int i = 0; i < kOctet; ++i) octet.set(i, from_bfloat16(raw.bits[i / 2] >> (i % 2 * 16)));
-      break;
-    default:
+    for (int i = 0; i < kOctet; ++i) octet.set(i, from_bfloat16(raw.bits[i / 2] >> (i % 2 * 16)));
+  } else if (sizeof(Widest) == 8 && raw.dtype == DType::kFloat32) {
 #pragma unroll
-      for (int i = 0; i < kOctet; ++i) octet.set(i, from_float16(raw.bits[i / 2] >> (i % 2 * 16)));
+    for (int i = 0; i < kOctet; ++i) octet.set(i, __uint_as_float(raw.bits[i]));
   }
 }
 
@@ -179,22 +175,16 @@ __device__ void write(const DeviceTable& table, const View& view, const Place& p
     float narrow[kOctet];
 #pragma unroll
     for (int i = 0; i < kOctet; ++i) narrow[i] = static_cast<float>(values[i]);
-    switch (first.dtype) {
-      case DType::kFloat64:
-        break;
-      case DType::kFloat32:
+    if (first.dtype == DType::kFloat16) {
 #pragma unroll
-        for (int i = 0; i < kOctet; ++i) rounded.bits[i] = __float_as_uint(narrow[i]);
-        break;
-      case DType::kBFloat16:
+      for (int i = 0; i < kOctet; i += 2) rounded.bits[i / 2] = to_float16(narrow[i]) | to_float16(narrow[i + 1]) << 16;
+    } else if (first.dtype == DType::kBFloat16) {
 #pragma unroll
-        for (int i = 0; i < kOctet; i += 2)
-          rounded.bits[i / 2] = to_bfloat16(narrow[i]) | to_bfloat16(narrow[i + 1]) << 16;
-        break;
-      default:
+      for (int i = 0; i < kOctet; i += 2)
+        rounded.bits[i / 2] = to_bfloat16(narrow[i]) | to_bfloat16(narrow[i + 1]) << 16;
+    } else if (sizeof(Widest) == 4 || first.dtype == DType::kFloat32) {
 #pragma unroll
-        for (int i = 0; i < kOctet; i += 2)
-          rounded.bits[i / 2] = to_float16(narrow[i]) | to_float16(narrow[i + 1]) << 16;
+      for (int i = 0; i < kOctet; ++i) rounded.bits[i] = __float_as_uint(narrow[i]);
     }
     char* target = static_cast<char*>(first.data);
 #pragma unroll

@@ -22,22 +22,7 @@ __device__ void combine(const DeviceTable& table, const View& targets, const Vie
     Octet<Widest> target;
     if (!kOverwrite) target = read<Widest>(table, targets, place);
     Number<Widest> sums[kOctet] = {};
-    for (int k = 0; k < num_terms; k += kTermsAtOnce) {
-      Octet<Widest> u[kTermsAtOnce];
-#pragma unroll
-      for (int i = 0; i < kTermsAtOnce; ++i) {
-        if (k + i < num_terms) u[i] = read<Widest, Caching::kKeep>(table, directions, place, k + i);
-      }
-#pragma unroll
-      for (int i = 0; i < kTermsAtOnce; ++i) {
-        if (k + i < num_terms) {
-          const Number<Widest> c = coefficients[k + i];
-          convert(u[i]);
-#pragma unroll
-          for (int j = 0; j < kOctet; ++j) sums[j] = multiply_add(c, u[i][j], sums[j]);
-        }
-      }
-    }
+    add_terms(table, directions, place, num_terms, coefficients, sums);
     if (!kOverwrite) convert(target);
 #pragma unroll
     for (int j = 0; j < kOctet; ++j) target.set(j, rounded(kOverwrite ? sums[j] : plus(sums[j], target[j])));
@@ -128,7 +113,7 @@ __global__ void __launch_bounds__(kThreads, resident<Widest>(4))
 
 // The same, and targets (+)= c S (theta - m), in one pass.
 template <class Widest, bool kOverwrite>
-__global__ void __launch_bounds__(kThreads, resident<Widest>(2))
+__global__ void __launch_bounds__(kThreads, resident<Widest>(kPairs<Widest> ? 2 : 3))
     quadratic_gradient_kernel(DeviceTable table, Diagonal diagonal, View targets, const double* coefficient,
                               double* partial) {
   const Number<Widest> c = number<Number<Widest>>(*coefficient);

@@ -6,8 +6,8 @@
 // and a flat tensor.
 //
 // A pass is limited by memory. By Little's law an H100 wants about 18 KiB under way on each multiprocessor (3.35 TB/s x
-// 700 ns / 132). 80 registers leave room for 768 threads, each of which requests 32 to 96 bytes before it waits for
-// any: 24 to 72 KiB (quadratic_gradient_kernel: 512 threads, 128 bytes). Figures on paper: not run on a GPU.
+// 700 ns / 132). 80 registers leave room for 768 threads, each of which requests 32 to 128 bytes before it waits for
+// any: 24 to 96 KiB. Figures on paper: not run on a GPU.
 #pragma once
 
 #include "cuda/octets.cuh"
@@ -108,27 +108,26 @@ __device__ double quadratic(const Octet<Widest>& theta, const Octet<Widest>& fis
   }
 }
 
-// A warp's sums of up to 32 terms, one in each lane, so that they take one register. Where float64 is slow, two terms
-// are added in one pass over the warp, which leaves the even terms in lanes 0 to 15 and the odd ones in lanes 16 to 31.
-template <class Widest>
+// A warp's sums of up to 32 terms, one in each lane, so that they take one register. Two terms are added in one pass
+// over the warp, which leaves the even terms in lanes 0 to 15 and the odd ones in lanes 16 to 31. A single term is
+// added over the warp at the end.
 struct TermSums {
   double sum = 0.0, even = 0.0;  // `even`: of this thread's octet, for the even term before an odd one
 
   __device__ static int term_of_lane() {
     const int lane = threadIdx.x % kWarp;
-    return kPairs<Widest> ? lane % (kWarp / 2) * 2 + lane / (kWarp / 2) : lane;
+    return lane % (kWarp / 2) * 2 + lane / (kWarp / 2);
   }
 
   // Adds the warp's octets of one term. All lanes call it, for the terms 0, 1, ..., terms - 1, in this order.
   __device__ void add(double octet, int term, int terms) {
-    if constexpr (kPairs<Widest>) {
-      if (term % 2 == 0) even = octet;
-      if (term % 2 == 0 && term + 1 < terms) return;
-      const double total = warp_sums(even, term % 2 == 0 ? 0.0 : octet);
-      if (term_of_lane() / 2 == term / 2) sum += total;
+    if (terms == 1) {
+      sum += octet;
+    } else if (term % 2 == 0 && term + 1 < terms) {
+      even = octet;
     } else {
-      const double total = warp_sum(octet);
-      if (term_of_lane() == term) sum += total;
+      const double total = term % 2 == 0 ? warp_sums(octet, 0.0) : warp_sums(even, octet);
+      if (term_of_lane() / 2 == term / 2) sum += total;
     }
   }
 
@@ -137,7 +136,7 @@ struct TermSums {
     __shared__ double sums[kWarps][kWarp];
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, term = term_of_lane();
     __syncthreads();  // the previous use of `sums` is over
-    sums[warp][lane] = sum;
+    sums[warp][lane] = terms == 1 ? warp_sum(sum) : sum;
     __syncthreads();
     if (warp == 0 && term < terms) {
       double total = 0.0;
@@ -156,7 +155,7 @@ __device__ void project(const DeviceTable& table, const View& theta, const View&
                         double* partial, int begin = 0) {
   for (int first = begin; first < num_terms; first += kWarp) {
     const int terms = num_terms - first < kWarp ? num_terms - first : kWarp;
-    TermSums<Widest> sums;
+    TermSums sums;
     for (int64_t tile = blockIdx.x; tile < table.tiles(); tile += gridDim.x) {
       const Place place = table.place(tile);
       Octet<Widest> x = read<Widest>(table, theta, place);
@@ -218,6 +217,28 @@ class Coefficients {
 
   const double* values_;
 };
+
+// sums[j] += sum_k coefficients[k] u_k, over an octet.
+template <class Widest>
+__device__ void add_terms(const DeviceTable& table, const View& directions, const Place& place, int num_terms,
+                          const Coefficients<Widest>& coefficients, Number<Widest> (&sums)[kOctet]) {
+  for (int k = 0; k < num_terms; k += kTermsAtOnce) {
+    Octet<Widest> u[kTermsAtOnce];
+#pragma unroll
+    for (int i = 0; i < kTermsAtOnce; ++i) {
+      if (k + i < num_terms) u[i] = read<Widest, Caching::kKeep>(table, directions, place, k + i);
+    }
+#pragma unroll
+    for (int i = 0; i < kTermsAtOnce; ++i) {
+      if (k + i < num_terms) {
+        const Number<Widest> c = coefficients[k + i];
+        convert(u[i]);
+#pragma unroll
+        for (int j = 0; j < kOctet; ++j) sums[j] = multiply_add(c, u[i][j], sums[j]);
+      }
+    }
+  }
+}
 
 // result[k] = the sum of partial[k * count ... k * count + count - 1]; a warp for each k.
 __global__ void __launch_bounds__(kThreads)

@@ -310,8 +310,9 @@ def test_bitwise_the_same_flat_or_in_a_list_whatever_the_addresses(device):
 def test_places_beyond_two_to_the_31(device):
     lengths = [2**31 + 5, 0, 3, 2**33, 1, 0]
     addresses = [1 << 46, 0, 1 << 20, 1 << 45, 1 << 30, 0]
-    sizes = {0: 8, 1: 4, 2: 2, 3: 2}  # by DType of csrc/core/segments.h
-    dtypes = [1, 0, 2, 0, 3, 1]
+    float64, float32, bfloat16, float16 = 16, 8, 4, 5  # DType of csrc/core/segments.h
+    sizes = {float64: 8, float32: 4, bfloat16: 2, float16: 2}
+    dtypes = [float32, float64, bfloat16, float64, float16, float32]
     begins = [sum(lengths[:i]) for i in range(len(lengths))]
     array = ctypes.c_int64 * len(lengths)
     for tile in (0, 2**31 // 2048 - 1, 2**31 // 2048, 2**32 // 2048 + 1, sum(lengths) // 2048):
