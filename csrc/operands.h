@@ -57,26 +57,24 @@ inline DeviceCode device_code_of(const Tensor& tensor) {
   return code;
 }
 
-// A tensor's sizes and strides, where the tensor keeps them.
-struct Geometry {
-  int64_t dims, *sizes, *strides;
+// The order of a tensor's own memory.
+inline MemoryOrder memory_order_of(const Tensor& tensor) {
+  int64_t *sizes, *strides;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor.get(), &sizes));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor.get(), &strides));
+  return {tensor.dim(), sizes, strides};
+}
 
-  explicit Geometry(const Tensor& tensor) : dims(tensor.dim()) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor.get(), &sizes));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor.get(), &strides));
-  }
-
-  // Whether the elements of a tensor that has some fill one stretch of memory, each place once.
-  bool is_dense(int64_t numel) const {
-    int64_t filled = 1;  // by the fastest dimensions
-    for (int64_t repeat = 0; repeat < dims; ++repeat) {
-      for (int64_t i = 0; i < dims; ++i) {
-        if (sizes[i] != 1 && strides[i] == filled) filled *= sizes[i];
-      }
+// Whether the elements of a tensor that has some fill one stretch of memory, each place once.
+inline bool is_dense(const MemoryOrder& order, int64_t numel) {
+  int64_t filled = 1;  // by the fastest dimensions
+  for (int64_t repeat = 0; repeat < order.dims; ++repeat) {
+    for (int64_t i = 0; i < order.dims; ++i) {
+      if (order.sizes[i] != 1 && order.strides[i] == filled) filled *= order.sizes[i];
     }
-    return filled == numel;
   }
-};
+  return filled == numel;
+}
 
 // The table of the tensors whose memory decides the order of each segment's elements: the parameters, or the targets.
 inline SegmentTable segment_table(const Tensors& tensors) {
@@ -87,10 +85,10 @@ inline SegmentTable segment_table(const Tensors& tensors) {
   for (size_t i = 0; i < tensors.size(); ++i) {
     lengths.push_back(tensors[i].numel());
     if (tensors[i].is_contiguous()) continue;
-    const Geometry own(tensors[i]);
-    if (!own.is_dense(lengths.back())) continue;
+    const MemoryOrder own = memory_order_of(tensors[i]);
+    if (!is_dense(own, lengths.back())) continue;
     orders.resize(tensors.size());
-    orders[i] = {{own.sizes, own.sizes + own.dims}, {own.strides, own.strides + own.dims}};
+    orders[i] = own;
   }
   return SegmentTable(lengths, std::move(orders));
 }
@@ -98,8 +96,8 @@ inline SegmentTable segment_table(const Tensors& tensors) {
 // Whether a tensor has its elements in this order (null: row-major), one after the other.
 inline bool is_in_order(const Tensor& tensor, const MemoryOrder* order) {
   if (order == nullptr) return tensor.is_contiguous();
-  const Geometry own(tensor);
-  if (own.dims != static_cast<int64_t>(order->sizes.size())) return false;
+  const MemoryOrder own = memory_order_of(tensor);
+  if (own.dims != order->dims) return false;
   for (int64_t i = 0; i < own.dims; ++i) {
     if (own.sizes[i] != order->sizes[i] || (own.sizes[i] != 1 && own.strides[i] != order->strides[i])) return false;
   }
@@ -110,11 +108,10 @@ inline Tensor copy_in_order(const Tensor& tensor, const MemoryOrder* order) {
   if (order == nullptr) return torch::stable::contiguous(tensor);
   const DeviceCode device = device_code_of(tensor);
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(order->sizes.size()), order->sizes.data(),
-                                                         order->strides.data(), dtype_code_of(tensor), device.type,
-                                                         device.index, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(order->dims, order->sizes, order->strides,
+                                                         dtype_code_of(tensor), device.type, device.index, &handle));
   Tensor copy(handle);
-  torch::stable::copy_(copy, torch::stable::reshape(tensor, order->sizes));
+  torch::stable::copy_(copy, torch::stable::reshape(tensor, {order->sizes, static_cast<size_t>(order->dims)}));
   return copy;
 }
 

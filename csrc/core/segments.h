@@ -37,9 +37,10 @@ struct Pointer {
 };
 
 // The order in which the elements of a segment follow one another: that of the memory of a tensor of these sizes and
-// strides. Without sizes: row-major.
+// strides. They are the tensor's own, which has to outlive the table. None of it: row-major.
 struct MemoryOrder {
-  std::vector<int64_t> sizes, strides;
+  int64_t dims = 0;
+  const int64_t *sizes = nullptr, *strides = nullptr;
 };
 
 class SegmentTable {
@@ -61,7 +62,7 @@ class SegmentTable {
   bool row_major() const { return orders_.empty(); }
   // The order of a segment that is not row-major; null of one that is.
   const MemoryOrder* order(int64_t segment) const {
-    return row_major() || orders_[segment].sizes.empty() ? nullptr : &orders_[segment];
+    return row_major() || orders_[segment].dims == 0 ? nullptr : &orders_[segment];
   }
 
   // The segment that holds flat element `index`; empty segments hold none.
