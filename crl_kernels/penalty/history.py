@@ -19,7 +19,6 @@ from torch.optim import Optimizer
 from typing_extensions import Self
 
 from .. import files
-from ..backends.memory_order import order_of
 from ..distributed.shards import gathered, local_part
 from ..fisher.forms import DiagonalFisher, LowRankFisher
 from ..fisher.validation import require_numbers, require_tensor
@@ -27,6 +26,7 @@ from ..model.binding import Binding
 from ..model.flat import FlatRun
 from ..model.names import Layout, as_patterns, join_names, matching
 from .attachment import Attachment, find_stepped, is_wrapper
+from .flat_order import FlatOrder
 from .strength import ALL, Groups, Rate, check_strength
 
 _Fisher = TypeVar("_Fisher", LowRankFisher, DiagonalFisher)
@@ -51,16 +51,6 @@ def _with_rows(tensor: Tensor, shape: torch.Size) -> Tensor:
     return torch.cat([full, full.new_zeros(shape[0] - len(full), *shape[1:])])
 
 
-def _flatten(tensors: Iterable[Tensor], order: Sequence[Sequence[int]] | None, leading: Sequence[int] = ()) -> Tensor:
-    """The flat (*leading, P) tensor of tensors (*leading, *shape), each with its dimensions in this order."""
-    flat, count = [], len(leading)
-    for i, tensor in enumerate(tensors):
-        if order is not None:
-            tensor = tensor.permute([*range(count), *(count + dim for dim in order[i])])
-        flat.append(tensor.reshape(*leading, tensor.shape[count:].numel()))
-    return torch.cat(flat, dim=-1)
-
-
 class History(ABC, Generic[_Fisher]):
     """The parts that both kinds share: the binding to a model, an optimizer's hooks, and files."""
 
@@ -81,8 +71,7 @@ class History(ABC, Generic[_Fisher]):
         self._curvature = 0.0  # see stiffness
         self._attachment: Attachment | None = None
         self._parts: dict[tuple[int, ...] | None, list[Tensor]] = {}  # cache of _pieces, until the state changes
-        # Vectors of the state have each parameter's elements in the order of its memory, so kernels need no copies.
-        self._strides, self._order = self._memory_order()
+        self._order = self._present_order()  # of the elements of the state's vectors
         self._parameter_run, self._gradient_run = (FlatRun(self._binding.shards.lengths) for _ in range(2))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -390,8 +379,8 @@ class History(ABC, Generic[_Fisher]):
             rows = ordered.reshape(-1, self._binding.layout.numel)
             parts = [self._cut(self._binding.layout.split(row)) for row in rows]
             ordered = torch.stack(parts).view(*ordered.shape[:-1], sum(self._binding.shards.lengths))
-        elif self._order is not None:
-            ordered = _flatten(self._binding.layout.split(ordered).values(), self._order, ordered.shape[:-1])
+        elif not self._order.is_row_major:
+            ordered = self._order.flatten(self._binding.layout.split(ordered).values(), ordered.shape[:-1])
         return ordered.to(self._device)
 
     def _cut(self, named: Mapping[str, Tensor]) -> Tensor:
@@ -400,41 +389,24 @@ class History(ABC, Generic[_Fisher]):
 
     def _named(self, flat: Tensor) -> dict[str, Tensor]:
         """A vector of the state as views by parameter name, sharded as the parameters are."""
-        parts = self._split(flat) if self._binding.shards.unsharded else self._binding.shards.join(flat)
+        parts = self._order.split(flat) if self._binding.shards.unsharded else self._binding.shards.join(flat)
         return dict(zip(self.names, parts, strict=True))
 
-    def _split(self, flat: Tensor) -> list[Tensor]:
-        """A vector of the state as views with the shapes of unsharded parameters."""
-        layout = self._binding.layout
-        if self._order is None:
-            return list(layout.split(flat).values())
-        views = []
-        for part, shape, dims in zip(flat.split(layout.lengths), layout.shapes, self._order, strict=True):
-            views.append(part.view([shape[dim] for dim in dims]).permute([dims.index(i) for i in range(len(dims))]))
-        return views
-
-    def _memory_order(self) -> tuple[list[tuple[int, ...]], list[list[int]] | None]:
-        """(the parameters' strides; each one's dimensions from the slowest to the fastest, or None for row-major)"""
-        params = self._binding.params
-        if not self._binding.shards.unsharded or not any(map(order_of, params)):
-            return list(map(Tensor.stride, params)), None
-        strides = [order_of(p) or range(p.dim(), 0, -1) for p in params]
-        order = [sorted(range(len(s)), key=s.__getitem__, reverse=True) for s in strides]
-        return list(map(Tensor.stride, params)), order
+    def _present_order(self) -> FlatOrder:
+        """The order that the parameters have now; parts of sharded parameters are row-major."""
+        return FlatOrder(self._binding.params if self._binding.shards.unsharded else [])
 
     def _follow_memory_order(self) -> None:
         """Rearranges the state if parameters have changed their order, as model.to(memory_format=...) does it. Without
         this, every operator would copy what is in another order than the parameter."""
         if torch.compiler.is_compiling() or not self._binding.shards.unsharded:
             return
-        params = self._binding.params
-        unchanged = self._order is None and all(map(Tensor.is_contiguous, params))  # the common case, at half the cost
-        if not unchanged and list(map(Tensor.stride, params)) != self._strides:
-            self._strides, order = self._memory_order()
-            if order != self._order:
+        if not self._order.is_of(self._binding.params):
+            order = self._present_order()
+            if not order.same_as(self._order):
                 with torch.inference_mode(False):  # autograd may save the new vectors later
-                    self._map_vectors(lambda flat: _flatten(self._split(flat), order))
-                self._order = order
+                    self._map_vectors(lambda flat: order.flatten(self._order.split(flat)))
+            self._order = order
 
     def _scalars_of(self, state: Mapping[str, Tensor], origin: str, *keys: str) -> list[Tensor]:
         """The tensors of a state that belong to no parameter: num_tasks, checked, and the float64 ones of ``keys``."""
@@ -629,12 +601,12 @@ class History(ABC, Generic[_Fisher]):
     def _pieces(self, vectors: list[Tensor], members: tuple[int, ...] | None) -> list[Tensor]:
         """The parts of the state's vectors that belong to the parameters ``members``, vector by vector. None stands for
         all parameters: the vectors themselves, if they are row-major."""
-        if members is None and self._order is None:
+        if members is None and self._order.is_row_major:
             return vectors
         pieces = self._parts.get(members)
         if pieces is None:
             lengths = self._binding.shards.lengths
-            split = [vector.split(lengths) if self._order is None else self._split(vector) for vector in vectors]
+            split = [v.split(lengths) if self._order.is_row_major else self._order.split(v) for v in vectors]
             pieces = [parts[i] for parts in split for i in (range(len(lengths)) if members is None else members)]
             if not torch.compiler.is_compiling():
                 self._parts[members] = pieces
