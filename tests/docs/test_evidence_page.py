@@ -2,6 +2,7 @@
 
 import re
 import statistics
+from functools import partial
 from typing import Any
 
 import pytest
@@ -208,6 +209,27 @@ REGIME = {
     "one-cycle": "one-cycle gd",
     "one-cycle, rank 1 in the gradient": "one-cycle gd+rank1:gradient",
 }
+ALL_CONTROLS = REGIME | {
+    "control: a random direction": "constant gd+rank1:random,gradient",
+    "control: a random direction, at the strength whose drop of Adam's rate is most like rank 1's": (
+        "constant gd+rank1:random,gradient, same precision"
+    ),
+    "control: the mean gradient with random signs": "constant gd+rank1:signs,gradient",
+    "control: the top eigenvector": "constant gd+rank1:top,gradient",
+    "rank 10 in the gradient": "constant gd+rank10:gradient",
+    "8 bands of timesteps in the gradient": "constant gd+bands8:gradient",
+    "diagonal in the gradient": "constant gd+diagonal:gradient",
+    "rank 10, decoupled": "constant gd+rank10",
+    "8 bands, decoupled": "constant gd+bands8",
+    "diagonal, decoupled": "constant gd+diagonal",
+    "rank 1, added after Adam's moments": "constant gd+rank1:preconditioned",
+    "8 bands with slopes": "constant gd+bands8:slopes",
+    "twice the rate": "twice-the-rate gd",
+    "EMA, 8 bands with slopes": "ema gd+bands8:slopes",
+    "one-cycle, 8 bands with slopes": "one-cycle gd+bands8:slopes",
+    "SGD": "sgd gd",
+    "SGD, rank 1 in the gradient": "sgd gd+rank1:gradient",
+}
 
 
 def sheet_after(text: str, heading: str) -> dict[str, dict[str, str]]:
@@ -216,14 +238,15 @@ def sheet_after(text: str, heading: str) -> dict[str, dict[str, str]]:
     return {row[0]: dict(reversed(list(zip(head, row, strict=True)))) for row in rows}
 
 
-def test_rows_at_a_constant_rate_are_what_the_experiment_wrote():
-    quoted = sheet_after(EVIDENCE, command("regime-mlp-longer"))
-    written = sheet_after(evidence("regime-mlp-longer"), "## Result")
+@pytest.mark.parametrize(("experiment", "labels"), [("regime-mlp-longer", REGIME), ("regime-mlp", ALL_CONTROLS)])
+def test_rows_at_a_constant_rate_are_what_the_experiment_wrote(experiment, labels):
+    quoted = sheet_after(EVIDENCE, command(experiment))
+    written = sheet_after(evidence(experiment), "## Result")
     columns = ("average FID ↓", "forgetting ↓", "average FID, difference", "p")
-    assert quoted.keys() == REGIME.keys()
+    assert quoted.keys() == labels.keys()
     for label, row in quoted.items():
-        assert [row[name] for name in columns] == [written[REGIME[label]][name] for name in columns]
-        assert written[REGIME[label]]["seeds"] == "10"
+        assert [row[name] for name in columns] == [written[labels[label]][name] for name in columns]
+        assert written[labels[label]]["seeds"] == "10"
 
 
 def test_recipes_are_those_of_the_experiment():
@@ -269,12 +292,14 @@ def test_what_the_page_says_of_steepness_was_measured():
         assert list(re.search(pattern, PROSE).groups()) == expected
 
 
+def difference_in(report: str, text: str) -> tuple[str, str]:
+    """(mean and interval, p) of a difference that tests a prediction."""
+    return re.search(rf"\| [^|]*: {re.escape(text)} \| ([^|]*) \| ([^|]*) \|", report).groups()
+
+
 def test_findings_at_a_constant_rate_are_those_of_the_experiment():
     report = evidence("regime-mlp-longer")
-
-    def difference(text: str) -> tuple[str, str]:
-        return re.search(rf"\| [^|]*: {re.escape(text)} \| ([^|]*) \| ([^|]*) \|", report).groups()
-
+    difference = partial(difference_in, report)
     rank1, base = "constant gd+rank1:gradient", "constant gd"
     which = sheet_after(report, "## Which to use")["one-cycle gd"]
     margin = which["average FID, difference"], which["p"]
@@ -312,9 +337,53 @@ def test_findings_at_a_constant_rate_are_those_of_the_experiment():
         *(means["ema gd"], means["one-cycle gd"], added.split()[0].removeprefix("−"), p),
     )
 
-    verdicts = re.findall(r"^### \d\. .*\*\*(.*)\*\*$", report, re.MULTILINE)
-    quoted_verdicts = [row["verdict"] for row in sheet_after(EVIDENCE, "Verdicts in this experiment").values()]
-    assert [verdict.partition(":")[0] for verdict in quoted_verdicts] == [verdict.lower() for verdict in verdicts]
+
+def test_findings_with_all_controls_are_those_of_the_experiment():
+    report = evidence("regime-mlp")
+    difference, of_rows = partial(difference_in, report), sheet_after(report, "## Result")
+    section = PROSE[PROSE.index("With all controls") :]
+    rank1, base = "constant gd+rank1:gradient", "constant gd"
+    diagonal, margin = of_rows["constant gd+diagonal:gradient"], sheet_after(report, "## Which to use")["one-cycle gd"]
+    findings = {
+        r"better than distillation alone: (.*?) \(p (\S+)\)\.": difference(f"{rank1} less {base}"),
+        r"The diagonal in the gradient is not: (.*?) \(p (\S+)\)\.": (
+            diagonal["average FID, difference"],
+            diagonal["p"],
+        ),
+        r"shown to differ from rank 1: (.*?) \(p (\S+)\)\.": difference(f"constant gd+rank1:damping less {rank1}"),
+        r"lower rate in later tasks: (.*?) \(p (\S+)\)\.": difference(f"later-0.3 gd less {rank1}"),
+        r"worse than rank 1: (.*?) \(p (\S+)\)\.": difference(
+            f"constant gd+rank1:random,gradient, same precision less {rank1}"
+        ),
+        r"its own best strength: (.*?) \(p (\S+)\),": difference(f"constant gd+rank1:random,gradient less {rank1}"),
+        r"with random signs: (.*?) \(p (\S+)\)\.": difference(f"constant gd+rank1:signs,gradient less {rank1}"),
+        r"worse than nothing: (.*?) \(p (\S+)\)\.": difference("sgd gd+rank1:gradient less sgd gd"),
+        r"shown to add anything\*\*: (.*?) \(p (\S+)\)": difference("ema gd+rank1:gradient less ema gd"),
+        r"add anything.*?\) and (.*?) \(p (\S+)\)\.": difference("one-cycle gd+rank1:gradient less one-cycle gd"),
+        r"the paper has it, by (.*?) \(p (\S+)\)\.": (margin["average FID, difference"], margin["p"]),
+    }
+    for pattern, expected in findings.items():
+        assert re.search(pattern, section).groups() == expected, pattern
+    means = {name: row["average FID ↓"].split()[0] for name, row in of_rows.items()}
+    with_half = re.search(r"half the steps, rank 1 lowers it from (\S+) to (\S+), and random", prose(page("README.md")))
+    assert with_half.groups() == (means[base], means[rank1])
+    assert float(means["constant gd+rank1:random,gradient"]) > float(means[rank1])
+    rates = re.search(r"log rate at least as much \(to (\S+), rank 1 to (\S+), from (\S+)\)", section).groups()
+    random = "constant gd+rank1:random,gradient, same precision"
+    assert rates == tuple(of_rows[name]["log rate"] for name in (random, rank1, base))
+    slopes = re.search(r"on top of the EMA from (\S+) to (\S+),", section).groups()
+    assert slopes == tuple(of_rows[f"ema gd{rest}"]["average FID ↓"].split()[0] for rest in ("", "+bands8:slopes"))
+    runs = records("evidence/regime-mlp.jsonl")
+    assert re.search(r"ten seeds, (\d+) runs: `python", section)[1] == str(len(runs))
+
+
+@pytest.mark.parametrize(
+    ("experiment", "column"), [("regime-mlp", "2,000 steps, all controls"), ("regime-mlp-longer", "4,000 steps")]
+)
+def test_verdicts_are_those_of_the_experiments(experiment, column):
+    written = re.findall(r"^### \d\. .*\*\*(.*)\*\*$", evidence(experiment), re.MULTILINE)
+    quoted = [row[column] for row in sheet_after(EVIDENCE, "By the rules in the reports:").values()]
+    assert [cell.partition(":")[0] for cell in quoted] == [verdict.lower() for verdict in written]
 
 
 def test_the_curve_is_that_of_the_runs():

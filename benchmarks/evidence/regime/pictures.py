@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
+import numpy as np
 from crl_diffusion.config.spelling import parse_method
 from crl_diffusion.reporting import seeds
 from crl_diffusion.reporting.canvas import COLOURS, GREY, MARKERS, Drawing, drawing, plain_log
@@ -155,7 +156,20 @@ def scatter(every: Sequence[Point], x: Axis, y: Axis) -> tuple[Figure, Axes]:
     return figure, axis
 
 
-LINEAR, HIGHEST = 2.0, 20.0  # FID points up to which the axis of gains is linear, and its upper end
+LINEAR, HIGHEST = 4.0, 20.0  # FID points up to which an axis is linear, and its upper end
+
+
+def fid_axis(axis: Axes, ticks: Sequence[float]) -> str:
+    """Linear near zero, logarithmic beyond, so that strengths which are far too large leave room for the others.
+    Returns what to say of the markers that are higher still."""
+    axis.set_yscale("symlog", linthresh=LINEAR, linscale=3)
+    higher = sum(value > HIGHEST for line in axis.get_lines() for value in np.ravel(line.get_ydata()))
+    low, high = axis.get_ylim()
+    axis.set_ylim(top=min(high, HIGHEST))
+    shown = [tick for tick in ticks if low <= tick <= high]
+    axis.set_yticks(shown, [f"{tick:g}".replace("-", "−") for tick in shown])
+    axis.minorticks_off()
+    return f" Above the picture: {higher}." if higher else ""
 
 
 def gain_and_rate(runs: Runs, name: str) -> Drawing | None:
@@ -171,31 +185,34 @@ def gain_and_rate(runs: Runs, name: str) -> Drawing | None:
             if point.label == label and point.final:
                 axis.axhline(point.mean(*gain[:2]), color=COLOURS[6], linestyle=style, linewidth=1, label=label)
     axis.axvline(0, color=GREY, linewidth=1, linestyle="--", zorder=0)
-    axis.set_yscale("symlog", linthresh=LINEAR, linscale=2)
-    axis.set_ylim(top=HIGHEST)
-    ticks = [-4.0, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 5.0, 10.0, 20.0]
-    low = axis.get_ylim()[0]
-    axis.set_yticks([t for t in ticks if t >= low], [f"{t:g}".replace("-", "−") for t in ticks if t >= low])
-    axis.minorticks_off()
+    higher = fid_axis(axis, (-4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 10.0, 20.0))
     axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     text = (
         "Change of average FID against change of Adam's effective rate, both less distillation alone, at constant "
-        f"rates without an average. Lines: distillation alone with one-cycle and with an EMA. {MARKED}"
+        f"rates without an average. Lines: distillation alone with one-cycle and with an EMA. {MARKED}{higher}"
     )
     alt = "Scatter plot of the change of average FID against that of Adam's effective rate, one marker per method."
     return drawing(name, figure, alt, text)
 
 
+FARTHER = 3.0  # times as far as any final run: with such a strength, training has diverged
+
+
 def forgetting_and_movement(runs: Runs, name: str) -> Drawing | None:
+    moved: Axis = ("displacement", False, "distance that the weights move in a task, mean over tasks (log scale)")
     every = points(runs)
-    if not every:
+    reach = FARTHER * max((point.mean(*moved[:2]) for point in every if point.final), default=float("inf"))
+    near = [point for point in every if point.mean(*moved[:2]) <= reach]
+    if not near:
         return None
-    figure, _ = scatter(
-        every,
-        ("displacement", False, "distance that the weights move in a task, mean over tasks"),
-        ("forgetting", False, "forgetting, ÷ (T − 1) (lower is better)"),
-    )
-    text = f"Forgetting against the distance that the weights move in a task, a mean over tasks. {MARKED}"
+    figure, axis = scatter(near, moved, ("forgetting", False, "forgetting, ÷ (T − 1) (lower is better)"))
+    plain_log(axis, "x")
+    higher = fid_axis(axis, (-2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 10.0, 20.0))
+    text = f"Forgetting against the distance that the weights move in a task, a mean over tasks. {MARKED}{higher}"
+    if gone := len(every) - len(near):
+        text += (
+            f" Left out: {gone} with which the weights moved more than {FARTHER:g} times as far as in any final run."
+        )
     alt = "Scatter plot of forgetting against the movement of the weights, one marker per method."
     return drawing(name, figure, alt, text)
 

@@ -80,13 +80,14 @@ def heatmap(axis: Axes, r: Sequence[Sequence[float]], limits: tuple[float, float
     return image
 
 
-def plain_log(axis: Any) -> None:
-    """A logarithmic y axis with ticks that read 1, 2, 5, 10, 20, ... or, over a short range, evenly spaced ones."""
-    axis.set_yscale("log")
-    low, high = axis.get_ylim()
-    axis.yaxis.set_major_locator(MaxNLocator(6) if high < 4 * low else LogLocator(subs=(1, 2, 5)))
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter(NullFormatter())
+def plain_log(axes: Any, which: str = "y") -> None:
+    """A logarithmic axis with ticks that read 1, 2, 5, 10, 20, ... or, over a short range, evenly spaced ones."""
+    axes.set(**{f"{which}scale": "log"})
+    axis = getattr(axes, f"{which}axis")
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(MaxNLocator(6) if high < 4 * low else LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def colour_bar(figure: Figure, image: Any, axes: Any, rows: int = 1) -> None:
