@@ -7,6 +7,7 @@ those that test every backend.
 import importlib.util
 from itertools import accumulate
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -171,3 +172,23 @@ def test_tables_that_are_written_by_kernels_hold_the_same_words():
     captured, copied = (tables.Place(torch.device("cpu"), 0, capturing).upload(words) for capturing in (True, False))
     assert captured.tolist() == words
     assert torch.equal(captured, copied)
+
+
+@pytest.mark.skipif(registry.INTERPRETED, reason="the interpreter's GPU is chosen for all of its tests")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize(
+    ("gpu", "slow"),
+    [
+        *[((8, 0), False), ((8, 6), True), ((9, 0), False), ((10, 0), False), ((10, 3), True), ((12, 0), True)],
+        *[("gfx900", True), ("gfx906", False), ("gfx90a:sramecc+:xnack-", False), ("gfx90c", True)],
+        *[("gfx942:sramecc+:xnack-", False), ("gfx950", False), ("gfx1100", True)],
+    ],
+    ids=str,
+)
+def test_which_gpus_have_slow_float64(gpu, slow, monkeypatch):
+    from crl_kernels.backends.triton import float64_arithmetic
+
+    monkeypatch.setattr(torch.version, "hip", "7.0" if isinstance(gpu, str) else None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(gcnArchName=gpu))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: gpu)
+    assert float64_arithmetic.slow_float64.__wrapped__(torch.device("cuda", 0)) is slow

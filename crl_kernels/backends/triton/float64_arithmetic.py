@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 FAST_FLOAT64 = ((7, 0), (8, 0), (9, 0), (10, 0))  # compute capabilities of NVIDIA's data-centre GPUs
-FAST_FLOAT64_AMD = ("gfx90", "gfx94", "gfx95")  # beginnings of the names of AMD's
+FAST_FLOAT64_AMD = ("gfx906", "gfx908", "gfx90a", "gfx94", "gfx95")  # beginnings of the names of AMD's
 
 # Magnitudes between which what rounding cuts off products is within float32's exponents.
 SMALLEST, LARGEST = tl.constexpr(2.0**-75), tl.constexpr(2.0**100)
