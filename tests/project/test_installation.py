@@ -13,6 +13,7 @@ from crl_kernels.backends import registry
 from crl_kernels.operators import definitions
 
 ROOT = Path(__file__).parents[2]
+needs_source = pytest.mark.skipif(not (ROOT / "crl_kernels").exists(), reason="needs the package's source")
 
 SCRIPT = """
 import torch, crl_kernels as ck
@@ -90,6 +91,7 @@ def test_triton_is_imported_only_when_a_gpu_needs_it():
 
 
 @needs_triton
+@needs_source
 def test_without_triton_a_gpu_runs_plain_pytorch_and_says_so_once(tmp_path):
     """Without Triton; with a Triton that cannot be imported; without the C compiler that it needs."""
     source = str(source_copy(tmp_path))
@@ -140,6 +142,7 @@ def files(package: Path) -> set[Path]:
     return {path.relative_to(package) for path in package.rglob("*") if path.is_file() and path.suffix != ".pyc"}
 
 
+@needs_source
 def test_installs_without_a_compiler_and_says_that_it_is_slow(tmp_path):
     source, target = source_copy(tmp_path), tmp_path / "target"
     path = path_with(tmp_path / "bin", "sh", "uname", "git")
@@ -161,6 +164,7 @@ def test_installs_without_a_compiler_and_says_that_it_is_slow(tmp_path):
     assert "crl_kernels runs in pure Python, which is slow: _C.abi3.so was not built" in result.stderr
 
 
+@needs_source
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++, which is looked for before nvcc")
 def test_cuda_kernels_that_cannot_be_built_are_an_error(tmp_path):
     source = source_copy(tmp_path)
@@ -175,6 +179,7 @@ def test_cuda_kernels_that_cannot_be_built_are_an_error(tmp_path):
     assert "CRL_KERNELS_CUDA='yes': expected auto, 1 or 0" in result.stderr
 
 
+@needs_source
 def test_a_source_distribution_has_all_that_it_takes_to_build(tmp_path):
     source = source_copy(tmp_path)
     shutil.copy(ROOT / "MANIFEST.in", source)
