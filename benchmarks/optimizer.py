@@ -8,7 +8,8 @@ does, pays more for reading than for writing, and AdamW's 28 bytes are 16 read a
 float32 vector after the step, to compare a float32 term with.
 
 ``--channels-last`` measures something else: steps on convolution weights (..., 64, 3, 3) in channels_last, beside
-the same steps on the same weights in row-major order.
+the same steps on the same weights in row-major order. A direction along row-major parameters is one flat tensor; along
+others it is a view for each parameter, which costs a few tenths of a microsecond each, so many tensors are measured too.
 """
 
 import math
@@ -130,7 +131,8 @@ def steps_on(problem: Problem) -> dict[str, tuple[int, Callable[[], object]]]:
 def steps_in(problem: Problem, memory_format: torch.memory_format) -> dict[str, Callable[[], object]]:
     """Steps with one task on convolution weights in this memory format, by name."""
     steps: dict[str, Callable[[], object]] = {}
-    for kind, make in (("one term, fp32", HISTORIES[0][3]), ("diagonal", diagonal_history)):
+    for kind in ("one term, fp32", "10 terms, fp32", "diagonal"):
+        (make,) = (history[3] for history in HISTORIES if history[0] == kind)
         model = Model(problem, memory_format)
         history = make(model)
         steps[f"add_penalty_grad_, {kind}"] = partial(history.add_penalty_grad_, 1e-3)
@@ -140,24 +142,30 @@ def steps_in(problem: Problem, memory_format: torch.memory_format) -> dict[str, 
     return steps
 
 
+MORE_TENSORS = 7  # times as many, and a seventh as large
+
+
 def measure_channels_last(numel: int, tensors: int, rounds: int) -> dict[str, Any]:
-    """Of at most so many parameters: each tensor has whole kernels."""
-    numel = max(1, numel // (tensors * math.prod(KERNEL))) * tensors * math.prod(KERNEL)
-    require_memory(numel * BYTES, torch.device("cpu"))
-    problem = Problem(numel, tensors)
-    for gradient in problem.grads:
-        gradient.normal_(std=1e-3)
-    row_major, channels_last = (steps_in(problem, f) for f in (torch.contiguous_format, torch.channels_last))
-    calls = {(name, i): steps[name] for name in row_major for i, steps in enumerate((row_major, channels_last))}
-    seconds = interleaved(calls, rounds, clock())
+    """Of at most so many parameters, in so many tensors and in more: each tensor has whole kernels."""
     rows = []
-    for name in row_major:
-        ratios = [b / a for a, b in zip(seconds[name, 0], seconds[name, 1], strict=True)]
-        ratio = {key.replace("ms", "ratio"): value / 1e3 for key, value in percentiles(ratios).items()}
-        rows.append(
-            {"name": name, "row_major": percentiles(seconds[name, 0]), **percentiles(seconds[name, 1]), **ratio}
-        )
-    return head(numel, tensors, rounds) | {"rows": rows}
+    for number in (tensors, MORE_TENSORS * tensors):
+        each = max(1, numel // (number * math.prod(KERNEL))) * math.prod(KERNEL)
+        require_memory(number * each * BYTES, torch.device("cpu"))
+        problem = Problem(number * each, number)
+        for gradient in problem.grads:
+            gradient.normal_(std=1e-3)
+        row_major, channels_last = (steps_in(problem, f) for f in (torch.contiguous_format, torch.channels_last))
+        calls = {(name, i): steps[name] for name in row_major for i, steps in enumerate((row_major, channels_last))}
+        seconds = interleaved(calls, rounds, clock())
+        for name in row_major:
+            times = seconds[name, 0], seconds[name, 1]
+            ratios = [b / a for a, b in zip(*times, strict=True)]
+            ratio = {key.replace("ms", "ratio"): value / 1e3 for key, value in percentiles(ratios).items()}
+            parameters = {"tensors": number, "parameters": problem.numel}
+            rows.append(
+                {"name": name, **parameters, "row_major": percentiles(times[0]), **percentiles(times[1]), **ratio}
+            )
+    return head(numel, tensors, rounds) | {"tensors": f"{tensors} and {MORE_TENSORS * tensors}", "rows": rows}
 
 
 def measure(numel: int, tensors: int, rounds: int) -> dict[str, Any]:
@@ -208,11 +216,12 @@ def conditions(result: dict[str, Any]) -> str:
 
 def channels_last_markdown(result: dict[str, Any]) -> str:
     lines = ["# Steps in channels_last\n", conditions(result)]
-    lines += ["| step | row-major, ms | channels_last, ms | channels_last / row-major |", "|---|---|---|---|"]
+    lines += ["| tensors | step | row-major, ms | channels_last, ms | channels_last / row-major |", "|--:|---|---|---|---|"]
     for row in result["rows"]:
         lines.append(
-            f"| {row['name']} | {row['row_major']['ms']:.1f} | {row['ms']:.1f} [{row['ms_p20']:.1f}, "
-            f"{row['ms_p80']:.1f}] | {row['ratio']:.2f} [{row['ratio_p20']:.2f}, {row['ratio_p80']:.2f}] |"
+            f"| {row['tensors']} | {row['name']} | {row['row_major']['ms']:.1f} | {row['ms']:.1f} "
+            f"[{row['ms_p20']:.1f}, {row['ms_p80']:.1f}] | {row['ratio']:.2f} "
+            f"[{row['ratio_p20']:.2f}, {row['ratio_p80']:.2f}] |"
         )
     return "\n".join(lines) + "\n"
 

@@ -138,10 +138,10 @@ def test_optimizer_writes_a_row_for_each_step(tmp_path):
 def test_optimizer_compares_channels_last_with_row_major(tmp_path):
     sizes = "--parameters", "2304", "--tensors", "2", "--rounds", "2"
     rows = run("optimizer", tmp_path, "--channels-last", *sizes)["rows"]
-    assert len(rows) == 6
+    assert [row["tensors"] for row in rows] == [2] * 9 + [14] * 9
     assert all(row["ratio_p20"] <= row["ratio"] <= row["ratio_p80"] for row in rows)
     text = (tmp_path / "optimizer_channels_last_cpu_1thread.md").read_text()
-    assert all(f"\n| {row['name']} |" in text for row in rows)
+    assert all(f"\n| {row['tensors']} | {row['name']} |" in text for row in rows)
 
 
 def test_trainers_writes_a_row_for_each_placement_and_history(tmp_path):
