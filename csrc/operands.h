@@ -115,12 +115,15 @@ inline Tensor copy_in_order(const Tensor& tensor, const MemoryOrder* order) {
   return copy;
 }
 
-// Tensors to read along a table: one for each segment, or a single flat one in row-major order. A tensor whose elements
-// are not in its segment's order is copied; the copies live as long as this object.
+// Whether a flat tensor has each segment's elements in the segment's order, and not in row-major order.
+inline bool is_row(const Tensor& tensor) { return tensor.dim() == 2 && tensor.size(0) == 1; }
+
+// Tensors to read along a table: one for each segment, or a single flat one, (P,) in row-major order, or a row, (1, P). A
+// tensor whose elements are not in its segment's order is copied; the copies live as long as this object.
 class Operand {
  public:
   Operand(const SegmentTable& table, const Tensor* first, int64_t count, const Tensor& same_device_as)
-      : view_(is_cut(table, count) ? table.segments() : count) {
+      : view_(is_cut(table, first, count) ? table.segments() : count) {
     const bool flat = count == 1 && first[0].numel() == table.numel();
     STD_TORCH_CHECK(flat || count == table.segments(), "crl_kernels: expected one flat tensor or ", table.segments(),
                     " tensors, got ", count);
@@ -131,7 +134,11 @@ class Operand {
       STD_TORCH_CHECK(numel == expected, "crl_kernels: tensor ", i, " of a list has ", numel, " elements, expected ",
                       expected);
       STD_TORCH_CHECK(device_code_of(tensor) == device, "crl_kernels: tensors are on different devices");
-      is_cut(table, count) ? cut(table, tensor) : add(table, i, tensor);
+      if (is_cut(table, first, count)) {
+        cut(table, tensor);
+      } else {
+        add(table, i, tensor, flat && is_row(tensor) ? nullptr : table.order(i));
+      }
     }
   }
   Operand(const SegmentTable& table, const Tensors& tensors, const Tensor& same_device_as)
@@ -147,14 +154,14 @@ class Operand {
   const std::vector<Copy>& copies() const { return copies_; }
 
  private:
-  // Whether a list is one flat tensor beside segments in other orders.
-  static bool is_cut(const SegmentTable& table, int64_t count) {
-    return count == 1 && table.segments() > 1 && !table.row_major();
+  // Whether a list is one flat tensor in row-major order beside segments in other orders.
+  static bool is_cut(const SegmentTable& table, const Tensor* first, int64_t count) {
+    return count == 1 && table.segments() > 1 && !table.row_major() && !is_row(first[0]);
   }
 
-  void add(const SegmentTable& table, int64_t segment, const Tensor& tensor) {
-    const bool in_place = is_in_order(tensor, table.order(segment));
-    if (!in_place) copies_.push_back({segment, copy_in_order(tensor, table.order(segment))});
+  void add(const SegmentTable& table, int64_t segment, const Tensor& tensor, const MemoryOrder* order) {
+    const bool in_place = is_in_order(tensor, order);
+    if (!in_place) copies_.push_back({segment, copy_in_order(tensor, order)});
     view_.add({(in_place ? tensor : copies_.back().tensor).data_ptr(), dtype_of(tensor)}, table.begin(segment));
   }
 
@@ -162,7 +169,8 @@ class Operand {
     Tensor row_major = torch::stable::reshape(flat, {-1});
     if (!flat.is_contiguous()) copies_.push_back({0, row_major});
     for (int64_t i = 0; i < table.segments(); ++i) {
-      add(table, i, torch::stable::narrow(row_major, 0, table.begin(i), table.end(i) - table.begin(i)));
+      const Tensor part = torch::stable::narrow(row_major, 0, table.begin(i), table.end(i) - table.begin(i));
+      add(table, i, part, table.order(i));
     }
   }
 

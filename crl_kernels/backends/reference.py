@@ -6,7 +6,8 @@ float32 for 16-bit dtypes, as PyTorch does). Only AdamW's own arithmetic is in i
 convolution's per-sample gradients are computed in ``mean_dtype``.
 
 ``directions`` holds K vectors of P elements: K flat tensors, or, term by term, K lists of one tensor per parameter.
-``fisher`` and ``anchor`` hold one such vector each: one flat tensor, or one tensor per parameter.
+``fisher`` and ``anchor`` hold one such vector each: one flat tensor, or one tensor per parameter. A flat tensor is
+(P,), or a row, (1, P), whose elements are in the order of the parameters' memory (``memory_order.py``).
 
 The memory order of a tensor never changes what an operator computes, except for the order in which a sum is taken. A
 kernel copies nothing if the tensors that belong to one parameter have its memory order (``memory_order.py``).
@@ -19,6 +20,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+from .memory_order import FlatOrder, is_row
 
 _Result = TypeVar("_Result")
 
@@ -40,7 +43,8 @@ def takes(group: type[Any]) -> Callable[[Callable[..., _Result]], Callable[..., 
 def _pieces(vector: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
     """One vector as float64 tensors with the shapes of ``like``."""
     if len(vector) == 1 and vector[0].numel() == sum(tensor.numel() for tensor in like):
-        vector = vector[0].flatten().split([tensor.numel() for tensor in like])
+        flat = vector[0]
+        vector = FlatOrder(like).split(flat[0]) if is_row(flat) else flat.flatten().split([t.numel() for t in like])
     return [piece.double().reshape(tensor.shape) for piece, tensor in zip(vector, like, strict=True)]
 
 
@@ -69,9 +73,13 @@ def low_rank_combine(directions: Sequence[Tensor], coefficients: Tensor, like: S
 
 def low_rank_accumulate_(targets: Sequence[Tensor], directions: Sequence[Tensor], coefficients: Tensor) -> None:
     """targets <- targets + sum_k c_k u_k."""
-    terms = _terms(directions, coefficients.numel(), targets)
+    _accumulate_(targets, _terms(directions, coefficients.numel(), targets), coefficients)
+
+
+def _accumulate_(targets: Sequence[Tensor], terms: list[list[Tensor]], coefficients: Tensor) -> None:
     for target, *pieces in zip(targets, *terms, strict=True):
-        target.copy_(target.double() + sum(c * u for c, u in zip(coefficients, pieces, strict=True)))
+        steps = (c * u.reshape(target.shape) for c, u in zip(coefficients, pieces, strict=True))
+        target.copy_(target.double() + sum(steps))
 
 
 def low_rank_penalty_accumulate_(
@@ -86,7 +94,7 @@ def low_rank_penalty_accumulate_(
     float64."""
     drift = low_rank_projections(params, directions, curvatures.numel()) - anchor_projections
     force = coefficient * curvatures * drift
-    low_rank_accumulate_(targets, directions, force)
+    _accumulate_(targets, _terms(directions, curvatures.numel(), params), force)
     return 0.5 * (force * drift).sum()
 
 

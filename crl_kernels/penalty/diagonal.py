@@ -1,6 +1,6 @@
 """DiagonalHistory: the exact sum of all past tasks' diagonal penalties, with the memory of one."""
 
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -12,6 +12,10 @@ from ..fisher.validation import require_scalars
 from ..model.names import Layout
 from .history import History
 from .strength import Rate, check_strength
+
+
+def _halves(pieces: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    return pieces[: len(pieces) // 2], pieces[len(pieces) // 2 :]
 
 
 class DiagonalHistory(History[DiagonalFisher]):
@@ -55,7 +59,8 @@ class DiagonalHistory(History[DiagonalFisher]):
         if not self._num_tasks:
             return self._zero()
         params = self._params()
-        local = operators.diagonal_quadratic(params, *self._fisher_and_anchor(None))
+        pieces = self._pieces([self._fisher, self._anchor], None)
+        local = operators.diagonal_quadratic(params, *_halves(pieces))
         return self._value(self._binding.shards.sum(local) + self._residual, lam)
 
     @torch.no_grad()
@@ -73,7 +78,7 @@ class DiagonalHistory(History[DiagonalFisher]):
         strength = self._float64(lam)
         total = self._accumulate(
             lambda grads, params: operators.diagonal_accumulate_(
-                grads, params, *self._fisher_and_anchor(None), strength
+                grads, params, *self._fisher_and_anchor(None, params), strength
             )
         )
         return (self._binding.shards.sum_(total) + self._residual) * lam * 0.5
@@ -95,13 +100,14 @@ class DiagonalHistory(History[DiagonalFisher]):
         run = self._run_or_list(params)
         for ratio, members in groups:
             targets = run if members is None else [params[i] for i in members]
-            operators.diagonal_shrink_(targets, *self._fisher_and_anchor(members), ratio * strength)
+            operators.diagonal_shrink_(targets, *self._fisher_and_anchor(members, targets), ratio * strength)
         self._count_writes(params, run)
 
-    def _fisher_and_anchor(self, members: tuple[int, ...] | None) -> tuple[list[Tensor], list[Tensor]]:
-        """The parts of S and m that belong to the parameters ``members``; None stands for all."""
-        pieces = self._pieces([self._fisher, self._anchor], members)
-        return pieces[: len(pieces) // 2], pieces[len(pieces) // 2 :]
+    def _fisher_and_anchor(
+        self, members: tuple[int, ...] | None, along: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The parts of S and m that belong to the parameters ``members``; see ``_constant_pieces``."""
+        return _halves(self._constant_pieces([self._fisher, self._anchor], members, along))
 
     def _add_terms(self, fisher: DiagonalFisher, layout: Layout) -> None:
         new, anchor = (self._bound(layout, flat).double() for flat in (fisher.fisher_diagonal, fisher.anchor))

@@ -124,12 +124,13 @@ class FoldedLowRank(FoldedPenalty[LowRankHistory]):
     def _project(self, params: Sequence[Tensor], indices: tuple[int, ...]) -> Tensor:
         if not indices:
             return torch.zeros_like(self.history.curvatures)
-        pieces = self._pieces(self._members(indices))
-        projections = operators.constant_projections([params[i] for i in indices], pieces, len(self.history))
+        projected = [params[i] for i in indices]
+        pieces = self._pieces(self._members(indices), projected)
+        projections = operators.constant_projections(projected, pieces, len(self.history))
         return self._shards.sum_(projections)
 
-    def _pieces(self, members: tuple[int, ...] | None) -> list[Tensor]:
-        return self.history._pieces(self.history._directions, members)
+    def _pieces(self, members: tuple[int, ...] | None, along: Sequence[Tensor]) -> list[Tensor]:
+        return self.history._constant_pieces(self.history._directions, members, along)
 
     def _carried(self) -> Tensor:
         return self._projections + self._frozen_part
@@ -153,7 +154,7 @@ class FoldedLowRank(FoldedPenalty[LowRankHistory]):
             coefficients, ratios = force, [1.0] * len(self._moving)
         if self._moving:
             state = make_operands(ratios, None)
-            directions = self._pieces(self._members(self._moving))
+            directions = self._pieces(self._members(self._moving), state.params)
             projections = operators.low_rank_adamw_(state, directions, coefficients, self._decoupled)
             self._projections.copy_(self._shards.sum_(projections))
         return 0.5 * (force * drift).sum()
@@ -170,8 +171,9 @@ class FoldedDiagonal(FoldedPenalty[DiagonalHistory]):
     def _read(self, params: Sequence[Tensor], frozen: tuple[int, ...]) -> None:
         part = self.history._float64(0.0)
         if frozen:
-            pieces = self.history._fisher_and_anchor(self._members(frozen))
-            value = operators.diagonal_quadratic([params[i] for i in frozen], *pieces)
+            quiet = [params[i] for i in frozen]
+            pieces = self.history._fisher_and_anchor(self._members(frozen), quiet)
+            value = operators.diagonal_quadratic(quiet, *pieces)
             part = self._shards.sum_(value)
         self._frozen_part = _in_place_of(self._frozen_part, part)
 
@@ -191,8 +193,9 @@ class FoldedDiagonal(FoldedPenalty[DiagonalHistory]):
             strength, ratios = history._float64(lam), [1.0] * len(self._moving)
         total = self._frozen_part + history._residual
         if self._moving:
-            pieces = history._fisher_and_anchor(self._members(self._moving))
-            value = operators.diagonal_adamw_(make_operands(ratios, strength), *pieces, self._decoupled)
+            state = make_operands(ratios, strength)
+            pieces = history._fisher_and_anchor(self._members(self._moving), state.params)
+            value = operators.diagonal_adamw_(state, *pieces, self._decoupled)
             total = total + self._shards.sum_(value)
         return total * (0.5 * history._float64(lam))
 

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from typing_extensions import Self
 
 from .. import files
+from ..backends.memory_order import FlatOrder
 from ..distributed.shards import gathered, local_part
 from ..fisher.forms import DiagonalFisher, LowRankFisher
 from ..fisher.validation import require_numbers, require_tensor
@@ -26,7 +27,6 @@ from ..model.binding import Binding
 from ..model.flat import FlatRun
 from ..model.names import Layout, as_patterns, join_names, matching
 from .attachment import Attachment, find_stepped, is_wrapper
-from .flat_order import FlatOrder
 from .strength import ALL, Groups, Rate, check_strength
 
 _Fisher = TypeVar("_Fisher", LowRankFisher, DiagonalFisher)
@@ -611,6 +611,15 @@ class History(ABC, Generic[_Fisher]):
             if not torch.compiler.is_compiling():
                 self._parts[members] = pieces
         return pieces
+
+    def _constant_pieces(
+        self, vectors: list[Tensor], members: tuple[int, ...] | None, along: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """The same, for an operator that runs along these tensors and whose result is not differentiated: one tensor a
+        vector where their memory is in the order of the state, because each tensor of a list costs time."""
+        if members is not None or self._order.is_row_major or torch.compiler.is_compiling():
+            return self._pieces(vectors, members)
+        return [v[None] for v in vectors] if self._order.is_of(along) else self._pieces(vectors, members)
 
     def _value(self, total: Tensor, lam: float | Tensor) -> Tensor:
         # From a tensor on: older compilers specialise on a float that meets another number first.

@@ -106,7 +106,7 @@ class LowRankHistory(History[LowRankFisher]):
         scalars = self._curvatures, self._anchor_projections, strength
         return self._accumulate(
             lambda grads, params: operators.low_rank_penalty_accumulate_(
-                grads, params, self._pieces(self._directions, None), *scalars
+                grads, params, self._constant_pieces(self._directions, None, params), *scalars
             )
         )
 
@@ -140,7 +140,8 @@ class LowRankHistory(History[LowRankFisher]):
         steps = self._proximal_coefficients(groups, strength, self._constant_drift(run))
         for ratio, members in groups:
             targets = run if members is None else [params[i] for i in members]
-            operators.low_rank_accumulate_(targets, self._pieces(self._directions, members), ratio * steps)
+            directions = self._constant_pieces(self._directions, members, targets)
+            operators.low_rank_accumulate_(targets, directions, ratio * steps)
         self._count_writes(params, run)
 
     def _proximal_coefficients(self, groups: Groups, strength: Tensor, drift: Tensor) -> Tensor:
@@ -156,7 +157,7 @@ class LowRankHistory(History[LowRankFisher]):
         return self._constant_drift(self._params()) if self._directions else self._curvatures.clone()
 
     def _constant_drift(self, params: list[Tensor]) -> Tensor:
-        directions = self._pieces(self._directions, None)
+        directions = self._constant_pieces(self._directions, None, params)
         return self._constant_projections(params, directions, len(self)) - self._anchor_projections
 
     def _constant_projections(self, params: list[Tensor], directions: list[Tensor], num_terms: int) -> Tensor:
@@ -197,7 +198,7 @@ class LowRankHistory(History[LowRankFisher]):
         mixing = (modes[:, kept] / eigenvalues[kept].sqrt()).T.contiguous()
         directions = [operators.low_rank_combine(self._directions, row, self._directions[:1])[0] for row in mixing]
         # c_i belongs to the stored, rounded v_i, so that the drift of the present parameters does not change.
-        pieces = directions if self._order.is_row_major else [part for u in directions for part in self._order.split(u)]
+        pieces = self._constant_pieces(directions, None, params)
         projections = self._constant_projections(params, pieces, len(directions))
         self._set_terms(directions, eigenvalues[kept], projections - mixing @ self._constant_drift(params))
 

@@ -78,7 +78,8 @@ def test_low_rank_operators(backend, case, num_terms, dtype, form, seed):
     (targets,) = random_lists(case, seed, writable=True)
     targets = in_other_orders(targets, seed)
     before = flat64(targets)
-    backend.low_rank_accumulate_(targets, directions, coefficients)
+    along = directions_like(targets, num_terms, DTYPES[dtype], form, seed + 1)[0] if form == "row" else directions
+    backend.low_rank_accumulate_(targets, along, coefficients)
     assert_rounded_once(targets, before + step, before.abs() + size)
 
     a, b, lam = coefficients.abs(), coefficients.flip(0), torch.tensor(1.7, dtype=torch.float64)
@@ -114,7 +115,7 @@ def test_diagonal_operators(backend, case, state_dtype, form, seed):
     poison()
     assert_rounded_once(backend.diagonal_gradient(params, f, m, c), gradient, gradient.abs())
 
-    targets, f = in_other_orders(targets, seed), f if form == "flat" else in_other_orders(f, seed + 1)
+    targets, f = in_other_orders(targets, seed), f if form in ("flat", "row") else in_other_orders(f, seed + 1)
     before = flat64(targets)
     value = backend.diagonal_accumulate_(targets, params, f, m, c)
     assert_sum_close(value, expected, expected)

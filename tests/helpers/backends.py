@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from crl_kernels.backends import reference, registry
+from crl_kernels.backends.memory_order import FlatOrder
 from helpers import device
 
 DTYPES = {
@@ -55,7 +56,7 @@ BACKENDS = [
 
 length = st.sampled_from([0, 1, 2, 15, 16, 17, 63, 64, 65, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 3])
 layout = st.sampled_from(["contiguous", "offset", "strided", "transposed", "channels_last", "expanded"])
-form = st.sampled_from(["flat", "list", "list like the parameters"])  # of a direction, a Fisher or an anchor
+form = st.sampled_from(["flat", "row", "list", "list like the parameters"])  # of a direction, a Fisher or an anchor
 lists = st.lists(st.tuples(length, st.sampled_from(sorted(DTYPES)), layout), min_size=1, max_size=6)
 
 
@@ -118,6 +119,9 @@ def directions_like(params: list[Tensor], num_terms: int, dtype: torch.dtype, fo
         return list(matrix), matrix.double()
     lengths = [p.numel() for p in params]
     pieces = [piece.reshape(p.shape) for row in matrix for piece, p in zip(row.split(lengths), params, strict=True)]
+    if form == "row":
+        terms = [pieces[k * len(params) : (k + 1) * len(params)] for k in range(num_terms)]
+        return [FlatOrder(params).flatten(term)[None] for term in terms], matrix.double()
     if form == "list like the parameters":
         pieces = [
             torch.empty_like(p, dtype=dtype).copy_(piece) for piece, p in zip(pieces, params * num_terms, strict=True)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..memory_order import in_order_of
+from ..memory_order import in_order_of, is_row
 from . import chunks, float64_arithmetic, tables
 from .tables import View, check
 
@@ -45,10 +45,10 @@ class Flat:
 
     def in_order(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """Tensors in the order in which this list is read, copied where they are not: one after another for each
-        segment, or flat ones in row-major order."""
-        if self._row_major:
-            return [tensor.contiguous() for tensor in tensors]
+        segment, or flat ones, of which rows are in order already."""
         segments, total = len(self.lengths), sum(self.lengths)
+        if self._row_major or all(is_row(tensor) and tensor.numel() == total for tensor in tensors):
+            return [tensor.contiguous() for tensor in tensors]
         if segments > 1 and all(tensor.numel() == total for tensor in tensors):
             tensors = [part for tensor in tensors for part in tensor.reshape(-1).split(self.lengths)]
         numels = [tensor.numel() for tensor in tensors]
@@ -56,8 +56,8 @@ class Flat:
         return [in_order_of(tensor, self._like[i % segments]) for i, tensor in enumerate(tensors)]
 
     def view(self, tensors: Sequence[Tensor], num_terms: int = 1) -> View:
-        """Tensors to read: for each term one flat tensor in row-major order, or one tensor for each segment. Those that
-        are in another order than this list are copied; the copies live as long as this object."""
+        """Tensors to read: for each term one flat tensor or row, or one tensor for each segment. Those that are in
+        another order than this list are copied; the copies live as long as this object."""
         if not self._row_major or not all(tensor.is_contiguous() for tensor in tensors):
             tensors = self.in_order(tensors)
             self._copies.append(tensors)
