@@ -118,8 +118,8 @@ inline Tensor copy_in_order(const Tensor& tensor, const MemoryOrder* order) {
 // Whether a flat tensor has each segment's elements in the segment's order, and not in row-major order.
 inline bool is_row(const Tensor& tensor) { return tensor.dim() == 2 && tensor.size(0) == 1; }
 
-// Tensors to read along a table: one for each segment, or a single flat one, (P,) in row-major order, or a row, (1, P). A
-// tensor whose elements are not in its segment's order is copied; the copies live as long as this object.
+// Tensors to read along a table: one for each segment, or a single flat one, (P,) in row-major order, or a row, (1, P).
+// A tensor whose elements are not in its segment's order is copied; the copies live as long as this object.
 class Operand {
  public:
   Operand(const SegmentTable& table, const Tensor* first, int64_t count, const Tensor& same_device_as)
