@@ -8,8 +8,8 @@ does, pays more for reading than for writing, and AdamW's 28 bytes are 16 read a
 float32 vector after the step, to compare a float32 term with.
 
 ``--channels-last`` measures something else: steps on convolution weights (..., 64, 3, 3) in channels_last, beside
-the same steps on the same weights in row-major order. A list costs time for each tensor, so more tensors of the same size
-in all are measured too.
+the same steps on the same weights in row-major order. A list costs time for each tensor, so more tensors of the same
+size in all are measured too.
 """
 
 import math
