@@ -42,7 +42,8 @@ def takes(group: type[Any]) -> Callable[[Callable[..., _Result]], Callable[..., 
 
 def _pieces(vector: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
     """One vector as float64 tensors with the shapes of ``like``."""
-    if len(vector) == 1 and vector[0].numel() == sum(tensor.numel() for tensor in like):
+    in_shape = len(vector) == len(like) == 1 and vector[0].shape == like[0].shape
+    if len(vector) == 1 and not in_shape and vector[0].numel() == sum(tensor.numel() for tensor in like):
         flat = vector[0]
         vector = FlatOrder(like).split(flat[0]) if is_row(flat) else flat.flatten().split([t.numel() for t in like])
     return [piece.double().reshape(tensor.shape) for piece, tensor in zip(vector, like, strict=True)]

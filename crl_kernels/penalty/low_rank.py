@@ -198,7 +198,7 @@ class LowRankHistory(History[LowRankFisher]):
         mixing = (modes[:, kept] / eigenvalues[kept].sqrt()).T.contiguous()
         directions = [operators.low_rank_combine(self._directions, row, self._directions[:1])[0] for row in mixing]
         # c_i belongs to the stored, rounded v_i, so that the drift of the present parameters does not change.
-        pieces = self._constant_pieces(directions, None, params)
+        pieces = directions if self._order.is_row_major else [part for u in directions for part in self._order.split(u)]
         projections = self._constant_projections(params, pieces, len(directions))
         self._set_terms(directions, eigenvalues[kept], projections - mixing @ self._constant_drift(params))
 

@@ -182,6 +182,36 @@ def test_an_optimizer_follows_its_model(kind, decoupled, dtype):
         torch.testing.assert_close(end, ends[0], rtol=1e-12 if dtype == torch.float64 else 1e-5, atol=1e-6 * LAM)
 
 
+def test_terms_are_merged_in_compiled_code_as_in_eager():
+    """After a penalty, which keeps the parts of the old directions."""
+    merged = []
+    for compiled in (False, True):
+        model = network().to(memory_format=torch.channels_last)
+        history = history_of(model, "low_rank")
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1)
+        before = history.penalty(LAM)
+        merge = torch.compile(history._merge, backend="eager") if compiled else history._merge
+        merge(len(history) - 1)
+        merged.append(history.penalty(LAM))
+        assert 0 < merged[-1] < before * 1.001
+    torch.testing.assert_close(*merged)
+
+
+def test_a_strided_parameter_of_one_row_in_compiled_code():
+    """Of several lengths: its shape is that of a row."""
+
+    def penalty(parameter: Tensor, direction: Tensor, anchor: Tensor) -> Tensor:
+        return ck.rank1_ewc_penalty(parameter, lam=LAM, direction=direction, curvature=1.0, anchor=anchor)
+
+    gradient = torch.compile(torch.func.grad(penalty), backend="eager", fullgraph=True)
+    generator = torch.Generator().manual_seed(0)
+    for n in (6, 8, 9):
+        theta, u, anchor = (torch.randn(1, 2 * n, generator=generator, dtype=torch.float64)[:, ::2] for _ in range(3))
+        torch.testing.assert_close(gradient(theta, u, anchor), LAM * ((theta - anchor) * u).sum() * u)
+
+
 def test_penalties_of_raw_tensors():
     model = network()
     generator = torch.Generator().manual_seed(0)
