@@ -231,6 +231,19 @@ ALL_CONTROLS = REGIME | {
     "SGD, rank 1 in the gradient": "sgd gd+rank1:gradient",
 }
 
+ON_MNIST = REGIME | {
+    "control: the mean gradient with random signs, at rank 1's strength": "constant gd+rank1:signs,gradient, same lam",
+    "control: a random direction": "constant gd+rank1:random,gradient",
+    "8 bands of timesteps in the gradient": "constant gd+bands8:gradient",
+    "diagonal in the gradient": "constant gd+diagonal:gradient",
+    "8 bands, decoupled": "constant gd+bands8",
+    "later tasks at 0.1 of the rate": "later-0.1 gd",
+    "one-cycle, 8 bands, decoupled": "one-cycle gd+bands8",
+    "one-cycle, 8 bands with slopes": "one-cycle gd+bands8:slopes",
+    "no replay: fine-tuning": "constant fine-tune",
+    "all classes at once: joint training": "constant joint",
+}
+
 
 def sheet_after(text: str, heading: str) -> dict[str, dict[str, str]]:
     """The first table after a heading, row by row, by the names of its columns; of two alike, the first."""
@@ -238,15 +251,18 @@ def sheet_after(text: str, heading: str) -> dict[str, dict[str, str]]:
     return {row[0]: dict(reversed(list(zip(head, row, strict=True)))) for row in rows}
 
 
-@pytest.mark.parametrize(("experiment", "labels"), [("regime-mlp-longer", REGIME), ("regime-mlp", ALL_CONTROLS)])
-def test_rows_at_a_constant_rate_are_what_the_experiment_wrote(experiment, labels):
+@pytest.mark.parametrize(
+    ("experiment", "labels", "seeds"),
+    [("regime-mlp-longer", REGIME, 10), ("regime-mlp", ALL_CONTROLS, 10), ("regime-mnist", ON_MNIST, 8)],
+)
+def test_rows_at_a_constant_rate_are_what_the_experiment_wrote(experiment, labels, seeds):
     quoted = sheet_after(EVIDENCE, command(experiment))
     written = sheet_after(evidence(experiment), "## Result")
     columns = ("average FID ↓", "forgetting ↓", "average FID, difference", "p")
     assert quoted.keys() == labels.keys()
     for label, row in quoted.items():
         assert [row[name] for name in columns] == [written[labels[label]][name] for name in columns]
-        assert written[labels[label]]["seeds"] == "10"
+        assert written[labels[label]]["seeds"] == str(seeds)
 
 
 def test_recipes_are_those_of_the_experiment():
@@ -377,8 +393,43 @@ def test_findings_with_all_controls_are_those_of_the_experiment():
     assert re.search(r"ten seeds, (\d+) runs: `python", section)[1] == str(len(runs))
 
 
+def test_findings_on_mnist_are_those_of_the_experiment():
+    report = evidence("regime-mnist")
+    difference, of_rows = partial(difference_in, report), sheet_after(report, "## Result")
+    against_rank1 = {name: row[-2:] for name, *row in table_after(report, "## Which to use")[2:]}
+    on_top = {name: row for name, *row in table_after(report, "## On top of one-cycle and of an EMA")[2:]}
+    section = PROSE[PROSE.index("Eight seeds cannot") : PROSE.index("By the rules in the reports")]
+    rank1, base = "constant gd+rank1:gradient", "constant gd"
+    ema, falling = on_top["ema gd+rank1:gradient"], on_top["one-cycle gd+rank1:gradient"]
+    bands = on_top["one-cycle gd+bands8"]
+    findings = {
+        r"at a constant rate\*\*: (.*?) \(p (\S+)\)\.": difference(f"{rank1} less {base}"),
+        r"control without a pull, (.*?) \(p (\S+)\);": difference(f"constant gd+rank1:damping less {rank1}"),
+        r"rate in later tasks, (.*?) \(p (\S+)\);": difference(f"later-0.3 gd less {rank1}"),
+        r"with random signs, (.*?) \(p (\S+)\), which": against_rank1["constant gd+rank1:signs,gradient, same lam"],
+        r"worse than rank 1: (.*?) \(p (\S+)\)\.": difference(f"constant gd+rank1:random,gradient less {rank1}"),
+        r"in the gradient by (.*?) \(p (\S+)\)\.": against_rank1["one-cycle gd"],
+        r"less forgetting is not shown, (.*?) \(p (\S+)\)\.": difference(f"ema gd less {base}"),
+        r"forgets less: (.*?) \(p (\S+)\);": ema[2:],
+        r"for the average FID, (.*?) \(p (\S+)\) is not": ema[:2],
+        r"is shown: (.*?) \(p (\S+)\) and": falling[:2],
+        r"is shown: .*?\) and (.*?) \(p (\S+)\)\.": bands[:2],
+    }
+    for pattern, expected in findings.items():
+        assert re.search(pattern, section).groups() == tuple(expected), pattern
+    means = re.search(r"best again\*\*, (\S+), and ahead of joint training at the constant rate, (\S+):", section)
+    assert means.groups() == tuple(
+        of_rows[name]["average FID ↓"].split()[0] for name in ("one-cycle gd", "constant joint")
+    )
+    falls = r"by (\S+) \[(\S+), (\S+)\]"
+    quoted = re.search(rf"{falls} with rank 1 and {falls} with 8 decoupled bands \(p (\S+) each\)", section).groups()
+    for (mean, low, high), row in zip((quoted[:3], quoted[3:6]), (falling, bands), strict=True):
+        assert row[2:] == [f"−{mean} [−{high}, −{low}]", quoted[6]]
+
+
 @pytest.mark.parametrize(
-    ("experiment", "column"), [("regime-mlp", "2,000 steps, all controls"), ("regime-mlp-longer", "4,000 steps")]
+    ("experiment", "column"),
+    [("regime-mlp", "2,000 steps, all controls"), ("regime-mlp-longer", "4,000 steps"), ("regime-mnist", "MNIST")],
 )
 def test_verdicts_are_those_of_the_experiments(experiment, column):
     written = re.findall(r"^### \d\. .*\*\*(.*)\*\*$", evidence(experiment), re.MULTILINE)

@@ -125,11 +125,13 @@ REGIMES = {
     ),
     "regime-mnist": Regime(
         common={**COMMON, "data": "mnist", "image_size": 16, "model": "mlp", "steps": 2000},
-        settings={name: SETTINGS[name] for name in ("constant", "one-cycle", "ema", "later-0.3", "later-0.1")},
+        settings={
+            name: SETTINGS[name] for name in ("constant", "one-cycle", "ema", "later-0.3", "later-0.1", "ema-later-0.3")
+        },
         seeds=tuple(range(8)),
         arms=(
             *(Arm("constant", method) for method in ("gd", "fine-tune", "joint")),
-            *(Arm(setting, "gd") for setting in ("one-cycle", "ema", "later-0.3", "later-0.1")),
+            *(Arm(setting, "gd") for setting in ("one-cycle", "ema", "later-0.3", "later-0.1", "ema-later-0.3")),
             RANK1,
             Arm("constant", "gd+rank1:damping", IN_GRADIENT),
             Arm("constant", "gd+rank1:signs,gradient", borrowed="same lam", model=RANK1.label),
@@ -138,6 +140,7 @@ REGIMES = {
             Arm("constant", "gd+diagonal:gradient", DIAGONAL),
             *(Arm("constant", f"gd+{name}", DECOUPLED) for name in ("rank1", "bands8")),
             *(Arm(setting, "gd+rank1:gradient", IN_GRADIENT) for setting in ("ema", "one-cycle")),
+            Arm("ema", "gd+rank1:damping", IN_GRADIENT),
             Arm("one-cycle", "gd+bands8", DECOUPLED),
             Arm("one-cycle", "gd+bands8:slopes", SLOPES),
         ),

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
-import numpy as np
 from crl_diffusion.config.spelling import parse_method
 from crl_diffusion.reporting import seeds
 from crl_diffusion.reporting.canvas import COLOURS, GREY, MARKERS, Drawing, drawing, plain_log
@@ -156,20 +155,17 @@ def scatter(every: Sequence[Point], x: Axis, y: Axis) -> tuple[Figure, Axes]:
     return figure, axis
 
 
-LINEAR, HIGHEST = 4.0, 20.0  # FID points up to which an axis is linear, and its upper end
-
-
-def fid_axis(axis: Axes, ticks: Sequence[float]) -> str:
-    """Linear near zero, logarithmic beyond, so that strengths which are far too large leave room for the others.
-    Returns what to say of the markers that are higher still."""
-    axis.set_yscale("symlog", linthresh=LINEAR, linscale=3)
-    higher = sum(value > HIGHEST for line in axis.get_lines() for value in np.ravel(line.get_ydata()))
-    low, high = axis.get_ylim()
-    axis.set_ylim(top=min(high, HIGHEST))
-    shown = [tick for tick in ticks if low <= tick <= high]
-    axis.set_yticks(shown, [f"{tick:g}".replace("-", "−") for tick in shown])
-    axis.minorticks_off()
-    return f" Above the picture: {higher}." if higher else ""
+def leave_out_far(axis: Axes, every: Sequence[Point], y: Axis) -> str:
+    """End the axis as far above distillation alone as the best lies below it, so that strengths which are far too
+    large leave room for the others. Returns what to say of the markers that are higher still."""
+    alone = max(point.mean(*y[:2]) for point in every if point.label == f"constant {BASELINE}")
+    best = axis.dataLim.y0
+    top = alone + (1 + axis.margins()[1]) * (alone - best)
+    higher = sum(point.mean(*y[:2]) > top for point in every)
+    if not higher:
+        return ""
+    axis.set_ylim(best - axis.margins()[1] * (top - best), top)
+    return f" Above the picture: {higher}."
 
 
 def gain_and_rate(runs: Runs, name: str) -> Drawing | None:
@@ -185,7 +181,7 @@ def gain_and_rate(runs: Runs, name: str) -> Drawing | None:
             if point.label == label and point.final:
                 axis.axhline(point.mean(*gain[:2]), color=COLOURS[6], linestyle=style, linewidth=1, label=label)
     axis.axvline(0, color=GREY, linewidth=1, linestyle="--", zorder=0)
-    higher = fid_axis(axis, (-4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 10.0, 20.0))
+    higher = leave_out_far(axis, constant, gain)
     axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     text = (
         "Change of average FID against change of Adam's effective rate, both less distillation alone, at constant "
@@ -200,14 +196,15 @@ FARTHER = 3.0  # times as far as any final run: with such a strength, training h
 
 def forgetting_and_movement(runs: Runs, name: str) -> Drawing | None:
     moved: Axis = ("displacement", False, "distance that the weights move in a task, mean over tasks (log scale)")
+    forgetting: Axis = ("forgetting", False, "forgetting, ÷ (T − 1) (lower is better)")
     every = points(runs)
     reach = FARTHER * max((point.mean(*moved[:2]) for point in every if point.final), default=float("inf"))
     near = [point for point in every if point.mean(*moved[:2]) <= reach]
     if not near:
         return None
-    figure, axis = scatter(near, moved, ("forgetting", False, "forgetting, ÷ (T − 1) (lower is better)"))
+    figure, axis = scatter(near, moved, forgetting)
     plain_log(axis, "x")
-    higher = fid_axis(axis, (-2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 10.0, 20.0))
+    higher = leave_out_far(axis, near, forgetting)
     text = f"Forgetting against the distance that the weights move in a task, a mean over tasks. {MARKED}{higher}"
     if gone := len(every) - len(near):
         text += (

@@ -15,10 +15,21 @@ from crl_diffusion.reporting.tables import NONE, Sheet, cell, number
 from . import pictures
 from .definitions import BASELINE, LATER, RANK1
 from .pictures import groups_of
-from .predictions import LIMIT, Difference, Prediction, predictions
+from .predictions import CALM, LIMIT, Difference, Prediction, predictions
 from .runs import Result, Runs
 
 BASE = f"constant {BASELINE}"
+
+
+def differences(results: Mapping[int, Result], base: Mapping[int, Result]) -> list[str]:
+    """Of average FID and of forgetting, paired by seed: mean and interval, and p of the exact sign-flip test."""
+    cells = []
+    for name in ("average_fid", "forgetting"):
+        first, second = (tables.values([r.run for r in group.values()], name) for group in (results, base))
+        paired = [*seeds.paired(first, second).values()]
+        test = seeds.sign_flip(paired)
+        cells += [interval(paired), NONE if test is None else f"{test.p:.2g}"]
+    return cells
 
 
 def results_sheet(runs: Runs, groups: Mapping[str, Mapping[int, Result]]) -> Sheet:
@@ -38,13 +49,7 @@ def results_sheet(runs: Runs, groups: Mapping[str, Mapping[int, Result]]) -> She
         adam = [r for r in moving if r.run.settings["optimizer"] == "adam"]
         row.append(number(seeds.estimate([r.log_rate for r in adam]).mean, 2) if adam else NONE)
         row.append(number(seeds.estimate([r.displacement for r in moving]).mean, 1) if moving else NONE)
-        for name in ("average_fid", "forgetting"):
-            values = tables.values([r.run for r in results.values()], name)
-            base = tables.values([r.run for r in groups.get(BASE, {}).values()], name)
-            paired = {} if arm.label == BASE else seeds.paired(values, base)
-            test = seeds.sign_flip(list(paired.values()))
-            row += [interval(list(paired.values())), NONE if test is None else f"{test.p:.2g}"]
-        body.append(row)
+        body.append(row + differences(results, {} if arm.label == BASE else groups.get(BASE, {})))
     text = (
         "Mean ± standard deviation over seeds. Differences: less distillation alone at the constant rate, paired by "
         "seed, mean and 95 % t interval; p of the exact two-sided sign-flip test. Forgetting is divided by T − 1. Log "
@@ -78,6 +83,20 @@ def recipes_sheet(runs: Runs, groups: Mapping[str, Mapping[int, Result]]) -> She
     )
     head = ["setting, method", "kept", "average FID ↓", "forgetting ↓", "average FID, difference", "p"]
     return Sheet(head, [body[label] for label in sorted(means, key=lambda label: means[label])], text)
+
+
+def on_top_sheet(runs: Runs, groups: Mapping[str, Mapping[int, Result]]) -> Sheet | None:
+    """Penalties with a rate that falls or an average of the weights, less the same setting without a penalty; None
+    where the regime has none."""
+    body = []
+    for arm in runs.regime.arms:
+        base = f"{arm.setting} {BASELINE}"
+        if arm.setting in CALM and arm.label != base and arm.label in groups and base in groups:
+            body.append([arm.label, *differences(groups[arm.label], groups[base])])
+    if not body:
+        return None
+    head = ["setting, method", "average FID, difference", "p", "forgetting, difference", "p"]
+    return Sheet(head, body, "Differences: less distillation alone in the same setting, paired by seed.")
 
 
 def interval(values: Sequence[float]) -> str:
@@ -172,6 +191,9 @@ def write_report(name: str, runs: Runs, lines: Path, results: Path) -> None:
         if forest is not None:
             parts += picture(forest, results)
         parts += ["## Which to use", tables.markdown(recipes_sheet(runs, groups))]
+        on_top = on_top_sheet(runs, groups)
+        if on_top is not None:
+            parts += ["## On top of one-cycle and of an EMA", tables.markdown(on_top)]
         parts += ["## The six predictions"]
         tests = predictions(groups, lowered(runs), [arm.label for arm in runs.regime.arms])
         parts += [prediction_part(i, prediction, not missing) for i, prediction in enumerate(tests, start=1)]
