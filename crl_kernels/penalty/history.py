@@ -6,6 +6,7 @@ There are four ways to use a history in a trainer: add ``rank1_ewc_penalty(histo
 """
 
 import inspect
+import operator
 import os
 import re
 from abc import ABC, abstractmethod
@@ -619,7 +620,9 @@ class History(ABC, Generic[_Fisher]):
         vector where their memory is in the order of the state, because each tensor of a list costs time."""
         if members is not None or self._order.is_row_major or torch.compiler.is_compiling():
             return self._pieces(vectors, members)
-        return [v[None] for v in vectors] if self._order.is_of(along) else self._pieces(vectors, members)
+        params = self._binding.params  # their order has been looked at in this call
+        all_of_them = len(along) == len(params) and all(map(operator.is_, along, params))
+        return [v[None] for v in vectors] if all_of_them else self._pieces(vectors, members)
 
     def _value(self, total: Tensor, lam: float | Tensor) -> Tensor:
         # From a tensor on: older compilers specialise on a float that meets another number first.
