@@ -8,8 +8,8 @@ does, pays more for reading than for writing, and AdamW's 28 bytes are 16 read a
 float32 vector after the step, to compare a float32 term with.
 
 ``--channels-last`` measures something else: steps on convolution weights (..., 64, 3, 3) in channels_last, beside
-the same steps on the same weights in row-major order. A list costs time for each tensor, so more tensors of the same
-size in all are measured too.
+the same steps on the same weights in row-major order; each round places all tensors anew. A list costs time
+for each tensor, so more tensors of the same size in all are measured too.
 """
 
 import math
@@ -57,12 +57,13 @@ class Model(nn.Module):
 
 
 def low_rank_history(model: nn.Module, terms: int, dtype: torch.dtype) -> ck.LowRankHistory:
-    """Random directions, set from a state, because appending tasks would take three times as much memory."""
+    """Directions like noise, set from a state: appending tasks would take three times as much memory."""
     history = ck.LowRankHistory(model)
     state = {"curvatures": torch.ones(terms).double(), "anchor_projections": torch.zeros(terms).double()}
     for k in range(terms):
         for name, parameter in model.named_parameters():
-            state[f"directions.{k}.{name}"] = torch.randn_like(parameter).div_(1000).to(dtype)
+            direction = parameter.detach().flatten().roll(k).view(parameter.shape)
+            state[f"directions.{k}.{name}"] = direction.div(1000).to(dtype)
     history.load_state_dict(state | {"num_tasks": torch.tensor(terms)})
     return history
 
@@ -145,6 +146,21 @@ def steps_in(problem: Problem, memory_format: torch.memory_format) -> dict[str, 
 
 
 MORE_TENSORS = 7  # times as many, and a seventh as large
+REPEATS = 3  # of each step in a round of --channels-last
+
+
+def seconds_in_both_orders(problem: Problem, rounds: int) -> dict[tuple[str, bool], list[float]]:
+    """By step, and whether in channels_last. Where tensors happen to lie changes a step's time by more than their order
+    does, so each round places all of them anew, every other one row-major tensors first."""
+    seconds: dict[tuple[str, bool], list[float]] = {}
+    for round_ in range(rounds):
+        _shift = torch.empty(round_ * 100_003)  # held, so that the tensors below lie elsewhere
+        formats = [torch.contiguous_format, torch.channels_last]
+        steps = {f: steps_in(problem, f) for f in (formats if round_ % 2 else reversed(formats))}
+        calls = {(name, f is torch.channels_last): step for f in formats for name, step in steps[f].items()}
+        for key, times in interleaved(calls, REPEATS, clock()).items():
+            seconds.setdefault(key, []).extend(times)
+    return seconds
 
 
 def measure_channels_last(numel: int, tensors: int, rounds: int) -> dict[str, Any]:
@@ -156,11 +172,9 @@ def measure_channels_last(numel: int, tensors: int, rounds: int) -> dict[str, An
         problem = Problem(number * each, number)
         for gradient in problem.grads:
             gradient.normal_(std=1e-3)
-        row_major, channels_last = (steps_in(problem, f) for f in (torch.contiguous_format, torch.channels_last))
-        calls = {(name, i): steps[name] for name in row_major for i, steps in enumerate((row_major, channels_last))}
-        seconds = interleaved(calls, rounds, clock())
-        for name in row_major:
-            times = seconds[name, 0], seconds[name, 1]
+        seconds = seconds_in_both_orders(problem, rounds)
+        for name in dict.fromkeys(name for name, _ in seconds):
+            times = seconds[name, False], seconds[name, True]
             ratios = [b / a for a, b in zip(*times, strict=True)]
             ratio = {key.replace("ms", "ratio"): value / 1e3 for key, value in percentiles(ratios).items()}
             parameters = {"tensors": number, "parameters": problem.numel}
@@ -218,6 +232,7 @@ def conditions(result: dict[str, Any]) -> str:
 
 def channels_last_markdown(result: dict[str, Any]) -> str:
     lines = ["# Steps in channels_last\n", conditions(result)]
+    lines += [f"Each round places all tensors anew and has {REPEATS} steps of each kind.\n"]
     lines += ["| tensors | step | row-major, ms | channels_last, ms | channels_last / row-major |"]
     lines += ["|--:|---|---|---|---|"]
     for row in result["rows"]:
