@@ -238,6 +238,8 @@ ON_MNIST = REGIME | {
     "diagonal in the gradient": "constant gd+diagonal:gradient",
     "8 bands, decoupled": "constant gd+bands8",
     "later tasks at 0.1 of the rate": "later-0.1 gd",
+    "EMA, later tasks at 0.3 of the rate": "ema-later-0.3 gd",
+    "EMA, control without a pull": "ema gd+rank1:damping",
     "one-cycle, 8 bands, decoupled": "one-cycle gd+bands8",
     "one-cycle, 8 bands with slopes": "one-cycle gd+bands8:slopes",
     "no replay: fine-tuning": "constant fine-tune",
@@ -265,12 +267,35 @@ def test_rows_at_a_constant_rate_are_what_the_experiment_wrote(experiment, label
         assert written[labels[label]]["seeds"] == str(seeds)
 
 
-def test_recipes_are_those_of_the_experiment():
-    quoted = sheet_after(page("docs/how-to/what-to-use.md"), "regime-mlp-longer`")
-    written = sheet_after(evidence("regime-mlp-longer"), "## Which to use")
-    assert [REGIME[label] for label in quoted] == list(written)
+@pytest.mark.parametrize(("experiment", "labels"), [("regime-mlp-longer", REGIME), ("regime-mnist", ON_MNIST)])
+def test_recipes_are_those_of_the_experiment(experiment, labels):
+    """All of them, or on MNIST the best, those with one-cycle or an EMA, and the paper's; in the order of the report."""
+    quoted = sheet_after(page("docs/how-to/what-to-use.md"), f"{experiment}`")
+    written = sheet_after(evidence(experiment), "## Which to use")
+    rows = [labels[label] for label in quoted]
+    assert rows == [name for name in written if name in rows]
+    assert len(rows) == (len(written) if experiment == "regime-mlp-longer" else 10)
     for label, row in quoted.items():
-        assert list(row.values())[:-1] == list(written[REGIME[label]].values())[:-1]  # all but the label
+        assert list(row.values())[:-1] == list(written[labels[label]].values())[:-1]  # all but the label
+
+
+def test_what_to_use_quotes_the_experiments():
+    use = prose(page("docs/how-to/what-to-use.md"))
+    quoted = re.search(r"average FID was (\S+) on digits with 2,000 steps and (\S+) on MNIST\.", use).groups()
+    names = "regime-mlp", "regime-mnist"
+    assert quoted == tuple(
+        sheet_after(evidence(n), "## Which to use")["ema-later-0.3 gd"]["average FID ↓"] for n in names
+    )
+    one_cycle = sheet_after(evidence("regime-mnist"), "## Which to use")
+    less, of = re.search(r"on MNIST rank 1 took (\S+) of (\S+) off, and no average FID", use).groups()
+    assert of == one_cycle["one-cycle gd"]["forgetting ↓"]
+    on_top = {name: row for name, *row in table_after(evidence("regime-mnist"), "## On top of")[2:]}
+    assert on_top["one-cycle gd+rank1:gradient"][2].startswith(f"−{less} ")
+    (settings,) = {line for line in evidence("regime-mnist").splitlines() if line.startswith("Settings of all runs")}
+    samples, batch, replay = (
+        int(re.search(rf"{key} (\d+)", settings)[1]) for key in ("fisher_samples", r"\bbatch", "replay_batch")
+    )
+    assert f"{samples:,} samples, the images of {samples // (batch + replay)} steps" in use
 
 
 def test_what_the_page_says_of_steepness_was_measured():
@@ -331,7 +356,7 @@ def test_findings_at_a_constant_rate_are_those_of_the_experiment():
     for pattern, expected in findings.items():
         assert re.search(pattern, PROSE).groups() == expected
     use = prose(page("docs/how-to/what-to-use.md"))
-    quoted = re.search(r"\((−\S+ \[.*?\]) of average FID, p (\S+)\); on top", use).groups()
+    quoted = re.search(r"\((−\S+ \[.*?\]) of average FID, p (\S+)\); with half", use).groups()
     assert quoted == difference("ema gd+rank1:gradient less ema gd")
     assert re.search(r"the paper's method, by (.*?) of average FID", use)[1] == margin[0]
 
@@ -417,10 +442,16 @@ def test_findings_on_mnist_are_those_of_the_experiment():
     }
     for pattern, expected in findings.items():
         assert re.search(pattern, section).groups() == tuple(expected), pattern
-    means = re.search(r"best again\*\*, (\S+), and ahead of joint training at the constant rate, (\S+):", section)
-    assert means.groups() == tuple(
-        of_rows[name]["average FID ↓"].split()[0] for name in ("one-cycle gd", "constant joint")
-    )
+    for pattern, names in {
+        r"best again\*\*, (\S+), and ahead of joint training at the constant rate, (\S+):": (
+            "one-cycle gd",
+            "constant joint",
+        ),
+        r"the EMA reaches (\S+), with rank 1 (\S+)\. The": ("ema-later-0.3 gd", "ema gd+rank1:gradient"),
+    }.items():
+        assert re.search(pattern, section).groups() == tuple(
+            of_rows[name]["average FID ↓"].split()[0] for name in names
+        )
     falls = r"by (\S+) \[(\S+), (\S+)\]"
     quoted = re.search(rf"{falls} with rank 1 and {falls} with 8 decoupled bands \(p (\S+) each\)", section).groups()
     for (mean, low, high), row in zip((quoted[:3], quoted[3:6]), (falling, bands), strict=True):
