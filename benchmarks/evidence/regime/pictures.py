@@ -49,7 +49,8 @@ def training(runs: Runs, name: str) -> Drawing | None:
     if empty:
         plt.close(figure)
         return None
-    text = f"Distillation alone. Small markers: seeds; lines: means over {len(runs.regime.curve_seeds)} seeds."
+    count = len(runs.regime.curve_seeds)
+    text = "Distillation alone, " + ("one seed." if count == 1 else f"{count} seeds. Lines: their means.")
     return drawing(name, figure, "Average FID and forgetting of distillation alone against training steps.", text)
 
 
