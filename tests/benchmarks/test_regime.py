@@ -4,8 +4,10 @@ import json
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import NamedTuple, cast
 
+import matplotlib.pyplot as plt
 import pytest
 from crl_diffusion.config.settings import check
 from helpers.run_folders import fabricate, measured_as
@@ -13,9 +15,10 @@ from helpers.run_folders import fabricate, measured_as
 from benchmarks.evidence import ledger
 from benchmarks.evidence.regime import running
 from benchmarks.evidence.regime.definitions import REGIMES, Arm, Regime
+from benchmarks.evidence.regime.pictures import Point, leave_out_far
 from benchmarks.evidence.regime.predictions import Difference, Paired, gains_nothing, predictions
 from benchmarks.evidence.regime.report import write_report
-from benchmarks.evidence.regime.runs import Runs, Wanted
+from benchmarks.evidence.regime.runs import Result, Runs, Wanted
 
 RANK1, RANDOM = "gd+rank1:gradient", "gd+rank1:random,gradient"
 SMALL = Regime(
@@ -245,7 +248,7 @@ def test_the_report_names_every_arm_and_what_is_missing(tmp_path):
         for seed in small.seeds:
             run = runs.final_run(arm, seed)
             if not (root / run.folder).exists():
-                make(root, run, FIDS[arm.label] + 0.3 * seed)
+                make(root, run, FIDS[arm.label] + 0.3 * seed - 0.25 * (arm.label == f"ema {RANK1}"))
     runs = Runs(small, root)
     ledger.record(results / "small.jsonl", root)
     write_report("small", runs, results / "small.jsonl", results)
@@ -265,6 +268,9 @@ def test_the_report_names_every_arm_and_what_is_missing(tmp_path):
     assert f"| constant {RANK1} | 143 | 5.15 | −5.85 | – | – |" in recipes
     assert "| ema gd | 4 | 4.35 | −6.65 | −0.80 [−0.80, −0.80] | 0.5 |" in recipes
     assert "| constant gd | 0 | 6.15 | −4.85 | +1.00 [+1.00, +1.00] | 0.5 |" in recipes
+    on_top = page.partition("## On top of one-cycle and of an EMA")[2].partition("Differences:")[0].strip().splitlines()
+    assert [row.split(" | ")[0] for row in on_top[2:]] == [f"| ema {RANK1}", f"| one-cycle {RANK1}"]
+    assert on_top[2].startswith(f"| ema {RANK1} | −0.25 [−0.25, −0.25] | 0.5 |")
     for run in runs.missing():
         make(root, run, 6.0)
     write_report("small", Runs(small, root), results / "small.jsonl", results)
@@ -274,6 +280,26 @@ def test_the_report_names_every_arm_and_what_is_missing(tmp_path):
     for picture in ("steps", "rate", "movement", "differences"):
         assert (results / f"small-{picture}.png").read_bytes().startswith(b"\x89PNG")
         assert f"(small-{picture}.png)" in page
+
+
+def point(label: str, gain: float, final: bool = True) -> Point:
+    """One seed of a method in a setting; `gain` is the difference to distillation alone."""
+    result, base = (SimpleNamespace(average_fid=5.0 + x) for x in (gain, 0.0))
+    return Point(label, "gd", [(cast(Result, result), cast(Result, base))], final)
+
+
+def test_a_picture_ends_as_far_above_distillation_alone_as_the_best_lies_below():
+    every = [point("constant gd", 0.0), point("ema gd", -3.0), point("later-0.1 gd", 2.0), point("sgd gd", 40.0, False)]
+    figure, axis = plt.subplots()
+    axis.plot([0] * len(every), [0.0, -3.0, 2.0, 40.0])
+    assert leave_out_far(axis, every, ("average_fid", True, "")) == " Above the picture: 1."
+    low, high = axis.get_ylim()
+    assert 3.0 < high < 4.0
+    assert -4.0 < low < -3.0
+    before = axis.get_ylim()
+    assert leave_out_far(axis, every[:3], ("average_fid", True, "")) == ""
+    assert axis.get_ylim() == before
+    plt.close(figure)
 
 
 def test_a_report_of_no_final_run_has_no_verdicts(tmp_path):
