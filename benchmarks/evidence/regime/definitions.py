@@ -55,6 +55,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ema-later-0.3": {"ema": 0.999, "lr_later": 0.3},
     **{name: {"lr_later": float(name.removeprefix("later-"))} for name in LATER},
     "twice-the-rate": {"lr": 0.006},
+    "a-third-of-the-rate": {"lr": 0.001},
+    "a-tenth-of-the-rate": {"lr": 0.0003},
     **{name: {"optimizer": "sgd", "lr": float(name.removeprefix("sgd-"))} for name in SGD},
 }
 COMMON = {
@@ -77,6 +79,9 @@ REGIMES = {
             *(Arm("constant", method) for method in ("gd", "fine-tune", "joint")),
             *(Arm(setting, "gd") for setting in ("one-cycle", "ema", *LATER, "twice-the-rate", "sgd")),
             *(Arm(setting, "gd") for setting in ("ema-one-cycle", "ema-later-0.3")),
+            *(Arm(setting, "gd") for setting in ("a-third-of-the-rate", "a-tenth-of-the-rate")),
+            Arm("a-third-of-the-rate", "gd+rank1:gradient", IN_GRADIENT),
+            Arm("one-cycle", "joint"),
             RANK1,
             Arm("constant", "gd+diagonal:gradient", DIAGONAL),
             *(Arm("constant", f"gd+{name}:gradient", SEVERAL) for name in ("rank10", "bands8")),
@@ -110,7 +115,7 @@ REGIMES = {
     "regime-digits": Regime(
         common={**COMMON, "data": "digits", "model": "mini", "lr": 0.001, "steps": 1500},
         settings={name: SETTINGS[name] for name in ("constant", "one-cycle", "ema", "later-0.3")},
-        seeds=tuple(range(5)),
+        seeds=tuple(range(4)),
         arms=(
             *(Arm(setting, "gd") for setting in ("constant", "one-cycle", "ema", "later-0.3")),
             RANK1,

@@ -127,7 +127,7 @@ def points(runs: Runs) -> list[Point]:
 Axis = tuple[str, bool, str]  # a value of results, whether that of distillation alone is subtracted, and a label
 MARKED = (
     "Large markers: means over the final seeds. Small ones: every lam that was tried, on the tuning seed and "
-    "validation images. Filled: constant rate, that of --lr; hollow: other rates of later tasks, EMA, one-cycle."
+    "validation images. Filled: the same constant rate throughout; hollow: other rates, EMA, one-cycle."
 )
 
 
