@@ -89,6 +89,7 @@ REGIMES = {
             Arm("constant", "gd+rank1:signs,gradient", IN_GRADIENT),
             Arm("constant", "gd+rank1:random,gradient", RANDOM),
             *(Arm("constant", f"gd+{name}", DECOUPLED) for name in ("rank1", "diagonal", "rank10", "bands8")),
+            Arm("constant", "gd+rank1:signs,gradient", borrowed="same lam", model=RANK1.label),
             Arm("constant", "gd+rank1:random,gradient", borrowed="same lam", model=RANK1.label),
             Arm("constant", "gd+rank1:random,gradient", borrowed="same precision", model=RANK1.label),
             Arm("constant", "gd+rank1:top,gradient", borrowed="same lam a", model=RANK1.label),

@@ -142,7 +142,8 @@ def predictions(groups: Groups, lowered: str, arms: Collection[str]) -> list[Pre
             [
                 *gains.found,
                 *alike.found,
-                *fid((f"{random}, same lam", rank1), (signs, rank1), (damping, rank1), (damping, base)).found,
+                *fid((f"{random}, same lam", rank1), (signs, rank1), (f"{signs}, same lam", rank1)).found,
+                *fid((damping, rank1), (damping, base)).found,
             ],
             "refuted"
             if gains.any_higher() or (gains.any_lower() and alike.any_higher(gain / 2))
