@@ -173,7 +173,10 @@ def predictions(groups: Groups, lowered: str, arms: Collection[str]) -> list[Pre
         Prediction(
             "On top of an EMA or of one-cycle, rank 1 in the gradient adds nothing.",
             nothing,
-            on_top.found,
+            [
+                *on_top.found,
+                *fid(*((f"ema {RANK1}", other) for other in ("ema-later-0.3 gd", "ema gd+rank1:damping"))).found,
+            ],
             gains_nothing(on_top, gain),
         ),
     ]

@@ -15,7 +15,7 @@ from crl_diffusion.reporting.tables import NONE, Sheet, cell, number
 from . import pictures
 from .definitions import BASELINE, LATER, RANK1
 from .pictures import groups_of
-from .predictions import CALM, LIMIT, Difference, Prediction, predictions
+from .predictions import LIMIT, Difference, Prediction, predictions
 from .runs import Result, Runs
 
 BASE = f"constant {BASELINE}"
@@ -85,13 +85,12 @@ def recipes_sheet(runs: Runs, groups: Mapping[str, Mapping[int, Result]]) -> She
     return Sheet(head, [body[label] for label in sorted(means, key=lambda label: means[label])], text)
 
 
-def on_top_sheet(runs: Runs, groups: Mapping[str, Mapping[int, Result]]) -> Sheet | None:
-    """Penalties with a rate that falls or an average of the weights, less the same setting without a penalty; None
-    where the regime has none."""
+def within_sheet(runs: Runs, groups: Mapping[str, Mapping[int, Result]]) -> Sheet | None:
+    """Arms of settings other than the constant one, less distillation alone in the same setting; None without any."""
     body = []
     for arm in runs.regime.arms:
         base = f"{arm.setting} {BASELINE}"
-        if arm.setting in CALM and arm.label != base and arm.label in groups and base in groups:
+        if arm.setting != "constant" and arm.label != base and arm.label in groups and base in groups:
             body.append([arm.label, *differences(groups[arm.label], groups[base])])
     if not body:
         return None
@@ -191,9 +190,9 @@ def write_report(name: str, runs: Runs, lines: Path, results: Path) -> None:
         if forest is not None:
             parts += picture(forest, results)
         parts += ["## Which to use", tables.markdown(recipes_sheet(runs, groups))]
-        on_top = on_top_sheet(runs, groups)
-        if on_top is not None:
-            parts += ["## On top of one-cycle and of an EMA", tables.markdown(on_top)]
+        within = within_sheet(runs, groups)
+        if within is not None:
+            parts += ["## Within other settings", tables.markdown(within)]
         parts += ["## The six predictions"]
         tests = predictions(groups, lowered(runs), [arm.label for arm in runs.regime.arms])
         parts += [prediction_part(i, prediction, not missing) for i, prediction in enumerate(tests, start=1)]
