@@ -198,6 +198,7 @@ def test_the_demos_table_is_what_the_demo_wrote():
     assert written in EVIDENCE
 
 
+SIGNS = "control: the mean gradient with random signs, at rank 1's strength"
 REGIME = {
     "distillation alone": "constant gd",
     "rank 1 in the gradient, as in the paper": "constant gd+rank1:gradient",
@@ -214,7 +215,7 @@ ALL_CONTROLS = REGIME | {
     "control: a random direction, at the strength whose drop of Adam's rate is most like rank 1's on the tuning seed": (
         "constant gd+rank1:random,gradient, same precision"
     ),
-    "control: the mean gradient with random signs, at rank 1's strength": "constant gd+rank1:signs,gradient, same lam",
+    SIGNS: "constant gd+rank1:signs,gradient, same lam",
     "control: the mean gradient with random signs, at its own strength": "constant gd+rank1:signs,gradient",
     "control: the top eigenvector": "constant gd+rank1:top,gradient",
     "control: the top eigenvector, at rank 1's strength times curvature": "constant gd+rank1:top,gradient, same lam a",
@@ -241,7 +242,7 @@ ALL_CONTROLS = REGIME | {
 }
 
 ON_MNIST = REGIME | {
-    "control: the mean gradient with random signs, at rank 1's strength": "constant gd+rank1:signs,gradient, same lam",
+    SIGNS: "constant gd+rank1:signs,gradient, same lam",
     "control: a random direction": "constant gd+rank1:random,gradient",
     "8 bands of timesteps in the gradient": "constant gd+bands8:gradient",
     "diagonal in the gradient": "constant gd+diagonal:gradient",
@@ -255,6 +256,8 @@ ON_MNIST = REGIME | {
     "all classes at once: joint training": "constant joint",
 }
 
+WITH_UNET = REGIME | {name: ON_MNIST[name] for name in ("diagonal in the gradient", SIGNS)}
+
 
 def sheet_after(text: str, heading: str) -> dict[str, dict[str, str]]:
     """The first table after a heading, row by row, by the names of its columns; of two alike, the first."""
@@ -264,7 +267,12 @@ def sheet_after(text: str, heading: str) -> dict[str, dict[str, str]]:
 
 @pytest.mark.parametrize(
     ("experiment", "labels", "seeds"),
-    [("regime-mlp-longer", REGIME, 10), ("regime-mlp", ALL_CONTROLS, 10), ("regime-mnist", ON_MNIST, 8)],
+    [
+        ("regime-mlp-longer", REGIME, 10),
+        ("regime-mlp", ALL_CONTROLS, 10),
+        ("regime-mnist", ON_MNIST, 8),
+        ("regime-digits", WITH_UNET, 4),
+    ],
 )
 def test_rows_at_a_constant_rate_are_what_the_experiment_wrote(experiment, labels, seeds):
     quoted = sheet_after(EVIDENCE, command(experiment))
@@ -298,6 +306,9 @@ def test_what_to_use_quotes_the_experiments():
         sheet[name]["average FID ↓"] for sheet in (digits, mnist) for name in ("ema-later-0.3 gd", "constant gd")
     )
     assert float(mnist["later-0.1 gd"]["average FID ↓"]) > float(mnist["constant gd"]["average FID ↓"])
+    unet = sheet_after(evidence("regime-digits"), "## Which to use")
+    quoted = re.search(r"four seeds, the EMA had (\S+) and one-cycle (\S+)\.\)", use).groups()
+    assert quoted == tuple(unet[name]["average FID ↓"] for name in ("ema gd", "one-cycle gd"))
     names = "regime-mlp", "regime-mlp-longer", "regime-mnist"
     rows = [
         {row[0]: row for row in table_after(evidence(name), "## Within other settings")}["ema gd+rank1:gradient"]
@@ -497,9 +508,46 @@ def test_findings_on_mnist_are_those_of_the_experiment():
         assert row[2:] == [f"−{mean} [−{high}, −{low}]", quoted[6]]
 
 
+def test_findings_with_the_unet_are_those_of_the_experiment():
+    report = evidence("regime-digits")
+    of_rows = sheet_after(report, "## Result")
+    section = PROSE[PROSE.index("Four seeds cannot give a p below 0.12") : PROSE.index("By the rules in the reports")]
+    fids, lost = (
+        {name: row[column].split()[0] for name, row in of_rows.items()} for column in ("average FID ↓", "forgetting ↓")
+    )
+    rank1, base = "constant gd+rank1:gradient", "constant gd"
+    replacements = "constant gd+rank1:damping", "constant gd+rank1:signs,gradient, same lam", "later-0.3 gd"
+    findings = {
+        r"alone \((\S+); (\S+)\)\. The diagonal is not \((\S+)\), and decoupled rank 1 is by less \((\S+)\)\.": [
+            fids[name] for name in (rank1, base, "constant gd+diagonal:gradient", "constant gd+rank1")
+        ],
+        r"without a pull (\S+), with random signs (\S+), with 0\.3 of the rate in later tasks (\S+)\. ": [
+            fids[name] for name in replacements
+        ],
+        r"is left\*\*: (\S+) and (\S+), of (\S+)\. ": [lost[name] for name in ("ema gd", "one-cycle gd", base)],
+        r"lowest average FID, (\S+), one-cycle has (\S+)\. With rank 1 on top, they have (\S+) and (\S+)\. ": [
+            fids[f"{setting} {method}"] for method in ("gd", "gd+rank1:gradient") for setting in ("ema", "one-cycle")
+        ],
+        r"with distillation alone \((\S+); (\S+)\)\. ": [of_rows[name]["moved"] for name in ("ema gd", base)],
+    }
+    for pattern, expected in findings.items():
+        assert [*re.search(pattern, section).groups()] == expected, pattern
+    assert min(fids, key=lambda name: float(fids[name])).startswith("ema ")
+    assert all(float(row["p"]) > 0.01 for name, row in of_rows.items() if name != base)  # "nothing is shown here"
+    runs = {run["folder"]: run["summary"]["average_fid"] for run in records("evidence/regime-digits.jsonl")}
+    curve = re.search(r"ends at (\S+) with 1,500 steps, (\S+) with 3,000 and (\S+) with 6,000", PROSE).groups()
+    folders = (f"{part}-constant/gd-seed0" for part in ("final", "steps-3000", "steps-6000"))
+    assert curve == tuple(f"{runs[folder]:.1f}" for folder in folders)
+
+
 @pytest.mark.parametrize(
     ("experiment", "column"),
-    [("regime-mlp", "2,000 steps, all controls"), ("regime-mlp-longer", "4,000 steps"), ("regime-mnist", "MNIST")],
+    [
+        ("regime-mlp", "2,000 steps, all controls"),
+        ("regime-mlp-longer", "4,000 steps"),
+        ("regime-mnist", "MNIST"),
+        ("regime-digits", "UNet"),
+    ],
 )
 def test_verdicts_are_those_of_the_experiments(experiment, column):
     written = re.findall(r"^### \d\. .*\*\*(.*)\*\*$", evidence(experiment), re.MULTILINE)
