@@ -153,9 +153,9 @@ def seconds_in_both_orders(problem: Problem, rounds: int) -> dict[tuple[str, boo
     """By step, and whether in channels_last. Where tensors happen to lie changes a step's time by more than their order
     does, so each round places all of them anew, every other one row-major tensors first."""
     seconds: dict[tuple[str, bool], list[float]] = {}
+    formats = [torch.contiguous_format, torch.channels_last]
     for round_ in range(rounds):
         _shift = torch.empty(round_ * 100_003)  # held, so that the tensors below lie elsewhere
-        formats = [torch.contiguous_format, torch.channels_last]
         steps = {f: steps_in(problem, f) for f in (formats if round_ % 2 else reversed(formats))}
         calls = {(name, f is torch.channels_last): step for f in formats for name, step in steps[f].items()}
         for key, times in interleaved(calls, REPEATS, clock()).items():

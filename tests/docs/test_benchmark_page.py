@@ -163,8 +163,12 @@ def test_shares_of_arithmetic_on_the_page_without_a_gpu_are_those_that_were_coun
 
 def test_ratios_of_channels_last_are_what_the_benchmark_wrote():
     ratios: dict[str, list[float]] = {}
+    ends: list[float] = []  # the 20th and 80th percentiles over placements
     for row in tables(result("optimizer_channels_last_cpu_1thread.md"))[0][2:]:
         ratios.setdefault(row[0], []).append(float(row[-1].split()[0]))
+        ends += map(float, re.search(r"\[(\S+), (\S+)\]", row[-1]).groups())
+    assert round(max(abs(end - 1) for end in ends), 2) == 0.2  # "up to a fifth"
+    assert "changes a step's time by up to a fifth" in PROSE
     few, many = ratios.items()
     quoted = re.search(
         r"in channels_last, steps take (\S+) to (\S+) times as long .*? with (\d+) tensors, and (\S+) to (\S+) times "

@@ -533,7 +533,7 @@ def test_findings_with_the_unet_are_those_of_the_experiment():
     for pattern, expected in findings.items():
         assert [*re.search(pattern, section).groups()] == expected, pattern
     assert min(fids, key=lambda name: float(fids[name])).startswith("ema ")
-    assert all(float(row["p"]) > 0.01 for name, row in of_rows.items() if name != base)  # "nothing is shown here"
+    assert all(float(row["p"]) > 0.01 for name, row in of_rows.items() if name != base)  # "no difference is shown"
     runs = {run["folder"]: run["summary"]["average_fid"] for run in records("evidence/regime-digits.jsonl")}
     curve = re.search(r"ends at (\S+) with 1,500 steps, (\S+) with 3,000 and (\S+) with 6,000", PROSE).groups()
     folders = (f"{part}-constant/gd-seed0" for part in ("final", "steps-3000", "steps-6000"))
@@ -553,6 +553,33 @@ def test_verdicts_are_those_of_the_experiments(experiment, column):
     written = re.findall(r"^### \d\. .*\*\*(.*)\*\*$", evidence(experiment), re.MULTILINE)
     quoted = [row[column] for row in sheet_after(EVIDENCE, "By the rules in the reports:").values()]
     assert [cell.partition(":")[0] for cell in quoted] == [verdict.lower() for verdict in written]
+
+
+@pytest.mark.parametrize(
+    ("experiment", "pattern"),
+    [
+        ("regime-mlp", r"residual MLPs of (\S+) and \S+ M parameters"),
+        ("regime-mnist", r"The same kind of network, (\S+) M parameters"),
+        ("regime-digits", r"`--model mini`, (\S+) M parameters"),
+    ],
+)
+def test_networks_have_the_parameters_of_the_runs(experiment, pattern):
+    """A random direction's drift is the displacement over the root of their number."""
+    stages = next(run["stages"] for run in records(f"evidence/{experiment}.jsonl") if run["stages"])
+    row = next(row for row in stages if row["kind"] == "movement")
+    quoted = re.search(pattern, PROSE)[1]
+    millions = (row["displacement"] / row["random_drift"]) ** 2 / 1e6
+    assert quoted == f"{millions:.{len(quoted.partition('.')[2])}f}"
+
+
+def test_more_steps_do_not_help_on_mnist_at_the_constant_rate():
+    fids = {run["folder"]: run["summary"]["average_fid"] for run in records("evidence/regime-mnist.jsonl")}
+    means = [
+        statistics.mean(fids[f"{folder}/gd-seed{seed}"] for seed in (0, 1))
+        for folder in ("final-constant", "steps-4000-constant")
+    ]
+    assert means[1] >= means[0]
+    assert "more steps no longer help at the constant rate" in PROSE
 
 
 def test_the_curve_is_that_of_the_runs():

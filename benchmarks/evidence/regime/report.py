@@ -21,15 +21,16 @@ from .runs import Result, Runs
 BASE = f"constant {BASELINE}"
 
 
+def difference(results: Mapping[int, Result], base: Mapping[int, Result], name: str) -> list[str]:
+    """Results less those of another arm, paired by seed: mean and interval, and p of the exact sign-flip test."""
+    first, second = (tables.values([r.run for r in group.values()], name) for group in (results, base))
+    paired = [*seeds.paired(first, second).values()]
+    test = seeds.sign_flip(paired)
+    return [interval(paired), NONE if test is None else f"{test.p:.2g}"]
+
+
 def differences(results: Mapping[int, Result], base: Mapping[int, Result]) -> list[str]:
-    """Of average FID and of forgetting, paired by seed: mean and interval, and p of the exact sign-flip test."""
-    cells = []
-    for name in ("average_fid", "forgetting"):
-        first, second = (tables.values([r.run for r in group.values()], name) for group in (results, base))
-        paired = [*seeds.paired(first, second).values()]
-        test = seeds.sign_flip(paired)
-        cells += [interval(paired), NONE if test is None else f"{test.p:.2g}"]
-    return cells
+    return [*difference(results, base, "average_fid"), *difference(results, base, "forgetting")]
 
 
 def results_sheet(runs: Runs, groups: Mapping[str, Mapping[int, Result]]) -> Sheet:
@@ -63,19 +64,16 @@ def results_sheet(runs: Runs, groups: Mapping[str, Mapping[int, Result]]) -> She
 
 def recipes_sheet(runs: Runs, groups: Mapping[str, Mapping[int, Result]]) -> Sheet:
     """Continual arms with the memory that each takes, against rank 1 in the gradient; the lowest average FID first."""
-    model = {seed: result.average_fid for seed, result in groups.get(RANK1.label, {}).items()}
     means, body = {}, {}
     for label, results in groups.items():
         if any(not result.of_kind("movement") for result in results.values()):
             continue  # joint training
-        fids = {seed: result.average_fid for seed, result in results.items()}
         forgetting = seeds.estimate([result.forgetting for result in results.values()])
-        means[label] = seeds.estimate([*fids.values()]).mean
-        paired = {} if label == RANK1.label else seeds.paired(fids, model)
-        test = seeds.sign_flip([*paired.values()])
+        means[label] = seeds.estimate([result.average_fid for result in results.values()]).mean
         kept = max(result.kept for result in results.values())
         body[label] = [label, f"{kept:.3g}", number(means[label], 2), number(forgetting.mean, 2)]
-        body[label] += [interval([*paired.values()]), NONE if test is None else f"{test.p:.2g}"]
+        model = {} if label == RANK1.label else groups.get(RANK1.label, {})
+        body[label] += difference(results, model, "average_fid")
     text = (
         "Kept: bytes for each parameter at the end of the run, besides the model, the optimizer's state and the old "
         "model that distills: the penalties of all past tasks, or the average of the weights. Difference: less "
