@@ -107,10 +107,12 @@ def test_compiled_gradients(kind):
 
 @KINDS
 @MODES
-def test_a_history_follows_its_model(kind, decoupled, tmp_path):
-    """Saved files and states by name do not depend on the order."""
+@pytest.mark.parametrize("first", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_a_history_follows_its_model(kind, decoupled, first, tmp_path):
+    """Whichever order it was bound in. Saved files and states by name do not depend on the order."""
     model, options = network(), {"max_terms": 2} if kind == "low_rank" else {}
     to_row_major(model)
+    model.to(memory_format=first)
     history = history_of(model, kind, **options)
     before, state = flat(model), {name: tensor.clone() for name, tensor in history.state_dict().items()}
     history.save(tmp_path / "row-major")
@@ -123,6 +125,7 @@ def test_a_history_follows_its_model(kind, decoupled, tmp_path):
         lambda: model.to(memory_format=torch.channels_last),
         lambda: setattr(model[0].weight, "data", torch.stack([model[0].weight.data] * 2, -1)[..., 0]),  # with gaps
         lambda: to_row_major(model),
+        lambda: model.to(memory_format=first),
     ):
         change()
         model.zero_grad()
