@@ -8,7 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -183,15 +185,63 @@ class TensorBoard:
 
 
 @contextmanager
-def locked(path: Path, refusal: str | None = None) -> Iterator[None]:
-    """Hold a lock file within the block. While another process holds it, wait or, with a `refusal`, raise an
-    OptionError with that text. The system releases the lock when the process ends, however it ends."""
+def locked(path: Path, refusal: str | None = None, say: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Hold a lock file within the block. While another process holds it, raise an OptionError that begins with
+    `refusal` or, without a refusal, wait; `say` is told once who holds it. The system releases the lock when the
+    process ends, however it ends, on every machine that sees the same lock: see `holder`."""
     try:
-        lock = FileLock(path).acquire(timeout=0 if refusal else -1)
+        lock = FileLock(path).acquire(timeout=0)
     except Timeout:
-        raise OptionError(refusal) from None
+        if refusal:
+            raise OptionError(f"{refusal} ({holder(path)}); wait for it, or use another folder{_stale(path)}") from None
+        if say:
+            say(f"{str(path.parent)!r} is in use by {holder(path)}; waiting for it{_stale(path)}")
+        lock = FileLock(path).acquire()
+    record = _holder_record(path)
     with lock:
-        yield
+        with suppress(OSError):  # it is for messages only
+            write_json(record, {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime(WHEN)})
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                record.unlink(missing_ok=True)
+
+
+def is_locked(path: Path) -> bool:
+    """Whether another process holds the lock file, which may not exist."""
+    if not path.exists():
+        return False
+    try:
+        with FileLock(path).acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+WHEN = "%Y-%m-%d %H:%M:%S %Z"
+
+
+def _holder_record(path: Path) -> Path:
+    return path.with_name(f"{path.name}.json")
+
+
+def holder(path: Path) -> str:
+    """The process that holds a lock file, in words; it has written them beside the file."""
+    try:
+        found = read_json(_holder_record(path))
+        return f"process {int(found['process'])} on {found['host']!s:.80} since {found['since']!s:.40}"
+    except (RecordError, KeyError, TypeError, ValueError):  # just taken, or of an earlier version
+        return "another process"
+
+
+def _stale(path: Path) -> str:
+    """What to do about the lock of a machine that died, which some network file systems never release."""
+    try:
+        host = str(read_json(_holder_record(path))["host"])
+    except (RecordError, KeyError, TypeError):
+        return ""
+    return "" if host == socket.gethostname() else f". If that process has ended, delete {str(path)!r}"
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:

@@ -6,8 +6,9 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -16,6 +17,9 @@ from crl_diffusion.cli.options import Compare, Diagnose, List, Report, Train
 from crl_diffusion.config.settings import RunConfig, check
 from crl_diffusion.config.spelling import in_order, label, parse_variant
 from crl_diffusion.errors import OptionError, TrainingError, WriteError
+
+if TYPE_CHECKING:
+    from crl_diffusion.comparison.cells import Cell
 
 FILE_WIDTH = 150  # columns of a table that goes to a file or a pipe
 
@@ -89,31 +93,47 @@ def compare(command: Compare) -> int:
     baseline_method, baseline_values = parse_variant(command.baseline)
     if command.jobs < 0:
         raise OptionError(f"--jobs is {command.jobs}; it must be 0 or more")
+    if command.slurm and command.launcher != "slurm":
+        raise OptionError(f"--slurm is {' '.join(command.slurm)!r}; it needs --launcher slurm")
 
     from crl_diffusion import processes
-    from crl_diffusion.comparison import cells, runner
+    from crl_diffusion.comparison import cells, slurm
+    from crl_diffusion.run_folder.layout import comparing, require_place
 
     if processes.launched() > 1:
         raise OptionError("compare starts its own processes; run it without torchrun, which is for train")
+    sbatch = slurm.options(command.slurm)
+    if command.launcher == "slurm":
+        slurm.require()
     work = cells.cells(command, command.methods, command.seeds, command.out, command.lams)
     for cell in work:
         check(cell.config)
     baseline = cells.configuration(command, baseline_method, baseline_values).label
+    require_place("--out", command.out)
     console = Console(soft_wrap=True)
+    with comparing(command.out, complain):
+        return _compare(command, work, baseline, sbatch, console)
 
+
+def _compare(command: Compare, work: Sequence[Cell], baseline: str, sbatch: dict[str, str], console: Console) -> int:
+    """Make the runs, in a folder that no other comparison writes to, and report them."""
+    from crl_diffusion.comparison import cells, runner, slurm
     from crl_diffusion.data import tasks
     from crl_diffusion.evaluation import evaluate
     from crl_diffusion.reporting import report, runs
-    from crl_diffusion.run_folder.layout import check_folder, require_measured, require_place
+    from crl_diffusion.run_folder.layout import check_folder, require_measured
     from crl_diffusion.training import forecast, loop
-    from crl_diffusion.training.plan import require_fisher_images, resolve, stage_steps
+    from crl_diffusion.training.plan import require_fisher_images, resolve, resolve_device, stage_steps
 
-    require_place("--out", command.out)
     for cell in work:
-        cell.config = resolve(cell.config)
+        if command.launcher == "slurm":  # on the device of the jobs, which this machine may not have
+            device = ("cuda" if slurm.asks_for_gpus(sbatch) else "cpu") if command.device == "auto" else command.device
+            cell.config = replace(resolve(replace(cell.config, device="auto")), device=device)
+        else:
+            cell.config = resolve(cell.config)
         cell.finished = loop.finished(cell.config, cell.folder, command.extractor) is not None
         check_folder(cell.config, cell.folder)
-    device = work[0].config.device
+    device = resolve_device("auto") if command.launcher == "slurm" else work[0].config.device
     cells.check_others(work, command.out)
     images = tasks.load(work[0].config, command.data_root)
     for cell in work:
@@ -128,19 +148,30 @@ def compare(command: Compare) -> int:
         raise OptionError(f"{error}; make {str(folder)!r} writable, with room on its disk") from error
     for line in tools.about(work[0].config, images):
         console.print(line, highlight=False, markup=False)
+
+    def train_command(cell: Cell) -> list[str]:
+        return cells.train_command(cell, command.data_root, command.extractor, folder)
+
+    launcher: runner.Launcher
+    if command.launcher == "slurm":
+        launcher = slurm.Queue(command.out, sbatch, command.jobs or len(work), train_command)
+        launcher.attach([cell for cell in work if not cell.finished])
+    else:
+        launcher = runner.Pool(jobs, train_command)
     if not all(cell.finished for cell in work):
         for path in sorted(command.out.glob("*/config.json")):
             require_measured(path.parent, {"data_name": images.name, **tools.names()})
-        pass_seconds = forecast.seconds_per_pass(work[0].config, images.shape, images.classes)
-        console.print(runner.estimate(work, jobs, pass_seconds), highlight=False)
-    failed = runner.run(work, jobs, command.data_root, command.extractor, folder, console, quiet_output(console))
+        if command.launcher == "local":
+            pass_seconds = forecast.seconds_per_pass(work[0].config, images.shape, images.classes)
+            console.print(runner.estimate(work, jobs, pass_seconds), highlight=False)
+    failed = runner.run(work, launcher, console, quiet_output(console))
     if len(failed) < len(work):
         # All runs of the folder: a comparison can grow.
         finished_runs = [run for run in runs.find([command.out])[0] if run.path.parent == command.out]
         order = in_order(run.label for run in finished_runs)
         show(console, *report.write([run.path for run in finished_runs], command.out, baseline, order))
     for cell in failed:
-        complain(f"{cell.name} failed; its last lines:\n{runner.tail(cell)}")
+        complain(f"{cell.name} failed; the end of {runner.log_path(cell)}:\n{runner.tail(cell, launcher)}")
     if failed:
         complain(
             f"{len(failed)} of {len(work)} runs failed; finished ones are kept; give the same command again to continue"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
 from crl_diffusion.config.presets import PresetName
 from crl_diffusion.config.settings import Device, ExtractorName, RunConfig, Settings
+
+Launcher = Literal["local", "slurm"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +53,14 @@ class Compare(Settings):
     """Values of lam, the strength of the penalty. Every method that has a penalty is run once with each value. By
     default each method uses its own."""
     jobs: int = 0
-    """Number of runs at the same time. 0 means one for each CPU core or, on a CUDA device, one."""
+    """Number of runs at the same time. 0 means one for each CPU core or, on a CUDA device, one; with --launcher slurm,
+    as many as Slurm starts."""
+    launcher: Launcher = "local"
+    """Where the runs are made. local: as processes of this machine. slurm: each run is a job of Slurm, submitted
+    through submitit; compare waits for the jobs, which go on if it is ended."""
+    slurm: tuple[str, ...] = ()
+    """Options of sbatch for the job of one run, as KEY=VALUE: partition=gpu gres=gpu:1 time=12:00:00 account=lab. By
+    default time=4:00:00 and cpus-per-task=1. A run that reaches its time limit is queued again and continues."""
     baseline: str = "gd"
     """Method, or variant of one, that the others are compared with. Differences are paired by seed and need two seeds
     or more."""

@@ -7,11 +7,11 @@ added, other settings are refused.
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Protocol
 
 from crl_diffusion.config.method import Method
 from crl_diffusion.config.settings import RunConfig, Settings
@@ -22,6 +22,13 @@ from crl_diffusion.run_folder.layout import differences
 from crl_diffusion.run_folder.readers import read_config, read_metrics
 
 
+class Process(Protocol):
+    """A run that was started, here or on another machine."""
+
+    def poll(self) -> int | None:
+        """Its exit code; None while it has not ended, -n after signal n."""
+
+
 @dataclass
 class Cell:
     """One run of the comparison, and its process once it has started."""
@@ -29,7 +36,7 @@ class Cell:
     config: RunConfig
     folder: Path
     stage_steps: Sequence[int] = ()  # of each stage; known once the data are
-    process: subprocess.Popen[bytes] | None = None
+    process: Process | None = None
     finished: bool = False  # with complete records
 
     @property

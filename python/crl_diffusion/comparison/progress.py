@@ -38,8 +38,8 @@ class _Bars:
 class _Lines:
     """One line when a cell starts and when it ends, for a log file."""
 
-    def __init__(self, work: Sequence[Cell], console: Console) -> None:
-        self.work, self.console = work, console
+    def __init__(self, work: Sequence[Cell], state: str, console: Console) -> None:
+        self.work, self.state, self.console = work, state, console
         self.begun: set[str] = set()
         self.ended: set[str] = set()
         for cell in work:
@@ -51,20 +51,21 @@ class _Lines:
         for cell in running:
             if cell.name not in self.begun:
                 self.begun.add(cell.name)
-                self._say(f"{cell.name}: running, {cell.steps} steps")
+                self._say(f"{cell.name}: {self.state}, {cell.steps} steps")
         for cell in self.work:
             if cell.process is not None and cell not in running and cell.name not in self.ended:
                 self.ended.add(cell.name)
                 self._say(f"{cell.name}: {'finished' if cell.finished else 'FAILED'}")
 
     def _say(self, line: str) -> None:
-        self.console.print(line, highlight=False)
+        self.console.print(line, highlight=False, markup=False)
 
 
 @contextmanager
-def progress_display(work: Sequence[Cell], console: Console, quiet: bool) -> Iterator[_Bars | _Lines]:
+def progress_display(work: Sequence[Cell], state: str, console: Console, quiet: bool) -> Iterator[_Bars | _Lines]:
+    """`state`: what a cell that was started is said to be."""
     if quiet:
-        yield _Lines(work, console)
+        yield _Lines(work, state, console)
         return
     columns = (
         TextColumn("{task.description}"),

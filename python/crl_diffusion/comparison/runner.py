@@ -1,4 +1,4 @@
-"""Running the cells of a comparison, several processes at a time."""
+"""Running the cells of a comparison: as processes of this machine (`Pool`), or as jobs of Slurm (`slurm.Queue`)."""
 
 from __future__ import annotations
 
@@ -6,84 +6,141 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from rich.console import Console
 
-from crl_diffusion.comparison.cells import Cell, train_command
+from crl_diffusion.comparison.cells import Cell
 from crl_diffusion.comparison.progress import progress_display
+from crl_diffusion.files import holder
+from crl_diffusion.run_folder.layout import in_use
 from crl_diffusion.signals import Stopped
 from crl_diffusion.training import forecast
 
 POLL_SECONDS = 0.5
 LOG_TAIL = 12  # lines of the log of a failed run
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+Command = Callable[[Cell], list[str]]  # the command line of a cell
 
 
-def run(
-    work: Sequence[Cell],
-    jobs: int,
-    data_root: Path,
-    extractor: str,
-    extractor_folder: Path,
-    console: Console,
-    quiet: bool,
-) -> list[Cell]:
-    """Run all cells that are not finished, `jobs` at a time; returns those that failed."""
-    waiting = [cell for cell in work if not cell.finished]
-    running: list[Cell] = []
+class Launcher(Protocol):
+    """Where cells run."""
+
+    slots: int  # cells that may be started at a time
+    begun: str  # what a started cell is said to be
+
+    def start(self, cells: Sequence[Cell]) -> None:
+        """Start the processes of cells."""
+
+    def stop(self, running: Sequence[Cell], signum: int, say: Callable[[str], None]) -> None:
+        """What becomes of running cells when a signal, or an error, ends this process."""
+
+    def ending(self, cell: Cell) -> str:
+        """How a failed cell ended, as far as its log cannot say that; "" if it can."""
+
+
+class Pool:
+    """Processes of this machine."""
+
+    begun = "running"
+
+    def __init__(self, slots: int, command: Command) -> None:
+        self.slots, self.command = slots, command
+
+    def start(self, cells: Sequence[Cell]) -> None:
+        for cell in cells:
+            cell.folder.mkdir(parents=True, exist_ok=True)
+            with open(cell.folder / "log.txt", "ab") as log:
+                # One thread for each process: on models this small a second thread costs more than it gains.
+                cell.process = subprocess.Popen(
+                    self.command(cell),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env={**os.environ, **dict.fromkeys(THREADS, "1"), "CI": "true"},
+                )
+
+    def stop(self, running: Sequence[Cell], signum: int, say: Callable[[str], None]) -> None:
+        """Pass the signal on and wait for checkpoints; after a second signal, kill."""
+        started = [cell.process for cell in running if isinstance(cell.process, subprocess.Popen)]
+        for process in started:
+            process.send_signal(signum)
+        try:
+            for process in started:
+                process.wait()
+        except Stopped:
+            for process in started:
+                process.kill()
+            raise
+
+    def ending(self, cell: Cell) -> str:
+        code = cell.process.poll() if cell.process is not None else None
+        return f"(killed by signal {-code})" if code is not None and code < 0 else ""
+
+
+def run(work: Sequence[Cell], launcher: Launcher, console: Console, quiet: bool) -> list[Cell]:
+    """Run all cells that are not finished; returns those that failed. Cells that have a process run already. A cell
+    whose folder another process writes to waits for that process: it has not failed."""
+    waiting = [cell for cell in work if not cell.finished and cell.process is None]
+    running = [cell for cell in work if not cell.finished and cell.process is not None]
     failed: list[Cell] = []
-    # One thread for each process: on models this small a second thread costs more than it gains.
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-    with progress_display(work, console, quiet) as show:
+    named: set[str] = set()  # cells that were said to wait
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, markup=False)
+
+    def ready(cell: Cell) -> bool:
+        if not in_use(cell.folder):
+            return True
+        if cell.name not in named:
+            named.add(cell.name)
+            say(f"{cell.name}: {holder(cell.folder / '.lock')} writes to its folder; waiting for it")
+        return False
+
+    with progress_display(work, launcher.begun, console, quiet) as show:
         try:
             while waiting or running:
-                while waiting and len(running) < jobs:
-                    cell = waiting.pop(0)
-                    cell.folder.mkdir(parents=True, exist_ok=True)
-                    with open(cell.folder / "log.txt", "ab") as log:
-                        cell.process = subprocess.Popen(
-                            train_command(cell, data_root, extractor, extractor_folder),
-                            stdin=subprocess.DEVNULL,
-                            stdout=log,
-                            stderr=subprocess.STDOUT,
-                            env={**os.environ, **threads, "CI": "true"},
-                        )
-                    running.append(cell)
+                started: list[Cell] = []
+                for cell in waiting:
+                    if len(running) + len(started) < launcher.slots and ready(cell):
+                        started.append(cell)
+                if started:
+                    launcher.start(started)
+                    running += started
+                    waiting = [cell for cell in waiting if cell not in started]
                 time.sleep(POLL_SECONDS)
-                for cell in [cell for cell in running if cell.process is not None and cell.process.poll() is not None]:
+                for cell in [*running]:
+                    assert cell.process is not None
+                    code = cell.process.poll()
+                    if code is None:
+                        continue
                     running.remove(cell)
-                    cell.finished = cell.process is not None and cell.process.returncode == 0
-                    if not cell.finished:
+                    cell.finished = code == 0
+                    if not cell.finished and in_use(cell.folder):  # another process was faster
+                        cell.process = None
+                        waiting.append(cell)
+                    elif not cell.finished:
                         failed.append(cell)
                 show.update(running)
         except BaseException as error:  # the same command continues each run from its last checkpoint
-            end(running, error.signum if isinstance(error, Stopped) else signal.SIGTERM)
+            launcher.stop(running, error.signum if isinstance(error, Stopped) else signal.SIGTERM, say)
             raise
     return failed
 
 
-def end(running: Sequence[Cell], signum: int) -> None:
-    """Send a signal to all processes and wait for their checkpoints; after a second signal, kill them."""
-    started = [cell.process for cell in running if cell.process is not None]
-    for process in started:
-        process.send_signal(signum)
-    try:
-        for process in started:
-            process.wait()
-    except Stopped:
-        for process in started:
-            process.kill()
-        raise
+def log_path(cell: Cell) -> Path:
+    """What a cell's run has printed."""
+    return cell.folder / "log.txt"
 
 
-def tail(cell: Cell) -> str:
-    """The last lines of the log of a failed run."""
-    path = cell.folder / "log.txt"
+def tail(cell: Cell, launcher: Launcher) -> str:
+    """The last lines of the log of a failed run, and how it ended."""
+    path = log_path(cell)
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    killed = cell.process is not None and (cell.process.poll() or 0) < 0  # a killed process cannot write that itself
-    ended = [f"(killed by signal {-cell.process.returncode})"] if killed and cell.process is not None else []
-    return "\n".join(lines[-LOG_TAIL:] + ended)
+    return "\n".join(filter(None, [*lines[-LOG_TAIL:], launcher.ending(cell)]))
 
 
 def estimate(work: Sequence[Cell], jobs: int, seconds_per_pass: float) -> str:

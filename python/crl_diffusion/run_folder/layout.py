@@ -11,7 +11,7 @@ from typing import Any
 
 from crl_diffusion.config.settings import ADDED, RunConfig
 from crl_diffusion.errors import OptionError, RecordError
-from crl_diffusion.files import locked, require_file, require_folder, write_json, write_text
+from crl_diffusion.files import is_locked, locked, require_file, require_folder, write_json, write_text
 from crl_diffusion.run_folder import checkpoint, origin
 from crl_diffusion.run_folder.readers import read_config
 
@@ -65,7 +65,7 @@ def differences(config: RunConfig, out: Path, ignored: Collection[str] = ()) -> 
 
 FOLDERS = ("checkpoints", "samples", "tensorboard")
 FILES = (
-    *(".lock", "config.json", "metrics.jsonl", "timings.jsonl", "summary.json", "log.txt"),
+    *(".lock", ".lock.json", "config.json", "metrics.jsonl", "timings.jsonl", "summary.json", "log.txt"),
     *("samples.png", "fid_matrix.png", "curves.png"),
 )
 
@@ -126,4 +126,15 @@ def make_writable(out: Path) -> None:
 
 def writing(out: Path) -> AbstractContextManager[None]:
     """Lock the folder for writing. OptionError if another process holds the lock."""
-    return locked(out / ".lock", f"--out {str(out)!r} is being written by another process; wait for it, or use another")
+    return locked(out / ".lock", f"--out {str(out)!r} is being written by another process")
+
+
+def in_use(out: Path) -> bool:
+    """Whether another process holds the lock of this folder."""
+    return is_locked(out / ".lock")
+
+
+def comparing(out: Path, say: Callable[[str], None]) -> AbstractContextManager[None]:
+    """Lock the folder of a comparison. While another `compare` holds the lock, wait; `say` is told so."""
+    make_writable(out)
+    return locked(out / ".lock", say=say)

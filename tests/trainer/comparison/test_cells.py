@@ -6,7 +6,6 @@ import io
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from crl_diffusion.cli import parser
@@ -21,34 +20,34 @@ FINISHES = "import sys, pathlib; pathlib.Path(sys.argv[1], 'summary.json').write
 DIES = "import os, signal; print('about to die', flush=True); os.kill(os.getpid(), signal.SIGKILL)"
 
 
-def _run(work: list[cells.Cell], monkeypatch: pytest.MonkeyPatch, dying: str = "") -> tuple[list[cells.Cell], str]:
+def _run(
+    work: list[cells.Cell], monkeypatch: pytest.MonkeyPatch, dying: str = ""
+) -> tuple[list[cells.Cell], str, runner.Pool]:
     """Cells as processes that finish at once, or die."""
-
-    def train_command(cell: cells.Cell, *places: Any) -> list[str]:
-        return [sys.executable, "-c", DIES if cell.name == dying else FINISHES, str(cell.folder)]
-
-    monkeypatch.setattr(runner, "train_command", train_command)
+    pool = runner.Pool(
+        2, lambda cell: [sys.executable, "-c", DIES if cell.name == dying else FINISHES, str(cell.folder)]
+    )
     monkeypatch.setattr(runner, "POLL_SECONDS", 0.01)
     output = io.StringIO()
-    failed = runner.run(work, 2, Path("data"), "cnn", Path("e"), Console(file=output, width=200), quiet=True)
-    return failed, output.getvalue()
+    failed = runner.run(work, pool, Console(file=output, width=200), quiet=True)
+    return failed, output.getvalue(), pool
 
 
 def test_other_cells_continue_when_one_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     work = cells.cells(Settings(), ["gd", "rank1"], [0, 1], tmp_path)
-    failed, output = _run(work, monkeypatch, dying="rank1, seed 0")
+    failed, output, pool = _run(work, monkeypatch, dying="rank1, seed 0")
     assert [cell.name for cell in failed] == ["rank1, seed 0"]
     done = {cell.name for cell in work if cell.finished}
     assert done == {cell.name for cell in work if cell not in failed}
     assert "rank1, seed 0: FAILED" in output
     assert "rank1, seed 1: finished" in output
-    assert runner.tail(failed[0]).splitlines() == ["about to die", "(killed by signal 9)"]
+    assert runner.tail(failed[0], pool).splitlines() == ["about to die", "(killed by signal 9)"]
 
     again = cells.cells(Settings(), ["gd", "rank1"], [0, 1], tmp_path)  # the same command
     for cell in again:  # which reads the records of each: see test_damaged_folders.py
         cell.finished = cell.name in done
     before = {cell.name: (cell.folder / "summary.json").stat().st_mtime_ns for cell in again if cell.finished}
-    failed, output = _run(again, monkeypatch)
+    failed, output, _ = _run(again, monkeypatch)
     assert failed == []
     assert output.count("already finished") == 3
     assert all(cell.finished for cell in again)
