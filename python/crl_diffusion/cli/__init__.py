@@ -6,6 +6,8 @@ be written. Exit code 1: training cannot continue. After SIGINT, SIGTERM or SIGH
 
 from __future__ import annotations
 
+import codecs
+import io
 import sys
 from collections.abc import Sequence
 
@@ -18,6 +20,7 @@ from crl_diffusion.errors import OptionError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
+    encode_what_can_be()
     try:
         with signals.handled():
             command = parse(sys.argv[1:] if argv is None else argv)
@@ -40,3 +43,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_first():
             complain(f"{stop}; give the same command again to resume")
         return 128 + stop.signum
+
+
+SPELLED = {"−": "-", "–": "-", "±": "+-", "÷": "/", "×": "x", "↓": "v", "↑": "^", "ρ": "rho", "κ": "kappa", "ⁿ": "^n"}
+
+
+def encode_what_can_be() -> None:
+    """Let an output that is not in UTF-8 spell other characters in ASCII, or as `?`, instead of ending the command."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and codecs.lookup(sys.stdout.encoding).name != "utf-8":
+        codecs.register_error("spelled", _spelled)
+        sys.stdout.reconfigure(errors="spelled")
+
+
+def _spelled(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(SPELLED.get(x, "?") for x in error.object[error.start : error.end]), error.end

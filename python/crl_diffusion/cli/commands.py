@@ -189,7 +189,7 @@ def report(command: Report) -> int:
     console = Console(soft_wrap=True)
     finished_runs, unfinished = runs.find(command.folders)
     for run in unfinished:
-        console.print(f"{run} is not finished and is left out", highlight=False)
+        console.print(f"{run} is not finished and is left out", highlight=False, markup=False)
     out = command.out or command.folders[0]
     require_place("--out", out)
     order = in_order(run.label for run in finished_runs)

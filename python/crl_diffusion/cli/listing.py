@@ -12,6 +12,7 @@ import torch
 from rich import box
 from rich.table import Table
 
+from crl_diffusion.config import words
 from crl_diffusion.config.method import FAMILIES, METHODS, PENALTIES
 from crl_diffusion.config.networks import MODELS, MLPSize
 from crl_diffusion.config.presets import OURS, PAPER_METHODS, PAPER_VARIANTS, PRESETS, UNUSED, Preset
@@ -83,9 +84,9 @@ def _replays() -> Listing:
         "Methods: what is replayed",
         ("--method", "replays", "weights", "curriculum"),
         rows,
-        "A penalty is used alone or after a replay: rank1, gd+rank1, replay+gd+bands8. pool: images that the old model "
-        "draws once after every task; fresh: images that it draws in every step. Target noise: ordinary denoising; "
-        "target teacher: the prediction of the old model. k: number of tasks so far.",
+        "A penalty is used alone or after a replay: rank1, gd+rank1, replay+gd+bands8. "
+        f"pool: {words.SOURCES['pool']}; fresh: {words.SOURCES['fresh']}. Target noise: {words.TARGETS['noise']}; "
+        f"target teacher: {words.TARGETS['teacher']}. k: number of tasks so far.",
     )
 
 
@@ -102,37 +103,14 @@ def _penalties() -> Listing:
 
 
 def _options() -> Listing:
+    number = "strength, for a loss that is the mean over C*H*W; inf (with decoupled or once) pins the directions"
     rows = [
-        ["decoupled", "a proximal step of the penalty after each optimizer step, with the same learning rate"],
-        ["gradient", "the gradient of the penalty is added to that of the loss before clipping, as in the paper"],
-        [
-            "preconditioned",
-            "control, not a method to use: after each step of Adam, a step along the gradient of the penalty, divided "
-            "by Adam's denominator; Adam's moments never see it",
-        ],
-        [
-            "damping",
-            "control, not a method to use: the square of the penalty's gradient is added to Adam's second moment, and "
-            "nothing else: it shortens steps and never pulls",
-        ],
-        ["once", "control, not a method to use: one proximal step at the end of each task, no penalty afterwards"],
-        [
-            "alone",
-            "control, not a method to use: the first-order term only, fading with every task; nothing quadratic",
-        ],
-        [
-            "lam=NUMBER",
-            "strength, for a loss that is the mean over C*H*W; inf (with decoupled or once) pins the directions",
-        ],
-        ["top", "directions: the top eigenvectors of the Fisher matrix"],
-        ["mean", "direction: the mean gradient (not with rank<n>)"],
-        ["random", "control, not a method to use: random unit directions with the same curvatures and slopes"],
-        [
-            "signs",
-            "control, not a method to use: the same directions with a random sign for every entry; curvatures and "
-            "slopes stay",
-        ],
-        ["slopes", "keep the first-order term of each task: it moves the anchor down the slope of the old task's loss"],
+        *([mode, meaning] for mode, meaning in words.MODES.items()),
+        ["lam=NUMBER", number],
+        ["top", f"directions: {words.DIRECTIONS['top']}"],
+        ["mean", f"direction: {words.DIRECTIONS['mean']} (not with rank<n>)"],
+        *([name, words.DIRECTIONS[name]] for name in ("random", "signs")),
+        ["slopes", words.SLOPES],
     ]
     return Listing("Methods: options of a penalty, NAME:OPTION,...", ("option", "meaning"), rows)
 

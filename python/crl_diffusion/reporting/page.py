@@ -13,12 +13,11 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from crl_diffusion.reporting import charts, effects, penalty_tables, provenance, seeds, tables
+from crl_diffusion.reporting import charts, effects, findings, penalty_tables, provenance, seeds, tables
 from crl_diffusion.reporting.canvas import Drawing
 from crl_diffusion.reporting.runs import Groups, runs_of
 
 SCREEN = 0.7  # screen pixels per pixel of a picture, so that text has one size in all of them
-NAMED_METHODS = 6  # methods up to which a sentence names them
 
 
 def render(parts: Mapping[str, Groups], baseline: str) -> tuple[str, list[Drawing]]:
@@ -44,6 +43,7 @@ def render(parts: Mapping[str, Groups], baseline: str) -> tuple[str, list[Drawin
         baseline=baseline,
         several=several,
         scores=scores,
+        methods={name: text for groups in parts.values() for name, text in findings.methods(groups).items()},
         data_sets=data_sets,
         environment=provenance.environment(runs),
         limitations=limitations(parts.values()),
@@ -56,9 +56,9 @@ def breakable(name: str) -> Markup:
     return Markup(re.sub("([+:,@])", r"\1<wbr>", escape(name)))
 
 
-def keep_signs(title: str) -> str:
-    """A column's title that is not broken between a sign and its word."""
-    return re.sub("(?<=[÷−]) | (?=[−↓↑])", "\N{NO-BREAK SPACE}", title)
+def keep_signs(text: str) -> str:
+    """A column's title or a number, not broken between a sign and its word."""
+    return re.sub("(?<=[÷−±]) | (?=[−↓↑])", "\N{NO-BREAK SPACE}", text)
 
 
 def image(drawing: Drawing) -> dict[str, Any]:
@@ -83,21 +83,25 @@ def _data_set(name: str, groups: Groups, baseline: str, several: bool) -> dict[s
     runs = runs_of(groups)
     common_settings, differing_settings = provenance.settings(groups)
     fisher_rows = penalty_tables.fisher_rows(groups)
+    one_task = len(runs[0].summary["fid_matrix"]) == 1
+    paired = tables.several(runs)
+    with_penalty = any(run.lam is not None for run in runs)
     return {
         "name": name,
         "prefix": f"{name}: " if several else "",
-        "conclusions": conclusions(groups, baseline),
+        "found": findings.found(groups, baseline),
+        "conclusions": findings.conclusions(groups, baseline),
         "headline": tables.headline(groups),
         "by_seed": tables.by_seed(groups),
-        "forest": effects.forest(groups, baseline, file + "forest"),
-        "differences": tables.differences(groups, baseline),
-        "average_curves": charts.average_curves(groups, file + "average_fid"),
+        "forest": effects.forest(groups, baseline, file + "forest") if paired else None,
+        "differences": tables.differences(groups, baseline) if paired else None,
+        "average_curves": None if one_task else charts.average_curves(groups, file + "average_fid"),
         "fid_matrices": charts.fid_matrices(groups, file + "fid_matrices"),
         "task_curves": charts.task_curves(groups, file + "task_fid"),
         "final_samples": charts.final_samples(groups, file + "samples"),
         "sample_grids": charts.sample_grids(groups),
         "lam_sweep": effects.lam_sweep(groups, file + "lam_sweep"),
-        "costs": penalty_tables.costs(groups),
+        "costs": penalty_tables.costs(groups) if with_penalty else None,
         "fisher_rows": fisher_rows,
         "fisher_warning": penalty_tables.warning(fisher_rows),
         "fisher_warnings": penalty_tables.warnings(fisher_rows),
@@ -107,42 +111,10 @@ def _data_set(name: str, groups: Groups, baseline: str, several: bool) -> dict[s
         "held_out": tables.held_out(runs[0]),
         "compare_command": provenance.compare_command(groups),
         "commands": [provenance.command(run) for run in runs],
-        "methods": provenance.methods(groups),
+        "recipes": provenance.methods(groups),
         "differing_settings": differing_settings,
         "common_settings": common_settings,
     }
-
-
-def conclusions(groups: Groups, baseline: str) -> str:
-    """What the paired differences show, in a sentence or two."""
-    if baseline not in groups:
-        return (
-            f"No run here is of the baseline {baseline!r}, so there are no differences; name another with --baseline."
-        )
-    if not tables.several(runs_of(groups)):
-        return "One seed: every difference between methods may be chance, and none is claimed."
-    baseline_values = tables.values(groups[baseline], "average_fid")
-    better, worse, unsure, single = [], [], [], []
-    for name, group in groups.items():
-        differences = list(seeds.paired(tables.values(group, "average_fid"), baseline_values).values())
-        if name == baseline or not differences:
-            continue
-        estimate = seeds.estimate(differences)
-        if estimate.low is None or estimate.high is None:
-            single.append(name)
-        else:
-            (better if estimate.high < 0 else worse if estimate.low > 0 else unsure).append(name)
-    sentences = [
-        f"{title}: {', '.join(names) if len(names) <= NAMED_METHODS else f'{len(names)} methods'}."
-        for title, names in (
-            (f"Average FID below {baseline}'s, the 95 % interval of the difference wholly below zero", better),
-            (f"Average FID above {baseline}'s, the interval wholly above zero", worse),
-            ("Not told apart by these seeds", unsure),
-            ("Fewer than two seeds in common", single),
-        )
-        if names
-    ]
-    return " ".join(sentences)
 
 
 def limitations(parts: Collection[Groups]) -> list[str]:

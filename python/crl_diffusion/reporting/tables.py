@@ -13,6 +13,7 @@ import numpy as np
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from crl_diffusion.reporting import seeds
 from crl_diffusion.reporting.runs import Finished, Groups, label_among, runs_of
@@ -176,13 +177,19 @@ def by_seed(groups: Groups) -> Sheet:
         for key, value in run.summary.items()
         if isinstance(value, int | float) and not isinstance(value, bool) and key not in (*known_keys, "seed")
     )
-    columns = present(runs, [*COLUMNS, *COSTS, *(Column(key.replace("_", " "), key, 0) for key in other_keys)])
+    alike = len(runs) > 1
+    same = [key for key in other_keys if alike and len({run.summary.get(key) for run in runs}) == 1]
+    others = [Column(key.replace("_", " "), key, 0) for key in other_keys if key not in same]
+    columns = present(runs, [*COLUMNS, *COSTS, *others])
     body = []
     for name, group in groups.items():
         for run in group:
             row = [run.summary.get(column.key) for column in columns]
             body.append([name, str(run.seed), *(NONE if x is None else f"{x:.7g}".replace("-", MINUS) for x in row)])
-    return Sheet(["method", "seed", *(column.title for column in columns)], body, "One row a run, as in summary.json.")
+    text = "One row a run, as in summary.json."
+    if same:
+        text += " In all runs: " + ", ".join(f"{key.replace('_', ' ')} {runs[0].summary[key]:.7g}" for key in same) + "."
+    return Sheet(["method", "seed", *(column.title for column in columns)], body, text)
 
 
 # Across data sets
@@ -220,12 +227,20 @@ def across_sheet(scores: Mapping[str, Mapping[str, Mapping[int, float]]], data_s
 # Markdown and the terminal
 
 
+MARKS = str.maketrans({"&": "&amp;", "<": "&lt;", "|": "\\|", "`": "\\`", "*": "\\*", "\n": " "})
+
+
+def plain(text: str) -> str:
+    """Text in one line of Markdown, in which nothing is markup."""
+    return text.translate(MARKS).replace("](", "]\\(")
+
+
 def markdown(sheet: Sheet) -> str:
     def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(text.replace("\n", " ").replace("|", "\\|") for text in cells) + " |"
+        return "| " + " | ".join(map(plain, cells)) + " |"
 
     rule = "|---" + "|---:" * (len(sheet.head) - 1) + "|"
-    return "\n".join([line(sheet.head), rule, *map(line, sheet.body), "", sheet.caption, ""])
+    return "\n".join([line(sheet.head), rule, *map(line, sheet.body), "", plain(sheet.caption), ""])
 
 
 def markdown_sheets(groups: Groups, baseline: str) -> str:
@@ -264,9 +279,10 @@ def for_terminal(parts: Mapping[str, Groups], baseline: str) -> RenderableType:
 
 
 def rich_table(head: Sequence[str], body: Sequence[Sequence[Any]], text: str) -> Table:
-    result = Table(caption=text, caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    """Its texts are shown as they are: they may have come from files, and nothing in them is markup."""
+    result = Table(caption=Text(text), caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for i, title in enumerate(head):
-        result.add_column(title, justify="left" if i == 0 else "right", overflow="fold")
+        result.add_column(Text(title), justify="left" if i == 0 else "right", overflow="fold")
     for row in body:
-        result.add_row(*row)
+        result.add_row(*(Text(str(x)) for x in row))
     return result
