@@ -85,7 +85,8 @@ def _forgetting(groups: Groups, chosen: Leader) -> str:
     if test.p <= level:
         return f"Its forgetting is {change} in the mean, which is shown: exact sign-flip test, p {test.p:.2g}{picked}."
     few = (
-        f"; {len(differences)} seeds are too few to show anything by this test, whose p cannot be below {test.smallest:.2g}"
+        f"; {len(differences)} seeds are too few to show anything by this test, whose p cannot be below "
+        f"{test.smallest:.2g}"
         if test.smallest > level
         else ""
     )

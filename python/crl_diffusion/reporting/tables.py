@@ -188,7 +188,9 @@ def by_seed(groups: Groups) -> Sheet:
             body.append([name, str(run.seed), *(NONE if x is None else f"{x:.7g}".replace("-", MINUS) for x in row)])
     text = "One row a run, as in summary.json."
     if same:
-        text += " In all runs: " + ", ".join(f"{key.replace('_', ' ')} {runs[0].summary[key]:.7g}" for key in same) + "."
+        text += (
+            " In all runs: " + ", ".join(f"{key.replace('_', ' ')} {runs[0].summary[key]:.7g}" for key in same) + "."
+        )
     return Sheet(["method", "seed", *(column.title for column in columns)], body, text)
 
 

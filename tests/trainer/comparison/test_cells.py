@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import io
+import os
 import re
+import shutil
+import socket
+import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 from crl_diffusion.cli import parser
-from crl_diffusion.comparison import cells, runner
+from crl_diffusion.comparison import cells, progress, runner
 from crl_diffusion.config.settings import RunConfig, Settings
 from crl_diffusion.errors import OptionError
 from crl_diffusion.files import write_json
+from crl_diffusion.run_folder.layout import comparing, writing
 from crl_diffusion.training.plan import resolve
+from helpers.trainer_runs import SHORT, child_environment, options
 from rich.console import Console
 
 FINISHES = "import sys, pathlib; pathlib.Path(sys.argv[1], 'summary.json').write_text('{}')"
@@ -152,3 +160,100 @@ def test_an_estimate_counts_the_remaining_passes(tmp_path: Path) -> None:
     assert text.endswith(f"the longest run takes {longest / 60_000:.0f} minutes" if longest > 90_000 else "seconds")
     next(cell for cell in work if cell.config.method == "gd").finished = True
     assert "in 1 run(s)" in runner.estimate(work, 1, 0.001)
+
+
+def test_a_cell_that_another_process_writes_to_waits_and_has_not_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = cells.cells(Settings(), ["gd", "rank1"], [0], tmp_path)
+    (busy,) = (cell for cell in work if cell.config.method == "gd")
+    busy.folder.mkdir()
+    lock = ExitStack()
+    lock.enter_context(writing(busy.folder))
+    shown: list[list[str]] = []
+    original = progress._Lines.update
+
+    def update(self: Any, running: list[cells.Cell]) -> None:
+        original(self, running)
+        shown.append([cell.name for cell in work if cell.finished])
+        if len(shown) > 3 and shown[-1] == ["rank1, seed 0"]:
+            lock.close()
+
+    monkeypatch.setattr(progress._Lines, "update", update)
+    failed, output, _ = _run(work, monkeypatch)
+    assert failed == []
+    assert all(cell.finished for cell in work)
+    line = (
+        rf"gd, seed 0: process {os.getpid()} on {socket.gethostname()} since .* writes to its folder; waiting for it\n"
+    )
+    assert len(re.findall(line, output)) == 1
+    assert output.index("rank1, seed 0: finished") < output.index("gd, seed 0: running")
+
+
+def test_a_process_that_finds_its_folder_taken_is_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process has taken the folder between the look at its lock and the start."""
+    (cell,) = cells.cells(Settings(), ["gd"], [0], tmp_path)
+    cell.folder.mkdir()
+    lock = ExitStack()
+    commands = ["import sys; sys.exit(2)", FINISHES]
+
+    def command(cell: cells.Cell) -> list[str]:
+        if len(commands) == 2:
+            lock.enter_context(writing(cell.folder))
+        return [sys.executable, "-c", commands.pop(0), str(cell.folder)]
+
+    def waits(path: Path) -> str:
+        lock.close()
+        return "somebody"
+
+    monkeypatch.setattr(runner, "holder", waits)
+    monkeypatch.setattr(runner, "POLL_SECONDS", 0.01)
+    output = io.StringIO()
+    assert runner.run([cell], runner.Pool(1, command), Console(file=output, width=200), quiet=True) == []
+    assert cell.finished
+    assert "FAILED" not in output.getvalue()
+
+
+def test_the_second_comparison_in_a_folder_waits_for_the_first(tmp_path: Path, extractor_folder: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(extractor_folder, out)
+    words = ["compare", "--methods", "fine-tune", *options({**SHORT, "tasks": 1, "model": "mlp"}), "--out", str(out)]
+    env = {**os.environ, **child_environment()}
+    with comparing(out, print):
+        second = subprocess.Popen(
+            [sys.executable, "-m", "crl_diffusion", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env
+        )
+        assert second.stderr is not None
+        line = second.stderr.readline().decode()
+        assert re.fullmatch(rf"crl-diffusion: '{out}' is in use by process {os.getpid()} on .*; waiting for it\n", line)
+        assert not (out / "fine-tune-seed0").exists()
+    printed, errors = second.communicate()
+    assert (second.returncode, errors) == (0, b"")
+    assert b"fine-tune, seed 0: finished" in printed
+
+
+def test_the_lock_of_another_machine_names_it_and_what_to_do(tmp_path: Path) -> None:
+    with writing(tmp_path):
+        with (
+            pytest.raises(OptionError, match=rf"\(process {os.getpid()} on \S+ since .*another folder$"),
+            writing(tmp_path),
+        ):
+            pass
+        write_json(tmp_path / ".lock.json", {"host": "node7", "process": 12, "since": "noon"})
+        expected = re.escape(
+            "(process 12 on node7 since noon); wait for it, or use another folder. If that process has ended, delete "
+            f"{str(tmp_path / '.lock')!r}"
+        )
+        with pytest.raises(OptionError, match=expected), writing(tmp_path):
+            pass
+        (tmp_path / ".lock.json").write_text("[1")
+        with (
+            pytest.raises(OptionError, match=r"\(another process\); wait for it, or use another folder$"),
+            writing(tmp_path),
+        ):
+            pass
+    assert not (tmp_path / ".lock.json").exists()
+    with writing(tmp_path):
+        pass

@@ -96,7 +96,7 @@ def test_a_method_and_its_variants_end_to_end(
     assert [(c.method, c.ema, c.lr_later) for c in configs] == [("fine-tune", 0.0, 0.3), ("fine-tune", 0.5, 1.0)]
     assert all(f"\n| {label} | 1 |" in (tmp_path / "comparison.md").read_text() for label in runs)
     # --ema holds for a baseline without its own, as it does for methods.
-    assert "<h3>Differences to fine-tune@ema=0.5, paired by seed</h3>" in (tmp_path / "report.html").read_text()
+    assert '<tr class="baseline">\n<td>fine-tune@<wbr>ema=0.5</td>' in (tmp_path / "report.html").read_text()
 
 
 def test_runs_measured_with_other_networks_are_refused_before_training(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -12,17 +14,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from crl_diffusion import errors
+from crl_diffusion import cli, errors
 from crl_diffusion.cli import options, parser
 from crl_diffusion.comparison import cells
 from crl_diffusion.comparison.cells import folder_name
+from crl_diffusion.config import words
+from crl_diffusion.config.method import METHODS as METHODS_BY_NAME
 from crl_diffusion.config.settings import RunConfig
 from crl_diffusion.config.spelling import in_order
 from crl_diffusion.reporting import (
     canvas,
     charts,
     effects,
-    page,
+    findings,
     penalty_tables,
     provenance,
     report,
@@ -32,11 +36,15 @@ from crl_diffusion.reporting import (
     tables,
 )
 from crl_diffusion.reporting.runs import Finished, comparable, find, grouped, label_among
+from crl_diffusion.run_folder.readers import sha256_of
 from helpers.run_folders import fabricate
+from helpers.trainer_runs import SHORT, crl_diffusion
+from helpers.trainer_runs import options as cli_options
 from matplotlib import pyplot as plt
 
 LONG = "gd+bands16:top,slopes,gradient,lam=60"
 VOID = {"meta", "img", "br", "wbr"}
+BEGINNING = ["What was found", "The methods"]
 SECTIONS = ("Results", "FID after each task", "What the methods draw", "Strength of the penalty")
 SECTIONS += ("Cost of the penalty", "Fisher matrices", "How it was made", "What this page does not show")
 
@@ -54,6 +62,7 @@ class Page(HTMLParser):
         self.captions: list[str] = []
         self.headings: list[str] = []
         self.rows: list[list[str]] = []
+        self.text = ""
         self.feed(self.html)
         self.close()
         assert self.open == []
@@ -84,7 +93,8 @@ class Page(HTMLParser):
         if "h2" in self.open:
             self.headings[-1] += text
         if "td" in self.open or "th" in self.open:
-            self.rows[-1][-1] += text
+            self.rows[-1][-1] += text.replace("\N{NO-BREAK SPACE}", " ")
+        self.text += text
 
 
 def fabricate_all(root: Path, methods: dict[str, float], seeds: tuple[int, ...], **settings: Any) -> Path:
@@ -136,7 +146,7 @@ def test_every_picture_has_a_caption_and_a_description(report_page: Page) -> Non
 
 
 def test_the_page_has_all_sections(report_page: Page) -> None:
-    assert report_page.headings == list(SECTIONS)
+    assert report_page.headings == [*BEGINNING, *SECTIONS]
 
 
 def test_numbers_on_the_page_are_those_of_the_summaries(summaries: list[dict[str, Any]], report_page: Page) -> None:
@@ -146,7 +156,7 @@ def test_numbers_on_the_page_are_those_of_the_summaries(summaries: list[dict[str
     for summary in summaries:
         row = next(row for row in rows if row[:2] == [summary["method"], str(summary["seed"])])
         for title, text in zip(head, row, strict=True):
-            if (key := columns.get(title.replace("\N{NO-BREAK SPACE}", " "))) is not None:
+            if (key := columns.get(title)) is not None:
                 value = summary[key]
                 assert text == tables.NONE if value is None else float(text.replace("−", "-")) == pytest.approx(value)
 
@@ -157,11 +167,10 @@ def test_numbers_on_the_page_are_those_of_the_summaries(summaries: list[dict[str
     assert row[2] == f"{np.mean(fids):.1f} ± {np.std(fids, ddof=1):.1f}[{estimate.low:.1f}, {estimate.high:.1f}]"
     # Both forgettings, by name.
     heading = next(row for row in report_page.rows if row[:2] == ["method", "seeds"])
-    titles = [text.replace("\N{NO-BREAK SPACE}", " ") for text in heading]
     r = [summary["fid_matrix"] for summary in summaries if summary["method"] == LONG]
     total = np.mean([m[2][0] - m[0][0] + m[2][1] - m[1][1] for m in r])
     for divisor, title in ((2, "forgetting, ÷ (T − 1) ↓"), (3, "forgetting, ÷ T ↓")):
-        assert row[titles.index(title)].startswith(f"{total / divisor:.1f} ")
+        assert row[heading.index(title)].startswith(f"{total / divisor:.1f} ")
 
 
 def test_differences_are_paired_and_state_the_smallest_p_value(
@@ -202,10 +211,11 @@ def test_text_from_files_is_escaped(tmp_path: Path) -> None:
     report_page = Page(tmp_path / "out" / "report.html")
     assert ["torch", "<b onload=x>&"] in report_page.rows
     assert ["git commit", "0123abc"] in report_page.rows
-    # One method, one seed: the page gives the reasons why it compares nothing.
-    assert "One seed" in report_page.html
-    assert "No other method to compare with gd" in report_page.html
-    assert "No method here has a penalty" in report_page.html
+    # One method, one seed: the page says that this shows nothing, and leaves out what would be empty.
+    assert "nothing to compare it with" in report_page.html
+    left_out = {"Strength of the penalty", "Cost of the penalty", "Fisher matrices"}
+    assert report_page.headings == [*BEGINNING, *(title for title in SECTIONS if title not in left_out)]
+    assert "Differences to" not in report_page.html
     assert "±" not in "".join(text for row in report_page.rows for text in row)
 
 
@@ -226,7 +236,7 @@ def test_runs_of_an_earlier_version_are_read(tmp_path: Path) -> None:
     report_page = Page(tmp_path / "out" / "report.html")
     assert "5 tasks" not in report_page.html
     assert "2 tasks of 2 classes" in report_page.html
-    assert "keep no images" in report_page.html
+    assert "What the methods draw" not in report_page.headings
 
 
 def test_several_data_sets_have_sections_of_their_own_and_a_score(tmp_path: Path) -> None:
@@ -237,9 +247,11 @@ def test_several_data_sets_have_sections_of_their_own_and_a_score(tmp_path: Path
     out = tmp_path / "out"
     report.write([tmp_path / "a", tmp_path / "b"], out, "gd")
     report_page = Page(out / "report.html")
-    assert report_page.headings[0] == "Across data sets"
-    titles = [f"{data}: {title}" for data in ("digits", "cifar10") for title in SECTIONS[:6]]
-    assert report_page.headings[1:13] == titles
+    assert report_page.headings[:3] == [*BEGINNING, "Across data sets"]
+    titles = [f"{data}: {title}" for data in ("digits", "cifar10") for title in SECTIONS[:3]]
+    assert report_page.headings[3:9] == titles
+    assert re.findall("<p>(digits|cifar10): gd has the lowest", report_page.html) == ["digits", "cifar10"]
+    assert "\n\n## cifar10: Results\n\n| method | seeds |" in (out / "comparison.md").read_text()
     saved = {(r["data"], r["method"], r["seed"]): r for r in json.loads((out / "comparison.json").read_text())["runs"]}
 
     def score(data: str, seed: int) -> float:
@@ -539,14 +551,120 @@ def test_two_runs_of_one_method_and_seed_are_refused() -> None:
         comparable(grouped([run("gd", 0), twin]))
 
 
-def test_conclusions_follow_from_the_intervals() -> None:
-    def runs_of(method: str, *fids: float) -> list[Finished]:
-        return [run(method, seed, {"average_fid": fid}) for seed, fid in enumerate(fids)]
+def runs_with(method: str, *fids: float, forgetting: Sequence[float] = (), **settings: Any) -> list[Finished]:
+    pairs = zip(fids, forgetting or fids, strict=True)
+    summaries = [{"average_fid": fid, "forgetting": forgot} for fid, forgot in pairs]
+    return [run(method, seed, summary, **settings) for seed, summary in enumerate(summaries)]
 
-    gd = runs_of("gd", 10.0, 12.0, 11.0)
-    runs = [*gd, *runs_of("gd+rank1", 9.0, 11.1, 9.9), *runs_of("masip", 9.0, 14.0, 11.0)]
-    text = page.conclusions(grouped(runs), "gd")
+
+def test_conclusions_follow_from_the_intervals() -> None:
+    gd = runs_with("gd", 10.0, 12.0, 11.0)
+    runs = [*gd, *runs_with("gd+rank1", 9.0, 11.1, 9.9), *runs_with("masip", 9.0, 14.0, 11.0)]
+    text = findings.conclusions(grouped(runs), "gd")
     assert "wholly below zero: gd+rank1." in text
     assert "Not told apart by these seeds: masip." in text
-    assert "may be chance" in page.conclusions(grouped([gd[0], run("masip", 0)]), "gd")
-    assert "'replay'" in page.conclusions(grouped(gd), "replay")
+    assert findings.conclusions(grouped([gd[0], run("masip", 0)]), "gd") == ""
+    assert "'replay'" in findings.conclusions(grouped(gd), "replay")
+
+
+def test_a_report_begins_with_the_best_method_and_its_difference_to_the_baseline() -> None:
+    """Eight seeds: forgetting is lower on each of them, so p is 2 / 2 ** 8."""
+    fids = [10.0, 12.0, 11.0, 13.0, 9.0, 10.5, 12.5, 11.5]
+    gains = [1.0, 1.2, 0.9, 1.1, 1.3, 0.8, 1.0, 1.1]
+    better = [fid - gain for fid, gain in zip(fids, gains, strict=True)]
+    runs = [*runs_with("gd", *fids), *runs_with("gd", *better, ema=0.9), *runs_with("joint", *[1.0] * 8)]
+    text = findings.found(grouped(runs), "gd")
+    estimate = seeds.estimate([-gain for gain in gains])
+    assert estimate.low is not None
+    assert estimate.high is not None
+    interval = f"{estimate.mean:.2f} [{estimate.low:.2f}, {estimate.high:.2f}]".replace("-", "−")
+    assert text == (
+        f"gd@ema=0.9 has the lowest average FID of 2 continual methods, {np.mean(better):.1f}; paired over 8 seeds, "
+        f"that is {interval} against gd, and the 95 % interval is wholly below 0. Its forgetting is 1.05 lower in the "
+        "mean, which is shown: exact sign-flip test, p 0.0078."
+    )
+
+
+def test_what_was_picked_from_many_methods_needs_a_smaller_p() -> None:
+    fids = [10.0, 12.0, 11.0, 13.0, 9.0, 10.5]
+    others = [one for lam in (1, 2, 3) for one in runs_with(f"gd+rank1:lam={lam}", *(fid + 1 for fid in fids))]
+    best = runs_with("gd+bands8", *(fid - 1 - fid / 100 for fid in fids))
+    alone = findings.found(grouped([*runs_with("gd", *fids), *best]), "gd")
+    assert alone.endswith("which is shown: exact sign-flip test, p 0.031.")
+    among = findings.found(grouped([*runs_with("gd", *fids), *best, *others]), "gd")
+    assert among.endswith(
+        "lower in the mean, which is not shown: exact sign-flip test, p 0.031, where 0.013 is needed, after the best "
+        "of 5 was picked; 6 seeds are too few to show anything by this test, whose p cannot be below 0.031."
+    )
+
+
+def test_nothing_is_claimed_of_the_best_method_without_enough_seeds_or_a_clear_interval() -> None:
+    one_seed = findings.found(grouped([run("gd", 0), run("masip", 0, {"average_fid": 3.0})]), "gd")
+    assert one_seed == (
+        "gd has the lowest average FID of 2 continual methods, 1.0; that of masip is 3.0. Nothing can be concluded "
+        "from this: there is one seed, and differences between methods may be chance."
+    )
+    no_pairs = findings.found(grouped([run("gd", 0), run("gd", 1), run("masip", 2), run("masip", 3)]), "gd")
+    assert no_pairs.endswith("Nothing can be concluded from this: they have fewer than two seeds in common.")
+    unclear = [*runs_with("gd", 10.0, 12.0, 11.0), *runs_with("masip", 9.0, 12.5, 10.0)]
+    text = findings.found(grouped(unclear), "gd")
+    assert "is not wholly below 0, so it is not shown to be better." in text
+    assert "3 seeds are too few to show anything" in text
+    # Where the baseline is the best, or has no runs, it is compared with the next best.
+    for baseline in ("masip", "replay"):
+        assert "against gd," in findings.found(grouped(unclear), baseline)
+
+
+@pytest.mark.parametrize("name", [*METHODS_BY_NAME, "gd+rank10:signs", "gd+bands8:top,slopes,alone"])
+def test_every_method_is_described_by_its_parts(name: str) -> None:
+    config = RunConfig(method=name)
+    text = words.describe(config.as_json()["recipe"], vars(config))
+    parts, penalty = text.count("images of old classes"), config.recipe.penalty
+    assert parts == bool(config.recipe.replays)
+    assert ("EWC penalty" in text) == (penalty is not None)
+    if penalty is not None:
+        assert f"lam {penalty.lam:g}: {words.MODES[penalty.mode].removeprefix(words.CONTROL)}." in text
+        assert ("ontrol, not a method" in text) == (penalty.direction == "signs" or penalty.mode == "alone")
+    assert words.describe(config.as_json()["recipe"], {**vars(config), "ema": 0.9}) == (
+        f"{text} An average of the weights, with decay 0.9, replaces them at the end of a task."
+    )
+
+
+POISON = "[/red]<b onload=x>|`*](x)"
+
+
+def poisoned(folder: Path) -> Path:
+    """Two runs of two methods whose records name an extractor that is markup."""
+    for method in ("gd", "gd+rank1"):
+        made = fabricate(folder / method, method, 0, tasks=2, classes_per_task=1)
+        for name in ("config.json", "metrics.jsonl", "summary.json"):
+            text = (made / name).read_text()
+            (made / name).write_text(text.replace("cnn32-digits", json.dumps(POISON)[1:-1]))
+        summary = json.loads((made / "summary.json").read_text())
+        summary["metrics_sha256"] = sha256_of(made / "metrics.jsonl")
+        (made / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+def test_markup_in_records_is_shown_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "[/bold]"
+    assert cli.main(["report", str(poisoned(tmp_path / "runs")), "--out", str(out)]) == 0
+    output = capsys.readouterr().out
+    assert POISON in output.replace("\n", "")
+    assert str(out / "report.html") in output
+    assert POISON in Page(out / "report.html").text
+    assert "[/red]&lt;b onload=x>\\|\\`\\*]\\(x)" in (out / "comparison.md").read_text()
+
+
+@pytest.mark.parametrize("command", ["report", "compare"])
+def test_an_output_in_ascii_does_not_end_a_command(
+    command: str, finished: Path, extractor_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    shutil.copytree(extractor_folder, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(finished, tmp_path / "gd+rank1-seed0")
+    run_options = ["--methods", "gd+rank1", *cli_options(SHORT), "--out", tmp_path]
+    done = crl_diffusion(command, *([tmp_path] if command == "report" else run_options))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "average FID v" in done.stdout
+    assert str(tmp_path / "report.html") in done.stdout
