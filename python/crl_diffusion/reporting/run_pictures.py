@@ -39,7 +39,8 @@ def of_run(run: Path) -> list[Path]:
     drawings = []
     if (grid := grid_over_tasks(run, len(r), f"Samples of {name}")) is not None:
         drawings.append(drawing("samples", grid[0], "", ""))
-    figure, axis = plt.subplots(figsize=(5.2, 4.4), layout="constrained")
+    room = 0.08 * max(map(len, tasks), default=0)
+    figure, axis = plt.subplots(figsize=(5.2 + room, 4.4), layout="constrained")
     colour_bar(figure, heatmap(axis, r, limits([r]), names=tasks), axis)
     axis.set(xlabel="FID of task", ylabel="after learning task")
     axis.set_title(wrap(name, 50), fontsize=10)

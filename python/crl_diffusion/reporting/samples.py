@@ -150,7 +150,7 @@ def sheet(rows: Sequence[tuple[str, np.ndarray]], title: str) -> Figure:
     space = np.ones((gap, strips[0].shape[1], 3))
     picture = np.concatenate([part for image in strips for part in (image, space)][:-1])
     labels = [no_mathematics(label) for label, _ in rows]
-    left, head, inch = 0.3 + 0.085 * max(map(len, labels)), 0.45, 0.55 / (side + gap)  # inch: of one pixel
+    left, head, inch = 0.3 + 0.075 * max(map(len, labels)), 0.45, 0.55 / (side + gap)  # inch: of one pixel
     across, down = picture.shape[1] * inch, picture.shape[0] * inch
     width, height = max(left + across + 0.15, 5), down + head + 0.1
     figure = plt.figure(figsize=(width, height))

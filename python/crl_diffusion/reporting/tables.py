@@ -239,7 +239,8 @@ def markdown(sheet: Sheet) -> str:
         return "| " + " | ".join(text.replace("\n", " ").replace("|", "\\|") for text in cells) + " |"
 
     rule = "|---" + "|---:" * (len(sheet.head) - 1) + "|"
-    return "\n".join([line(sheet.head), rule, *map(line, sheet.body), "", sheet.caption, ""])
+    caption = sheet.caption.replace("<", "&lt;")  # in the name of a class
+    return "\n".join([line(sheet.head), rule, *map(line, sheet.body), "", caption, ""])
 
 
 def markdown_sheets(groups: Groups, baseline: str) -> str:

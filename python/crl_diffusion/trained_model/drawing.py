@@ -77,10 +77,11 @@ def draw(trained: TrainedModel, labels: Sequence[int], numbers: Sequence[int], s
 def file_stem(trained: TrainedModel, c: int) -> str:
     """How the names of the files of class c begin: its label and those letters of its name that every file system
     takes, or `class-3`."""
-    digits = len(str(max(len(trained.names.names) - 1, *trained.learnt)))
-    name = unicodedata.normalize("NFKD", trained.names.of(c)) if trained.names.names else ""
-    plain = re.sub("[^0-9A-Za-z]+", "-", name.encode("ascii", "ignore").decode()).strip("-")[:NAME_LENGTH]
-    return f"{c:0{digits}}-{plain}" if plain else f"class-{c:0{digits}}"
+    digits = len(str(trained.classes - 1))
+    name = trained.names.of(c)
+    letters = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
+    plain = re.sub("[^0-9A-Za-z]+", "-", letters)[:NAME_LENGTH].strip("-")
+    return f"{c:0{digits}}-{plain}" if plain and name != str(c) else f"class-{c:0{digits}}"
 
 
 def write_images(

@@ -7,7 +7,6 @@ so images agree up to rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -39,8 +38,8 @@ def require_exportable(model: str) -> None:
 
 
 def write_folder(trained: TrainedModel, out: Path) -> list[Path]:
-    """unet/ and scheduler/ as diffusers writes them, model_card.json with the names of the classes, and README.md, which
-    shows how to load them. Returns these four."""
+    """unet/ and scheduler/ as diffusers writes them, model_card.json with the names of the classes, and README.md with
+    the code that loads them. Returns these four."""
     require_exportable(trained.config.model)
     from diffusers import DDIMScheduler
 
@@ -100,9 +99,9 @@ tags: [diffusers, class-conditional, continual-learning]
 
 # A class-conditional diffusion model
 
-Trained by `crl-diffusion`: `{trained.subject}`. It draws images of {channels} x {side} x {side} pixels in [-1, 1], of
-{len(trained.learnt)} classes.{arithmetic} No pipeline of diffusers hands class labels to a UNet2DModel, so the folder has
-a UNet and a scheduler. In this folder:
+Trained by `crl-diffusion`: `{trained.subject}`. It draws images of {channels} x {side} x {side} pixels in [-1, 1] of
+{len(trained.learnt)} classes.{arithmetic} No pipeline of diffusers hands class labels to a UNet2DModel, so the folder
+has a UNet and a scheduler. In this folder:
 
 ```python
 import json
@@ -113,8 +112,8 @@ scheduler = DDIMScheduler.from_pretrained(".", subfolder="scheduler")
 class_names = json.load(open("model_card.json", encoding="utf-8"))["class_names"]  # class_names[label]
 ```
 
-Eight images of one class, in the {config.eval_steps} steps that the run was evaluated with; more steps are slower and
-usually better:
+Eight images of one class, in the {config.eval_steps} steps that the run was evaluated with. More steps take longer and
+usually draw better:
 
 ```python
 def draw(noise, label):
