@@ -40,6 +40,8 @@ def test_an_image_is_the_same_bits_whatever_is_drawn_beside_it(finished: Path, t
     few, many = pictures(tmp_path / "few"), pictures(tmp_path / "many")
     assert (len(few), len(many)) == (6, 84)
     assert few == {name: many[name] for name in few}
+    together = drawing.draw(trained, [0, 3, 1, 2, 3], [4, 0, 0, 0, 1], 5, 4)
+    assert torch.equal(drawing.draw(trained, [3], [0], 5, 4)[0], together[1])
     assert len({hashlib.sha256(content).digest() for content in many.values()}) == 84
 
 
