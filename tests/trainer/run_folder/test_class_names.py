@@ -43,5 +43,5 @@ def test_names_that_are_no_texts_are_damage(short: Short, tmp_path: Path) -> Non
     claim(short(), tmp_path, "digits", {}, ["a"])
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "class_names": [1]}))
-    with pytest.raises(RecordError, match="class_names is .* expected a list, each a text"):
+    with pytest.raises(RecordError, match=r"class_names is .* expected a list, each a text"):
         read_config(tmp_path)

@@ -65,7 +65,9 @@ def test_the_images_are_ddim_samples_of_the_streams_of_their_own(finished: Path,
         (["1-3", "T-shirt/top", "0"], [1, 2, 3, 0]),
     ],
 )
-def test_classes_are_asked_for_by_name_number_or_range(named: TrainedModel, words: list[str], labels: list[int]) -> None:
+def test_classes_are_asked_for_by_name_number_or_range(
+    named: TrainedModel, words: list[str], labels: list[int]
+) -> None:
     assert drawing.chosen_classes(words, named) == labels
 
 

@@ -66,17 +66,17 @@ def test_a_task_has_the_weights_of_its_end(finished: Path) -> None:
 
 
 def test_a_task_that_a_run_has_no_weights_of_is_refused(finished: Path, tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="--task is 3, .* ends its tasks with 1, 2"):
+    with pytest.raises(OptionError, match=r"--task is 3, .* ends its tasks with 1, 2"):
         weights.read(finished, 3, "cpu", silent)
     copy = tmp_path / "run"
     shutil.copytree(finished, copy)
     end = copy / "checkpoints" / "02-00000000.safetensors"
     end.write_bytes(end.read_bytes()[:-1])
-    with pytest.raises(RecordError, match="02-00000000.safetensors' is damaged .*give another --task"):
+    with pytest.raises(RecordError, match=r"02-00000000\.safetensors' is damaged .*give another --task"):
         weights.read(copy, 2, "cpu", silent)
     lines: list[str] = []
     assert weights.read(copy, None, "cpu", lines.append).moment == "after step 6 of task 2"
     assert "02-00000000.safetensors is damaged" in lines[0]
     end.unlink()
-    with pytest.raises(OptionError, match="--task is 2, but there is no 02-00000000.safetensors"):
+    with pytest.raises(OptionError, match=r"--task is 2, but there is no 02-00000000\.safetensors"):
         weights.read(copy, 2, "cpu", silent)
