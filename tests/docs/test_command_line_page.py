@@ -13,7 +13,7 @@ from helpers.pages import DOCS, ROOT
 
 PAGE = DOCS / "reference" / "command-line.md"
 RENEW = "python tests/docs/test_command_line_page.py"
-COMMANDS = ("train", "compare", "report", "diagnose", "list")
+COMMANDS = ("train", "compare", "report", "diagnose", "sample", "export", "list")
 
 
 def help_text(command: str) -> str:

@@ -1,4 +1,4 @@
-"""The command line: `crl-diffusion train | compare | report | diagnose | list`.
+"""The command line: `crl-diffusion train | compare | report | diagnose | sample | export | list`.
 
 Exit code 2, with a message on stderr: an option that cannot be used, a record that cannot be read, a folder that cannot
 be written. Exit code 1: training cannot continue. After SIGINT, SIGTERM or SIGHUP: 128 plus the signal's number.
@@ -12,8 +12,18 @@ import sys
 from collections.abc import Sequence
 
 from crl_diffusion import signals
-from crl_diffusion.cli.commands import compare, complain, diagnose, is_first, list_choices, report, train
-from crl_diffusion.cli.options import Compare, Diagnose, List, Train
+from crl_diffusion.cli.commands import (
+    compare,
+    complain,
+    diagnose,
+    export,
+    is_first,
+    list_choices,
+    report,
+    sample,
+    train,
+)
+from crl_diffusion.cli.options import Compare, Diagnose, Export, List, Sample, Train
 from crl_diffusion.cli.parser import parse
 from crl_diffusion.errors import OptionError
 
@@ -30,6 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return compare(command)
             if isinstance(command, Diagnose):
                 return diagnose(command)
+            if isinstance(command, Sample):
+                return sample(command)
+            if isinstance(command, Export):
+                return export(command)
             if isinstance(command, List):
                 return list_choices(command)
             return report(command)

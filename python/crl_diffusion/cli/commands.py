@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from crl_diffusion.cli.options import Compare, Diagnose, List, Report, Train
+from crl_diffusion.cli.options import Compare, Diagnose, Export, List, Report, Sample, Train
 from crl_diffusion.config.settings import RunConfig, check
 from crl_diffusion.config.spelling import in_order, label, parse_variant
 from crl_diffusion.errors import OptionError, TrainingError, WriteError
@@ -206,8 +206,7 @@ def diagnose(command: Diagnose) -> int:
         if not 0 <= t < 1000 or command.timesteps.count(t) > 1:
             chosen = " ".join(map(str, command.timesteps))
             raise OptionError(f"--timesteps is {chosen!r}; give timesteps from 0 to 999, none twice")
-    if not (command.run / "config.json").exists():
-        raise OptionError(f"{str(command.run)!r} holds no run; give a folder written by `train`")
+    require_run(command.run)
     console = Console(soft_wrap=True)
 
     from crl_diffusion import diagnosis
@@ -235,6 +234,68 @@ def diagnose(command: Diagnose) -> int:
     head, body = result.table()
     caption = f"{result.num_samples} samples at every timestep; brackets are 95 % intervals."
     show(console, tables.rich_table(head, body, caption), paths)
+    return 0
+
+
+def require_run(folder: Path) -> None:
+    """OptionError unless this is the folder of a run. It names the runs in the folder of a comparison."""
+    if (folder / "config.json").exists():
+        return
+    inside = sorted(path.parent for path in folder.glob("*/config.json"))
+    if not inside:
+        raise OptionError(f"{str(folder)!r} holds no run; give a folder written by `train`")
+    names = ", ".join(path.name for path in inside[:12]) + (f" and {len(inside) - 12} more" if inside[12:] else "")
+    raise OptionError(f"{str(folder)!r} is no run but holds {names}; give one of them, such as {str(inside[0])!r}")
+
+
+def sample(command: Sample) -> int:
+    if command.count < 1:
+        raise OptionError(f"--count is {command.count}; it must be at least 1")
+    if command.seed < 0:
+        raise OptionError(f"--seed is {command.seed}; it must be at least 0")
+    if command.steps is not None and not 1 <= command.steps <= 1000:
+        raise OptionError(f"--steps is {command.steps}; it must be between 1 and 1000")
+    require_run(command.run)
+    console = Console(soft_wrap=True)
+
+    from crl_diffusion.trained_model import drawing, weights
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, markup=False)
+
+    trained = weights.read(command.run, command.task, command.device, say)
+    classes = drawing.chosen_classes(command.classes, trained)
+    steps = trained.config.eval_steps if command.steps is None else command.steps
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("images"))
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=quiet_output(console)) as progress:
+        bar = progress.add_task("drawing", total=None)
+
+        def advance(done: int, total: int) -> None:
+            progress.update(bar, completed=done, total=total)
+
+        paths = drawing.write_images(trained, command.out, classes, command.count, command.seed, steps, advance)
+    say(
+        f"{trained.subject}: {command.count} images each of {len(classes)} classes, seed {command.seed}, {steps} DDIM "
+        f"steps, in {command.out}"
+    )
+    say(f"sheet and record: {paths[0]}, {paths[1]}")
+    return 0
+
+
+def export(command: Export) -> int:
+    require_run(command.run)
+    console = Console(soft_wrap=True)
+
+    from crl_diffusion.trained_model import export, weights
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, markup=False)
+
+    trained = weights.read(command.run, command.task, "cpu", say)
+    paths = export.write_folder(trained, command.out)
+    say(f"{trained.subject}; written for diffusers, how to load it is in the first of:")
+    for path in paths:
+        say(f"  {path}")
     return 0
 
 

@@ -112,6 +112,42 @@ class Diagnose:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sample:
+    """Draw images with a trained model: PNG files and a sheet of all classes. Nothing is trained."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder, as written by `train`. Its newest checkpoint is used, with the weights that an evaluation uses."""
+    out: Path
+    """Folder for the images. It must be new or empty, or have been written by the same command."""
+    classes: tuple[str, ...] = ()
+    """Classes to draw: names, numbers from 0, or ranges of numbers such as 0-4. A name comes before a number. By
+    default all classes that the model has learnt."""
+    count: int = 8
+    """Images of each class. With a larger number the first images are the same."""
+    seed: int = 0
+    """Random seed of the images."""
+    steps: int | None = None
+    """DDIM steps, from 1 to 1000. By default --eval-steps of the run. More take longer and
+    usually draw better."""
+    task: int | None = None
+    """Use the weights of the end of this task. Tasks are counted from 1. By default the newest checkpoint."""
+    device: Device = "auto"
+    """Device. auto means CUDA if a CUDA device is available, otherwise the CPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write a trained UNet as a folder that diffusers loads without this package."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder, as written by `train`. Its newest checkpoint is used, with the weights that an evaluation uses."""
+    out: Path
+    """Folder for the model. It must be new or empty, or have been written by the same command."""
+    task: int | None = None
+    """Use the weights of the end of this task. Tasks are counted from 1. By default the newest checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class List:
     """List the data sets, models, methods and presets with their numbers."""
 
@@ -119,4 +155,4 @@ class List:
     """Print Markdown: the content of python/PRESETS.md."""
 
 
-Command = Train | Compare | Report | Diagnose | List
+Command = Train | Compare | Report | Diagnose | Sample | Export | List

@@ -7,13 +7,14 @@ from typing import Annotated, Any, Union
 
 import tyro
 
-from crl_diffusion.cli.options import Command, Compare, Diagnose, List, Report, Train
+from crl_diffusion.cli.options import Command, Compare, Diagnose, Export, List, Report, Sample, Train
 from crl_diffusion.config.presets import PRESETS
 from crl_diffusion.errors import OptionError
 
 DESCRIPTION = (
     "Trains diffusion models on a sequence of tasks, each with new classes. `train` runs one method and `compare` "
-    "several. `report` and `diagnose` read finished runs. `list` shows the data sets, models, methods and presets."
+    "several. `report` and `diagnose` read finished runs, `sample` and `export` take a run's model away. `list` shows "
+    "the data sets, models, methods and presets."
 )
 
 
@@ -35,6 +36,8 @@ def parse(argv: Sequence[str]) -> Command:
         ],
         Annotated[Report, tyro.conf.subcommand("report")],
         Annotated[Diagnose, tyro.conf.subcommand("diagnose")],
+        Annotated[Sample, tyro.conf.subcommand("sample")],
+        Annotated[Export, tyro.conf.subcommand("export")],
         Annotated[List, tyro.conf.subcommand("list")],
     ]
     return tyro.cli(commands, prog="crl-diffusion", description=DESCRIPTION, args=list(argv))  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from crl_diffusion.data.dataset import CatalogEntry, Dataset, in_memory
 from crl_diffusion.data.folder import read_folder
 from crl_diffusion.data.imagenet32 import read_imagenet32
 from crl_diffusion.data.images import rank_in_class
-from crl_diffusion.data.torchvision_sets import read_cifar10, read_mnist
+from crl_diffusion.data.torchvision_sets import FASHION_MNIST_CLASSES, read_cifar10, read_mnist
 
 
 def _digits(root: Path, size: int) -> Dataset:
@@ -32,7 +32,7 @@ def _digits(root: Path, size: int) -> Dataset:
 DATASETS: dict[str, CatalogEntry] = {
     "digits": CatalogEntry(_digits, (8,), validation_every=4),
     "mnist": CatalogEntry(read_mnist("MNIST", "mnist"), (16, 32)),
-    "fashion_mnist": CatalogEntry(read_mnist("FashionMNIST", "fashion_mnist"), (16, 32)),
+    "fashion_mnist": CatalogEntry(read_mnist("FashionMNIST", "fashion_mnist", FASHION_MNIST_CLASSES), (16, 32)),
     "cifar10": CatalogEntry(read_cifar10, (16, 32)),
     "imagenet32": CatalogEntry(read_imagenet32, (16, 32)),
     "folder": CatalogEntry(read_folder, ()),

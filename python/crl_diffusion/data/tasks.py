@@ -46,6 +46,7 @@ class Data:
     train: Images
     test: Images
     tasks: tuple[Task, ...]
+    class_names: tuple[str, ...] = ()  # by label; empty: the labels are the names
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -88,7 +89,7 @@ def load(config: RunConfig, root: Path) -> Data:
         Task(i, c, *(part.of_classes(c) for part in (used, validation, held_out))) for i, c in enumerate(plan)
     )
     _check(config, entry, dataset, tasks)
-    return Data(dataset.name, dataset.classes, train, dataset.test, tasks)
+    return Data(dataset.name, dataset.classes, train, dataset.test, tasks, dataset.class_names)
 
 
 def _check(config: RunConfig, entry: CatalogEntry, dataset: Dataset, tasks: Sequence[Task]) -> None:

@@ -12,10 +12,14 @@ from crl_diffusion.data.dataset import Dataset, in_memory
 from crl_diffusion.data.folder import ImageTree, in_words, is_or_are
 from crl_diffusion.errors import OptionError
 
+FASHION_MNIST_CLASSES = (
+    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+)
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
-def read_mnist(class_name: str, option: str) -> Callable[[Path, int], Dataset]:
+def read_mnist(class_name: str, option: str, class_names: tuple[str, ...] = ()) -> Callable[[Path, int], Dataset]:
     """MNIST, or a set in its format, through torchvision."""
     needed = [f"{part}-{array}-ubyte" for part in ("train", "t10k") for array in ("images-idx3", "labels-idx1")]
 
@@ -44,7 +48,7 @@ def read_mnist(class_name: str, option: str) -> Callable[[Path, int], Dataset]:
                 f"{str(root / class_name)!r} and download them anew with: "
                 f'python -c "from torchvision.datasets import {class_name} as D; D({str(root)!r}, download=True)"'
             ) from error
-        return in_memory(option, train, test, size)
+        return in_memory(option, train, test, size, class_names)
 
     return read
 
@@ -59,7 +63,7 @@ def read_cifar10(root: Path, size: int) -> Dataset:
     archive, copy = root / "cifar-10-batches-py", root / "cifar10_jpeg"
     if archive.is_dir():
         train, test = _cifar10_batches(root, archive)
-        return in_memory("cifar10", train, test, size)
+        return in_memory("cifar10", train, test, size, CIFAR10_CLASSES)
     if copy.is_dir():
         tree = ImageTree(copy, "--data cifar10")
         if tree.classes != CIFAR10_CLASSES:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -41,6 +41,14 @@ def build(name: str, shape: tuple[int, int, int], classes: int, seed: int) -> nn
                 num_class_embeds=classes,
             ),
         )
+
+
+def sizes(name: str, weights: Mapping[str, Tensor], image_size: int) -> tuple[tuple[int, int, int], int]:
+    """The shape (C, S, S) and the number of classes that `build` was given for a model with these weights."""
+    if isinstance(MODELS[name], MLPSize):
+        channels = weights["first.weight"].shape[1] // image_size**2
+        return (channels, image_size, image_size), len(weights["label_embedding.weight"])
+    return (weights["conv_in.weight"].shape[1], image_size, image_size), len(weights["class_embedding.weight"])
 
 
 @contextmanager

@@ -15,6 +15,11 @@ from crl_diffusion.diffusion.noising import TIMESTEPS, Schedule, stream
 Predictor = Callable[[Tensor, Tensor, Tensor], Tensor]  # noised (B, C, H, W), t (B,), label (B,) -> noise (B, C, H, W)
 
 
+def draw_latent(seed: int, purpose: str, c: int, n: int, shape: tuple[int, int, int], task: int = 0) -> Tensor:
+    """Starting noise of the n-th image of class c, (C, H, W), from a stream of its own."""
+    return torch.randn(shape, generator=stream(seed, f"{purpose}, class {c}", task, n))
+
+
 def draw_latents(seed: int, purpose: str, label: Tensor, shape: tuple[int, int, int], task: int = 0) -> Tensor:
     """Starting noise, (N, C, H, W), one stream per image: the n-th image of class c starts from the same noise for any
     number of images and any batches."""
@@ -22,7 +27,7 @@ def draw_latents(seed: int, purpose: str, label: Tensor, shape: tuple[int, int, 
     latents = torch.empty(len(label), *shape)
     for i, c in enumerate(label.tolist()):
         n = seen[c] = seen.get(c, -1) + 1
-        latents[i] = torch.randn(shape, generator=stream(seed, f"{purpose}, class {c}", task, n))
+        latents[i] = draw_latent(seed, purpose, c, n, shape, task)
     return latents
 
 

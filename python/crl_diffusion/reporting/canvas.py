@@ -6,7 +6,7 @@ import io
 import os
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+from crl_diffusion.run_folder.class_names import ClassNames, classes_by_task
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart, and markers for those who print in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -60,10 +63,42 @@ def wrap(method: str, width: int) -> str:
     return "\n".join(re.sub(r"([+:,@]) ", r"\1", line) for line in lines)
 
 
+def class_label(names: ClassNames, c: int, width: int) -> str:
+    """A class's name in at most `width` characters, or `class 3` if it has none, or one with letters that the font of
+    pictures lacks."""
+    name, font = names.of(c), get_font(findfont(FontProperties()))
+    if name == str(c) or not all(font.get_char_index(ord(letter)) for letter in name):
+        return f"class {c}"
+    return shorten(name, width)
+
+
+def no_mathematics(text: str) -> str:
+    return text.replace("$", r"\$")
+
+
+def shorten(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1].rstrip() + "…"
+
+
+def task_names(record: Mapping[str, Any], width: int = 24) -> list[str]:
+    """`1: airplane, automobile` for each task of a run, from the content of its config.json; none without names."""
+    names = ClassNames.recorded(record)
+    if not names.names:
+        return []
+    titles = [
+        f"{number}: {', '.join(class_label(names, c, width) for c in classes)}"
+        for number, classes in enumerate(classes_by_task(record), start=1)
+    ]
+    return [no_mathematics(shorten(title, width)) for title in titles]
+
+
 # R and curves
 
 
-def heatmap(axis: Axes, r: Sequence[Sequence[float]], limits: tuple[float, float], size: float = 9) -> Any:
+def heatmap(
+    axis: Axes, r: Sequence[Sequence[float]], limits: tuple[float, float], size: float = 9, names: Sequence[str] = ()
+) -> Any:
+    """`names` are those of the tasks, for the rows; by default their numbers."""
     tasks = len(r)
     table = np.full((tasks, tasks), np.nan)
     for i, row in enumerate(r):
@@ -76,7 +111,7 @@ def heatmap(axis: Axes, r: Sequence[Sequence[float]], limits: tuple[float, float
             axis.text(j, i, f"{table[i, j]:.3g}", ha="center", va="center", color=colour, fontsize=size)
     ticks = range(0, tasks, 1 if tasks <= 10 else 2)
     axis.set_xticks(ticks, [str(j + 1) for j in ticks])
-    axis.set_yticks(ticks, [str(i + 1) for i in ticks])
+    axis.set_yticks(ticks, [names[i] if names else str(i + 1) for i in ticks])
     return image
 
 
@@ -109,8 +144,9 @@ def limits(matrices: Sequence[Sequence[Sequence[float]]]) -> tuple[float, float]
     return min(values) / 1.1, max(values) * 1.1
 
 
-def task_lines(axis: Axes, r: Sequence[Sequence[float]]) -> None:
-    """FID of each task after each task, a line a task: a few in colours, many from dark to light as learnt."""
+def task_lines(axis: Axes, r: Sequence[Sequence[float]], names: Sequence[str] = ()) -> None:
+    """FID of each task after each task, a line a task: a few in colours, many from dark to light as learnt. `names` are
+    those of the tasks; by default their numbers."""
     tasks = len(r)
     for j in range(tasks):
         after = [i for i in range(tasks) if len(r[i]) > j]
@@ -122,6 +158,6 @@ def task_lines(axis: Axes, r: Sequence[Sequence[float]]) -> None:
             marker=MARKERS[j] if few else "",
             markersize=5,
             linewidth=1.5 if few else 1.1,
-            label=f"task {j + 1}",
+            label=f"task {names[j] if names else j + 1}",
         )
     axis.set_xticks(range(1, tasks + 1, 1 if tasks <= 10 else 3))

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from crl_diffusion.reporting import canvas, samples
 from crl_diffusion.reporting.canvas import COLOURS, DASHES, MARKERS, Drawing, drawing, plain_log, wrap
 from crl_diffusion.reporting.runs import Finished, Groups
+from crl_diffusion.run_folder.class_names import ClassNames
 from crl_diffusion.run_folder.readers import read_samples
 
 WIDTH = 10.2  # inches of a grid of panels
@@ -59,7 +60,8 @@ def final_samples(groups: Groups, name: str) -> Drawing | None:
     drawn = {label: images for label, run in chosen.items() if (images := read_samples(run.path, tasks)) is not None}
     if not drawn:
         return None
-    classes = samples.Classes.learnt(next(iter(drawn.values()))[1], tasks)
+    names = ClassNames.recorded(next(iter(chosen.values())).record)
+    classes = samples.Classes.learnt(next(iter(drawn.values()))[1], tasks, names)
     strips = samples.strips_of([*drawn.items()], classes)
     text = (
         f"What each method draws after the last of {tasks} tasks, seed {next(iter(chosen.values())).seed}. Columns are "

@@ -14,7 +14,7 @@ from crl_diffusion.reporting.runs import Finished, Groups, differing, runs_of
 from crl_diffusion.reporting.tables import NONE, Sheet
 
 DEFAULTS = {field.name: field.default for field in fields(Settings)}
-RECORDED = ("run", "command")  # parts of config.json that other tables show
+RECORDED = ("run", "command", "class_names")  # parts of config.json that other tables show
 
 
 def options(config: Mapping[str, Any]) -> list[str]:

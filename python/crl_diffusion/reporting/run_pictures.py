@@ -21,6 +21,7 @@ from crl_diffusion.reporting.canvas import (
     limits,
     plain_log,
     task_lines,
+    task_names,
     wrap,
 )
 from crl_diffusion.reporting.samples import grid_over_tasks
@@ -31,21 +32,23 @@ matplotlib.use("Agg")  # pictures go to files, with or without a display
 
 def of_run(run: Path) -> list[Path]:
     """Samples, R and curves of one run."""
-    config, rows = read_config(run)["run"], read_metrics(run)
+    record, rows = read_config(run), read_metrics(run)
+    config, tasks = record["run"], task_names(record)
     name = f"{label(config['method'], config)} on {config['data']}, seed {config['seed']}"
     r = fid_matrix(rows)
     drawings = []
     if (grid := grid_over_tasks(run, len(r), f"Samples of {name}")) is not None:
         drawings.append(drawing("samples", grid[0], "", ""))
-    figure, axis = plt.subplots(figsize=(5.2, 4.4), layout="constrained")
-    colour_bar(figure, heatmap(axis, r, limits([r])), axis)
+    room = 0.08 * max(map(len, tasks), default=0)
+    figure, axis = plt.subplots(figsize=(5.2 + room, 4.4), layout="constrained")
+    colour_bar(figure, heatmap(axis, r, limits([r]), names=tasks), axis)
     axis.set(xlabel="FID of task", ylabel="after learning task")
     axis.set_title(wrap(name, 50), fontsize=10)
-    drawings += [drawing("fid_matrix", figure, "", ""), drawing("curves", _curves(rows, r, name), "", "")]
+    drawings += [drawing("fid_matrix", figure, "", ""), drawing("curves", _curves(rows, r, name, tasks), "", "")]
     return [picture.save(run) for picture in drawings]
 
 
-def _curves(rows: Sequence[Row], r: Sequence[Sequence[float]], name: str) -> Figure:
+def _curves(rows: Sequence[Row], r: Sequence[Sequence[float]], name: str, tasks: Sequence[str]) -> Figure:
     """Left: losses over all steps. Right: FID of each task after each task."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     steps = [row for row in rows if row["kind"] == "step"]
@@ -66,7 +69,7 @@ def _curves(rows: Sequence[Row], r: Sequence[Sequence[float]], name: str) -> Fig
     left.set_ylabel("loss, mean squared error per pixel")
     left.set_title("Training loss", fontsize=11)
     left.legend(frameon=False)
-    task_lines(right, r)
+    task_lines(right, r, tasks)
     right.set_ylim(bottom=0)
     right.set(xlabel="after learning task", ylabel="FID (lower is better)")
     right.set_title("FID of each task", fontsize=11)

@@ -17,9 +17,11 @@ from rich.text import Text
 
 from crl_diffusion.reporting import seeds
 from crl_diffusion.reporting.runs import Finished, Groups, label_among, runs_of
+from crl_diffusion.run_folder.class_names import ClassNames, classes_by_task
 
 NONE = "–"
 MINUS = "−"
+NAMED_CLASSES = 24  # classes up to which a caption names them
 
 
 class Sheet(NamedTuple):
@@ -106,7 +108,19 @@ def headline(groups: Groups) -> Sheet:
     for name, group in groups.items():
         cells = [cell(values(group, column.key), column.digits) for column in columns]
         body.append([name, str(len(group)), *cells])
-    return Sheet(["method", "seeds", *(column.title for column in columns)], body, caption(runs))
+    text = caption(runs) + tasks_in_words(runs[0])
+    return Sheet(["method", "seeds", *(column.title for column in columns)], body, text)
+
+
+def tasks_in_words(run: Finished) -> str:
+    """` Task 1: airplane, automobile; task 2: ...`: the classes of each task, if they have names and are not too many
+    for a sentence."""
+    names = ClassNames.recorded(run.record)
+    tasks = classes_by_task(run.record) if names.names else []
+    if not 0 < sum(map(len, tasks)) <= NAMED_CLASSES:
+        return ""
+    parts = [f"task {i}: {', '.join(map(names.of, classes))}" for i, classes in enumerate(tasks, start=1)]
+    return f" T{'; '.join(parts)[1:]}."
 
 
 def caption(runs: Sequence[Finished]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,17 @@ def digest_of_saved(run: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
 
 
-def claim(config: RunConfig, out: Path, data_name: str, network_names: dict[str, str]) -> None:
+def claim(
+    config: RunConfig, out: Path, data_name: str, network_names: dict[str, str], class_names: Sequence[str] = ()
+) -> None:
     """Write config.json or, if it exists, require the same data set and the same networks for evaluation."""
     path, names = out / "config.json", {"data_name": data_name, **network_names}
     if path.exists():
         require_measured(out, names)
         return
     origins = {"environment": origin.environment(), "git": origin.git_state(), "command": origin.command_line()}
-    write_json(path, {"run": config.as_json(), **names, **origins})
+    named = {"class_names": list(class_names)} if class_names else {}
+    write_json(path, {"run": config.as_json(), **names, **named, **origins})
 
 
 def require_measured(out: Path, names: dict[str, str]) -> None:

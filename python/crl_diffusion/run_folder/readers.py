@@ -105,6 +105,7 @@ CONFIG: Shape = {
     **dict.fromkeys(("extractor", "classifier", "data_name"), optional(TEXT)),
     **dict.fromkeys(("environment", "git"), optional(OBJECT)),
     "command": optional(COMMAND),
+    "class_names": optional(list_of(TEXT)),
 }
 BY_TYPE = {bool: Kind("true or false", lambda x: isinstance(x, bool)), int: INTEGER, float: NUMBER, str: TEXT}
 RUN: Shape = {

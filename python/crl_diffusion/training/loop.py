@@ -84,7 +84,7 @@ def train(
                     tools = evaluate.instruments(features, data, extractor_folder or out, config.device)
                     for line in tools.about(config, data):
                         say(line)
-                    claim(config, out, data.name, tools.names())
+                    claim(config, out, data.name, tools.names(), data.class_names)
                 run = Run(config, out, data, tools, say)
 
                 # To resume: the newest good checkpoint.

@@ -15,7 +15,7 @@ from helpers.trainer_runs import crl_diffusion, require_one_line
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        ([], ["Missing subcommand", "train, compare, report, diagnose, list"]),
+        ([], ["Missing subcommand", "train, compare, report, diagnose, sample, export,"]),
         (["tran"], ["tran"]),
         (["train", "--method", "gd"], ["Missing", "--out"]),
         (["train", "--method", "gd", "--out", "x", "--stpes", "3"], ["Perhaps you meant", "--steps"]),
@@ -106,14 +106,15 @@ def test_a_process_says_the_same(tmp_path: Path) -> None:
     assert result.stderr == "crl-diffusion: error: --clip is -1.0; it must be a finite number, 0 or more\n"
 
 
-@pytest.mark.parametrize("name", ["train", "compare", "report", "diagnose", "list"])
+@pytest.mark.parametrize("name", ["train", "compare", "report", "diagnose", "sample", "export", "list"])
 def test_help_explains_every_option(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         cli.main([name, "--help"])
     assert end.value.code == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     commands = {"train": options.Train, "compare": options.Compare, "report": options.Report}
-    commands |= {"diagnose": options.Diagnose, "list": options.List}
+    commands |= {"diagnose": options.Diagnose, "sample": options.Sample, "export": options.Export}
+    commands["list"] = options.List
     for field in dataclasses.fields(commands[name]):
         option = f"--{field.name.replace('_', '-')} " if field.name not in ("folders", "run") else "PATH"
         assert option in text

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from crl_diffusion.config.settings import RunConfig
-from crl_diffusion.data.torchvision_sets import CIFAR10_CLASSES
+from crl_diffusion.data.torchvision_sets import CIFAR10_CLASSES, FASHION_MNIST_CLASSES
 from crl_diffusion.errors import OptionError
 from crl_diffusion.files import read_rows
 from crl_diffusion.training import loop
@@ -107,12 +107,14 @@ def test_mnist_files_are_read(name: str, folder: str, tmp_path: Path) -> None:
         assert torch.equal(part.pixels[:, 0, 2:30, 2:30], torch.from_numpy(pixels))
         assert part.labels.tolist() == [i % 10 for i in range(len(pixels))]
     assert load(name, tmp_path).shape == (1, 16, 16)
+    assert loaded.class_names == {"mnist": (), "fashion_mnist": FASHION_MNIST_CLASSES}[name]
 
 
 def test_cifar10_batches_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = write_cifar10(tmp_path, monkeypatch)
     loaded = load("cifar10", tmp_path)
     assert (loaded.name, loaded.classes, loaded.shape) == ("cifar10", 10, (3, 32, 32))
+    assert loaded.class_names == CIFAR10_CLASSES
     train = np.concatenate([written[f"data_batch_{i}"] for i in range(1, 6)])
     assert torch.equal(loaded.train.pixels, torch.from_numpy(train))
     assert torch.equal(loaded.test.pixels, torch.from_numpy(written["test_batch"]))
