@@ -1,8 +1,8 @@
-"""Parameters that DeepSpeed's ZeRO trains, recognized by the attributes that it sets on them. Nothing imports deepspeed.
+"""Parameters that DeepSpeed's ZeRO trains, recognized by attributes that it sets on them. Nothing imports deepspeed.
 
-ZeRO-1 and 2, and DeepSpeed's bf16 optimizer, take gradients from autograd's hooks into buffers of their own, step copies
-of the parameters and overwrite the parameters with them: nothing reads ``.grad``, and what others write to a parameter
-is lost. With ZeRO-3 a parameter moreover has no elements outside of its module's forward and backward pass.
+ZeRO-1 and 2, and DeepSpeed's bf16 optimizer, take gradients from autograd's hooks into buffers of their own, step
+copies of the parameters and overwrite the parameters with them: nothing reads ``.grad``, and what others write to a
+parameter is lost. With ZeRO-3 a parameter moreover has no elements outside of its module's forward and backward pass.
 """
 
 from torch import Tensor

@@ -97,8 +97,11 @@ class Attachment:
         self._history: _AttachedHistory | None = history
         self._lam = lam
         self._checked = self._warned = False
-        register = optimizer.register_step_post_hook if decoupled else optimizer.register_step_pre_hook
-        self._handle: RemovableHandle | None = register(self._after_step if decoupled else self._before_step)
+        self._handle: RemovableHandle | None = (
+            optimizer.register_step_post_hook(self._after_step)
+            if decoupled
+            else optimizer.register_step_pre_hook(self._before_step)
+        )
         # Set on the instance, where copy and pickle find it, because the class belongs to torch or to another library.
         optimizer.__getstate__ = partial(_state_with_attachments, optimizer)  # type: ignore[method-assign]
 
