@@ -9,8 +9,6 @@ from helpers.past_tasks import KINDS, MODES, flat, history_of, penalized_step, r
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-import crl_kernels as ck
-
 lightning = pytest.importorskip("lightning.pytorch", reason="lightning is not installed (extra integrations)")
 
 from crl_kernels.integrations.lightning import EWCCallback  # noqa: E402 - it imports lightning
