@@ -25,6 +25,7 @@ from .names import (
     matching,
     without_outer_wrappers,
 )
+from .zero import require_elements, require_own_gradient
 
 
 class Binding:
@@ -51,6 +52,7 @@ class Binding:
         if not trainable:
             raise ValueError("model has no parameter that requires a gradient and passes include= and exclude=.")
         for name, parameter in trainable.items():
+            require_elements(name, parameter)
             if not parameter.is_floating_point():
                 raise TypeError(f"parameter {name!r} is {parameter.dtype}; expected a real floating-point dtype.")
         devices = {parameter.device for parameter in trainable.values()}
@@ -267,6 +269,7 @@ class Binding:
                 "device). Call history.rebind(model) after that, which keeps the terms."
             )
         for name, shape, parameter in zip(self.layout.names, self.layout.shapes, self.params, strict=True):
+            require_elements(name, parameter)
             if parameter.shape != shape:
                 raise ValueError(
                     f"parameter {name!r} has shape {tuple(parameter.shape)} now and had {tuple(shape)} when the "
@@ -288,11 +291,16 @@ class Binding:
         index = {id(parameter): i for i, parameter in enumerate(self.params)}
         members = [[index.pop(id(p)) for p in group["params"] if id(p) in index] for group in param_groups]
         if index:
+            self.require_own_gradients()
             raise ValueError(
                 f"{join_names(self.layout.names[i] for i in index.values())}, which the history has, are in no "
                 "parameter group of the optimizer. Bind a history to what it moves, with include= or exclude=."
             )
         return members
+
+    def require_own_gradients(self) -> None:
+        """Raises ValueError if DeepSpeed's ZeRO trains the parameters; it trains all of a model or none."""
+        require_own_gradient(self.layout.names[0], self.params[0])
 
     def rates(self, param_groups: Sequence[Mapping[str, Any]]) -> dict[float | Tensor, list[int]]:
         """Learning rate -> indices of the bound parameters that an optimizer's groups move with it.

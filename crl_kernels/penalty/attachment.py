@@ -1,21 +1,24 @@
 """A history's penalty in the steps of any torch optimizer, by step hooks.
 
 Hooks run once for each step that the optimizer takes, also under gradient accumulation and when a GradScaler skips a
-step. A GradScaler gives some optimizers (``fused=True``) gradients that are still scaled, with the scale in
-``optimizer.grad_scale``, and tells them to skip by ``optimizer.found_inf``. Both are device tensors, and the hooks use
-them as such, so that they do not wait for the device.
+step. Where a step is given a closure that computes the gradients, the hook extends the closure. A GradScaler gives some
+optimizers (``fused=True``) gradients that are still scaled, with the scale in ``optimizer.grad_scale``, and tells them
+to skip by ``optimizer.found_inf``. Both are device tensors, and the hooks use them as such, so that they do not wait
+for the device.
 """
 
 import sys
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from ..model.binding import Binding
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -26,6 +29,7 @@ _UNSTABLE = 2.0  # gradient descent on a quadratic of curvature h diverges for l
 
 class _AttachedHistory(Protocol):
     _attachment: "Attachment | None"
+    _binding: Binding
 
     def stiffness(self, lam: float | Tensor, lr: float | Tensor) -> float | Tensor: ...
     def add_penalty_grad_(self, lam: float | Tensor) -> Tensor: ...
@@ -92,14 +96,17 @@ class Attachment:
     def __init__(self, history: _AttachedHistory, optimizer: Optimizer, lam: float | Tensor, decoupled: bool) -> None:
         self._history: _AttachedHistory | None = history
         self._lam = lam
-        self._warned = False
-        register = optimizer.register_step_post_hook if decoupled else optimizer.register_step_pre_hook
-        self._handle: RemovableHandle | None = register(self._after_step if decoupled else self._before_step)
+        self._checked = self._warned = False
+        self._handle: RemovableHandle | None = (
+            optimizer.register_step_post_hook(self._after_step)
+            if decoupled
+            else optimizer.register_step_pre_hook(self._before_step)
+        )
         # Set on the instance, where copy and pickle find it, because the class belongs to torch or to another library.
         optimizer.__getstate__ = partial(_state_with_attachments, optimizer)  # type: ignore[method-assign]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_history": self._history, "_lam": self._lam, "_warned": self._warned}
+        return {"_history": self._history, "_lam": self._lam, "_checked": False, "_warned": self._warned}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -112,19 +119,25 @@ class Attachment:
         if self._handle is not None:
             self._handle.remove()
 
-    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Adds the penalty's gradient, at the scale of the present gradients."""
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Adds the penalty's gradient, at the scale of the present gradients, or has the closure that computes the
+        gradients add it. Returns the step's arguments if they have changed."""
         if self._history is None or _is_nested(optimizer):
-            return
-        if kwargs.get("closure") is not None or any(callable(argument) for argument in args[1:]):
-            raise RuntimeError(
-                "optimizer.step was given a closure, which computes gradients after this hook has added the penalty's. "
-                "Add rank1_ewc_penalty or diagonal_ewc_penalty to the loss inside the closure instead, or attach with "
-                "decoupled=True."
-            )
-        self._warn_if_stiff(self._history, optimizer)
+            return None
+        history = self._history
+        if not self._checked and not torch.compiler.is_compiling():
+            history._binding.members(optimizer.param_groups)  # another library may have exchanged them since attach
+            self._checked = True
+        self._warn_if_stiff(history, optimizer)
+        if callable(closure := kwargs.get("closure")):
+            return args, kwargs | {"closure": _with_penalty(closure, history, self._lam)}
+        if callable(closure := args[1] if len(args) > 1 else None):
+            return (args[0], _with_penalty(closure, history, self._lam), *args[2:]), kwargs
         scale = getattr(optimizer, "grad_scale", None)
-        self._history.add_penalty_grad_(self._lam if scale is None else scale.double() * self._lam)
+        history.add_penalty_grad_(self._lam if scale is None else scale.double() * self._lam)
+        return None
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Takes the proximal step, unless the optimizer skipped its own."""
@@ -152,6 +165,17 @@ class Attachment:
                 "lam, or attach with decoupled=True, which is stable at every lam.",
                 stacklevel=2,
             )
+
+
+def _with_penalty(closure: Callable[[], Any], history: _AttachedHistory, lam: float | Tensor) -> Callable[[], Any]:
+    """A closure that adds the penalty to the gradients that ``closure`` computes, and to the loss that it returns."""
+
+    def penalized() -> Any:
+        loss = closure()
+        value = history.add_penalty_grad_(lam)
+        return loss + value.to(loss.dtype) if isinstance(loss, Tensor) else loss
+
+    return penalized
 
 
 def _is_nested(optimizer: Optimizer) -> bool:

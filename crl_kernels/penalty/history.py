@@ -139,6 +139,9 @@ class History(ABC, Generic[_Fisher]):
         step just after the optimizer's step, each parameter group with its present learning rate; it does nothing when
         a GradScaler made the optimizer skip its step.
 
+        If the step is given a closure, the penalty's gradient is added each time when the closure has computed the
+        task's, and its value to the closure's loss; a trainer that clips inside the closure does not clip the penalty.
+
         Some wrappers, such as those of accelerate, Lightning, SAM or Lookahead, keep the optimizer of these parameters
         in an attribute and step it. The hooks go to that inner optimizer, so each of its steps has the penalty. With
         SAM, therefore, the penalty's gradient is computed at the parameters and not at the perturbed point, and only
@@ -532,6 +535,7 @@ class History(ABC, Generic[_Fisher]):
     def _accumulate(self, accumulate: Callable[[list[Tensor], list[Tensor]], Tensor]) -> Tensor:
         """Runs ``accumulate(gradients, params)``, on one flat tensor each if both lie in one buffer."""
         self._binding.check(self._device, all_devices=False)
+        self._binding.require_own_gradients()
         self._follow_memory_order()
         bound: list[Tensor] = list(self._binding.params)
         shards = self._binding.shards
@@ -553,6 +557,7 @@ class History(ABC, Generic[_Fisher]):
 
     def _trainable_params(self) -> list[Tensor]:
         params = self._params()
+        self._binding.require_own_gradients()
         if frozen := [name for name, p in zip(self.names, self._binding.params, strict=True) if not p.requires_grad]:
             raise ValueError(
                 f"{join_names(frozen)} no longer require a gradient, and a decoupled step would move them. "

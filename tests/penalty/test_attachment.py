@@ -41,6 +41,56 @@ def test_200_steps_by_every_entry_point_are_the_same(kind):
     torch.testing.assert_close(ends["attached"], ends["loss"], rtol=1e-6, atol=1e-9)
 
 
+@KINDS
+@pytest.mark.parametrize("given", ["by position", "by name"])
+@pytest.mark.parametrize(
+    "kind_of_optimizer", [torch.optim.AdamW, torch.optim.LBFGS], ids=lambda optimizer: optimizer.__name__
+)
+def test_a_closure_has_the_penalty_in_its_gradients_and_in_its_loss(kind, given, kind_of_optimizer):
+    """LBFGS calls it many times in a step, and its line search compares the losses."""
+    options = {"line_search_fn": "strong_wolfe", "max_iter": 5} if kind_of_optimizer is torch.optim.LBFGS else {}
+    ends, losses = {}, {}
+    for entry in ("none", "loss", "attached"):
+        model = network()
+        history = history_of(model, kind)
+        optimizer = kind_of_optimizer(model.parameters(), lr=1e-2, **options)
+        if entry == "attached":
+            history.attach(optimizer, 1.5)
+        losses[entry] = []
+        for step in range(10):
+
+            def closure(model=model, history=history, optimizer=optimizer, entry=entry, step=step) -> Tensor:
+                optimizer.zero_grad()
+                loss = task_loss(model, step)
+                if entry == "loss":
+                    loss = loss + history.penalty(1.5)
+                loss.backward()
+                return loss.detach()
+
+            loss = optimizer.step(closure) if given == "by position" else optimizer.step(closure=closure)
+            losses[entry].append(float(loss))
+        ends[entry] = flat(model)
+    torch.testing.assert_close(ends["attached"], ends["loss"], rtol=1e-6, atol=1e-9)
+    assert losses["attached"] == pytest.approx(losses["loss"], rel=1e-6)
+    assert float((ends["none"] - ends["loss"]).norm()) > 1e-3
+
+
+def test_an_optimizer_whose_parameters_were_exchanged_after_attach_does_not_train_without_the_penalty():
+    """As libraries do it that step copies of their own in float32."""
+    model = network(torch.float32)
+    history = history_of(model, "low_rank")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    history.attach(optimizer, 1.5)
+    copies = [nn.Parameter(p.detach().clone()) for p in model.parameters()]
+    optimizer.param_groups[0]["params"] = copies
+    for copy in copies:
+        copy.grad = torch.ones_like(copy)
+    before = [copy.detach().clone() for copy in copies]
+    with pytest.raises(ValueError, match=r"'0.weight', .*are in no parameter group of the optimizer"):
+        optimizer.step()
+    assert all(map(torch.equal, copies, before))
+
+
 def groups_of(model: nn.Module) -> list[dict]:
     """Decay and no-decay groups with rates of their own, in another order than the model's."""
     params = list(model.parameters())
@@ -529,12 +579,6 @@ def test_unsuitable_optimizers_and_lam_are_refused_and_nothing_changes():
     before = flat(model)
     sgd.step()
     assert torch.equal(flat(model), before)
-
-    history.attach(sgd, 1.0)
-    for step in (lambda closure: sgd.step(closure), lambda closure: sgd.step(closure=closure)):
-        with pytest.raises(RuntimeError, match=r"optimizer.step was given a closure"):
-            step(lambda: torch.zeros(()))
-    assert all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize(
