@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import re
 import textwrap
 from collections.abc import Sequence
@@ -16,6 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+from crl_diffusion.files import replacing
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart, and markers for those who print in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -35,11 +36,10 @@ class Drawing(NamedTuple):
     caption: str
 
     def save(self, folder: Path) -> Path:
-        """Write a temporary file, then rename it."""
+        """Write the picture, completely or not at all."""
         path = folder / f"{self.name}.png"
-        temporary = path.with_suffix(f".{os.getpid()}.tmp.png")
-        temporary.write_bytes(self.png)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            temporary.write_bytes(self.png)
         return path
 
 
