@@ -94,21 +94,23 @@ def environment(name, choices):
     return value
 
 
-class BuildPure(build_py):
-    """Records why there are no libraries."""
-
-    left_out = None
-
-    def run(self):
-        super().run()
-        package = HERE if self.editable_mode else Path(self.build_lib)
-        write_record(package / "crl_kernels", {"_C.abi3.so": self.left_out})
+def finish(package, left_out):
+    """Removes the libraries that an earlier build has left and this one leaves out, and writes the record."""
+    for name in left_out:
+        (package / name).unlink(missing_ok=True)
+    write_record(package, left_out)
 
 
 def pure_python(reason):
     log(f"{reason}. Installing in pure Python: everything works, slowly.")
-    BuildPure.left_out = reason
-    return [], {"build_py": BuildPure}
+
+    class Build(build_py):
+        def run(self):
+            super().run()
+            top = HERE if self.editable_mode else Path(self.build_lib)
+            finish(top / "crl_kernels", {"_C.abi3.so": reason, "_C_cuda.abi3.so": reason})
+
+    return [], {"build_py": Build}
 
 
 def extensions():
@@ -175,7 +177,7 @@ def extensions():
         def run(self):
             super().run()
             package = Path(self.get_ext_fullpath("crl_kernels._C")).parent
-            write_record(package, {"_C_cuda.abi3.so": obstacle} if obstacle else {})
+            finish(package, {"_C_cuda.abi3.so": obstacle} if obstacle else {})
 
     return modules, {"build_ext": Build}
 
