@@ -1,31 +1,43 @@
 """Builds the native kernels in csrc/ that this machine can compile, and prints the reason for each one left out.
 
-    pip install torch && pip install --no-build-isolation .
+    pip install torch "setuptools>=77" ninja && pip install --no-build-isolation .
+
+`pip install .` builds in an environment of its own, and installs a torch of its own there.
 
 Environment:
     CRL_KERNELS_CUDA      auto (default): build the CUDA kernels if nvcc is found; 1: build them or fail; 0: do not
+    CRL_KERNELS_PURE_PYTHON  1: build no kernels; 0 (default)
     TORCH_CUDA_ARCH_LIST  GPU architectures, as in PyTorch (default: from 7.5 on); no GPU is needed or probed
     CXX                   the C++ compiler (default: g++ or c++)
 
-Both libraries use PyTorch's stable ABI for torch >= 2.10, so a wheel built beside one torch runs beside another.
+Both libraries use PyTorch's stable ABI for torch >= 2.10, so a wheel built beside one torch runs beside another. Beside
+them is `_build.json`: the digest of the sources that they were built from, and why there are no CUDA kernels, if so.
+`crl_kernels/backends/built.py` reads it.
 """
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
+write_record = runpy.run_path(str(HERE / "crl_kernels/backends/built.py"))["write_record"]
 # A change in one of these rebuilds the libraries.
 HEADERS = [
     str(path.relative_to(HERE)) for path in sorted((HERE / "csrc").rglob("*")) if path.suffix in (".h", ".cuh", ".inc")
 ]
 TORCH_TARGET_VERSION = "0x020a000000000000"  # torch 2.10: without it, a build on a newer torch may fail on an older one
 ABI3 = {"bdist_wheel": {"py_limited_api": "cp310"}}
+TORCH_FIRST = (
+    'Type: pip install "torch>=2.10" "setuptools>=77" ninja && pip install --no-build-isolation . '
+    "(or set CRL_KERNELS_PURE_PYTHON=1, which installs slow plain PyTorch)"
+)
 
 
 def log(message):
@@ -74,28 +86,55 @@ def cuda_obstacle(choice, nvcc, torch_cuda):
     return None
 
 
+def environment(name, choices):
+    """A variable's value, by default the first choice."""
+    value = os.environ.get(name, choices[0])
+    if value not in choices:
+        sys.exit(f"{name}={value!r}: expected {', '.join(choices[:-1])} or {choices[-1]}.")
+    return value
+
+
+def finish(package, left_out):
+    """Removes the libraries that an earlier build has left and this one leaves out, and writes the record."""
+    for name in left_out:
+        (package / name).unlink(missing_ok=True)
+    write_record(package, left_out)
+
+
+def pure_python(reason):
+    log(f"{reason}. Installing in pure Python: everything works, slowly.")
+
+    class Build(build_py):
+        def run(self):
+            super().run()
+            top = HERE if self.editable_mode else Path(self.build_lib)
+            finish(top / "crl_kernels", {"_C.abi3.so": reason, "_C_cuda.abi3.so": reason})
+
+    return [], {"build_py": Build}
+
+
 def extensions():
     """(ext_modules, cmdclass) for this machine; no modules means a pure-Python installation."""
-    choice = os.environ.get("CRL_KERNELS_CUDA", "auto")
-    if choice not in ("auto", "1", "0"):
-        sys.exit(f"CRL_KERNELS_CUDA={choice!r}: expected auto, 1 or 0.")
+    choice = environment("CRL_KERNELS_CUDA", ("auto", "1", "0"))
+    if environment("CRL_KERNELS_PURE_PYTHON", ("0", "1")) == "1":
+        return pure_python("CRL_KERNELS_PURE_PYTHON=1")
     nvcc = find_nvcc()
     if nvcc is not None:
         set_cuda_home(nvcc)  # before torch is imported
-    compiler = shutil.which(os.environ.get("CXX", "g++").split()[0]) or shutil.which("c++")
     try:
         import torch
         from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
-    except ImportError:
-        missing = "torch is not importable at build time: install torch first, then use --no-build-isolation"
-    else:
-        missing = None if compiler else "no C++ compiler was found (CXX, g++ or c++)"
+    except ImportError as error:
+        sys.exit(f"The kernels are compiled against torch, which cannot be imported ({error}). {TORCH_FIRST}")
+    if torch.__version__ < "2.10":
+        sys.exit(f"This torch is {torch.__version__}; expected 2.10 or later. {TORCH_FIRST}")
+    compiler = shutil.which(os.environ.get("CXX", "g++").split()[0]) or shutil.which("c++")
+    missing = None if compiler else "no C++ compiler was found (CXX, g++ or c++)"
     obstacle = f"{missing}." if missing else cuda_obstacle(choice, nvcc, torch.version.cuda)
     if choice == "1" and obstacle:
         sys.exit(f"CRL_KERNELS_CUDA=1 asks for the CUDA kernels, but {obstacle}")
     if missing:
-        log(f"{missing}. Installing in pure Python: everything works, slowly.")
-        return [], {}
+        return pure_python(missing)
 
     defines = [("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)]
     # No contraction: a product and a sum are fused where the code says so, whatever the compiler inlines, so that an
@@ -134,6 +173,11 @@ def extensions():
         def finalize_options(self):
             super().finalize_options()
             self.build_temp = "build/objects"  # kept, so that the next build compiles what has changed
+
+        def run(self):
+            super().run()
+            package = Path(self.get_ext_fullpath("crl_kernels._C")).parent
+            finish(package, {"_C_cuda.abi3.so": obstacle} if obstacle else {})
 
     return modules, {"build_ext": Build}
 

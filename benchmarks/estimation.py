@@ -159,6 +159,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
+    command.require_kernels(args.device)
     torch.set_num_threads(args.threads)
     result = measure(args)
     command.write(args.out, f"estimation_{args.device.partition(':')[0]}", result, markdown(result))

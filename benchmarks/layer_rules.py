@@ -139,6 +139,7 @@ def main() -> None:
     parser = command.parser("layer_rules", __doc__, "layer_rules_cpu_1thread.md")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
+    command.require_kernels()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     names = ["explicit", "Gram", "unfolded Gram", "shifted Gram"]

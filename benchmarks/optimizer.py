@@ -271,6 +271,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--channels-last", action="store_true", help="only steps in channels_last and in row-major")
     arguments = parser.parse_args()
+    command.require_kernels()
     torch.set_num_threads(arguments.threads)
     allocator.keep_freed_memory()
     sizes = arguments.parameters, arguments.tensors, arguments.rounds

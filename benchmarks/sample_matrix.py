@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--no-gram", action="store_true", help="leave out the Gram matrix")
     parser.add_argument("--system-allocator", action="store_true", help="give freed memory back to the system")
     arguments = parser.parse_args()
+    command.require_kernels()
     torch.set_num_threads(arguments.threads)
     timer = clock()
     kept = not arguments.system_allocator and allocator.keep_freed_memory()

@@ -220,6 +220,7 @@ def main() -> None:
     parser.add_argument("--no-peaks", action="store_true", help="leave out the processes that measure memory")
     parser.add_argument("--peak", metavar="METHOD", help="only this method's peak memory, of one size: bytes, as JSON")
     arguments = parser.parse_args()
+    command.require_kernels()
     torch.set_num_threads(1)
     if arguments.peak:
         print(json.dumps(peak(arguments.peak, arguments.sizes[0])))

@@ -253,6 +253,7 @@ def main() -> None:
     parser.add_argument("--passes", type=int, default=5, help="forward and backward (default: 5)")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
+    command.require_kernels()
     torch.set_num_threads(arguments.threads)
     allocator.keep_freed_memory()
     result = {

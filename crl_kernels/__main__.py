@@ -1,7 +1,10 @@
-"""``python -m crl_kernels`` prints versions, devices, and the implementation of each operator, for bug reports."""
+"""``python -m crl_kernels`` prints versions, devices, and the implementation of each operator, for bug reports;
+``--version`` the package's version alone."""
 
+import argparse
 import importlib.metadata
 import platform
+import signal
 
 import torch
 
@@ -24,6 +27,9 @@ def _gpus() -> list[str]:
 
 
 def main() -> None:
+    options = argparse.ArgumentParser(prog="python -m crl_kernels", description=__doc__)
+    options.add_argument("--version", action="version", version=f"crl_kernels {__version__}")
+    options.parse_args()
     built_for = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
     print(f"crl_kernels {__version__}")
     print(f"torch {torch.__version__} ({built_for if torch.version.cuda or torch.version.hip else 'CPU only'})")
@@ -48,4 +54,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a pipe that is closed, as by `| head`, ends this quietly
     main()

@@ -10,11 +10,13 @@ import ctypes
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 _ENTRY = "crl_kernels"
@@ -22,35 +24,26 @@ _VERSION = 2
 _KEYS = {1: {"version", "kind", "facts"}, 2: {"version", "kind", "facts", "digest"}}
 
 
-def _safetensors() -> Any:
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError("saving and loading need the safetensors package: pip install safetensors") from error
-    return safetensors
-
-
 def write(path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
     """Writes tensors, and JSON-able facts about them, to ``path``."""
-    library = _safetensors()
     _require_utf_8(path)
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     description = {"version": _VERSION, "kind": kind, "facts": facts}
     # One entry, because safetensors writes several in an arbitrary order, and equal states should give equal files.
     header = {_ENTRY: json.dumps(description | {"digest": _digest(description, plain)})}
-    data = library.torch.save(plain, header)
+    data = save(plain, header)
     target = Path(path)
     if not target.parent.is_dir():
         raise FileNotFoundError(
             f"path {os.fspath(path)!r}: its folder {str(target.parent)!r} does not exist; create it."
         )
-    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    unfinished = open(temporary, "xb")  # with the umask's mode, where tempfile's files are for their owner only
     try:
-        with os.fdopen(handle, "wb") as file:
+        with unfinished as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, target)
     except BaseException:
         os.unlink(temporary)
@@ -62,12 +55,6 @@ def _require_utf_8(path: str | os.PathLike[str]) -> None:
         os.fspath(path).encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"path {os.fspath(path)!r} is not UTF-8, as safetensors needs it; rename it.") from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _digest(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
@@ -93,7 +80,6 @@ def read(path: str | os.PathLike[str]) -> tuple[str, dict[str, Tensor], dict[str
         OSError: a file that cannot be opened: FileNotFoundError, IsADirectoryError, PermissionError.
         ValueError: a file of another kind, a damaged file, or a file of a later version; the message names it.
     """
-    library = _safetensors()
     _require_utf_8(path)
     if Path(path).is_dir():
         raise IsADirectoryError(f"path {os.fspath(path)!r} is a folder; expected a file.")
@@ -102,10 +88,10 @@ def read(path: str | os.PathLike[str]) -> tuple[str, dict[str, Tensor], dict[str
     with open(path, "rb"):  # raises PermissionError, for which safetensors has its own errors
         pass
     try:
-        with library.safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="pt") as file:
             entry = (file.metadata() or {}).get(_ENTRY)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
-    except (library.SafetensorError, RuntimeError, TypeError, ValueError) as error:
+    except (SafetensorError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{described(path)} is not a safetensors file, or is damaged: {error}.") from error
     if entry is None:
         raise ValueError(f"{described(path)} was not saved by this library.")

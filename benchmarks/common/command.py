@@ -24,6 +24,20 @@ def parser(name: str, description: str | None, files: str, out: Path | None = No
     return options
 
 
+def require_kernels(device: str = "cpu") -> None:
+    """Ends the command, with one line and exit code 2, where it would measure plain PyTorch without being asked to."""
+    from crl_kernels.backends import built, registry  # a command may install the library first
+
+    device = device.partition(":")[0]
+    if registry.CHOICE != "reference" and registry.implementation(device).startswith("reference"):
+        print(
+            f"nothing was measured: no kernels run on {device} ({registry.reason(device, 'low_rank_projections')}); "
+            f"type: {built.reinstall()}; or CRL_KERNELS_BACKEND=reference, to measure plain PyTorch",
+            file=sys.stderr,
+        )
+        raise SystemExit(2)
+
+
 def command_line(name: str) -> str:
     """The command that is running, for its record."""
     return " ".join([f"python -m benchmarks.{name}", *sys.argv[1:]])

@@ -27,6 +27,7 @@ from typing import Annotated
 
 import tyro
 
+from ..common import command as commands
 from . import ledger
 from .experiments import EXPERIMENTS, Experiment
 from .regime import running
@@ -79,6 +80,8 @@ def main(command: Command) -> None:
     known = [*EXPERIMENTS, *REGIMES]
     if command.experiment not in known:
         sys.exit(f"experiment {command.experiment!r} is not known; choose one of {', '.join(known)}")
+    if not command.report_only:
+        commands.require_kernels()
     folder = command.out / command.experiment
     lines = command.results / f"{command.experiment}.jsonl"
     folder.mkdir(parents=True, exist_ok=True)

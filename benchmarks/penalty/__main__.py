@@ -42,6 +42,7 @@ def main() -> None:
         "--row", choices=CONTENDERS | OPERATORS, help="only this row, of one size: its seconds, as JSON"
     )
     arguments = parser.parse_args()
+    command.require_kernels()
     torch.set_num_threads(arguments.threads)
     if arguments.row:
         print(json.dumps(measure_row(arguments.row, arguments.sizes[0], arguments.rounds)))

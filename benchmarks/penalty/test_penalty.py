@@ -3,11 +3,13 @@
 import pytest
 import torch
 
+from ..common import command
 from ..common.problem import LAM, Problem, Unavailable
 from .contenders import CONTENDERS
 from .operators import OPERATORS
 
 NUMEL = 2_500_000
+command.require_kernels()
 
 
 def call_of(contender, problem):

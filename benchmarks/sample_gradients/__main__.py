@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10, help="rounds (default: 10)")
     parser.add_argument("--row", choices=CONTENDERS, help="only this row, of one model: what was measured, as JSON")
     arguments = parser.parse_args()
+    command.require_kernels()
     torch.set_num_threads(1)
     if arguments.row:
         warnings.simplefilter("ignore")

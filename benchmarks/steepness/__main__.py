@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--fisher-samples", type=int, default=4000, help="samples of each estimate (default: 4000)")
     parser.add_argument("--data-root", type=Path, default=Path("data"), help="folder of the data sets (default: data)")
     arguments = parser.parse_args()
+    command.require_kernels()
     if arguments.samples < 1:
         parser.error(f"--samples is {arguments.samples}; it must be at least 1")
     torch.set_num_threads(1)

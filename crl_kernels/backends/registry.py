@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 
-from . import reference
+from . import built, reference
 
 CHOICES = ("auto", "reference", "cpu", "cuda", "triton")
-_REINSTALL = "Install torch and a C++ compiler, then install again with pip's --no-build-isolation."
+_BUILD = f"To build it, with a C++ compiler: {built.reinstall()}"
 _REFERENCE = "reference (plain PyTorch)"
 # The CUDA library does not have these.
 TRITON_ON_GPUS = ("sample_weight_gradients", "sample_gradient_stats", "sample_gram")
@@ -43,16 +43,17 @@ class Library:
 
 
 def _load(device: str, file: str, unusable: str | None) -> Library:
-    path = Path(__file__).parent.parent / file
     if unusable is not None:
         return Library(device, False, unusable)
-    if not path.exists():
-        return Library(device, False, f"{file} was not built")
+    path = built.find(file)
+    if isinstance(path, str):
+        return Library(device, False, path)
+    name = file if path.parent == built.PACKAGE else str(path)
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        return Library(device, False, f"{file} could not be loaded: {error}")
-    return Library(device, True, f"{file} is loaded")
+        return Library(device, False, f"{name} could not be loaded: {error}")
+    return Library(device, True, f"{name} is loaded")
 
 
 def _triton_obstacle(interpreted: bool) -> str | None:
@@ -103,14 +104,14 @@ def load_libraries(choice: str) -> tuple[Library, Library, Library]:
     triton = _find_triton(refused, interpreted)
     for name, library in (("cpu", cpu), ("cuda", cuda)):
         if choice == name and not library.loaded:
-            raise ImportError(f"CRL_KERNELS_BACKEND={choice}: {library.reason}. {_REINSTALL}")
+            raise ImportError(f"CRL_KERNELS_BACKEND={choice}: {library.reason}. {_BUILD}")
     if choice == "triton":
         operators = _triton_operators() if triton.loaded else triton.reason
         if isinstance(operators, str):
             raise ImportError(f"CRL_KERNELS_BACKEND=triton: {operators}. Install what is missing, or choose another.")
     if choice == "auto" and not cpu.loaded:
         warnings.warn(
-            f"crl_kernels runs in pure Python, which is slow: {cpu.reason}. {_REINSTALL} "
+            f"crl_kernels runs in pure Python, which is slow: {cpu.reason}. {_BUILD} "
             "(CRL_KERNELS_BACKEND=reference silences this warning.)",
             stacklevel=2,
         )

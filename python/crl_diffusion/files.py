@@ -49,14 +49,29 @@ def read_file(path: Path, remedy: str = PUT_BACK) -> bytes:
         raise RecordError(path, f"cannot be read ({error.strerror})", remedy) from None
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """The path of a temporary file next to `path`, to be written within the block. After it, the file is synced and
+    renamed: readers see the old file or the new one, whose mode is the umask's. After an error it is deleted."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+        yield temporary
+        os.chmod(temporary, mode)  # safetensors puts a file in its place that only its owner can read
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write a temporary file next to `path`, sync it, rename it: readers see the old file or the new one."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Write text in UTF-8, completely or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -247,17 +262,12 @@ def _stale(path: Path) -> str:
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file completely or not at all, also if several processes write it. WriteError if that is
     impossible, for example because the disk is full."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary, metadata)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata)
         sync_folder(path.parent)
     except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise WriteError(f"{str(path)!r} cannot be written ({error})") from error
 
 

@@ -1,31 +1,24 @@
 """The command line: `crl-diffusion train | compare | report | diagnose | sample | export | list`.
 
 Exit code 2, with a message on stderr: an option that cannot be used, a record that cannot be read, a folder that cannot
-be written. Exit code 1: training cannot continue. After SIGINT, SIGTERM or SIGHUP: 128 plus the signal's number.
+be written, a package that is missing. Exit code 1: training cannot continue. After SIGINT, SIGTERM or SIGHUP: 128 plus
+the signal's number.
 """
 
 from __future__ import annotations
 
 import codecs
 import io
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout, suppress
 
 from crl_diffusion import signals
-from crl_diffusion.cli.commands import (
-    compare,
-    complain,
-    diagnose,
-    export,
-    is_first,
-    list_choices,
-    report,
-    sample,
-    train,
-)
-from crl_diffusion.cli.options import Compare, Diagnose, Export, List, Sample, Train
-from crl_diffusion.cli.parser import parse
+from crl_diffusion.cli.messages import complain, is_first
 from crl_diffusion.errors import OptionError
+
+CLOSED_PIPE = 128 + 13  # as a shell reports a process that SIGPIPE has ended
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,23 +26,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     encode_what_can_be()
     try:
         with signals.handled():
-            command = parse(sys.argv[1:] if argv is None else argv)
-            if isinstance(command, Train):
-                return train(command)
-            if isinstance(command, Compare):
-                return compare(command)
-            if isinstance(command, Diagnose):
-                return diagnose(command)
-            if isinstance(command, Sample):
-                return sample(command)
-            if isinstance(command, Export):
-                return export(command)
-            if isinstance(command, List):
-                return list_choices(command)
-            return report(command)
+            try:
+                return run(sys.argv[1:] if argv is None else argv)
+            finally:
+                sys.stdout.flush()
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing in ("crl_diffusion", "crl_kernels"):
+            raise
+        what = f"the Python package {missing!r} is missing" if missing else str(error)
+        complain(f'error: {what}; type: pip install "crl-kernels[trainer]"')
+        return 2
     except OptionError as error:
         complain(f"error: {error}")
         return 2
+    except BrokenPipeError:  # the reader, such as `head`, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more
+        return CLOSED_PIPE
     except OSError as error:
         complain(f"error: {error}; check that the path exists, can be read and written, and has free space")
         return 2
@@ -57,6 +50,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_first():
             complain(f"{stop}; give the same command again to resume")
         return 128 + stop.signum
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the command of a command line; returns its exit code."""
+    if argv and argv[0] == "--version":
+        from crl_kernels import __version__
+
+        print(f"crl-diffusion {__version__}")
+        return 0
+    # What these import comes with the extra `trainer`, so a package may be missing.
+    from crl_diffusion.cli import commands, options
+    from crl_diffusion.cli.parser import parse
+
+    if not argv:
+        with redirect_stdout(sys.stderr), suppress(SystemExit):
+            parse(["--help"])
+        return 2
+    command = parse(argv)
+    if isinstance(command, options.Train):
+        return commands.train(command)
+    if isinstance(command, options.Compare):
+        return commands.compare(command)
+    if isinstance(command, options.Diagnose):
+        return commands.diagnose(command)
+    if isinstance(command, options.Sample):
+        return commands.sample(command)
+    if isinstance(command, options.Export):
+        return commands.export(command)
+    if isinstance(command, options.List):
+        return commands.list_choices(command)
+    return commands.report(command)
 
 
 SPELLED = {"−": "-", "–": "-", "±": "+-", "÷": "/", "×": "x", "↓": "v", "↑": "^", "ρ": "rho", "κ": "kappa", "ⁿ": "^n"}

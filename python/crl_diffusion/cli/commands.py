@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from crl_diffusion.cli.messages import complain, is_first
 from crl_diffusion.cli.options import Compare, Diagnose, Export, List, Report, Sample, Train
 from crl_diffusion.config.settings import RunConfig, check
 from crl_diffusion.config.spelling import in_order, label, parse_variant
@@ -22,17 +21,6 @@ if TYPE_CHECKING:
     from crl_diffusion.comparison.cells import Cell
 
 FILE_WIDTH = 150  # columns of a table that goes to a file or a pipe
-
-
-def complain(line: str) -> None:
-    """Print a line on stderr. A terminal that has hung up is ignored."""
-    with suppress(OSError):
-        print(f"crl-diffusion: {line}", file=sys.stderr, flush=True)
-
-
-def is_first() -> bool:
-    """Whether this is the first of torchrun's processes, which prints for all; also before torch is imported."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def quiet_output(console: Console) -> bool:

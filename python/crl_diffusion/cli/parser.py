@@ -14,7 +14,7 @@ from crl_diffusion.errors import OptionError
 DESCRIPTION = (
     "Trains diffusion models on a sequence of tasks, each with new classes. `train` runs one method and `compare` "
     "several. `report` and `diagnose` read finished runs, `sample` and `export` take a run's model away. `list` shows "
-    "the data sets, models, methods and presets."
+    "the data sets, models, methods and presets. `--version`, alone, prints the version."
 )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
+from crl_diffusion.files import replacing
 from crl_diffusion.run_folder.class_names import ClassNames, classes_by_task
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart, and markers for those who print in grey.
@@ -38,11 +38,10 @@ class Drawing(NamedTuple):
     caption: str
 
     def save(self, folder: Path) -> Path:
-        """Write a temporary file, then rename it."""
+        """Write the picture, completely or not at all."""
         path = folder / f"{self.name}.png"
-        temporary = path.with_suffix(f".{os.getpid()}.tmp.png")
-        temporary.write_bytes(self.png)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            temporary.write_bytes(self.png)
         return path
 
 
