@@ -151,7 +151,7 @@ class History(ABC, Generic[_Fisher]):
 
         Args:
             optimizer: any torch optimizer that has all bound parameters, or a wrapper around one.
-            lam: strength; a 0-dim tensor may be changed in place between steps.
+            lam: strength, see ``suggest_lam``; a 0-dim tensor may be changed in place between steps.
             decoupled: take the proximal step of ``decoupled_step_`` instead of adding the gradient.
 
         Raises:
