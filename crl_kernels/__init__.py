@@ -13,7 +13,7 @@ from .diagnostics.diagnosis import Diagnosis
 from .distributed.unsharded import whole_parameters
 from .fisher.estimate import estimate_fisher
 from .fisher.forms import DiagonalFisher, LowRankFisher, load_fisher
-from .fisher.statistics import FisherStatistics
+from .fisher.statistics import FisherStatistics, FisherWarning
 from .model.flat import flatten_parameters
 from .optim.fused_adamw import FusedAdamW
 from .penalty.diagonal import DiagonalHistory
@@ -35,6 +35,7 @@ __all__ = [
     "DiagonalFisher",
     "DiagonalHistory",
     "FisherStatistics",
+    "FisherWarning",
     "FusedAdamW",
     "LowRankFisher",
     "LowRankHistory",

@@ -22,7 +22,7 @@ from ..per_sample.loaders import generators_of, halves, limited, with_progress
 from .forms import DiagonalFisher, LowRankFisher
 from .loss_source import LossSource, PerSampleLoss, current_parameters, require_finite_gradients
 from .low_rank import LowRankEstimator
-from .statistics import FisherStatistics
+from .statistics import FisherStatistics, FisherWarning
 
 _SMALL_RHO = 0.1
 _SMALL_SIGNAL = 0.5
@@ -119,7 +119,7 @@ def estimate_fisher(
         learning rate. With slopes (``first_order``), which scale differently from curvatures, no lam is equivalent.
 
     Warns:
-        UserWarning: if the directions contain less than a tenth of the trace of F; if a mean direction is mostly
+        FisherWarning: if the directions contain less than a tenth of the trace of F; if a mean direction is mostly
             noise, with a signal share below one half; if a stratum is left out.
 
     Raises:
@@ -220,20 +220,21 @@ def _warn(statistics: FisherStatistics | None, rank: int, direction: str) -> Non
     assert statistics is not None
     if not statistics.rho >= _SMALL_RHO:
         directions = "the mean gradient" if direction == "mean" else f"the top {rank} directions"
-        warnings.warn(
+        finding = (
             f"only {statistics.rho:.1%} of the trace of the Fisher lies along {directions} "
             f"(rho = {statistics.rho:.3g}, from {statistics.num_samples} samples): the low-rank penalty "
-            "leaves most of this task's curvature free. Give more samples, a higher rank, or kind='diagonal'.",
-            stacklevel=3,
+            "leaves most of this task's curvature free."
         )
+        advice = "crl_kernels.diagnose compares forms that may hold more: direction='top', a higher rank=, strata."
+        warnings.warn(FisherWarning("rho", finding, advice), stacklevel=3)
     noisy = [part for part in statistics.strata or (statistics,) if not part.signal_share >= _SMALL_SIGNAL]
     if direction == "mean" and noisy:
         worst = max(noisy, key=lambda part: part.samples_needed)
         where = f" of stratum {', '.join(str(part.stratum) for part in noisy)}" if statistics.strata else ""
         need = f"{worst.samples_needed:,.0f} would make it 0.9" if math.isfinite(worst.samples_needed) else "no number"
-        warnings.warn(
+        finding = (
             f"the mean gradient{where} is mostly noise: its signal share is {worst.signal_share:.2f} with "
-            f"{worst.num_samples} samples, and {need} (kappa = {worst.kappa:.2g} +- {1.96 * worst.kappa_se:.2g}). Give "
-            "more samples, or use direction='top'.",
-            stacklevel=3,
+            f"{worst.num_samples} samples, and {need} (kappa = {worst.kappa:.2g} +- {1.96 * worst.kappa_se:.2g})."
         )
+        advice = "Give a longer loader or a larger max_samples=, or use direction='top'."
+        warnings.warn(FisherWarning("signal_share", finding, advice), stacklevel=3)

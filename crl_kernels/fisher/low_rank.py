@@ -13,7 +13,7 @@ from ..distributed.processes import Processes
 from ..model.binding import Binding
 from .forms import LowRankFisher
 from .loss_source import LossSource, current_parameters, require_finite_gradients
-from .statistics import MeanProjections, compute_statistics, curvature_and_error
+from .statistics import FisherWarning, MeanProjections, compute_statistics, curvature_and_error
 
 _OVERSAMPLING = 8  # rows of a sketch beyond the rank
 
@@ -269,12 +269,12 @@ class LowRankEstimator:
                     )
                 )
         if incomplete:
-            warnings.warn(
+            finding = (
                 "each stratum needs samples in both halves of the data, and is left out of the Fisher otherwise: "
                 + ", ".join(f"{label} is only in the {half} half" for label, half in sorted(incomplete.items()))
-                + ". Give more samples, or fewer strata.",
-                stacklevel=3,
+                + "."
             )
+            warnings.warn(FisherWarning("strata", finding, "Give more samples, or fewer strata."), stacklevel=3)
         if not directions:
             raise ValueError("per_sample_loss: no stratum has samples in both halves of the data; shuffle the loader.")
         first_count = sum(stratum.counts[0] for stratum in self._strata.values())

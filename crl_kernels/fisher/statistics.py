@@ -9,12 +9,28 @@ independent, so no groups are needed.
 import math
 import sys
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..model.names import join_names
+
+
+class FisherWarning(UserWarning):
+    """What ``estimate_fisher`` warns of: a finding about the estimate, and what to do about it.
+
+    A program that calls ``estimate_fisher`` for its own users can catch the warning and give advice in its own words.
+
+    Attributes:
+        kind: ``"rho"`` (the directions hold little of the trace), ``"signal_share"`` (the mean gradient is mostly
+            noise), or ``"strata"`` (a stratum was left out).
+        finding: the warning's text without its advice.
+    """
+
+    def __init__(self, kind: Literal["rho", "signal_share", "strata"], finding: str, advice: str) -> None:
+        super().__init__(f"{finding} {advice}")
+        self.kind, self.finding = kind, finding
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ class EWCCallback(TrainerCallback):
     Args:
         history: bound to the trained model; with adapters (peft) it has only the parameters that require a gradient,
             so the adapters.
-        lam, decoupled: see ``LowRankHistory.attach``.
+        lam, decoupled: see ``LowRankHistory.attach``; ``history.suggest_lam(lr, steps)`` is where to begin with lam.
 
     A checkpoint's folder has the history in ``ewc_history.safetensors``. To resume, load the history from there, and
     pass ``resume_from_checkpoint`` as usual.

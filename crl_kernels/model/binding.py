@@ -316,8 +316,9 @@ class Binding:
             lr = group.get("lr")
             if not isinstance(lr, (int, float, Tensor)):
                 raise TypeError(
-                    f"lr of a parameter group is {lr!r}, and the decoupled step needs a number. Give the optimizer a "
-                    "learning rate (Adafactor: relative_step=False, lr=...), or attach with decoupled=False."
+                    f"lr of a parameter group is {lr!r}, and the decoupled step and suggest_lam need a number. Give "
+                    "the optimizer a learning rate (Adafactor: relative_step=False, lr=...), or attach with "
+                    "decoupled=False."
                 )
             if isinstance(lr, Tensor) and lr.device.type != "cpu" and len(param_groups) == 1:
                 rate: float | Tensor = lr.reshape(())  # stays there: reading it would wait for the device

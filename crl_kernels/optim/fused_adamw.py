@@ -115,8 +115,9 @@ class FusedAdamW(Optimizer):
         foreach, fused: accepted and kept in the groups, but without effect: the only implementation is a fused one.
         history: a LowRankHistory or DiagonalHistory of some or all of these parameters; the others get no penalty.
             Terms may be appended between steps.
-        lam: strength, a float or a 0-dim tensor; may be changed between steps, in place or through ``optimizer.lam``.
-            It is the same for all groups: a per-group lam does not correspond to any penalty function.
+        lam: strength, a float or a 0-dim tensor; ``history.suggest_lam(lr, steps)`` is where to begin. It may be
+            changed between steps, in place or through ``optimizer.lam``. It is the same for all groups: a per-group
+            lam does not correspond to any penalty function.
         decoupled: take the proximal step before AdamW's own, each group with its learning rate, instead of adding the
             penalty's gradient. ``lam`` may be infinite then.
         verify_every: every so many steps, compute the projections from the parameters and warn if they differ from the

@@ -162,7 +162,8 @@ class Attachment:
             warnings.warn(
                 f"the penalty is stiff: lr * lam * curvature = {stiffness:.3g}. As a gradient it diverges above "
                 f"{_UNSTABLE:.0f} under plain SGD, and under Adam it can outweigh the task's gradient. Use a smaller "
-                "lam, or attach with decoupled=True, which is stable at every lam.",
+                "lam, such as history.suggest_lam(lr, steps), or attach with decoupled=True, which is stable at every "
+                "lam.",
                 stacklevel=2,
             )
 

@@ -130,6 +130,12 @@ class DiagonalHistory(History[DiagonalFisher]):
         self._parts = {}
         largest = fisher.max() if fisher.numel() else fisher.new_zeros(())
         self._curvature = float(self._binding.shards.max_(largest))
+        norm, total = torch.linalg.vector_norm(fisher, dtype=torch.float64), fisher.sum(dtype=torch.float64)
+        self._sums = self._binding.shards.sum_(torch.stack([norm.square(), total])).tolist()  # of S^2 and of S
+
+    def _mean_curvature(self) -> float:
+        squares, total = self._sums
+        return squares / total if total else 0.0
 
     def _state(self) -> dict[str, Tensor]:
         tensors = {f"fisher_diagonal.{name}": tensor for name, tensor in self._named(self._fisher).items()}

@@ -34,8 +34,8 @@ def rank1_ewc_penalty(
 
     Args:
         params: a LowRankHistory; or one tensor; or a sequence of tensors of any shapes and floating-point dtypes.
-        lam: strength, a float or a 0-dim tensor. The paper's 15,000 belongs to a per-sample loss that is the MEAN over
-            the image of the squared error.
+        lam: strength, a float or a 0-dim tensor; ``history.suggest_lam(lr, steps)`` is where to begin. The paper's
+            15,000 belongs to a per-sample loss that is the MEAN over the image of the squared error.
         direction: u; a tensor like ``params``, a sequence like ``params``, or one flat tensor of all elements in order.
         curvature: a >= 0, the Fisher's curvature along u, in squared gradient units.
         anchor: theta*, in the form of ``params``. Each call reads it.
@@ -88,7 +88,7 @@ def diagonal_ewc_penalty(
 
     Args:
         params: a DiagonalHistory; or one tensor; or a sequence of tensors of any shapes and floating-point dtypes.
-        lam: strength, a float or a 0-dim tensor.
+        lam: strength, a float or a 0-dim tensor; ``history.suggest_lam(lr, steps)`` is where to begin.
         fisher_diagonal: F >= 0, mean squared per-sample gradients; in the form of ``params``, or one flat tensor.
         anchor: theta*, likewise.
 

@@ -6,6 +6,7 @@ There are four ways to use a history in a trainer: add ``rank1_ewc_penalty(histo
 """
 
 import inspect
+import math
 import operator
 import os
 import re
@@ -153,7 +154,7 @@ class History(ABC, Generic[_Fisher]):
 
         Args:
             optimizer: any torch optimizer that has all bound parameters, or a wrapper around one.
-            lam: strength; a 0-dim tensor may be changed in place between steps.
+            lam: strength, see ``suggest_lam``; a 0-dim tensor may be changed in place between steps.
             decoupled: take the proximal step of ``decoupled_step_`` instead of adding the gradient.
 
         Raises:
@@ -201,6 +202,65 @@ class History(ABC, Generic[_Fisher]):
         check_strength("lam", lam)
         check_strength("lr", lr)
         return lr * lam * self._curvature
+
+    def suggest_lam(self, lr: Rate, steps: int, strength: float = 1.0) -> float:
+        """The lam at which drift halves ``strength`` times in a task of ``steps`` steps: where to begin a sweep.
+
+            lam = strength ln 2 / (lr steps c),   c = tr H^2 / tr H
+
+        H is the penalty's second derivative at lam = 1, so c is the mean of its curvatures, weighted by themselves. Low
+        rank: H = sum_k a_k u_k u_k^T. One term has c = a |u|^2; terms along nearly the same direction add up; of terms
+        along different directions the steep ones count most. Diagonal: c = sum_j S_j^2 / sum_j S_j.
+
+        Assumption: nothing but the penalty moves the parameters. A step then multiplies the drift along a direction of
+        curvature c by 1 - lr lam c (gradient mode, under plain SGD) or by 1 / (1 + lr lam c) (decoupled mode, any
+        optimizer). Both are 2^-strength after ``steps`` steps, up to a relative error of (strength ln 2)^2 / (2 steps).
+
+        - A drift that the task itself builds up at a constant pace, from zero, ends at 72 % of what it would have been
+          at strength 1, and at 14 % at strength 10: (1 - 2^-strength) / (strength ln 2).
+        - Under Adam, gradient mode is rescaled in each coordinate, so the assumption does not hold: use the decoupled
+          mode, or sweep from here. SGD with momentum m multiplies gradient mode's strength by about 1 / (1 - m).
+        - A diagonal has no single direction. What halves at strength 1 is sqrt(sum_j S_j d_j^2), the root of the
+          penalty, for a displacement d as SGD makes it, larger where S is larger. Steep coordinates return sooner and
+          flat ones hardly move; of a displacement of equal size everywhere, less than half is undone.
+        - In gradient mode, look at ``stiffness``: with few steps and curvatures of very different size, the steepest
+          one may overshoot.
+
+        Args:
+            lr: the learning rate of the next task: a float, a 0-dim tensor, or ``optimizer.param_groups``, of which the
+                largest rate counts. With a schedule, give its mean over the task. A tensor's value is read, which waits
+                for its device.
+            steps: the optimizer's steps in the next task, an integer >= 1.
+            strength: half-lives per task, above 0.
+
+        Returns:
+            lam as a float. It depends on the terms so far: ask again after ``append``. With sharded parameters, each
+            process computes the same number without exchanging anything.
+
+        Raises:
+            TypeError, ValueError: an argument out of range; a history without tasks; curvatures that are all 0, or so
+                small or large that lam would not be finite and above 0.
+        """
+        _, rate = self._groups(lr)
+        for name, value in (("lr", rate), ("strength", strength)):
+            check_strength(name, value)
+            if not float(value) > 0:
+                raise ValueError(f"{name} is {float(value)}; expected a finite value above 0.")
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"steps is {steps!r}; expected an integer >= 1, the optimizer's steps in the next task.")
+        if not self._num_tasks:
+            raise ValueError("the history has no tasks, so there is nothing to hold; append a Fisher first.")
+        curvature = self._mean_curvature()
+        if curvature == 0:
+            raise ValueError("the history's curvatures are all 0, so its penalty is 0 at every lam.")
+        decay = float(rate) * steps * curvature
+        lam = float(strength) * math.log(2) / decay if decay else math.inf
+        if not 0 < lam < math.inf:
+            raise ValueError(
+                f"lr * steps * curvature is {decay:.3g}, for which lam would be {lam:.3g}; expected a finite lam above "
+                "0. Check lr, and the scale of the loss."
+            )
+        return lam
 
     def to(self, device: torch.device | str) -> Self:
         """Moves the state to a device, in place; call it after moving the model."""
@@ -354,6 +414,10 @@ class History(ABC, Generic[_Fisher]):
 
     @abstractmethod
     def decoupled_step_(self, lam: float | Tensor, lr: Rate) -> None: ...
+
+    @abstractmethod
+    def _mean_curvature(self) -> float:
+        """tr H^2 / tr H, see ``suggest_lam``; the same in every process, without an exchange."""
 
     @abstractmethod
     def _add_terms(self, fisher: _Fisher, layout: Layout) -> None: ...

@@ -214,6 +214,11 @@ class LowRankHistory(History[LowRankFisher]):
                 "directions of about unit length."
             )
 
+    def _mean_curvature(self) -> float:
+        curvatures = self._curvatures.cpu()
+        squares = curvatures @ self._gram(None).square() @ curvatures if self._directions else 0.0
+        return float(squares) / self._curvature if self._curvature else 0.0
+
     def _gram(self, members: tuple[int, ...] | None) -> Tensor:
         """U_g U_g^T over some of the parameters: (K, K) float64, on the CPU."""
         if members not in self._grams:

@@ -211,6 +211,18 @@ def test_options_of_a_history_mean_the_same(tmp_path):
     assert stiffness == pytest.approx(history.stiffness(LAM, LR), rel=1e-9)
 
 
+def suggestions(rank: int, count: int, folder: Path) -> dict:
+    """Asked for by the first process alone: nothing may be exchanged."""
+    histories = {kind: history_of(sharded(count), kind) for kind in KINDS}
+    return {kind: history.suggest_lam(LR, 100) for kind, history in histories.items()} if rank == 0 else {}
+
+
+def test_one_process_alone_may_ask_for_a_lam(tmp_path):
+    suggested = processes(2, suggestions, tmp_path)[0]
+    for kind in KINDS:
+        assert suggested[kind] == pytest.approx(history_of(network(), kind).suggest_lam(LR, 100), rel=1e-9)
+
+
 def small_bias(rank: int, count: int, folder: Path) -> dict:
     """One parameter of three numbers on four processes: the last one has none of them."""
     results = {}

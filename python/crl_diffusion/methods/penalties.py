@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -16,8 +17,21 @@ from crl_diffusion.config.method import Penalty
 from crl_diffusion.diffusion.noising import TIMESTEPS
 from crl_diffusion.methods.controls import SlopesAlone, along_random_directions
 from crl_diffusion.methods.optimizers import adam_denominator
-from crl_kernels import DiagonalFisher, DiagonalHistory, LowRankFisher, LowRankHistory, estimate_fisher
+from crl_kernels import (
+    DiagonalFisher,
+    DiagonalHistory,
+    FisherWarning,
+    LowRankFisher,
+    LowRankHistory,
+    estimate_fisher,
+)
 
+# What to do about a warning of `estimate_fisher`, by its kind, in the words of the command line.
+ADVICE = {
+    "rho": "`crl-diffusion diagnose` compares forms that may hold more: rank1:top, rank<k> or bands<n> in --method.",
+    "signal_share": "Give more --fisher-samples, or rank1:top or bands<n>:top in --method.",
+    "strata": "Give more --fisher-samples, or fewer bands in --method.",
+}
 PerSampleLoss = Callable[[nn.Module, Any], Tensor]
 STATISTICS = ("num_samples", "kappa", "rho", "trace", "signal_share", "samples_needed")
 SLOPES_ALONE = "slopes_alone"  # key in a checkpoint, next to the keys of the history
@@ -66,7 +80,12 @@ class PenaltyState:
     ) -> dict[str, Any]:
         """Estimate the Fisher matrix of the task that has just been learnt and append it to the history. Returns its
         statistics; those that this kind of matrix lacks are None. `task_lr` is the sum of the task's learning rates."""
-        fisher = self._estimate(per_sample_loss, batches, generator)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fisher = self._estimate(per_sample_loss, batches, generator)
+        for warning in (record.message for record in caught):
+            known = isinstance(warning, FisherWarning)
+            warnings.warn(f"{warning.finding} {ADVICE[warning.kind]}" if known else warning, stacklevel=2)
         if self.spec.direction in ("random", "signs"):
             fisher = along_random_directions(fisher, self.model, generator, self.spec.direction == "signs")
         if self.spec.mode == "once":
@@ -83,6 +102,14 @@ class PenaltyState:
             statistics["curvatures"] = fisher.curvatures.tolist()
             statistics["slopes"] = None if fisher.slopes is None else fisher.slopes.tolist()
         return statistics
+
+    def suggest_lam(self, lr: float, steps: int) -> float | None:
+        """The lam at which drift halves within the steps of the next task, at the mean learning rate `lr`, see
+        `LowRankHistory.suggest_lam`; None if the Fisher matrices are zero."""
+        try:
+            return self.history.suggest_lam(lr, steps)
+        except ValueError:
+            return None
 
     def directions(self) -> list[dict[str, Tensor]]:
         """The unit directions of all past tasks, each as tensors by parameter; none for a diagonal."""

@@ -148,7 +148,11 @@ METRICS: Mapping[str, Shape] = {
     "fisher": {
         "task": TASK,
         **dict.fromkeys(
-            ("num_samples", "kappa", "rho", "trace", "signal_share", "samples_needed", "state_bytes"), optional(NUMBER)
+            (
+                *("num_samples", "kappa", "rho", "trace", "signal_share", "samples_needed"),
+                *("state_bytes", "suggested_lam"),
+            ),
+            optional(NUMBER),
         ),
         **dict.fromkeys(("curvatures", "slopes"), optional(NUMBERS)),
     },

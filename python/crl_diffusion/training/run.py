@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from crl_diffusion import processes
 from crl_diffusion.config.curriculum import Stage, stages
-from crl_diffusion.config.method import Method
+from crl_diffusion.config.method import OF_ADAM, Method
 from crl_diffusion.config.settings import RunConfig
 from crl_diffusion.data.images import Images, join
 from crl_diffusion.data.tasks import Data
@@ -160,7 +161,24 @@ class Run:
                 statistics = self.penalty.learn(per_sample_loss, batches, generator, task_lr)
             except ValueError as error:
                 raise TrainingError(f"no Fisher matrix of task {stage.learnt} of {self.out}: {error}") from error
-            self.log({"kind": "fisher", "task": stage.learnt, **statistics, "state_bytes": self.penalty.nbytes})
+            suggested = self.suggest_lam(stage.number + 1)
+            row = {"kind": "fisher", "task": stage.learnt, **statistics, "state_bytes": self.penalty.nbytes}
+            self.log({**row, "suggested_lam": suggested})
+
+    def suggest_lam(self, number: int) -> float | None:
+        """The lam at which the drift of past tasks halves within the stage `number`; None if there is no such stage, or
+        nothing to hold. Says it, beside the lam in use."""
+        if self.penalty is None or number == len(self.stages):
+            return None
+        steps, penalty = self.stage_steps[number], self.penalty.spec
+        mean_lr = math.fsum(self.lr(self.stages[number], step) for step in range(steps)) / steps
+        if (suggested := self.penalty.suggest_lam(mean_lr, steps)) is not None:
+            rescaled = self.config.optimizer == "adam" and penalty.mode in ("gradient", *OF_ADAM)
+            self.say(
+                f"after task {number}: lam is {penalty.lam:g}; at lam={suggested:.3g} drift would halve within the next"
+                f" task's {steps} steps" + (f", if Adam did not rescale the mode {penalty.mode}" if rescaled else "")
+            )
+        return suggested
 
     def task_images(self, stage: Stage, part: str) -> Images:
         """Training or validation images of the classes of a stage."""
