@@ -20,7 +20,7 @@ class Diagnosis(Findings):
     ::
 
         diagnosis = diagnose(model, per_sample_loss_at, loader)
-        print(*diagnosis.verdict.sentences, sep="\\n")
+        print(diagnosis)                        # the verdict and a small table
         diagnosis.save("report")                # report.json, report.md, pictures
 
     Fields:
@@ -37,6 +37,25 @@ class Diagnosis(Findings):
                           held out; the interval treats the directions as fixed; None for one timestep
         verdict           Verdict: the answer, and the sentences that say it
     """
+
+    def __repr__(self) -> str:
+        return (
+            f"Diagnosis(answer={self.verdict.answer!r}, use={self.verdict.use!r}, num_samples={self.num_samples}, "
+            f"num_parameters={self.num_parameters}, timesteps={len(self.at)}, layers={len(self.layers)})"
+        )
+
+    def __str__(self) -> str:
+        """The verdict's sentences, and the shares of the trace that its forms hold. ``table`` has all numbers."""
+        rows = [["t", *map(str, self.at), "uniform"]]
+        forms: list[tuple[str, Callable[[Spectrum], IntervalEstimate]]] = [("mean", lambda s: s.held_out_mean)]
+        for k in self.uniform.held_out:
+            forms.append(("top" if k == 1 else f"rank {k}", lambda s, k=k: s.held_out[k]))  # type: ignore[misc]
+        for name, share in forms:
+            rows.append([name, *(f"{100 * share(s).value:.0f} %" for s in (*self.at.values(), self.uniform))])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+        title = f"Share of the trace, held out, from {self.num_samples} samples at each t:"
+        return "\n".join([*self.verdict.sentences, "", title, *lines])
 
     def save(self, folder: str | os.PathLike[str], title: str = "Is rank 1 enough?") -> list[Path]:
         """Writes report.json, report.md and, as PNG and SVG, five pictures; returns their paths.

@@ -231,7 +231,11 @@ def _warn(statistics: FisherStatistics | None, rank: int, direction: str) -> Non
     if direction == "mean" and noisy:
         worst = max(noisy, key=lambda part: part.samples_needed)
         where = f" of stratum {', '.join(str(part.stratum) for part in noisy)}" if statistics.strata else ""
-        need = f"{worst.samples_needed:,.0f} would make it 0.9" if math.isfinite(worst.samples_needed) else "no number"
+        need = (
+            f"{worst.samples_needed:,.0f} would make it 0.9"
+            if math.isfinite(worst.samples_needed)
+            else "none is known to be enough"
+        )
         finding = (
             f"the mean gradient{where} is mostly noise: its signal share is {worst.signal_share:.2f} with "
             f"{worst.num_samples} samples, and {need} (kappa = {worst.kappa:.2g} +- {1.96 * worst.kappa_se:.2g})."

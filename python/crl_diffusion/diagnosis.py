@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from crl_diffusion.config.curriculum import stages
 from crl_diffusion.config.settings import Device
+from crl_diffusion.config.spelling import with_penalty
 from crl_diffusion.data.images import to_float
 from crl_diffusion.data.tasks import load
 from crl_diffusion.diffusion import noising
@@ -32,6 +34,17 @@ def per_sample_loss_at(schedule: Schedule, model: nn.Module, batch: Sequence[Ten
     images, label = batch
     noise = torch.randn_like(images)
     return per_sample_loss(model, (schedule.add_noise(images, noise, t), t, label, noise))
+
+
+def in_words_of_the_trainer(diagnosis: Diagnosis, method: str) -> Diagnosis:
+    """The same diagnosis, whose last sentence says which --method has the form to use, with the replay of `method`."""
+    verdict = diagnosis.verdict
+    penalty = {"mean": "rank1", "top": "rank1:top", "bands": f"bands{len(diagnosis.at)}:top"}.get(verdict.use)
+    name = with_penalty(method, penalty or verdict.use.replace(" ", ""))
+    first, second, _ = verdict.sentences
+    return replace(
+        diagnosis, verdict=replace(verdict, sentences=(first, second, f"Use --method {name}{verdict.reason}"))
+    )
 
 
 def diagnose_run(
@@ -97,5 +110,6 @@ def diagnose_run(
         generator=noising.stream(seed, "diagnosis noise"),
         progress=say,
     )
+    diagnosis = in_words_of_the_trainer(diagnosis, config.method)
     subject = f"{config.data}, {config.label}" + ("" if task is None else f", task {task}")
     return diagnosis, diagnosis.save(out, f"Is rank 1 enough? {subject}")

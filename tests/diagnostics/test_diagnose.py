@@ -5,6 +5,7 @@ import contextlib
 import json
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -86,6 +87,29 @@ def test_save_and_load(diagnosed, tmp_path):
     text = (tmp_path / "a" / "report.md").read_text()
     assert text.startswith("# A title\n")
     assert all(sentence in text for sentence in diagnosed.verdict.sentences)
+
+
+def test_printed_it_is_the_verdict_and_a_small_table(diagnosed):
+    lines = str(diagnosed).splitlines()
+    assert tuple(lines[:3]) == diagnosed.verdict.sentences
+    assert lines[4] == f"Share of the trace, held out, from {diagnosed.num_samples} samples at each t:"
+    head, *rows = (line.split() for line in lines[5:])
+    assert head == ["t", "20", "100", "900", "uniform"]
+    assert len(rows) == 1 + len(diagnosed.uniform.held_out)
+    shares = [100 * s.held_out[4].value for s in (*diagnosed.at.values(), diagnosed.uniform)]
+    (row,) = (row for row in rows if row[:2] == ["rank", "4"])
+    assert row[2:] == [word for share in shares for word in (f"{share:.0f}", "%")]
+    assert len(repr(diagnosed)) < 200
+    assert f"use={diagnosed.verdict.use!r}" in repr(diagnosed)
+
+
+def test_a_report_of_an_earlier_version_loads(diagnosed, tmp_path):
+    diagnosed.save(tmp_path)
+    path = tmp_path / "report.json"
+    saved = json.loads(path.read_text())
+    del saved["verdict"]["reason"]
+    path.write_text(json.dumps(saved))
+    assert Diagnosis.load(tmp_path).verdict == replace(diagnosed.verdict, reason="")
 
 
 def test_without_matplotlib_the_numbers_are_written_all_the_same(diagnosed, tmp_path, monkeypatch):

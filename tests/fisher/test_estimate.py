@@ -154,8 +154,10 @@ def test_where_the_mean_vanishes_the_top_direction_holds_the_trace():
 def test_curvature_is_held_out():
     """Pure noise, N < P: the samples that gave the direction find it steep, fresh ones do not."""
     noise = torch.randn(64, 60, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    with pytest.warns(UserWarning, match="of the trace of the Fisher lies along the mean gradient"):
+    with pytest.warns(ck.FisherWarning, match="of the trace of the Fisher lies along the mean gradient") as warned:
         fisher = ck.estimate_fisher(Linear(60), linear_loss, noise.split(16))
+    assert {record.message.kind for record in warned} == {"rho", "signal_share"}
+    assert any("crl_kernels.diagnose compares forms that may hold more" in str(record.message) for record in warned)
     u = fisher.directions.double()[0]
     in_sample, held_out = ((half @ u).square().mean() for half in (noise[:32], noise[32:]))
     torch.testing.assert_close(fisher.curvatures[0], held_out, rtol=1e-12, atol=0)

@@ -129,8 +129,11 @@ def test_a_mean_that_is_mostly_noise_is_warned_about():
         ck.estimate_fisher(Linear(dims), linear_loss, x.split(50))
     assert not [w for w in caught if "mostly noise" in str(w.message)]
     few = x[:20]
-    with pytest.warns(UserWarning, match=r"mean gradient is mostly noise: its signal share is 0\.\d\d with 20 samples"):
+    noise = r"mean gradient is mostly noise: its signal share is 0\.\d\d with 20 samples"
+    with pytest.warns(ck.FisherWarning, match=noise) as warned:
         ck.estimate_fisher(Linear(dims), linear_loss, [few])
+    (warning,) = (record.message for record in warned if record.message.kind == "signal_share")
+    assert str(warning) == f"{warning.finding} Give a longer loader or a larger max_samples=, or use direction='top'."
     weak = x - 0.97 * mu
 
     def two(model: nn.Module, batch: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from crl_diffusion import cli, diagnosis
+from crl_diffusion.config.spelling import parse_method
 from crl_diffusion.diffusion import noising
 from helpers.trainer_runs import require_one_line
 
 from crl_kernels.diagnostics.diagnosis import Diagnosis
+from crl_kernels.diagnostics.verdict import Verdict
 
 
 def test_a_run_is_diagnosed_and_not_changed(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -24,6 +27,8 @@ def test_a_run_is_diagnosed_and_not_changed(finished: Path, tmp_path: Path, caps
     output = " ".join(capsys.readouterr().out.split())
     for sentence in loaded.verdict.sentences:
         assert " ".join(sentence.split()) in output
+    assert re.match(r"Use --method gd\+(rank\d+|bands\d+|diagonal)", loaded.verdict.sentences[2])
+    assert "estimate_fisher" not in output + (out / "report.md").read_text()
     assert "after 2 finished stage(s)" in output
     assert "held out" in output
     assert list(loaded.at) == [500]
@@ -31,6 +36,39 @@ def test_a_run_is_diagnosed_and_not_changed(finished: Path, tmp_path: Path, caps
     assert loaded.snr[500] == pytest.approx(noising.SCHEDULES["linear"].snr(500), rel=1e-5)
     assert (out / "report.md").read_text().startswith("# Is rank 1 enough? digits, gd+rank1, task 2\n")
     assert str(tmp_path) not in (out / "report.json").read_text() + (out / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("method", "replayed"),
+    [
+        *(("fine-tune", ""), ("joint", ""), ("rank1:top,lam=3", ""), ("gd", "gd+"), ("gd+diagonal:gradient", "gd+")),
+        *(("replay+gd+bands8", "replay+gd+"), ("masip", "masip+")),
+    ],
+)
+@pytest.mark.parametrize(
+    ("use", "penalty", "parts"),
+    [
+        ("mean", "rank1", {"rank": 1, "direction": "mean"}),
+        ("top", "rank1:top", {"rank": 1, "direction": "top"}),
+        ("diagonal", "diagonal", {"fisher": "diagonal"}),
+        ("rank 2", "rank2", {"rank": 2, "direction": "top"}),
+        ("rank 16", "rank16", {"rank": 16, "direction": "top"}),
+        ("bands", "bands3:top", {"bands": 3, "direction": "top"}),
+    ],
+)
+def test_the_form_to_use_is_spelled_as_a_method_with_the_replay_of_the_run(
+    method: str, replayed: str, use: str, penalty: str, parts: dict[str, Any]
+) -> None:
+    verdict = Verdict("no", "mean", use, (), (), (), ("One.", "Two.", "Use the library: why."), ": why.")
+    other: Any = None  # not looked at
+    found = Diagnosis(1000, 64, 10, dict.fromkeys((1, 2, 3), other), other, {}, {}, [], None, verdict)
+    sentences = diagnosis.in_words_of_the_trainer(found, method).verdict.sentences
+    assert sentences == ("One.", "Two.", f"Use --method {replayed}{penalty}: why.")
+    recipe = parse_method(f"{replayed}{penalty}")
+    assert recipe.penalty is not None
+    assert {name: getattr(recipe.penalty, name) for name in parts} == parts
+    if replayed:
+        assert recipe.replays == parse_method(method).replays
 
 
 def test_the_loss_is_the_trainers_at_the_given_timesteps() -> None:

@@ -126,7 +126,8 @@ class RunConfig(Settings):
 
     method: str
     """What is replayed and what is penalised: NAME or NAME:OPTION,..., for example gd+rank1:gradient,lam=60.
-    `crl-diffusion list` shows all names and options. The options once, alone, preconditioned, damping,
+    `crl-diffusion list` shows all names and options. After each task, a run prints the lam at which drift would halve
+    within the next one: where to begin a sweep of lam. The options once, alone, preconditioned, damping,
     random and signs are controls for experiments, not methods to use."""
     seed: int = 0
     """Random seed. Runs with the same seed see the same batches, noise, timesteps and evaluation latents."""

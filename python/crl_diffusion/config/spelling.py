@@ -69,6 +69,13 @@ def _named(name: str) -> Method:
     return replace(REPLAYS[replayed], penalty=FAMILIES[family[1]](int(family[2])))
 
 
+def with_penalty(text: str, penalty: str) -> str:
+    """The method that replays what this one does, with another penalty; of a method without a replay, the penalty."""
+    without = replace(parse_method(text), penalty=None)
+    replayed = next((name for name, method in REPLAYS.items() if method == without), "")
+    return spell(f"{replayed}+{penalty}".strip("+"))
+
+
 def penalty_names() -> list[str]:
     """The names of all penalties, with one name for each family."""
     return [*(name for name in PENALTIES if not NUMBERED.fullmatch(name)), *(f"{family}<n>" for family in FAMILIES)]

@@ -103,7 +103,7 @@ class PenaltyState:
             statistics["slopes"] = None if fisher.slopes is None else fisher.slopes.tolist()
         return statistics
 
-    def suggest_lam(self, lr: float, steps: int) -> float | None:
+    def suggested_lam(self, lr: float, steps: int) -> float | None:
         """The lam at which drift halves within the steps of the next task, at the mean learning rate `lr`, see
         `LowRankHistory.suggest_lam`; None if the Fisher matrices are zero."""
         try:

@@ -161,24 +161,28 @@ class Run:
                 statistics = self.penalty.learn(per_sample_loss, batches, generator, task_lr)
             except ValueError as error:
                 raise TrainingError(f"no Fisher matrix of task {stage.learnt} of {self.out}: {error}") from error
-            suggested = self.suggest_lam(stage.number + 1)
             row = {"kind": "fisher", "task": stage.learnt, **statistics, "state_bytes": self.penalty.nbytes}
-            self.log({**row, "suggested_lam": suggested})
+            self.log({**row, "suggested_lam": self.suggested_lam(stage.number + 1)})
+            self.say_lam(stage.number + 1)
 
-    def suggest_lam(self, number: int) -> float | None:
+    def suggested_lam(self, number: int) -> float | None:
         """The lam at which the drift of past tasks halves within the stage `number`; None if there is no such stage, or
-        nothing to hold. Says it, beside the lam in use."""
+        nothing to hold."""
         if self.penalty is None or number == len(self.stages):
             return None
-        steps, penalty = self.stage_steps[number], self.penalty.spec
-        mean_lr = math.fsum(self.lr(self.stages[number], step) for step in range(steps)) / steps
-        if (suggested := self.penalty.suggest_lam(mean_lr, steps)) is not None:
+        steps, stage = self.stage_steps[number], self.stages[number]
+        return self.penalty.suggested_lam(math.fsum(self.lr(stage, step) for step in range(steps)) / steps, steps)
+
+    def say_lam(self, number: int) -> None:
+        """Say which lam is in use, and which one is suggested for the stage `number`."""
+        suggested, penalty = self.suggested_lam(number), self.method.penalty
+        if suggested is not None and penalty is not None:
             rescaled = self.config.optimizer == "adam" and penalty.mode in ("gradient", *OF_ADAM)
             self.say(
                 f"after task {number}: lam is {penalty.lam:g}; at lam={suggested:.3g} drift would halve within the next"
-                f" task's {steps} steps" + (f", if Adam did not rescale the mode {penalty.mode}" if rescaled else "")
+                f" task's {self.stage_steps[number]} steps"
+                + (f", if Adam did not rescale the mode {penalty.mode}" if rescaled else "")
             )
-        return suggested
 
     def task_images(self, stage: Stage, part: str) -> Images:
         """Training or validation images of the classes of a stage."""

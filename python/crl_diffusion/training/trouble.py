@@ -65,8 +65,8 @@ def likely_cause(run: Run, stage: Stage, real: bool, replayed: bool) -> str:
     if config.precision == "fp16" and not (real and replayed):
         cause = "the largest fp16 number is 65504, and the network's activations may exceed it: try --precision bf16"
     elif penalty is not None and stage.number > 0 and penalty.mode in ("gradient", *OF_ADAM):
-        softer = f"lam={penalty.lam / 10:g}"
-        cause = f"a stiff penalty in {penalty.mode} mode is unstable: try {softer} or the decoupled mode"
+        softer = min(penalty.lam / 10, run.suggested_lam(stage.number) or math.inf)
+        cause = f"a stiff penalty in {penalty.mode} mode is unstable: try lam={softer:.3g} or the decoupled mode"
     elif real and not replayed:
         cause = "the teacher's images or predictions are likely broken: look at the evaluation after the last task"
     elif not config.clip:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from crl_diffusion.run_folder.readers import read_metrics
+from crl_diffusion.training import trouble
 from crl_diffusion.training.run import Run
 from helpers.trainer_runs import SHORT, MakeRun, Short, few_samples, train
 
@@ -102,8 +103,19 @@ def test_the_record_of_a_run_has_one_suggestion_per_task_that_follows(
 
 def test_nothing_to_hold_has_no_suggestion(short: Short, make_run: MakeRun) -> None:
     run = make_run(short("rank1", model="mlp"))
-    assert run.suggest_lam(1) is None
-    assert run.suggest_lam(len(run.stages)) is None
+    assert run.suggested_lam(1) is None
+    assert run.suggested_lam(len(run.stages)) is None
+
+
+@few_samples
+@pytest.mark.parametrize(("lam", "expected"), [(1e9, None), (1e-9, 1e-10)])
+def test_a_stiff_penalty_that_has_diverged_is_told_to_be_as_soft_as_suggested(
+    short: Short, make_run: MakeRun, lam: float, expected: float | None
+) -> None:
+    run = make_run(short(f"rank1:gradient,lam={lam}", model="mlp"))
+    _, suggested = after_first_task(run)
+    cause = trouble.likely_cause(run, run.stages[1], False, True)
+    assert f"try lam={expected or suggested:.3g} or the decoupled mode" in cause
 
 
 @pytest.mark.parametrize(
