@@ -18,7 +18,7 @@ class Dataset(NamedTuple):
     classes: int
     train: Images
     test: Images
-    class_names: tuple[str, ...] = ()  # by label; empty: the labels are the names
+    class_names: tuple[str, ...] = ()  # by class number; empty: the numbers are the names
 
 
 class CatalogEntry(NamedTuple):

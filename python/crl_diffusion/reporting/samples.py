@@ -74,7 +74,7 @@ def strips_of(
 
 def _heads(classes: Classes, inches: float) -> tuple[list[str], bool]:
     """The heads of columns of this width, and whether they stand upright: up to ten names lie, in two lines at most."""
-    few, fitting = len(classes.labels) <= 10, max(int(inches / 0.085), 6)
+    few, fitting = len(classes.labels) <= 10, max(int(inches / 0.078), 6)
     if not classes.names.names:
         return [f"{'class ' if few else ''}{c}" for c in classes.labels], False
     if not few:

@@ -97,6 +97,7 @@ def write_images(
     the sheet and the record."""
     from crl_diffusion.reporting import canvas, samples  # matplotlib: not before it is needed
 
+    torch.use_deterministic_algorithms(True, warn_only=True)
     stems = {c: file_stem(trained, c) for c in classes}
     record: Row = {
         "run": trained.config.label,

@@ -84,7 +84,8 @@ def train(
                     tools = evaluate.instruments(features, data, extractor_folder or out, config.device)
                     for line in tools.about(config, data):
                         say(line)
-                    claim(config, out, data.name, tools.names(), data.class_names)
+                    named = {"class_names": list(data.class_names)} if data.class_names else {}
+                    claim(config, out, data.name, tools.names(), named)
                 run = Run(config, out, data, tools, say)
 
                 # To resume: the newest good checkpoint.

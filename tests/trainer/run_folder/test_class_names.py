@@ -16,7 +16,7 @@ from helpers.trainer_runs import Short
 
 def test_names_are_beside_the_configuration_that_a_digest_is_of(short: Short, tmp_path: Path) -> None:
     config = short(class_order=0)
-    claim(config, tmp_path, "digits", {}, ["é", "b", "日本"])
+    claim(config, tmp_path, "digits", {}, {"class_names": ["é", "b", "日本"]})
     record = read_config(tmp_path)
     assert digest_of_saved(record["run"]) == digest_of(config)
     names = ClassNames.recorded(record)
@@ -28,7 +28,9 @@ def test_a_run_without_names_stays_without_them(short: Short, tmp_path: Path) ->
     claim(short(), tmp_path, "digits", {})
     before = (tmp_path / "config.json").read_bytes()
     assert "class_names" not in read_json(tmp_path / "config.json")
-    claim(short(), tmp_path, "digits", {}, ["a", "b"])  # the run is resumed by a version that knows names
+    claim(
+        short(), tmp_path, "digits", {}, {"class_names": ["a", "b"]}
+    )  # the run is resumed by a version that knows names
     assert (tmp_path / "config.json").read_bytes() == before
     assert ClassNames.recorded(read_config(tmp_path)) == UNNAMED
     assert UNNAMED.of(7) == "7"
@@ -40,7 +42,7 @@ def test_a_data_set_of_another_version_has_no_known_tasks() -> None:
 
 
 def test_names_that_are_no_texts_are_damage(short: Short, tmp_path: Path) -> None:
-    claim(short(), tmp_path, "digits", {}, ["a"])
+    claim(short(), tmp_path, "digits", {}, {"class_names": ["a"]})
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "class_names": [1]}))
     with pytest.raises(RecordError, match=r"class_names is .* expected a list, each a text"):
