@@ -81,7 +81,7 @@ def _heads(classes: Classes, inches: float) -> tuple[list[str], bool]:
         return [no_mathematics(class_label(classes.names, c, 16)) for c in classes.labels], True
     heads = []
     for c in classes.labels:
-        first, *others = textwrap.wrap(class_label(classes.names, c, 2 * fitting), fitting)
+        first, *others = textwrap.wrap(class_label(classes.names, c, 2 * fitting), fitting) or [""]
         heads.append(no_mathematics("\n".join([first, *([shorten(" ".join(others), fitting)] if others else [])])))
     return heads, False
 
