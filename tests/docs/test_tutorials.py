@@ -119,9 +119,11 @@ def test_image_folder():
     for output, quoted in run(TUTORIALS / "image-folder.md"):
         assert shape(output) == shape(quoted)
         printed.append(output)
-    assert len(printed) == 4
+    assert len(printed) == 7
     report = Path("runs/compared/report.html").read_text()
     assert "gd+rank1" in report
     assert "fine-tune" in report
     assert not re.search(r'(?:src|href)="(?!data:|#)', report)  # self-contained
     assert Path("runs/compared/gd+rank1-seed0/summary.json").exists()
+    assert len(list(Path("images").glob("*-seed0-*.png"))) == 6
+    assert Path("my-model/README.md").exists()

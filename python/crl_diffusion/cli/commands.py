@@ -263,8 +263,8 @@ def sample(command: Sample) -> int:
 
         paths = drawing.write_images(trained, command.out, classes, command.count, command.seed, steps, advance)
     say(
-        f"{trained.subject}: {command.count} images each of {len(classes)} classes, seed {command.seed}, {steps} DDIM "
-        f"steps, in {command.out}"
+        f"{trained.subject}: {command.count * len(classes)} images, {command.count} of each class, seed "
+        f"{command.seed}, {steps} DDIM steps, in {command.out}"
     )
     say(f"sheet and record: {paths[0]}, {paths[1]}")
     return 0

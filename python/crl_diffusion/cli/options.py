@@ -127,8 +127,8 @@ class Sample:
     seed: int = 0
     """Random seed of the images."""
     steps: int | None = None
-    """DDIM steps, from 1 to 1000. By default --eval-steps of the run. More take longer and
-    usually draw better."""
+    """DDIM steps, from 1 to 1000. By default --eval-steps of the run. More take longer and usually draw better. Choose
+    a divisor of 1000: with other numbers the first step is not at the noisiest timesteps."""
     task: int | None = None
     """Use the weights of the end of this task. Tasks are counted from 1. By default the newest checkpoint."""
     device: Device = "auto"

@@ -18,7 +18,7 @@ class Dataset(NamedTuple):
     classes: int
     train: Images
     test: Images
-    class_names: tuple[str, ...] = ()  # by label; empty: the labels are the names
+    class_names: tuple[str, ...] = ()  # by class number; empty: the numbers are the names
 
 
 class CatalogEntry(NamedTuple):
@@ -29,14 +29,9 @@ class CatalogEntry(NamedTuple):
     validation_every: int = 12  # every n-th image of each class
 
 
-def in_memory(
-    name: str,
-    train: tuple[Tensor, Tensor],
-    test: tuple[Tensor, Tensor],
-    size: int,
-    class_names: tuple[str, ...] = (),
-) -> Dataset:
+def in_memory(name: str, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], size: int) -> Dataset:
     """A data set of ten classes from the pixels, uint8 (N, C, S, S), and the labels of both parts."""
     (train_pixels, train_labels), (test_pixels, test_labels) = train, test
-    images = (Images(resize(train_pixels, size), train_labels), Images(resize(test_pixels, size), test_labels))
-    return Dataset(name, 10, *images, class_names)
+    return Dataset(
+        name, 10, Images(resize(train_pixels, size), train_labels), Images(resize(test_pixels, size), test_labels)
+    )

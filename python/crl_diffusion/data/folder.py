@@ -75,8 +75,8 @@ class ImageTree:
 
     def read(self, name: str, size: int) -> Dataset:
         files = [file for part in self.parts.values() for file, _ in part]
-        images = cache.decoded(name, self.root, files, size, partial(self._decode, size))
-        return Dataset(name, len(self.classes), *images, tuple(map(printable, self.classes)))
+        train, test = cache.decoded(name, self.root, files, size, partial(self._decode, size))
+        return Dataset(name, len(self.classes), train, test, self.classes)
 
     def _decode(self, size: int, part: str) -> cache.Chunks:
         with ThreadPoolExecutor(os.cpu_count()) as threads:  # Pillow decodes and resizes without the interpreter's lock
@@ -112,11 +112,6 @@ def _chunks(items: Sequence[Any], n: int) -> Iterator[list[Any]]:
     rest = iter(items)
     while chunk := list(islice(rest, n)):
         yield chunk
-
-
-def printable(name: str) -> str:
-    """The name of a folder as text: a byte that is no UTF-8 becomes a replacement character, white space one blank."""
-    return " ".join(os.fsencode(name).decode("utf-8", "replace").split())
 
 
 def in_words(names: Sequence[str]) -> str:

@@ -46,7 +46,7 @@ class Data:
     train: Images
     test: Images
     tasks: tuple[Task, ...]
-    class_names: tuple[str, ...] = ()  # by label; empty: the labels are the names
+    class_names: tuple[str, ...] = ()  # by class number; empty: the numbers are the names
 
     @property
     def shape(self) -> tuple[int, int, int]:

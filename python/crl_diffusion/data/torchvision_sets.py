@@ -48,7 +48,7 @@ def read_mnist(class_name: str, option: str, class_names: tuple[str, ...] = ()) 
                 f"{str(root / class_name)!r} and download them anew with: "
                 f'python -c "from torchvision.datasets import {class_name} as D; D({str(root)!r}, download=True)"'
             ) from error
-        return in_memory(option, train, test, size, class_names)
+        return in_memory(option, train, test, size)._replace(class_names=class_names)
 
     return read
 
@@ -63,7 +63,7 @@ def read_cifar10(root: Path, size: int) -> Dataset:
     archive, copy = root / "cifar-10-batches-py", root / "cifar10_jpeg"
     if archive.is_dir():
         train, test = _cifar10_batches(root, archive)
-        return in_memory("cifar10", train, test, size, CIFAR10_CLASSES)
+        return in_memory("cifar10", train, test, size)._replace(class_names=CIFAR10_CLASSES)
     if copy.is_dir():
         tree = ImageTree(copy, "--data cifar10")
         if tree.classes != CIFAR10_CLASSES:

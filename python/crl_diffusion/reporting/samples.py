@@ -74,14 +74,14 @@ def strips_of(
 
 def _heads(classes: Classes, inches: float) -> tuple[list[str], bool]:
     """The heads of columns of this width, and whether they stand upright: up to ten names lie, in two lines at most."""
-    few, fitting = len(classes.labels) <= 10, max(int(inches / 0.085), 6)
+    few, fitting = len(classes.labels) <= 10, max(int(inches / 0.078), 6)
     if not classes.names.names:
         return [f"{'class ' if few else ''}{c}" for c in classes.labels], False
     if not few:
         return [no_mathematics(class_label(classes.names, c, 16)) for c in classes.labels], True
     heads = []
     for c in classes.labels:
-        first, *others = textwrap.wrap(class_label(classes.names, c, 2 * fitting), fitting)
+        first, *others = textwrap.wrap(class_label(classes.names, c, 2 * fitting), fitting) or [""]
         heads.append(no_mathematics("\n".join([first, *([shorten(" ".join(others), fitting)] if others else [])])))
     return heads, False
 

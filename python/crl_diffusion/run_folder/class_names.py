@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -23,6 +24,11 @@ class ClassNames:
 
     def of(self, c: int) -> str:
         return (self.names[c] if c < len(self.names) else "") or str(c)
+
+
+def printable(name: str) -> str:
+    """The name of a folder as text: a byte that is no UTF-8 becomes a replacement character, white space one blank."""
+    return " ".join(os.fsencode(name).decode("utf-8", "replace").split())
 
 
 UNNAMED = ClassNames()

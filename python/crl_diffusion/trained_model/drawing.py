@@ -97,6 +97,7 @@ def write_images(
     the sheet and the record."""
     from crl_diffusion.reporting import canvas, samples  # matplotlib: not before it is needed
 
+    torch.use_deterministic_algorithms(True, warn_only=True)
     stems = {c: file_stem(trained, c) for c in classes}
     record: Row = {
         "run": trained.config.label,
@@ -124,7 +125,8 @@ def write_images(
                 shown[c].append(image)
         advance(start + len(part), len(wanted))
     rows = [(canvas.class_label(trained.names, c, 40), np.stack(images)) for c, images in shown.items()]
-    title = f"{trained.subject}; images from seed {seed}, {steps} steps"
+    config = trained.config  # the name of the data may have letters that the font lacks
+    title = f"{config.label} on {config.data}, seed {config.seed}, {trained.moment}; images: seed {seed}, {steps} steps"
     return [canvas.drawing("sheet", samples.sheet(rows, title), "", "").save(out), out / RECORD]
 
 

@@ -27,6 +27,7 @@ from crl_diffusion.evaluation.extractors import Custom
 from crl_diffusion.files import Row, TensorBoard, write_json
 from crl_diffusion.reporting import runs
 from crl_diffusion.run_folder import origin
+from crl_diffusion.run_folder.class_names import printable
 from crl_diffusion.run_folder.layout import (
     check_folder,
     claim,
@@ -84,7 +85,8 @@ def train(
                     tools = evaluate.instruments(features, data, extractor_folder or out, config.device)
                     for line in tools.about(config, data):
                         say(line)
-                    claim(config, out, data.name, tools.names(), data.class_names)
+                    named = {"class_names": [printable(name) for name in data.class_names]} if data.class_names else {}
+                    claim(config, out, data.name, tools.names(), named)
                 run = Run(config, out, data, tools, say)
 
                 # To resume: the newest good checkpoint.

@@ -20,7 +20,7 @@ def test_images_are_drawn_and_the_run_is_not_changed(
     words = ["sample", str(finished), "--out", str(tmp_path / "out"), "--count", "2", "--device", "cpu"]
     assert cli.main(words) == 0
     output = capsys.readouterr().out
-    assert "gd+rank1 on digits, seed 0, after task 2: 2 images each of 4 classes, seed 0, 2 DDIM steps" in output
+    assert "gd+rank1 on digits, seed 0, after task 2: 8 images, 2 of each class, seed 0, 2 DDIM steps" in output
     assert "not finished" not in output
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
     files = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
@@ -81,7 +81,7 @@ def test_a_run_that_is_not_finished_is_drawn_from_and_said_to_be_unfinished(
     assert cli.main(["sample", str(run), "--out", str(tmp_path / "out"), "--count", "1", "--device", "cpu"]) == 0
     output = capsys.readouterr().out
     assert f"{run} is not finished" in output
-    assert "after step 6 of task 2: 1 images" in output
+    assert "after step 6 of task 2: 4 images, 1 of each class" in output
 
 
 @pytest.mark.filterwarnings("error:.*missing from font")

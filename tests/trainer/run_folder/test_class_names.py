@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 from crl_diffusion.errors import RecordError
 from crl_diffusion.files import read_json
-from crl_diffusion.run_folder.class_names import UNNAMED, ClassNames, classes_by_task
+from crl_diffusion.run_folder.class_names import UNNAMED, ClassNames, classes_by_task, printable
 from crl_diffusion.run_folder.layout import claim, digest_of, digest_of_saved
 from crl_diffusion.run_folder.readers import read_config
 from helpers.trainer_runs import Short
@@ -16,7 +17,7 @@ from helpers.trainer_runs import Short
 
 def test_names_are_beside_the_configuration_that_a_digest_is_of(short: Short, tmp_path: Path) -> None:
     config = short(class_order=0)
-    claim(config, tmp_path, "digits", {}, ["é", "b", "日本"])
+    claim(config, tmp_path, "digits", {}, {"class_names": ["é", "b", "日本"]})
     record = read_config(tmp_path)
     assert digest_of_saved(record["run"]) == digest_of(config)
     names = ClassNames.recorded(record)
@@ -28,11 +29,18 @@ def test_a_run_without_names_stays_without_them(short: Short, tmp_path: Path) ->
     claim(short(), tmp_path, "digits", {})
     before = (tmp_path / "config.json").read_bytes()
     assert "class_names" not in read_json(tmp_path / "config.json")
-    claim(short(), tmp_path, "digits", {}, ["a", "b"])  # the run is resumed by a version that knows names
+    named = {"class_names": ["a", "b"]}
+    claim(short(), tmp_path, "digits", {}, named)  # the run is resumed by a version that knows names
     assert (tmp_path / "config.json").read_bytes() == before
     assert ClassNames.recorded(read_config(tmp_path)) == UNNAMED
     assert UNNAMED.of(7) == "7"
     assert ClassNames(("",)).of(0) == "0"
+
+
+def test_the_name_of_a_folder_becomes_a_text_of_one_line() -> None:
+    assert printable("café \n\t au lait") == "café au lait"
+    assert printable(os.fsdecode("日本".encode()[:-1])) == "日\N{REPLACEMENT CHARACTER}"
+    printable(os.fsdecode(b"caf\xe9")).encode()
 
 
 def test_a_data_set_of_another_version_has_no_known_tasks() -> None:
@@ -40,7 +48,7 @@ def test_a_data_set_of_another_version_has_no_known_tasks() -> None:
 
 
 def test_names_that_are_no_texts_are_damage(short: Short, tmp_path: Path) -> None:
-    claim(short(), tmp_path, "digits", {}, ["a"])
+    claim(short(), tmp_path, "digits", {}, {"class_names": ["a"]})
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "class_names": [1]}))
     with pytest.raises(RecordError, match=r"class_names is .* expected a list, each a text"):

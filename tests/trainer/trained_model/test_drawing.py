@@ -131,6 +131,7 @@ def test_the_record_says_which_files_are_of_which_class(named: TrainedModel, tmp
 
 
 def test_a_sheet_is_drawn_without_a_warning_about_letters(named: TrainedModel, tmp_path: Path, recwarn) -> None:
+    named = named._replace(data_name="folder-日本-01234567")
     drawing.write_images(named, tmp_path / "out", [0, 2, 3], 13, seed=0, steps=1)
     with Image.open(tmp_path / "out" / "sheet.png") as sheet:
         assert sheet.width > 2 * sheet.height  # rows are classes
