@@ -22,7 +22,7 @@ from helpers.trainer_runs import SHORT, child_environment, options, require_one_
 
 submitit = pytest.importorskip("submitit", reason="submitit is missing: pip install submitit")
 
-LONG = {**SHORT, "model": "mlp", "steps": 3000, "checkpoint_every": 50, "log_every": 10}  # time to be interrupted in
+LONG = {**SHORT, "model": "mlp", "steps": 600, "checkpoint_every": 50, "log_every": 10}  # time to be interrupted in
 # Every living process is "queued": a job of the local executor is named by its process.
 SQUEUE = "#!/bin/sh\nps -e -o pid=,stat= | awk '$2 !~ /^Z/ { print $1 }'\n"
 
@@ -154,7 +154,7 @@ def parent(process: int) -> int:
 def test_compare_can_be_ended_and_the_next_one_waits_for_its_jobs(
     local_jobs: Path, extractor_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = words(local_jobs, extractor_folder, "fine-tune", **{**LONG, "steps": 6000})
+    arguments = words(local_jobs, extractor_folder, "fine-tune", **LONG)
     out = local_jobs / "fine-tune-seed0"
 
     def interrupt() -> None:
