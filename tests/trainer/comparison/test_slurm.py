@@ -92,18 +92,16 @@ def test_each_cell_is_a_job_and_finished_ones_are_kept(
     assert config["command"].split()[1:4] == ["-m", "crl_diffusion", "train"]
     assert "average FID" in (local_jobs / "gd-seed0" / "log.txt").read_text()
 
-    assert cli.main(words(local_jobs, extractor_folder, "fine-tune", "gd", "replay")) == 0
-    output = capsys.readouterr().out
-    assert output.count("already finished") == 2
-    assert "replay, seed 0: finished" in output
-    assert set(json.loads((local_jobs / "slurm" / "jobs.json").read_text())) == {"replay-seed0"}
+    assert cli.main(arguments) == 0
+    assert capsys.readouterr().out.count("already finished") == 2
+    assert json.loads((local_jobs / "slurm" / "jobs.json").read_text()) == jobs
 
 
 def test_a_killed_run_is_named_with_its_log_and_the_same_command_continues_it(
     local_jobs: Path, extractor_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = local_jobs / "gd-seed0"
-    arguments = words(local_jobs, extractor_folder, "fine-tune", "gd", **LONG)
+    arguments = words(local_jobs, extractor_folder, "gd", **LONG)
 
     def kill_after_a_checkpoint() -> None:
         wait_for(lambda: bool(list(out.glob("checkpoints/00-*.safetensors"))))
@@ -114,12 +112,11 @@ def test_a_killed_run_is_named_with_its_log_and_the_same_command_continues_it(
     assert cli.main(arguments) == 1
     killer.join()
     written = capsys.readouterr()
-    assert "fine-tune, seed 0: finished" in written.out
     assert "gd, seed 0: FAILED" in written.out
     job = json.loads((local_jobs / "slurm" / "jobs.json").read_text())["gd-seed0"]
     assert f"gd, seed 0 failed; the end of {out / 'log.txt'}:\n" in written.err
     assert f"(Slurm job {job} ended with exit code -9; what Slurm and submitit wrote: " in written.err
-    assert "1 of 2 runs failed; finished ones are kept; give the same command again to continue" in written.err
+    assert "1 of 1 runs failed; finished ones are kept; give the same command again to continue" in written.err
 
     assert cli.main(arguments) == 0
     assert "resuming after 0 finished stage(s)" in (out / "log.txt").read_text()
@@ -193,6 +190,11 @@ def test_a_job_that_leaves_the_queue_without_a_result_has_failed(
     os.waitpid(controller, 0)
     assert stopped(cell.process) == slurm.NO_RESULT
     assert f"(Slurm job {controller} ended without a result" in queue.ending(cell)
+    (local_jobs / "slurm" / "jobs.json").write_text("[]")
+    with pytest.raises(
+        OptionError, match=r"jobs.json' is damaged \(expected a JSON object\); end the jobs that squeue"
+    ):
+        queue.attach([cell])
     # While squeue does not answer, nothing is known.
     monkeypatch.setenv("PATH", str(local_jobs.parent / "commands"))
     (local_jobs.parent / "commands" / "squeue").write_text("#!/bin/sh\nexit 1\n")
