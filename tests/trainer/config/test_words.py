@@ -31,6 +31,6 @@ def test_parts_that_this_version_does_not_know_are_named_as_they_are() -> None:
         "penalty": penalty,
     }
     assert words.describe(recipe, {}) == (
-        "Trains also on images of old classes that the old model draws attic, gist, with weight 0.5. EWC penalty on two "
-        "directions of each old task ({'of': 1}), lam 3: ['tilted']."
+        "Trains also on images of old classes that the old model draws attic, gist, with weight 0.5. EWC penalty on "
+        "two directions of each old task ({'of': 1}), lam 3: ['tilted']."
     )
