@@ -208,7 +208,7 @@ def locked(path: Path, refusal: str | None = None, say: Callable[[str], None] | 
         lock = FileLock(path).acquire(timeout=0)
     except Timeout:
         if refusal:
-            raise OptionError(f"{refusal} ({holder(path)}); wait for it, or use another folder{_stale(path)}") from None
+            raise OptionError(f"{refusal} ({holder(path)}){_stale(path)}") from None
         if say:
             say(f"{str(path.parent)!r} is in use by {holder(path)}; waiting for it{_stale(path)}")
         lock = FileLock(path).acquire()

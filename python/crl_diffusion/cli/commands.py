@@ -19,6 +19,7 @@ from crl_diffusion.errors import OptionError, TrainingError, WriteError
 
 if TYPE_CHECKING:
     from crl_diffusion.comparison.cells import Cell
+    from crl_diffusion.data.tasks import Data
 
 FILE_WIDTH = 150  # columns of a table that goes to a file or a pipe
 
@@ -98,20 +99,9 @@ def compare(command: Compare) -> int:
         check(cell.config)
     baseline = cells.configuration(command, baseline_method, baseline_values).label
     require_place("--out", command.out)
-    console = Console(soft_wrap=True)
-    with comparing(command.out, complain):
-        return _compare(command, work, baseline, sbatch, console)
 
-
-def _compare(command: Compare, work: Sequence[Cell], baseline: str, sbatch: dict[str, str], console: Console) -> int:
-    """Make the runs, in a folder that no other comparison writes to, and report them."""
-    from crl_diffusion.comparison import cells, runner, slurm
     from crl_diffusion.data import tasks
-    from crl_diffusion.evaluation import evaluate
-    from crl_diffusion.reporting import report, runs
-    from crl_diffusion.run_folder.layout import check_folder, require_measured
-    from crl_diffusion.training import forecast, loop
-    from crl_diffusion.training.plan import require_fisher_images, resolve, resolve_device, stage_steps
+    from crl_diffusion.training.plan import require_fisher_images, resolve, stage_steps
 
     for cell in work:
         if command.launcher == "slurm":  # on the device of the jobs, which this machine may not have
@@ -119,14 +109,29 @@ def _compare(command: Compare, work: Sequence[Cell], baseline: str, sbatch: dict
             cell.config = replace(resolve(replace(cell.config, device="auto")), device=device)
         else:
             cell.config = resolve(cell.config)
-        cell.finished = loop.finished(cell.config, cell.folder, command.extractor) is not None
-        check_folder(cell.config, cell.folder)
-    device = resolve_device("auto") if command.launcher == "slurm" else work[0].config.device
-    cells.check_others(work, command.out)
     images = tasks.load(work[0].config, command.data_root)
     for cell in work:
         require_fisher_images(cell.config, images)
         cell.stage_steps = stage_steps(cell.config, images)
+    with comparing(command.out, complain):
+        return _compare(command, work, images, baseline, sbatch)
+
+
+def _compare(command: Compare, work: Sequence[Cell], images: Data, baseline: str, sbatch: dict[str, str]) -> int:
+    """Make the runs, in a folder that no other comparison writes to, and report them."""
+    from crl_diffusion.comparison import cells, runner, slurm
+    from crl_diffusion.evaluation import evaluate
+    from crl_diffusion.reporting import report, runs
+    from crl_diffusion.run_folder.layout import check_folder, require_measured
+    from crl_diffusion.training import forecast, loop
+    from crl_diffusion.training.plan import resolve_device
+
+    console = Console(soft_wrap=True)
+    for cell in work:
+        cell.finished = loop.finished(cell.config, cell.folder, command.extractor) is not None
+        check_folder(cell.config, cell.folder)
+    cells.check_others(work, command.out)
+    device = resolve_device("auto") if command.launcher == "slurm" else work[0].config.device
     folder = command.extractor_folder or command.out
     jobs = command.jobs or ((os.cpu_count() or 1) if device == "cpu" else 1)
     try:

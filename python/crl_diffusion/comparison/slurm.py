@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from crl_diffusion.comparison.cells import Cell
 from crl_diffusion.comparison.runner import THREADS, Command
-from crl_diffusion.errors import OptionError
+from crl_diffusion.errors import OptionError, RecordError
 from crl_diffusion.files import read_json, write_json
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ DEFAULTS = {"job-name": "crl-diffusion", "time": "4:00:00", "cpus-per-task": "1"
 REQUEUES = 1000  # times that a job may reach its time limit
 ASK_SECONDS = 15.0  # between two calls of squeue
 LATE_SECONDS = 60.0  # until a file that a node has written is seen here
+NO_JOBS = "end the jobs that squeue shows, if any, and delete it"
 NO_RESULT = -1  # in place of an exit code
 
 
@@ -106,6 +107,7 @@ class TrainJob:
 
     def __init__(self, command: list[str], log: Path, threads: str) -> None:
         self.command, self.log, self.threads = command, log, threads
+        self.process: subprocess.Popen[bytes] | None = None
 
     def __call__(self) -> int:
         """The exit code of the command."""
@@ -119,21 +121,23 @@ class TrainJob:
                 # Slurm sends the warning of the time limit to all processes of a job; `checkpoint` passes it on.
                 preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN),
             )
-        self.ended()
+        _wait(self.process)
         return self.process.wait()
-
-    def ended(self) -> None:
-        """Wait for the end of the process, also within a signal handler that has interrupted this very function:
-        Popen.wait would wait for itself there."""
-        os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
 
     def checkpoint(self) -> Any:
         """submitit calls it before the time limit and upon preemption, and queues the job again."""
         from submitit.helpers import DelayedSubmission
 
-        self.process.terminate()
-        self.ended()
+        if self.process is not None:
+            self.process.terminate()
+            _wait(self.process)
         return DelayedSubmission(TrainJob(self.command, self.log, self.threads))
+
+
+def _wait(process: subprocess.Popen[bytes]) -> None:
+    """Wait for the end of a process, also within a signal handler that has interrupted this very function: Popen.wait
+    would wait for itself there."""
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
 
 
 class Job:
@@ -171,13 +175,17 @@ class Queue:
     def __init__(self, out: Path, chosen: dict[str, str], parallel: int, command: Command) -> None:
         self.folder, self.chosen, self.parallel, self.command = out / "slurm", chosen, parallel, command
         self.slots = 10_000  # Slurm queues them
-        self.asked, self.queued = -ASK_SECONDS, set[str]()
+        self.asked = -ASK_SECONDS
+        self.queued: set[str] | None = None  # None: Slurm does not answer
 
     def attach(self, cells: Sequence[Cell]) -> None:
         """Find the jobs of these cells that an earlier `compare` has submitted and that have not ended."""
+        import submitit
+
+        found = self.recorded()
         for cell in cells:
-            if (name := self.recorded().get(cell.folder.name)) is not None:
-                cell.process = Job(self.job(name), self)
+            if (name := found.get(cell.folder.name)) is not None:
+                cell.process = Job(submitit.SlurmJob(self.folder, name), self)
 
     def start(self, cells: Sequence[Cell]) -> None:
         for cell in cells:
@@ -201,22 +209,19 @@ class Queue:
         path = self.folder / "jobs.json"
         if not path.exists():
             return {}
-        return {folder: name for folder, name in read_json(path).items() if not self.has_left(name)}
-
-    def job(self, name: str) -> submitit.Job[int]:
-        import submitit
-
-        return submitit.SlurmJob(self.folder, name)
+        found = read_json(path, NO_JOBS)
+        if not isinstance(found, dict):
+            raise RecordError(path, "is damaged (expected a JSON object)", NO_JOBS)
+        return {folder: str(name) for folder, name in found.items() if not self.has_left(str(name))}
 
     def has_left(self, name: str) -> bool:
         """Whether a job is neither queued nor running; False if Slurm does not answer."""
         if time.monotonic() - self.asked >= ASK_SECONDS:
             words = ["squeue", "--me", "--array", "--noheader", "--format=%i"]
             done = subprocess.run(words, capture_output=True, text=True, check=False)
-            if done.returncode:
-                return False
-            self.asked, self.queued = time.monotonic(), set(done.stdout.split())
-        return name not in self.queued
+            self.asked = time.monotonic()
+            self.queued = None if done.returncode else set(done.stdout.split())
+        return self.queued is not None and name not in self.queued
 
     def stop(self, running: Sequence[Cell], signum: int, say: Callable[[str], None]) -> None:
         """Leave the jobs alone, and say how to end them."""

@@ -134,7 +134,7 @@ def make_writable(out: Path) -> None:
 
 def writing(out: Path) -> AbstractContextManager[None]:
     """Lock the folder for writing. OptionError if another process holds the lock."""
-    return locked(out / ".lock", f"--out {str(out)!r} is being written by another process")
+    return locked(out / ".lock", f"--out {str(out)!r} is being written by another process; wait for it, or use another")
 
 
 def in_use(out: Path) -> bool:

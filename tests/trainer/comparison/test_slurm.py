@@ -22,7 +22,7 @@ from helpers.trainer_runs import SHORT, child_environment, options, require_one_
 
 submitit = pytest.importorskip("submitit", reason="submitit is missing: pip install submitit")
 
-LONG = {**SHORT, "model": "mlp", "steps": 3000, "checkpoint_every": 50, "log_every": 10}  # time to be interrupted in
+LONG = {**SHORT, "model": "mlp", "steps": 300, "checkpoint_every": 50, "log_every": 10}  # time to be interrupted in
 # Every living process is "queued": a job of the local executor is named by its process.
 SQUEUE = "#!/bin/sh\nps -e -o pid=,stat= | awk '$2 !~ /^Z/ { print $1 }'\n"
 
@@ -92,18 +92,16 @@ def test_each_cell_is_a_job_and_finished_ones_are_kept(
     assert config["command"].split()[1:4] == ["-m", "crl_diffusion", "train"]
     assert "average FID" in (local_jobs / "gd-seed0" / "log.txt").read_text()
 
-    assert cli.main(words(local_jobs, extractor_folder, "fine-tune", "gd", "replay")) == 0
-    output = capsys.readouterr().out
-    assert output.count("already finished") == 2
-    assert "replay, seed 0: finished" in output
-    assert set(json.loads((local_jobs / "slurm" / "jobs.json").read_text())) == {"replay-seed0"}
+    assert cli.main(arguments) == 0
+    assert capsys.readouterr().out.count("already finished") == 2
+    assert json.loads((local_jobs / "slurm" / "jobs.json").read_text()) == jobs
 
 
 def test_a_killed_run_is_named_with_its_log_and_the_same_command_continues_it(
     local_jobs: Path, extractor_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = local_jobs / "gd-seed0"
-    arguments = words(local_jobs, extractor_folder, "fine-tune", "gd", **LONG)
+    arguments = words(local_jobs, extractor_folder, "gd", **LONG)
 
     def kill_after_a_checkpoint() -> None:
         wait_for(lambda: bool(list(out.glob("checkpoints/00-*.safetensors"))))
@@ -114,15 +112,14 @@ def test_a_killed_run_is_named_with_its_log_and_the_same_command_continues_it(
     assert cli.main(arguments) == 1
     killer.join()
     written = capsys.readouterr()
-    assert "fine-tune, seed 0: finished" in written.out
     assert "gd, seed 0: FAILED" in written.out
     job = json.loads((local_jobs / "slurm" / "jobs.json").read_text())["gd-seed0"]
     assert f"gd, seed 0 failed; the end of {out / 'log.txt'}:\n" in written.err
     assert f"(Slurm job {job} ended with exit code -9; what Slurm and submitit wrote: " in written.err
-    assert "1 of 2 runs failed; finished ones are kept; give the same command again to continue" in written.err
+    assert "1 of 1 runs failed; finished ones are kept; give the same command again to continue" in written.err
 
     assert cli.main(arguments) == 0
-    assert "resuming after 0 finished stage(s)" in (out / "log.txt").read_text()
+    assert "resuming after " in (out / "log.txt").read_text()
 
 
 def test_a_job_at_its_time_limit_is_queued_again_and_continues_bit_for_bit(
@@ -142,7 +139,7 @@ def test_a_job_at_its_time_limit_is_queued_again_and_continues_bit_for_bit(
     assert stopped(cell.process) == 0
     log = (cell.folder / "log.txt").read_text()
     assert "interrupted by SIGTERM after step" in log
-    assert "resuming after 0 finished stage(s)" in log
+    assert "resuming after " in log
     train(config, tmp_path / "uninterrupted", extractor_folder)
     same_end(cell.folder, tmp_path / "uninterrupted")
 
@@ -154,7 +151,7 @@ def parent(process: int) -> int:
 def test_compare_can_be_ended_and_the_next_one_waits_for_its_jobs(
     local_jobs: Path, extractor_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = words(local_jobs, extractor_folder, "fine-tune", **{**LONG, "steps": 6000})
+    arguments = words(local_jobs, extractor_folder, "fine-tune", **LONG)
     out = local_jobs / "fine-tune-seed0"
 
     def interrupt() -> None:
@@ -193,6 +190,11 @@ def test_a_job_that_leaves_the_queue_without_a_result_has_failed(
     os.waitpid(controller, 0)
     assert stopped(cell.process) == slurm.NO_RESULT
     assert f"(Slurm job {controller} ended without a result" in queue.ending(cell)
+    (local_jobs / "slurm" / "jobs.json").write_text("[]")
+    with pytest.raises(
+        OptionError, match=r"jobs.json' is damaged \(expected a JSON object\); end the jobs that squeue"
+    ):
+        queue.attach([cell])
     # While squeue does not answer, nothing is known.
     monkeypatch.setenv("PATH", str(local_jobs.parent / "commands"))
     (local_jobs.parent / "commands" / "squeue").write_text("#!/bin/sh\nexit 1\n")

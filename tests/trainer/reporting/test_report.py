@@ -18,8 +18,6 @@ from crl_diffusion import cli, errors
 from crl_diffusion.cli import options, parser
 from crl_diffusion.comparison import cells
 from crl_diffusion.comparison.cells import folder_name
-from crl_diffusion.config import words
-from crl_diffusion.config.method import METHODS as METHODS_BY_NAME
 from crl_diffusion.config.settings import RunConfig
 from crl_diffusion.config.spelling import in_order
 from crl_diffusion.reporting import (
@@ -613,21 +611,6 @@ def test_nothing_is_claimed_of_the_best_method_without_enough_seeds_or_a_clear_i
     # Where the baseline is the best, or has no runs, it is compared with the next best.
     for baseline in ("masip", "replay"):
         assert "against gd," in findings.found(grouped(unclear), baseline)
-
-
-@pytest.mark.parametrize("name", [*METHODS_BY_NAME, "gd+rank10:signs", "gd+bands8:top,slopes,alone"])
-def test_every_method_is_described_by_its_parts(name: str) -> None:
-    config = RunConfig(method=name)
-    text = words.describe(config.as_json()["recipe"], vars(config))
-    parts, penalty = text.count("images of old classes"), config.recipe.penalty
-    assert parts == bool(config.recipe.replays)
-    assert ("EWC penalty" in text) == (penalty is not None)
-    if penalty is not None:
-        assert f"lam {penalty.lam:g}: {words.MODES[penalty.mode].removeprefix(words.CONTROL)}." in text
-        assert ("ontrol, not a method" in text) == (penalty.direction == "signs" or penalty.mode == "alone")
-    assert words.describe(config.as_json()["recipe"], {**vars(config), "ema": 0.9}) == (
-        f"{text} An average of the weights, with decay 0.9, replaces them at the end of a task."
-    )
 
 
 POISON = "[/red]<b onload=x>|`*](x)"
