@@ -106,11 +106,12 @@ def compare(command: Compare) -> int:
     from crl_diffusion.reporting import report, runs
     from crl_diffusion.run_folder.layout import check_folder, require_measured, require_place
     from crl_diffusion.training import forecast, loop
-    from crl_diffusion.training.plan import require_fisher_images, resolve, stage_steps
+    from crl_diffusion.training.plan import about_data, require_fisher_images, resolve, stage_steps
 
     require_place("--out", command.out)
+    asked = work[0].config
     for cell in work:
-        cell.config = resolve(cell.config)
+        cell.config = resolve(cell.config, command.data_root)
         cell.finished = loop.finished(cell.config, cell.folder, command.extractor) is not None
         check_folder(cell.config, cell.folder)
     device = work[0].config.device
@@ -126,7 +127,7 @@ def compare(command: Compare) -> int:
         evaluate.prepare(tools, work[0].config, images)
     except WriteError as error:
         raise OptionError(f"{error}; make {str(folder)!r} writable, with room on its disk") from error
-    for line in tools.about(work[0].config, images):
+    for line in [*about_data(asked, work[0].config, images), *tools.about(work[0].config, images)]:
         console.print(line, highlight=False, markup=False)
     if not all(cell.finished for cell in work):
         for path in sorted(command.out.glob("*/config.json")):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from crl_diffusion.config.settings import ADDED, RunConfig
@@ -26,14 +27,21 @@ def digest_of_saved(run: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
 
 
-def claim(config: RunConfig, out: Path, data_name: str, network_names: dict[str, str]) -> None:
-    """Write config.json or, if it exists, require the same data set and the same networks for evaluation."""
+def claim(
+    config: RunConfig,
+    out: Path,
+    data_name: str,
+    network_names: dict[str, str],
+    about_data: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    """Write config.json or, if it exists, require the same data set and the same networks for evaluation. `about_data`
+    is kept in it: where the data were, and what was left out."""
     path, names = out / "config.json", {"data_name": data_name, **network_names}
     if path.exists():
         require_measured(out, names)
         return
     origins = {"environment": origin.environment(), "git": origin.git_state(), "command": origin.command_line()}
-    write_json(path, {"run": config.as_json(), **names, **origins})
+    write_json(path, {"run": config.as_json(), **names, **about_data, **origins})
 
 
 def require_measured(out: Path, names: dict[str, str]) -> None:

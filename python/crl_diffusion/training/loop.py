@@ -37,7 +37,7 @@ from crl_diffusion.run_folder.layout import (
 )
 from crl_diffusion.training import snapshot, stage_records, trouble
 from crl_diffusion.training.forecast import StepClock
-from crl_diffusion.training.plan import require_fisher_images, resolve
+from crl_diffusion.training.plan import about_data, data_record, require_fisher_images, resolve
 from crl_diffusion.training.run import Run, Say, loss_table
 
 Advance = Callable[[int, int], None]  # called with the number of finished steps and of all steps
@@ -56,7 +56,7 @@ def train(
 
     `features` names the network for FIDs. `extractor_folder`, by default `out`, holds trained extractors.
     """
-    config = resolve(config)
+    asked, config = config, resolve(config, data_root)
     first = processes.launched_rank() == 0
     if not first:
         say = _nothing
@@ -82,9 +82,9 @@ def train(
                     restore_config(out, say)
                     check_folder(config, out)
                     tools = evaluate.instruments(features, data, extractor_folder or out, config.device)
-                    for line in tools.about(config, data):
+                    for line in [*about_data(asked, config, data), *tools.about(config, data)]:
                         say(line)
-                    claim(config, out, data.name, tools.names())
+                    claim(config, out, data.name, tools.names(), data_record(data, data_root))
                 run = Run(config, out, data, tools, say)
 
                 # To resume: the newest good checkpoint.
