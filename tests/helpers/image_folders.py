@@ -94,7 +94,7 @@ def folder_with_every_trap(root: Path, heif: bool) -> Traps:
     def turned(image: Image.Image, orientation: int) -> dict[str, Any]:
         exif = Image.Exif()
         exif[ExifTags.Base.Orientation] = orientation
-        return {"exif": exif, "image": image.transpose(STORED_AS[orientation]) if orientation > 1 else image}
+        return {"exif": exif.tobytes(), "image": image.transpose(STORED_AS[orientation]) if orientation > 1 else image}
 
     def put(path: str, number: int, image: Image.Image | None = None, *, last: int | None = None, **how: Any) -> None:
         """Save `image`, by default a scene; `last` is the grey of its lower right quarter, if it is another."""
@@ -173,7 +173,7 @@ def folder_with_every_trap(root: Path, heif: bool) -> Traps:
         import pillow_heif
 
         pillow_heif.register_heif_opener()
-        put("犬/phone.HEIC", 31, quality=100, chroma=444)
+        put("犬/phone.HEIC", 31, quality=100, chroma=444, **turned(scene(31), 6))
     else:
         (root / "犬" / "phone.HEIC").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
         unreadable["犬/phone.HEIC"] = "pip install pillow-heif"

@@ -106,7 +106,7 @@ def compare(command: Compare) -> int:
     from crl_diffusion.reporting import report, runs
     from crl_diffusion.run_folder.layout import check_folder, require_measured, require_place
     from crl_diffusion.training import forecast, loop
-    from crl_diffusion.training.plan import about_data, require_fisher_images, resolve, stage_steps
+    from crl_diffusion.training.plan import about_data, require_apart, require_fisher_images, resolve, stage_steps
 
     require_place("--out", command.out)
     asked = work[0].config
@@ -116,6 +116,7 @@ def compare(command: Compare) -> int:
         check_folder(cell.config, cell.folder)
     device = work[0].config.device
     cells.check_others(work, command.out)
+    require_apart(work[0].config, command.out, command.data_root)
     images = tasks.load(work[0].config, command.data_root)
     for cell in work:
         require_fisher_images(cell.config, images)

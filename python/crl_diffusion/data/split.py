@@ -50,12 +50,13 @@ def split(files: Sequence[Entry], folder: str, classes: Sequence[str], option: s
 def same_images(files: Sequence[str]) -> list[int]:
     """A number for each file; files have the same one if they are one file, or equal byte by byte."""
     numbers: dict[object, int] = {}
-    identities, by_size = [], defaultdict(set)
+    identities: list[object] = []  # the file itself, whatever paths lead to it
+    by_size: dict[int, set[object]] = defaultdict(set)
     for file in files:
         try:
             status = os.stat(file)
         except OSError:
-            identities.append((file, 0))
+            identities.append(file)
             continue
         identities.append((status.st_dev, status.st_ino))
         by_size[status.st_size].add(identities[-1])

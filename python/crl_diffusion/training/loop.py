@@ -37,7 +37,7 @@ from crl_diffusion.run_folder.layout import (
 )
 from crl_diffusion.training import snapshot, stage_records, trouble
 from crl_diffusion.training.forecast import StepClock
-from crl_diffusion.training.plan import about_data, data_record, require_fisher_images, resolve
+from crl_diffusion.training.plan import about_data, data_record, require_apart, require_fisher_images, resolve
 from crl_diffusion.training.run import Run, Say, loss_table
 
 Advance = Callable[[int, int], None]  # called with the number of finished steps and of all steps
@@ -65,6 +65,7 @@ def train(
         return summary
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     torch.use_deterministic_algorithms(True, warn_only=True)
+    require_apart(config, out, data_root)
     data = load(config, data_root)
     require_shares(config)
     require_fisher_images(config, data)

@@ -35,6 +35,17 @@ def resolve(config: RunConfig, data_root: Path = Path("data")) -> RunConfig:
     )
 
 
+def require_apart(config: RunConfig, out: Path, data_root: Path) -> None:
+    """OptionError if a run would be written into a folder whose folders are classes: its pictures would be a class."""
+    if config.data == "folder" and not (data_root / "train").is_dir():
+        place, root = out.resolve(), data_root.resolve()
+        if place == root or root in place.parents:
+            raise OptionError(
+                f"--out {str(out)!r} lies in the folder of images {str(data_root)!r}, where its pictures would be "
+                "taken for those of a class; give a place outside"
+            )
+
+
 def fitting(classes: int, tasks: int, classes_per_task: int) -> tuple[int, int]:
     """Tasks and classes in each for a folder, of which at least one is 0, which means not given: the defaults of a
     folder if it has enough classes, otherwise all that it has. What does not fit is refused when the data are read."""

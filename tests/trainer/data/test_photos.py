@@ -44,7 +44,7 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
     def line(root: Path, *parts: str, **settings: Any) -> str:
         words = ["train", "--method", "fine-tune", "--data", "folder", "--data-root", str(root)]
-        words += [*options({**QUICK, **settings}), "--out", str(root.parent / "refused")]
+        words += [*options({"out": root.parent / "refused", **QUICK, **settings})]
         assert cli.main(words) == 2
         said = capsys.readouterr().err.splitlines(keepends=True)
         errors = "".join(line for line in said if not line.startswith("decoding "))
@@ -442,6 +442,14 @@ def test_tasks_that_do_not_fit_are_refused(asked: dict[str, int], tmp_path: Path
 
 
 # Whole runs
+
+
+def test_a_run_inside_the_folder_of_classes_is_refused(tmp_path: Path, refused: Callable[..., str]) -> None:
+    write_photos(tmp_path, {"a": 3, "b": 3})
+    refused(
+        tmp_path / "a" / "..", "--out ", "lies in the folder of images", "give a place outside", out=tmp_path / "runs"
+    )
+    assert not (tmp_path / "runs").exists()
 
 
 def run_words(command: str, root: Path, out: Path, *words: str) -> list[str]:
