@@ -51,6 +51,14 @@ def subfolders(folder: Path) -> list[str]:
     return sorted(entry.name for entry in _entries(str(folder)) if _is_folder(entry))
 
 
+def peek(folder: Path) -> tuple[list[str], bool]:
+    """Names of the folders in a folder, and whether images lie in it; nothing if it may not be listed."""
+    try:
+        return subfolders(folder), any(_is_image(entry.name) for entry in _entries(str(folder)))
+    except OSError:
+        return [], False
+
+
 def class_names(folder: Path, option: str) -> dict[str, str]:
     """The folder of each class, by the name of the class, in the order of the folders' names."""
     tops, _ = _tops(folder)
@@ -110,7 +118,7 @@ def _walk(
         try:
             entries = _entries(folder)
         except OSError as error:
-            found.unreadable.append((folder, error.strerror or str(error)))
+            found.unreadable.append((folder, f"a folder; {error.strerror or error}"))
             continue
         for entry in entries:
             if _is_folder(entry):

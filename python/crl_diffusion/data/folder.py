@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from crl_diffusion.data import cache
-from crl_diffusion.data.class_folders import ClassFolders, class_names, list_classes, subfolders
+from crl_diffusion.data.class_folders import ClassFolders, class_names, list_classes, peek, subfolders
 from crl_diffusion.data.dataset import Dataset
 from crl_diffusion.data.image_files import RULES, SUFFIXES, Picture, Unreadable, formats, read_square
 from crl_diffusion.data.split import HELD_OUT, Entry, split
@@ -63,7 +63,7 @@ def train_and_held_out(root: Path) -> tuple[Path, Path | None]:
         raise OptionError(f"{OPTION}: there is no folder {str(root)!r}; {expected}; name it with --data-root")
     folders = subfolders(root)
     parts = [name for name in folders if name in ("train", "test", "val")]
-    with_classes = [name for name in parts if subfolders(root / name)]
+    with_classes = [name for name in parts if peek(root / name)[0]]
     if "train" in with_classes or folders == parts == sorted({"train", *parts}):
         held_out = next((name for name in ("test", "val") if name in parts), None)
         return root / "train", root / held_out if held_out else None
@@ -75,8 +75,7 @@ def train_and_held_out(root: Path) -> tuple[Path, Path | None]:
     if not folders:
         raise OptionError(f"{OPTION}: {str(root)!r} holds no folders; {expected}; point --data-root at the right one")
     for name in folders:
-        inner = subfolders(root / name)
-        images = any(file.lower().endswith(SUFFIXES) for file in os.listdir(root / name))
+        inner, images = peek(root / name)
         if ("train" in inner and {"test", "val"} & {*inner}) or (len(folders) == 1 and inner and not images):
             raise OptionError(
                 f"{OPTION}: the classes seem to lie one folder deeper, in {str(root / name)!r}; point --data-root at it"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from crl_diffusion.data.images import resize
 
@@ -23,7 +24,7 @@ SUFFIXES = (
 )
 FORMATS = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")  # MPO: a JPEG of some cameras
 ANIMATED = ("AVIF", "GIF", "PNG", "TIFF", "WEBP")
-LARGEST = 2**26  # pixels, 8192 x 8192: 256 MiB, as Pillow keeps them, and up to four times that with transparency
+LARGEST = 2**26  # pixels, 8192 x 8192: 256 MiB, as Pillow keeps them, and three times that with transparency
 LARGE = 2**24  # pixels; of larger images, one is decoded at a time
 _one_large_image = threading.Lock()
 
@@ -66,6 +67,8 @@ def read_square(file: str, size: int) -> Picture:
             return Picture(_square(_on_white(_upright(opened)), size), _is_animated(opened))
     except UnidentifiedImageError:
         raise Unreadable(_unidentified(file)) from None
+    except Image.DecompressionBombError:
+        raise Unreadable(f"more than {LARGEST:,} pixels: save it smaller") from None
     except OSError as error:
         raise Unreadable(error.strerror or _one_line(error)) from error
     except Unreadable:
@@ -115,21 +118,32 @@ def _on_white(image: Image.Image) -> Image.Image:
 
     if not image.has_transparency_data:
         return image.convert("RGB")
-    image = image.convert("RGBA")
+    image = image if image.mode == "RGBA" else image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def _square(image: Image.Image, size: int) -> Tensor:
     from PIL import Image
 
-    width, height = image.size
-    side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
-    image = image.crop((left, top, left + side, top + side))
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+
+    def rows(first: int, end: int) -> Tensor:
+        """Some rows of the square, uint8 (1, 3, rows, side)."""
+        part = image.crop((left, top + first, left + side, top + end))
+        return torch.from_numpy(np.array(part)).permute(2, 0, 1).unsqueeze(0)
+
+    if (
+        side**2 > LARGE and side >= size
+    ):  # the same means, but one row of them at a time: as floats, an image takes four times its bytes
+        bands = (rows(i * side // size, -(-(i + 1) * side // size)) for i in range(size))
+        means = [functional.interpolate(band.float(), size=(1, size), mode="area") for band in bands]
+        return torch.cat(means, 2).round().byte()
     if side < size:
-        image = image.resize((size, size), Image.Resampling.BICUBIC)
+        image = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BICUBIC)
+        left, top, side = 0, 0, size
     # Not Pillow's mean over areas: it rounds twice, after columns and after rows, halves upwards both times.
-    return resize(torch.from_numpy(np.array(image)).permute(2, 0, 1).unsqueeze(0), size)
+    return resize(rows(0, side), size)
 
 
 def _is_animated(image: Image.Image) -> bool:

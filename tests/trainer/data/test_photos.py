@@ -24,7 +24,7 @@ from crl_diffusion.errors import OptionError
 from crl_diffusion.training.plan import resolve
 from helpers.image_folders import Traps, folder_with_every_trap, load, noise, write_photos, write_tree
 from helpers.trainer_runs import SHORT, options, require_one_line
-from PIL import Image
+from PIL import Image, features
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::PIL.Image.DecompressionBombWarning")
 HEIF = importlib.util.find_spec("pillow_heif") is not None
@@ -174,6 +174,17 @@ def test_too_large_images_are_refused_and_jpegs_are_decoded_smaller(
     assert len(decoded) == 1
 
 
+@pytest.mark.parametrize("side", [24, 37, 100])
+def test_large_images_have_the_same_pixels_row_by_row(
+    side: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.fromarray(noise(side, 1, side, side, 3)[0]).save(tmp_path / "photo.png")
+    at_once = [read_square(str(tmp_path / "photo.png"), size).pixels for size in (5, 8, 24)]
+    monkeypatch.setattr(image_files, "LARGE", 100)
+    by_row = [read_square(str(tmp_path / "photo.png"), size).pixels for size in (5, 8, 24)]
+    assert all(map(torch.equal, at_once, by_row))
+
+
 def test_damaged_files_are_read_or_have_a_reason_of_one_line(traps: Traps, tmp_path: Path) -> None:
     generator, file = np.random.default_rng(0), tmp_path / "damaged"
     shapes, reasons = set(), set()
@@ -257,19 +268,40 @@ def test_links_to_other_places_are_followed_once(tmp_path: Path) -> None:
     assert "that is listed or that holds the data: 2" in "\n".join(data.notes)
 
 
-def test_a_folder_that_may_not_be_listed_is_named(tmp_path: Path, refused: Callable[..., str]) -> None:
-    if os.name != "posix" or os.geteuid() == 0:
-        pytest.skip("the user is root (or Windows has other rights): nothing is forbidden, and no other user is there")
+def test_folders_and_files_that_may_not_be_read_are_named(
+    tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rights are pretended: to root, as whom tests may run, everything is allowed."""
     root = tmp_path / "photos"
-    write_photos(root, {"a": 3, "b": 3, "c": 3})
-    (root / "c").chmod(0)
-    (root / "a" / "1.png").chmod(0)
-    try:
-        refused(root, "cannot be read: 'c' (Permission denied)")
-        (root / "c").chmod(0o700)
-        refused(root, f"the image {str(root / 'a' / '1.png')!r} cannot be read (Permission denied)")
-    finally:
-        (root / "c").chmod(0o700)
+    write_photos(root, {"a": 4, "b": 3, "c": 3})
+    forbidden = {str(root / "c")}
+
+    def allowed(call: Callable[..., Any]) -> Callable[..., Any]:
+        def guarded(path: Any, *arguments: Any, **named: Any) -> Any:
+            if str(path) in forbidden:
+                raise PermissionError(13, "Permission denied", path)
+            return call(path, *arguments, **named)
+
+        return guarded
+
+    monkeypatch.setattr(os, "scandir", allowed(os.scandir))
+    monkeypatch.setattr(Image, "open", allowed(Image.open))
+    refused(root, f"the image {str(root / 'c')!r} cannot be read (a folder; Permission denied)")
+    forbidden.add(str(root / "a" / "1.png"))
+    forbidden.remove(str(root / "c"))
+    refused(root, f"the image {str(root / 'a' / '1.png')!r} cannot be read (Permission denied)")
+    data = load("folder", root, image_size=8, skip_unreadable=True)
+    assert sorted([*data.train.labels.tolist(), *data.test.labels.tolist()]) == [0] * 3 + [1] * 3 + [2] * 3
+    forbidden.add(str(root / "b"))
+    refused(root, f"the image {str(root / 'b')!r} cannot be read")
+
+
+def test_avif_is_read(tmp_path: Path) -> None:
+    if not features.check("avif"):
+        pytest.skip("this Pillow was built without libavif")
+    Image.new("RGB", (16, 16), (200, 100, 50)).save(tmp_path / "photo.avif", quality=100)
+    read = read_square(str(tmp_path / "photo.avif"), 8).pixels[0].double().mean((1, 2))
+    assert (read - torch.tensor([200.0, 100.0, 50.0])).abs().max() < 6
 
 
 @pytest.mark.parametrize(
