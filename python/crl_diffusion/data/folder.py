@@ -134,7 +134,10 @@ class ImageTree:
     def read(self, name: str, size: int) -> Dataset:
         way = json.dumps([RULES, self.skip_unreadable and formats()])
         decoded = cache.decoded(name, self.root, self._files(), size, partial(self._decode, size), way, self._findings)
-        self.failed = [(str(self.root / file), reason) for file, reason in decoded.findings["unreadable"]]
+        self.failed = []
+        if unreadable := decoded.findings["unreadable"]:
+            files = {os.path.relpath(file, self.root): file for file in self._files()}
+            self.failed = [(files[file], reason) for file, reason in unreadable]
         if self.unlisted and not self.skip_unreadable:
             raise self._refusal(self.unlisted)
         if unreadable := self.unlisted + self.failed:

@@ -145,6 +145,28 @@ def test_a_long_list_of_unreadable_files_is_in_a_file(tmp_path: Path, refused: C
         load("folder", root, image_size=8, skip_unreadable=True)
 
 
+@pytest.mark.parametrize("layout", ["classes", "parts"])
+def test_one_copy_serves_every_way_to_name_the_folder(
+    layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "photos"
+    if layout == "classes":
+        write_photos(root, {"a": 6, "b": 4})
+        (root / "a" / "1.png").write_bytes(b"")
+    else:
+        write_tree(root, ("a", "b"))
+        (root / "train" / "a" / "1.png").write_bytes(b"")
+    monkeypatch.chdir(root)
+    (tmp_path / "link").symlink_to(root)
+    ways = (Path("."), root, Path("../photos"), Path("../photos/../photos"), tmp_path / "link")
+    first, *others = (load("folder", way, image_size=8, skip_unreadable=True) for way in ways)
+    for other in others:
+        assert (other.name, other.notes) == (first.name, first.notes)
+        assert torch.equal(other.train.pixels, first.train.pixels)
+        assert torch.equal(other.test.pixels, first.test.pixels)
+    assert capsys.readouterr().err.count("decoding") == 1
+
+
 def test_heif_without_its_package_is_told_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_files, "formats", lambda: ("JPEG", "PNG"))
     (tmp_path / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
