@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from crl_diffusion.config.curriculum import stages
-from crl_diffusion.config.settings import Device
+from crl_diffusion.config.settings import Device, RunConfig
 from crl_diffusion.config.spelling import with_penalty
 from crl_diffusion.data.images import to_float
-from crl_diffusion.data.tasks import load
+from crl_diffusion.data.tasks import Data, load
 from crl_diffusion.diffusion import noising
 from crl_diffusion.diffusion.network import build
 from crl_diffusion.diffusion.noising import Schedule
@@ -22,7 +22,7 @@ from crl_diffusion.diffusion.precision import Precision
 from crl_diffusion.errors import OptionError
 from crl_diffusion.run_folder import checkpoint
 from crl_diffusion.run_folder.layout import digest_of
-from crl_diffusion.run_folder.readers import read_run_config
+from crl_diffusion.run_folder.readers import read_config, read_run_config
 from crl_diffusion.training.fisher_batches import per_sample_loss
 from crl_diffusion.training.plan import resolve_device
 from crl_diffusion.training.run import Say
@@ -47,6 +47,24 @@ def in_words_of_the_trainer(diagnosis: Diagnosis, method: str) -> Diagnosis:
     )
 
 
+def load_again(run: Path, config: RunConfig, data_root: Path | None) -> Data:
+    """The data of a run, from `data_root` or, by default, from where they were. OptionError if they are others."""
+    record = read_config(run)
+    recorded = Path(record.get("data_root", "data"))  # runs of earlier versions have not recorded it
+    if data_root is None and config.data != "digits" and not recorded.is_dir():
+        raise OptionError(
+            f"the images of the run were in {str(recorded)!r}, and there is no such folder any more; say with "
+            "--data-root where they are now"
+        )
+    data = load(config, data_root or recorded)
+    if (name := record.get("data_name", data.name)) != data.name:
+        raise OptionError(
+            f"{str(data_root or recorded)!r} holds the data set {data.name}, but the run was trained on {name}: files "
+            "were added, removed or changed; put them back, or say with --data-root where the run's own are"
+        )
+    return data
+
+
 def diagnose_run(
     run: Path,
     out: Path,
@@ -54,7 +72,7 @@ def diagnose_run(
     samples: int,
     timesteps: Sequence[int],
     seed: int,
-    data_root: Path,
+    data_root: Path | None,
     device: Device,
     say: Say,
 ) -> tuple[Diagnosis, list[Path]]:
@@ -79,7 +97,7 @@ def diagnose_run(
     reached = plan[saved.stage] if saved.step else plan[saved.stage - 1]
     if task is not None and not 1 <= task <= reached.learnt:
         raise OptionError(f"--task is {task}, but the model has learnt {reached.learnt} task(s); give one of these")
-    data = load(config, data_root)
+    data = load_again(run, config, data_root)
     chosen = data.tasks[: reached.learnt] if task is None else data.tasks[task - 1 : task]
     images = data.training(chosen)
     if len(images) < samples:

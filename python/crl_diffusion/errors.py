@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -26,3 +27,14 @@ class RecordError(OptionError):
     def __init__(self, path: Path, damage: str, remedy: str) -> None:
         self.damage = f"{str(path)!r} {damage}"
         super().__init__(f"{self.damage}; {remedy}")
+
+
+def in_words(names: Sequence[str]) -> str:
+    """The first twelve names and the number of the others: "a, b and c"."""
+    words = [name if name.isprintable() else repr(name) for name in names[:12]]
+    words += [f"{len(names) - 12} more"] if len(names) > 12 else []
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def is_or_are(names: Sequence[str]) -> str:
+    return "is" if len(names) == 1 else "are"

@@ -4,9 +4,8 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
 from helpers.by_loop import Parts
+from torch import Tensor, nn
 
 N = 6  # samples in a batch
 

@@ -101,23 +101,30 @@ def compare(command: Compare) -> int:
     require_place("--out", command.out)
 
     from crl_diffusion.data import tasks
-    from crl_diffusion.training.plan import require_fisher_images, resolve, stage_steps
+    from crl_diffusion.training.plan import about_data, require_apart, require_fisher_images, resolve, stage_steps
 
+    asked = work[0].config
     for cell in work:
         if command.launcher == "slurm":  # on the device of the jobs, which this machine may not have
             device = ("cuda" if slurm.asks_for_gpus(sbatch) else "cpu") if command.device == "auto" else command.device
-            cell.config = replace(resolve(replace(cell.config, device="auto")), device=device)
+            cell.config = replace(resolve(replace(cell.config, device="auto"), command.data_root), device=device)
         else:
-            cell.config = resolve(cell.config)
+            cell.config = resolve(cell.config, command.data_root)
+    require_apart(work[0].config, command.out, command.data_root)
     images = tasks.load(work[0].config, command.data_root)
     for cell in work:
         require_fisher_images(cell.config, images)
         cell.stage_steps = stage_steps(cell.config, images)
+    console = Console(soft_wrap=True)
+    for line in about_data(asked, work[0].config, images):
+        console.print(line, highlight=False, markup=False)
     with comparing(command.out, complain):
-        return _compare(command, work, images, baseline, sbatch)
+        return _compare(command, work, images, baseline, sbatch, console)
 
 
-def _compare(command: Compare, work: Sequence[Cell], images: Data, baseline: str, sbatch: dict[str, str]) -> int:
+def _compare(
+    command: Compare, work: Sequence[Cell], images: Data, baseline: str, sbatch: dict[str, str], console: Console
+) -> int:
     """Make the runs, in a folder that no other comparison writes to, and report them."""
     from crl_diffusion.comparison import cells, runner, slurm
     from crl_diffusion.evaluation import evaluate
@@ -126,7 +133,6 @@ def _compare(command: Compare, work: Sequence[Cell], images: Data, baseline: str
     from crl_diffusion.training import forecast, loop
     from crl_diffusion.training.plan import resolve_device
 
-    console = Console(soft_wrap=True)
     for cell in work:
         cell.finished = loop.finished(cell.config, cell.folder, command.extractor) is not None
         check_folder(cell.config, cell.folder)

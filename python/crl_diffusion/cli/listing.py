@@ -47,7 +47,13 @@ def _data() -> Listing:
         [name, f"{plan.image_size}", f"{plan.tasks} x {plan.classes_per_task}", f"{plan.classes or 'any'}"]
         for name, plan in DATA_PLANS.items()
     ]
-    return Listing("Data sets", ("--data", "pixels", "tasks x classes", "classes"), rows, "Pixels, tasks: defaults.")
+    return Listing(
+        "Data sets",
+        ("--data", "pixels", "tasks x classes", "classes"),
+        rows,
+        "Pixels, tasks: defaults. A folder with fewer "
+        "than 10 classes has tasks of 2 classes if that comes out even, or of 1.",
+    )
 
 
 def _models() -> Listing:

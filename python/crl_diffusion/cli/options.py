@@ -24,7 +24,8 @@ class Train(RunConfig):
     preset: PresetName = "demo"
     """Named set of settings. Other options override it. `crl-diffusion list` shows the settings of each preset."""
     data_root: Path = Path("data")
-    """Folder of the data sets, in the layout of torchvision (MNIST/raw/...). Not needed for digits."""
+    """Folder of the data sets, in the layout of torchvision (MNIST/raw/...), or of your images. Not needed for
+    digits."""
     extractor: ExtractorName = "cnn"
     """Network that provides the features for the FID. cnn and lenet are small classifiers, trained on the data set
     first. inception is the network of the literature; you download its weights. Accuracies always come from cnn."""
@@ -65,7 +66,8 @@ class Compare(Settings):
     """Method, or variant of one, that the others are compared with. Differences are paired by seed and need two seeds
     or more."""
     data_root: Path = Path("data")
-    """Folder of the data sets, in the layout of torchvision (MNIST/raw/...). Not needed for digits."""
+    """Folder of the data sets, in the layout of torchvision (MNIST/raw/...), or of your images. Not needed for
+    digits."""
     extractor: ExtractorName = "cnn"
     """Network that provides the features for the FID. cnn and lenet are small classifiers, trained on the data set
     first. inception is the network of the literature; you download its weights. Accuracies always come from cnn."""
@@ -105,8 +107,8 @@ class Diagnose:
     """Random seed for the choice of images, the noise and the uniform timesteps."""
     out: Path | None = None
     """Folder for the report. By default <run>/diagnosis."""
-    data_root: Path = Path("data")
-    """Folder of the data sets, in the layout of torchvision (MNIST/raw/...). Not needed for digits."""
+    data_root: Path | None = None
+    """Folder of the data sets, if it is not where it was when the run was begun."""
     device: Device = "auto"
     """Device. auto means CUDA if a CUDA device is available, otherwise the CPU."""
 

@@ -40,7 +40,13 @@ def parse(argv: Sequence[str]) -> Command:
         Annotated[Export, tyro.conf.subcommand("export")],
         Annotated[List, tyro.conf.subcommand("list")],
     ]
-    return tyro.cli(commands, prog="crl-diffusion", description=DESCRIPTION, args=list(argv))  # type: ignore[arg-type]
+    return tyro.cli(  # type: ignore[arg-type]
+        commands,
+        prog="crl-diffusion",
+        description=DESCRIPTION,
+        args=list(argv),
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
 
 
 def _preset_name(argv: Sequence[str]) -> str:

@@ -131,7 +131,7 @@ def options(config: RunConfig) -> list[str]:
         option = f"--{name.replace('_', '-')}"
         if name not in ("method", "seed") and value == getattr(default, name):
             continue
-        words += [option, str(value)]
+        words += [option] if value is True else [option, str(value)]
     return words
 
 

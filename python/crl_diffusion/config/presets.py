@@ -73,7 +73,8 @@ _PAPER: dict[str, Any] = {
 # Settings whose value in the paper presets is ours; the others are the paper's or, where it is silent, those of its
 # authors' code. eval_samples is the number of held-out images of a class.
 OURS = ("precision", "eval_samples", "log_every", "checkpoint_every", "device")
-UNUSED = ("fresh_steps",)  # not in the table of the presets: read only by methods that are in none of them
+# Not in the table of the presets: read only by methods, and with data, that are in none of them.
+UNUSED = ("fresh_steps", "skip_unreadable")
 
 
 def _paper(about: str, data: str, **settings: Any) -> Preset:

@@ -40,14 +40,19 @@ class Settings:
     """Everything that determines the results of a run, except its method and its seed."""
 
     data: DataName = "digits"
-    """Data set. digits comes with scikit-learn. The others are read from --data-root. folder is any folder of images
-    that contains train/<class>/ and test/<class>/."""
+    """Data set. digits comes with scikit-learn. The others are read from --data-root. folder is any folder with a
+    folder of images for each class, or with train/<class>/ and test/<class>/. Without test, one image in five of each
+    class is held out."""
+    skip_unreadable: bool = False
+    """With --data folder, leave out images that cannot be read. By default they are an error that names them."""
     image_size: int = 0
     """Side of the images in pixels. 0 means the data set's default: digits 8, MNIST and FashionMNIST 16, others 32."""
     tasks: int = 0
-    """Number of tasks. 0 means the data set's default: 5, or 20 for imagenet32."""
+    """Number of tasks. 0 means the data set's default: 5, or 20 for imagenet32. A folder with fewer than 10 classes has
+    tasks of 2 classes if that comes out even, or of 1."""
     classes_per_task: int = 0
-    """Number of classes in each task. 0 means the data set's default: 2, or 50 for imagenet32."""
+    """Number of classes in each task. 0 means the data set's default: 2, or 50 for imagenet32, or what --tasks leaves
+    of a folder."""
     class_order: int = -1
     """Random seed for the order of the classes. -1 keeps the order of the labels."""
     per_class: int = 0
@@ -158,7 +163,12 @@ class RunConfig(Settings):
 
 
 # Options that earlier versions did not have; these values are what they did.
-ADDED: dict[str, Any] = {"lr_later": 1.0, "optimizer": "adam", "pool_latents": "per-class"}
+ADDED: dict[str, Any] = {
+    "lr_later": 1.0,
+    "optimizer": "adam",
+    "pool_latents": "per-class",
+    "skip_unreadable": False,
+}
 
 
 def least_fisher_samples(config: RunConfig) -> int:
@@ -207,6 +217,8 @@ def check(config: RunConfig) -> None:
         raise OptionError(f"--clip is {config.clip}; it must be a finite number, 0 or more")
     if not 0 <= config.ema < 1:
         raise OptionError(f"--ema is {config.ema}; it must be at least 0 and less than 1")
+    if config.skip_unreadable and config.data != "folder":
+        raise OptionError(f"--skip-unreadable is for --data folder, but --data is {config.data}; leave it out")
     plan = DATA_PLANS[config.data]
     tasks, classes_per_task = config.tasks or plan.tasks, config.classes_per_task or plan.classes_per_task
     if 0 < plan.classes < tasks * classes_per_task:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
@@ -19,12 +18,13 @@ class Dataset(NamedTuple):
     train: Images
     test: Images
     class_names: tuple[str, ...] = ()  # by class number; empty: the numbers are the names
+    notes: tuple[str, ...] = ()  # what was chosen or left out when the files were read, a line each
 
 
 class CatalogEntry(NamedTuple):
     """A data set by name: its reader, the image sizes that it offers, and which training images can validate."""
 
-    read: Callable[[Path, int], Dataset]  # data root, image size
+    read: Callable[..., Dataset]  # (data root, image size), and for folder whether to skip unreadable files
     sizes: tuple[int, ...]  # empty: any size
     validation_every: int = 12  # every n-th image of each class
 

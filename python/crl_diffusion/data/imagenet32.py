@@ -13,9 +13,9 @@ import torch
 
 from crl_diffusion.data import cache
 from crl_diffusion.data.dataset import Dataset
-from crl_diffusion.data.folder import ImageTree, in_words, is_or_are
+from crl_diffusion.data.folder import standard_tree
 from crl_diffusion.data.images import resize
-from crl_diffusion.errors import OptionError
+from crl_diffusion.errors import OptionError, in_words, is_or_are
 
 ARCHIVED_AT_ONCE = 10_000  # images of an archive
 IMAGENET_SIDE, IMAGENET_CLASSES, IMAGENET_BATCHES = 32, 1000, 10
@@ -45,12 +45,11 @@ def read_imagenet32(root: Path, size: int) -> Dataset:
                     "the official archives again, completely"
                 )
             decode = partial(_archives, {"train": files[:-1], "test": files[-1:]}, size)
-            return Dataset(
-                "imagenet32", IMAGENET_CLASSES, *cache.decoded("imagenet32", root, list(map(str, files)), size, decode)
-            )
+            copy = cache.decoded("imagenet32", root, list(map(str, files)), size, decode)
+            return Dataset("imagenet32", IMAGENET_CLASSES, copy.train, copy.test)
     for tree in (root / "imagenet32", root / "imagenet"):
         if (tree / "train").is_dir():
-            return ImageTree(tree, "--data imagenet32").read("imagenet32-tree", size)
+            return standard_tree(tree, "--data imagenet32").read("imagenet32-tree", size)
     raise OptionError(
         f"--data imagenet32: no such data under {str(root)!r}; expected Imagenet32_train/train_data_batch_1 to _10 and "
         "Imagenet32_val/val_data, or Imagenet32_train_npz/train_data_batch_1.npz to _10.npz and Imagenet32_val_npz/"

@@ -19,7 +19,7 @@ from crl_diffusion.config.settings import RunConfig
 from crl_diffusion.data.catalog import DATASETS
 from crl_diffusion.data.dataset import CatalogEntry, Dataset
 from crl_diffusion.data.images import Images, join, rank_in_class
-from crl_diffusion.errors import OptionError
+from crl_diffusion.errors import OptionError, in_words
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class Data:
     test: Images
     tasks: tuple[Task, ...]
     class_names: tuple[str, ...] = ()  # by class number; empty: the numbers are the names
+    notes: tuple[str, ...] = ()  # what was chosen or left out when the files were read, a line each
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -72,7 +73,8 @@ def load(config: RunConfig, root: Path) -> Data:
             f"--image-size is {config.image_size}, but {config.data} comes in {offered} pixels; choose one of these"
         )
     require_size(config)
-    dataset = entry.read(root, config.image_size)
+    skip = {"skip_unreadable": True} if config.skip_unreadable else {}
+    dataset = entry.read(root, config.image_size, **skip)
     plan = task_classes(config)
     if len(plan) * config.classes_per_task > dataset.classes:
         raise OptionError(
@@ -89,7 +91,7 @@ def load(config: RunConfig, root: Path) -> Data:
         Task(i, c, *(part.of_classes(c) for part in (used, validation, held_out))) for i, c in enumerate(plan)
     )
     _check(config, entry, dataset, tasks)
-    return Data(dataset.name, dataset.classes, train, dataset.test, tasks, dataset.class_names)
+    return Data(dataset.name, dataset.classes, train, dataset.test, tasks, dataset.class_names, dataset.notes)
 
 
 def _check(config: RunConfig, entry: CatalogEntry, dataset: Dataset, tasks: Sequence[Task]) -> None:
@@ -103,8 +105,9 @@ def _check(config: RunConfig, entry: CatalogEntry, dataset: Dataset, tasks: Sequ
             for c in task.classes:
                 if counts[c] < least:
                     hint = "" if "validation" not in part else f"; every {entry.validation_every}th image validates"
+                    name = f"{c} ({in_words([dataset.class_names[c]])})" if dataset.class_names else f"{c}"
                     raise OptionError(
-                        f"--data {config.data}: class {c}, in task {task.index + 1}, has {int(counts[c])} {part} images"
-                        f" in {dataset.name}{hint}; it needs {least} or more: add images, or choose other tasks with "
-                        "--tasks, --classes-per-task or --class-order"
+                        f"--data {config.data}: class {name}, in task {task.index + 1}, has {int(counts[c])} {part} "
+                        f"images in {dataset.name}{hint}; it needs {least} or more: add images, or choose other tasks "
+                        "with --tasks, --classes-per-task or --class-order"
                     )

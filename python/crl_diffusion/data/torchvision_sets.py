@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from crl_diffusion.data.dataset import Dataset, in_memory
-from crl_diffusion.data.folder import ImageTree, in_words, is_or_are
-from crl_diffusion.errors import OptionError
+from crl_diffusion.data.folder import standard_tree
+from crl_diffusion.errors import OptionError, in_words, is_or_are
 
 FASHION_MNIST_CLASSES = (
     *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
@@ -65,7 +65,7 @@ def read_cifar10(root: Path, size: int) -> Dataset:
         train, test = _cifar10_batches(root, archive)
         return in_memory("cifar10", train, test, size)._replace(class_names=CIFAR10_CLASSES)
     if copy.is_dir():
-        tree = ImageTree(copy, "--data cifar10")
+        tree = standard_tree(copy, "--data cifar10")
         if tree.classes != CIFAR10_CLASSES:
             raise OptionError(
                 f"--data cifar10: the folders in {str(copy / 'train')!r} are {in_words(tree.classes)}; expected "

@@ -14,16 +14,19 @@ from crl_diffusion.reporting.runs import Finished, Groups, differing, runs_of
 from crl_diffusion.reporting.tables import NONE, Sheet
 
 DEFAULTS = {field.name: field.default for field in fields(Settings)}
-RECORDED = ("run", "command", "class_names")  # parts of config.json that other tables show
+# Parts of config.json that other tables show, and a place of this machine.
+RECORDED = ("run", "command", "class_names", "data_root")
 
 
 def options(config: Mapping[str, Any]) -> list[str]:
-    """Command-line options that differ from the defaults, without method and seed; a list value is several words."""
+    """Command-line options that differ from the defaults, without method and seed; a list value is several words, true
+    is none."""
     words = []
     for name, value in config.items():
         if name in ("method", "seed", "recipe") or value is None or value == DEFAULTS.get(name):
             continue
-        words += [f"--{name.replace('_', '-')}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+        values = value if isinstance(value, list) else [] if value is True else [value]
+        words += [f"--{name.replace('_', '-')}", *map(str, values)]
     return words
 
 

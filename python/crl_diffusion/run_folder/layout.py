@@ -35,7 +35,7 @@ def claim(
     about_data: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Write config.json or, if it exists, require the same data set and the same networks for evaluation. `about_data`
-    is kept in it: the names of the classes."""
+    is kept in it: where the data were, the names of the classes, and what was left out."""
     path, names = out / "config.json", {"data_name": data_name, **network_names}
     if path.exists():
         require_measured(out, names)

@@ -102,7 +102,8 @@ COMMAND = Kind("a text or a list of words", lambda x: TEXT.fits(x) or list_of(TE
 
 CONFIG: Shape = {
     "run": OBJECT,
-    **dict.fromkeys(("extractor", "classifier", "data_name"), optional(TEXT)),
+    **dict.fromkeys(("extractor", "classifier", "data_name", "data_root"), optional(TEXT)),
+    "data_notes": optional(list_of(TEXT)),
     **dict.fromkeys(("environment", "git"), optional(OBJECT)),
     "command": optional(COMMAND),
     "class_names": optional(list_of(TEXT)),

@@ -19,10 +19,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from crl_diffusion.data.folder import in_words
 from crl_diffusion.data.images import to_pixels
 from crl_diffusion.diffusion import noising, sampling
-from crl_diffusion.errors import OptionError
+from crl_diffusion.errors import OptionError, in_words
 from crl_diffusion.files import Row
 from crl_diffusion.trained_model.place import claim
 from crl_diffusion.trained_model.weights import TrainedModel

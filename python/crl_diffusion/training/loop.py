@@ -27,7 +27,6 @@ from crl_diffusion.evaluation.extractors import Custom
 from crl_diffusion.files import Row, TensorBoard, write_json
 from crl_diffusion.reporting import runs
 from crl_diffusion.run_folder import origin
-from crl_diffusion.run_folder.class_names import printable
 from crl_diffusion.run_folder.layout import (
     check_folder,
     claim,
@@ -38,7 +37,7 @@ from crl_diffusion.run_folder.layout import (
 )
 from crl_diffusion.training import snapshot, stage_records, trouble
 from crl_diffusion.training.forecast import StepClock
-from crl_diffusion.training.plan import require_fisher_images, resolve
+from crl_diffusion.training.plan import about_data, data_record, require_apart, require_fisher_images, resolve
 from crl_diffusion.training.run import Run, Say, loss_table
 
 Advance = Callable[[int, int], None]  # called with the number of finished steps and of all steps
@@ -57,7 +56,7 @@ def train(
 
     `features` names the network for FIDs. `extractor_folder`, by default `out`, holds trained extractors.
     """
-    config = resolve(config)
+    asked, config = config, resolve(config, data_root)
     first = processes.launched_rank() == 0
     if not first:
         say = _nothing
@@ -66,6 +65,7 @@ def train(
         return summary
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     torch.use_deterministic_algorithms(True, warn_only=True)
+    require_apart(config, out, data_root)
     data = load(config, data_root)
     require_shares(config)
     require_fisher_images(config, data)
@@ -83,10 +83,9 @@ def train(
                     restore_config(out, say)
                     check_folder(config, out)
                     tools = evaluate.instruments(features, data, extractor_folder or out, config.device)
-                    for line in tools.about(config, data):
+                    for line in [*about_data(asked, config, data), *tools.about(config, data)]:
                         say(line)
-                    named = {"class_names": [printable(name) for name in data.class_names]} if data.class_names else {}
-                    claim(config, out, data.name, tools.names(), named)
+                    claim(config, out, data.name, tools.names(), data_record(data, data_root))
                 run = Run(config, out, data, tools, say)
 
                 # To resume: the newest good checkpoint.

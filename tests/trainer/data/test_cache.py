@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from crl_diffusion import files
-from crl_diffusion.data import cache
+from crl_diffusion.data import cache, folder, image_files
 from crl_diffusion.diffusion.noising import SCHEDULES
 from crl_diffusion.errors import OptionError
 from crl_diffusion.methods import regression
@@ -165,6 +165,54 @@ def test_copies_of_a_read_only_root_go_to_the_users_cache_folder(
     load("folder", root, tasks=1)
     assert not (root / ".crl-diffusion").exists()
     assert len(list((tmp_path / "cache" / "crl-diffusion").glob("folder-*"))) == 1
+    (tmp_path / "full").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "full"))
+    with pytest.raises(OptionError, match=r"cannot be written to .*full.* environment variable XDG_CACHE_HOME"):
+        load("folder", root, tasks=1)
+
+
+def test_a_copy_in_a_read_only_root_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "root"
+    write_tree(root, ("a", "b"))
+    first = load("folder", root, tasks=1)
+    assert "decoding" in capsys.readouterr().err
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    access = os.access
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: root not in (Path(path), Path(path).parent) and access(path, mode)
+    )
+    assert torch.equal(load("folder", root, tasks=1).train.pixels, first.train.pixels)
+    assert capsys.readouterr().err == ""
+    assert not (tmp_path / "cache").exists()
+
+
+def test_other_rules_for_pixels_make_a_new_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tree(tmp_path, ("a", "b"))
+    copies = tmp_path / ".crl-diffusion"
+    load("folder", tmp_path, tasks=1)
+    monkeypatch.setattr(folder, "RULES", folder.RULES + 1)
+    load("folder", tmp_path, tasks=1)
+    assert len(list(copies.glob("folder-*"))) == 2
+
+
+def test_files_that_were_left_out_are_tried_again_when_their_format_can_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tree(tmp_path, ("a", "b"))
+    Image.new("RGB", (8, 8)).save(tmp_path / "train" / "b" / "late.webp")
+    everything = image_files.formats()
+    for module in (folder, image_files):
+        monkeypatch.setattr(module, "formats", lambda: tuple(name for name in everything if name != "WEBP"))
+    without = load("folder", tmp_path, tasks=1, skip_unreadable=True)
+    for module in (folder, image_files):
+        monkeypatch.setattr(module, "formats", lambda: everything)
+    complete = load("folder", tmp_path, tasks=1, skip_unreadable=True)
+    assert (len(without.train), len(complete.train)) == (6, 7)
+    assert without.name != complete.name == load("folder", tmp_path, tasks=1).name
+    assert "1 of 13 images cannot be read and are left out" in " ".join(without.notes)
+    assert not complete.notes
 
 
 @pytest.mark.parametrize("damage", ["short", "no json", "missing"])
