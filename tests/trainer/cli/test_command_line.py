@@ -23,7 +23,9 @@ IMPORTED_AS = {"scikit-learn": "sklearn"}
 EXTRA = [
     IMPORTED_AS.get(name, name)
     for name in re.findall(
-        r'^    "([\w-]+)', re.search(r"^trainer = \[\n(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.M | re.S)[1], re.M
+        r'^    "([\w-]+)',
+        re.search(r"^trainer = \[\n(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.M | re.S)[1],
+        re.M,
     )
 ]
 
@@ -174,7 +176,7 @@ def test_a_reader_that_has_read_enough_ends_a_command_quietly(arguments: list[st
 
 
 def missing_line(name: str) -> str:
-    return f"crl-diffusion: error: the Python package {name!r} is missing; type: pip install \"crl-kernels[trainer]\"\n"
+    return f'crl-diffusion: error: the Python package {name!r} is missing; type: pip install "crl-kernels[trainer]"\n'
 
 
 @pytest.mark.parametrize("name", EXTRA)
