@@ -6,14 +6,14 @@ VENV := .venv
 RUN := OMP_NUM_THREADS=1 $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: install demo compare test test-all bench gpu-kit lint docs clean
+.PHONY: install demo compare test test-all bench gpu-kit wheel lint docs clean
 
 install: $(VENV)/.built
 
 # Torch comes first and the build is not isolated: the kernels are compiled against the torch that is installed.
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --upgrade "pip>=24" "setuptools>=77" wheel ninja
+	$(VENV)/bin/pip install --quiet --upgrade "pip>=24" "setuptools>=77" ninja
 	$(VENV)/bin/pip install --quiet $(TORCH)
 	touch $@
 
@@ -40,6 +40,9 @@ bench: install
 gpu-kit: install
 	$(VENV)/bin/python -m benchmarks.gpu.kit
 
+wheel: install
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" .ci/wheel
+
 lint: install
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -51,4 +54,4 @@ docs: install
 	$(VENV)/bin/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) build dist site *.egg-info runs crl_kernels/*.so
+	rm -rf $(VENV) build dist site *.egg-info runs crl_kernels/*.so crl_kernels/_build.json

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import stat
 import struct
 from dataclasses import asdict
 from pathlib import Path
@@ -388,3 +390,23 @@ def test_distributed_checkpoints_are_checked(kind, tmp_path):
     assert numbers(loaded) == numbers(saved)
     with pytest.raises(FileNotFoundError):
         load_history(loaded, tmp_path / "nowhere")
+
+
+# Who may read them
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o002, 0o077])
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_have_the_mode_that_the_umask_gives(kind, mask, tmp_path):
+    saved, _ = saved_object(kind)
+    path = tmp_path / "saved.safetensors"
+    before = os.umask(mask)
+    try:
+        saved.save(path)
+        first = stat.S_IMODE(path.stat().st_mode)
+        path.chmod(0o600)
+        saved.save(path)  # in place of an older file
+    finally:
+        os.umask(before)
+    assert [oct(first), oct(stat.S_IMODE(path.stat().st_mode))] == [oct(0o666 & ~mask)] * 2
+    assert list(tmp_path.iterdir()) == [path]

@@ -22,6 +22,7 @@ from benchmarks.sample_gradients.contenders import CONTENDERS as SAMPLE_GRADIENT
 from benchmarks.sample_gradients.contenders import PLAIN, Case, errors
 from benchmarks.sample_gradients.models import TINY, Transformer, UNet
 from benchmarks.sample_gradients.report import error_cell, table_row
+from crl_kernels.backends import registry
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks"
@@ -88,6 +89,31 @@ def test_every_command_answers_help(name, monkeypatch, capsys):
         help_text = capsys.readouterr().out
         assert f"usage: python -m benchmarks.{name} " in help_text
         assert "--out" in help_text
+
+
+MORE_WORDS = {"evidence": ["digits-drift"], "steepness": ["runs"]}
+NOT_MEASURING = ("gpu", "static_gpu")  # which insist on backends, one by one, and which only compile
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in NOT_MEASURING])
+def test_plain_pytorch_is_not_measured_unless_it_is_asked_for(name, monkeypatch, capsys, tmp_path):
+    if name in ("evidence", "steepness", "trainer_cost"):
+        pytest.importorskip("tyro", reason="tyro is not installed (extra trainer)")
+        pytest.importorskip("diffusers", reason="diffusers is not installed (extra trainer)")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [name, *MORE_WORDS.get(name, [])])
+    monkeypatch.setattr(registry, "CPU", registry.Library("cpu", False, "_C.abi3.so was not built"))
+    monkeypatch.setattr(registry, "CHOICE", "auto")
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module(f"benchmarks.{name}", run_name="__main__", alter_sys=True)
+    assert end.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("nothing was measured: no kernels run on cpu (_C.abi3.so was not built); type: pip ")
+    assert printed.err.endswith("; or CRL_KERNELS_BACKEND=reference, to measure plain PyTorch\n")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(registry, "CHOICE", "reference")
+    command.require_kernels()
 
 
 def test_every_command_that_a_page_quotes_exists():

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,11 +15,24 @@ from crl_diffusion.cli import options, parser
 from crl_diffusion.config.method import METHODS
 from helpers.trainer_runs import crl_diffusion, require_one_line
 
+import crl_kernels
+
+ROOT = Path(__file__).parents[3]
+# The extra `trainer`, by the names that Python imports.
+IMPORTED_AS = {"scikit-learn": "sklearn"}
+EXTRA = [
+    IMPORTED_AS.get(name, name)
+    for name in re.findall(
+        r'^    "([\w-]+)',
+        re.search(r"^trainer = \[\n(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.M | re.S)[1],
+        re.M,
+    )
+]
+
 
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        ([], ["Missing subcommand", "train, compare, report, diagnose, sample, export,"]),
         (["tran"], ["tran"]),
         (["train", "--method", "gd"], ["Missing", "--out"]),
         (["train", "--method", "gd", "--out", "x", "--stpes", "3"], ["Perhaps you meant", "--steps"]),
@@ -134,3 +151,71 @@ def test_a_folder_of_another_run_is_refused(finished: Path, capsys: pytest.Captu
     line = capsys.readouterr().err
     assert line.count("\n") == 1
     assert "method 'gd+rank1' there, 'gd' asked for" in line
+
+
+def test_without_arguments_the_help_goes_to_stderr_with_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert all(f"{name} " in printed.err for name in ("train", "compare", "report", "diagnose", "list"))
+
+
+def test_the_version_is_the_librarys(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr() == (f"crl-diffusion {crl_kernels.__version__}\n", "")
+
+
+@pytest.mark.parametrize("arguments", [["list"], ["list", "--markdown"], ["--help"]], ids=" ".join)
+def test_a_reader_that_has_read_enough_ends_a_command_quietly(arguments: list[str]) -> None:
+    words = [sys.executable, "-m", "crl_diffusion", *arguments]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode in (1, cli.CLOSED_PIPE)  # 1: rich ends the process itself
+
+
+def missing_line(name: str) -> str:
+    return f'crl-diffusion: error: the Python package {name!r} is missing; type: pip install "crl-kernels[trainer]"\n'
+
+
+@pytest.mark.parametrize("name", EXTRA)
+def test_a_package_of_the_extra_that_is_missing_is_one_line(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, name, None)  # importing it raises ModuleNotFoundError
+    monkeypatch.setattr("crl_diffusion.cli.commands.list_choices", lambda command: importlib.import_module(name))
+    assert cli.main(["list"]) == 2
+    assert capsys.readouterr() == ("", missing_line(name))
+
+
+WITHOUT = """
+import sys
+name, arguments = sys.argv[1], sys.argv[2:]
+sys.modules[name] = None
+from crl_diffusion.__main__ import main
+sys.exit(main(arguments))
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("tyro", ["--help"]),  # before the options are read
+        ("rich", ["--help"]),
+        ("filelock", ["report", "nowhere"]),  # after
+        ("sklearn", ["compare", "--model", "mlp", "--out"]),  # when data are loaded
+    ],
+)
+def test_a_missing_package_is_one_line_whenever_it_is_imported(name: str, arguments: list[str], tmp_path: Path) -> None:
+    words = [sys.executable, "-W", "ignore", "-c", WITHOUT, name, *arguments]
+    words += [str(tmp_path / "out")] if arguments[-1] == "--out" else []
+    result = subprocess.run(words, capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", missing_line(name))
+
+
+def test_a_missing_module_of_this_project_is_an_error_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "crl_diffusion.cli.parser", None)
+    with pytest.raises(ModuleNotFoundError, match="crl_diffusion"):
+        cli.main(["list"])
