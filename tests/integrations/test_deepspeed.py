@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.pages import DOCS, run_python_blocks
 from helpers.past_tasks import KINDS, flat, history_of, task_loss
 from torch import Tensor, nn
 
 import crl_kernels as ck
 
 LAM, STEPS, LR = 3.0, 30, 1e-2
+PAGE = DOCS / "how-to" / "other-trainers.md"
+pytestmark = pytest.mark.filterwarnings("ignore:only .* of the trace|.*mostly noise:UserWarning")
 BY_COPIES = r"parameter '0.weight' is trained by DeepSpeed's ZeRO, which reads no .grad .* to the loss instead"
 PARTITIONED = r"parameter '0.weight' is partitioned by DeepSpeed's ZeRO-3.*Use ZeRO-1 or 2"
 
@@ -172,6 +175,47 @@ def test_30_steps_with_the_penalty_in_the_loss_equal_a_plain_loop(deepspeed, kin
         ends[trainer] = flat(model)
     assert float((ends["DeepSpeed"] - ends["plain"]).norm() / ends["plain"].norm()) < 1e-5
     assert float((ends["free"] - ends["plain"]).norm() / ends["plain"].norm()) > 0.05
+
+
+def test_the_page_equals_a_plain_loop(deepspeed):
+    torch.manual_seed(0)
+    page = run_python_blocks(PAGE, section="DeepSpeed")
+
+    torch.manual_seed(0)
+    setup = run_python_blocks(PAGE, section="")  # draws the same random numbers
+    model = setup["model"]
+    history = ck.LowRankHistory(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    batches = list(setup["loader"])
+    for _ in range(2):
+        for batch in batches:
+            (setup["per_sample_loss"](model, batch).mean() + history.penalty(20.0)).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        history.append(ck.estimate_fisher(model, setup["per_sample_loss"], batches))
+    assert page["engine"].zero_optimization_stage() == 2
+    assert float((flat(page["model"]) - flat(model)).norm() / flat(model).norm()) < 1e-5
+    torch.testing.assert_close(page["history"].curvatures, history.curvatures, rtol=1e-3, atol=0)
+
+
+def test_a_resumed_training_is_the_uninterrupted_one(deepspeed, tmp_path):
+    """By ``client_state``."""
+    ends = {}
+    for run in ("uninterrupted", "resumed"):
+        model = network()
+        history = history_of(model, "low_rank") if run == "uninterrupted" else ck.LowRankHistory(model)
+        engine = engine_of(deepspeed, model, torch.optim.AdamW(model.parameters(), lr=LR), stage=2)
+        if run == "resumed":
+            _, client_state = engine.load_checkpoint(tmp_path)
+            history.load_state_dict(client_state["history"])
+        for step in range(5 if run == "resumed" else 0, 10):
+            engine.backward(task_loss(engine, step) + history.penalty(LAM))
+            engine.step()
+            if step == 4:
+                engine.save_checkpoint(tmp_path, client_state={"history": history.state_dict()})
+        ends[run] = flat(model)
+    assert torch.equal(ends["resumed"], ends["uninterrupted"])
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
