@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers.pages import DOCS, run_python_blocks
 from helpers.past_tasks import KINDS, flat, history_of, task_loss
+from helpers.processes import spawn
 from torch import Tensor, nn
 
 import crl_kernels as ck
@@ -119,17 +120,22 @@ def refuse_the_engine(engine: nn.Module) -> None:
             enter()
 
 
-@pytest.fixture(scope="module")
-def deepspeed() -> Iterator[Any]:
-    """The library, in one process of gloo."""
-    patch = pytest.MonkeyPatch()
+def prepared(patch: pytest.MonkeyPatch, rank: int = 0, processes: int = 1) -> Any:
+    """The library, for a process of gloo on a CPU."""
     patch.setenv("DS_ACCELERATOR", "cpu")
     patch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # which the import sets
+    for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes}.items():
+        patch.setenv(name, str(value))
     library = pytest.importorskip("deepspeed", reason="deepspeed is not installed (pip install deepspeed)")
     communication = importlib.import_module("deepspeed.comm.torch")
     patch.setattr(communication, "build_shm_op", lambda: None)  # it compiles, for processes that share memory
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
-        patch.setenv(name, value)
+    return library
+
+
+@pytest.fixture(scope="module")
+def deepspeed() -> Iterator[Any]:
+    patch = pytest.MonkeyPatch()
+    library = prepared(patch)
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield library
     torch.distributed.destroy_process_group()
@@ -175,6 +181,53 @@ def test_30_steps_with_the_penalty_in_the_loss_equal_a_plain_loop(deepspeed, kin
         ends[trainer] = flat(model)
     assert float((ends["DeepSpeed"] - ends["plain"]).norm() / ends["plain"].norm()) < 1e-5
     assert float((ends["free"] - ends["plain"]).norm() / ends["plain"].norm()) > 0.05
+
+
+def train_in_two_processes(rank: int, folder: str) -> None:
+    """Each with batches of its own; the end, the Fisher of all samples, and what was refused, in a file."""
+    library = prepared(pytest.MonkeyPatch(), rank, 2)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    model = network()
+    history = history_of(model, "low_rank")
+    options = {"gradient_clipping": 0.5, "gradient_accumulation_steps": 2}
+    engine = engine_of(library, model, torch.optim.AdamW(model.parameters(), lr=LR), 2, **options)
+    for step in range(10):
+        engine.backward(task_loss(engine, 2 * step + rank) + history.penalty(LAM))
+        engine.step()
+    refused = []
+    for enter in (lambda: history.add_penalty_grad_(LAM), lambda: history.decoupled_step_(LAM, LR)):
+        with pytest.raises(ValueError, match=BY_COPIES):
+            enter()
+        refused.append(True)
+    mine, group = samples()[rank::2], torch.distributed.group.WORLD
+    fisher = ck.estimate_fisher(engine.module, per_sample_loss, mine, kind="diagonal", process_group=group)
+    torch.save([flat(model), fisher.fisher_diagonal, refused], f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def samples() -> list[Tensor]:
+    return [torch.randn(8, 6, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+
+
+def test_two_processes_have_the_penalty_once(tmp_path):
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed (pip install deepspeed)")
+    spawn(train_in_two_processes, str(tmp_path), count=2)
+    model = network()
+    history = history_of(model, "low_rank")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
+    for step in range(10):
+        loss = (task_loss(model, 2 * step) + task_loss(model, 2 * step + 1)) / 2 + history.penalty(LAM)
+        (loss / 2).backward()
+        if step % 2:
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+    expected = ck.estimate_fisher(model, per_sample_loss, samples(), kind="diagonal").fisher_diagonal
+    for rank in range(2):
+        end, fisher, refused = torch.load(tmp_path / f"{rank}.pt")
+        assert float((end - flat(model)).norm() / end.norm()) < 1e-5
+        torch.testing.assert_close(fisher, expected, rtol=1e-4, atol=1e-8)
+        assert refused == [True, True]
 
 
 def test_the_page_equals_a_plain_loop(deepspeed):
