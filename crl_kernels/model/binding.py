@@ -25,7 +25,7 @@ from .names import (
     matching,
     without_outer_wrappers,
 )
-from .zero import require_elements, require_own_gradient
+from .zero import require_elements, require_no_engine, require_own_gradient
 
 
 class Binding:
@@ -180,7 +180,10 @@ class Binding:
         return []
 
     def require_whole(self) -> None:
-        """Raises ValueError if parameters are sharded: no process has their full per-sample gradients."""
+        """Raises ValueError if no process has the parameters' full per-sample gradients, or not as autograd gives them:
+        sharded parameters, and DeepSpeed's engine."""
+        if self._model is not None:
+            require_no_engine(self._model)
         if not self.shards.unsharded:
             raise ValueError(
                 f"model has sharded parameters, such as {self.layout.names[0]!r}, of which no process has whole "

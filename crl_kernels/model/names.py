@@ -22,10 +22,14 @@ _WRAPPERS = {
 }
 
 
+def is_instance_of(module: nn.Module, *names: str) -> bool:
+    """Whether a module is of one of these classes, by their full names; their library need not be imported."""
+    return not {f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__}.isdisjoint(names)
+
+
 def _wrapped_child(module: nn.Module) -> str | None:
     """The attribute under which a wrapper has the wrapped module; None if ``module`` is no wrapper."""
-    classes = {f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__}
-    return next((child for child, wrappers in _WRAPPERS.items() if not classes.isdisjoint(wrappers)), None)
+    return next((child for child, wrappers in _WRAPPERS.items() if is_instance_of(module, *wrappers)), None)
 
 
 class ParameterNames:

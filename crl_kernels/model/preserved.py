@@ -2,11 +2,14 @@
 
 import random
 import sys
+from collections import OrderedDict
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+
+from .zero import require_no_engine
 
 
 def require_no_inference_mode(caller: str) -> None:
@@ -38,33 +41,41 @@ def same_random_numbers(
 
 @contextmanager
 def without_gradient_hooks(parameters: Iterable[Tensor]) -> Generator[None, None, None]:
-    """Disables hooks of ``Tensor.register_hook`` on parameters: they are made for a batch's gradient, not for a single
-    sample's."""
-    hooks = [(parameter, parameter._backward_hooks) for parameter in parameters if parameter._backward_hooks]
+    """Disables hooks of ``register_hook`` and ``register_post_accumulate_grad_hook`` on parameters: they are made for a
+    batch's gradient, not for a single sample's; one of the second kind may train the model in the backward pass."""
+    parameters = list(parameters)
+    hooks = [(p, p._backward_hooks) for p in parameters if p._backward_hooks]
+    later_hooks = [(p, p._post_accumulate_grad_hooks) for p in parameters if p._post_accumulate_grad_hooks]
     try:
         for parameter, _ in hooks:
             parameter._backward_hooks = None
+        for parameter, _ in later_hooks:
+            parameter._post_accumulate_grad_hooks = OrderedDict()  # autograd keeps calling the old ones after None
         yield
     finally:
         for parameter, hook in hooks:
             parameter._backward_hooks = hook
+        for parameter, later_hook in later_hooks:
+            parameter._post_accumulate_grad_hooks = later_hook
 
 
 @contextmanager
 def preserved(model: nn.Module, device: torch.device) -> Generator[None, None, None]:
     """Sets evaluation mode and removes gradients; restores mode, buffers, gradients, hooks and the global random state
-    after the block, also if it raises."""
+    after the block, also if it raises.
+
+    Raises:
+        ValueError: DeepSpeed's engine, whose state of accumulated gradients it cannot restore.
+    """
+    require_no_engine(model)
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    # Disabled in the block: an optimizer that steps inside of the backward pass would train the model.
-    hooks = [(parameter, parameter._post_accumulate_grad_hooks) for parameter in model.parameters()]
     try:
         with same_random_numbers(device), without_gradient_hooks(model.parameters()):
             model.eval()
             for parameter, _ in gradients:
                 parameter.grad = None  # so that backward passes allocate new tensors
-                parameter._post_accumulate_grad_hooks = None  # type: ignore[assignment]
             yield
     finally:
         for module, training in modes:
@@ -74,5 +85,3 @@ def preserved(model: nn.Module, device: torch.device) -> Generator[None, None, N
                 buffer.copy_(saved)
         for parameter, gradient in gradients:
             parameter.grad = gradient
-        for parameter, hook in hooks:
-            parameter._post_accumulate_grad_hooks = hook

@@ -5,7 +5,9 @@ copies of the parameters and overwrite the parameters with them: nothing reads `
 parameter is lost. With ZeRO-3 a parameter moreover has no elements outside of its module's forward and backward pass.
 """
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from .names import is_instance_of
 
 _PARTITIONED = "ds_id"  # ZeRO-3
 _COPIED = "_hp_mapping"  # the others; the mapping itself is None in processes that do not step this parameter
@@ -27,4 +29,14 @@ def require_own_gradient(name: str, parameter: Tensor) -> None:
         raise ValueError(
             f"parameter {name!r} is trained by DeepSpeed's ZeRO, which reads no .grad and overwrites the parameter "
             "with its own copy. Add rank1_ewc_penalty or diagonal_ewc_penalty to the loss instead."
+        )
+
+
+def require_no_engine(model: nn.Module) -> None:
+    """Raises ValueError for DeepSpeed's wrapper of a model, which divides gradients by the number of accumulated
+    batches and collects them for its next step."""
+    if is_instance_of(model, "deepspeed.runtime.engine.DeepSpeedEngine"):
+        raise ValueError(
+            "model is a DeepSpeedEngine, which changes gradients and collects them for its next step. Use "
+            "engine.module, in the loss too, and process_group= to share the work of estimate_fisher between processes."
         )

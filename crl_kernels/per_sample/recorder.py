@@ -350,16 +350,16 @@ class CallRecorder(TorchFunctionMode):
     ) -> Sequence[Tensor | None]:
         """Gradients by ``backward``, the only pass that reentrant checkpoints support; restores every ``.grad``."""
         touched = {id(leaf): leaf for leaf in (*leaves, *self._params, *inputs)}.values()
-        before = [(leaf, leaf.grad, leaf._post_accumulate_grad_hooks) for leaf in touched]
+        before = [(leaf, leaf.grad) for leaf in touched]
         with without_gradient_hooks(touched):
             try:
                 for leaf in touched:
-                    leaf.grad, leaf._post_accumulate_grad_hooks = None, None  # type: ignore[assignment]
+                    leaf.grad = None
                 self.run_recorded(torch.autograd.backward, (edges, seeds), {"retain_graph": True})
                 return [tensor.grad for tensor in inputs]
             finally:
-                for leaf, gradient, hooks in before:
-                    leaf.grad, leaf._post_accumulate_grad_hooks = gradient, hooks
+                for leaf, gradient in before:
+                    leaf.grad = gradient
 
     def weights_of_rows(self, count: int) -> Tensor:
         weights = self.collector.weights()

@@ -3,7 +3,6 @@ numbers a step, state in proportion to the shards; checkpoints from n processes 
 
 import json
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import past_tasks
+from helpers.processes import spawn
 from torch import Tensor, nn
 
 import crl_kernels as ck
@@ -86,7 +86,6 @@ def sharded(count: int, kind: str = "fsdp", model: nn.Module | None = None) -> n
 
 
 def in_process(rank: int, count: int, folder: str, name: str) -> None:
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=count)
     try:
         result = globals()[name](rank, count, Path(folder))
@@ -101,13 +100,8 @@ def in_process(rank: int, count: int, folder: str, name: str) -> None:
 def processes(count: int, body: Callable, folder: Path) -> list:
     """Runs ``body(rank, count, folder)`` in so many processes; returns what each of them has returned."""
     folder.mkdir(exist_ok=True)
-    torch.multiprocessing.spawn(in_process, (count, str(folder), body.__name__), nprocs=count)
+    spawn(in_process, count, str(folder), body.__name__, count=count)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(count)]
-
-
-@pytest.fixture(autouse=True)
-def findable_by_spawned_processes(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *sys.path]))
 
 
 # Numbers

@@ -265,16 +265,26 @@ def test_everything_is_left_as_it_was(options, fails):
     assert [id(p.grad) for p in model.parameters()] == identities
 
 
-@pytest.mark.parametrize("options", [{}, {"direction": "top"}])
-def test_hooks_that_change_gradients_are_not_called_and_stay(options):
+@pytest.mark.parametrize("options", [{}, {"direction": "top"}, {"kind": "diagonal"}])
+@pytest.mark.parametrize("accumulated", [False, True], ids=["of a gradient", "of an accumulated gradient"])
+def test_hooks_that_change_gradients_are_not_called_and_stay(options, accumulated):
     """They would be for the sum of a batch, and not for single samples."""
     fisher = ck.estimate_fisher(Network(), loss, loader(), **options)
     model = Network()
     calls: list[None] = []
     used = list(model.layers.parameters())
-    handles = [p.register_hook(lambda gradient: calls.append(None) or 0 * gradient) for p in used]
+
+    def clear(parameter: torch.Tensor) -> None:
+        calls.append(None)
+        parameter.grad.zero_()
+
+    if accumulated:
+        handles = [p.register_post_accumulate_grad_hook(clear) for p in used]
+    else:
+        handles = [p.register_hook(lambda gradient: calls.append(None) or 0 * gradient) for p in used]
     again = ck.estimate_fisher(model, loss, loader(), **options)
-    assert torch.equal(fisher.directions, again.directions)
+    name = "fisher_diagonal" if options.get("kind") == "diagonal" else "directions"
+    assert torch.equal(getattr(fisher, name), getattr(again, name))
     assert not calls
     for removed in (False, True):
         calls.clear()

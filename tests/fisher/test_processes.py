@@ -6,6 +6,7 @@ from dataclasses import asdict
 import pytest
 import torch
 from helpers.fisher_problems import IGNORE_ESTIMATE_WARNINGS, Network, loss, loss_and_class, stratified
+from helpers.processes import spawn
 from torch import nn
 
 import crl_kernels as ck
@@ -31,7 +32,6 @@ def share_of(rank: int, count: int = 60) -> list:
 
 
 def estimate_in_parallel(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
     try:
         model = Network().double()
@@ -52,7 +52,7 @@ def estimate_shared(model: nn.Module, batches: list, strata: bool = False, count
 
 
 def test_two_processes_estimate_what_one_does_from_all_their_samples(tmp_path):
-    torch.multiprocessing.spawn(estimate_in_parallel, (str(tmp_path),), nprocs=2)
+    spawn(estimate_in_parallel, str(tmp_path), count=2)
     model = Network().double()
     for i, options in enumerate(PARALLEL):
         count = options.get("count", 60)

@@ -10,13 +10,14 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+HEADING = re.compile(r"^## (.+)$", re.MULTILINE)
 # What the environment of a test provides already: the packages, and the folder to work in.
 PROVIDED = re.compile(r"^(pip install|cd) .*$", re.MULTILINE)
 
@@ -25,11 +26,15 @@ class Block(NamedTuple):
     language: str
     text: str
     line: int  # of the page, where the text begins; from 1
+    section: str  # the heading above, of the second level; "" before the first
 
 
 def blocks(path: Path) -> list[Block]:
     page = path.read_text()
-    return [Block(*m.groups(), page.count("\n", 0, m.start(2)) + 1) for m in FENCE.finditer(page)]
+    return [
+        Block(*m.groups(), page.count("\n", 0, m.start(2)) + 1, (["", *HEADING.findall(page, 0, m.start())])[-1])
+        for m in FENCE.finditer(page)
+    ]
 
 
 def execute(block: Block, path: Path, namespace: dict[str, Any]) -> None:
@@ -37,11 +42,13 @@ def execute(block: Block, path: Path, namespace: dict[str, Any]) -> None:
     exec(compile("\n" * (block.line - 1) + block.text, str(path), "exec"), namespace)
 
 
-def run_python_blocks(path: Path) -> dict[str, Any]:
-    """Run a page's Python blocks one after the other; the names that they leave."""
+def run_python_blocks(path: Path, section: str | None = None, without: Collection[str] = ()) -> dict[str, Any]:
+    """Run a page's Python blocks one after the other; the names that they leave. ``section``: only what stands before
+    the first section, and this one. ``without``: sections to leave out."""
     namespace: dict[str, Any] = {}
     for block in blocks(path):
-        if block.language == "python":
+        chosen = section in (None, block.section) or not block.section
+        if block.language == "python" and chosen and block.section not in without:
             execute(block, path, namespace)
     return namespace
 

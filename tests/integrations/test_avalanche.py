@@ -1,11 +1,13 @@
 """Avalanche's strategies and streams: the same training as a plain loop, with heads that grow, and resumed as ever."""
 
+import copy
 import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.pages import DOCS, run_python_blocks
 from helpers.past_tasks import HISTORIES, KINDS, MODES, flat
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -104,7 +106,7 @@ def cross_entropy(model: nn.Module, batch: list[Tensor]) -> Tensor:
     return nn.functional.cross_entropy(avalanche_forward(model, x, task_labels), y, reduction="none")
 
 
-def plain_loop(model: nn.Module, history, experiences, decoupled: bool) -> int:
+def plain_loop(model: nn.Module, history, experiences, decoupled: bool, batches_of=batches) -> int:
     """The steps without a strategy; Avalanche's model grows by itself. Returns the number of steps."""
     steps = 0
     for experience in experiences:
@@ -112,7 +114,7 @@ def plain_loop(model: nn.Module, history, experiences, decoupled: bool) -> int:
         avalanche_model_adaptation(model, experience)
         history.rebind(model, grown=["*classifier*"])
         optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-        for batch in batches(experience):
+        for batch in batches_of(experience):
             optimizer.zero_grad()
             cross_entropy(model, batch).mean().backward()
             if not decoupled:
@@ -167,6 +169,36 @@ def test_three_growing_experiences_equal_a_plain_loop(kind, decoupled, network):
         torch.manual_seed(8)
         strategy.train(experience, shuffle=False)
     assert float((flat(free) - flat(model)).norm()) > 0.01  # the penalty has done something
+
+
+def test_the_page_equals_a_plain_loop(monkeypatch):
+    starts, batches_seen, experiences = [], [], []
+
+    class Records(SupervisedPlugin):
+        def before_training_exp(self, strategy, **kwargs) -> None:
+            experiences.append(strategy.experience)
+
+        def after_update(self, strategy, **kwargs) -> None:
+            batches_seen.append((len(experiences), strategy.mbatch))
+
+    class Recorded(Naive):
+        def train(self, *arguments, **options) -> None:
+            if not starts:
+                starts.append(copy.deepcopy(self.model))
+                self.plugins[:0] = [Seeds(), Records()]
+            torch.manual_seed(8)
+            super().train(*arguments, **options)
+
+    monkeypatch.setattr("avalanche.training.supervised.Naive", Recorded)
+    torch.manual_seed(0)
+    page = run_python_blocks(DOCS / "how-to" / "other-trainers.md", section="Avalanche")
+
+    plain, history = starts[0], ck.LowRankHistory(starts[0])
+    order = {id(experience): [b for n, b in batches_seen if n == i] for i, experience in enumerate(experiences, 1)}
+    assert plain_loop(plain, history, experiences, decoupled=True, batches_of=lambda e: order[id(e)]) == 15
+    torch.testing.assert_close(flat(page["classifier"]), flat(plain), rtol=0, atol=1e-6)
+    torch.testing.assert_close(page["history"].curvatures, history.curvatures, rtol=1e-4, atol=0)
+    assert plain[-1].classifier.out_features == 6
 
 
 class OneHotError(nn.MSELoss):

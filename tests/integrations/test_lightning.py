@@ -5,15 +5,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.pages import DOCS, run_python_blocks
 from helpers.past_tasks import KINDS, MODES, flat, history_of, penalized_step, random_fisher, trainable
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+
+import crl_kernels as ck
 
 lightning = pytest.importorskip("lightning.pytorch", reason="lightning is not installed (extra integrations)")
 
 from crl_kernels.integrations.lightning import EWCCallback  # noqa: E402 - it imports lightning
 
 LAM, BATCH, CLIP, STEPS = 3.0, 4, 0.1, 30
+PAGE = DOCS / "how-to" / "other-trainers.md"
+pytestmark = pytest.mark.filterwarnings("ignore:only .* of the trace|.*mostly noise:UserWarning")
 
 
 class Module(lightning.LightningModule):
@@ -111,6 +116,26 @@ def test_30_steps_equal_a_plain_loop_whose_penalty_is_not_clipped(tmp_path, kind
     assert difference(flat(free), plain) > 0.01  # the penalty has done something
     history.attach(torch.optim.SGD(module.parameters(), lr=0.1), LAM)  # detached when fitting ended
     history.detach()
+
+
+def test_the_page_equals_a_plain_loop(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    page = run_python_blocks(PAGE, section="Lightning")
+
+    torch.manual_seed(0)
+    setup = run_python_blocks(PAGE, section="")  # draws the same random numbers
+    net = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
+    history = ck.LowRankHistory(net)
+    for _ in range(2):
+        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+        for _ in range(2):
+            for batch in setup["loader"]:
+                setup["per_sample_loss"](net, batch).mean().backward()
+                penalized_step(optimizer, history, 20.0, 1.0, decoupled=True)
+        history.append(ck.estimate_fisher(net, setup["per_sample_loss"], setup["loader"]))
+    assert difference(flat(page["module"]), flat(net)) < 1e-6
+    torch.testing.assert_close(page["history"].curvatures, history.curvatures, rtol=1e-4, atol=0)
 
 
 def test_a_penalty_in_the_loss_is_clipped(tmp_path):

@@ -238,6 +238,7 @@ def test_weighted_sums_do_not_call_hooks_on_parameters(in_block):
     calls: list[None] = []
     for p in model.parameters():
         p.register_hook(lambda gradient: calls.append(None) or gradient.clamp_(-1e-9, 1e-9))
+        p.register_post_accumulate_grad_hook(lambda p: calls.append(None))
     with SampleGradients(model) as sg:
         losses = squared(model, *batch)
         if in_block:
