@@ -19,6 +19,7 @@ NUMBER = r"-?\d+(?:[.,]\d+)*"
 def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CI", "true")  # the command line prints lines, and draws no bars
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # accelerate imports DeepSpeed, which would print which one it found
     before = torch.get_default_dtype()
     yield
     torch.set_default_dtype(before)
@@ -40,7 +41,7 @@ def numbers(text: str, pattern: str) -> list[float]:
 
 def test_every_tutorial_is_tested():
     assert {path.stem for path in TUTORIALS.glob("*.md")} == {
-        *("own-loop", "lora-diffusers", "language-model", "image-folder")
+        *("own-loop", "lora-diffusers", "language-model", "lora-language-model", "image-folder")
     }
 
 
@@ -88,6 +89,26 @@ def test_language_model():
     assert task_2[1] < task_2[2] < task_2[0] - 5  # and less is learned
     assert "tasks=1" in resumed
     assert "ewc_history.safetensors" in resumed
+
+
+def test_lora_language_model():
+    pytest.importorskip("trl", reason="trl is not installed (extra dev)")
+    pytest.importorskip("peft", reason="peft is not installed (extra integrations)")
+    printed = []
+    for output, quoted in run(TUTORIALS / "lora-language-model.md"):
+        assert shape(output) == shape(quoted)
+        # float32, over hundreds of steps: another machine rounds differently.
+        assert numbers(output, r"task \d ([\d.]+)") == pytest.approx(numbers(quoted, r"task \d ([\d.]+)"), abs=0.1)
+        printed.append(output)
+    _, adapters, learned, ends, resumed = printed
+    assert "tasks=0, parameters=8704" in adapters
+    before, after = numbers(learned, r"task 1 ([\d.]+),")
+    assert numbers(ends, r"has (\d+)%") == pytest.approx([12], abs=2)
+    without, rank1, diagonal = zip(numbers(ends, r"task 1 ([\d.]+)"), numbers(ends, r"task 2 ([\d.]+)"), strict=True)
+    assert after < before - 5
+    assert after < diagonal[0] < rank1[0] - 0.3 < without[0] - 1  # forgetting
+    assert without[1] < diagonal[1] < rank1[1] < without[1] + 0.5  # and learning
+    assert resumed.replace("resumed: ", "diagonal:") == ends.splitlines(keepends=True)[-1]
 
 
 def test_lora_diffusers():

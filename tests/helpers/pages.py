@@ -37,12 +37,14 @@ def execute(block: Block, path: Path, namespace: dict[str, Any]) -> None:
     exec(compile("\n" * (block.line - 1) + block.text, str(path), "exec"), namespace)
 
 
-def run_python_blocks(path: Path) -> dict[str, Any]:
-    """Run a page's Python blocks one after the other; the names that they leave."""
+def run_python_blocks(path: Path, until: str | None = None) -> dict[str, Any]:
+    """Run a page's Python blocks one after the other, or to the one that defines the name ``until``; the names that
+    they leave."""
     namespace: dict[str, Any] = {}
     for block in blocks(path):
-        if block.language == "python":
+        if block.language == "python" and until not in namespace:
             execute(block, path, namespace)
+    assert until is None or until in namespace, f"{path} defines no {until}"
     return namespace
 
 
