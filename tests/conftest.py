@@ -15,6 +15,7 @@ from helpers import device
 import crl_kernels  # noqa: F401  (defines the operators' schemas)
 from crl_kernels.backends import registry
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when it is imported; peft would ask for a model's config
 torch.set_num_threads(1)
 sys.path.append(str(Path(__file__).parents[1]))  # for benchmarks, which are run from a checkout and not installed
 if library := os.environ.get("CRL_TEST_LIBRARY"):

@@ -5,6 +5,9 @@
     trainer.train()
     history.append(estimate_fisher(model, per_sample_loss, loader))  # after the task
 
+Trainers that are made of it, such as TRL's SFTTrainer, take the callback too, and ``causal_lm.py`` has a
+``per_sample_loss`` of language models.
+
 Trainer clips gradients (``max_grad_norm``, 1 by default) before the optimizer's step, and the penalty is applied inside
 the step: it is **not** clipped, and its gradient is not in the logged ``grad_norm``. A penalty in the loss is clipped
 with the task's gradient, so the two trainings differ as soon as Trainer clips, with every optimizer. With

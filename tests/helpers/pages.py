@@ -42,14 +42,17 @@ def execute(block: Block, path: Path, namespace: dict[str, Any]) -> None:
     exec(compile("\n" * (block.line - 1) + block.text, str(path), "exec"), namespace)
 
 
-def run_python_blocks(path: Path, section: str | None = None, without: Collection[str] = ()) -> dict[str, Any]:
+def run_python_blocks(
+    path: Path, section: str | None = None, without: Collection[str] = (), until: str | None = None
+) -> dict[str, Any]:
     """Run a page's Python blocks one after the other; the names that they leave. ``section``: only what stands before
-    the first section, and this one. ``without``: sections to leave out."""
+    the first section, and this one. ``without``: sections to leave out. ``until``: to the block that defines this name."""
     namespace: dict[str, Any] = {}
     for block in blocks(path):
         chosen = section in (None, block.section) or not block.section
-        if block.language == "python" and chosen and block.section not in without:
+        if block.language == "python" and chosen and block.section not in without and until not in namespace:
             execute(block, path, namespace)
+    assert until is None or until in namespace, f"{path} defines no {until}"
     return namespace
 
 

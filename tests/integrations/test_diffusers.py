@@ -1,8 +1,18 @@
 """Fine-tuning as diffusers' DreamBooth scripts do it, with prior preservation, on a small text-conditioned UNet: the
-whole network, and LoRA adapters through peft, where the penalty is on the adapters, which is all that moves."""
+whole network, and LoRA adapters through peft, where the penalty is on the adapters, which is all that moves; and LoRA
+as in its tutorial, with distillation from the old adapter."""
+
+import copy
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from helpers.pages import DOCS, run_python_blocks
 from helpers.past_tasks import flat
 from torch import Tensor, nn
 from torch.nn import functional
@@ -75,6 +85,16 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
+def add_penalty_grad_by_autograd(model: nn.Module, history: ck.LowRankHistory, lam: float) -> None:
+    """The penalty written out: u and b from the history, its gradient by autograd."""
+    (u,) = history.directions()
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    dot = sum((u[name].double() * p.double()).sum() for name, p in named.items())
+    value = 0.5 * lam * history.curvatures[0] * (dot - history.anchor_projections[0]) ** 2
+    for p, g in zip(named.values(), torch.autograd.grad(value, list(named.values())), strict=True):
+        p.grad += g
+
+
 def fine_tune(model: nn.Module, lam: float, by_hand: bool) -> tuple[list[float], ck.LowRankHistory]:
     history = ck.LowRankHistory(model)
     seen = Concept(1)
@@ -93,13 +113,7 @@ def fine_tune(model: nn.Module, lam: float, by_hand: bool) -> tuple[list[float],
         loss.backward()
         nn.utils.clip_grad_norm_(trained(model), 1.0)
         if by_hand:
-            # The penalty written out: u and b from the history, its gradient by autograd.
-            (u,) = history.directions()
-            named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-            dot = sum((u[name].double() * p.double()).sum() for name, p in named.items())
-            value = 0.5 * lam * history.curvatures[0] * (dot - history.anchor_projections[0]) ** 2
-            for p, g in zip(named.values(), torch.autograd.grad(value, list(named.values())), strict=True):
-                p.grad += g
+            add_penalty_grad_by_autograd(model, history, lam)
         optimizer.step()
     return losses, history
 
@@ -144,3 +158,152 @@ def test_prior_preservation_draws_the_same_batches_for_all():
     assert not torch.equal(
         functional.mse_loss(*Concept(1).batch(2)[::3]), functional.mse_loss(*Concept(2).batch(2)[::3])
     )
+
+
+# The tutorial's way: distillation whose teacher is the old adapter of the same network
+
+
+@pytest.fixture
+def tutorial(tmp_path, monkeypatch) -> Iterator[dict[str, Any]]:
+    """The names of the page, of which the first subject has been learned. It sets torch's default dtype."""
+    monkeypatch.chdir(tmp_path)
+    dtype = torch.get_default_dtype()
+    yield run_python_blocks(DOCS / "tutorials" / "lora-diffusers.md", until="train_second")
+    torch.set_default_dtype(dtype)
+
+
+def test_30_steps_of_the_tutorial_equal_a_plain_loop_with_a_teacher_of_its_own(tutorial):
+    model, history, lam = tutorial["model"], tutorial["history"], 300.0
+    teacher, (plain, plain_history) = copy.deepcopy(model).requires_grad_(False), copy.deepcopy((model, history))
+    start = ends(model)
+    torch.manual_seed(1)
+    plain_loop(tutorial, plain, teacher, plain_history, lam)
+
+    def trained_by_the_page(lam: float) -> Tensor:
+        student, kept = copy.deepcopy((model, history))
+        tutorial["load_adapter"](student, "first", "old")
+        student.set_adapter("default")
+        optimizer = tutorial["new_optimizer"](student)
+        kept.attach(optimizer, lam)
+        torch.manual_seed(1)
+        tutorial["train_second"](student, optimizer, STEPS, distilled=True)
+        return ends(student)
+
+    moved = (ends(plain) - start).norm()
+    assert float((trained_by_the_page(lam) - ends(plain)).norm() / moved) < 1e-9
+    assert float((trained_by_the_page(0.0) - ends(plain)).norm() / moved) > 0.01  # the penalty has done something
+
+
+def ends(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in trained(model)])
+
+
+def plain_loop(page, student: nn.Module, teacher: nn.Module, history: ck.LowRankHistory, lam: float) -> None:
+    """The tutorial's second subject; random numbers are drawn in its order."""
+    scheduler, text = page["scheduler"], page["first"][1].expand(8, -1, -1)
+    optimizer = torch.optim.AdamW(trained(student), lr=5e-3)
+
+    def noised() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        latents, own_text = page["batch_of"](page["second"])
+        noise, t = torch.randn_like(latents), torch.randint(1000, (8,))
+        return scheduler.add_noise(latents, noise, t), t, noise, own_text
+
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        x, t, noise, own_text = noised()
+        loss = functional.mse_loss(student(x, t, encoder_hidden_states=own_text).sample, noise)
+        latents, _ = page["batch_of"](page["second"])
+        page["batch_of"](page["first"])  # of which the page takes the text
+        noise, t = torch.randn_like(latents), torch.randint(1000, (8,))
+        x = scheduler.add_noise(latents, noise, t)
+        target = teacher(x, t, encoder_hidden_states=text).sample
+        loss = loss + functional.mse_loss(student(x, t, encoder_hidden_states=text).sample, target)
+        loss.backward()
+        add_penalty_grad_by_autograd(student, history, lam)
+        optimizer.step()
+
+
+# Files, and a new process that goes on
+
+
+def save_lora_weights(folder: Path, model: nn.Module) -> None:
+    """As diffusers' training scripts do."""
+    layers = peft.get_peft_model_state_dict(model, adapter_name="default")
+    diffusers.StableDiffusionPipeline.save_lora_weights(
+        folder, unet_lora_layers=diffusers.utils.convert_state_dict_to_diffusers(layers)
+    )
+
+
+def load_lora_weights(folder: Path, model: nn.Module, name: str) -> None:
+    """``StableDiffusionPipeline.load_lora_weights`` without the other parts of a pipeline."""
+    pipeline = diffusers.StableDiffusionPipeline
+    layers, alphas = pipeline.lora_state_dict(folder)
+    pipeline.load_lora_into_unet(layers, network_alphas=alphas, unet=model, adapter_name=name)
+
+
+def distilled_steps(model: nn.Module, optimizer: torch.optim.Optimizer, concept: Concept) -> None:
+    text = Concept(1).text.expand(2, -1, -1)
+    for _ in range(STEPS // 2):
+        optimizer.zero_grad()
+        noised, t, _, _ = concept.batch(2)
+        with torch.no_grad():
+            model.set_adapter("old")
+            target = model(noised, t, encoder_hidden_states=text).sample
+        model.set_adapter("default")
+        prediction = model(noised, t, encoder_hidden_states=text).sample
+        loss = per_sample_loss(model, concept.batch(2)).mean() + functional.mse_loss(prediction, target)
+        loss.backward()
+        optimizer.step()
+
+
+def go_on(folder: Path) -> None:
+    """In a new process: the second half of the steps, from files."""
+    torch.set_num_threads(1)
+    model = unet(lora=False)
+    load_lora_weights(folder / "half", model, "default")
+    load_lora_weights(folder / "first", model, "old")
+    model.requires_grad_(False)
+    model.set_adapter("default")
+    rest = torch.load(folder / "rest.pt", weights_only=True)
+    optimizer = torch.optim.AdamW(trained(model), lr=LR)
+    optimizer.load_state_dict(rest["optimizer"])
+    history = ck.LowRankHistory.load(folder / "history.safetensors", model)
+    history.attach(optimizer, LAM)
+    concept = Concept(2)
+    concept.generator.set_state(rest["generator"])
+    distilled_steps(model, optimizer, concept)
+    torch.save(ends(model), folder / "end.pt")
+
+
+def test_a_new_process_goes_on_as_the_uninterrupted_training(tmp_path):
+    model = unet(lora=True)
+    save_lora_weights(tmp_path / "first", model)
+    history = ck.LowRankHistory(model)
+    seen, concept = Concept(1), Concept(2)
+    history.append(ck.estimate_fisher(model, per_sample_loss, [seen.batch(4) for _ in range(4)], direction="top"))
+    load_lora_weights(tmp_path / "first", model, "old")
+    model.set_adapter("default")
+    optimizer = torch.optim.AdamW(trained(model), lr=LR)
+    history.attach(optimizer, LAM)
+    distilled_steps(model, optimizer, concept)
+    save_lora_weights(tmp_path / "half", model)
+    history.save(tmp_path / "history.safetensors")
+    rest = {"optimizer": optimizer.state_dict(), "generator": concept.generator.get_state()}
+    torch.save(rest, tmp_path / "rest.pt")
+    half = ends(model)
+    distilled_steps(model, optimizer, concept)
+
+    program = (
+        "import sys; from pathlib import Path; from integrations.test_diffusers import go_on; go_on(Path(sys.argv[1]))"
+    )
+    path = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
+    run = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+    )
+    assert run.returncode == 0, run.stderr
+    assert torch.equal(torch.load(tmp_path / "end.pt"), ends(model))
+    assert float((ends(model) - half).norm()) > 1e-3
+    assert history.penalty(LAM) > 0
