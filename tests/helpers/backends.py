@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import device
 from hypothesis import strategies as st
 from torch import Tensor
 
 from crl_kernels.backends import reference, registry
 from crl_kernels.backends.memory_order import FlatOrder
+from helpers import device
 
 DTYPES = {
     "float32": torch.float32,

@@ -3,10 +3,10 @@
 from collections.abc import Callable
 
 import torch
-from helpers.by_loop import assert_close, assert_grads, flat, rows_of_single_samples, squared
 from torch import Tensor, nn
 
 from crl_kernels import SampleGradients
+from helpers.by_loop import assert_close, assert_grads, flat, rows_of_single_samples, squared
 
 
 def check(

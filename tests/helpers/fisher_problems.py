@@ -5,9 +5,10 @@ import random
 import numpy as np
 import pytest
 import torch
-from helpers.by_loop import flat, rows_by_loop
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+
+from helpers.by_loop import flat, rows_by_loop
 
 
 class Network(nn.Module):

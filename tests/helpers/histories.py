@@ -1,10 +1,10 @@
 """A small network, random low-rank Fishers of its parameters, and the value and gradient of a history."""
 
 import torch
-from helpers.past_tasks import random_like, trainable
 from torch import Tensor, nn
 
 import crl_kernels as ck
+from helpers.past_tasks import random_like, trainable
 
 
 def small_network(seed: int = 0) -> nn.Module:

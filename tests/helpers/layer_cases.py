@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from helpers.by_loop import Parts
 from torch import Tensor, nn
+
+from helpers.by_loop import Parts
 
 N = 6  # samples in a batch
 

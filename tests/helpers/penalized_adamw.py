@@ -3,10 +3,10 @@
 from functools import partial
 
 import torch
-from helpers import past_tasks
 from torch import Tensor, nn
 
 import crl_kernels as ck
+from helpers import past_tasks
 
 LAM = 1.5
 

@@ -1,10 +1,10 @@
 """Images, geometries and arguments for tests of ``sample_weight_gradients``, and results whose form is checked."""
 
 import torch
-from helpers.backends import poison
 from torch import Tensor
 
 from crl_kernels.backends import reference
+from helpers.backends import poison
 
 ARGUMENTS = {
     "input": torch.ones(2, 4, 5, 5),
