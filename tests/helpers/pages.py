@@ -46,7 +46,8 @@ def run_python_blocks(
     path: Path, section: str | None = None, without: Collection[str] = (), until: str | None = None
 ) -> dict[str, Any]:
     """Run a page's Python blocks one after the other; the names that they leave. ``section``: only what stands before
-    the first section, and this one. ``without``: sections to leave out. ``until``: to the block that defines this name."""
+    the first section, and this one. ``without``: sections to leave out. ``until``: the blocks up to the one that
+    defines this name."""
     namespace: dict[str, Any] = {}
     for block in blocks(path):
         chosen = section in (None, block.section) or not block.section

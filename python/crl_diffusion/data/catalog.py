@@ -1,8 +1,9 @@
 """The data sets by name, and how each is read from disk.
 
 A reader takes the data root and an image size and, for a folder of images, whether unreadable files are left out. It
-returns a `Dataset`, or raises an OptionError that names the missing or damaged files and what to do. Small sets are read
-into memory; folders of image files and the archives of downsampled ImageNet are decoded once and mapped, see `cache.py`.
+returns a `Dataset`, or raises an OptionError that names the missing or damaged files and what to do. Small sets are
+read into memory; folders of image files and the archives of downsampled ImageNet are decoded once and mapped, see
+`cache.py`.
 """
 
 from __future__ import annotations
