@@ -2,7 +2,6 @@
 numbers a step, state in proportion to the shards; checkpoints from n processes to m. Processes talk through gloo."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -93,8 +92,6 @@ def in_process(rank: int, count: int, folder: str, name: str) -> None:
         dist.barrier()
     finally:
         dist.destroy_process_group()
-    # Not through the interpreter's end, where threads of gloo that outlive their group now and then abort the process.
-    os._exit(0)
 
 
 def processes(count: int, body: Callable, folder: Path) -> list:

@@ -5,6 +5,7 @@ real library on a CPU, check that it sets them.
 """
 
 import importlib
+import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -126,20 +127,25 @@ def prepared(patch: pytest.MonkeyPatch, rank: int = 0, processes: int = 1) -> An
     patch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # which the import sets
     for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes}.items():
         patch.setenv(name, str(value))
-    library = pytest.importorskip("deepspeed", reason="deepspeed is not installed (pip install deepspeed)")
+    library = importlib.import_module("deepspeed")
     communication = importlib.import_module("deepspeed.comm.torch")
     patch.setattr(communication, "build_shm_op", lambda: None)  # it compiles, for processes that share memory
     return library
 
 
+def require_deepspeed() -> None:
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed (pip install deepspeed)")
+
+
 @pytest.fixture(scope="module")
 def deepspeed() -> Iterator[Any]:
-    patch = pytest.MonkeyPatch()
-    library = prepared(patch)
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield library
-    torch.distributed.destroy_process_group()
-    patch.undo()
+    require_deepspeed()
+    with pytest.MonkeyPatch.context() as patch:
+        library = prepared(patch)
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        yield library
+        torch.distributed.destroy_process_group()
 
 
 def engine_of(library: Any, model: nn.Module, optimizer: torch.optim.Optimizer, stage: int, **options) -> Any:
@@ -210,7 +216,7 @@ def samples() -> list[Tensor]:
 
 
 def test_two_processes_have_the_penalty_once(tmp_path):
-    pytest.importorskip("deepspeed", reason="deepspeed is not installed (pip install deepspeed)")
+    require_deepspeed()
     spawn(train_in_two_processes, str(tmp_path), count=2)
     model = network()
     history = history_of(model, "low_rank")
