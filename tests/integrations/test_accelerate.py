@@ -1,5 +1,5 @@
-"""accelerate: a prepared optimizer takes the penalty as a plain one does, after accumulation and clipping, and a
-checkpoint of accelerate's holds the history."""
+"""accelerate: a prepared optimizer takes the penalty as a plain one does, after accumulation and clipping, a checkpoint
+of accelerate's holds the history, and an estimate can leave mixed precision out."""
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import crl_kernels as ck
+from crl_kernels.integrations.accelerate import without_autocast
 
 accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed (extra trainer)")
 pytestmark = pytest.mark.usefixtures("fresh_accelerate_state")
@@ -95,3 +96,31 @@ def test_a_checkpoint_of_accelerates_resumes_the_history_too(tmp_path):
     assert len(history) == 1
     train(accelerator, model, optimizer, accelerate.skip_first_batches(loader, len(loader) // 2))
     assert torch.equal(flat(model), end)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_autocast_is_out_of_the_model_in_the_block_and_in_it_afterwards(inside):
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    model, x = accelerator.prepare(network().float()), torch.randn(4, 6)
+    whole = nn.Sequential(model) if inside else model
+    types = []
+    model[0].register_forward_hook(lambda module, inputs, output: types.append(output.dtype))
+
+    def broken() -> None:
+        with without_autocast(whole):
+            whole(x)
+            raise KeyError("broken")
+
+    for _ in range(2):
+        whole(x)
+        with pytest.raises(KeyError, match="broken"):
+            broken()
+    whole(x)
+    assert types == [torch.bfloat16, torch.float32] * 2 + [torch.bfloat16]
+
+
+def test_a_model_that_accelerate_has_not_prepared_is_left_as_it_is():
+    model = network()
+    with without_autocast(model):
+        assert "forward" not in vars(model)
+    assert "forward" not in vars(model)
