@@ -38,15 +38,14 @@ def write(path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor]
             f"path {os.fspath(path)!r}: its folder {str(target.parent)!r} does not exist; create it."
         )
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
-    unfinished = open(temporary, "xb")  # with the umask's mode, where tempfile's files are for their owner only
     try:
-        with unfinished as file:
+        with open(temporary, "xb") as file:  # with the umask's mode, where tempfile's files are for their owner only
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
 
 

@@ -62,7 +62,12 @@ def test_a_run_and_its_report(tmp_path: Path) -> None:
 def test_an_error_within_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
     path = tmp_path / "text.md"
     path.write_text("old")
-    with pytest.raises(KeyError), files.replacing(path) as temporary:
-        temporary.write_text("half")
-        raise KeyError
+
+    def write_half() -> None:
+        with files.replacing(path) as temporary:
+            temporary.write_text("half")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        write_half()
     assert (list(tmp_path.iterdir()), path.read_text()) == ([path], "old")
