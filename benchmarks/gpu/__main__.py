@@ -1,12 +1,13 @@
 """``python -m benchmarks.gpu``: everything that needs a GPU, in one command of a few minutes.
 
-Needs torch, triton and numpy, and pytest and hypothesis for the tests. Uses the crl_kernels that is installed, or this
-source tree, whose CUDA library it builds if it is missing, or the wheel that ``--wheel`` names. Each stage runs in a
-process of its own, for the CUDA C++ kernels and for Triton's, so a crash or a hang is recorded and the next stage still
-runs. Stages that measure times run alone, the others several at a time. The command writes its table and all figures to
-``--out`` after each stage, and what each stage prints to a file in ``logs``, so nothing that is known is lost if it is
-stopped. What has not begun after ``--seconds`` does not run, and the table says so. ``--dry-run`` runs the same code on
-a CPU, with small sizes; it collects the tests, which run on CPUs elsewhere; a stage that needs a GPU says so.
+Needs torch, triton, numpy and safetensors, and pytest and hypothesis for the tests. Uses the crl_kernels that is
+installed, or this source tree, whose CUDA library it builds if it is missing, or the wheel that ``--wheel`` names.
+Each stage runs in a process of its own, for the CUDA C++ kernels and for Triton's, so a crash or a hang is recorded
+and the next stage still runs. Stages that measure times run alone, the others several at a time. The command writes
+its table and all figures to ``--out`` after each stage, and what each stage prints to a file in ``logs``, so nothing
+that is known is lost if it is stopped. What has not begun after ``--seconds`` does not run, and the table says so.
+``--dry-run`` runs the same code on a CPU, with small sizes; it collects the tests, which run on CPUs elsewhere; a
+stage that needs a GPU says so.
 """
 
 import importlib.util

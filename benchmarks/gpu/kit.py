@@ -15,6 +15,7 @@ from ..common.command import ROOT
 MOST_BYTES = 60_000_000
 PACKAGES = (
     *("pytest", "pluggy", "iniconfig", "packaging", "pygments", "hypothesis", "sortedcontainers", "expecttest"),
+    "safetensors",
     *("diffusers", "importlib-metadata", "zipp", "tyro", "docstring-parser", "typeguard"),  # the stage regime
 )
 PLATFORM = ["--implementation", "cp", "--platform", "manylinux_2_28_x86_64", "--platform", "manylinux2014_x86_64"]
