@@ -149,14 +149,19 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    sys.path.insert(0, str(command.ROOT / "python"))  # as in problem()
+    from crl_diffusion.config.networks import MODELS
+
     results = command.ROOT / "benchmarks" / "results"
     parser = command.parser("estimation", __doc__, "estimation_DEVICE.json and .md", results)
-    parser.add_argument("--model", default="tiny", help="size of the UNet, as in --model of crl-diffusion")
-    parser.add_argument("--size", type=int, default=16, help="pixels of an image's side")
-    parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--model", choices=MODELS, default="tiny", help="size of the UNet, as in --model of crl-diffusion"
+    )
+    parser.add_argument("--size", type=command.count, default=16, help="pixels of an image's side")
+    parser.add_argument("--samples", type=command.count, default=128)
+    parser.add_argument("--batch-size", type=command.count, default=32)
+    parser.add_argument("--rounds", type=command.count, default=5)
+    parser.add_argument("--threads", type=command.count, default=1)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     command.require_kernels(args.device)

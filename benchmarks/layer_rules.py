@@ -137,7 +137,7 @@ def cases() -> Iterator[tuple[str, tuple[Callable[[], Tensor], dict[str, Algorit
 
 def main() -> None:
     parser = command.parser("layer_rules", __doc__, "layer_rules_cpu_1thread.md")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=command.count, default=5)
     arguments = parser.parse_args()
     command.require_kernels()
     torch.set_num_threads(1)

@@ -265,10 +265,10 @@ def markdown(result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = command.parser("optimizer", __doc__, "optimizer_cpu_Nthread.json and .md")
-    parser.add_argument("--parameters", type=int, default=25_000_000)
-    parser.add_argument("--tensors", type=int, default=100)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--parameters", type=command.count, default=25_000_000)
+    parser.add_argument("--tensors", type=command.count, default=100)
+    parser.add_argument("--rounds", type=command.count, default=15)
+    parser.add_argument("--threads", type=command.count, default=1)
     parser.add_argument("--channels-last", action="store_true", help="only steps in channels_last and in row-major")
     arguments = parser.parse_args()
     command.require_kernels()

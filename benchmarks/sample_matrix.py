@@ -53,11 +53,13 @@ def calls(grads: Tensor, gram: bool) -> dict[str, Callable[[], object]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 64, 256], help="N (default: 1 8 64 256)")
-    parser.add_argument("--elements", type=int, default=256_000_000, help="N P (default: 256,000,000)")
+    parser.add_argument(
+        "--rows", nargs="+", type=command.count, default=[1, 8, 64, 256], help="N (default: 1 8 64 256)"
+    )
+    parser.add_argument("--elements", type=command.count, default=256_000_000, help="N P (default: 256,000,000)")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=command.count, default=7)
+    parser.add_argument("--threads", type=command.count, default=1)
     parser.add_argument("--no-gram", action="store_true", help="leave out the Gram matrix")
     parser.add_argument("--system-allocator", action="store_true", help="give freed memory back to the system")
     arguments = parser.parse_args()

@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from crl_diffusion.config.networks import MODELS
 from crl_diffusion.config.settings import RunConfig
+from crl_diffusion.config.spelling import parse_method
 from crl_diffusion.data.images import Images
 from crl_diffusion.data.tasks import load
 from crl_diffusion.diffusion.network import frozen_copy
@@ -209,16 +211,24 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def method(name: str) -> str:
+    """The value of an option that is a method."""
+    parse_method(name)  # an OptionError is a ValueError
+    return name
+
+
 def main() -> None:
     parser = command.parser("trainer_cost", __doc__, "trainer_cost.json and .md")
-    parser.add_argument("--sizes", nargs="+", type=int, default=[*SIZES], help="pixels (default: 8 16)")
-    parser.add_argument("--methods", nargs="+", default=METHODS, help="(default: all of the table)")
-    parser.add_argument("--rounds", type=int, default=20, help="rounds of the steps (default: 20)")
-    parser.add_argument("--fisher-samples", type=int, default=512, help="of one Fisher matrix (default: 512)")
-    parser.add_argument("--model", default="paper", help="UNet for rank-1 by itself (default: paper)")
-    parser.add_argument("--model-rounds", type=int, default=3, help="rounds on it (default: 3)")
+    parser.add_argument("--sizes", nargs="+", type=int, choices=SIZES, default=[*SIZES], help="pixels (default: 8 16)")
+    parser.add_argument("--methods", nargs="+", type=method, default=METHODS, help="(default: all of the table)")
+    parser.add_argument("--rounds", type=command.count, default=20, help="rounds of the steps (default: 20)")
+    parser.add_argument("--fisher-samples", type=command.count, default=512, help="of one Fisher matrix (default: 512)")
+    parser.add_argument("--model", choices=MODELS, default="paper", help="UNet for rank-1 by itself (default: paper)")
+    parser.add_argument("--model-rounds", type=command.count, default=3, help="rounds on it (default: 3)")
     parser.add_argument("--no-peaks", action="store_true", help="leave out the processes that measure memory")
-    parser.add_argument("--peak", metavar="METHOD", help="only this method's peak memory, of one size: bytes, as JSON")
+    parser.add_argument(
+        "--peak", type=method, metavar="METHOD", help="only this method's peak memory, of one size: bytes, as JSON"
+    )
     arguments = parser.parse_args()
     command.require_kernels()
     torch.set_num_threads(1)

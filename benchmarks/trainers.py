@@ -249,9 +249,11 @@ def markdown(result: dict[str, Any]) -> str:
 def main() -> None:
     parser = command.parser("trainers", __doc__, "trainers_cpu_Nthread.json and .md")
     parser.add_argument("--models", nargs="+", choices=SUBJECTS, default=DEFAULT, metavar="MODEL", help=str(DEFAULT))
-    parser.add_argument("--rounds", type=int, default=9, help="of what comes after the backward pass (default: 9)")
-    parser.add_argument("--passes", type=int, default=5, help="forward and backward (default: 5)")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--rounds", type=command.count, default=9, help="of what comes after the backward pass (default: 9)"
+    )
+    parser.add_argument("--passes", type=command.count, default=5, help="forward and backward (default: 5)")
+    parser.add_argument("--threads", type=command.count, default=1)
     arguments = parser.parse_args()
     command.require_kernels()
     torch.set_num_threads(arguments.threads)

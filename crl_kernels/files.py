@@ -33,9 +33,12 @@ def write(path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor]
     header = {_ENTRY: json.dumps(description | {"digest": _digest(description, plain)})}
     data = save(plain, header)
     target = Path(path)
+    if target.is_dir():
+        raise IsADirectoryError(f"path {os.fspath(path)!r} is a folder; expected a file.")
     if not target.parent.is_dir():
+        remedy = "write os.path.expanduser(path)" if str(target).startswith("~") else "create it"
         raise FileNotFoundError(
-            f"path {os.fspath(path)!r}: its folder {str(target.parent)!r} does not exist; create it."
+            f"path {os.fspath(path)!r}: its folder {str(target.parent)!r} does not exist; {remedy}."
         )
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:
@@ -50,6 +53,8 @@ def write(path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor]
 
 
 def _require_utf_8(path: str | os.PathLike[str]) -> None:
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path is a {type(path).__name__}; expected a str or a pathlib.Path.")
     try:
         os.fspath(path).encode()
     except UnicodeEncodeError as error:

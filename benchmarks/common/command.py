@@ -20,8 +20,23 @@ def parser(name: str, description: str | None, files: str, out: Path | None = No
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    options.add_argument("--out", type=Path, default=out, help=f"folder for {files} (default: {out or 'print only'})")
+    options.add_argument("--out", type=folder, default=out, help=f"folder for {files} (default: {out or 'print only'})")
     return options
+
+
+def folder(text: str) -> Path:
+    """The value of an option that is a folder, which may not exist yet."""
+    path = Path(text)
+    if not text or (path.exists() and not path.is_dir()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a folder; give another place")
+    return path
+
+
+def count(text: str) -> int:
+    """The value of an option that is a number of things."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no integer of at least 1")
+    return int(text)
 
 
 def require_kernels(device: str = "cpu") -> None:
@@ -29,6 +44,9 @@ def require_kernels(device: str = "cpu") -> None:
     from crl_kernels.backends import built, registry  # a command may install the library first
 
     device = device.partition(":")[0]
+    if device not in ("cpu", "cuda"):
+        print(f"--device is {device!r}; choose cpu or cuda", file=sys.stderr)
+        raise SystemExit(2)
     if registry.CHOICE != "reference" and registry.implementation(device).startswith("reference"):
         print(
             f"nothing was measured: no kernels run on {device} ({registry.reason(device, 'low_rank_projections')}); "

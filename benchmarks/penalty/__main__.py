@@ -36,8 +36,10 @@ def main() -> None:
         help="(default: 0.6M/100 25M/100 25M/1 350M/700)",
     )
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="only rows whose names contain a word")
-    parser.add_argument("--rounds", type=int, help="rounds (default: from 200 for small sizes to 5 for large ones)")
-    parser.add_argument("--threads", type=int, default=1, help="threads (default: 1)")
+    parser.add_argument(
+        "--rounds", type=command.count, help="rounds (default: from 200 for small sizes to 5 for large ones)"
+    )
+    parser.add_argument("--threads", type=command.count, default=1, help="threads (default: 1)")
     parser.add_argument(
         "--row", choices=CONTENDERS | OPERATORS, help="only this row, of one size: its seconds, as JSON"
     )

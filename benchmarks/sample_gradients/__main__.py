@@ -44,8 +44,8 @@ def main() -> None:
         "--models", nargs="+", default=list(MODELS), choices=[*MODELS, *TINY], help=f"(default: {' '.join(MODELS)})"
     )
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="only rows whose names contain a word")
-    parser.add_argument("--samples", type=int, default=32, help="samples in the batch (default: 32)")
-    parser.add_argument("--rounds", type=int, default=10, help="rounds (default: 10)")
+    parser.add_argument("--samples", type=command.count, default=32, help="samples in the batch (default: 32)")
+    parser.add_argument("--rounds", type=command.count, default=10, help="rounds (default: 10)")
     parser.add_argument("--row", choices=CONTENDERS, help="only this row, of one model: what was measured, as JSON")
     arguments = parser.parse_args()
     command.require_kernels()

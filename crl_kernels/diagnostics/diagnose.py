@@ -6,7 +6,7 @@ spectrum.py computes the numbers, verdict.py the answer.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed.unsharded import whole_parameters
+from ..fisher.loss_source import require_per_sample_loss
+from ..model.arguments import require_generator, require_integer, shown
 from ..model.binding import Binding
 from ..model.preserved import preserved, require_no_inference_mode
 from ..per_sample.batches import batch_size, concatenate_batches, reorder_batch, slice_batch
@@ -80,11 +82,15 @@ def diagnose(
     """
     if timesteps is None:
         timesteps = list(dict.fromkeys(int(f * num_timesteps) for f in _FRACTIONS))
+    require_integer("num_timesteps", num_timesteps, 1)
     _check_timesteps(timesteps, num_timesteps)
     ratios = _check_snr(snr, timesteps)
     timesteps = sorted(timesteps)
-    if samples < 3 * GROUPS:
-        raise ValueError(f"samples is {samples}; expected at least {3 * GROUPS}, to be cut into {GROUPS} groups.")
+    require_integer("samples", samples, 3 * GROUPS, f", to be cut into {GROUPS} groups")
+    require_generator("generator", generator)
+    require_per_sample_loss("per_sample_loss_at", per_sample_loss_at, "model, batch, t")
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress is {shown(progress)}; expected a function of a line, such as print.")
     report = progress or (lambda line: None)
     require_no_inference_mode("diagnose")
     with whole_parameters(model):
@@ -264,6 +270,8 @@ def _one_batch(loader: Iterable[Any], samples: int) -> Any:
 
 
 def _check_timesteps(timesteps: Sequence[int], num_timesteps: int) -> None:
+    if not isinstance(timesteps, Collection):
+        raise TypeError(f"timesteps is {shown(timesteps)}; expected a list of integers, or None.")
     for t in timesteps:
         if isinstance(t, bool) or not isinstance(t, int) or not 0 <= t < num_timesteps:
             raise ValueError(
@@ -284,6 +292,8 @@ def _check_snr(
         if missing := [t for t in timesteps if t not in snr]:
             raise ValueError(f"snr lacks the timesteps {', '.join(map(str, missing))}.")
         return {t: float(snr[t]) for t in timesteps}
+    if not isinstance(snr, Collection):
+        raise TypeError(f"snr is {shown(snr)}; expected a function of a timestep, a dict or a list of one for each.")
     if len(snr) != len(timesteps):
         raise ValueError(f"snr has {len(snr)} values for {len(timesteps)} timesteps; expected one for each.")
     return {t: float(value) for t, value in zip(timesteps, snr, strict=True)}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..distributed.processes import Processes
 from ..distributed.unsharded import whole_parameters
+from ..model.arguments import require_generator, require_integer, require_switch
 from ..model.binding import Binding
 from ..model.preserved import preserved, require_no_inference_mode, same_random_numbers
 from ..per_sample.loaders import generators_of, halves, limited, with_progress
@@ -23,6 +24,7 @@ from .forms import DiagonalFisher, LowRankFisher
 from .loss_source import LossSource, PerSampleLoss, current_parameters, require_finite_gradients
 from .low_rank import LowRankEstimator
 from .statistics import FisherStatistics, FisherWarning
+from .validation import STORAGE_DTYPES
 
 _SMALL_RHO = 0.1
 _SMALL_SIGNAL = 0.5
@@ -135,16 +137,20 @@ def estimate_fisher(
     """
     if kind not in ("low_rank", "diagonal"):
         raise ValueError(f"kind is {kind!r}; expected 'low_rank' or 'diagonal'.")
-    if not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"rank is {rank!r}; expected an integer >= 1.")
+    require_integer("rank", rank, 1)
     if direction not in (None, "mean", "top"):
         raise ValueError(f"direction is {direction!r}; expected 'mean' or 'top'.")
     if direction == "mean" and rank > 1:
         raise ValueError(f"direction='mean' is one direction, and rank is {rank}; use direction='top', or rank=1.")
     if kind == "diagonal" and (rank, storage_dtype, direction, unbiased) != (1, None, None, True):
         raise ValueError("rank=, direction=, unbiased= and storage_dtype= belong to kind='low_rank'.")
-    if max_samples is not None and max_samples < 2:
-        raise ValueError(f"max_samples is {max_samples}; expected at least 2.")
+    if storage_dtype not in (None, *STORAGE_DTYPES):
+        raise TypeError(f"storage_dtype is {storage_dtype!r}; expected one of {STORAGE_DTYPES}.")
+    if max_samples is not None:
+        require_integer("max_samples", max_samples, 2)
+    require_generator("generator", generator)
+    for name, value in (("unbiased", unbiased), ("progress", progress), ("mixed_losses", mixed_losses)):
+        require_switch(name, value)
     if not unbiased and isinstance(loader, Iterator):
         raise ValueError(
             "loader can be read only once, and unbiased=False reads it twice; give a DataLoader or a list."

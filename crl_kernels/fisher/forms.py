@@ -175,6 +175,8 @@ class LowRankFisher:
         """
         layout = _layout_of(mean_gradient, "mean_gradient")
         _require_finite(mean_gradient, "mean_gradient")
+        if isinstance(c, (str, bytes, bool)):
+            raise TypeError(f"c is {c!r}; expected a number.")
         coefficient = float(c)
         if not math.isfinite(coefficient) or coefficient < 0:
             raise ValueError(f"c is {coefficient}; expected a finite value >= 0.")

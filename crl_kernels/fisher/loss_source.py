@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..model.arguments import shown
 from ..model.binding import Binding
 from ..per_sample.batches import batch_size
 from ..per_sample.independence import require_independent_losses
@@ -18,6 +19,7 @@ class LossSource:
     """The per-sample losses of one model, checked, and their per-sample gradients or the sum of these."""
 
     def __init__(self, model: nn.Module, per_sample_loss: PerSampleLoss, binding: Binding, mixed_losses: bool) -> None:
+        require_per_sample_loss("per_sample_loss", per_sample_loss)
         self.model, self.binding, self._loss = model, binding, per_sample_loss
         self.stratified: bool | None = None
         self._independence_settled = mixed_losses  # may be mixed, or were found to be independent
@@ -41,6 +43,10 @@ class LossSource:
         """(losses, stratum of each sample), each (N,); all strata are 0 if the loss returns none."""
         count = batch_size(batch)
         losses: Any = self._loss(self.model, batch)
+        if any(parameter.grad is not None for parameter in self.binding.params):
+            raise ValueError(
+                "per_sample_loss calls backward(); return the losses, whose gradients are taken from here."
+            )
         stratum = None
         if stratified := isinstance(losses, tuple) and len(losses) == 2:
             losses, stratum = losses
@@ -50,6 +56,8 @@ class LossSource:
                 f"per_sample_loss returned {kind} for a batch of {count}; expected ({count},), one loss per sample, "
                 "such as (error ** 2).mean(dim=(1, 2, 3))."
             )
+        if not losses.is_floating_point():
+            raise TypeError(f"per_sample_loss returned {losses.dtype}; expected real floating-point losses.")
         if not losses.requires_grad:
             raise ValueError("per_sample_loss carries no gradient: compute it from model, outside of torch.no_grad().")
         if self.stratified not in (None, stratified):
@@ -83,6 +91,15 @@ class LossSource:
                 (torch.zeros_like(p) if g is None else g).reshape(-1).to(self.binding.dtype)
                 for g, p in zip(gradients, params, strict=True)
             ]
+        )
+
+
+def require_per_sample_loss(argument: str, loss: Any, arguments: str = "model, batch") -> None:
+    """TypeError for what cannot be called with a model and a batch, such as a criterion of torch."""
+    if isinstance(loss, torch.nn.modules.loss._Loss) or not callable(loss):
+        raise TypeError(
+            f"{argument} is {shown(loss)}; expected a function ({arguments}) -> (N,), one loss for each sample, "
+            f"such as lambda {arguments}: F.cross_entropy(model(batch[0]), batch[1], reduction='none')."
         )
 
 

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..fisher.estimate import estimate_fisher
-from ..fisher.loss_source import PerSampleLoss
+from ..fisher.loss_source import PerSampleLoss, require_per_sample_loss
+from ..model.arguments import require_integer
 from ..penalty.diagonal import DiagonalHistory
+from ..penalty.folded import check_penalty
 from ..penalty.low_rank import LowRankHistory
 
 
@@ -43,8 +45,8 @@ class EWCPlugin(SupervisedPlugin):
     ``strategy.plugins[i].history``, bound to ``strategy.model``.
 
     Raises:
-        TypeError, ValueError: when training begins: the errors of ``attach``; a criterion without ``reduction``. When
-            an experience ends: the errors of ``estimate_fisher``.
+        TypeError, ValueError: an argument of another kind; when training begins: the errors of ``attach``; a criterion
+            without ``reduction``. When an experience ends: the errors of ``estimate_fisher``.
     """
 
     def __init__(
@@ -57,6 +59,14 @@ class EWCPlugin(SupervisedPlugin):
         max_samples: int | None = None,
         per_sample_loss: PerSampleLoss | None = None,
     ) -> None:
+        check_penalty(history, lam, decoupled)
+        require_integer("rank", rank, 1)
+        if rank > 1 and isinstance(history, DiagonalHistory):
+            raise ValueError(f"rank is {rank}, and history a DiagonalHistory, which has no rank; leave rank out.")
+        if max_samples is not None:
+            require_integer("max_samples", max_samples, 2)
+        if per_sample_loss is not None:
+            require_per_sample_loss("per_sample_loss", per_sample_loss)
         super().__init__()
         self.history = history
         self._lam, self._decoupled = lam, decoupled

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..penalty.diagonal import DiagonalHistory
+from ..penalty.folded import check_penalty
 from ..penalty.low_rank import LowRankHistory
 
 HISTORY_FILE = "ewc_history.safetensors"
@@ -40,12 +41,14 @@ class EWCCallback(TrainerCallback):
     pass ``resume_from_checkpoint`` as usual.
 
     Raises:
-        TypeError, ValueError: when training begins: the errors of ``attach``, and a history of sharded parameters.
+        TypeError, ValueError: an argument of another kind; when training begins: the errors of ``attach``, and a
+            history of sharded parameters.
     """
 
     def __init__(
         self, history: LowRankHistory | DiagonalHistory, lam: float | Tensor, *, decoupled: bool = False
     ) -> None:
+        check_penalty(history, lam, decoupled)
         self._history, self._lam, self._decoupled = history, lam, decoupled
         self._attached = False
 

@@ -18,6 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from ..penalty.diagonal import DiagonalHistory
+from ..penalty.folded import check_penalty
 from ..penalty.low_rank import LowRankHistory
 
 
@@ -32,13 +33,14 @@ class EWCCallback(Callback):
     ``predict`` do not, so a history that was appended to since remains as it is.
 
     Raises:
-        TypeError, ValueError: when fitting begins: the errors of ``attach``, several optimizers, a history of sharded
-            parameters.
+        TypeError, ValueError: an argument of another kind; when fitting begins: the errors of ``attach``, several
+            optimizers, a history of sharded parameters.
     """
 
     def __init__(
         self, history: LowRankHistory | DiagonalHistory, lam: float | Tensor, *, decoupled: bool = False
     ) -> None:
+        check_penalty(history, lam, decoupled)
         self._history, self._lam, self._decoupled = history, lam, decoupled
         self._attached = False
 

@@ -142,7 +142,12 @@ def as_patterns(argument: str, patterns: Iterable[str] | None) -> tuple[str, ...
         return None
     listed = tuple(patterns) if isinstance(patterns, Iterable) else None
     if listed is None or not all(isinstance(pattern, str) for pattern in listed):
-        raise TypeError(f"{argument} is {listed or patterns!r}; expected a list of patterns, which are strings.")
+        wrong = patterns if listed is None else next(x for x in listed if not isinstance(x, str))
+        where = "is" if listed is None else "has"
+        raise TypeError(
+            f"{argument} {where} a {type(wrong).__name__}; expected a list of patterns, which are strings, such as "
+            "parameters' names."
+        )
     return listed
 
 

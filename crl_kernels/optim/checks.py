@@ -26,7 +26,10 @@ def check_hyperparameters(group: Mapping[str, Any]) -> None:
     for argument in ("lr", "eps", "weight_decay"):
         check_strength(argument, _as_scalar(argument, group[argument]))
     betas = group["betas"]
-    if len(betas) != 2 or not all(0 <= float(_as_scalar("a beta", beta)) < 1 for beta in betas):
+    pair = (
+        isinstance(betas, (tuple, list)) and len(betas) == 2 and all(isinstance(b, (int, float, Tensor)) for b in betas)
+    )
+    if not pair or not all(0 <= float(_as_scalar("a beta", beta)) < 1 for beta in betas):
         raise ValueError(f"betas is {betas!r}; expected two numbers >= 0 and < 1.")
     if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
         raise ValueError(f"betas is {betas!r}; expected two numbers or two tensors.")

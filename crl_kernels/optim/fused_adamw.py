@@ -14,6 +14,8 @@ from torch.optim import Optimizer
 from .. import operators
 from ..backends.reference import ADAMW_COLUMNS, AdamWSettings
 from ..distributed.shards import is_sharded, local_part
+from ..model.arguments import require_integer
+from ..model.names import join_names
 from ..penalty.diagonal import DiagonalHistory
 from ..penalty.folded import FoldedPenalty, check_history, fold_history
 from ..penalty.low_rank import LowRankHistory
@@ -115,9 +117,9 @@ class FusedAdamW(Optimizer):
         foreach, fused: accepted and kept in the groups, but without effect: the only implementation is a fused one.
         history: a LowRankHistory or DiagonalHistory of some or all of these parameters; the others get no penalty.
             Terms may be appended between steps.
-        lam: strength, a float or a 0-dim tensor; ``history.suggest_lam(lr, steps)`` is where to begin. It may be
-            changed between steps, in place or through ``optimizer.lam``. It is the same for all groups: a per-group
-            lam does not correspond to any penalty function.
+        lam: strength, a float or a 0-dim tensor, with a history; ``history.suggest_lam(lr, steps)`` is where to begin.
+            It may be changed between steps, in place or through ``optimizer.lam``. It is the same for all groups: a
+            per-group lam does not correspond to any penalty function.
         decoupled: take the proximal step before AdamW's own, each group with its learning rate, instead of adding the
             penalty's gradient. ``lam`` may be infinite then.
         verify_every: every so many steps, compute the projections from the parameters and warn if they differ from the
@@ -129,8 +131,9 @@ class FusedAdamW(Optimizer):
 
     Raises:
         TypeError, ValueError: options that are not implemented, ``lam`` in a group, trained parameters of another dtype
-            than float16, bfloat16, float32 or float64, hyperparameters out of range, a history with parameters that the
-            optimizer lacks, an attached history, ``maximize`` with a history.
+            than float16, bfloat16, float32 or float64, hyperparameters out of range, a history without ``lam`` or the
+            reverse, a history with parameters that the optimizer lacks, an attached history, ``maximize`` with a
+            history.
         RuntimeError: in a step, before anything is written: a gradient that is sparse or belongs to a parameter of
             another dtype, a capture whose replays would differ from eager steps, a history that was copied without its
             model.
@@ -158,14 +161,23 @@ class FusedAdamW(Optimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         history: LowRankHistory | DiagonalHistory | None = None,
-        lam: float | Tensor = 0.0,
+        lam: float | Tensor | None = None,
         decoupled: bool = False,
         verify_every: int = 0,
     ) -> None:
-        check_strength("lam", lam, finite=not decoupled)
-        if not isinstance(verify_every, int) or verify_every < 0:
-            raise ValueError(f"verify_every is {verify_every!r}; expected an integer >= 0, where 0 is never.")
-        check_history(history)
+        require_integer("verify_every", verify_every, 0, ", where 0 is never")
+        if history is None and (lam is not None or decoupled):
+            raise ValueError(
+                "lam or decoupled is given without history, so no step would have a penalty; pass history=, or neither."
+            )
+        if history is not None and lam is None:
+            raise TypeError(
+                "history is given without lam, the strength of its penalty; pass lam=, such as "
+                "history.suggest_lam(lr, steps)."
+            )
+        lam = 0.0 if lam is None else lam
+        if history is not None:
+            check_history(history, lam, decoupled)
         self.lam, self._decoupled, self._verify_every = lam, decoupled, verify_every
         self._history = history
         self._steps_taken = 0
@@ -252,6 +264,10 @@ class FusedAdamW(Optimizer):
     def _read_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Checks a state before anything changes, and keeps the tensors that torch would round."""
         assert isinstance(optimizer, FusedAdamW)
+        if missing := {"param_groups", "state"} - state_dict.keys():
+            raise ValueError(
+                f"state_dict lacks {join_names(sorted(missing))}; expected what an optimizer's state_dict() returns."
+            )
         for group in state_dict["param_groups"]:
             check_options(group, optimizer._history is not None)
             check_hyperparameters(optimizer.defaults | group)

@@ -10,7 +10,7 @@ from .. import operators
 from ..fisher.forms import DiagonalFisher
 from ..fisher.validation import require_scalars
 from ..model.names import Layout
-from .history import History
+from .history import History, differentiable_through
 from .strength import Rate, check_strength
 
 
@@ -126,7 +126,7 @@ class DiagonalHistory(History[DiagonalFisher]):
         require_scalars("the residual R", self._residual[None], 1)
 
     def _set_vectors(self, fisher: Tensor, anchor: Tensor, residual: Tensor) -> None:
-        self._fisher, self._anchor, self._residual = fisher, anchor, residual
+        self._fisher, self._anchor, self._residual = map(differentiable_through, (fisher, anchor, residual))
         self._parts = {}
         largest = fisher.max() if fisher.numel() else fisher.new_zeros(())
         self._curvature = float(self._binding.shards.max_(largest))

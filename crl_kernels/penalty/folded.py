@@ -21,9 +21,10 @@ from torch import Tensor
 
 from .. import operators
 from ..distributed.shards import Shards
+from ..model.arguments import require_switch
 from .diagonal import DiagonalHistory
 from .low_rank import LowRankHistory
-from .strength import Groups, Rate
+from .strength import Groups, Rate, check_strength
 
 _SUMMATION_ERROR = 1e-12  # how far two summation orders of u . theta may differ, relative to |u| |theta|
 
@@ -205,12 +206,18 @@ def _in_place_of(kept: Tensor, new: Tensor) -> Tensor:
     return kept.copy_(new) if (kept.shape, kept.device) == (new.shape, new.device) else new
 
 
-def check_history(history: object) -> None:
-    """Raises unless ``history`` is None or a history that no optimizer has by ``attach``."""
-    if history is None:
-        return
+def check_penalty(history: object, lam: float | Tensor, decoupled: bool) -> None:
+    """Raises unless these are a history, a strength and a switch, as the trainers' callbacks and plugins take them."""
     if not isinstance(history, LowRankHistory | DiagonalHistory):
         raise TypeError(f"history is a {type(history).__name__}; expected a LowRankHistory or a DiagonalHistory.")
+    require_switch("decoupled", decoupled)
+    check_strength("lam", lam, finite=not decoupled)
+
+
+def check_history(history: object, lam: float | Tensor, decoupled: bool) -> None:
+    """The same, and raises for a history that an optimizer has by ``attach``."""
+    check_penalty(history, lam, decoupled)
+    assert isinstance(history, LowRankHistory | DiagonalHistory)
     if history._attachment is not None:
         raise ValueError("history is attached to an optimizer, and its penalty would count twice; call detach() first.")
 

@@ -165,8 +165,10 @@ def _number(argument: str, value: float | Tensor | None) -> float | Tensor:
     if isinstance(value, Tensor):
         if value.dim() != 0:
             raise ValueError(f"{argument} has shape {tuple(value.shape)}; expected a float or a 0-dim tensor.")
+        if not value.is_floating_point():
+            raise TypeError(f"{argument} is a {value.dtype} tensor; expected a float or a 0-dim floating-point tensor.")
         return value
-    if not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{argument} is a {type(value).__name__}; expected a float or a 0-dim tensor.")
     if not math.isfinite(value):
         raise ValueError(f"{argument} is {value}; expected a finite value.")

@@ -25,6 +25,7 @@ from ..backends.memory_order import FlatOrder
 from ..distributed.shards import gathered, local_part
 from ..fisher.forms import DiagonalFisher, LowRankFisher
 from ..fisher.validation import require_numbers, require_tensor
+from ..model.arguments import require_integer, require_switch
 from ..model.binding import Binding
 from ..model.flat import FlatRun
 from ..model.names import Layout, as_patterns, join_names, matching
@@ -43,6 +44,14 @@ def split_key(key: str) -> tuple[str, str]:
     """(vector's prefix, parameter's name) of a key of a state; ("", key) of what belongs to no parameter."""
     part = _PART.fullmatch(key)
     return ("", key) if part is None else (part[1], part[2])
+
+
+def differentiable_through(tensor: Tensor) -> Tensor:
+    """A constant of a penalty, for autograd to save; it does not save what was made in torch.inference_mode()."""
+    if torch.compiler.is_compiling() or not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        return tensor.clone()
 
 
 def _with_rows(tensor: Tensor, shape: torch.Size) -> Tensor:
@@ -64,7 +73,7 @@ class History(ABC, Generic[_Fisher]):
     def __init__(
         self, model: nn.Module, include: Iterable[str] | None, exclude: Iterable[str] | None, decay: float
     ) -> None:
-        if not isinstance(decay, (int, float)) or not 0 < decay <= 1:
+        if isinstance(decay, bool) or not isinstance(decay, (int, float)) or not 0 < decay <= 1:
             raise ValueError(f"decay is {decay!r}; expected 0 < decay <= 1, where 1 weighs all tasks alike.")
         self._binding = Binding(model, include, exclude)
         self._device = self._binding.device
@@ -166,6 +175,7 @@ class History(ABC, Generic[_Fisher]):
         Warns:
             UserWarning: once, if the penalty is too stiff for gradient mode; see ``stiffness``.
         """
+        require_switch("decoupled", decoupled)
         check_strength("lam", lam, finite=not decoupled)
         if not isinstance(optimizer, Optimizer) and not is_wrapper(optimizer):
             raise TypeError(f"optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer.")
@@ -246,8 +256,7 @@ class History(ABC, Generic[_Fisher]):
             check_strength(name, value)
             if not float(value) > 0:
                 raise ValueError(f"{name} is {float(value)}; expected a finite value above 0.")
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"steps is {steps!r}; expected an integer >= 1, the optimizer's steps in the next task.")
+        require_integer("steps", steps, 1, ", the optimizer's steps in the next task")
         if not self._num_tasks:
             raise ValueError("the history has no tasks, so there is nothing to hold; append a Fisher first.")
         curvature = self._mean_curvature()

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from .. import operators
 from ..fisher.forms import LowRankFisher
 from ..fisher.validation import STORAGE_DTYPES, require_scalars
+from ..model.arguments import require_integer, require_switch
 from ..model.names import Layout
-from .history import History, split_key
+from .history import History, differentiable_through, split_key
 from .strength import ALL, Groups, Rate, check_strength
 
 
@@ -52,10 +53,9 @@ class LowRankHistory(History[LowRankFisher]):
         max_terms: int | None = None,
     ) -> None:
         super().__init__(model, include, exclude, decay)
-        if max_terms is not None and (not isinstance(max_terms, int) or max_terms < 1):
-            raise ValueError(f"max_terms is {max_terms!r}; expected an integer >= 1, or None for no limit.")
-        if not isinstance(first_order, bool):
-            raise ValueError(f"first_order is {first_order!r}; expected True or False.")
+        if max_terms is not None:
+            require_integer("max_terms", max_terms, 1, ", or None for no limit")
+        require_switch("first_order", first_order)
         self._first_order, self._max_terms = first_order, max_terms
         empty = torch.zeros(0, dtype=torch.float64, device=self._device)
         self._set_terms([], empty, empty)
@@ -203,7 +203,8 @@ class LowRankHistory(History[LowRankFisher]):
         self._set_terms(directions, eigenvalues[kept], projections - mixing @ self._constant_drift(params))
 
     def _set_terms(self, directions: list[Tensor], curvatures: Tensor, anchor_projections: Tensor) -> None:
-        self._directions, self._curvatures, self._anchor_projections = directions, curvatures, anchor_projections
+        self._directions = [differentiable_through(u) for u in directions]
+        self._curvatures, self._anchor_projections = map(differentiable_through, (curvatures, anchor_projections))
         self._parts = {}
         self._grams: dict[tuple[int, ...] | None, Tensor] = {}
         self._spectra: dict[Groups, tuple[Tensor, Tensor]] = {}

@@ -31,7 +31,7 @@ def check_strength(argument: str, value: float | Tensor, *, finite: bool = True)
             number = value.item()
         except RuntimeError:  # batched by vmap: it has no single value
             return
-    elif isinstance(value, (int, float)):
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
         number = value
     else:
         raise TypeError(f"{argument} is a {type(value).__name__}; expected a float or a 0-dim tensor.")

@@ -15,12 +15,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 
+from ..model.arguments import require_switch
 from ..model.binding import Binding
 from ..model.names import join_names
 from ..model.preserved import require_no_inference_mode
@@ -31,6 +32,8 @@ from .loss_passes import LossPasses, disagreeing
 from .recorder import CallRecorder, dense
 
 _NOT_OF_THIS_BLOCK = "weighted_sums needs losses that the model has computed in this SampleGradients block."
+
+_STATISTICS = ("sq_norms", "mean", "projections", "gram", "diagonal", "num_samples")
 
 
 class SampleGradients:
@@ -112,6 +115,8 @@ class SampleGradients:
     ) -> None:
         if loss_reduction not in ("sum", "mean"):
             raise ValueError(f"loss_reduction is {loss_reduction!r}; expected 'sum' or 'mean'.")
+        for name, value in (("gram", gram), ("diagonal", diagonal)):
+            require_switch(name, value)
         self._binding = Binding(model, include, exclude)
         self._binding.require_whole()
         self._model, self._reduction = model, loss_reduction
@@ -120,6 +125,14 @@ class SampleGradients:
         self._collector = GradientCollector(self._binding, rows, single, gram, diagonal)
         self._entered = False
         self._only_weighed = False
+
+    def __getattr__(self, name: str) -> Any:
+        """Called for what the instance lacks: statistics, before the block has ended."""
+        if name in _STATISTICS:
+            raise AttributeError(
+                f"{name} is there after the SampleGradients block, if a backward pass was made in it; read it then."
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     # The block
 
@@ -182,6 +195,8 @@ class SampleGradients:
             raise ValueError(f"losses has shape {tuple(losses.shape)}; expected (N,), one loss for each sample.")
         if len(losses) == 0:
             raise ValueError("losses is empty: there are no samples in the batch.")
+        if not losses.is_floating_point():
+            raise TypeError(f"losses is {losses.dtype}; expected real floating-point losses.")
         if not losses.requires_grad:
             raise ValueError("losses carry no gradient: compute them from the model, outside of torch.no_grad().")
         total = losses.mean() if self._reduction == "mean" else losses.sum()

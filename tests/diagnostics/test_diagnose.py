@@ -176,7 +176,7 @@ def test_noise_follows_the_generator_and_parameters_can_be_chosen():
         ({"timesteps": (1.5,)}, "timesteps has 1.5"),
         ({"timesteps": (3, 3)}, "none twice"),
         ({"timesteps": ()}, "at least one"),
-        ({"samples": 47}, "samples is 47; expected at least 48"),
+        ({"samples": 47}, "samples is 47; expected an integer >= 48, to be cut into 16 groups"),
         ({"loader": []}, "loader yields 0 samples; expected at least 48"),
         ({"loader": [net_data(40)]}, "loader yields 40 samples"),
         ({"snr": [1.0, 2.0]}, "snr has 2 values for 1 timesteps"),

@@ -426,7 +426,7 @@ def test_progress_is_shown_on_stderr(capsys):
         ({"kind": "diagonal", "direction": "top"}, "belong to kind='low_rank'"),
         ({"kind": "diagonal", "unbiased": False}, "belong to kind='low_rank'"),
         ({"process_group": object()}, "process_group is given, but torch.distributed is not initialised"),
-        ({"max_samples": 1}, "max_samples is 1; expected at least 2"),
+        ({"max_samples": 1}, "max_samples is 1; expected an integer >= 2"),
         ({"loader": []}, "loader yields no samples"),
         ({"loader": [], "kind": "diagonal"}, "loader yields no samples"),
         ({"loader": [], "unbiased": False}, "loader yields no samples"),

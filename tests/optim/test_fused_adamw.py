@@ -362,9 +362,10 @@ def test_unsupported_arguments_are_refused():
     model = Network()
     history = history_of(model, "1")
     params = list(model.parameters())
+    others = [p for n, p in model.named_parameters() if "second" not in n]
     cases = [
         (ValueError, r"lam is in a parameter group; .* Pass lam= to FusedAdamW", lambda: ck.FusedAdamW(
-            [{"params": params, "lam": 3.0}], history=history)),
+            [{"params": params, "lam": 3.0}], history=history, lam=3.0)),
         (ValueError, r"amsgrad=True is not supported; use torch.optim.AdamW with history.attach", lambda: ck.FusedAdamW(
             [{"params": params, "amsgrad": True}])),
         (ValueError, r"differentiable=True is not supported, .* in the loss", lambda: ck.FusedAdamW(
@@ -376,11 +377,11 @@ def test_unsupported_arguments_are_refused():
         (TypeError, "a parameter is torch.complex64; expected a real floating-point dtype", lambda: ck.FusedAdamW(
             [nn.Parameter(torch.zeros(2, dtype=torch.complex64))])),
         (ValueError, r"'second.weight', 'second.bias', which the history has, are in no parameter group",
-         lambda: ck.FusedAdamW([p for n, p in model.named_parameters() if "second" not in n], history=history)),
+         lambda: ck.FusedAdamW(others, history=history, lam=1.0)),
         (ValueError, "maximize=True would maximize the penalty too", lambda: ck.FusedAdamW(
-            params, maximize=True, history=history)),
+            params, maximize=True, history=history, lam=1.0)),
         (TypeError, "history is a Network; expected a LowRankHistory or a DiagonalHistory", lambda: ck.FusedAdamW(
-            params, history=model)),
+            params, history=model, lam=1.0)),
         (ValueError, "lam is inf; expected a finite value >= 0", lambda: ck.FusedAdamW(
             params, history=history, lam=float("inf"))),
         (ValueError, "lam is -1", lambda: ck.FusedAdamW(params, history=history, lam=-1.0, decoupled=True)),
@@ -396,7 +397,7 @@ def test_unsupported_arguments_are_refused():
             call()
     history.attach(torch.optim.SGD(params, lr=0.1), 1.0)
     with pytest.raises(ValueError, match=r"history is attached to an optimizer, .* call detach\(\) first"):
-        ck.FusedAdamW(params, history=history)
+        ck.FusedAdamW(params, history=history, lam=1.0)
 
 
 @pytest.mark.parametrize("kind", ["1", "diagonal"])

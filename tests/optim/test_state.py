@@ -206,7 +206,7 @@ def test_a_state_of_another_dtype_keeps_its_moments(change, kind, conversion, de
     before, after = CHANGES[change]
     model = Network(before)
     history = None if kind == "none" else history_of(model, kind)
-    options = {"lr": 1e-2, "lam": LAM, "decoupled": decoupled}
+    options = {"lr": 1e-2} | ({} if kind == "none" else {"lam": LAM, "decoupled": decoupled})
     optimizer = ck.FusedAdamW(model.parameters(), history=history, **options)
     train(model, optimizer, range(3))
     saved, weights = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(model.state_dict())

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from crl_diffusion.cli.messages import complain, is_first
 from crl_diffusion.cli.options import Compare, Diagnose, Export, List, Report, Sample, Train
 from crl_diffusion.config.settings import RunConfig, check
-from crl_diffusion.config.spelling import in_order, label, parse_variant
+from crl_diffusion.config.spelling import in_order, label, parse_method, parse_variant
 from crl_diffusion.errors import OptionError, TrainingError, WriteError
 
 if TYPE_CHECKING:
@@ -76,9 +76,14 @@ def train(command: Train) -> int:
 
 
 def compare(command: Compare) -> int:
-    for name, values in (("methods", command.methods), ("seeds", command.seeds)):
-        if not values or len(set(values)) != len(values):
+    for name, values in (("methods", command.methods), ("seeds", command.seeds), ("lams", command.lams)):
+        if not (values or name == "lams") or len(set(values)) != len(values):
             raise OptionError(f"--{name} is {' '.join(map(str, values))!r}; give at least one, and none twice")
+    if command.lams and not any(parse_method(parse_variant(name)[0]).penalty for name in command.methods):
+        raise OptionError(
+            f"--lams is {' '.join(map(str, command.lams))!r}, but none of the methods has a penalty "
+            f"(--methods is {' '.join(command.methods)!r}); add one, such as gd+rank1"
+        )
     baseline_method, baseline_values = parse_variant(command.baseline)
     if command.jobs < 0:
         raise OptionError(f"--jobs is {command.jobs}; it must be 0 or more")
@@ -87,7 +92,10 @@ def compare(command: Compare) -> int:
 
     from crl_diffusion import processes
     from crl_diffusion.comparison import cells, slurm
-    from crl_diffusion.run_folder.layout import comparing, require_place
+    from crl_diffusion.data import tasks
+    from crl_diffusion.evaluation.extractors import require_folder
+    from crl_diffusion.run_folder.layout import comparing, require_no_run, require_place
+    from crl_diffusion.training.plan import about_data, require_apart, require_fisher_images, resolve, stage_steps
 
     if processes.launched() > 1:
         raise OptionError("compare starts its own processes; run it without torchrun, which is for train")
@@ -99,10 +107,8 @@ def compare(command: Compare) -> int:
         check(cell.config)
     baseline = cells.configuration(command, baseline_method, baseline_values).label
     require_place("--out", command.out)
-
-    from crl_diffusion.data import tasks
-    from crl_diffusion.training.plan import about_data, require_apart, require_fisher_images, resolve, stage_steps
-
+    require_no_run(command.out, command.out)
+    require_folder(command.extractor, command.extractor_folder or command.out)
     asked = work[0].config
     for cell in work:
         if command.launcher == "slurm":  # on the device of the jobs, which this machine may not have
@@ -191,8 +197,12 @@ def report(command: Report) -> int:
         console.print(f"{run} is not finished and is left out", highlight=False, markup=False)
     out = command.out or command.folders[0]
     require_place("--out", out)
-    order = in_order(run.label for run in finished_runs)
-    show(console, *report.write(command.folders, out, label(*parse_variant(command.baseline)), order))
+    order, baseline = in_order(run.label for run in finished_runs), label(*parse_variant(command.baseline))
+    if order and command.baseline != Report.baseline and runs.label_among(finished_runs, baseline) not in order:
+        raise OptionError(
+            f"--baseline is {command.baseline!r}, but the runs are of {', '.join(order)}; give one of these"
+        )
+    show(console, *report.write(command.folders, out, baseline, order))
     return 0
 
 

@@ -179,13 +179,16 @@ def least_fisher_samples(config: RunConfig) -> int:
     return max(4, penalty.rank * (2 if config.fisher_estimate == "held-out" else 1))
 
 
+LARGEST = 2**63 - 1  # integer of a record
+
+
 def check(config: RunConfig) -> None:
     """OptionError if the configuration cannot run. It names the option, its value, what was expected and what to do."""
 
-    def require_range(name: str, low: int, high: int | None = None) -> None:
+    def require_range(name: str, low: int, high: int = LARGEST) -> None:
         value = getattr(config, name)
-        if value < low or (high is not None and value > high):
-            wanted = f"at least {low}" if high is None else f"between {low} and {high}"
+        if not low <= value <= high:
+            wanted = f"at least {low}" if value < low and high == LARGEST else f"between {low} and {high}"
             raise OptionError(f"--{name.replace('_', '-')} is {value}; it must be {wanted}")
 
     parse_method(config.method)

@@ -18,7 +18,7 @@ from crl_diffusion.config.settings import ExtractorName, RunConfig
 from crl_diffusion.data.images import Images, to_pixels
 from crl_diffusion.data.tasks import Data, Task
 from crl_diffusion.diffusion import sampling
-from crl_diffusion.errors import OptionError, RecordError
+from crl_diffusion.errors import OptionError, RecordError, WriteError
 from crl_diffusion.evaluation import classifiers, extractors
 from crl_diffusion.evaluation.classifiers import Classifier
 from crl_diffusion.evaluation.extractors import Custom
@@ -66,10 +66,12 @@ class Instruments(NamedTuple):
 
 def instruments(chosen: ExtractorName | Custom, data: Data, folder: Path, device: str = "cpu") -> Instruments:
     """The chosen extractor, and the `cnn` of the data set, which classifies with any extractor."""
-    classifier = classifiers.classifier(data, folder)
-    if chosen == "cnn":
-        return Instruments(classifier, classifier, folder)
-    return Instruments(extractors.extractor(chosen, data, folder, device), classifier, folder)
+    try:
+        classifier = classifiers.classifier(data, folder)
+        extractor = classifier if chosen == "cnn" else extractors.extractor(chosen, data, folder, device)
+    except WriteError as error:
+        raise OptionError(f"{error}; make {str(folder)!r} writable, with room on its disk") from error
+    return Instruments(extractor, classifier, folder)
 
 
 Draw = Callable[[Tensor, Tensor], Tensor]  # latents (N, C, S, S), labels (N,) -> images (N, C, S, S) in [-1, 1], CPU

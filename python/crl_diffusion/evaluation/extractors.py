@@ -26,6 +26,7 @@ from crl_diffusion.data.tasks import Data
 from crl_diffusion.errors import OptionError
 from crl_diffusion.evaluation.classifiers import CLASSIFIERS, Cnn, LeNet, classifier
 from crl_diffusion.evaluation.features import PART, Extractor, one_line
+from crl_diffusion.run_folder.layout import require_place
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILE}"
@@ -117,6 +118,13 @@ def extractor(chosen: ExtractorName | Custom, data: Data, folder: Path, device: 
     if chosen not in CLASSIFIERS:
         raise OptionError(f"--extractor is {chosen!r}; choose one of {', '.join(get_args(ExtractorName))}")
     return classifier(data, folder, chosen)
+
+
+def require_folder(chosen: ExtractorName | Custom, folder: Path) -> None:
+    """OptionError if `folder` cannot be the folder of extractors, or lacks the weights of inception."""
+    require_place("--extractor-folder", folder)
+    if chosen == "inception":
+        _inception_weights(folder)
 
 
 def _inception_weights(folder: Path) -> tuple[Path, str]:

@@ -66,6 +66,8 @@ def differences(config: RunConfig, out: Path, ignored: Collection[str] = ()) -> 
     there are none."""
     saved, wanted = ({**ADDED, **values} for values in (read_config(out)["run"], config.as_json()))
     keys = sorted(key for key in saved.keys() | wanted.keys() if saved.get(key) != wanted.get(key))
+    if "method" in keys:
+        ignored = {*ignored, "recipe"}  # it is what the method stands for
     return ", ".join(
         f"{key} {saved.get(key)!r} there, {wanted.get(key)!r} asked for" for key in keys if key not in ignored
     )
@@ -85,9 +87,29 @@ def require_place(option: str, out: Path) -> None:
         raise OptionError(f"{option} is {str(out)!r}, but {str(existing)!r} is not a folder; give another place")
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a run has begun in this folder. Other software has a config.json, too."""
+    return (folder / "config.json").exists() and (folder / "metrics.jsonl").exists()
+
+
+def require_no_run(out: Path, folder: Path) -> None:
+    """OptionError if `folder`, which is `out` or holds it, is that of a run: no other run may be in it."""
+    if is_run(folder):
+        raise OptionError(f"--out is {str(out)!r}, but {folder.name!r} is the folder of a run; give another place")
+
+
 def require_layout(out: Path) -> None:
-    """Refuse a path for a run that is a file, or a run folder that has a folder in place of a file or the reverse."""
+    """Refuse a path for a run that is a file, lies in another run's folder or holds other runs, or a run folder that
+    has a folder in place of a file or the reverse."""
     require_place("--out", out)
+    require_no_run(out, out.absolute().parent)
+    if not is_run(out) and (
+        inside := sorted(path.parent for path in out.glob("*/metrics.jsonl") if is_run(path.parent))
+    ):
+        raise OptionError(
+            f"--out is {str(out)!r}, which holds other runs, such as {inside[0].name}; give a folder of the run's own, "
+            f"such as {str(out / 'another')!r}"
+        )
     for name in FOLDERS:
         require_folder(out / name)
     for name in FILES:

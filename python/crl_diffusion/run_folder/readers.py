@@ -199,7 +199,13 @@ def read_config(run: Path) -> dict[str, Any]:
 def read_run_config(run: Path) -> RunConfig:
     """The configuration in config.json, which must be one that this version can run."""
     path, saved = run / "config.json", {**ADDED, **read_config(run)["run"]}
-    for name, hint in get_type_hints(RunConfig).items():
+    hints = get_type_hints(RunConfig)
+    if unknown := sorted(saved.keys() - hints.keys() - {"recipe"}):
+        wrong = (
+            f"is of another version of this package (its run has {', '.join(unknown)}, which this one does not know)"
+        )
+        raise RecordError(path, wrong, "use the version that began the run")
+    for name, hint in hints.items():
         if name not in saved:
             wrong = f"is damaged, or of another version of this package (its run has no {name})"
             raise RecordError(path, wrong, CONFIG_REMEDY)

@@ -22,7 +22,7 @@ from crl_diffusion.config.curriculum import Stage
 from crl_diffusion.config.settings import ExtractorName, RunConfig
 from crl_diffusion.data.tasks import load
 from crl_diffusion.errors import OptionError, RecordError, TrainingError
-from crl_diffusion.evaluation import evaluate, summaries
+from crl_diffusion.evaluation import evaluate, extractors, summaries
 from crl_diffusion.evaluation.extractors import Custom
 from crl_diffusion.files import Row, TensorBoard, write_json
 from crl_diffusion.reporting import runs
@@ -69,6 +69,7 @@ def train(
     data = load(config, data_root)
     require_shares(config)
     require_fisher_images(config, data)
+    extractors.require_folder(features, extractor_folder or out)
 
     # Several processes must stop together: they agree on the step after which they do.
     several = processes.launched() > 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from crl_diffusion import cli
 from crl_diffusion.cli import options, parser
 from crl_diffusion.config.method import METHODS
+from helpers.run_folders import fabricate
 from helpers.trainer_runs import crl_diffusion, require_one_line
 
 import crl_kernels
@@ -54,6 +56,14 @@ def test_options_that_tyro_cannot_read_end_with_its_message_and_exit_code_2(
     assert printed.out == ""
     for part in parts:
         assert part in printed.err
+
+
+def test_no_word_at_all_prints_the_help_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    for command in ("train", "compare", "report", "diagnose", "sample", "export", "list"):
+        assert f" {command} " in printed.err
 
 
 @pytest.mark.parametrize(
@@ -99,6 +109,36 @@ def test_options_that_tyro_cannot_read_end_with_its_message_and_exit_code_2(
         (["train", "--out", "x", "--method", "gd@ema=x"], ["method 'gd@ema=x'", "must be a number"]),
         (["report", "nowhere"], ["'nowhere' is not a folder"]),
         (["report"], ["no folder"]),
+        (["train", "--method", "GD", "--out", "x"], ["method 'GD' is not known; choose fine-tune, joint, replay, gd"]),
+        (["train", "--method", "gd+rank1:", "--out", "x"], ["'' is not an option of its penalty; choose among"]),
+        (["train", "--method", "gd", "--out", ""], ["--out is ''; give a value", "a variable of the shell"]),
+        (["train", "--method", "gd", "--out="], ["--out is ''; give a value"]),
+        (["train", "--method", "gd", "--out", "x", "--extractor-folder", ""], ["--extractor-folder is ''"]),
+        (["report", "x", ""], ["an argument is ''"]),
+        (["train", "--method", "gd", "--out", "x", "--seed", str(2**63)], [f"--seed is {2**63}", f"and {2**63 - 1}"]),
+        (["train", "--method", "gd", "--out", "x", "--steps", str(10**30)], [f"--steps is {10**30}", "between 1 and"]),
+        (["train", "--method", "gd", "--out", "x", "--lr", "1e400"], ["--lr is inf", "a finite number above 0"]),
+        (["train", "--method", "gd", "--out", "x", "--lr", "1e-400"], ["--lr is 0.0", "a finite number above 0"]),
+        (["train", "--method", "gd", "--out", "x", "--ema", "nan"], ["--ema is nan", "less than 1"]),
+        (["train", "--method", "gd", "--out", "x", "--preset", "Demo"], ["--preset is 'Demo'; choose one of demo"]),
+        (["compare", "--out", "x", "--methods", "gd,rank1"], ["method 'gd,rank1' is not known"]),
+        (
+            ["compare", "--out", "x", "--methods", "gd", "--seeds", "0", "--methods", "rank1"],
+            ["--methods is given twice; give it once, with all values after it"],
+        ),
+        (["compare", "--out", "x", "--methods", "--seeds", "0"], ["--methods is given without a value"]),
+        (["diagnose", "x", "--timesteps"], ["--timesteps is given without a value"]),
+        (["sample", "x", "--classes", "--out", "x"], ["--classes is given without a value"]),
+        (["compare", "--out", "x", "--methods", "gd", "--lams", "3"], ["--lams is '3.0'", "has a penalty", "gd+rank1"]),
+        (["compare", "--out", "x", "--lams", "3", "3"], ["--lams is '3.0 3.0'", "none twice"]),
+        (["compare", "--out", "x", "--lams", "nan"], ["lam must be a number, 0 or more"]),
+        (
+            ["train", "--method", "gd", "--out", "x", "--extractor", "inception"],
+            ["--extractor-folder 'x' holds no file"],
+        ),
+        (["compare", "--out", "x", "--extractor", "inception"], ["--extractor-folder 'x' holds no file"]),
+        (["compare", "--out", "x", "--launcher", "slurm", "--slurm", "time"], ["--slurm has 'time'; write KEY=VALUE"]),
+        (["sample", "x", "--out", "y"], ["'x' holds no run; give a folder written by `train`"]),
     ],
 )
 def test_an_impossible_option_is_one_line_and_exit_code_2(
@@ -115,6 +155,67 @@ def test_an_impossible_option_is_one_line_and_exit_code_2(
     require_one_line(output.err, *parts)
     assert not any(sign in output.err for sign in "│╭╰\x1b")
     assert not list(tmp_path.iterdir())  # and nothing was begun
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["train", "--method", "gd", "--out", "file"], ["--out is 'file', but 'file' is not a folder"]),
+        (["train", "--method", "gd", "--out", "file/x"], ["--out is 'file/x'", "file' is not a folder"]),
+        (["train", "--method", "gd", "--out", "x", "--extractor-folder", "file"], ["--extractor-folder is 'file'"]),
+        (["train", "--method", "gd", "--out", "x", "--data", "folder", "--data-root", "file"], ["'train' in 'file'"]),
+        (["train", "--method", "gd", "--out", "compared"], ["which holds other runs, such as gd-seed0", "run's own"]),
+        (["train", "--method", "gd", "--out", "compared/gd-seed0/x"], ["'gd-seed0' is the folder of a run"]),
+        (["train", "--method", "rank1", "--out", "compared/gd-seed0"], ["method 'gd' there, 'rank1' asked for);"]),
+        (["compare", "--out", "file"], ["--out is 'file', but 'file' is not a folder"]),
+        (["compare", "--out", "compared/gd-seed0"], ["--out is", "'gd-seed0' is the folder of a run"]),
+        (["compare", "--out", "x", "--extractor-folder", "file"], ["--extractor-folder is 'file'"]),
+        (["report", "file"], ["'file' is not a folder; give one that `train` or `compare` has written"]),
+        (["report", "compared/gd-seed0/config.json"], ["is not a folder"]),
+        (["report", "compared", "--out", "file"], ["--out is 'file', but 'file' is not a folder"]),
+        (["report", "compared", "--baseline", "masip"], ["--baseline is 'masip', but the runs are of gd; give one"]),
+        (["report", "empty"], ["no finished run in 'empty'"]),
+        (["diagnose", "file"], ["'file' holds no run"]),
+        (["sample", "compared", "--out", "x"], ["'compared' is no run but holds gd-seed0"]),
+        (["sample", "later", "--out", "x"], ["of another version of this package (its run has shiny", "began the run"]),
+        (["export", "unreadable", "--out", "x"], ["unreadable/config.json' is damaged (no JSON"]),
+    ],
+)
+def test_a_wrong_place_is_one_line_and_nothing_is_written(
+    arguments: list[str],
+    parts: list[str],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fabricate(Path("compared/gd-seed0"), "gd", 0)
+    record = json.loads(Path("compared/gd-seed0/config.json").read_text())
+    for name, text in (("later", json.dumps({"run": {**record["run"], "shiny": 3}})), ("unreadable", "{oops")):
+        Path(name).mkdir()
+        Path(name, "config.json").write_text(text)
+    Path("empty").mkdir()
+    Path("file").write_text("mine")
+
+    def tree() -> dict[str, int]:
+        return {str(path): path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+
+    before = tree()
+    assert cli.main(arguments) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    require_one_line(output.err, *parts)
+    assert tree() == before
+
+
+def test_a_tilde_that_the_shell_has_left_is_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    parsed = parser.parse(["train", "--method", "gd", "--out=~/runs/x", "--data-root=~/data"])
+    assert isinstance(parsed, options.Train)
+    assert (parsed.out, parsed.data_root, parsed.extractor_folder) == (tmp_path / "runs/x", tmp_path / "data", None)
+    parsed = parser.parse(["report", "~/a", "b"])
+    assert isinstance(parsed, options.Report)
+    assert parsed.folders == (tmp_path / "a", Path("b"))
 
 
 def test_a_process_says_the_same(tmp_path: Path) -> None:
