@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +17,28 @@ from crl_diffusion.diffusion.noising import SCHEDULES
 from crl_diffusion.trained_model import drawing, weights
 from crl_diffusion.trained_model.export import BETAS
 from diffusers import DDIMScheduler
+from helpers.image_folders import folder_with_every_trap
 from helpers.named_runs import name_classes
-from helpers.trainer_runs import TrainCommand, python, require_one_line
+from helpers.trainer_runs import SHORT, TrainCommand, options, python, require_one_line
 from PIL import Image
 
-# After the blocks of the folder's README: images 0 and 1 of classes 0 and 3 with seed 4.
+# After the blocks of the folder's README: images 0 and 1 of some classes with seed 4.
 DRAW = """
 import sys
 import numpy
-drawn = [draw(torch.stack([starting_noise(4, label, n) for n in (0, 1)]), label) for label in (0, 3)]
+drawn = [draw(torch.stack([starting_noise(4, label, n) for n in (0, 1)]), label) for label in LABELS]
 numpy.save(sys.argv[1], torch.cat(drawn).numpy())
 assert not [name for name in sys.modules if name.startswith("crl_")]
 print(class_names)
 """
 
 
-def by_diffusers_alone(folder: Path, out: Path) -> tuple[np.ndarray, str]:
+def by_diffusers_alone(folder: Path, out: Path, labels: Sequence[int]) -> tuple[np.ndarray, str]:
     """What the code in the folder's README draws, in a process of its own, and what it prints."""
     blocks = re.findall(r"^```python\n(.*?)^```", (folder / "README.md").read_text(), re.MULTILINE | re.DOTALL)
     assert len(blocks) == 3
     script = out.with_suffix(".py")
-    script.write_text(f"import os\nos.chdir({str(folder)!r})\n" + "\n".join(blocks) + DRAW)
+    script.write_text(f"import os\nos.chdir({str(folder)!r})\n" + "\n".join([*blocks, f"LABELS = {labels!r}"]) + DRAW)
     result = python(script, out)
     assert result.returncode == 0, result.stderr
     return np.load(out), result.stdout
@@ -55,7 +58,7 @@ def test_diffusers_alone_draws_the_images_of_crl_diffusion_sample(
     name_classes(Path(run), ["café au lait", "b", "日本", *"3456789"])
     assert cli.main(["export", run, "--out", exported]) == 0
     assert cli.main(["sample", run, "--out", images, "--classes", "0", "3", "--count", "2", "--seed", "4"]) == 0
-    drawn, printed = by_diffusers_alone(Path(exported), tmp_path / "drawn.npy")
+    drawn, printed = by_diffusers_alone(Path(exported), tmp_path / "drawn.npy", [0, 3])
 
     trained = weights.read(Path(run), None, "cpu", print)
     wanted = drawing.draw(trained, [0, 0, 3, 3], [0, 1, 0, 1], 4, trained.config.eval_steps).numpy()
@@ -65,6 +68,30 @@ def test_diffusers_alone_draws_the_images_of_crl_diffusion_sample(
     pixels = np.stack([np.asarray(Image.open(tmp_path / "images" / name)) for name in names])
     assert np.abs(pixels - (drawn[:, 0] + 1) * 127.5).max() < 0.5 + 1e-2
     assert printed.startswith("['café au lait', 'b', '日本', '3'")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::PIL.Image.DecompressionBombWarning")
+def test_photos_as_they_are_are_trained_on_sampled_and_drawn_by_diffusers_alone(tmp_path: Path) -> None:
+    photos = folder_with_every_trap(
+        tmp_path / "Ferienfotos 2024 – 夏", importlib.util.find_spec("pillow_heif") is not None
+    )
+    run, exported, images = (str(tmp_path / name) for name in ("run", "exported", "images"))
+    settings = {**SHORT, "tasks": 0, "image_size": 8, "steps": 2, "pool": 1, "pool_steps": 1, "out": run}
+    words = ["train", "--data", "folder", "--data-root", str(photos.root), "--method", "gd", "--skip-unreadable"]
+    assert cli.main([*words, *options(settings)]) == 0
+    assert cli.main(["export", run, "--out", exported]) == 0
+    assert cli.main(["sample", run, "--out", images, "--classes", "mäuse", "犬", "--count", "2", "--seed", "4"]) == 0
+
+    drawn, printed = by_diffusers_alone(Path(exported), tmp_path / "drawn.npy", [0, 2])
+    assert printed == "['mäuse', 'red cats', '犬']\n"
+    assert sorted(path.name for path in Path(images).iterdir()) == [
+        *(f"{stem}-seed4-000{n}.png" for stem in ("0-mause", "class-2") for n in (0, 1)),
+        *("samples.json", "sheet.png"),
+    ]
+    paths = [Path(images, f"{stem}-seed4-000{n}.png") for stem in ("0-mause", "class-2") for n in (0, 1)]
+    pixels = np.stack([np.asarray(Image.open(path)) for path in paths])
+    assert pixels.shape == (4, 8, 8, 3)
+    assert np.abs(pixels - (drawn.transpose(0, 2, 3, 1) + 1) * 127.5).max() < 0.5 + 1e-2
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
