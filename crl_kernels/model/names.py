@@ -7,6 +7,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
+from .arguments import shown
+
 # Name of the wrapped child -> classes of wrappers. A wrapper adds that name to the names of all parameters. The name
 # alone does not identify a wrapper, since a model may have a child called "module" itself.
 _WRAPPERS = {
@@ -144,10 +146,7 @@ def as_patterns(argument: str, patterns: Iterable[str] | None) -> tuple[str, ...
     if listed is None or not all(isinstance(pattern, str) for pattern in listed):
         wrong = patterns if listed is None else next(x for x in listed if not isinstance(x, str))
         where = "is" if listed is None else "has"
-        raise TypeError(
-            f"{argument} {where} a {type(wrong).__name__}; expected a list of patterns, which are strings, such as "
-            "parameters' names."
-        )
+        raise TypeError(f"{argument} {where} {shown(wrong)}; expected a list of patterns, which are strings.")
     return listed
 
 

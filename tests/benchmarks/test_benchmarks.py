@@ -76,6 +76,26 @@ def run_here(tmp_path, monkeypatch):
     torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--rounds", "0"], "argument --rounds: '0' is no integer of at least 1"),
+        (["--rounds", "2.5"], "argument --rounds: '2.5' is no integer of at least 1"),
+        (["--out", __file__], "is not a folder; give another place"),
+        (["--out", ""], "'' is not a folder; give another place"),
+    ],
+)
+def test_what_cannot_be_measured_or_written_is_refused_before_anything_runs(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = command.parser("penalty", None, "files")
+    parser.add_argument("--rounds", type=command.count)
+    with pytest.raises(SystemExit) as end:
+        parser.parse_args(words)
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_answers_help(name, monkeypatch, capsys):
     if name in ("evidence", "steepness", "trainer_cost"):

@@ -357,7 +357,7 @@ def test_grown_may_name_parameters_that_have_not_grown(kind):
     for grown, error, message in (
         (["heads.c"], ValueError, "grown pattern 'heads.c' matches none of the model's parameters"),
         ("heads.a", TypeError, "grown is the string 'heads.a'; expected a list of patterns"),
-        ([3], TypeError, r"grown is \(3,\); expected a list of patterns, which are strings"),
+        ([3], TypeError, "grown has 3; expected a list of patterns, which are strings"),
         (3, TypeError, "grown is 3; expected a list of patterns"),
     ):
         before = history.state_dict()

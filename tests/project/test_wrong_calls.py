@@ -115,7 +115,7 @@ CALLS: list[tuple[str, Call, type[Exception], str]] = [
         "include=fisher",
         lambda s: ck.LowRankHistory(s.model, s.fisher),
         TypeError,
-        "include is a LowRankFisher; expected",
+        "include is LowRankFisher(",
     ),
     ("decay=True", lambda s: ck.DiagonalHistory(s.model, decay=True), ValueError, "decay is True; expected 0 < decay"),
     ("max_terms=True", lambda s: ck.LowRankHistory(s.model, max_terms=True), ValueError, "max_terms is True; expected"),

@@ -12,6 +12,8 @@ from crl_diffusion.cli import parser
 from crl_diffusion.cli.options import Train
 from crl_diffusion.comparison import cells
 from crl_diffusion.config.settings import Settings
+from crl_diffusion.errors import WriteError
+from crl_diffusion.evaluation import classifiers
 from crl_diffusion.run_folder.readers import read_run_config
 from helpers.run_folders import fabricate
 from helpers.trainer_runs import SHORT, child_environment, options
@@ -112,15 +114,20 @@ def test_runs_measured_with_other_networks_are_refused_before_training(
     assert not (tmp_path / "gd-seed0").exists()
 
 
+@pytest.mark.parametrize("command", [["compare", "--methods", "gd"], ["train", "--method", "gd"]])
 def test_extractors_that_cannot_be_stored_are_a_one_line_error(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "file").write_text("")
-    arguments = ["compare", "--methods", "gd", *options(SHORT), "--out", str(tmp_path / "out")]
-    assert cli.main([*arguments, "--extractor-folder", str(tmp_path / "file")]) == 2
+    def full(path: Path, *_: object) -> None:
+        raise WriteError(f"{str(path)!r} cannot be written (no space left on device)")
+
+    monkeypatch.setattr(classifiers, "write_tensors", full)
+    monkeypatch.setattr(classifiers, "_fit", lambda *_: None)
+    arguments = [*command, *options(SHORT), "--out", str(tmp_path / "out")]
+    assert cli.main([*arguments, "--extractor-folder", str(tmp_path / "extractors")]) == 2
     output = capsys.readouterr().err
     assert output.count("\n") == 1
-    assert f"make {str(tmp_path / 'file')!r} writable" in output
+    assert f"(no space left on device); make {str(tmp_path / 'extractors')!r} writable, with room" in output
 
 
 def test_a_failed_run_is_shown_and_the_others_are_kept(
