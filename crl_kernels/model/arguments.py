@@ -14,7 +14,7 @@ def require_integer(argument: str, value: Any, least: int, reason: str = "") -> 
 def require_switch(argument: str, value: Any) -> None:
     """Any text is true for Python, also "no"."""
     if not isinstance(value, bool):
-        raise TypeError(f"{argument} is {shown(value)}; expected True or False.")
+        raise ValueError(f"{argument} is {shown(value)}; expected True or False.")
 
 
 def require_generator(argument: str, value: Any) -> None:

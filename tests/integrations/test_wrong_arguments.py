@@ -19,7 +19,7 @@ HISTORY = ck.LowRankHistory(MODEL)
         ((1.0, HISTORY), {}, TypeError, "history is a float"),
         ((HISTORY, "1"), {}, TypeError, "lam is a str; expected a float"),
         ((HISTORY, -1.0), {}, ValueError, "lam is -1.0; expected a finite value >= 0"),
-        ((HISTORY, 1.0), {"decoupled": "no"}, TypeError, "decoupled is 'no'; expected True or False"),
+        ((HISTORY, 1.0), {"decoupled": "no"}, ValueError, "decoupled is 'no'; expected True or False"),
     ],
 )
 @pytest.mark.parametrize(

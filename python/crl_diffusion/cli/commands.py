@@ -108,7 +108,8 @@ def compare(command: Compare) -> int:
     baseline = cells.configuration(command, baseline_method, baseline_values).label
     require_place("--out", command.out)
     require_no_run(command.out, command.out)
-    require_folder(command.extractor, command.extractor_folder or command.out)
+    if not any(cell.folder.exists() for cell in work):  # runs of another extractor are the better reason
+        require_folder(command.extractor, command.extractor_folder or command.out)
     asked = work[0].config
     for cell in work:
         if command.launcher == "slurm":  # on the device of the jobs, which this machine may not have

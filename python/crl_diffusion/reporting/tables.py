@@ -243,11 +243,11 @@ def across_sheet(scores: Mapping[str, Mapping[str, Mapping[int, float]]], data_s
 # Markdown and the terminal
 
 
-MARKS = str.maketrans({"&": "&amp;", "<": "&lt;", "|": "\\|", "`": "\\`", "*": "\\*", "\n": " "})
+MARKS = str.maketrans({"&": "&amp;", "<": "&lt;", "|": "\\|", "\n": " "})
 
 
 def plain(text: str) -> str:
-    """Text in one line of Markdown, in which nothing is markup."""
+    """Text in one line of Markdown, without tags, links or cells of a table in it."""
     return text.translate(MARKS).replace("](", "]\\(")
 
 
