@@ -175,7 +175,12 @@ CALLS: list[tuple[str, Call, type[Exception], str]] = [
     ("generator=0", lambda s: s.estimate(generator=0), TypeError, "generator is 0; expected a torch.Generator"),
     ("storage_dtype=text", lambda s: s.estimate(storage_dtype="bfloat16"), TypeError, "storage_dtype is 'bfloat16'"),
     ("unbiased=None", lambda s: s.estimate(unbiased=None), ValueError, "unbiased is None; expected True or False"),
-    ("mixed_losses='no'", lambda s: s.estimate(mixed_losses="no"), ValueError, "mixed_losses is 'no'; expected True or"),
+    (
+        "mixed_losses='no'",
+        lambda s: s.estimate(mixed_losses="no"),
+        ValueError,
+        "mixed_losses is 'no'; expected True or",
+    ),
     (
         "a list of ints",
         lambda s: s.estimate(loader=[1, 2, 3]),

@@ -163,7 +163,10 @@ def test_an_impossible_option_is_one_line_and_exit_code_2(
         (["train", "--method", "gd", "--out", "file"], ["--out is 'file', but 'file' is not a folder"]),
         (["train", "--method", "gd", "--out", "file/x"], ["--out is 'file/x'", "file' is not a folder"]),
         (["train", "--method", "gd", "--out", "x", "--extractor-folder", "file"], ["--extractor-folder is 'file'"]),
-        (["train", "--method", "gd", "--out", "x", "--data", "folder", "--data-root", "file"], ["there is no folder 'file'"]),
+        (
+            ["train", "--method", "gd", "--out", "x", "--data", "folder", "--data-root", "file"],
+            ["there is no folder 'file'"],
+        ),
         (["train", "--method", "gd", "--out", "compared"], ["which holds other runs, such as gd-seed0", "run's own"]),
         (["train", "--method", "gd", "--out", "compared/gd-seed0/x"], ["'gd-seed0' is the folder of a run"]),
         (["train", "--method", "rank1", "--out", "compared/gd-seed0"], ["method 'gd' there, 'rank1' asked for);"]),
