@@ -99,11 +99,7 @@ def write_images(
     torch.use_deterministic_algorithms(True, warn_only=True)
     stems = {c: file_stem(trained, c) for c in classes}
     record: Row = {
-        "run": trained.config.label,
-        "run_seed": trained.config.seed,
-        "data": trained.data_name,
-        "moment": trained.moment,
-        "weights_sha256": trained.sha256,
+        **trained.origin(),
         "seed": seed,
         "count": count,
         "steps": steps,

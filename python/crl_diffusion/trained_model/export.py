@@ -44,11 +44,7 @@ def write_folder(trained: TrainedModel, out: Path) -> list[Path]:
     from diffusers import DDIMScheduler
 
     record: Row = {
-        "run": trained.config.label,
-        "run_seed": trained.config.seed,
-        "data": trained.data_name,
-        "moment": trained.moment,
-        "weights_sha256": trained.sha256,
+        **trained.origin(),
         "image_shape": list(trained.shape),
         "precision": trained.config.precision,
         "steps": trained.config.eval_steps,

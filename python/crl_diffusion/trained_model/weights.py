@@ -16,6 +16,7 @@ from crl_diffusion.config.settings import Device, RunConfig
 from crl_diffusion.diffusion.network import build, sizes
 from crl_diffusion.diffusion.precision import Precision
 from crl_diffusion.errors import PUT_BACK, OptionError, RecordError
+from crl_diffusion.files import Row
 from crl_diffusion.run_folder import checkpoint
 from crl_diffusion.run_folder.checkpoint import Checkpoint
 from crl_diffusion.run_folder.class_names import ClassNames
@@ -46,6 +47,16 @@ class TrainedModel(NamedTuple):
     @property
     def subject(self) -> str:
         return f"{self.config.label} on {self.data_name}, seed {self.config.seed}, {self.moment}"
+
+    def origin(self) -> Row:
+        """What a record of something that was made with it says of it."""
+        return {
+            "run": self.config.label,
+            "run_seed": self.config.seed,
+            "data": self.data_name,
+            "moment": self.moment,
+            "weights_sha256": self.sha256,
+        }
 
 
 def read(run: Path, task: int | None, device: Device, say: Callable[[str], None]) -> TrainedModel:
