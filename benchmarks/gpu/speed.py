@@ -196,8 +196,8 @@ def adamw(device: str, small: bool) -> dict[str, Any]:
     rows = {"AdamW(fused=True)": plain | {"times_adamw": 1.0}}
     for name, _, _, history_of in (("no history", 0, 0, None), *HISTORIES):
         model = Model(problem)
-        history = None if history_of is None else history_of(model)
-        step = ck.FusedAdamW(model.parameters(), lr=1e-6, history=history, lam=1e-6).step
+        penalty = {} if history_of is None else {"history": history_of(model), "lam": 1e-6}
+        step = ck.FusedAdamW(model.parameters(), lr=1e-6, **penalty).step
         step()
         if device == "cuda":
             torch.cuda.synchronize()
