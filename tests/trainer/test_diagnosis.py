@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from crl_diffusion.diffusion import noising
 from helpers.trainer_runs import require_one_line
 
 from crl_kernels.diagnostics.diagnosis import Diagnosis
-from crl_kernels.diagnostics.verdict import Verdict
+from crl_kernels.diagnostics.verdict import Verdict, judge
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 def test_a_run_is_diagnosed_and_not_changed(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,3 +114,12 @@ def test_a_folder_without_a_run_or_a_checkpoint_cannot_be_diagnosed(
     (tmp_path / "config.json").write_bytes((finished / "config.json").read_bytes())
     assert cli.main(["diagnose", str(tmp_path)]) == 2
     assert "no good checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("report", ["diagnose_digits", "diagnose_mnist"])
+def test_the_verdicts_of_the_published_reports_follow_from_their_numbers(report: str) -> None:
+    published = Diagnosis.load(RESULTS / report)
+    judged = replace(published, verdict=judge(published.uniform, published.at, published.bands))
+    verdict = diagnosis.in_words_of_the_trainer(judged, "gd").verdict
+    assert published.verdict == verdict
+    assert "\n".join(verdict.sentences) in (RESULTS / report / "report.md").read_text()
