@@ -32,9 +32,9 @@ SYSTEMS: dict[str, System] = {
     "ddgr": System(
         "ddgr",
         "Gao and Liu, DDGR: Continual Learning with Deep Diffusion-based Generative Replay, ICML 2023",
-        "There the classifier is the product, in the authors' code a pretrained AlexNet of clean images, and images take "
-        "250 ancestral steps; here it is a small network of noised images and their timesteps that only guides DDIM. "
-        "The authors' code has the scale 1 on CIFAR-100, the default of --guidance. Real and replayed images have the "
+        "There the classifier is the product, in the authors' code a pretrained AlexNet of clean images, and images "
+        "take 250 ancestral steps; here it is a small network of noised images and their timesteps that only guides "
+        "DDIM. The authors' code has the scale 1 on CIFAR-100, the default of --guidance. Real and replayed images have the "
         "same weight; there the model is trained on their union.",
     ),
     "ewc-guided-replay": System(
@@ -42,7 +42,7 @@ SYSTEMS: dict[str, System] = {
         "Harit et al., EWC-Guided Diffusion Replay for Exemplar-Free Continual Learning in Medical Imaging, arXiv "
         "2509.23906",
         "There EWC anchors a classifier, a vision transformer trained on real and replayed images, and the diffusion "
-        "model only draws them; here EWC anchors the diffusion model itself. Weights of a classifier's loss do not carry "
-        "over: lam is the trainer's default, and to be tuned.",
+        "model only draws them; here EWC anchors the diffusion model itself. Weights of a classifier's loss do not "
+        "carry over: lam is the trainer's default, and to be tuned.",
     ),
 }
