@@ -92,7 +92,8 @@ def _replays() -> Listing:
         rows,
         "A penalty is used alone or after a replay: rank1, gd+rank1, replay+gd+bands8. "
         f"{'; '.join(f'{name}: {meaning}' for name, meaning in words.SOURCES.items())}. "
-        f"Target noise: {words.TARGETS['noise']}; target teacher: {words.TARGETS['teacher']}. k: number of tasks so far.",
+        f"Target noise: {words.TARGETS['noise']}; target teacher: {words.TARGETS['teacher']}. k: number of tasks so "
+        "far.",
     )
 
 

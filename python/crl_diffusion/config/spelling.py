@@ -72,10 +72,10 @@ def _named(name: str) -> Method:
     replayed, plus, penalty = name.rpartition("+")
     family = NUMBERED.fullmatch(penalty)
     if family is None or replayed not in REPLAYS or (plus and not replayed):
+        others = dict.fromkeys([*(n for n, m in METHODS.items() if m.penalty is None), *SYSTEMS])
         raise OptionError(
-            f"method {name!r} is not known; choose {', '.join(n for n, m in METHODS.items() if m.penalty is None)}, or "
-            f"a penalty ({', '.join(penalty_names())}; n from 2 to 1000), by itself or after one of "
-            f"{', '.join(f'{replay}+' for replay in REPLAYS if replay)}"
+            f"method {name!r} is not known; choose {', '.join(others)}, or a penalty ({', '.join(penalty_names())}; n "
+            f"from 2 to 1000), by itself or after one of {', '.join(f'{replay}+' for replay in REPLAYS if replay)}"
         )
     return replace(REPLAYS[replayed], penalty=FAMILIES[family[1]](int(family[2])))
 
