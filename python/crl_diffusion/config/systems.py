@@ -21,8 +21,8 @@ SYSTEMS: dict[str, System] = {
     "generative-replay": System(
         "replay",
         "Shin et al., Continual Learning with Deep Generative Replay, NeurIPS 2017",
-        "There the generator is a GAN, and a classifier is what is trained; here the diffusion model is both. Real and "
-        "replayed images have the same weight, not shares by the number of tasks.",
+        "There a generator draws old images for a second model, which solves the tasks; here the diffusion model is "
+        "both. Real and replayed images have the same weight.",
     ),
     "generative-distillation": System(
         "masip",
@@ -32,10 +32,10 @@ SYSTEMS: dict[str, System] = {
     "ddgr": System(
         "ddgr",
         "Gao and Liu, DDGR: Continual Learning with Deep Diffusion-based Generative Replay, ICML 2023",
-        "There the classifier is the product, in the authors' code a pretrained AlexNet of clean images, and images "
-        "take 250 ancestral steps; here it is a small network of noised images and their timesteps that only guides "
-        "DDIM. The authors' code has the scale 1 on CIFAR-100, the default of --guidance. Real and replayed images "
-        "have the same weight; there the model is trained on their union.",
+        "There the classifier is the product; in the authors' code for CIFAR-100 it is a pretrained AlexNet of clean "
+        "images, and a replayed image takes 250 ancestral steps with the scale 1. Here it is a small network of noised "
+        "images and their timesteps, which only guides DDIM; --guidance, by default 1, is the scale. Real and replayed "
+        "images have the same weight; there the model is trained on their union.",
     ),
     "ewc-guided-replay": System(
         "replay+diagonal:gradient",
