@@ -27,6 +27,7 @@ from crl_diffusion.config.method import (
     Mode,
     Penalty,
 )
+from crl_diffusion.config.systems import SYSTEMS
 from crl_diffusion.errors import OptionError
 
 # Settings in which the runs of one comparison may differ, as they may in their method, with the defaults.
@@ -34,7 +35,8 @@ VARIED: dict[str, float] = {"ema": 0.0, "lr_later": 1.0}
 
 
 def parse_method(text: str) -> Method:
-    """The method that NAME or NAME:OPTION,... stands for."""
+    """The method that NAME or NAME:OPTION,... stands for; NAME may be that of a published system."""
+    text = _of_system(text)
     name, colon, options = text.partition(":")
     method = _named(name)
     if not colon:
@@ -54,6 +56,15 @@ def parse_method(text: str) -> Method:
     return replace(method, penalty=penalty)
 
 
+def _of_system(text: str) -> str:
+    """The method of a published system, with the options that follow its name; other methods as they are."""
+    name, colon, options = text.partition(":")
+    if name not in SYSTEMS:
+        return text
+    method = SYSTEMS[name].method
+    return f"{method}{',' if ':' in method else ':'}{options}" if colon else method
+
+
 def _named(name: str) -> Method:
     """The method of a name without options: one of METHODS, or REPLAY+FAMILY and a number."""
     if name in METHODS:
@@ -61,10 +72,10 @@ def _named(name: str) -> Method:
     replayed, plus, penalty = name.rpartition("+")
     family = NUMBERED.fullmatch(penalty)
     if family is None or replayed not in REPLAYS or (plus and not replayed):
+        others = dict.fromkeys([*(n for n, m in METHODS.items() if m.penalty is None), *SYSTEMS])
         raise OptionError(
-            f"method {name!r} is not known; choose {', '.join(n for n, m in METHODS.items() if m.penalty is None)}, or "
-            f"a penalty ({', '.join(penalty_names())}; n from 2 to 1000), by itself or after one of "
-            f"{', '.join(f'{replay}+' for replay in REPLAYS if replay)}"
+            f"method {name!r} is not known; choose {', '.join(others)}, or a penalty ({', '.join(penalty_names())}; n "
+            f"from 2 to 1000), by itself or after one of {', '.join(f'{replay}+' for replay in REPLAYS if replay)}"
         )
     return replace(REPLAYS[replayed], penalty=FAMILIES[family[1]](int(family[2])))
 
@@ -105,6 +116,7 @@ def _with_option(penalty: Penalty, option: str, text: str) -> Penalty:
 
 def spell(text: str, with_lam: bool = True) -> str:
     """The canonical spelling of a method: the options that differ from the defaults of its name, in a fixed order."""
+    text = _of_system(text)
     method, name = parse_method(text), text.partition(":")[0]
     if method.penalty is None:
         return name

@@ -19,6 +19,9 @@ def test_passes_are_counted() -> None:
     expected = 38 * 3 * 8 + 19 * (3 * 8 + (3 + 1) * 6) + evaluations + 2 * 5 * 2 + 4 * 100
     assert forecast.passes(config, [38, 19]) == expected
     assert forecast.passes(resolve(RunConfig(method="joint", tasks=2, **sizes)), [57]) == 57 * 3 * 8 + 4 * 3 * 4
+    for method, plain in (("ddgr", "replay"), ("guided-gd", "gd")):
+        guided, pool = (resolve(RunConfig(method=name, tasks=2, **sizes)) for name in (method, plain))
+        assert forecast.passes(guided, [10, 10]) == forecast.passes(pool, [10, 10])
     fresh = resolve(RunConfig(method="masip", tasks=2, fresh_steps=2, **sizes))
     assert forecast.passes(fresh, [10, 10]) == 20 * 3 * 8 + 10 * (3 + 1 + 2) * 6 + evaluations
 
