@@ -13,7 +13,7 @@ from rich import box
 from rich.table import Table
 
 from crl_diffusion.config import words
-from crl_diffusion.config.method import FAMILIES, METHODS, PENALTIES
+from crl_diffusion.config.method import FAMILIES, L2_MODES, METHODS, PENALTIES
 from crl_diffusion.config.networks import MODELS, MLPSize
 from crl_diffusion.config.presets import OURS, PAPER_METHODS, PAPER_VARIANTS, PRESETS, UNUSED, Preset
 from crl_diffusion.config.settings import DATA_PLANS, RunConfig, Settings
@@ -92,7 +92,9 @@ def _replays() -> Listing:
         rows,
         "A penalty is used alone or after a replay: rank1, gd+rank1, replay+gd+bands8. "
         f"pool: {words.SOURCES['pool']}; fresh: {words.SOURCES['fresh']}. Target noise: {words.TARGETS['noise']}; "
-        f"target teacher: {words.TARGETS['teacher']}. k: number of tasks so far.",
+        f"target teacher: {words.TARGETS['teacher']}. k: number of tasks so far. interpolate<w> by itself or at the "
+        "end of any name but fine-tune and joint, such as gd+interpolate0.5: at the end of each task after the first, "
+        "the weights move w of the way back to those that the task before it ended with.",
     )
 
 
@@ -101,11 +103,18 @@ def _penalties() -> Listing:
     for name in penalty_names():
         penalty = PENALTIES[name] if name in PENALTIES else FAMILIES[name.removesuffix("<n>")](2)
         directions = {"rank<n>": "n", "bands<n>": "1 in each of n bands of timesteps"}.get(name, str(penalty.rank))
-        if penalty.fisher == "diagonal":
+        if penalty.fisher != "low_rank":
             rows.append([name, "-", "-", f"{penalty.lam:g}", penalty.mode])
         else:
             rows.append([name, directions, penalty.direction, f"{penalty.lam:g}", penalty.mode])
-    return Listing("Methods: penalties", ("penalty", "directions a task", "direction", "lam", "mode"), rows)
+    l2 = "; ".join(f"{name}: {words.L2[PENALTIES[name].fisher]}" for name in PENALTIES if name.startswith("l2"))
+    return Listing(
+        "Methods: penalties",
+        ("penalty", "directions a task", "direction", "lam", "mode"),
+        rows,
+        f"What l2 and l2-average pull towards: {l2}. They estimate no Fisher matrix, and know the modes "
+        f"{' and '.join(L2_MODES)}.",
+    )
 
 
 def _options() -> Listing:

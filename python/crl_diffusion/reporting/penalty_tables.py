@@ -59,13 +59,13 @@ def _quantiles(values: Sequence[float]) -> str:
 
 
 def fisher_rows(groups: Groups) -> dict[str, list[list[Row]]]:
-    """For each method with a penalty, for each task in turn, the rows of all seeds."""
+    """For each method with an estimated penalty, for each task in turn, the rows of all seeds."""
     result: dict[str, list[list[Row]]] = {}
     for name, group in groups.items():
         by_task: dict[int, list[Row]] = {}
         for run in group:
             for row in read_metrics(run.path):
-                if row["kind"] == "fisher":
+                if row["kind"] == "fisher" and any(row.get(key) is not None for key in FISHER):
                     by_task.setdefault(row["task"], []).append(row)
         if by_task:
             result[name] = [by_task[task] for task in sorted(by_task)]

@@ -116,8 +116,10 @@ def methods(groups: Groups) -> Sheet:
             f"{r['source']} images, predicting the {r['target']}, weight {r['weight']:g}" for r in recipe["replays"]
         ]
         penalty = ", ".join(f"{key} {_text(value)}" for key, value in (recipe["penalty"] or {}).items())
-        body.append([name, recipe["curriculum"], "; ".join(replays) or NONE, penalty or NONE])
-    return Sheet(["method", "curriculum", "replay", "penalty"], body, "Methods as they were composed.")
+        interpolation = _text(recipe["interpolation"]) if "interpolation" in recipe else NONE
+        body.append([name, recipe["curriculum"], "; ".join(replays) or NONE, penalty or NONE, interpolation])
+    head = ["method", "curriculum", "replay", "penalty", "interpolation"]
+    return Sheet(head, body, "Methods as they were composed.")
 
 
 def environment(runs: Sequence[Finished]) -> Sheet:

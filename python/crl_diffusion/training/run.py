@@ -124,6 +124,13 @@ class Run:
                     p.copy_(self.average[name])
             self.average = None
 
+    def interpolate(self) -> None:
+        """Move the weights of the model towards the teacher's, by the method's share of the way."""
+        if self.teacher is not None and self.method.interpolation:
+            with torch.no_grad():
+                for p, old in zip(self.model.parameters(), self.teacher.parameters(), strict=True):
+                    p.lerp_(old, self.method.interpolation)
+
     # The end of a stage
 
     def draw(self, latents: Tensor, label: Tensor, model: nn.Module | None = None) -> Tensor:
@@ -153,8 +160,10 @@ class Run:
                 for source in self.sources.values():
                     source.refill(self.teacher, learnt, stage.number)
         if self.penalty is not None:
-            images = self.task_images(stage, self.config.fisher_images)
-            batches = fisher_batches(images, stage, self.config, self.schedule, self.like)
+            batches: list[tuple[Tensor, ...]] = []
+            if self.penalty.spec.is_estimated:
+                images = self.task_images(stage, self.config.fisher_images)
+                batches = fisher_batches(images, stage, self.config, self.schedule, self.like)
             generator = noising.stream(self.config.seed, "fisher", stage.number)
             task_lr = sum(self.lr(stage, step) for step in range(self.stage_steps[stage.number]))
             try:

@@ -230,7 +230,8 @@ def require_fits(run: Run, saved: Checkpoint) -> None:
     # Memory exists once a task has been learnt, and not after the last.
     if 0 < saved.stage < len(run.stages):
         teacher = saved.part(f"{MEMORY}teacher")  # an earlier version had none without replays
-        require_like(teacher, weights if teacher or run.method.replays else {}, "teacher")
+        needed = teacher or run.method.replays or run.method.interpolation
+        require_like(teacher, weights if needed else {}, "teacher")
         for name, source in run.new_sources().items():
             source.load_state(saved.part(f"{MEMORY}source/{name}"))
         penalty = run.new_penalty()

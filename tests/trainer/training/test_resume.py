@@ -14,6 +14,7 @@ import pytest
 import torch
 from crl_diffusion.config.settings import ADDED
 from crl_diffusion.errors import OptionError
+from crl_diffusion.evaluation.summaries import TIMES
 from crl_diffusion.files import read_rows
 from crl_diffusion.reporting.runs import read_finished
 from crl_diffusion.run_folder import checkpoint
@@ -117,6 +118,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "a preconditioned penalty": {"method": "gd+rank1:preconditioned,lam=0.01"},
     "an average beside a penalty": {"method": "gd+rank1:slopes,gradient", "ema": 0.9},
     "fine-tuning": {"method": "fine-tune"},
+    "an L2 penalty to the last task": {"method": "gd+l2"},
+    "an L2 penalty to the average task": {"method": "l2-average:gradient"},
+    "interpolation without replays": {"method": "interpolate0.3"},
+    "interpolation of the average": {"method": "replay+rank1+interpolate0.5", "ema": 0.9},
 }
 
 
@@ -173,9 +178,10 @@ def test_a_run_of_an_earlier_version_resumes(method: str, extractor_folder: Path
     first, second = (checkpoint.load(out / "checkpoints" / "02-00000000.safetensors") for out in (whole, run))
     assert first.tensors.keys() == second.tensors.keys()
     assert all(torch.equal(x, second.tensors[name]) for name, x in first.tensors.items())
-    assert {k: x for k, x in read_finished(run).items() if "sha256" not in k and "ms" not in k} == {
-        k: x for k, x in read_finished(whole).items() if "sha256" not in k and "ms" not in k
-    }
+    summaries = [
+        {k: x for k, x in read_finished(out).items() if "sha256" not in k and k not in TIMES} for out in (run, whole)
+    ]
+    assert summaries[0] == summaries[1]
 
 
 @pytest.mark.parametrize(
@@ -219,9 +225,16 @@ def test_times_are_logged_outside_of_metrics(finished: Path) -> None:
     assert "ms" not in (finished / "metrics.jsonl").read_text()
     timings = read_rows(finished / "timings.jsonl")
     start, *timings = timings
+    (end,) = (row for row in timings if "task_end_seconds" in row)
+    assert end.keys() == {"stage", "task_end_seconds", "task_end_cpu_seconds"}
+    assert end["stage"] == 1
+    assert end["task_end_cpu_seconds"] > 0
+    assert end["task_end_seconds"] > 0
+    assert timings.index(end) == 3  # after the steps of its task
+    timings.remove(end)
     assert start["started"].startswith("20")
     assert start["processes"] == 1
-    assert all(row["step_ms"] > 0 for row in timings)
+    assert all(row["step_ms"] > 0 and row["step_cpu_ms"] > 0 for row in timings)
     assert ["penalty_ms" in row for row in timings] == [False] * 3 + [True] * 3
     assert "started" not in (finished / "metrics.jsonl").read_text()
     config = json.loads((finished / "config.json").read_text())
