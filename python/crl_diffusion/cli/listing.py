@@ -91,10 +91,11 @@ def _replays() -> Listing:
         ("--method", "replays", "weights", "curriculum"),
         rows,
         "A penalty is used alone or after a replay: rank1, gd+rank1, replay+gd+bands8. "
-        f"pool: {words.SOURCES['pool']}; fresh: {words.SOURCES['fresh']}. Target noise: {words.TARGETS['noise']}; "
-        f"target teacher: {words.TARGETS['teacher']}. k: number of tasks so far. interpolate<w> by itself or at the "
-        "end of any name but fine-tune and joint, such as gd+interpolate0.5: at the end of each task after the first, "
-        "the weights move w of the way back to those that the task before it ended with.",
+        f"{'; '.join(f'{name}: {meaning}' for name, meaning in words.SOURCES.items())}. Target noise: "
+        f"{words.TARGETS['noise']}; target teacher: {words.TARGETS['teacher']}. k: number of tasks so far. "
+        "interpolate<w> by itself or at the end of any name but fine-tune and joint, such as gd+interpolate0.5: at the "
+        "end of each task after the first, the weights move w of the way back to those that the task before it ended "
+        "with.",
     )
 
 

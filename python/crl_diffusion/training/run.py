@@ -158,7 +158,7 @@ class Run:
         if self.method.replays:
             with self.precision.autocast():
                 for source in self.sources.values():
-                    source.refill(self.teacher, learnt, stage.number)
+                    source.refill(self.teacher, self.task_images(stage, "train"), learnt, stage.number)
         if self.penalty is not None:
             batches: list[tuple[Tensor, ...]] = []
             if self.penalty.spec.is_estimated:
