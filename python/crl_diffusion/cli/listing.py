@@ -81,18 +81,20 @@ def _models() -> Listing:
 def _replays() -> Listing:
     rows = []
     for name, method in METHODS.items():
-        if method.penalty is not None:
+        if method.penalty is not None or method.adapter_rank:
             continue
         parts = [f"{replay.source} images, target {replay.target}" for replay in method.replays]
         weights = {"sum": "1 each", "tasks": "1/k real, 1 - 1/k replay"}[method.weights] if parts else "1"
         rows.append([name, "; ".join(parts) or "nothing", weights, method.curriculum])
+    rows.append(["adapters<r>", "nothing; every task after the first trains adapters of its own", "1", "continual"])
     return Listing(
         "Methods: what is replayed",
         ("--method", "replays", "weights", "curriculum"),
         rows,
         "A penalty is used alone or after a replay: rank1, gd+rank1, replay+gd+bands8. "
         f"pool: {words.SOURCES['pool']}; fresh: {words.SOURCES['fresh']}. Target noise: {words.TARGETS['noise']}; "
-        f"target teacher: {words.TARGETS['teacher']}. k: number of tasks so far.",
+        f"target teacher: {words.TARGETS['teacher']}. k: number of tasks so far. "
+        f"adapters<r>: {words.ADAPTERS}; r, from 1 to 1000, is their rank. They take neither a replay nor a penalty.",
     )
 
 

@@ -47,7 +47,7 @@ class Penalty:
 
 @dataclass(frozen=True)
 class Method:
-    """What is replayed, what is penalised, and the order in which classes arrive.
+    """What is replayed, what is penalised, the order in which classes arrive, and the weights that a task trains.
 
     Loss of the k-th task: with weights "sum", real loss + sum of replay.weight * replay loss; with "tasks", 1/k of the
     real loss + (1 - 1/k) of the replay losses, so every task so far has the same weight.
@@ -57,6 +57,7 @@ class Method:
     penalty: Penalty | None = None
     curriculum: Literal["continual", "joint"] = "continual"
     weights: Literal["sum", "tasks"] = "sum"
+    adapter_rank: int = 0  # of the low-rank adapters that each task after the first trains, and nothing else; 0: none
 
 
 # A decoupled penalty pulls parameters back along a direction of curvature a with a time constant of 1 / (lr * lam * a)
@@ -84,9 +85,11 @@ PENALTIES: dict[str, Penalty] = {
     "rank1": Penalty("low_rank", LOW_RANK_LAM),
     **{f"{family}{n}": FAMILIES[family](n) for family, n in (("rank", 10), ("rank", 50), ("bands", 8), ("bands", 16))},
 }
+ADAPTERS = re.compile("adapters([1-9][0-9]{0,2}|1000)")  # names of methods with adapters, which end in their rank
 METHODS: dict[str, Method] = {
     "fine-tune": Method(),
     "joint": Method(curriculum="joint"),
+    "adapters4": Method(adapter_rank=4),
     **{name: method for name, method in REPLAYS.items() if name},
     **{
         f"{replayed}+{penalty}".strip("+"): replace(method, penalty=PENALTIES[penalty])

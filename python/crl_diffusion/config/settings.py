@@ -153,6 +153,8 @@ class RunConfig(Settings):
         defaults, so a run of an earlier version has the same configuration and can be resumed."""
         recipe = asdict(self.recipe)
         recipe["replays"] = list(recipe["replays"])  # JSON knows no tuples
+        if not recipe["adapter_rank"]:  # as earlier versions, which had none
+            del recipe["adapter_rank"]
         values = {name: x for name, x in asdict(self).items() if x != ADDED.get(name)}
         return {**values, "recipe": recipe}
 

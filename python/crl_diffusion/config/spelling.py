@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import Any, get_args
 
 from crl_diffusion.config.method import (
+    ADAPTERS,
     FAMILIES,
     METHODS,
     NUMBERED,
@@ -55,14 +56,20 @@ def parse_method(text: str) -> Method:
 
 
 def _named(name: str) -> Method:
-    """The method of a name without options: one of METHODS, or REPLAY+FAMILY and a number."""
+    """The method of a name without options: one of METHODS, adapters and a rank, or REPLAY+FAMILY and a number."""
     if name in METHODS:
         return METHODS[name]
+    if adapters := ADAPTERS.fullmatch(name):
+        return Method(adapter_rank=int(adapters[1]))
+    if part := next((part for part in name.split("+") if ADAPTERS.fullmatch(part)), None):
+        raise OptionError(
+            f"method {name!r}: adapters keep old tasks as they were, without replay or penalty; use {part}"
+        )
     replayed, plus, penalty = name.rpartition("+")
     family = NUMBERED.fullmatch(penalty)
     if family is None or replayed not in REPLAYS or (plus and not replayed):
         raise OptionError(
-            f"method {name!r} is not known; choose {', '.join(n for n, m in METHODS.items() if m.penalty is None)}, or "
+            f"method {name!r} is not known; choose {', '.join(names_without_penalty())}, or "
             f"a penalty ({', '.join(penalty_names())}; n from 2 to 1000), by itself or after one of "
             f"{', '.join(f'{replay}+' for replay in REPLAYS if replay)}"
         )
@@ -74,6 +81,12 @@ def with_penalty(text: str, penalty: str) -> str:
     without = replace(parse_method(text), penalty=None)
     replayed = next((name for name, method in REPLAYS.items() if method == without), "")
     return spell(f"{replayed}+{penalty}".strip("+"))
+
+
+def names_without_penalty() -> list[str]:
+    """The names of all methods without a penalty, with one name for those with adapters."""
+    names = [name for name, method in METHODS.items() if method.penalty is None]
+    return ["adapters<r>" if METHODS[name].adapter_rank else name for name in names]
 
 
 def penalty_names() -> list[str]:
@@ -174,9 +187,9 @@ def in_order(texts: Iterable[str]) -> list[str]:
         name, values = parse_variant(text)
         method, values = parse_method(name), VARIED | values
         variation = [(values[setting] != default, values[setting]) for setting, default in VARIED.items()]
-        replayed, p = known.index(replace(method, penalty=None)), method.penalty
+        replayed, p = known.index(replace(method, penalty=None, adapter_rank=0)), method.penalty
         if p is None:
-            return (False, replayed, variation, text)
+            return (False, method.adapter_rank, replayed, variation, text)
         kind = (p.fisher != "diagonal", p.bands, p.rank, replayed, p.direction, p.slopes, p.mode)
         return (True, *kind, variation, p.lam, text)
 

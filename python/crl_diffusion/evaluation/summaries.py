@@ -29,7 +29,7 @@ def summarise(run: Path) -> Row:
     r, accuracy, kl = fid_matrix(rows), fid_matrix(rows, "accuracy"), fid_matrix(rows, "class_kl")
     measured = [row for row in rows if row["kind"] == "evaluation"]
     last, tasks = measured[-1], {row["task"]: row for row in measured}
-    fishers = [row for row in rows if row["kind"] == "fisher"]
+    state = [row["state_bytes"] for row in rows if "state_bytes" in row]
     step = [row["step_ms"] for row in timings if "step_ms" in row]
     penalty = [row["penalty_ms"] for row in timings if "penalty_ms" in row]
     return {
@@ -44,6 +44,6 @@ def summarise(run: Path) -> Row:
         "sampler": f"{last['sampler']}, {last['sampler_steps']} steps",
         "penalty_ms": float(np.median(penalty)) if penalty else None,
         "step_ms": float(np.median(step)) if step else None,
-        "state_bytes": fishers[-1]["state_bytes"] if fishers else 0,
+        "state_bytes": state[-1] if state else 0,
         "metrics_sha256": sha256_of(run / "metrics.jsonl"),
     }

@@ -87,6 +87,7 @@ def _recipe(x: Any) -> bool:
         and all(map(_replay, x["replays"]))
         and "penalty" in x
         and _penalty(x["penalty"])
+        and _is_integer(x.get("adapter_rank", 0))
     )
 
 
@@ -157,6 +158,7 @@ METRICS: Mapping[str, Shape] = {
         ),
         **dict.fromkeys(("curvatures", "slopes"), optional(NUMBERS)),
     },
+    "adapters": {"task": TASK, "state_bytes": NUMBER},
     "movement": {
         "task": TASK,
         **dict.fromkeys(("displacement", "random_drift"), NUMBER),
