@@ -81,11 +81,12 @@ def _models() -> Listing:
 def _replays() -> Listing:
     rows = []
     for name, method in METHODS.items():
-        if method.penalty is not None:
+        if method.penalty is not None or method.adapter_rank:
             continue
         parts = [f"{replay.source} images, target {replay.target}" for replay in method.replays]
         weights = {"sum": "1 each", "tasks": "1/k real, 1 - 1/k replay"}[method.weights] if parts else "1"
         rows.append([name, "; ".join(parts) or "nothing", weights, method.curriculum])
+    rows.append(["adapters<r>", "nothing; every task after the first trains adapters of its own", "1", "continual"])
     return Listing(
         "Methods: what is replayed",
         ("--method", "replays", "weights", "curriculum"),
@@ -93,9 +94,9 @@ def _replays() -> Listing:
         "A penalty is used alone or after a replay: rank1, gd+rank1, replay+gd+bands8. "
         f"{'; '.join(f'{name}: {meaning}' for name, meaning in words.SOURCES.items())}. Target noise: "
         f"{words.TARGETS['noise']}; target teacher: {words.TARGETS['teacher']}. k: number of tasks so far. "
-        "interpolate<w> by itself or at the end of any name but fine-tune and joint, such as gd+interpolate0.5: at the "
-        "end of each task after the first, the weights move w of the way back to those that the task before it ended "
-        "with.",
+        f"adapters<r>: {words.ADAPTERS}; r, from 1 to 1000, is their rank. They stand by themselves. interpolate<w> by "
+        "itself or at the end of any name but fine-tune, joint and adapters<r>, such as gd+interpolate0.5: at the end "
+        "of each task after the first, the weights move w of the way back to those that the task before it ended with.",
     )
 
 

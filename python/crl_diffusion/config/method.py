@@ -56,7 +56,8 @@ class Penalty:
 
 @dataclass(frozen=True)
 class Method:
-    """What is replayed, what is penalised, how weights are interpolated, and the order in which classes arrive.
+    """What is replayed, what is penalised, how weights are interpolated, the order in which classes arrive, and the
+    weights that a task trains.
 
     At the end of every task after the first, theta becomes (1 - interpolation) theta + interpolation theta_old, with
     the weights theta_old that the task before it ended with.
@@ -70,6 +71,7 @@ class Method:
     curriculum: Literal["continual", "joint"] = "continual"
     weights: Literal["sum", "tasks"] = "sum"
     interpolation: float = 0.0
+    adapter_rank: int = 0  # of the low-rank adapters that each task after the first trains, and nothing else; 0: none
 
 
 # A decoupled penalty pulls parameters back along a direction of curvature a with a time constant of 1 / (lr * lam * a)
@@ -104,9 +106,11 @@ PENALTIES: dict[str, Penalty] = {
     "rank1": Penalty("low_rank", LOW_RANK_LAM),
     **{f"{family}{n}": FAMILIES[family](n) for family, n in (("rank", 10), ("rank", 50), ("bands", 8), ("bands", 16))},
 }
+ADAPTERS = re.compile("adapters([1-9][0-9]{0,2}|1000)")  # names of methods with adapters, which end in their rank
 METHODS: dict[str, Method] = {
     "fine-tune": Method(),
     "joint": Method(curriculum="joint"),
+    "adapters4": Method(adapter_rank=4),
     **{name: method for name, method in REPLAYS.items() if name},
     **{
         f"{replayed}+{penalty}".strip("+"): replace(method, penalty=PENALTIES[penalty])

@@ -177,7 +177,7 @@ ADDED: dict[str, Any] = {
     "pool_latents": "per-class",
     "skip_unreadable": False,
 }
-ADDED_PARTS: dict[str, Any] = {"interpolation": 0.0}  # the same for the parts of a method
+ADDED_PARTS: dict[str, Any] = {"interpolation": 0.0, "adapter_rank": 0}  # the same for the parts of a method
 
 
 def least_fisher_samples(config: RunConfig) -> int:

@@ -18,6 +18,7 @@ from dataclasses import replace
 from typing import Any, get_args
 
 from crl_diffusion.config.method import (
+    ADAPTERS,
     FAMILIES,
     INTERPOLATION,
     L2_MODES,
@@ -69,10 +70,17 @@ def _of_system(text: str) -> str:
 
 
 def _named(name: str) -> Method:
-    """The method of a name without options: one of METHODS, or REPLAY+FAMILY and a number; each by itself or before
-    interpolate<w>."""
+    """The method of a name without options: one of METHODS, adapters and a rank, or REPLAY+FAMILY and a number; all but
+    adapters by themselves or before interpolate<w>."""
     if name in METHODS:
         return METHODS[name]
+    if adapters := ADAPTERS.fullmatch(name):
+        return Method(adapter_rank=int(adapters[1]))
+    if part := next((part for part in name.split("+") if ADAPTERS.fullmatch(part)), None):
+        raise OptionError(
+            f"method {name!r}: adapters keep old tasks as they were, without replay, penalty or interpolation; use "
+            f"{part}"
+        )
     rest, plus, last = name.rpartition("+")
     weight = INTERPOLATION.fullmatch(last)
     if weight is not None and bool(rest) == bool(plus) and rest not in ("fine-tune", "joint"):
@@ -83,7 +91,7 @@ def _named(name: str) -> Method:
     family = NUMBERED.fullmatch(penalty)
     if family is None or replayed not in REPLAYS or (plus and not replayed):
         raise OptionError(
-            f"method {name!r} is not known; choose {', '.join(n for n, m in METHODS.items() if m.penalty is None)}, or "
+            f"method {name!r} is not known; choose {', '.join(names_without_penalty())}, or "
             f"a penalty ({', '.join(penalty_names())}; n from 2 to 1000), by itself or after one of "
             f"{', '.join(f'{replay}+' for replay in REPLAYS if replay)}; interpolate<w>, w above 0 and below 1, such "
             "as interpolate0.5, stands by itself or, with a +, after any of them but fine-tune and joint"
@@ -99,6 +107,12 @@ def with_penalty(text: str, penalty: str) -> str:
     interpolated = f"interpolate{_shortest(old.interpolation)}" if old.interpolation else ""
     name, colon, options = penalty.partition(":")
     return spell("+".join(part for part in (replayed, name, interpolated) if part) + colon + options)
+
+
+def names_without_penalty() -> list[str]:
+    """The names of all methods without a penalty, with one name for those with adapters."""
+    names = [name for name, method in METHODS.items() if method.penalty is None]
+    return ["adapters<r>" if METHODS[name].adapter_rank else name for name in names]
 
 
 def penalty_names() -> list[str]:
@@ -201,9 +215,10 @@ def in_order(texts: Iterable[str]) -> list[str]:
         name, values = parse_variant(text)
         method, values = parse_method(name), VARIED | values
         variation = [(values[setting] != default, values[setting]) for setting, default in VARIED.items()]
-        replayed, p = known.index(replace(method, penalty=None, interpolation=0.0)), method.penalty
+        replayed = known.index(replace(method, penalty=None, interpolation=0.0, adapter_rank=0))
+        p = method.penalty
         if p is None:
-            return (False, replayed, method.interpolation, variation, text)
+            return (False, method.adapter_rank, replayed, method.interpolation, variation, text)
         fisher = [kind.fisher for kind in PENALTIES.values()].index(p.fisher)
         kind = (fisher, p.bands, p.rank, replayed, method.interpolation, p.direction, p.slopes, p.mode)
         return (True, *kind, variation, p.lam, text)

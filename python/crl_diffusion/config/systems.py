@@ -34,8 +34,8 @@ SYSTEMS: dict[str, System] = {
         "Gao and Liu, DDGR: Continual Learning with Deep Diffusion-based Generative Replay, ICML 2023",
         "There the classifier is the product, in the authors' code a pretrained AlexNet of clean images, and images "
         "take 250 ancestral steps; here it is a small network of noised images and their timesteps that only guides "
-        "DDIM. The authors' code has the scale 1 on CIFAR-100, the default of --guidance. Real and replayed images have the "
-        "same weight; there the model is trained on their union.",
+        "DDIM. The authors' code has the scale 1 on CIFAR-100, the default of --guidance. Real and replayed images "
+        "have the same weight; there the model is trained on their union.",
     ),
     "ewc-guided-replay": System(
         "replay+diagonal:gradient",

@@ -35,6 +35,10 @@ DIRECTIONS = {
     "random": f"{CONTROL}random unit directions with the same curvatures and slopes",
     "signs": f"{CONTROL}the same directions with a random sign for every entry; curvatures and slopes stay",
 }
+ADAPTERS = (
+    "the first task trains all weights, and then each task trains low-rank adapters (LoRA) of all linear and "
+    "convolutional layers, and the embeddings of its classes; a class is drawn with the weights of its task"
+)
 SLOPES = "keep the first-order term of each task: it moves the anchor down the slope of the old task's loss"
 
 
@@ -42,6 +46,8 @@ def describe(recipe: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     """A method in a sentence for each of its parts, which `config.json` stores in `recipe` and in `settings`."""
     if recipe["curriculum"] == "joint":
         sentences = ["Trains on all classes at once: the upper bound, which is not continual."]
+    elif rank := recipe.get("adapter_rank"):
+        sentences = [f"Adapters of rank {rank}: {ADAPTERS}."]
     elif not recipe["replays"] and not recipe["penalty"] and not recipe.get("interpolation"):
         sentences = ["Trains on the images of each task and does nothing against forgetting."]
     elif not recipe["replays"]:

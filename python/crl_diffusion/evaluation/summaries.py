@@ -38,7 +38,7 @@ def summarise(run: Path) -> Row:
     r, accuracy, kl = fid_matrix(rows), fid_matrix(rows, "accuracy"), fid_matrix(rows, "class_kl")
     measured = [row for row in rows if row["kind"] == "evaluation"]
     last, tasks = measured[-1], {row["task"]: row for row in measured}
-    fishers = [row for row in rows if row["kind"] == "fisher"]
+    state = [row["state_bytes"] for row in rows if "state_bytes" in row]
     # The first task has no replays and no penalty.
     later = [row for row in timings if row.get("stage", 0) > 1]
     return {
@@ -56,6 +56,6 @@ def summarise(run: Path) -> Row:
         "step_cpu_ms": _typical(np.median, later or timings, "step_cpu_ms"),
         "task_end_seconds": _typical(np.mean, timings, "task_end_seconds"),
         "task_end_cpu_seconds": _typical(np.mean, timings, "task_end_cpu_seconds"),
-        "state_bytes": fishers[-1]["state_bytes"] if fishers else 0,
+        "state_bytes": state[-1] if state else 0,
         "metrics_sha256": sha256_of(run / "metrics.jsonl"),
     }

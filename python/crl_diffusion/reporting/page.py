@@ -101,7 +101,9 @@ def _data_set(name: str, groups: Groups, baseline: str, several: bool) -> dict[s
         "final_samples": charts.final_samples(groups, file + "samples"),
         "sample_grids": charts.sample_grids(groups),
         "lam_sweep": effects.lam_sweep(groups, file + "lam_sweep"),
-        "costs": penalty_tables.costs(groups) if with_penalty else None,
+        "costs": penalty_tables.costs(groups)
+        if with_penalty or any(run.summary.get("state_bytes") for run in runs)
+        else None,
         "fisher_rows": fisher_rows,
         "fisher_warning": penalty_tables.warning(fisher_rows),
         "fisher_warnings": penalty_tables.warnings(fisher_rows),

@@ -44,7 +44,7 @@ def costs(groups: Groups) -> Sheet:
         "Median and, in brackets, 20th to 80th percentile over logged rows of all seeds, after the first task: a row "
         "is the mean step time since the row before it, and the median of its penalty times. The step includes the "
         "penalty. Wall-clock times, taken beside whatever else the machine was doing. State: what the penalty keeps "
-        "of all past tasks in the end; 1 MiB = 2²⁰ bytes."
+        "of all past tasks in the end, or the adapters of all tasks; 1 MiB = 2²⁰ bytes."
     )
     return Sheet(head, body, text)
 

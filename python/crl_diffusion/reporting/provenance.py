@@ -117,8 +117,11 @@ def methods(groups: Groups) -> Sheet:
         ]
         penalty = ", ".join(f"{key} {_text(value)}" for key, value in (recipe["penalty"] or {}).items())
         interpolation = _text(recipe["interpolation"]) if "interpolation" in recipe else NONE
-        body.append([name, recipe["curriculum"], "; ".join(replays) or NONE, penalty or NONE, interpolation])
-    head = ["method", "curriculum", "replay", "penalty", "interpolation"]
+        rank = recipe.get("adapter_rank", 0)
+        adapters = f"rank {rank}" if rank else NONE
+        replay = "; ".join(replays) or NONE
+        body.append([name, recipe["curriculum"], replay, penalty or NONE, interpolation, adapters])
+    head = ["method", "curriculum", "replay", "penalty", "interpolation", "adapters"]
     return Sheet(head, body, "Methods as they were composed.")
 
 

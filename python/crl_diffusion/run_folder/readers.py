@@ -88,6 +88,7 @@ def _recipe(x: Any) -> bool:
         and "penalty" in x
         and _penalty(x["penalty"])
         and _finite(x.get("interpolation", 0.0))
+        and _is_integer(x.get("adapter_rank", 0))
     )
 
 
@@ -158,6 +159,7 @@ METRICS: Mapping[str, Shape] = {
         ),
         **dict.fromkeys(("curvatures", "slopes"), optional(NUMBERS)),
     },
+    "adapters": {"task": TASK, "state_bytes": NUMBER},
     "movement": {
         "task": TASK,
         **dict.fromkeys(("displacement", "random_drift"), NUMBER),

@@ -138,6 +138,8 @@ def run_stage(run: Run, stage: Stage, board: TensorBoard, advance: Advance) -> N
     """One stage: its steps, its evaluation, what later stages need of it, and a checkpoint."""
     config, steps = run.config, run.stage_steps[stage.number]
     images = run.task_images(stage, "train")
+    if not run.step:
+        run.begin(stage)
     run.model.train()
     clock = StepClock(run, stage)
     before, since = run.step, clocks()
@@ -177,12 +179,11 @@ def run_stage(run: Run, stage: Stage, board: TensorBoard, advance: Advance) -> N
             f"after task {row['after_task']}: task {row['task']} has FID {row['fid']:.1f}, "
             f"conditional accuracy {row['accuracy']:.3f}"
         )
-    for row in records:
+    for row in [*records, *stage_records.adapters(run, stage)]:
         run.log(row)
     if stage.number + 1 < len(run.stages):
         remember(run, stage)
     run.stage, run.step = run.stage + 1, 0
-    run.optimizer = run.new_optimizer()
     snapshot.save(run)
 
 

@@ -9,6 +9,7 @@ ended with (in the mode once: before its proximal step):
                      start at 0: where it falls by 0.7, Adam's steps are half as long for the same gradient
 held_out_loss, one for each task learnt: the mean denoising loss on its held-out images in each band of timesteps. The
 images, timesteps and noise depend on the seed only, so differences between stages and between methods are paired.
+adapters, of methods that have them: state_bytes, the size of the adapters of all tasks so far. They have no movement.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from crl_diffusion.config.curriculum import Stage
 from crl_diffusion.diffusion import noising
 from crl_diffusion.diffusion.network import predict
 from crl_diffusion.files import Row
+from crl_diffusion.methods.adapters import AdaptedNetwork
 from crl_diffusion.methods.optimizers import adam_denominator
 from crl_diffusion.methods.regression import noise_up
 from crl_diffusion.training.run import Run
@@ -52,6 +54,12 @@ def precision(run: Run) -> float | None:
             total -= float(adam_denominator(run.optimizer, p, eps=0.0)[moved].double().log().sum())
             count += int(moved.sum())
     return total / count if count else None
+
+
+def adapters(run: Run, stage: Stage) -> list[Row]:
+    if not isinstance(run.model, AdaptedNetwork):
+        return []
+    return [{"kind": "adapters", "task": stage.learnt, "state_bytes": run.model.nbytes}]
 
 
 @torch.no_grad()
