@@ -169,22 +169,34 @@ class Runs:
         lam = self.lam(arm)
         return None if lam is None else add_lam(arm.method, lam)
 
+    def tried_candidates(self, arm: Arm) -> list[Wanted]:
+        return [self.tuning_run(setting, method) for setting, method in arm.candidates]
+
+    def choice(self, arm: Arm) -> tuple[str, str] | None:
+        """The setting and the method of an arm's final runs; None before they are known."""
+        if arm.candidates:
+            fids = self.fids(self.tried_candidates(arm))
+            return None if any(map(math.isnan, fids)) else arm.candidates[int(np.argmin(fids))]
+        setting, method = self.setting(arm.setting), self.method(arm)
+        return None if setting is None or method is None else (setting, method)
+
     # Stages
 
     def tuning(self) -> list[Wanted]:
         """The tuning runs that can be made now: arms in a setting that is still to be chosen come later."""
         settings = dict.fromkeys(candidate for arm in self.regime.arms for candidate in self.candidates(arm.setting))
         runs = [self.tuning_run(setting, BASELINE) for setting in settings]
-        return [*runs, *(run for arm in self.regime.arms for run in self.tried(arm).values())]
+        return [
+            *runs,
+            *(run for arm in self.regime.arms for run in (*self.tried(arm).values(), *self.tried_candidates(arm))),
+        ]
 
     def candidates(self, setting: str) -> Sequence[str]:
         return self.regime.chosen.get(setting, (setting,))
 
     def final_run(self, arm: Arm, seed: int) -> Wanted | None:
-        setting, method = self.setting(arm.setting), self.method(arm)
-        if setting is None or method is None:
-            return None
-        return Wanted(f"final-{setting}", self.config(setting, method, seed))
+        choice = self.choice(arm)
+        return None if choice is None else Wanted(f"final-{choice[0]}", self.config(*choice, seed))
 
     def final(self) -> list[Wanted]:
         """The final runs that can be made now, one seed after another."""

@@ -18,6 +18,7 @@ from crl_diffusion.config.networks import MODELS, MLPSize
 from crl_diffusion.config.presets import OURS, PAPER_METHODS, PAPER_VARIANTS, PRESETS, UNUSED, Preset
 from crl_diffusion.config.settings import DATA_PLANS, RunConfig, Settings
 from crl_diffusion.config.spelling import penalty_names
+from crl_diffusion.config.systems import SYSTEMS
 from crl_diffusion.diffusion.network import build
 from crl_diffusion.training.plan import resolve
 
@@ -39,7 +40,8 @@ class Listing(NamedTuple):
 
 
 def listings() -> list[Listing]:
-    return [_data(), _models(), _replays(), _penalties(), _options(), _presets(), _settings(), _paper_methods()]
+    methods = [_replays(), _penalties(), _options(), _systems()]
+    return [_data(), _models(), *methods, _presets(), _settings(), _paper_methods()]
 
 
 def _data() -> Listing:
@@ -130,6 +132,17 @@ def _options() -> Listing:
         ["slopes", words.SLOPES],
     ]
     return Listing("Methods: options of a penalty, NAME:OPTION,...", ("option", "meaning"), rows)
+
+
+def _systems() -> Listing:
+    rows = [[name, system.method, system.source, system.differs] for name, system in SYSTEMS.items()]
+    return Listing(
+        "Systems of the literature",
+        ("system", "--method", "source", "what differs"),
+        rows,
+        "--method accepts the name of a system, too, and uses its method. Values of lam, ranks, guidance and shares of "
+        "interpolation are defaults, and to be tuned.",
+    )
 
 
 def _presets() -> Listing:

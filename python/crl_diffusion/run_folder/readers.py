@@ -160,6 +160,7 @@ METRICS: Mapping[str, Shape] = {
         **dict.fromkeys(("curvatures", "slopes"), optional(NUMBERS)),
     },
     "adapters": {"task": TASK, "state_bytes": NUMBER},
+    "memory": {"task": TASK, "teacher_bytes": NUMBER, "replay_bytes": NUMBER},
     "movement": {
         "task": TASK,
         **dict.fromkeys(("displacement", "random_drift"), NUMBER),

@@ -204,6 +204,8 @@ def remember(run: Run, stage: Stage) -> None:
         torch.cuda.synchronize(run.device)
     seconds, cpu = elapsed(since)
     run.log({"stage": stage.number + 1, "task_end_seconds": seconds, "task_end_cpu_seconds": cpu}, "timings")
+    for row in stage_records.memory(run, stage):
+        run.log(row)
 
 
 def log_losses(

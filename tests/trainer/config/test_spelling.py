@@ -59,7 +59,7 @@ NAMES = st.one_of(
     NAMES_OF_PARTS,
     st.builds(
         "{}+interpolate{}".format,
-        NAMES_OF_PARTS.filter(lambda name: name not in ("fine-tune", "joint")),
+        NAMES_OF_PARTS.filter(lambda name: name not in ("fine-tune", "joint", "adapters4")),
         st.integers(1, 999).map(lambda n: f"{n / 1000:g}"),
     ),
 )
@@ -140,6 +140,7 @@ def test_spelling_round_trips(
         ("fine-tune+interpolate0.5", "after any of them but fine-tune and joint"),
         ("gd+interpolate0.5+interpolate0.3", "'gd+interpolate0.5+interpolate0.3' is not known"),
         ("gdd+interpolate0.5", "method 'gdd' is not known"),
+        ("adapters4+interpolate0.5", "without replay, penalty or interpolation; use adapters4"),
         ("gd+interpolate0.5:lam=3", "gd+interpolate0.5 has no penalty"),
         (
             "diagonal:slopes",
