@@ -3,6 +3,7 @@
 import json
 from collections.abc import Collection
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple, cast
@@ -317,9 +318,12 @@ def test_running_makes_what_is_missing_and_passes_over_what_fails(tmp_path, monk
     regime = replace(SMALL, seeds=(0,), curve=(), arms=SMALL.arms[:1] + SMALL.arms[6:7])
     root, lines, calls = tmp_path / "runs", tmp_path / "small.jsonl", []
 
-    def pretend(cells, jobs, data_root, extractor, extractors, console, quiet):
+    def pretend(work, launcher, console, quiet):
         failed = []
-        for cell in cells:
+        for cell in work:
+            words = launcher.command(cell)
+            assert words[words.index("--out") + 1] == str(cell.folder)
+            assert words[words.index("--extractor-folder") + 1] == str(tmp_path / "extractors")
             assert not (cell.folder / "summary.json").exists()
             calls.append(str(cell.folder.relative_to(root)))
             if "lam=3000" in cell.config.method:
@@ -328,6 +332,7 @@ def test_running_makes_what_is_missing_and_passes_over_what_fails(tmp_path, monk
                 make(root, Wanted(cell.folder.parent.name, cell.config), 5.0)
         return failed
 
+    assert [*signature(running.runner.run).parameters] == [*signature(pretend).parameters]
     monkeypatch.setattr(running.runner, "run", pretend)
     monkeypatch.setattr(running.evaluate, "instruments", lambda *_: None)
     monkeypatch.setattr(running.evaluate, "prepare", lambda *_: None)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from crl_diffusion import signals
 from crl_diffusion.comparison import runner
+from crl_diffusion.comparison.cells import train_command
 from crl_diffusion.data.tasks import load
 from crl_diffusion.evaluation import evaluate
 from crl_diffusion.training.plan import resolve
@@ -23,6 +24,7 @@ AT_ONCE = 20  # runs between two updates of the ledger
 def run(regime: Regime, folder: Path, lines: Path, extractors: Path, data_root: Path, jobs: int) -> Runs:
     """Make the runs that are missing. A run that fails is left out, and is tried again by the next command."""
     console, failed = Console(soft_wrap=True), set[str]()
+    pool = runner.Pool(jobs or os.cpu_count() or 1, lambda one: train_command(one, data_root, "cnn", extractors))
     example = Runs(regime, folder).config("constant", BASELINE, 0)
     for held_out in ("test", "validation"):
         config = resolve(type(example)(**{**vars(example), "held_out": held_out}))
@@ -33,7 +35,7 @@ def run(regime: Regime, folder: Path, lines: Path, extractors: Path, data_root: 
         cells = [cell(wanted, folder, data) for wanted in missing[:AT_ONCE]]
         try:
             with signals.handled():  # on a signal, the runs write checkpoints
-                ended = runner.run(cells, jobs or os.cpu_count() or 1, data_root, "cnn", extractors, console, True)
+                ended = runner.run(cells, pool, console, quiet=True)
         except signals.Stopped as stop:
             sys.exit(f"{stop}; to resume, give the same command again")
         failed |= {str(one.folder.relative_to(folder)) for one in ended}

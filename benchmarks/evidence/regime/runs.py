@@ -71,13 +71,24 @@ class Result:
         return float(np.mean([row["displacement"] for row in self.of_kind("movement")]))
 
     @property
+    def parameters(self) -> int:
+        """Of the model, for runs with movement."""
+        row = self.of_kind("movement")[0]
+        # A random direction's drift is the displacement over the root of the number of parameters.
+        return round((row["displacement"] / row["random_drift"]) ** 2)
+
+    @property
     def kept(self) -> float:
         """Bytes for each parameter that the method keeps at the end of the run besides the model, Adam's state and the
         old model: the penalty's state, and the average of the weights."""
-        row = self.of_kind("movement")[0]
-        # A random direction's drift is the displacement over the root of the number of parameters.
-        parameters = round((row["displacement"] / row["random_drift"]) ** 2)
-        return float(self.run.summary["state_bytes"] / parameters + (4 if self.run.settings["ema"] else 0))
+        return float(self.run.summary["state_bytes"] / self.parameters + (4 if self.run.settings["ema"] else 0))
+
+    @property
+    def memory(self) -> float:
+        """Bytes that the last task needs of those before it, besides the model and the optimizer's state: the old
+        model, pools of images and what guides them, the penalty's state; of adapters, those of all tasks."""
+        rows = self.of_kind("memory")[-1:]
+        return float(self.run.summary["state_bytes"] + sum(row["teacher_bytes"] + row["replay_bytes"] for row in rows))
 
     @property
     def curvature(self) -> float:

@@ -9,7 +9,7 @@ ended with (in the mode once: before its proximal step):
                      start at 0: where it falls by 0.7, Adam's steps are half as long for the same gradient
 held_out_loss, one for each task learnt: the mean denoising loss on its held-out images in each band of timesteps. The
 images, timesteps and noise depend on the seed only, so differences between stages and between methods are paired.
-memory, of all stages but the last: bytes that later tasks need of this one and earlier ones, besides the penalty's state
+memory, of all stages but the last: bytes that later tasks need of those so far, besides the penalty's state
     teacher_bytes    weights of the old model, if replays or an interpolation use it
     replay_bytes     pools of images, and the classifier that guides them
 adapters, of methods that have them: state_bytes, the size of the adapters of all tasks so far. They have no movement.
