@@ -19,12 +19,12 @@ FINE_TUNING = SYSTEM_ARMS["fine-tuning"].label
 SCORES = (tables.AVERAGE, tables.FORGETTING, tables.ACCURACY)
 TEXT = f"""\
 Mean ± standard deviation over seeds and, in brackets, the 95 % t interval. Difference: less `{BASELINE}`, paired by \
-seed, mean and 95 % t interval. Methods are as the tuning seed chose them. Kept: bytes for each parameter of the model \
-that the last task needs of the tasks before it, besides the model and the optimizer's state: the old model (4), pools \
-of images and what guides them, penalties; of adapters, those of all tasks. Step: CPU time of a step of the tasks after \
-the first, relative to fine-tuning. Task's end: mean CPU time of what a task leaves for later ones (old model, pool, \
-classifier, Fisher matrix; not the evaluation), relative to that of the steps of one task of fine-tuning. Both are \
-ratios of medians over seeds within these runs, which shared their machines with other work."""
+seed, mean and 95 % t interval. Methods are as the tuning seed chose them. Kept: bytes for each parameter of the \
+model that the last task needs of the tasks before it, besides the model and the optimizer's state: the old model (4), \
+pools of images and what guides them, penalties; of adapters, those of all tasks. Step: CPU time of a step of the \
+tasks after the first, relative to fine-tuning. Task's end: mean CPU time of what a task leaves for later ones (old \
+model, pool, classifier, Fisher matrix; not the evaluation), relative to that of the steps of one task of fine-tuning. \
+Both are ratios of medians over seeds within these runs, which shared their machines with other work."""
 
 
 def median(results: Sequence[Result], key: str) -> float | None:
