@@ -62,15 +62,13 @@ def _named(name: str) -> Method:
     if adapters := ADAPTERS.fullmatch(name):
         return Method(adapter_rank=int(adapters[1]))
     if part := next((part for part in name.split("+") if ADAPTERS.fullmatch(part)), None):
-        raise OptionError(
-            f"method {name!r}: adapters keep old tasks as they were, without replay or penalty; use {part}"
-        )
+        raise OptionError(f"method {name!r}: adapters keep old tasks without a replay or a penalty; use {part}")
     replayed, plus, penalty = name.rpartition("+")
     family = NUMBERED.fullmatch(penalty)
     if family is None or replayed not in REPLAYS or (plus and not replayed):
         raise OptionError(
             f"method {name!r} is not known; choose {', '.join(names_without_penalty())}, or "
-            f"a penalty ({', '.join(penalty_names())}; n from 2 to 1000), by itself or after one of "
+            f"a penalty ({', '.join(penalty_names())}; n from 2 to 1000, r from 1), by itself or after one of "
             f"{', '.join(f'{replay}+' for replay in REPLAYS if replay)}"
         )
     return replace(REPLAYS[replayed], penalty=FAMILIES[family[1]](int(family[2])))
