@@ -14,7 +14,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 from crl_diffusion.errors import OptionError
 
@@ -83,6 +83,17 @@ def sum_(tensor: Tensor) -> Tensor:
     if count() > 1:
         distributed.all_reduce(tensor)
     return tensor
+
+
+def sum_gradients(model: nn.Module) -> None:
+    """Sum the gradients over processes in one exchange. DistributedDataParallel does not fit: the penalty's gradient is
+    added once, after the sum, and every process must clip by the norm of the total gradient."""
+    if count() == 1:
+        return
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    summed = sum_(torch.cat([gradient.flatten() for gradient in gradients]))
+    for gradient, part in zip(gradients, summed.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
 
 
 def largest(number: int) -> int:

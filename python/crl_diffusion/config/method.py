@@ -21,7 +21,7 @@ Direction = Literal["mean", "top", "random", "signs"]
 class Replay:
     """One batch of old images in every step: where the images come from and what the model must predict on them."""
 
-    source: Literal["pool", "fresh"]
+    source: Literal["pool", "fresh", "guided"]
     target: Literal["noise", "teacher"]
     weight: float = 1.0
 
@@ -74,6 +74,8 @@ REPLAYS: dict[str, Method] = {
     "gd": Method((POOL_TEACHER,)),  # generative distillation as the rank-1 paper describes it
     "replay+gd": Method((POOL_NOISE, POOL_TEACHER)),  # generative distillation as in its authors' code
     "masip": Method((Replay("fresh", "teacher"),), weights="tasks"),  # as in arXiv 2311.14028
+    "ddgr": Method((Replay("guided", "noise"),)),  # DDGR (Gao & Liu, ICML 2023); `SYSTEMS` says how it differs
+    "guided-gd": Method((Replay("guided", "teacher"),)),
 }
 FAMILIES: dict[str, Callable[[int], Penalty]] = {  # names that end in a number; at most 1000, the number of timesteps
     "rank": lambda k: Penalty("low_rank", LOW_RANK_LAM, rank=k, direction="top"),

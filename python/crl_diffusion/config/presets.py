@@ -74,7 +74,7 @@ _PAPER: dict[str, Any] = {
 # authors' code. eval_samples is the number of held-out images of a class.
 OURS = ("precision", "eval_samples", "log_every", "checkpoint_every", "device")
 # Not in the table of the presets: read only by methods, and with data, that are in none of them.
-UNUSED = ("fresh_steps", "skip_unreadable")
+UNUSED = ("fresh_steps", "guidance", "skip_unreadable")
 
 
 def _paper(about: str, data: str, **settings: Any) -> Preset:

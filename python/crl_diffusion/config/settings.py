@@ -105,6 +105,8 @@ class Settings:
     for all classes and all tasks, as the code of the rank-1 paper does."""
     fresh_steps: int = 2
     """DDIM steps for replay images that are drawn in every training step (method masip)."""
+    guidance: float = 1.0
+    """Strength of the classifier that guides the images of a pool (methods ddgr and guided-gd). 0 means no guidance."""
     eval_samples: int = 100
     """Images drawn for each class in an evaluation."""
     eval_steps: int = 10
@@ -142,6 +144,10 @@ class RunConfig(Settings):
         """The parts of the method."""
         return parse_method(self.method)
 
+    def task_steps(self, images: int) -> int:
+        """Optimization steps of a task with this number of training images."""
+        return self.epochs * math.ceil(images / self.batch) if self.epochs else self.steps
+
     @property
     def label(self) -> str:
         """What the run is called in a comparison: its method and, if they are not the defaults, the settings in which
@@ -166,6 +172,7 @@ class RunConfig(Settings):
 
 # Options that earlier versions did not have; these values are what they did.
 ADDED: dict[str, Any] = {
+    "guidance": 1.0,
     "lr_later": 1.0,
     "optimizer": "adam",
     "pool_latents": "per-class",
@@ -222,6 +229,8 @@ def check(config: RunConfig) -> None:
         raise OptionError(f"--clip is {config.clip}; it must be a finite number, 0 or more")
     if not 0 <= config.ema < 1:
         raise OptionError(f"--ema is {config.ema}; it must be at least 0 and less than 1")
+    if not (math.isfinite(config.guidance) and config.guidance >= 0):
+        raise OptionError(f"--guidance is {config.guidance}; it must be a finite number, 0 or more")
     if config.skip_unreadable and config.data != "folder":
         raise OptionError(f"--skip-unreadable is for --data folder, but --data is {config.data}; leave it out")
     plan = DATA_PLANS[config.data]

@@ -28,6 +28,7 @@ from crl_diffusion.config.method import (
     Mode,
     Penalty,
 )
+from crl_diffusion.config.systems import SYSTEMS
 from crl_diffusion.errors import OptionError
 
 # Settings in which the runs of one comparison may differ, as they may in their method, with the defaults.
@@ -35,7 +36,8 @@ VARIED: dict[str, float] = {"ema": 0.0, "lr_later": 1.0}
 
 
 def parse_method(text: str) -> Method:
-    """The method that NAME or NAME:OPTION,... stands for."""
+    """The method that NAME or NAME:OPTION,... stands for; NAME may be that of a published system."""
+    text = _of_system(text)
     name, colon, options = text.partition(":")
     method = _named(name)
     if not colon:
@@ -53,6 +55,15 @@ def parse_method(text: str) -> Method:
     if penalty.mode == "alone" and not (penalty.slopes and math.isfinite(penalty.lam)):
         raise OptionError(f"method {text!r}: alone is the first-order term only; it needs slopes and a finite lam")
     return replace(method, penalty=penalty)
+
+
+def _of_system(text: str) -> str:
+    """The method of a published system, with the options that follow its name; other methods as they are."""
+    name, colon, options = text.partition(":")
+    if name not in SYSTEMS:
+        return text
+    method = SYSTEMS[name].method
+    return f"{method}{',' if ':' in method else ':'}{options}" if colon else method
 
 
 def _named(name: str) -> Method:
@@ -116,6 +127,7 @@ def _with_option(penalty: Penalty, option: str, text: str) -> Penalty:
 
 def spell(text: str, with_lam: bool = True) -> str:
     """The canonical spelling of a method: the options that differ from the defaults of its name, in a fixed order."""
+    text = _of_system(text)
     method, name = parse_method(text), text.partition(":")[0]
     if method.penalty is None:
         return name

@@ -11,6 +11,8 @@ CONTROL = "control, not a method to use: "
 SOURCES = {
     "pool": "images that the old model draws once after every task",
     "fresh": "images that it draws in every step",
+    "guided": "a pool that it draws with the guidance of a classifier, which learns each task from its real images and "
+    "the pool",
 }
 TARGETS = {"noise": "ordinary denoising", "teacher": "the prediction of the old model"}
 MODES = {
@@ -59,7 +61,11 @@ def describe(recipe: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
 
 
 def _replays(recipe: Mapping[str, Any]) -> str:
-    when = {"pool": "once after every task", "fresh": "in every step"}
+    when = {
+        "pool": "once after every task",
+        "fresh": "in every step",
+        "guided": "once after every task, guided by a classifier of all classes so far",
+    }
     what = {"noise": "as if they were data", "teacher": "to predict what the old model predicts (distillation)"}
     drawn, used = [], []
     for replay in recipe["replays"]:

@@ -82,7 +82,7 @@ class AdaptedNetwork(nn.Module):
 
     @torch.no_grad()
     def merged(self, task: int) -> dict[str, Tensor]:
-        """The weights of a network without adapters that computes the same for the classes of a task: W + SCALE B_k A_k."""
+        """The weights of a network without adapters that computes the same for a task: W + SCALE B_k A_k."""
         weights = base_weights(self.state_dict())
         if task > 1:
             for name in self.layers:

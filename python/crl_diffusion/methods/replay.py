@@ -18,6 +18,7 @@ from crl_diffusion.diffusion import noising, sampling
 from crl_diffusion.diffusion.network import predict
 from crl_diffusion.diffusion.noising import Schedule
 from crl_diffusion.diffusion.sampling import draw_images, draw_share
+from crl_diffusion.methods.guidance import Guide
 from crl_diffusion.methods.regression import Moment, NoisedBatch, noise_up, sample_weights, share_of_noise
 
 Target = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor], Tensor]  # teacher, noised, t, label, noise -> target
@@ -43,8 +44,9 @@ class ReplaySource(Protocol):
 
     def __init__(self, config: RunConfig, shape: tuple[int, int, int]) -> None: ...
 
-    def refill(self, teacher: nn.Module, classes: Sequence[int], stage: int) -> None:
-        """Called when the stage with the number `stage` ends; `classes` are all classes learnt so far."""
+    def refill(self, teacher: nn.Module, images: Images, classes: Sequence[int], stage: int) -> None:
+        """Called when the stage with the number `stage` ends. `images` are its training images, from which the source
+        may learn and of which it keeps none; `classes` are all classes learnt so far."""
 
     def draw(self, teacher: nn.Module, n: int, generator: torch.Generator) -> Images:
         """This process's share of n images of old classes."""
@@ -64,7 +66,7 @@ class Pool:
         self.schedule = noising.SCHEDULES[config.schedule]
         self.images = Images(torch.empty(0, *shape, dtype=torch.uint8), torch.empty(0, dtype=torch.int64))
 
-    def refill(self, teacher: nn.Module, classes: Sequence[int], stage: int) -> None:
+    def refill(self, teacher: nn.Module, images: Images, classes: Sequence[int], stage: int) -> None:
         """Draw `per_class` images of each class with DDIM."""
         label = torch.tensor(classes).repeat_interleave(self.per_class)
         if self.shared_latents:
@@ -86,6 +88,26 @@ class Pool:
         self.images = Images(state["pixels"], state["labels"])
 
 
+class Guided(Pool):
+    """A pool that is drawn with the guidance of a classifier. Before that, the classifier learns the task from its real
+    images and from the pool as it was, so it knows all classes so far."""
+
+    def __init__(self, config: RunConfig, shape: tuple[int, int, int]) -> None:
+        super().__init__(config, shape)
+        self.guide = Guide(config, shape)
+
+    def refill(self, teacher: nn.Module, images: Images, classes: Sequence[int], stage: int) -> None:
+        self.guide.learn(images, self.images, stage)
+        super().refill(self.guide.of(teacher), images, classes, stage)
+
+    def state(self) -> dict[str, Tensor]:
+        return {**super().state(), **self.guide.state()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        super().load_state(state)
+        self.guide.load_state({name: x for name, x in state.items() if name not in super().state()})
+
+
 class Fresh:
     """New images in every step, drawn with a few DDIM steps; their classes are uniform over the old ones."""
 
@@ -94,7 +116,7 @@ class Fresh:
         self.schedule = noising.SCHEDULES[config.schedule]
         self.classes = torch.empty(0, dtype=torch.int64)
 
-    def refill(self, teacher: nn.Module, classes: Sequence[int], stage: int) -> None:
+    def refill(self, teacher: nn.Module, images: Images, classes: Sequence[int], stage: int) -> None:
         self.classes = torch.tensor(classes)
 
     def draw(self, teacher: nn.Module, n: int, generator: torch.Generator) -> Images:
@@ -110,7 +132,7 @@ class Fresh:
         self.classes = state["classes"]
 
 
-SOURCES: dict[str, type[ReplaySource]] = {"pool": Pool, "fresh": Fresh}
+SOURCES: dict[str, type[ReplaySource]] = {"pool": Pool, "fresh": Fresh, "guided": Guided}
 
 
 def replay_batch(

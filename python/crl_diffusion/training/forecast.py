@@ -2,9 +2,9 @@
 
 The unit is the forward pass of one image; a backward pass counts as two. Training with its replays, sampling for the
 pool and for evaluations, and the estimation of Fisher matrices are counted. In an estimation, the gradient of a sample
-and its square norm or projection cost about four forward passes. FIDs, held-out losses, checkpoints, and Fisher
-matrices that use every image of a task once are not counted. Steps of a penalty count only as far as the timed steps
-include them.
+and its square norm or projection cost about four forward passes. FIDs, held-out losses, checkpoints, the classifier of
+guided replay, and Fisher matrices that use every image of a task once are not counted. Steps of a penalty count only as
+far as the timed steps include them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def end_passes(config: RunConfig, plan: Sequence[Stage], stage: Stage) -> int:
     known = sum(len(earlier.classes) for earlier in plan[: stage.number + 1])
     total = known * config.eval_samples * config.eval_steps
     if stage.number + 1 < len(plan):
-        if any(replay.source == "pool" for replay in config.recipe.replays):
+        if any(replay.source in ("pool", "guided") for replay in config.recipe.replays):
             total += known * config.pool * config.pool_steps
         if config.recipe.penalty is not None:
             total += FISHER_PASSES * config.fisher_samples

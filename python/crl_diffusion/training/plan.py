@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -95,7 +94,7 @@ def stage_steps(config: RunConfig, data: Data) -> list[int]:
     if not config.epochs:
         return [stage.share * config.steps for stage in plan]
     images = [sum(len(t.train) for t in data.tasks if set(t.classes) <= set(s.classes)) for s in plan]
-    return [config.epochs * math.ceil(n / config.batch) for n in images]
+    return [config.task_steps(n) for n in images]
 
 
 def require_fisher_images(config: RunConfig, data: Data) -> None:

@@ -163,7 +163,7 @@ class Run:
         if self.teacher is not None and self.method.replays:
             with self.precision.autocast():
                 for source in self.sources.values():
-                    source.refill(self.teacher, learnt, stage.number)
+                    source.refill(self.teacher, self.task_images(stage, "train"), learnt, stage.number)
         if self.penalty is not None:
             images = self.task_images(stage, self.config.fisher_images)
             batches = fisher_batches(images, stage, self.config, self.schedule, self.like)

@@ -58,7 +58,7 @@ def training_step(
         prediction = predict(model, batch.noised, batch.t, batch.label)
     losses = batch.weight * noising.per_sample_loss(prediction, batch.target)
     precision.scaled(losses.sum()).backward()
-    sum_gradients(model)
+    processes.sum_gradients(model)
     precision.unscale_(optimizer)
     if penalty is not None:
         penalty.after_backward()
@@ -70,14 +70,3 @@ def training_step(
     if penalty is not None and moved:
         penalty.after_step(lr, optimizer)
     return StepResult(losses.detach(), norm.detach(), moved)
-
-
-def sum_gradients(model: nn.Module) -> None:
-    """Sum the gradients over processes in one exchange. DistributedDataParallel does not fit: the penalty's gradient is
-    added once, after the sum, and every process must clip by the norm of the total gradient."""
-    if processes.count() == 1:
-        return
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    summed = processes.sum_(torch.cat([gradient.flatten() for gradient in gradients]))
-    for gradient, part in zip(gradients, summed.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))
