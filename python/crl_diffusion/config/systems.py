@@ -20,9 +20,10 @@ class System(NamedTuple):
 SYSTEMS: dict[str, System] = {
     "adapters": System(
         "adapters4",
-        "Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, ICLR 2022, arXiv 2106.09685, one for each task, "
-        "as for diffusion models in Smith et al., Continual Diffusion with C-LoRA, TMLR 2024, arXiv 2304.06027, and, by "
-        "class, in Enescu and Sahbi, FunLoRA, arXiv 2510.02631",
+        "Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, ICLR 2022, arXiv 2106.09685; for tasks in turn: "
+        "Smith et al., Continual Diffusion: Continual Customization of Text-to-Image Diffusion with C-LoRA, arXiv "
+        "2304.06027; Enescu and Sahbi, Deep Generative Continual Learning using Functional LoRA: FunLoRA, arXiv "
+        "2510.02631",
         "C-LoRA adapts the cross attention of a pretrained text-to-image model, adds up the adapters of all tasks and "
         "penalises where they overlap, so old concepts can still change. FunLoRA rescales the filters of a "
         "flow-matching network by functions of rank-1 matrices, one pair for each class. Here the adapters are plain "
@@ -45,8 +46,8 @@ SYSTEMS: dict[str, System] = {
         "Gao and Liu, DDGR: Continual Learning with Deep Diffusion-based Generative Replay, ICML 2023",
         "There the classifier is the product, in the authors' code a pretrained AlexNet of clean images, and images "
         "take 250 ancestral steps; here it is a small network of noised images and their timesteps that only guides "
-        "DDIM. The authors' code has the scale 1 on CIFAR-100, the default of --guidance. Real and replayed images have the "
-        "same weight; there the model is trained on their union.",
+        "DDIM. The authors' code has the scale 1 on CIFAR-100, the default of --guidance. Real and replayed images "
+        "have the same weight; there the model is trained on their union.",
     ),
     "ewc-guided-replay": System(
         "replay+diagonal:gradient",
