@@ -95,8 +95,8 @@ def _replays() -> Listing:
         rows,
         "A penalty is used alone or after a replay: rank1, gd+rank1, replay+gd+bands8. "
         f"{'; '.join(f'{name}: {meaning}' for name, meaning in words.SOURCES.items())}. Target noise: "
-        f"{words.TARGETS['noise']}; target teacher: {words.TARGETS['teacher']}. k: number of tasks so far. "
-        f"adapters<r>: {words.ADAPTERS}; r, from 1 to 1000, is their rank. They stand by themselves. interpolate<w> by "
+        f"{words.TARGETS['noise']}; target teacher: {words.TARGETS['teacher']}. k: number of tasks so far. With "
+        f"adapters, {words.ADAPTERS}; r, from 1 to 1000, is their rank. They stand by themselves. interpolate<w> by "
         "itself or at the end of any name but fine-tune, joint and adapters<r>, such as gd+interpolate0.5: at the end "
         "of each task after the first, the weights move w of the way back to those that the task before it ended with.",
     )

@@ -92,7 +92,7 @@ def _named(name: str) -> Method:
     if family is None or replayed not in REPLAYS or (plus and not replayed):
         raise OptionError(
             f"method {name!r} is not known; choose {', '.join(names_without_penalty())}, or "
-            f"a penalty ({', '.join(penalty_names())}; n from 2 to 1000), by itself or after one of "
+            f"a penalty ({', '.join(penalty_names())}; n from 2 to 1000, r from 1), by itself or after one of "
             f"{', '.join(f'{replay}+' for replay in REPLAYS if replay)}; interpolate<w>, w above 0 and below 1, such "
             "as interpolate0.5, stands by itself or, with a +, after any of them but fine-tune and joint"
         )

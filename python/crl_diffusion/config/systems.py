@@ -101,12 +101,6 @@ SYSTEMS: dict[str, System] = {
         f"{INTERPOLATION}, beside GD",
         "As interpolated-replay, and the old model's predictions are what is replayed.",
     ),
-    "adapters": System(
-        "adapters4",
-        "Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, ICLR 2022, arXiv 2106.09685, one for each task",
-        "The base is frozen after the first task, and the label of an image chooses the adapters. So old tasks keep "
-        "what they were, and memory grows with the number of tasks.",
-    ),
     "generative-replay": System(
         "replay",
         "Shin et al., Continual Learning with Deep Generative Replay, NeurIPS 2017",

@@ -1,10 +1,9 @@
 """Low-rank adapters (LoRA): the first task trains the whole network, each later task weights of its own beside it.
 
 Every linear and convolutional layer with weight W computes, for a class of task k > 1,
-    W x + B_k A_k x,   A_k: its inputs -> `rank`,   B_k: `rank` -> its outputs,   B_k = 0 when task k begins
-(LoRA's alpha is the rank, so its factor alpha / rank is 1). Task k trains A_k and B_k of all layers, and the rows of
-its own classes in the table of class embeddings. Nothing else changes after the first task, so a class is always drawn
-with exactly the weights that it was learnt with.
+    W x + SCALE B_k A_k x,   A_k: its inputs -> `rank`,   B_k: `rank` -> its outputs,   B_k = 0 when task k begins
+Task k trains A_k and B_k of all layers, and the rows of its own classes in the table of class embeddings. Nothing else
+changes after the first task, so a class is always drawn with exactly the weights that it was learnt with.
 """
 
 from __future__ import annotations
@@ -17,6 +16,8 @@ from torch import Tensor, nn
 from crl_diffusion.config.curriculum import task_classes
 from crl_diffusion.config.settings import RunConfig
 from crl_diffusion.diffusion.network import build, predict, seeded
+
+SCALE = 2  # LoRA's alpha / rank: alpha is twice the rank, as is usual
 
 
 class AdaptedNetwork(nn.Module):
@@ -41,7 +42,7 @@ class AdaptedNetwork(nn.Module):
         from peft import LoraConfig, inject_adapter_in_model
 
         for task in range(self.tasks + 1, tasks + 1):
-            config = LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules=self.layers)
+            config = LoraConfig(r=self.rank, lora_alpha=SCALE * self.rank, target_modules=self.layers)
             with seeded(self.seed, "adapters", task):
                 inject_adapter_in_model(config, self.network, _name(task))
             del self.network.peft_config  # peft warns of a second one
@@ -81,7 +82,7 @@ class AdaptedNetwork(nn.Module):
 
     @torch.no_grad()
     def merged(self, task: int) -> dict[str, Tensor]:
-        """The weights of a network without adapters that computes the same for the classes of a task: W + B_k A_k."""
+        """The weights of a network without adapters that computes the same for a task: W + SCALE B_k A_k."""
         weights = base_weights(self.state_dict())
         if task > 1:
             for name in self.layers:
