@@ -101,6 +101,18 @@ SYSTEMS: dict[str, System] = {
         f"{INTERPOLATION}, beside GD",
         "As interpolated-replay, and the old model's predictions are what is replayed.",
     ),
+    "adapters": System(
+        "adapters4",
+        "Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, ICLR 2022, arXiv 2106.09685; for one task after "
+        "another: Smith et al., Continual Diffusion: Continual Customization of Text-to-Image Diffusion with C-LoRA, "
+        "arXiv 2304.06027, and Enescu and Sahbi, Deep Generative Continual Learning using Functional LoRA: FunLoRA, "
+        "arXiv 2510.02631",
+        "C-LoRA adapts the cross attention of a pretrained text-to-image model, adds up the adapters of all tasks and "
+        "penalises where they overlap, so old concepts can still change. FunLoRA rescales the filters of a "
+        "flow-matching network by functions of rank-1 matrices, one pair for each class. Here the adapters are plain "
+        "LoRA of all layers, the base is the first task's model, the label chooses one task's adapters, and no penalty "
+        "is needed.",
+    ),
     "generative-replay": System(
         "replay",
         "Shin et al., Continual Learning with Deep Generative Replay, NeurIPS 2017",
