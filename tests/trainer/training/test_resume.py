@@ -142,9 +142,10 @@ def test_a_run_with_any_option_resumes_to_the_same_bits(
 
 
 def _of_an_earlier_version(out: Path) -> None:
-    """The records as they were before movement and held-out losses, when only replays kept the start of the stage."""
+    """The records as they were before movement, held-out losses and memory, when only replays kept the start of the
+    stage."""
     lines = (out / "metrics.jsonl").read_bytes().splitlines(keepends=True)
-    new = [json.loads(line)["kind"] in ("movement", "held_out_loss") for line in lines]
+    new = [json.loads(line)["kind"] in ("movement", "held_out_loss", "memory") for line in lines]
     assert any(new)
     (out / "metrics.jsonl").write_bytes(b"".join(line for line, n in zip(lines, new, strict=True) if not n))
     config = json.loads((out / "config.json").read_text())["run"]
@@ -172,7 +173,7 @@ def test_a_run_of_an_earlier_version_resumes(method: str, extractor_folder: Path
     _of_an_earlier_version(run)
     lines = train(config, run, extractor_folder)
     assert any("resuming after 1 finished stage(s) and 4 steps" in line for line in lines)
-    lost = [("held_out_loss", 1)] + ([] if method == "gd" else [("movement", None)])
+    lost = [("held_out_loss", 1), ("memory", None)] + ([] if method == "gd" else [("movement", None)])
     expected = [r for r in read_metrics(whole) if (r["kind"], r.get("after_task")) not in lost]
     assert read_metrics(run) == expected
     first, second = (checkpoint.load(out / "checkpoints" / "02-00000000.safetensors") for out in (whole, run))
