@@ -60,7 +60,8 @@ SYSTEMS: dict[str, System] = {
         "the rank-1 EWC penalty: the Lagrangian of a trust region, not a constraint that is enforced. So it is the "
         "method of rank1-ewc-distillation, here as there with beta = 1; what the paper adds is a reading of it as "
         "meta-learning, and robot policies. It estimates each Fisher matrix from 10,000 samples in place of all images "
-        f"of the task: --fisher-samples 10000. {HELD_OUT}",
+        "of the task, --fisher-samples 10000, and draws 1,300 images for each task, not for each class. How soon old "
+        f"tasks recover, which it measures, is not measured here. {HELD_OUT}",
     ),
     "l2-anchor": System(
         "l2:gradient",
