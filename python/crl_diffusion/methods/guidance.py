@@ -24,6 +24,7 @@ from crl_diffusion.methods.regression import Moment, epoch_batch, noise_up, shar
 from crl_diffusion.run_folder.checkpoint import require_like
 
 WIDTH, LR = 32, 3e-3
+PREFIX = "guide/"  # of the classifier's tensors in a checkpoint
 
 
 class NoisyClassifier(nn.Module):
@@ -107,8 +108,10 @@ class Guide:
         return GuidedModel(model, self.classifier, self.schedule, self.config.guidance)
 
     def state(self) -> dict[str, Tensor]:
-        return {f"guide/{name}": value for name, value in self.classifier.state_dict().items()}
+        return {f"{PREFIX}{name}": value for name, value in self.classifier.state_dict().items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        require_like(state, self.state(), "guide")
-        self.classifier.load_state_dict({name.removeprefix("guide/"): value for name, value in state.items()})
+        """Take the classifier from a state that may hold more."""
+        own = {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
+        require_like(own, self.classifier.state_dict(), "guide")
+        self.classifier.load_state_dict(own)

@@ -105,7 +105,7 @@ class Guided(Pool):
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         super().load_state(state)
-        self.guide.load_state({name: x for name, x in state.items() if name not in super().state()})
+        self.guide.load_state(state)
 
 
 class Fresh:

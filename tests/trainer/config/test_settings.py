@@ -26,6 +26,10 @@ from helpers.trainer_runs import Short
         ({"lr": float("nan")}, "--lr is nan; it must be a finite number above 0"),
         ({"clip": -1.0}, "--clip is -1.0; it must be a finite number, 0 or more"),
         ({"method": "gd:lam=1"}, "gd has no penalty"),
+        ({"method": "ddgr:lam=1"}, "ddgr has no penalty"),
+        ({"guidance": -0.5}, "--guidance is -0.5; it must be a finite number, 0 or more"),
+        ({"guidance": math.nan}, "--guidance is nan; it must be a finite number, 0 or more"),
+        ({"guidance": math.inf}, "--guidance is inf; it must be a finite number, 0 or more"),
         ({"fisher_samples": 3}, "--fisher-samples is 3; for gd+rank1 it must be at least 4, or 0 for all images"),
         ({"method": "rank9", "fisher_samples": 17}, "--fisher-samples is 17; for rank9 it must be at least 18"),
         ({"method": "rank9", "fisher_samples": 8, "fisher_estimate": "in-sample"}, "for rank9 it must be at least 9"),
@@ -85,13 +89,13 @@ def test_a_run_of_an_earlier_version_has_the_same_configuration(short: Short) ->
     assert (config.lr_later, config.optimizer, config.pool_latents) == (1.0, "adam", "per-class")
     assert {field.name: field.default for field in fields(RunConfig) if field.name in ADDED} == ADDED
     digests = {digest_of(config)}
-    for changed in ({"lr_later": 0.1}, {"optimizer": "sgd"}, {"pool_latents": "shared"}):
+    for changed in ({"lr_later": 0.1}, {"optimizer": "sgd"}, {"pool_latents": "shared"}, {"guidance": 2.0}):
         other = replace(config, **changed)
         (name, value), saved = *changed.items(), other.as_json()
         assert saved[name] == value
         assert RunConfig.from_json(json.loads(json.dumps(saved))) == other
         digests.add(digest_of(other))
-    assert len(digests) == 4
+    assert len(digests) == 5
 
 
 def test_joint_has_one_stage_of_all_classes_and_all_steps(short: Short) -> None:

@@ -13,6 +13,7 @@ from crl_diffusion.config import method, spelling
 from crl_diffusion.config.method import METHODS, Method, Penalty
 from crl_diffusion.config.settings import RunConfig
 from crl_diffusion.config.spelling import VARIED, label, parse_method, parse_variant, spell
+from crl_diffusion.config.systems import SYSTEMS
 from crl_diffusion.errors import OptionError
 from hypothesis import strategies as st
 
@@ -109,9 +110,13 @@ def test_spelling_round_trips(
         ("rank01", "'rank01' is not known"),
         ("bands1", "n from 2 to 1000"),
         ("bands1001", "diagonal, rank1, rank<n>, bands<n>"),
-        ("+rank2", "after one of replay+, gd+, replay+gd+, masip+"),
+        ("+rank2", "after one of replay+, gd+, replay+gd+, masip+, ddgr+, guided-gd+"),
+        ("generative-distillation+rank1", "'generative-distillation+rank1' is not known"),
+        ("generative-distillation:lam=3", "masip has no penalty"),
+        ("ewc-guided-replay:slopes", "'slopes' is not an option of its penalty"),
         ("joint+rank1", "'joint+rank1' is not known"),
         ("", "method '' is not known; choose fine-tune, joint"),
+        ("", "masip, ddgr, guided-gd, generative-replay, generative-distillation, ewc-guided-replay, or a penalty"),
         ("gd:lam=3", "method 'gd:lam=3': gd has no penalty"),
         ("fine-tune:", "fine-tune has no penalty"),
         ("rank1:", "'' is not an option"),
@@ -136,8 +141,8 @@ def test_spelling_round_trips(
         ("interpolate-0.5", "'interpolate-0.5' is not known"),
         ("+interpolate0.5", "'+interpolate0.5' is not known"),
         ("interpolate0.5+gd", "'interpolate0.5+gd' is not known"),
-        ("joint+interpolate0.5", "after any of them but fine-tune and joint"),
-        ("fine-tune+interpolate0.5", "after any of them but fine-tune and joint"),
+        ("joint+interpolate0.5", "after any of them but fine-tune, joint and adapters<r>"),
+        ("fine-tune+interpolate0.5", "after any of them but fine-tune, joint and adapters<r>"),
         ("gd+interpolate0.5+interpolate0.3", "'gd+interpolate0.5+interpolate0.3' is not known"),
         ("gdd+interpolate0.5", "method 'gdd' is not known"),
         ("adapters4+interpolate0.5", "without replay, penalty or interpolation; use adapters4"),
@@ -203,6 +208,19 @@ def test_a_label_has_what_differs_from_the_defaults() -> None:
 def test_an_impossible_variant_is_refused(text: str, message: str) -> None:
     with pytest.raises(OptionError, match=re.escape(message)):
         parse_variant(text)
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_a_published_system_is_a_method_with_a_source(name: str) -> None:
+    system = SYSTEMS[name]
+    assert parse_method(name) == parse_method(system.method)
+    assert spell(name) == spell(system.method) == system.method  # one label for one method
+    assert parse_variant(f"{name}@ema=0.9") == (system.method, {"ema": 0.9})
+    assert system.source
+    assert system.differs.endswith(".")
+    if parse_method(name).penalty is not None:
+        lam = f"{system.method}{',' if ':' in system.method else ':'}lam=7"
+        assert spell(f"{name}:lam=7") == spell(lam)
 
 
 def test_tables_go_from_simple_to_rich() -> None:

@@ -27,6 +27,7 @@ import torchmetrics.image.fid  # noqa: F401
 from crl_diffusion import cli, files
 from crl_diffusion.evaluation import evaluate, summaries
 from crl_diffusion.methods import penalties, replay
+from crl_diffusion.methods.guidance import Guide
 from crl_diffusion.methods.replay import Pool
 from crl_diffusion.reporting import run_pictures
 from crl_diffusion.run_folder import checkpoint, layout
@@ -38,6 +39,7 @@ TRACED: list[tuple[Any, str]] = [
     (torch.optim.Adam, "step"),
     (replay, "draw_images"),
     (Pool, "refill"),
+    (Guide, "learn"),
     (penalties, "estimate_fisher"),
     (evaluate, "measure"),
     (evaluate, "write_tensors"),

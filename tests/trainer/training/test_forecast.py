@@ -21,6 +21,9 @@ def test_passes_are_counted() -> None:
     assert forecast.passes(resolve(RunConfig(method="joint", tasks=2, **sizes)), [57]) == 57 * 3 * 8 + 4 * 3 * 4
     l2 = resolve(RunConfig(method="gd+l2", tasks=2, fisher_samples=100, **sizes))
     assert forecast.passes(l2, [38, 19]) == expected - 4 * 100
+    for method, plain in (("ddgr", "replay"), ("guided-gd", "gd")):
+        guided, pool = (resolve(RunConfig(method=name, tasks=2, **sizes)) for name in (method, plain))
+        assert forecast.passes(guided, [10, 10]) == forecast.passes(pool, [10, 10])
     fresh = resolve(RunConfig(method="masip", tasks=2, fresh_steps=2, **sizes))
     assert forecast.passes(fresh, [10, 10]) == 20 * 3 * 8 + 10 * (3 + 1 + 2) * 6 + evaluations
 

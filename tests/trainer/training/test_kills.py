@@ -38,7 +38,8 @@ def test_three_kills_at_random_moments(extractor_folder: Path, tmp_path: Path) -
 @pytest.mark.slow
 @needs_fork
 @pytest.mark.parametrize(
-    "method", ["gd+rank1", "gd+bands8:slopes,gradient", "replay+gd+diagonal", "masip", "bands2:slopes,alone"]
+    "method",
+    ["gd+rank1", "gd+bands8:slopes,gradient", "replay+gd+diagonal", "masip", "ddgr+rank1", "bands2:slopes,alone"],
 )
 def test_ten_kills_at_random_moments(method: str, extractor_folder: Path, tmp_path: Path) -> None:
     seed = secrets.randbelow(2**31)

@@ -21,7 +21,18 @@ from crl_diffusion.run_folder import checkpoint
 from crl_diffusion.run_folder.layout import writing
 from crl_diffusion.run_folder.readers import read_metrics
 from crl_diffusion.training import loop
-from helpers.trainer_runs import SHORT, Short, crl_diffusion, few_samples, python, same_end, train, train_words
+from crl_diffusion.training import run as training_run
+from helpers.trainer_runs import (
+    SHORT,
+    Short,
+    at_call,
+    crl_diffusion,
+    few_samples,
+    python,
+    same_end,
+    train,
+    train_words,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -139,6 +150,36 @@ def test_a_run_with_any_option_resumes_to_the_same_bits(
     lines = train(config, tmp_path / "run", extractor_folder)
     assert any("resuming after 1 finished stage(s) and 4 steps" in line for line in lines)
     same_end(tmp_path / "whole", tmp_path / "run")
+
+
+@few_samples
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("method", ["ddgr", "guided-gd+rank1:gradient"])
+@pytest.mark.parametrize(("call", "left"), [(7, "01-00000000"), (12, "01-00000004")])
+def test_a_guided_run_resumes_to_the_same_bits_within_a_task_and_between_tasks(
+    method: str, call: int, left: str, extractor_folder: Path, tmp_path: Path, short: Short
+) -> None:
+    """Three tasks: the classifier of the first goes on to learn the second."""
+    config = short(method, model="mlp", tasks=3)
+    train(config, tmp_path / "whole", extractor_folder)
+
+    class Killed(Exception):
+        pass
+
+    def kill() -> None:
+        raise Killed
+
+    out = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        at_call(patch, training_run, "training_step", call, kill)
+        with pytest.raises(Killed):
+            train(config, out, extractor_folder)
+    assert sorted(path.stem for path in (out / "checkpoints").iterdir())[-1] == left
+    lines = train(config, out, extractor_folder)
+    assert any("resuming after 1 finished stage(s)" in line for line in lines)
+    same_end(tmp_path / "whole", out)
+    kept = checkpoint.load(out / "checkpoints" / "02-00000000.safetensors")
+    assert "memory/source/guided/guide/head.weight" in kept.tensors
 
 
 def _of_an_earlier_version(out: Path) -> None:

@@ -76,6 +76,30 @@ def test_a_checkpoint_that_does_not_fit_the_run_is_skipped(
 
 
 @pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda s: _without(s, "memory/source/guided/guide/"), "its guide lacks or has too many: first.bias"),
+        (lambda s: _without(s, "memory/source/guided/guide/head.bias"), "its guide lacks or has too many: head"),
+        (lambda s: _with(s, "memory/source/guided/guide/head", lambda t: t[:1]), "its guide has torch.float32 (1,"),
+        (lambda s: _without(s, "memory/source/guided/labels"), "no 'labels'"),
+    ],
+)
+def test_the_classifier_of_guided_replay_must_fit(
+    change: Callable[[Checkpoint], Checkpoint], complaint: str, tmp_path: Path, short: Short, make_run: MakeRun
+) -> None:
+    run = make_run(short("ddgr", model="mlp"))
+    run.remember(run.stages[0])
+    run.stage = 1
+    snapshot.save(run)
+    folder, fits = tmp_path / "checkpoints", partial(snapshot.require_fits, run)
+    assert checkpoint.latest(folder, fits)[1] == []
+    _forge(folder / "01-00000000.safetensors", change)
+    newest, complaints = checkpoint.latest(folder, fits)
+    assert newest is None
+    assert complaint in complaints[0]
+
+
+@pytest.mark.parametrize(
     ("name", "change", "complaint"),
     [
         (

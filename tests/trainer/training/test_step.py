@@ -15,6 +15,7 @@ from crl_diffusion.diffusion.noising import stream
 from crl_diffusion.errors import TrainingError
 from crl_diffusion.methods import penalties
 from crl_diffusion.methods.optimizers import new_optimizer
+from crl_diffusion.methods.replay import Guided
 from crl_diffusion.training import loop
 from crl_diffusion.training.run import Run
 from crl_diffusion.training.step import one_cycle, training_step
@@ -35,6 +36,8 @@ REPLAYED = {
     "gd": (1.0, [("pool", "teacher", 1.0)]),
     "replay+gd": (1.0, [("pool", "noise", 1.0), ("pool", "teacher", 1.0)]),
     "masip": (1 / 3, [("fresh", "teacher", 2 / 3)]),
+    "ddgr": (1.0, [("guided", "noise", 1.0)]),
+    "guided-gd": (1.0, [("guided", "teacher", 1.0)]),
 }
 
 
@@ -60,6 +63,8 @@ def _double(run: Run) -> list[Learnt]:
     """The run in float64; what its penalty learns is noted in the list."""
     run.model.double().eval()
     run.like = next(run.model.parameters())
+    if isinstance(guided := run.sources.get("guided"), Guided):
+        guided.guide.classifier.double()
     learnt: list[Learnt] = []
     if run.method.penalty is not None:
         run.penalty = penalties.PenaltyState(run.method.penalty, run.model)
@@ -122,8 +127,8 @@ def _plain_gradient(run: Run, model: nn.Module, name: str, stage: Stage, step: i
     loss = weight * nn.functional.mse_loss(model(x, t, class_labels=images.labels[order])[0], noise)
     for i, (source, target, weight) in enumerate(replays):
         generator = stream(seed, f"replay {i}", stage.number, step)
-        if source == "pool":
-            pool = run.sources["pool"].images  # type: ignore[attr-defined]
+        if source in ("pool", "guided"):
+            pool = run.sources[source].images  # type: ignore[attr-defined]
             index = torch.randint(len(pool.labels), (config.replay_batch,), generator=generator)
             pixels, label = pool.pixels[index], pool.labels[index]
         else:
@@ -298,6 +303,8 @@ def test_a_step_without_a_penalty_is_that_of_plain_pytorch(
         ("gd", "rank1:slopes,lam=50"),
         ("replay+gd", "rank1:top,lam=50"),
         ("masip", "rank3:lam=50"),
+        ("ddgr", "rank1:lam=50"),
+        ("guided-gd", "diagonal:lam=3000"),
         ("gd", "rank3:slopes,lam=50"),
         ("replay", "bands2:lam=50"),
         ("gd", "bands2:top,slopes,lam=50"),
