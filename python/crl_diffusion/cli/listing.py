@@ -93,8 +93,9 @@ def _replays() -> Listing:
         rows,
         "A penalty is used alone or after a replay: rank1, gd+rank1, replay+gd+bands8. "
         f"{'; '.join(f'{name}: {meaning}' for name, meaning in words.SOURCES.items())}. "
-        f"Target noise: {words.TARGETS['noise']}; target teacher: {words.TARGETS['teacher']}. k: number of tasks so far."
-        f" With adapters, {words.ADAPTERS}; r, from 1 to 1000, is their rank. They go with no replay and no penalty.",
+        f"Target noise: {words.TARGETS['noise']}; target teacher: {words.TARGETS['teacher']}. "
+        "k: number of tasks so far. "
+        f"With adapters, {words.ADAPTERS}; r, from 1 to 1000, is their rank. They go with no replay and no penalty.",
     )
 
 

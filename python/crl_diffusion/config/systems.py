@@ -20,10 +20,10 @@ class System(NamedTuple):
 SYSTEMS: dict[str, System] = {
     "adapters": System(
         "adapters4",
-        "Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, ICLR 2022, arXiv 2106.09685; for tasks in turn: "
-        "Smith et al., Continual Diffusion: Continual Customization of Text-to-Image Diffusion with C-LoRA, arXiv "
-        "2304.06027; Enescu and Sahbi, Deep Generative Continual Learning using Functional LoRA: FunLoRA, arXiv "
-        "2510.02631",
+        "Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, ICLR 2022, arXiv 2106.09685; for one task after "
+        "another: Smith et al., Continual Diffusion: Continual Customization of Text-to-Image Diffusion with C-LoRA, "
+        "arXiv 2304.06027, and Enescu and Sahbi, Deep Generative Continual Learning using Functional LoRA: FunLoRA, "
+        "arXiv 2510.02631",
         "C-LoRA adapts the cross attention of a pretrained text-to-image model, adds up the adapters of all tasks and "
         "penalises where they overlap, so old concepts can still change. FunLoRA rescales the filters of a "
         "flow-matching network by functions of rank-1 matrices, one pair for each class. Here the adapters are plain "
