@@ -67,6 +67,7 @@ class Run:
 
     def begin(self, stage: Stage) -> None:
         """Get ready for the steps of a stage: the weights that it trains, and their optimizer."""
+        self.model.zero_grad()  # of weights that are not trained any more: clipping sees all gradients
         if isinstance(self.model, AdaptedNetwork):
             self.model.expand(stage.learnt)
         self.optimizer = self.new_optimizer()
