@@ -3,7 +3,6 @@
 import json
 from collections.abc import Collection
 from dataclasses import replace
-from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple, cast
@@ -318,22 +317,18 @@ def test_running_makes_what_is_missing_and_passes_over_what_fails(tmp_path, monk
     regime = replace(SMALL, seeds=(0,), curve=(), arms=SMALL.arms[:1] + SMALL.arms[6:7])
     root, lines, calls = tmp_path / "runs", tmp_path / "small.jsonl", []
 
-    def pretend(work, launcher, console, quiet):
-        failed = []
-        for cell in work:
-            words = launcher.command(cell)
-            assert words[words.index("--out") + 1] == str(cell.folder)
-            assert words[words.index("--extractor-folder") + 1] == str(tmp_path / "extractors")
+    def start(pool, cells):
+        for cell in cells:
             assert not (cell.folder / "summary.json").exists()
+            assert pool.command(cell)[1:4] == ["-m", "crl_diffusion", "train"]
             calls.append(str(cell.folder.relative_to(root)))
-            if "lam=3000" in cell.config.method:
-                failed.append(cell)
-            else:
+            fails = "lam=3000" in cell.config.method
+            if not fails:
                 make(root, Wanted(cell.folder.parent.name, cell.config), 5.0)
-        return failed
+            cell.process = SimpleNamespace(poll=lambda code=int(fails): code)
 
-    assert [*signature(running.runner.run).parameters] == [*signature(pretend).parameters]
-    monkeypatch.setattr(running.runner, "run", pretend)
+    monkeypatch.setattr(running.runner.Pool, "start", start)
+    monkeypatch.setattr(running.runner, "POLL_SECONDS", 0.0)
     monkeypatch.setattr(running.evaluate, "instruments", lambda *_: None)
     monkeypatch.setattr(running.evaluate, "prepare", lambda *_: None)
     runs = running.run(regime, root, lines, tmp_path / "extractors", Path("data"), 1)
