@@ -90,12 +90,12 @@ def _named(name: str) -> Method:
     replayed, penalty = rest, last
     family = NUMBERED.fullmatch(penalty)
     if family is None or replayed not in REPLAYS or (plus and not replayed):
-        others = dict.fromkeys([*names_without_penalty(), *SYSTEMS])
         raise OptionError(
-            f"method {name!r} is not known; choose {', '.join(others)}, or a penalty ({', '.join(penalty_names())}; n "
-            "from 2 to 1000, r from 1), by itself or after one of "
-            f"{', '.join(f'{replay}+' for replay in REPLAYS if replay)}; interpolate<w>, w above 0 and below 1, such "
-            "as interpolate0.5, stands by itself or, with a +, after any of them but fine-tune, joint and adapters<r>"
+            f"method {name!r} is not known; choose {', '.join(names_without_penalty())}, a system of `crl-diffusion "
+            f"list`, or a penalty ({', '.join(penalty_names())}; n from 2 to 1000, r from 1), by itself or after one "
+            f"of {', '.join(f'{replay}+' for replay in REPLAYS if replay)}; interpolate<w>, w above 0 and below 1, "
+            "such as interpolate0.5, stands by itself or, with a +, after any of them but fine-tune, joint and "
+            "adapters<r>"
         )
     return replace(REPLAYS[replayed], penalty=FAMILIES[family[1]](int(family[2])))
 

@@ -116,7 +116,7 @@ def test_spelling_round_trips(
         ("ewc-guided-replay:slopes", "'slopes' is not an option of its penalty"),
         ("joint+rank1", "'joint+rank1' is not known"),
         ("", "method '' is not known; choose fine-tune, joint"),
-        ("", "masip, ddgr, guided-gd, generative-replay, generative-distillation, ewc-guided-replay, or a penalty"),
+        ("", "masip, ddgr, guided-gd, a system of `crl-diffusion list`, or a penalty (l2"),
         ("gd:lam=3", "method 'gd:lam=3': gd has no penalty"),
         ("fine-tune:", "fine-tune has no penalty"),
         ("rank1:", "'' is not an option"),
