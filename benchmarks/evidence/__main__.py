@@ -31,9 +31,10 @@ from ..common import command as commands
 from . import ledger
 from .experiments import EXPERIMENTS, Experiment
 from .regime import running
-from .regime.definitions import REGIMES
+from .regime.definitions import REGIMES, SYSTEMS_REGIME
 from .regime.report import write_report as write_regime
 from .regime.runs import Runs
+from .regime.systems import write_systems
 from .report import write_report
 from .tuning import compare_arguments, stages
 
@@ -91,7 +92,8 @@ def main(command: Command) -> None:
         regime = REGIMES[command.experiment]
         if not command.report_only:
             running.run(regime, folder, lines, command.results / "extractors", command.data_root, command.jobs)
-        write_regime(command.experiment, Runs(regime, folder), lines, command.results)
+        write = write_systems if command.experiment == SYSTEMS_REGIME else write_regime
+        write(command.experiment, Runs(regime, folder), lines, command.results)
         return
     experiment = EXPERIMENTS[command.experiment]
     if not command.report_only:

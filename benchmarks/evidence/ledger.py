@@ -21,7 +21,7 @@ from ..common.measure import processor
 
 ORIGIN = ("run", "data_name", "extractor", "classifier", "git")  # parts of config.json, with the environment's versions
 FISHER = ("kind", "task", *STATISTICS, "state_bytes", "curvatures")
-AT_THE_END_OF_A_TASK = ("movement", "held_out_loss")  # kinds of rows
+AT_THE_END_OF_A_TASK = ("movement", "held_out_loss", "memory", "adapters")  # kinds of rows
 DIGITS = 6  # of their numbers
 
 

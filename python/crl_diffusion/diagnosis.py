@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from crl_diffusion.config.curriculum import stages
+from crl_diffusion.config.curriculum import reached, stages
 from crl_diffusion.config.settings import Device, RunConfig
 from crl_diffusion.config.spelling import with_penalty
 from crl_diffusion.data.images import to_float
@@ -81,6 +81,11 @@ def diagnose_run(
     Writes the report to `out`. Returns it and its files.
     """
     config = read_run_config(run)
+    if config.recipe.adapter_rank:
+        raise OptionError(
+            f"{str(run)!r} is a run of {config.method}, which keeps the weights of every task and needs no penalty; "
+            "diagnose says which penalty suits a model whose tasks share their weights: give a run of another method"
+        )
 
     def require_fits(saved: checkpoint.Checkpoint) -> None:
         if saved.run != digest_of(config):
@@ -94,11 +99,11 @@ def diagnose_run(
 
     # The model knows the classes of finished stages and of the stage that it is in.
     plan = stages(config)
-    reached = plan[saved.stage] if saved.step else plan[saved.stage - 1]
-    if task is not None and not 1 <= task <= reached.learnt:
-        raise OptionError(f"--task is {task}, but the model has learnt {reached.learnt} task(s); give one of these")
+    learnt = reached(plan, saved.stage, saved.step).learnt
+    if task is not None and not 1 <= task <= learnt:
+        raise OptionError(f"--task is {task}, but the model has learnt {learnt} task(s); give one of these")
     data = load_again(run, config, data_root)
-    chosen = data.tasks[: reached.learnt] if task is None else data.tasks[task - 1 : task]
+    chosen = data.tasks[:learnt] if task is None else data.tasks[task - 1 : task]
     images = data.training(chosen)
     if len(images) < samples:
         raise OptionError(f"--samples is {samples}, but there are only {len(images)} images; ask for fewer")

@@ -40,6 +40,7 @@ def fabricate(folder: Path, method: str, seed: int, level: float = 10.0, channel
             losses = {"loss": float(0.1 + own.random() / 50), "replay_loss": 0.05 if stage.number else 0.0}
             rows.append({"kind": "step", "stage": stage.number + 1, "step": step, **losses})
             timing = {"stage": stage.number + 1, "step": step, "step_ms": float(40 + own.random())}
+            timing["step_cpu_ms"] = 20.0 + 10.0 * len(config.recipe.replays)
             if config.recipe.penalty is not None and stage.number:
                 timing["penalty_ms"] = float(1 + own.random() / 5)
             timings.append(timing)
@@ -62,6 +63,10 @@ def fabricate(folder: Path, method: str, seed: int, level: float = 10.0, channel
                 "curvatures": own.random(penalty.rank * penalty.bands).tolist(), "slopes": None,
             } if low_rank else {"num_samples": 1000, "kappa": None, "rho": None, "trace": 2.5}  # fmt: skip
             rows.append({"kind": "fisher", "task": stage.learnt, **statistics, "state_bytes": 5_737_424})
+        if stage.number + 1 < len(stages(config)):
+            parts = {"teacher_bytes": 800.0 * bool(config.recipe.replays), "replay_bytes": 200.0 * stage.learnt}
+            rows.append({"kind": "memory", "task": stage.learnt, **parts})
+            timings.append({"stage": stage.number + 1, "task_end_seconds": 3.0, "task_end_cpu_seconds": 2.0})
     environment = {"python": "3.11.7", "torch": "2.14.1", "threads": 1}
     record = {"run": config.as_json(), "extractor": f"cnn32-{config.data}", "environment": environment}
     (folder / "config.json").write_text(json.dumps(record))

@@ -13,8 +13,9 @@ Borrowed = Literal["", "same lam", "same lam a", "same precision"]
 class Arm(NamedTuple):
     """One method in one setting: a row of the report.
 
-    With `lams`, its lam is the one of them with the lowest average FID on validation images of the tuning seed. Without
-    them, lam is borrowed from another arm, `model`: the same lam; the same product of lam and the mean curvature; or,
+    With `lams`, its lam is the one of them with the lowest average FID on validation images of the tuning seed. With
+    `candidates`, each a setting and a method, the arm is chosen among them in the same way. Without either, lam is
+    borrowed from another arm, `model`: the same lam; the same product of lam and the mean curvature; or,
     among the lams that were tried for this method, the one whose drop of Adam's precision is closest to the model's.
     """
 
@@ -23,6 +24,7 @@ class Arm(NamedTuple):
     lams: tuple[float, ...] = ()
     borrowed: Borrowed = ""
     model: str = ""  # label of another arm
+    candidates: tuple[tuple[str, str], ...] = ()
 
     @property
     def label(self) -> str:
@@ -69,7 +71,56 @@ WITH_SGD = (1.0, 3.0, 10.0, 30.0)  # in the gradient; with 300 the loss is soon 
 RANDOM, SLOPES, PRECONDITIONED = (3.0, 10.0, 30.0, 100.0), (3.0, 10.0, 30.0, 100.0), (0.001, 0.003, 0.01, 0.03)
 RANK1 = Arm("constant", "gd+rank1:gradient", IN_GRADIENT)
 
+# One arm for each system of `crl_diffusion.config.systems`, by name. Penalties are in the gradient, as in the papers.
+L2, DIAGONAL_WITH_REPLAY = (0.001, 0.01, 0.1, 1.0), (0.1, 1.0, 10.0, 100.0)
+ALONE, RANK1_ALONE = (30.0, 300.0, 3000.0, 30000.0), (10.0, 100.0, 1000.0, 10000.0)
+GUIDANCE, RANKS, SHARES = (0.3, 1.0, 3.0, 10.0), (1, 4, 16, 64), (0.1, 0.25, 0.5, 0.75)
+TRUST_REGION = "fisher-10000"
+SYSTEM_SETTINGS: dict[str, dict[str, Any]] = {
+    "constant": {},
+    TRUST_REGION: {"fisher_samples": 10_000},
+    **{f"guidance-{scale:g}": {"guidance": scale} for scale in GUIDANCE},
+}
+
+
+def interpolated(replayed: str) -> Arm:
+    return Arm(
+        "constant",
+        f"{replayed}interpolate",
+        candidates=tuple(("constant", f"{replayed}interpolate{w}") for w in SHARES),
+    )
+
+
+SYSTEM_ARMS: dict[str, Arm] = {
+    "fine-tuning": Arm("constant", "fine-tune"),
+    "joint-training": Arm("constant", "joint"),
+    "generative-replay": Arm("constant", "replay"),
+    "generative-distillation": Arm("constant", "masip"),
+    "pooled-distillation": Arm("constant", BASELINE),
+    "ddgr": Arm("constant", "ddgr", candidates=tuple((f"guidance-{scale:g}", "ddgr") for scale in GUIDANCE)),
+    "ewc": Arm("constant", "diagonal:gradient", ALONE),
+    "rank1-ewc": Arm("constant", "rank1:gradient", RANK1_ALONE),
+    "ewc-guided-replay": Arm("constant", "replay+diagonal:gradient", DIAGONAL_WITH_REPLAY),
+    "ewc-distillation": Arm("constant", "gd+diagonal:gradient", DIAGONAL_WITH_REPLAY),
+    "rank1-ewc-distillation": RANK1,
+    "trust-region": Arm(TRUST_REGION, "gd+rank1:gradient", IN_GRADIENT),
+    "l2-anchor": Arm("constant", "l2:gradient", L2),
+    "l2-average-anchor": Arm("constant", "l2-average:gradient", L2),
+    "l2-distillation": Arm("constant", "gd+l2:gradient", L2),
+    "l2-average-distillation": Arm("constant", "gd+l2-average:gradient", L2),
+    "weight-interpolation": interpolated(""),
+    "interpolated-replay": interpolated("replay+"),
+    "interpolated-distillation": interpolated("gd+"),
+    "adapters": Arm("constant", "adapters", candidates=tuple(("constant", f"adapters{rank}") for rank in RANKS)),
+}
+SYSTEMS_REGIME = "systems"
 REGIMES = {
+    SYSTEMS_REGIME: Regime(
+        common={**COMMON, "data": "digits", "model": "mlp", "steps": 2000},
+        settings=SYSTEM_SETTINGS,
+        seeds=tuple(range(6)),
+        arms=tuple(SYSTEM_ARMS.values()),
+    ),
     "regime-mlp": Regime(
         common={**COMMON, "data": "digits", "model": "mlp", "steps": 2000},
         settings=SETTINGS,

@@ -116,6 +116,12 @@ def prediction_part(number_: int, prediction: Prediction, finished: bool) -> str
     return f"### {number_}. {prediction.text} **{verdict}**\n\n{tables.markdown(sheet)}"
 
 
+def candidate(pair: tuple[str, str]) -> str:
+    """The name of an arm's candidate, without the setting if that is the common one."""
+    setting, method = pair
+    return method if setting == "constant" else f"{setting} {method}"
+
+
 def tuning_part(runs: Runs) -> Sheet:
     """The average FID of every lam that was tried, by arm, and that of the same setting without a penalty."""
     body = []
@@ -128,6 +134,12 @@ def tuning_part(runs: Runs) -> Sheet:
         values = ", ".join(f"{lam:g}: {number(fid, 2)}" for lam, fid in fids.items())
         lam = runs.lam(arm)
         body.append([arm.label, number(base, 2), values or "not run", NONE if lam is None else f"{lam:g}"])
+    for arm in runs.regime.arms:
+        if arm.candidates:
+            fids = dict(zip(map(candidate, arm.candidates), runs.fids(runs.tried_candidates(arm)), strict=True))
+            choice = runs.choice(arm)
+            values = ", ".join(f"{name}: {number(fid, 2)}" for name, fid in fids.items())
+            body.append([arm.label, NONE, values, NONE if choice is None else candidate(choice)])
     for name, candidates in runs.regime.chosen.items():
         fids = runs.fids(runs.tuning_run(candidate, BASELINE) for candidate in candidates)
         values = ", ".join(f"{c}: {number(fid, 2)}" for c, fid in zip(candidates, fids, strict=True))
@@ -155,10 +167,10 @@ def picture(drawing: Drawing, results: Path) -> list[str]:
     return [f"![{drawing.alt}]({drawing.name}.png)", drawing.caption]
 
 
-def write_report(name: str, runs: Runs, lines: Path, results: Path) -> None:
+def beginning(name: str, runs: Runs, lines: Path) -> list[str]:
+    """The parts of a page that say what was run, when, and what is missing."""
     rows = read_rows(lines)
     machines = dict.fromkeys(row["record"]["environment"].get("processor", "unknown") for row in rows)
-    groups = groups_of(runs)
     parts = [
         f"# {name}",
         f"`python -m benchmarks.evidence {name}`; {len(rows)} runs, {min(row['date'] for row in rows)} to "
@@ -169,9 +181,14 @@ def write_report(name: str, runs: Runs, lines: Path, results: Path) -> None:
         + "; ".join(f"**{key}**: {words(value)}" for key, value in runs.regime.settings.items())
         + ".",
     ]
-    missing = runs.missing()
-    if missing:
+    if missing := runs.missing():
         parts.append(f"**Not finished**: {len(missing)} runs or more are missing.")
+    return parts
+
+
+def write_report(name: str, runs: Runs, lines: Path, results: Path) -> None:
+    groups, missing = groups_of(runs), runs.missing()
+    parts = beginning(name, runs, lines)
     drawn = [
         ("Training until it no longer helps", pictures.training(runs, f"{name}-steps")),
         ("Gain and Adam's effective rate", pictures.gain_and_rate(runs, f"{name}-rate")),

@@ -71,13 +71,24 @@ class Result:
         return float(np.mean([row["displacement"] for row in self.of_kind("movement")]))
 
     @property
+    def parameters(self) -> int:
+        """Of the model, for runs with movement."""
+        row = self.of_kind("movement")[0]
+        # A random direction's drift is the displacement over the root of the number of parameters.
+        return round((row["displacement"] / row["random_drift"]) ** 2)
+
+    @property
     def kept(self) -> float:
         """Bytes for each parameter that the method keeps at the end of the run besides the model, Adam's state and the
         old model: the penalty's state, and the average of the weights."""
-        row = self.of_kind("movement")[0]
-        # A random direction's drift is the displacement over the root of the number of parameters.
-        parameters = round((row["displacement"] / row["random_drift"]) ** 2)
-        return float(self.run.summary["state_bytes"] / parameters + (4 if self.run.settings["ema"] else 0))
+        return float(self.run.summary["state_bytes"] / self.parameters + (4 if self.run.settings["ema"] else 0))
+
+    @property
+    def memory(self) -> float:
+        """Bytes that the last task needs of those before it, besides the model and the optimizer's state: the old
+        model, pools of images and what guides them, the penalty's state; of adapters, those of all tasks."""
+        rows = self.of_kind("memory")[-1:]
+        return float(self.run.summary["state_bytes"] + sum(row["teacher_bytes"] + row["replay_bytes"] for row in rows))
 
     @property
     def curvature(self) -> float:
@@ -169,22 +180,34 @@ class Runs:
         lam = self.lam(arm)
         return None if lam is None else add_lam(arm.method, lam)
 
+    def tried_candidates(self, arm: Arm) -> list[Wanted]:
+        return [self.tuning_run(setting, method) for setting, method in arm.candidates]
+
+    def choice(self, arm: Arm) -> tuple[str, str] | None:
+        """The setting and the method of an arm's final runs; None before they are known."""
+        if arm.candidates:
+            fids = self.fids(self.tried_candidates(arm))
+            return None if any(map(math.isnan, fids)) else arm.candidates[int(np.argmin(fids))]
+        setting, method = self.setting(arm.setting), self.method(arm)
+        return None if setting is None or method is None else (setting, method)
+
     # Stages
 
     def tuning(self) -> list[Wanted]:
         """The tuning runs that can be made now: arms in a setting that is still to be chosen come later."""
         settings = dict.fromkeys(candidate for arm in self.regime.arms for candidate in self.candidates(arm.setting))
         runs = [self.tuning_run(setting, BASELINE) for setting in settings]
-        return [*runs, *(run for arm in self.regime.arms for run in self.tried(arm).values())]
+        return [
+            *runs,
+            *(run for arm in self.regime.arms for run in (*self.tried(arm).values(), *self.tried_candidates(arm))),
+        ]
 
     def candidates(self, setting: str) -> Sequence[str]:
         return self.regime.chosen.get(setting, (setting,))
 
     def final_run(self, arm: Arm, seed: int) -> Wanted | None:
-        setting, method = self.setting(arm.setting), self.method(arm)
-        if setting is None or method is None:
-            return None
-        return Wanted(f"final-{setting}", self.config(setting, method, seed))
+        choice = self.choice(arm)
+        return None if choice is None else Wanted(f"final-{choice[0]}", self.config(*choice, seed))
 
     def final(self) -> list[Wanted]:
         """The final runs that can be made now, one seed after another."""

@@ -13,11 +13,12 @@ from rich import box
 from rich.table import Table
 
 from crl_diffusion.config import words
-from crl_diffusion.config.method import FAMILIES, METHODS, PENALTIES
+from crl_diffusion.config.method import FAMILIES, L2_MODES, METHODS, PENALTIES
 from crl_diffusion.config.networks import MODELS, MLPSize
 from crl_diffusion.config.presets import OURS, PAPER_METHODS, PAPER_VARIANTS, PRESETS, UNUSED, Preset
 from crl_diffusion.config.settings import DATA_PLANS, RunConfig, Settings
 from crl_diffusion.config.spelling import penalty_names
+from crl_diffusion.config.systems import SYSTEMS
 from crl_diffusion.diffusion.network import build
 from crl_diffusion.training.plan import resolve
 
@@ -39,7 +40,8 @@ class Listing(NamedTuple):
 
 
 def listings() -> list[Listing]:
-    return [_data(), _models(), _replays(), _penalties(), _options(), _presets(), _settings(), _paper_methods()]
+    methods = [_replays(), _penalties(), _options(), _systems()]
+    return [_data(), _models(), *methods, _presets(), _settings(), _paper_methods()]
 
 
 def _data() -> Listing:
@@ -81,19 +83,22 @@ def _models() -> Listing:
 def _replays() -> Listing:
     rows = []
     for name, method in METHODS.items():
-        if method.penalty is not None:
+        if method.penalty is not None or method.adapter_rank:
             continue
         parts = [f"{replay.source} images, target {replay.target}" for replay in method.replays]
         weights = {"sum": "1 each", "tasks": "1/k real, 1 - 1/k replay"}[method.weights] if parts else "1"
         rows.append([name, "; ".join(parts) or "nothing", weights, method.curriculum])
+    rows.append(["adapters<r>", "nothing; every task after the first trains adapters of its own", "1", "continual"])
     return Listing(
         "Methods: what is replayed",
         ("--method", "replays", "weights", "curriculum"),
         rows,
         "A penalty is used alone or after a replay: rank1, gd+rank1, replay+gd+bands8. "
-        f"{'; '.join(f'{name}: {meaning}' for name, meaning in words.SOURCES.items())}. "
-        f"Target noise: {words.TARGETS['noise']}; target teacher: {words.TARGETS['teacher']}. k: number of tasks so "
-        "far.",
+        f"{'; '.join(f'{name}: {meaning}' for name, meaning in words.SOURCES.items())}. Target noise: "
+        f"{words.TARGETS['noise']}; target teacher: {words.TARGETS['teacher']}. k: number of tasks so far. With "
+        f"adapters, {words.ADAPTERS}; r, from 1 to 1000, is their rank. They stand by themselves. interpolate<w> by "
+        "itself or at the end of any name but fine-tune, joint and adapters<r>, such as gd+interpolate0.5: at the end "
+        "of each task after the first, the weights move w of the way back to those that the task before it ended with.",
     )
 
 
@@ -102,11 +107,18 @@ def _penalties() -> Listing:
     for name in penalty_names():
         penalty = PENALTIES[name] if name in PENALTIES else FAMILIES[name.removesuffix("<n>")](2)
         directions = {"rank<n>": "n", "bands<n>": "1 in each of n bands of timesteps"}.get(name, str(penalty.rank))
-        if penalty.fisher == "diagonal":
+        if penalty.fisher != "low_rank":
             rows.append([name, "-", "-", f"{penalty.lam:g}", penalty.mode])
         else:
             rows.append([name, directions, penalty.direction, f"{penalty.lam:g}", penalty.mode])
-    return Listing("Methods: penalties", ("penalty", "directions a task", "direction", "lam", "mode"), rows)
+    l2 = "; ".join(f"{name}: {words.L2[PENALTIES[name].fisher]}" for name in PENALTIES if name.startswith("l2"))
+    return Listing(
+        "Methods: penalties",
+        ("penalty", "directions a task", "direction", "lam", "mode"),
+        rows,
+        f"What l2 and l2-average pull towards: {l2}. They estimate no Fisher matrix, and know the modes "
+        f"{' and '.join(L2_MODES)}.",
+    )
 
 
 def _options() -> Listing:
@@ -120,6 +132,17 @@ def _options() -> Listing:
         ["slopes", words.SLOPES],
     ]
     return Listing("Methods: options of a penalty, NAME:OPTION,...", ("option", "meaning"), rows)
+
+
+def _systems() -> Listing:
+    rows = [[name, system.method, system.source, system.differs] for name, system in SYSTEMS.items()]
+    return Listing(
+        "Systems of the literature",
+        ("system", "--method", "source", "what differs"),
+        rows,
+        "--method accepts the name of a system, too, and uses its method. Values of lam, ranks, guidance and shares of "
+        "interpolation are defaults, and to be tuned.",
+    )
 
 
 def _presets() -> Listing:

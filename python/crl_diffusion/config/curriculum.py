@@ -40,5 +40,10 @@ def task_classes(config: RunConfig) -> list[tuple[int, ...]]:
     return [tuple(order[size * i : size * (i + 1)]) for i in range(config.tasks)]
 
 
+def reached(plan: Sequence[Stage], finished: int, steps: int) -> Stage:
+    """The last stage that the model has been trained in, after so many finished stages and steps of the next."""
+    return plan[finished] if steps else plan[finished - 1]
+
+
 def stages(config: RunConfig) -> list[Stage]:
     return CURRICULA[config.recipe.curriculum](task_classes(config))

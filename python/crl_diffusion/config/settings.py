@@ -159,6 +159,7 @@ class RunConfig(Settings):
         defaults, so a run of an earlier version has the same configuration and can be resumed."""
         recipe = asdict(self.recipe)
         recipe["replays"] = list(recipe["replays"])  # JSON knows no tuples
+        recipe = {name: x for name, x in recipe.items() if name not in ADDED_PARTS or x != ADDED_PARTS[name]}
         values = {name: x for name, x in asdict(self).items() if x != ADDED.get(name)}
         return {**values, "recipe": recipe}
 
@@ -176,6 +177,7 @@ ADDED: dict[str, Any] = {
     "pool_latents": "per-class",
     "skip_unreadable": False,
 }
+ADDED_PARTS: dict[str, Any] = {"interpolation": 0.0, "adapter_rank": 0}  # the same for the parts of a method
 
 
 def least_fisher_samples(config: RunConfig) -> int:

@@ -2,8 +2,9 @@
 
 `gd+bands8:top,slopes,gradient,lam=60` is generative distillation with a penalty: eight bands of timesteps, top
 eigenvectors as directions, the first-order term of each task kept, added to the gradient, lam = 60. `rank<k>` and
-`bands<n>` accept any number from 2 to 1000. Of two options of one kind the last one counts. `spell` gives the canonical
-spelling of a method, which tables and folder names use.
+`bands<n>` accept any number from 2 to 1000. `interpolate<w>` is the last part of a name, with 0 < w < 1 written as
+0.5: interpolate0.5, gd+interpolate0.5, gd+rank1+interpolate0.5:gradient. Of two options of one kind the last one
+counts. `spell` gives the canonical spelling of a method, which tables and folder names use.
 
 `gd@ema=0.999` is the method gd with an average of the weights, in a comparison with runs that have another average or
 none. A run is labelled so in tables, pictures and folder names: `label`.
@@ -17,7 +18,10 @@ from dataclasses import replace
 from typing import Any, get_args
 
 from crl_diffusion.config.method import (
+    ADAPTERS,
     FAMILIES,
+    INTERPOLATION,
+    L2_MODES,
     METHODS,
     NUMBERED,
     OF_ADAM,
@@ -66,25 +70,50 @@ def _of_system(text: str) -> str:
 
 
 def _named(name: str) -> Method:
-    """The method of a name without options: one of METHODS, or REPLAY+FAMILY and a number."""
+    """The method of a name without options: one of METHODS, adapters and a rank, or REPLAY+FAMILY and a number; all but
+    adapters by themselves or before interpolate<w>."""
     if name in METHODS:
         return METHODS[name]
-    replayed, plus, penalty = name.rpartition("+")
+    if adapters := ADAPTERS.fullmatch(name):
+        return Method(adapter_rank=int(adapters[1]))
+    if part := next((part for part in name.split("+") if ADAPTERS.fullmatch(part)), None):
+        raise OptionError(
+            f"method {name!r}: adapters keep old tasks as they were, without replay, penalty or interpolation; use "
+            f"{part}"
+        )
+    rest, plus, last = name.rpartition("+")
+    weight = INTERPOLATION.fullmatch(last)
+    if weight is not None and bool(rest) == bool(plus) and rest not in ("fine-tune", "joint"):
+        method = _named(rest) if rest else Method()
+        if not method.interpolation:
+            return replace(method, interpolation=float(weight[1]))
+    replayed, penalty = rest, last
     family = NUMBERED.fullmatch(penalty)
     if family is None or replayed not in REPLAYS or (plus and not replayed):
-        others = dict.fromkeys([*(n for n, m in METHODS.items() if m.penalty is None), *SYSTEMS])
         raise OptionError(
-            f"method {name!r} is not known; choose {', '.join(others)}, or a penalty ({', '.join(penalty_names())}; n "
-            f"from 2 to 1000), by itself or after one of {', '.join(f'{replay}+' for replay in REPLAYS if replay)}"
+            f"method {name!r} is not known; choose {', '.join(names_without_penalty())}, a system of `crl-diffusion "
+            f"list`, or a penalty ({', '.join(penalty_names())}; n from 2 to 1000, r from 1), by itself or after one "
+            f"of {', '.join(f'{replay}+' for replay in REPLAYS if replay)}; interpolate<w>, w above 0 and below 1, "
+            "such as interpolate0.5, stands by itself or, with a +, after any of them but fine-tune, joint and "
+            "adapters<r>"
         )
     return replace(REPLAYS[replayed], penalty=FAMILIES[family[1]](int(family[2])))
 
 
 def with_penalty(text: str, penalty: str) -> str:
     """The method that replays what this one does, with another penalty; of a method without a replay, the penalty."""
-    without = replace(parse_method(text), penalty=None)
+    old = parse_method(text)
+    without = replace(old, penalty=None, interpolation=0.0)
     replayed = next((name for name, method in REPLAYS.items() if method == without), "")
-    return spell(f"{replayed}+{penalty}".strip("+"))
+    interpolated = f"interpolate{_shortest(old.interpolation)}" if old.interpolation else ""
+    name, colon, options = penalty.partition(":")
+    return spell("+".join(part for part in (replayed, name, interpolated) if part) + colon + options)
+
+
+def names_without_penalty() -> list[str]:
+    """The names of all methods without a penalty, with one name for those with adapters."""
+    names = [name for name, method in METHODS.items() if method.penalty is None]
+    return ["adapters<r>" if METHODS[name].adapter_rank else name for name in names]
 
 
 def penalty_names() -> list[str]:
@@ -93,7 +122,8 @@ def penalty_names() -> list[str]:
 
 
 def _with_option(penalty: Penalty, option: str, text: str) -> Penalty:
-    if option in get_args(Mode):
+    modes = get_args(Mode) if penalty.is_estimated else L2_MODES
+    if option in modes:
         return replace(penalty, mode=option)  # type: ignore[arg-type]
     if option.startswith("lam="):
         try:
@@ -108,7 +138,7 @@ def _with_option(penalty: Penalty, option: str, text: str) -> Penalty:
             return replace(penalty, slopes=True)
         if option in ("top", "random", "signs") or (option == "mean" and penalty.rank == 1):
             return replace(penalty, direction=option)  # type: ignore[arg-type]
-    known = [*get_args(Mode), "lam=NUMBER"]
+    known = [*modes, "lam=NUMBER"]
     if penalty.fisher == "low_rank":
         known += ["slopes", "top", "random", "signs"] + (["mean"] if penalty.rank == 1 else [])
     raise OptionError(f"method {text!r}: {option!r} is not an option of its penalty; choose among {', '.join(known)}")
@@ -186,10 +216,12 @@ def in_order(texts: Iterable[str]) -> list[str]:
         name, values = parse_variant(text)
         method, values = parse_method(name), VARIED | values
         variation = [(values[setting] != default, values[setting]) for setting, default in VARIED.items()]
-        replayed, p = known.index(replace(method, penalty=None)), method.penalty
+        replayed = known.index(replace(method, penalty=None, interpolation=0.0, adapter_rank=0))
+        p = method.penalty
         if p is None:
-            return (False, replayed, variation, text)
-        kind = (p.fisher != "diagonal", p.bands, p.rank, replayed, p.direction, p.slopes, p.mode)
+            return (False, method.adapter_rank, replayed, method.interpolation, variation, text)
+        fisher = [kind.fisher for kind in PENALTIES.values()].index(p.fisher)
+        kind = (fisher, p.bands, p.rank, replayed, method.interpolation, p.direction, p.slopes, p.mode)
         return (True, *kind, variation, p.lam, text)
 
     return sorted(dict.fromkeys(texts), key=key)

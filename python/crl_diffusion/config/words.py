@@ -25,12 +25,20 @@ MODES = {
     "once": f"{CONTROL}one proximal step at the end of each task, no penalty afterwards",
     "alone": f"{CONTROL}the first-order term only, fading with every task; nothing quadratic",
 }
+L2 = {
+    "l2": "the weights that the last task ended with",
+    "l2_average": "the mean of the weights that the old tasks ended with",
+}
 DIRECTIONS = {
     "top": "the top eigenvectors of the Fisher matrix",
     "mean": "the mean gradient",
     "random": f"{CONTROL}random unit directions with the same curvatures and slopes",
     "signs": f"{CONTROL}the same directions with a random sign for every entry; curvatures and slopes stay",
 }
+ADAPTERS = (
+    "the first task trains all weights, and then each task trains low-rank adapters (LoRA) of all linear and "
+    "convolutional layers, and the embeddings of its classes; a class is drawn with the weights of its task"
+)
 SLOPES = "keep the first-order term of each task: it moves the anchor down the slope of the old task's loss"
 
 
@@ -38,12 +46,16 @@ def describe(recipe: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     """A method in a sentence for each of its parts, which `config.json` stores in `recipe` and in `settings`."""
     if recipe["curriculum"] == "joint":
         sentences = ["Trains on all classes at once: the upper bound, which is not continual."]
-    elif not recipe["replays"] and not recipe["penalty"]:
+    elif rank := recipe.get("adapter_rank"):
+        sentences = [f"Adapters of rank {rank}: {ADAPTERS}."]
+    elif not recipe["replays"] and not recipe["penalty"] and not recipe.get("interpolation"):
         sentences = ["Trains on the images of each task and does nothing against forgetting."]
     elif not recipe["replays"]:
         sentences = ["Trains on the images of each task and replays nothing."]
     else:
         sentences = [_replays(recipe)]
+    if share := recipe.get("interpolation"):
+        sentences.append(f"At a task's end, weights move {share:g} of the way back to those of the task before.")
     if recipe["penalty"]:
         sentences.append(_penalty(recipe["penalty"]))
     ema, later = (settings.get(name, default) for name, default in VARIED.items())
@@ -78,6 +90,8 @@ def _penalty(penalty: Mapping[str, Any]) -> str:
     mode, direction = str(penalty.get("mode", "decoupled")), str(penalty.get("direction", "mean"))
     rank, bands = penalty.get("rank", 1), penalty.get("bands", 1)
     applied = MODES.get(mode, mode)
+    if (anchor := L2.get(str(penalty.get("fisher")))) is not None:
+        return f"L2 penalty on the distance to {anchor}, lam {penalty['lam']:g}: {applied}."
     if penalty.get("fisher") == "diagonal":
         kept, along = "the diagonal of each old task's Fisher matrix", ""
     else:

@@ -20,12 +20,12 @@ def build(name: str, shape: tuple[int, int, int], classes: int, seed: int) -> nn
     preset = MODELS[name]
     c, size, _ = shape
     if isinstance(preset, MLPSize):
-        with seeded(seed):
+        with seeded(seed, "weights"):
             return ResidualMLP(shape, classes, preset)
     from diffusers import UNet2DModel  # takes seconds to import; an MLP does without
 
     attended = [level in (preset.attention or ()) for level in range(len(preset.channels))]
-    with seeded(seed):
+    with seeded(seed, "weights"):
         return cast(
             nn.Module,
             UNet2DModel(
@@ -52,10 +52,10 @@ def sizes(name: str, weights: Mapping[str, Tensor], image_size: int) -> tuple[tu
 
 
 @contextmanager
-def seeded(seed: int, purpose: str = "weights") -> Iterator[None]:
+def seeded(seed: int, purpose: str, task: int = 0) -> Iterator[None]:
     """Initial weights come from PyTorch's global generator: here it has the stream of that name."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(stream(seed, purpose).initial_seed())
+        torch.manual_seed(stream(seed, purpose, task).initial_seed())
         yield
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from crl_diffusion.evaluation import metrics
 from crl_diffusion.files import Row
 from crl_diffusion.run_folder.readers import read_config, read_metrics, read_timings, sha256_of
+
+# Keys of a summary that come from timings.jsonl: milliseconds of a step, seconds of what a task's end makes.
+TIMES = ("penalty_ms", "step_ms", "step_cpu_ms", "task_end_seconds", "task_end_cpu_seconds")
 
 
 def fid_matrix(rows: Sequence[Row], key: str = "fid") -> list[list[float]]:
@@ -23,15 +27,20 @@ def fid_matrix(rows: Sequence[Row], key: str = "fid") -> list[list[float]]:
     return matrix
 
 
+def _typical(average: Callable[[list[float]], Any], rows: Sequence[Row], key: str) -> float | None:
+    values = [row[key] for row in rows if key in row]
+    return float(average(values)) if values else None
+
+
 def summarise(run: Path) -> Row:
     """A run's headline numbers, from its config.json, metrics.jsonl and timings.jsonl."""
     config, rows, timings = read_config(run)["run"], read_metrics(run), read_timings(run)
     r, accuracy, kl = fid_matrix(rows), fid_matrix(rows, "accuracy"), fid_matrix(rows, "class_kl")
     measured = [row for row in rows if row["kind"] == "evaluation"]
     last, tasks = measured[-1], {row["task"]: row for row in measured}
-    fishers = [row for row in rows if row["kind"] == "fisher"]
-    step = [row["step_ms"] for row in timings if "step_ms" in row]
-    penalty = [row["penalty_ms"] for row in timings if "penalty_ms" in row]
+    state = [row["state_bytes"] for row in rows if "state_bytes" in row]
+    # The first task has no replays and no penalty.
+    later = [row for row in timings if row.get("stage", 0) > 1]
     return {
         "method": config["method"],
         "seed": config["seed"],
@@ -42,8 +51,11 @@ def summarise(run: Path) -> Row:
         "held_out": last.get("held_out", "test"),
         "held_out_images": [tasks[task].get("held_out_images") for task in sorted(tasks)],
         "sampler": f"{last['sampler']}, {last['sampler_steps']} steps",
-        "penalty_ms": float(np.median(penalty)) if penalty else None,
-        "step_ms": float(np.median(step)) if step else None,
-        "state_bytes": fishers[-1]["state_bytes"] if fishers else 0,
+        "penalty_ms": _typical(np.median, timings, "penalty_ms"),
+        "step_ms": _typical(np.median, timings, "step_ms"),
+        "step_cpu_ms": _typical(np.median, later or timings, "step_cpu_ms"),
+        "task_end_seconds": _typical(np.mean, timings, "task_end_seconds"),
+        "task_end_cpu_seconds": _typical(np.mean, timings, "task_end_cpu_seconds"),
+        "state_bytes": state[-1] if state else 0,
         "metrics_sha256": sha256_of(run / "metrics.jsonl"),
     }

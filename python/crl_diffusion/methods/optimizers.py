@@ -16,8 +16,8 @@ STATE = {"adam": ("step", "exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
 
 
 def new_optimizer(model: nn.Module, name: str = "adam") -> torch.optim.Optimizer:
-    """A new optimizer; the learning rate is set in every step."""
-    return OPTIMIZERS[name](model.parameters())
+    """A new optimizer of the weights that are trained now; the learning rate is set in every step."""
+    return OPTIMIZERS[name](p for p in model.parameters() if p.requires_grad)
 
 
 def adam_denominator(optimizer: torch.optim.Optimizer, parameter: Tensor, eps: float | None = None) -> Tensor:

@@ -47,12 +47,23 @@ class PenaltyState:
         self.kept_gradient: list[tuple[nn.Parameter, Tensor]] = []  # of the penalty, in mode damping
         self.seconds: list[float] = []  # durations of the penalty's calls since the last row of timings
 
+    @property
+    def strength(self) -> float:
+        """What the history's penalty is multiplied by: lam. For l2_average, whose history has curvature 1 for each of
+        its k tasks, so k around the mean of their weights, lam / k."""
+        return self.spec.lam / self._tasks_that_share
+
+    @property
+    def _tasks_that_share(self) -> int:
+        """The number of tasks that share lam; 1 if each has all of it."""
+        return max(1, len(self.history)) if self.spec.fisher == "l2_average" else 1
+
     def after_backward(self) -> None:
         """Mode gradient: add the gradient of the penalty to that of the loss. Mode damping: keep it for the step."""
         if not len(self.history):
             return
         if self.spec.mode == "gradient":
-            self._timed(lambda: self.history.add_penalty_grad_(self.spec.lam))
+            self._timed(lambda: self.history.add_penalty_grad_(self.strength))
         elif self.spec.mode == "damping":
             self._timed(self._note_gradient)
 
@@ -63,7 +74,7 @@ class PenaltyState:
         if not len(self.history):
             return
         if self.spec.mode == "decoupled":
-            self._timed(lambda: self.history.decoupled_step_(self.spec.lam, lr))
+            self._timed(lambda: self.history.decoupled_step_(self.strength, lr))
         elif self.spec.mode == "preconditioned":
             self._timed(partial(self._preconditioned_step, lr, optimizer))
         elif self.spec.mode == "damping":
@@ -79,7 +90,8 @@ class PenaltyState:
         task_lr: float,
     ) -> dict[str, Any]:
         """Estimate the Fisher matrix of the task that has just been learnt and append it to the history. Returns its
-        statistics; those that this kind of matrix lacks are None. `task_lr` is the sum of the task's learning rates."""
+        statistics; those that this kind of matrix lacks are None. `task_lr` is the sum of the task's learning rates. An
+        L2 penalty needs no batches: it appends the identity, and l2 keeps the last task only."""
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             fisher = self._estimate(per_sample_loss, batches, generator)
@@ -93,6 +105,8 @@ class PenaltyState:
             once = self._new_history()
             once.append(fisher)
             once.decoupled_step_(self.spec.lam, task_lr)
+        if self.spec.fisher == "l2":
+            self.history = self._new_history()
         self.history.append(fisher)
         if self.slopes_alone is not None:
             self.slopes_alone.learn(self.history, fisher, task_lr)
@@ -107,7 +121,7 @@ class PenaltyState:
         """The lam at which drift halves within the steps of the next task, at the mean learning rate `lr`, see
         `LowRankHistory.suggest_lam`; None if the Fisher matrices are zero."""
         try:
-            return self.history.suggest_lam(lr, steps)
+            return self._tasks_that_share * self.history.suggest_lam(lr, steps)
         except ValueError:
             return None
 
@@ -134,14 +148,17 @@ class PenaltyState:
             self.slopes_alone.set(self.history, state[SLOPES_ALONE])
 
     def _new_history(self) -> LowRankHistory | DiagonalHistory:
-        if self.spec.fisher == "diagonal":
-            return DiagonalHistory(self.model)
-        return LowRankHistory(self.model, first_order=self.spec.slopes)
+        if self.spec.fisher == "low_rank":
+            return LowRankHistory(self.model, first_order=self.spec.slopes)
+        return DiagonalHistory(self.model)
 
     def _estimate(
         self, per_sample_loss: PerSampleLoss, batches: Sequence[tuple[Tensor, ...]], generator: torch.Generator
     ) -> LowRankFisher | DiagonalFisher:
         spec = self.spec
+        if not spec.is_estimated:
+            anchor = dict(self.model.named_parameters())
+            return DiagonalFisher({name: torch.ones_like(p) for name, p in anchor.items()}, anchor)
         if spec.fisher == "diagonal":
             return estimate_fisher(
                 self.model,

@@ -85,7 +85,7 @@ def _data_set(name: str, groups: Groups, baseline: str, several: bool) -> dict[s
     fisher_rows = penalty_tables.fisher_rows(groups)
     one_task = len(runs[0].summary["fid_matrix"]) == 1
     paired = tables.several(runs)
-    with_penalty = any(run.lam is not None for run in runs)
+    with_state = any(run.lam is not None or run.summary.get("state_bytes") for run in runs)
     return {
         "name": name,
         "prefix": f"{name}: " if several else "",
@@ -101,7 +101,7 @@ def _data_set(name: str, groups: Groups, baseline: str, several: bool) -> dict[s
         "final_samples": charts.final_samples(groups, file + "samples"),
         "sample_grids": charts.sample_grids(groups),
         "lam_sweep": effects.lam_sweep(groups, file + "lam_sweep"),
-        "costs": penalty_tables.costs(groups) if with_penalty else None,
+        "costs": penalty_tables.costs(groups) if with_state else None,
         "fisher_rows": fisher_rows,
         "fisher_warning": penalty_tables.warning(fisher_rows),
         "fisher_warnings": penalty_tables.warnings(fisher_rows),

@@ -23,10 +23,12 @@ LIMITS = (  # title, key, limit, and what a value below it means
 
 
 def costs(groups: Groups) -> Sheet:
-    """Time of a step and of its penalty, over the logged rows of all seeds after the first task."""
+    """Time of a step and of its penalty, over the logged rows of all seeds after the first task, and of tasks' ends."""
     body = []
     for name, group in groups.items():
-        rows = [row for run in group for row in read_timings(run.path) if "step_ms" in row]
+        timings = [row for run in group for row in read_timings(run.path)]
+        rows = [row for row in timings if "step_ms" in row]
+        ends = [row["task_end_seconds"] for row in timings if "task_end_seconds" in row]
         if not rows:
             continue
         with_penalty = [row for row in rows if row.get("penalty_ms") is not None]
@@ -38,13 +40,15 @@ def costs(groups: Groups) -> Sheet:
             cells += [_quantiles([row["penalty_ms"] for row in later]), _quantiles(shares)]
         else:
             cells += [NONE, NONE]
+        cells.append(_quantiles(ends) if ends else NONE)
         body.append([name, str(len(later)), *cells, f"{size / 2**20:,.2f}" if size else NONE])
-    head = ["method", "rows", "step, ms", "penalty, ms", "penalty, % of the step", "state, MiB"]
+    head = ["method", "rows", "step, ms", "penalty, ms", "penalty, % of the step", "task's end, s", "state, MiB"]
     text = (
         "Median and, in brackets, 20th to 80th percentile over logged rows of all seeds, after the first task: a row "
         "is the mean step time since the row before it, and the median of its penalty times. The step includes the "
-        "penalty. Wall-clock times, taken beside whatever else the machine was doing. State: what the penalty keeps "
-        "of all past tasks in the end; 1 MiB = 2²⁰ bytes."
+        "penalty. Task's end: what a task leaves for later ones (old model, pool of images, Fisher matrix), over all "
+        "tasks but the last. Wall-clock times, taken beside whatever else the machine was doing. State: what the "
+        "penalty keeps of all past tasks in the end, or the adapters of all tasks; 1 MiB = 2²⁰ bytes."
     )
     return Sheet(head, body, text)
 
@@ -59,13 +63,13 @@ def _quantiles(values: Sequence[float]) -> str:
 
 
 def fisher_rows(groups: Groups) -> dict[str, list[list[Row]]]:
-    """For each method with a penalty, for each task in turn, the rows of all seeds."""
+    """For each method with an estimated penalty, for each task in turn, the rows of all seeds."""
     result: dict[str, list[list[Row]]] = {}
     for name, group in groups.items():
         by_task: dict[int, list[Row]] = {}
         for run in group:
             for row in read_metrics(run.path):
-                if row["kind"] == "fisher":
+                if row["kind"] == "fisher" and any(row.get(key) is not None for key in FISHER):
                     by_task.setdefault(row["task"], []).append(row)
         if by_task:
             result[name] = [by_task[task] for task in sorted(by_task)]

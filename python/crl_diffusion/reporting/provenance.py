@@ -116,8 +116,13 @@ def methods(groups: Groups) -> Sheet:
             f"{r['source']} images, predicting the {r['target']}, weight {r['weight']:g}" for r in recipe["replays"]
         ]
         penalty = ", ".join(f"{key} {_text(value)}" for key, value in (recipe["penalty"] or {}).items())
-        body.append([name, recipe["curriculum"], "; ".join(replays) or NONE, penalty or NONE])
-    return Sheet(["method", "curriculum", "replay", "penalty"], body, "Methods as they were composed.")
+        interpolation = _text(recipe["interpolation"]) if "interpolation" in recipe else NONE
+        rank = recipe.get("adapter_rank", 0)
+        adapters = f"rank {rank}" if rank else NONE
+        replay = "; ".join(replays) or NONE
+        body.append([name, recipe["curriculum"], replay, penalty or NONE, interpolation, adapters])
+    head = ["method", "curriculum", "replay", "penalty", "interpolation", "adapters"]
+    return Sheet(head, body, "Methods as they were composed.")
 
 
 def environment(runs: Sequence[Finished]) -> Sheet:

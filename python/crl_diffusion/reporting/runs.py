@@ -12,7 +12,7 @@ from crl_diffusion.config.settings import DATA_PLANS, RunConfig, Settings
 from crl_diffusion.config.spelling import VARIED, label, spell
 from crl_diffusion.errors import OptionError, RecordError
 from crl_diffusion.evaluation import metrics
-from crl_diffusion.evaluation.summaries import summarise
+from crl_diffusion.evaluation.summaries import TIMES, summarise
 from crl_diffusion.files import Row, read_file
 from crl_diffusion.run_folder import checkpoint
 from crl_diffusion.run_folder.layout import digest_of_saved
@@ -100,7 +100,7 @@ def read_finished(run: Path) -> Row:
     if any(row["kind"] == "evaluation" for row in rows):
         derived = summarise(run)
         if derived["step_ms"] is None:  # its times were lost after its end
-            derived = {key: value for key, value in derived.items() if key not in ("step_ms", "penalty_ms")}
+            derived = {key: value for key, value in derived.items() if key not in TIMES}
         if differing_keys := [key for key in derived if key in summary and not _equal(summary[key], derived[key])]:
             problem = f"does not follow from the run's other records (its {', '.join(differing_keys[:3])})"
             raise RecordError(run / "summary.json", problem, SUMMARY_REMEDY)

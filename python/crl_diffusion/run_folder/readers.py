@@ -87,6 +87,8 @@ def _recipe(x: Any) -> bool:
         and all(map(_replay, x["replays"]))
         and "penalty" in x
         and _penalty(x["penalty"])
+        and _finite(x.get("interpolation", 0.0))
+        and _is_integer(x.get("adapter_rank", 0))
     )
 
 
@@ -125,7 +127,7 @@ SUMMARY: Shape = {
         (
             *("fid_when_learnt", "incremental_average_fid", "forgetting", "forgetting_divisor_t"),
             *("accuracy", "accuracy_forgetting", "accuracy_task_1", "accuracy_task_1_when_learnt", "class_kl"),
-            *("step_ms", "penalty_ms", "state_bytes"),
+            *("step_ms", "step_cpu_ms", "penalty_ms", "task_end_seconds", "task_end_cpu_seconds", "state_bytes"),
         ),
         optional(NUMBER),
     ),
@@ -157,6 +159,8 @@ METRICS: Mapping[str, Shape] = {
         ),
         **dict.fromkeys(("curvatures", "slopes"), optional(NUMBERS)),
     },
+    "adapters": {"task": TASK, "state_bytes": NUMBER},
+    "memory": {"task": TASK, "teacher_bytes": NUMBER, "replay_bytes": NUMBER},
     "movement": {
         "task": TASK,
         **dict.fromkeys(("displacement", "random_drift"), NUMBER),
@@ -166,7 +170,11 @@ METRICS: Mapping[str, Shape] = {
     "held_out_loss": {**dict.fromkeys(("after_task", "task"), TASK), "by_band": NUMBERS},
 }
 STARTED: Shape = {"started": TEXT}
-TIMED: Shape = {"stage": TASK, "step": COUNT, "step_ms": NUMBER, "penalty_ms": optional(NUMBER)}
+TIMED: Shape = {
+    **{"stage": TASK, "step": COUNT, "step_ms": NUMBER},
+    **dict.fromkeys(("step_cpu_ms", "penalty_ms"), optional(NUMBER)),  # earlier versions had no step_cpu_ms
+}
+TASK_END: Shape = {"stage": TASK, "task_end_seconds": NUMBER, "task_end_cpu_seconds": NUMBER}
 
 
 def _misfit(value: Any, shape: Shape) -> str | None:
@@ -258,11 +266,13 @@ def read_metrics(run: Path, count: int | None = None) -> list[Row]:
 
 
 def read_timings(run: Path, count: int | None = None) -> list[Row]:
-    """Rows of timings.jsonl, or the first `count` of them: times of steps, and when work on the run began."""
+    """Rows of timings.jsonl, or the first `count` of them: times of steps and of what a task's end makes for later
+    tasks, and when work on the run began."""
     path = run / "timings.jsonl"
     rows = read_rows(path, TIMINGS_REMEDY, count)
     for number, row in enumerate(rows, start=1):
-        _require(row, STARTED if "started" in row else TIMED, path, TIMINGS_REMEDY, f" in row {number}")
+        shape = STARTED if "started" in row else TASK_END if "task_end_seconds" in row else TIMED
+        _require(row, shape, path, TIMINGS_REMEDY, f" in row {number}")
     return rows
 
 

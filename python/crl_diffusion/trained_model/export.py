@@ -2,7 +2,8 @@
 
 DDIMScheduler with the settings below is `diffusion.sampling.ddim`: its timesteps are 0, s, 2s, ... (leading, no
 offset), the predicted image is clipped to [-1, 1], abar is 1 after the last step. It has its table of abar in float32,
-so images agree up to rounding.
+so images agree up to rounding. A model with adapters becomes one UNet for each task, with the adapters added to the
+weights.
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from safetensors import SafetensorError
+from torch import nn
 
 from crl_diffusion.config.networks import MODELS, UNetSize
+from crl_diffusion.diffusion.network import build
 from crl_diffusion.diffusion.noising import TIMESTEPS
 from crl_diffusion.diffusion.precision import AUTOCAST
 from crl_diffusion.errors import OptionError
 from crl_diffusion.files import Row, write_text
+from crl_diffusion.methods.adapters import AdaptedNetwork
 from crl_diffusion.trained_model.drawing import PURPOSE
 from crl_diffusion.trained_model.place import claim
 from crl_diffusion.trained_model.weights import TrainedModel
@@ -37,9 +41,22 @@ def require_exportable(model: str) -> None:
         )
 
 
+def unets(trained: TrainedModel) -> dict[str, nn.Module]:
+    """The network of each folder: unet, or unet-task-1, unet-task-2, ... if each task has weights of its own."""
+    model, config = trained.model, trained.config
+    if not isinstance(model, AdaptedNetwork):
+        return {"unet": model}
+    networks = {}
+    for task in range(1, len(trained.tasks) + 1):
+        network = trained.precision.of(build(config.model, trained.shape, trained.classes, config.seed))
+        network.load_state_dict(model.merged(task))
+        networks[f"unet-task-{task}"] = network
+    return networks
+
+
 def write_folder(trained: TrainedModel, out: Path) -> list[Path]:
-    """unet/ and scheduler/ as diffusers writes them, model_card.json with the names of the classes, and README.md with
-    the code that loads them. Returns these four."""
+    """The folders of `unets` and scheduler/ as diffusers writes them, model_card.json with the names of the classes,
+    and README.md with the code that loads them. Returns all of these."""
     require_exportable(trained.config.model)
     from diffusers import DDIMScheduler
 
@@ -62,13 +79,14 @@ def write_folder(trained: TrainedModel, out: Path) -> list[Path]:
         prediction_type="epsilon",
         **BETAS[trained.config.schedule],
     )
-    try:
-        trained.model.save_pretrained(out / "unet")
-        scheduler.save_pretrained(out / "scheduler")
-    except SafetensorError as error:
-        raise OSError(f"{str(out / 'unet')!r} cannot be written ({error})") from error
+    parts = {**unets(trained), "scheduler": scheduler}
+    for name, part in parts.items():
+        try:
+            part.save_pretrained(out / name)
+        except SafetensorError as error:
+            raise OSError(f"{str(out / name)!r} cannot be written ({error})") from error
     write_text(out / "README.md", readme(trained))
-    return [out / "README.md", out / RECORD, out / "unet", out / "scheduler"]
+    return [out / "README.md", out / RECORD, *(out / name for name in parts)]
 
 
 def readme(trained: TrainedModel) -> str:
@@ -82,6 +100,20 @@ def readme(trained: TrainedModel) -> str:
             for name, dtype in AUTOCAST.items()
         },
     }.get(config.precision, "")
+    if isinstance(trained.model, AdaptedNetwork):
+        contents = "one UNet for each task, whose classes it draws, and a scheduler"
+        loading = f"""\
+unets = {{
+    label: unet
+    for task, labels in enumerate(card["tasks"], start=1)
+    for unet in [UNet2DModel.from_pretrained(".", subfolder=f"unet-task-{{task}}"{double}).eval()]
+    for label in labels
+}}"""
+        chosen = "    unet = unets[label]\n"
+    else:
+        contents = "a UNet and a scheduler"
+        loading = f'unet = UNet2DModel.from_pretrained(".", subfolder="unet"{double}).eval()'
+        chosen = ""
     classes = "\n".join(
         f"{c:>5}  task {task}  {trained.names.of(c)}"
         for task, labels in enumerate(trained.tasks, start=1)
@@ -97,15 +129,16 @@ tags: [diffusers, class-conditional, continual-learning]
 
 Trained by `crl-diffusion`: `{trained.subject}`. It draws images of {channels} x {side} x {side} pixels in [-1, 1] of
 {len(trained.learnt)} classes.{arithmetic} No pipeline of diffusers hands class labels to a UNet2DModel, so the folder
-has a UNet and a scheduler. In this folder:
+has {contents}. In this folder:
 
 ```python
 import json
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
-unet = UNet2DModel.from_pretrained(".", subfolder="unet"{double}).eval()
+card = json.load(open("model_card.json", encoding="utf-8"))
+class_names = card["class_names"]  # class_names[label]
 scheduler = DDIMScheduler.from_pretrained(".", subfolder="scheduler")
-class_names = json.load(open("model_card.json", encoding="utf-8"))["class_names"]  # class_names[label]
+{loading}
 ```
 
 Eight images of one class, in the {config.eval_steps} steps that the run was evaluated with. More steps take longer and
@@ -113,7 +146,7 @@ usually draw better:
 
 ```python
 def draw(noise, label):
-    scheduler.set_timesteps({config.eval_steps})
+{chosen}    scheduler.set_timesteps({config.eval_steps})
     image, label = noise.to(unet.dtype), torch.full((len(noise),), label)
     with torch.no_grad():
         for t in scheduler.timesteps:

@@ -11,12 +11,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from crl_diffusion.config.curriculum import stages, task_classes
+from crl_diffusion.config.curriculum import reached, stages, task_classes
 from crl_diffusion.config.settings import Device, RunConfig
-from crl_diffusion.diffusion.network import build, sizes
+from crl_diffusion.diffusion.network import sizes
 from crl_diffusion.diffusion.precision import Precision
 from crl_diffusion.errors import PUT_BACK, OptionError, RecordError
 from crl_diffusion.files import Row
+from crl_diffusion.methods.adapters import base_weights, new_network
 from crl_diffusion.run_folder import checkpoint
 from crl_diffusion.run_folder.checkpoint import Checkpoint
 from crl_diffusion.run_folder.class_names import ClassNames
@@ -69,7 +70,7 @@ def read(run: Path, task: int | None, device: Device, say: Callable[[str], None]
     def require_fits(saved: Checkpoint) -> None:
         if saved.run != digest_of(config):
             raise ValueError("it belongs to a run of another configuration")
-        sizes(config.model, saved.part("model"), config.image_size)
+        sizes(config.model, base_weights(saved.part("model")), config.image_size)
 
     plan = stages(config)
     if task is not None:
@@ -83,12 +84,12 @@ def read(run: Path, task: int | None, device: Device, say: Callable[[str], None]
         saved = newest
         if saved.stage < len(plan):
             say(f"{run} is not finished, or its last checkpoints are lost: this is the model of its newest checkpoint")
-    reached = plan[saved.stage] if saved.step else plan[saved.stage - 1]
+    learnt = reached(plan, saved.stage, saved.step).learnt
     weights = {**saved.part("model"), **saved.part("average")}
-    shape, classes = sizes(config.model, weights, config.image_size)
+    shape, classes = sizes(config.model, base_weights(weights), config.image_size)
     place = torch.device(resolve_device(device))
     precision = Precision(config.precision, place)
-    model = precision.of(build(config.model, shape, classes, config.seed))
+    model = precision.of(new_network(config, shape, classes, learnt))
     model.load_state_dict(weights)
     return TrainedModel(
         config,
@@ -98,8 +99,8 @@ def read(run: Path, task: int | None, device: Device, say: Callable[[str], None]
         precision,
         shape,
         classes,
-        task_classes(config)[: reached.learnt],
-        f"after step {saved.step} of task {reached.learnt}" if saved.step else f"after task {reached.learnt}",
+        task_classes(config)[:learnt],
+        f"after step {saved.step} of task {learnt}" if saved.step else f"after task {learnt}",
         _sha256(weights),
     )
 

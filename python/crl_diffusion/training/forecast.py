@@ -39,7 +39,7 @@ def end_passes(config: RunConfig, plan: Sequence[Stage], stage: Stage) -> int:
     if stage.number + 1 < len(plan):
         if any(replay.source in ("pool", "guided") for replay in config.recipe.replays):
             total += known * config.pool * config.pool_steps
-        if config.recipe.penalty is not None:
+        if config.recipe.penalty is not None and config.recipe.penalty.is_estimated:
             total += FISHER_PASSES * config.fisher_samples
     return total
 

@@ -3,8 +3,8 @@
 Several processes share a run when torchrun starts them (`processes.py`); the first of them alone writes files.
 
 A run folder holds config.json, metrics.jsonl (the same bits whether or not the run was interrupted), timings.jsonl
-(wall-clock times, which are not), checkpoints/, samples/ (the images of each evaluation), tensorboard/, pictures, and,
-once the run has finished, summary.json.
+(wall-clock and CPU times, which are not), checkpoints/, samples/ (the images of each evaluation), tensorboard/,
+pictures, and, once the run has finished, summary.json.
 """
 
 from __future__ import annotations
@@ -138,9 +138,11 @@ def run_stage(run: Run, stage: Stage, board: TensorBoard, advance: Advance) -> N
     """One stage: its steps, its evaluation, what later stages need of it, and a checkpoint."""
     config, steps = run.config, run.stage_steps[stage.number]
     images = run.task_images(stage, "train")
+    if not run.step:
+        run.begin(stage)
     run.model.train()
     clock = StepClock(run, stage)
-    before, since = run.step, time.perf_counter()
+    before, since = run.step, clocks()
     with signals.deferred():
         while run.step < steps:
             run.losses.append(run.take_step(images, stage))
@@ -149,13 +151,14 @@ def run_stage(run: Run, stage: Stage, board: TensorBoard, advance: Advance) -> N
             # Losses are written at fixed steps, so an interrupted run writes the same rows.
             at_checkpoint = run.step % config.checkpoint_every == 0 or run.step == steps
             if run.step % config.log_every == 0 or at_checkpoint:
-                log_losses(run, stage, run.losses, (time.perf_counter() - since) / (run.step - before), board)
+                seconds, cpu = (spent / (run.step - before) for spent in elapsed(since))
+                log_losses(run, stage, run.losses, seconds, cpu, board)
                 advance(run.steps_done, sum(run.stage_steps))
                 run.losses = []
-                before, since = run.step, time.perf_counter()
+                before, since = run.step, clocks()
             if at_checkpoint:
                 snapshot.save(run)
-                since = time.perf_counter()
+                since = clocks()
 
             # A signal to any of the processes stops all of them.
             if signum := processes.largest(signals.pending()):
@@ -166,6 +169,7 @@ def run_stage(run: Run, stage: Stage, board: TensorBoard, advance: Advance) -> N
 
     run.model.eval()
     run.adopt_average()
+    run.interpolate()
     records = [*stage_records.movement(run, stage), *stage_records.held_out_losses(run, stage)]
     trouble.require_finite_records(run, stage, records)
     for row in run.evaluate(stage):
@@ -175,23 +179,46 @@ def run_stage(run: Run, stage: Stage, board: TensorBoard, advance: Advance) -> N
             f"after task {row['after_task']}: task {row['task']} has FID {row['fid']:.1f}, "
             f"conditional accuracy {row['accuracy']:.3f}"
         )
-    for row in records:
+    for row in [*records, *stage_records.adapters(run, stage)]:
         run.log(row)
     if stage.number + 1 < len(run.stages):
-        run.remember(stage)
+        remember(run, stage)
     run.stage, run.step = run.stage + 1, 0
-    run.optimizer = run.new_optimizer()
     snapshot.save(run)
 
 
-def log_losses(run: Run, stage: Stage, losses: Sequence[Tensor], seconds: float, board: TensorBoard) -> None:
-    """Mean losses since the last row. TrainingError if one of them is not finite."""
+def clocks() -> tuple[float, float]:
+    """Seconds on the wall clock, and of CPU time that this process has used, of all threads."""
+    return time.perf_counter(), time.process_time()
+
+
+def elapsed(since: tuple[float, float]) -> tuple[float, float]:
+    return tuple(now - then for now, then in zip(clocks(), since, strict=True))  # type: ignore[return-value]
+
+
+def remember(run: Run, stage: Stage) -> None:
+    """Keep what later stages need of this one, and log the time that it has taken."""
+    since = clocks()
+    run.remember(stage)
+    if run.device.type == "cuda":
+        torch.cuda.synchronize(run.device)
+    seconds, cpu = elapsed(since)
+    run.log({"stage": stage.number + 1, "task_end_seconds": seconds, "task_end_cpu_seconds": cpu}, "timings")
+    for row in stage_records.memory(run, stage):
+        run.log(row)
+
+
+def log_losses(
+    run: Run, stage: Stage, losses: Sequence[Tensor], seconds: float, cpu_seconds: float, board: TensorBoard
+) -> None:
+    """Mean losses since the last row, and the time of a step. TrainingError if one of the losses is not finite."""
     table = loss_table(losses)
     trouble.require_finite(run, stage, table)
     real, replayed = table[:, :2].contiguous().mean(0).tolist()
     run.log({"kind": "step", "stage": stage.number + 1, "step": run.step, "loss": real, "replay_loss": replayed})
     penalty = run.penalty.seconds if run.penalty is not None else []
     timing: Row = {"stage": stage.number + 1, "step": run.step, "step_ms": 1e3 * seconds}
+    timing["step_cpu_ms"] = 1e3 * cpu_seconds
     if penalty:
         timing["penalty_ms"] = 1e3 * sorted(penalty)[len(penalty) // 2]
         penalty.clear()

@@ -101,7 +101,8 @@ def require_fisher_images(config: RunConfig, data: Data) -> None:
     """OptionError if --fisher-samples is 0 (all images) and a task has too few images for its Fisher matrix. The last
     task needs no Fisher matrix."""
     least = least_fisher_samples(config)
-    if config.recipe.penalty is None or config.fisher_samples:
+    penalty = config.recipe.penalty
+    if penalty is None or not penalty.is_estimated or config.fisher_samples:
         return
     for task in data.tasks[:-1]:
         if (count := len(getattr(task, config.fisher_images))) < least:

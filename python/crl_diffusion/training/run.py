@@ -17,13 +17,14 @@ from crl_diffusion.config.settings import RunConfig
 from crl_diffusion.data.images import Images, join
 from crl_diffusion.data.tasks import Data
 from crl_diffusion.diffusion import noising, sampling
-from crl_diffusion.diffusion.network import build, frozen_copy
+from crl_diffusion.diffusion.network import frozen_copy
 from crl_diffusion.diffusion.precision import Precision
 from crl_diffusion.errors import TrainingError
 from crl_diffusion.evaluation import evaluate
 from crl_diffusion.evaluation.evaluate import Instruments
 from crl_diffusion.files import Log, Row
-from crl_diffusion.methods import regression, replay
+from crl_diffusion.methods import adapters, regression, replay
+from crl_diffusion.methods.adapters import AdaptedNetwork
 from crl_diffusion.methods.optimizers import new_optimizer
 from crl_diffusion.methods.penalties import PenaltyState
 from crl_diffusion.methods.regression import Moment, NoisedBatch
@@ -47,7 +48,7 @@ class Run:
         self.schedule = noising.SCHEDULES[config.schedule]
         self.device = torch.device(config.device)
         self.precision = Precision(config.precision, self.device)
-        self.model = self.precision.of(build(config.model, data.shape, data.classes, config.seed)).to(self.device)
+        self.model = self.new_model().to(self.device)
         self.like = next(self.model.parameters())
         self.average: dict[str, Tensor] | None = None  # of the weights (--ema), within a stage
         self.teacher: nn.Module | None = None  # the model at the start of the stage, from the second on
@@ -59,6 +60,17 @@ class Run:
         names = ("metrics", "timings") if processes.is_first() else ()
         self.logs = {name: Log(out / f"{name}.jsonl") for name in names}
         self.samples: dict[str, str] = {}  # digests of the stored images of evaluations, by file
+
+    def new_model(self, tasks: int = 1) -> nn.Module:
+        """A model with new weights, of the form that it has after so many tasks."""
+        return self.precision.of(adapters.new_network(self.config, self.data.shape, self.data.classes, tasks))
+
+    def begin(self, stage: Stage) -> None:
+        """Get ready for the steps of a stage: the weights that it trains, and their optimizer."""
+        self.model.zero_grad()  # of weights that are not trained any more: clipping sees all gradients
+        if isinstance(self.model, AdaptedNetwork):
+            self.model.expand(stage.learnt)
+        self.optimizer = self.new_optimizer()
 
     def new_optimizer(self) -> torch.optim.Optimizer:
         return new_optimizer(self.model, self.config.optimizer)
@@ -124,6 +136,13 @@ class Run:
                     p.copy_(self.average[name])
             self.average = None
 
+    def interpolate(self) -> None:
+        """Move the weights of the model towards the teacher's, by the method's share of the way."""
+        if self.teacher is not None and self.method.interpolation:
+            with torch.no_grad():
+                for p, old in zip(self.model.parameters(), self.teacher.parameters(), strict=True):
+                    p.lerp_(old, self.method.interpolation)
+
     # The end of a stage
 
     def draw(self, latents: Tensor, label: Tensor, model: nn.Module | None = None) -> Tensor:
@@ -147,14 +166,17 @@ class Run:
     def remember(self, stage: Stage) -> None:
         """Keep what later tasks need of this one: freeze the teacher, refill the pools, estimate the Fisher matrix."""
         learnt = [c for task in self.data.tasks[: stage.learnt] for c in task.classes]
-        self.teacher = frozen_copy(self.model)
-        if self.method.replays:
+        if not self.method.adapter_rank:  # which keep all that the model was
+            self.teacher = frozen_copy(self.model)
+        if self.teacher is not None and self.method.replays:
             with self.precision.autocast():
                 for source in self.sources.values():
                     source.refill(self.teacher, self.task_images(stage, "train"), learnt, stage.number)
         if self.penalty is not None:
-            images = self.task_images(stage, self.config.fisher_images)
-            batches = fisher_batches(images, stage, self.config, self.schedule, self.like)
+            batches: list[tuple[Tensor, ...]] = []
+            if self.penalty.spec.is_estimated:
+                images = self.task_images(stage, self.config.fisher_images)
+                batches = fisher_batches(images, stage, self.config, self.schedule, self.like)
             generator = noising.stream(self.config.seed, "fisher", stage.number)
             task_lr = sum(self.lr(stage, step) for step in range(self.stage_steps[stage.number]))
             try:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from crl_diffusion import processes
-from crl_diffusion.config.curriculum import Stage
+from crl_diffusion.config.curriculum import Stage, reached
 from crl_diffusion.diffusion.network import frozen_copy
 from crl_diffusion.errors import RecordError, TrainingError
 from crl_diffusion.files import read_file
@@ -43,7 +43,7 @@ def save(run: Run) -> None:
     tensors.update({f"scaler/{name}": value for name, value in run.precision.state().items()})
     if run.step:
         for name, parameter in run.model.named_parameters():
-            for key, value in run.optimizer.state[parameter].items():
+            for key, value in run.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer/{key}/{name}"] = value
     if run.average is not None:
         tensors.update({f"average/{name}": value for name, value in run.average.items()})
@@ -176,8 +176,9 @@ def draw_again(run: Run, stage: Stage, wanted: str) -> bool:
     weights = processes.from_first(weights)
     if not weights:
         return False
-    model = frozen_copy(run.model)
+    model = run.new_model(stage.learnt)
     model.load_state_dict(weights)
+    model.to(run.device).eval()
     rows = run.evaluate(stage, model)
     same = True
     if processes.is_first():
@@ -209,12 +210,14 @@ def require_fits(run: Run, saved: Checkpoint) -> None:
         (saved.stage, saved.step) != (len(run.stages), 0)
     ):
         raise ValueError(f"this run has no step {saved.step} after {saved.stage} stages")
-    weights = {name: value.cpu() for name, value in run.model.state_dict().items()}
+    with torch.device("meta"):
+        model = run.new_model(reached(run.stages, saved.stage, saved.step).learnt)
+    weights, parameters = model.state_dict(), dict(model.named_parameters())
     require_like(saved.part("model"), weights, "model")
-    parameters = {name: weights[name] for name, _ in run.model.named_parameters()}
     kept = {
         f"{key}/{name}": torch.zeros(()) if key == "step" else p
         for name, p in parameters.items()
+        if p.requires_grad
         for key in optimizers.STATE[run.config.optimizer]
     }
     require_like(saved.part("optimizer"), kept if saved.step else {}, "optimizer")
@@ -230,7 +233,8 @@ def require_fits(run: Run, saved: Checkpoint) -> None:
     # Memory exists once a task has been learnt, and not after the last.
     if 0 < saved.stage < len(run.stages):
         teacher = saved.part(f"{MEMORY}teacher")  # an earlier version had none without replays
-        require_like(teacher, weights if teacher or run.method.replays else {}, "teacher")
+        needed = teacher or run.method.replays or run.method.interpolation
+        require_like(teacher, weights if needed else {}, "teacher")
         for name, source in run.new_sources().items():
             source.load_state(saved.part(f"{MEMORY}source/{name}"))
         penalty = run.new_penalty()
@@ -243,11 +247,12 @@ def require_fits(run: Run, saved: Checkpoint) -> None:
 def restore(run: Run, saved: Checkpoint) -> None:
     """Set the state of the run to that of a checkpoint."""
     run.stage, run.step = saved.stage, saved.step
+    run.begin(reached(run.stages, run.stage, run.step))
     run.model.load_state_dict(saved.part("model"))
     run.precision.load_state(saved.part("scaler"))
     moments = saved.part("optimizer")
     for name, parameter in run.model.named_parameters():
-        if run.step:
+        if run.step and parameter.requires_grad:
             run.optimizer.state[parameter] = {
                 key: moments[f"{key}/{name}"].to(run.device) for key in optimizers.STATE[run.config.optimizer]
             }

@@ -9,6 +9,10 @@ ended with (in the mode once: before its proximal step):
                      start at 0: where it falls by 0.7, Adam's steps are half as long for the same gradient
 held_out_loss, one for each task learnt: the mean denoising loss on its held-out images in each band of timesteps. The
 images, timesteps and noise depend on the seed only, so differences between stages and between methods are paired.
+memory, of all stages but the last: bytes that later tasks need of those so far, besides the penalty's state
+    teacher_bytes    weights of the old model, if replays or an interpolation use it
+    replay_bytes     pools of images, and the classifier that guides them
+adapters, of methods that have them: state_bytes, the size of the adapters of all tasks so far. They have no movement.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from crl_diffusion.config.curriculum import Stage
 from crl_diffusion.diffusion import noising
 from crl_diffusion.diffusion.network import predict
 from crl_diffusion.files import Row
+from crl_diffusion.methods.adapters import AdaptedNetwork
 from crl_diffusion.methods.optimizers import adam_denominator
 from crl_diffusion.methods.regression import noise_up
 from crl_diffusion.training.run import Run
@@ -52,6 +57,20 @@ def precision(run: Run) -> float | None:
             total -= float(adam_denominator(run.optimizer, p, eps=0.0)[moved].double().log().sum())
             count += int(moved.sum())
     return total / count if count else None
+
+
+def adapters(run: Run, stage: Stage) -> list[Row]:
+    if not isinstance(run.model, AdaptedNetwork):
+        return []
+    return [{"kind": "adapters", "task": stage.learnt, "state_bytes": run.model.nbytes}]
+
+
+def memory(run: Run, stage: Stage) -> list[Row]:
+    teacher = run.teacher if run.method.replays or run.method.interpolation else None
+    weights = () if teacher is None else teacher.state_dict().values()
+    replay = [tensor for source in run.sources.values() for tensor in source.state().values()]
+    row: Row = {"kind": "memory", "task": stage.learnt, "teacher_bytes": sum(tensor.nbytes for tensor in weights)}
+    return [{**row, "replay_bytes": sum(tensor.nbytes for tensor in replay)}]
 
 
 @torch.no_grad()

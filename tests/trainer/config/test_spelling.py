@@ -11,6 +11,7 @@ import hypothesis
 import pytest
 from crl_diffusion.config import method, spelling
 from crl_diffusion.config.method import METHODS, Method, Penalty
+from crl_diffusion.config.settings import RunConfig
 from crl_diffusion.config.spelling import VARIED, label, parse_method, parse_variant, spell
 from crl_diffusion.config.systems import SYSTEMS
 from crl_diffusion.errors import OptionError
@@ -34,12 +35,34 @@ def test_families_take_any_number(n: int) -> None:
     )
 
 
+def test_interpolation_stands_by_itself_or_after_any_other_part() -> None:
+    assert parse_method("interpolate0.5") == Method(interpolation=0.5)
+    assert parse_method("masip+interpolate0.125") == replace(METHODS["masip"], interpolation=0.125)
+    both = parse_method("gd+rank7+interpolate0.9:gradient,lam=3")
+    assert both == replace(parse_method("gd+rank7:gradient,lam=3"), interpolation=0.9)
+    assert spelling.with_penalty("gd+rank7+interpolate0.9:gradient", "bands8:top") == "gd+bands8+interpolate0.9:top"
+
+
+def test_interpolation_is_recorded_only_where_there_is_one() -> None:
+    """A run of an earlier version has the same record, and can be resumed."""
+    recipes = [RunConfig(method=name).as_json()["recipe"] for name in ("gd", "gd+interpolate0.5")]
+    assert recipes[1] == {**recipes[0], "interpolation": 0.5}
+    assert recipes[0].keys() == {"replays", "penalty", "curriculum", "weights"}
+
+
 PENALTIES_DRAWN = st.one_of(
     st.sampled_from([*method.PENALTIES]),
     st.builds("{}{}".format, st.sampled_from(["rank", "bands"]), st.integers(2, 1000)),
 )
+REPLAYED = st.sampled_from(["replay", "gd", "masip"])
+NAMES_OF_PARTS = st.one_of(st.sampled_from([*METHODS]), st.builds("{}+{}".format, REPLAYED, PENALTIES_DRAWN))
 NAMES = st.one_of(
-    st.sampled_from([*METHODS]), st.builds("{}+{}".format, st.sampled_from(["replay", "gd", "masip"]), PENALTIES_DRAWN)
+    NAMES_OF_PARTS,
+    st.builds(
+        "{}+interpolate{}".format,
+        NAMES_OF_PARTS.filter(lambda name: name not in ("fine-tune", "joint", "adapters4")),
+        st.integers(1, 999).map(lambda n: f"{n / 1000:g}"),
+    ),
 )
 
 
@@ -65,6 +88,7 @@ def test_spelling_round_trips(
         words += ["slopes"] if slopes else []
     hypothesis.assume(not (mode in ("gradient", "preconditioned", "damping", "alone") and lam == math.inf))
     hypothesis.assume(mode != "alone" or "slopes" in words)
+    hypothesis.assume(penalty.is_estimated or mode in (None, "decoupled", "gradient"))
     order.shuffle(words)
     text = ":".join([name, *([",".join(words)] if words else [])])
     asked = parse_method(text)
@@ -92,7 +116,7 @@ def test_spelling_round_trips(
         ("ewc-guided-replay:slopes", "'slopes' is not an option of its penalty"),
         ("joint+rank1", "'joint+rank1' is not known"),
         ("", "method '' is not known; choose fine-tune, joint"),
-        ("", "masip, ddgr, guided-gd, generative-replay, generative-distillation, ewc-guided-replay, or a penalty"),
+        ("", "masip, ddgr, guided-gd, a system of `crl-diffusion list`, or a penalty (l2"),
         ("gd:lam=3", "method 'gd:lam=3': gd has no penalty"),
         ("fine-tune:", "fine-tune has no penalty"),
         ("rank1:", "'' is not an option"),
@@ -104,6 +128,25 @@ def test_spelling_round_trips(
         ("rank1:alone", "alone is the first-order term only; it needs slopes"),
         ("rank1:slopes,alone,lam=inf", "it needs slopes and a finite lam"),
         ("diagonal:alone", "it needs slopes"),
+        ("l2:damping", "'damping' is not an option of its penalty; choose among decoupled, gradient, lam=NUMBER"),
+        ("gd+l2-average:once", "'once' is not an option of its penalty; choose among decoupled, gradient, lam=NUMBER"),
+        ("l2:top", "'top' is not an option"),
+        ("l2-average:gradient,lam=inf", "a gradient needs a finite lam"),
+        ("l2average", "a penalty (l2, l2-average, diagonal"),
+        ("gd+interpolate", "interpolate<w>, w above 0 and below 1, such as interpolate0.5"),
+        ("interpolate0", "'interpolate0' is not known"),
+        ("interpolate1", "'interpolate1' is not known"),
+        ("interpolate0.50", "'interpolate0.50' is not known"),
+        ("interpolate.5", "'interpolate.5' is not known"),
+        ("interpolate-0.5", "'interpolate-0.5' is not known"),
+        ("+interpolate0.5", "'+interpolate0.5' is not known"),
+        ("interpolate0.5+gd", "'interpolate0.5+gd' is not known"),
+        ("joint+interpolate0.5", "after any of them but fine-tune, joint and adapters<r>"),
+        ("fine-tune+interpolate0.5", "after any of them but fine-tune, joint and adapters<r>"),
+        ("gd+interpolate0.5+interpolate0.3", "'gd+interpolate0.5+interpolate0.3' is not known"),
+        ("gdd+interpolate0.5", "method 'gdd' is not known"),
+        ("adapters4+interpolate0.5", "without replay, penalty or interpolation; use adapters4"),
+        ("gd+interpolate0.5:lam=3", "gd+interpolate0.5 has no penalty"),
         (
             "diagonal:slopes",
             "'slopes' is not an option of its penalty; choose among decoupled, gradient, preconditioned, damping, ",
@@ -182,7 +225,9 @@ def test_a_published_system_is_a_method_with_a_source(name: str) -> None:
 
 def test_tables_go_from_simple_to_rich() -> None:
     wanted = ["fine-tune", "joint", "gd", "masip", "diagonal", "gd+diagonal", "rank1", "gd+rank1", "gd+rank1:lam=60"]
-    wanted += ["gd+rank3", "gd+rank10", "gd+bands8", "gd+bands12"]
+    wanted += ["gd+rank1+interpolate0.5", "gd+rank3", "gd+rank10", "gd+bands8", "gd+bands12"]
+    wanted[3:3] = ["gd+interpolate0.25", "gd+interpolate0.5"]
+    wanted[6:6] = ["l2", "gd+l2", "gd+l2:gradient", "gd+l2-average"]
     assert spelling.in_order(reversed([*wanted, "gd"])) == wanted
 
 

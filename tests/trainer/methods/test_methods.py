@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -16,8 +17,11 @@ from crl_diffusion.data.tasks import Data
 from crl_diffusion.diffusion import sampling
 from crl_diffusion.diffusion.network import predict
 from crl_diffusion.diffusion.noising import stream
-from crl_diffusion.methods import regression, replay
+from crl_diffusion.errors import OptionError
+from crl_diffusion.methods import penalties, regression, replay
+from crl_diffusion.training import run as run_state
 from crl_diffusion.training.fisher_batches import fisher_batches, per_sample_loss
+from crl_diffusion.training.plan import require_fisher_images
 from crl_diffusion.training.run import Run
 from helpers.trainer_runs import MakeRun, Short, few_samples
 from torch import Tensor
@@ -222,6 +226,33 @@ def test_the_pool_starts_from_noise_of_each_class_and_task_or_of_none(
     assert run.teacher is not None
     drawn = to_pixels(sampling.draw_images(run.teacher, run.schedule, latents, label, run.config.pool_steps))
     assert torch.equal(run.sources["pool"].images.of_classes([2]).pixels, drawn)
+
+
+@pytest.mark.parametrize("method", ["l2", "gd+l2-average:gradient"])
+def test_an_l2_penalty_estimates_nothing_and_is_as_strong_and_as_large_after_any_number_of_tasks(
+    short: Short, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    monkeypatch.setattr(penalties, "estimate_fisher", None)
+    monkeypatch.setattr(run_state, "fisher_batches", None)
+    run = make_run(short(method, model="mlp", tasks=4, lr_schedule="constant", lr=2e-3))
+    assert run.penalty is not None
+    for stage in run.stages[:3]:
+        run.remember(stage)
+        with torch.no_grad():
+            for p in run.model.parameters():
+                p.add_(1.0)
+        assert run.penalty.nbytes == 8 * sum(p.numel() for p in run.model.parameters()) + 8  # and one number
+        assert run.suggested_lam(stage.number + 1) == pytest.approx(math.log(2) / (2e-3 * run.config.steps), rel=1e-6)
+
+
+def test_an_l2_penalty_needs_no_images_of_a_task(short: Short, make_run: MakeRun) -> None:
+    data = make_run(short("l2", fisher_images="validation")).data
+    tasks = tuple(replace(task, validation=task.validation.take(torch.arange(3))) for task in data.tasks)
+    few = replace(data, tasks=tasks)
+    settings: dict[str, Any] = {"fisher_samples": 0, "fisher_images": "validation"}
+    require_fisher_images(short("l2", **settings), few)
+    with pytest.raises(OptionError, match="has 3 validation images"):
+        require_fisher_images(short("diagonal", **settings), few)
 
 
 def test_the_fisher_matrix_sees_its_task_and_the_samples_asked_for(short: Short, make_run: MakeRun) -> None:

@@ -19,6 +19,8 @@ def test_passes_are_counted() -> None:
     expected = 38 * 3 * 8 + 19 * (3 * 8 + (3 + 1) * 6) + evaluations + 2 * 5 * 2 + 4 * 100
     assert forecast.passes(config, [38, 19]) == expected
     assert forecast.passes(resolve(RunConfig(method="joint", tasks=2, **sizes)), [57]) == 57 * 3 * 8 + 4 * 3 * 4
+    l2 = resolve(RunConfig(method="gd+l2", tasks=2, fisher_samples=100, **sizes))
+    assert forecast.passes(l2, [38, 19]) == expected - 4 * 100
     for method, plain in (("ddgr", "replay"), ("guided-gd", "gd")):
         guided, pool = (resolve(RunConfig(method=name, tasks=2, **sizes)) for name in (method, plain))
         assert forecast.passes(guided, [10, 10]) == forecast.passes(pool, [10, 10])

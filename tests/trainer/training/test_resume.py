@@ -14,6 +14,7 @@ import pytest
 import torch
 from crl_diffusion.config.settings import ADDED
 from crl_diffusion.errors import OptionError
+from crl_diffusion.evaluation.summaries import TIMES
 from crl_diffusion.files import read_rows
 from crl_diffusion.reporting.runs import read_finished
 from crl_diffusion.run_folder import checkpoint
@@ -128,6 +129,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "a preconditioned penalty": {"method": "gd+rank1:preconditioned,lam=0.01"},
     "an average beside a penalty": {"method": "gd+rank1:slopes,gradient", "ema": 0.9},
     "fine-tuning": {"method": "fine-tune"},
+    "an L2 penalty to the last task": {"method": "gd+l2"},
+    "an L2 penalty to the average task": {"method": "l2-average:gradient"},
+    "interpolation without replays": {"method": "interpolate0.3"},
+    "interpolation of the average": {"method": "replay+rank1+interpolate0.5", "ema": 0.9},
 }
 
 
@@ -178,9 +183,10 @@ def test_a_guided_run_resumes_to_the_same_bits_within_a_task_and_between_tasks(
 
 
 def _of_an_earlier_version(out: Path) -> None:
-    """The records as they were before movement and held-out losses, when only replays kept the start of the stage."""
+    """The records as they were before movement, held-out losses and memory, when only replays kept the start of the
+    stage."""
     lines = (out / "metrics.jsonl").read_bytes().splitlines(keepends=True)
-    new = [json.loads(line)["kind"] in ("movement", "held_out_loss") for line in lines]
+    new = [json.loads(line)["kind"] in ("movement", "held_out_loss", "memory") for line in lines]
     assert any(new)
     (out / "metrics.jsonl").write_bytes(b"".join(line for line, n in zip(lines, new, strict=True) if not n))
     config = json.loads((out / "config.json").read_text())["run"]
@@ -208,15 +214,16 @@ def test_a_run_of_an_earlier_version_resumes(method: str, extractor_folder: Path
     _of_an_earlier_version(run)
     lines = train(config, run, extractor_folder)
     assert any("resuming after 1 finished stage(s) and 4 steps" in line for line in lines)
-    lost = [("held_out_loss", 1)] + ([] if method == "gd" else [("movement", None)])
+    lost = [("held_out_loss", 1), ("memory", None)] + ([] if method == "gd" else [("movement", None)])
     expected = [r for r in read_metrics(whole) if (r["kind"], r.get("after_task")) not in lost]
     assert read_metrics(run) == expected
     first, second = (checkpoint.load(out / "checkpoints" / "02-00000000.safetensors") for out in (whole, run))
     assert first.tensors.keys() == second.tensors.keys()
     assert all(torch.equal(x, second.tensors[name]) for name, x in first.tensors.items())
-    assert {k: x for k, x in read_finished(run).items() if "sha256" not in k and "ms" not in k} == {
-        k: x for k, x in read_finished(whole).items() if "sha256" not in k and "ms" not in k
-    }
+    summaries = [
+        {k: x for k, x in read_finished(out).items() if "sha256" not in k and k not in TIMES} for out in (run, whole)
+    ]
+    assert summaries[0] == summaries[1]
 
 
 @pytest.mark.parametrize(
@@ -260,9 +267,16 @@ def test_times_are_logged_outside_of_metrics(finished: Path) -> None:
     assert "ms" not in (finished / "metrics.jsonl").read_text()
     timings = read_rows(finished / "timings.jsonl")
     start, *timings = timings
+    (end,) = (row for row in timings if "task_end_seconds" in row)
+    assert end.keys() == {"stage", "task_end_seconds", "task_end_cpu_seconds"}
+    assert end["stage"] == 1
+    assert end["task_end_cpu_seconds"] > 0
+    assert end["task_end_seconds"] > 0
+    assert timings.index(end) == 3  # after the steps of its task
+    timings.remove(end)
     assert start["started"].startswith("20")
     assert start["processes"] == 1
-    assert all(row["step_ms"] > 0 for row in timings)
+    assert all(row["step_ms"] > 0 and row["step_cpu_ms"] > 0 for row in timings)
     assert ["penalty_ms" in row for row in timings] == [False] * 3 + [True] * 3
     assert "started" not in (finished / "metrics.jsonl").read_text()
     config = json.loads((finished / "config.json").read_text())

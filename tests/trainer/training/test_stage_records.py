@@ -134,6 +134,28 @@ def test_held_out_losses_depend_on_weights_and_seed_alone(short: Short, make_run
 
 @pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize(
+    ("method", "teacher", "replay"),
+    [
+        ("fine-tune", False, 0),
+        ("rank1", False, 0),
+        ("gd", True, 4 * 3 * (64 + 8)),  # 4 classes x 3 images of 8 x 8 bytes, and their labels of 8
+        ("masip", True, 4 * 8),  # labels
+        ("interpolate0.5", True, 0),
+    ],
+)
+def test_memory_is_what_later_tasks_need(
+    short: Short, make_run: MakeRun, method: str, teacher: bool, replay: int
+) -> None:
+    run = make_run(short(method, model="mlp", tasks=3))
+    for stage in run.stages[:2]:
+        run.remember(stage)
+    parameters = sum(p.numel() for p in run.model.parameters())
+    assert stage_records.memory(run, run.stages[1]) == [
+        {"kind": "memory", "task": 2, "teacher_bytes": teacher * 4 * parameters, "replay_bytes": replay}
+    ]
+
+
+@pytest.mark.parametrize(
     ("method", "settings"), [("gd+rank1:gradient,lam=50", {"ema": 0.9}), ("rank1:once,slopes,lam=50", {})]
 )
 def test_rows_of_a_run_are_of_the_weights_in_its_checkpoints(
@@ -143,7 +165,7 @@ def test_rows_of_a_run_are_of_the_weights_in_its_checkpoints(
     train(config, tmp_path / "run", extractor_folder)
     rows = read_metrics(tmp_path / "run")
     assert [row["kind"] for row in rows] == [
-        *["step"] * 3, "evaluation", "held_out_loss", "fisher",
+        *["step"] * 3, "evaluation", "held_out_loss", "fisher", "memory",
         *["step"] * 3, *["evaluation"] * 2, "movement", *["held_out_loss"] * 2,
     ]  # fmt: skip
     start, end = (checkpoint.load(tmp_path / f"run/checkpoints/{name}-00000000.safetensors") for name in ("01", "02"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -41,8 +41,15 @@ REPLAYED = {
 }
 
 
+# What an L2 penalty pulls towards, from the parameters that each task ended with.
+L2_ANCHORS: dict[str, Callable[[Sequence[Tensor]], Tensor]] = {
+    "l2": lambda ends: ends[-1],
+    "l2_average": lambda ends: sum(ends) / len(ends),  # type: ignore[arg-type,return-value]
+}
+
+
 class Learnt(NamedTuple):
-    """A Fisher matrix, and the parameters that it was measured at."""
+    """A Fisher matrix, and the parameters that it was measured at. An L2 penalty has no Fisher matrix."""
 
     fisher: Any
     theta: Tensor
@@ -73,15 +80,18 @@ def _double(run: Run) -> list[Learnt]:
 
 def _third_task(run: Run) -> list[Learnt]:
     """At a step of the third task, away from where the first two ended."""
-    learnt = _double(run)
+    learnt, ends = _double(run), []
     generator = torch.Generator().manual_seed(0)
     for stage in run.stages[:2]:
         run.remember(stage)
+        ends.append(_flat(run.model.parameters()))
         with torch.no_grad():
             for p in run.model.parameters():
                 p.add_(0.01 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
     run.optimizer = run.new_optimizer()
     run.stage, run.step = 2, STEP
+    if run.method.penalty is not None and run.method.penalty.fisher in L2_ANCHORS:
+        return [Learnt(None, theta) for theta in ends]
     return learnt
 
 
@@ -180,6 +190,8 @@ def _pull(theta: Tensor, u: Tensor, a: Tensor, b: Tensor, strength: float) -> Te
 def _penalty_gradient(run: Run, learnt: list[Learnt], theta: Tensor) -> Tensor:
     spec = run.method.penalty
     assert spec is not None
+    if spec.fisher in L2_ANCHORS:
+        return spec.lam * (theta - L2_ANCHORS[spec.fisher]([task.theta for task in learnt]))
     if spec.fisher == "diagonal":
         pulls = [task.fisher.fisher_diagonal.double() * (theta - task.theta) for task in learnt]
         return spec.lam * torch.stack(pulls).sum(0)
@@ -191,6 +203,9 @@ def _proximal(run: Run, learnt: list[Learnt], theta: Tensor, lr: float) -> Tenso
     """argmin_x |x - theta|^2 / 2 + lr penalty(x)"""
     spec = run.method.penalty
     assert spec is not None
+    if spec.fisher in L2_ANCHORS:
+        anchor = L2_ANCHORS[spec.fisher]([task.theta for task in learnt])
+        return (theta + lr * spec.lam * anchor) / (1 + lr * spec.lam)
     if spec.fisher == "diagonal":
         curvature = sum(task.fisher.fisher_diagonal.double() for task in learnt)
         pulled = sum(task.fisher.fisher_diagonal.double() * task.theta for task in learnt)
@@ -294,6 +309,10 @@ def test_a_step_without_a_penalty_is_that_of_plain_pytorch(
         ("replay", "bands2:lam=50"),
         ("gd", "bands2:top,slopes,lam=50"),
         ("gd", "rank3:random,slopes,lam=50"),
+        ("fine-tune", "l2:lam=5"),
+        ("gd", "l2:lam=5"),
+        ("masip", "l2-average:lam=5"),
+        ("replay", "l2-average:lam=5"),
     ],
 )
 def test_a_step_with_a_penalty_is_that_of_plain_pytorch(
@@ -313,6 +332,8 @@ def test_a_step_with_a_penalty_is_that_of_plain_pytorch(
         ("sgd", "gd+rank1:top,gradient,lam=50"),
         ("sgd", "gd+diagonal:lam=3000"),
         ("sgd", "bands2:slopes,lam=50"),
+        ("sgd", "l2-average:gradient,lam=5"),
+        ("adam", "gd+l2:lam=5"),
         ("adam", "gd"),
         ("adam", "gd+rank1:random,gradient,lam=50"),
         ("adam", "rank3:slopes,lam=50"),
@@ -584,8 +605,8 @@ def test_a_loss_that_is_not_finite_stops_with_its_step_and_a_cause(short: Short,
     run.step = 6
     losses = [torch.tensor([loss, 0.0, 1.0]) for loss in (1.0, float("nan"), float("inf"))]
     with pytest.raises(TrainingError, match=r"not finite at step 5 of stage 1 .*learning rate.*--lr"):
-        loop.log_losses(run, stage, losses, 0.1, board=None)  # type: ignore[arg-type]
+        loop.log_losses(run, stage, losses, 0.1, 0.1, board=None)  # type: ignore[arg-type]
     stiff = make_run(short("rank1:gradient,lam=1e9"))
     stiff.step = 1
     with pytest.raises(TrainingError, match=r"step 1 of stage 2; .*lam=1e\+08 or the decoupled mode"):
-        loop.log_losses(stiff, stiff.stages[1], [torch.tensor([float("nan"), 0.0, 1.0])], 0.1, board=None)  # type: ignore[arg-type]
+        loop.log_losses(stiff, stiff.stages[1], [torch.tensor([float("nan"), 0.0, 1.0])], 0.1, 0.1, board=None)  # type: ignore[arg-type]
