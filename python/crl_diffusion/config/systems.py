@@ -104,7 +104,7 @@ SYSTEMS: dict[str, System] = {
     ),
     "adapters": System(
         "adapters4",
-        "Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, ICLR 2022, arXiv 2106.09685; for a task after "
+        "Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, ICLR 2022, arXiv 2106.09685; one task after "
         "another: Smith et al., Continual Diffusion: Continual Customization of Text-to-Image Diffusion with C-LoRA, "
         "arXiv 2304.06027, and Enescu and Sahbi, Deep Generative Continual Learning using Functional LoRA: FunLoRA, "
         "arXiv 2510.02631",

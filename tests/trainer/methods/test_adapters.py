@@ -13,7 +13,10 @@ import pytest
 import torch
 from crl_diffusion import cli
 from crl_diffusion.config.curriculum import reached, stages
+from crl_diffusion.config.method import Method
 from crl_diffusion.config.settings import RunConfig
+from crl_diffusion.config.spelling import in_order, parse_method, spell
+from crl_diffusion.config.words import describe
 from crl_diffusion.diffusion import noising, sampling
 from crl_diffusion.diffusion.network import build
 from crl_diffusion.errors import OptionError
@@ -32,7 +35,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 RANK, TASKS = 3, 3
-THREE_TASKS: dict[str, Any] = {"method": f"adapters{RANK}", "model": "mlp", "tasks": TASKS}
+THREE_TASKS: dict[str, Any] = {"method": f"adapters{RANK}", "model": "mlp", "tasks": TASKS, "ema": 0.5}
 # The embedding of labels in each model.
 EMBEDDING = {"mlp": "label_embedding.weight", "mini": "class_embedding.weight"}
 
@@ -150,8 +153,8 @@ def _images(run: Path, after: int, classes: tuple[int, ...]) -> Tensor:
     "settings",
     [
         {"model": "mlp"},
-        {"model": "mini"},
-        {"model": "mini", "precision": "bf16", "ema": 0.5},
+        {"model": "mini", "ema": 0.0},
+        {"model": "mini", "precision": "bf16"},
         {"model": "mlp", "precision": "fp64", "optimizer": "sgd", "lr": 0.2, "class_order": 3},
     ],
     ids=str,
@@ -237,6 +240,36 @@ def test_without_peft_nothing_is_trained_and_one_line_says_what_to_install(
     assert train_command(**THREE_TASKS) == 2
     require_one_line(capsys.readouterr().err, "'peft' is missing", 'pip install "crl-kernels[trainer]"')
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+# Spelling
+
+
+def test_a_name_has_the_rank(short: Short) -> None:
+    for rank in (1, 4, 17, 1000):
+        name = f"adapters{rank}"
+        assert parse_method(name) == Method(adapter_rank=rank)
+        assert spell(name) == name
+        assert short(name).as_json()["recipe"]["adapter_rank"] == rank
+        assert f"rank {rank}:" in describe(short(name).as_json()["recipe"], {})
+    assert "adapter_rank" not in short("gd").as_json()["recipe"]  # as earlier versions wrote it
+    names = ["rank1", "adapters12", "gd", "adapters4", "fine-tune", "adapters5"]
+    assert in_order(names) == ["fine-tune", "gd", "adapters4", "adapters5", "adapters12", "rank1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        *((name, "use adapters4") for name in ("gd+adapters4", "adapters4+rank1", "replay+gd+adapters4+diagonal")),
+        ("adapters4:lam=3", "adapters4 has no penalty"),
+        *((f"adapters{rank}", "adapters<r>, replay, gd") for rank in ("", "0", "04", "1001", "-1", "4x")),
+    ],
+)
+def test_another_name_is_refused_in_one_line(
+    name: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["train", "--method", name, "--out", str(tmp_path / "run")]) == 2
+    require_one_line(capsys.readouterr().err, repr(name), message)
 
 
 # Interruptions

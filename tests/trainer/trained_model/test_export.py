@@ -47,14 +47,19 @@ def by_diffusers_alone(folder: Path, out: Path, labels: Sequence[int]) -> tuple[
 @pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"schedule": "cosine", "eval_steps": 7, "ema": 0.5}, {"precision": "fp64"}],
-    ids=["linear", "cosine", "fp64"],
+    [
+        {},
+        {"schedule": "cosine", "eval_steps": 7, "ema": 0.5},
+        {"precision": "fp64"},
+        {"method": "adapters3", "precision": "fp64"},
+    ],
+    ids=["linear", "cosine", "fp64", "adapters"],
 )
 def test_diffusers_alone_draws_the_images_of_crl_diffusion_sample(
     settings: dict[str, Any], train_command: TrainCommand, tmp_path: Path
 ) -> None:
     run, exported, images = (str(tmp_path / name) for name in ("run", "exported", "images"))
-    assert train_command(method="fine-tune", **settings) == 0
+    assert train_command(**{"method": "fine-tune", **settings}) == 0
     name_classes(Path(run), ["café au lait", "b", "日本", *"3456789"])
     assert cli.main(["export", run, "--out", exported]) == 0
     assert cli.main(["sample", run, "--out", images, "--classes", "0", "3", "--count", "2", "--seed", "4"]) == 0

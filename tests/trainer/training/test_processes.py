@@ -28,11 +28,12 @@ def _numbers(value: Any) -> list[float]:
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch.distributed is missing")
-@pytest.mark.parametrize("method", ["gd+rank1", "ddgr"])
+@pytest.mark.parametrize(("method", "model"), [("gd+rank1", "tiny"), ("ddgr", "tiny"), ("adapters3", "mlp")])
 def test_two_processes_equal_one_and_one_resumes_the_run_of_two(
-    method: str, extractor_folder: Path, tmp_path: Path
+    method: str, model: str, extractor_folder: Path, tmp_path: Path
 ) -> None:
-    arguments = ["train", "--method", method, *options(SETTINGS), "--extractor-folder", extractor_folder]
+    settings = options({**SETTINGS, "model": model})
+    arguments = ["train", "--method", method, *settings, "--extractor-folder", extractor_folder]
     done = _torchrun(*arguments, "--out", tmp_path / "two")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("after task 2: task 2 has FID") == 1  # one process speaks
