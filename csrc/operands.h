@@ -35,6 +35,8 @@ inline int32_t dtype_code_of(const Tensor& tensor) {
   return code;
 }
 
+inline bool is_int8(const Tensor& tensor) { return dtype_code_of(tensor) == aoti_torch_dtype_int8(); }
+
 inline DType dtype_of(const Tensor& tensor) {
   const int32_t code = dtype_code_of(tensor);
   if (code == aoti_torch_dtype_float32()) return DType::kFloat32;
@@ -76,8 +78,28 @@ inline bool is_dense(const MemoryOrder& order, int64_t numel) {
   return filled == numel;
 }
 
-// The table of the tensors whose memory decides the order of each segment's elements: the parameters, or the targets.
-inline SegmentTable segment_table(const Tensors& tensors) {
+// A list of K directions: K flat tensors, or term by term one tensor for each segment, which tensors of scales follow
+// if the list may have int8 tensors.
+struct Directions {
+  const Tensors& tensors;
+  int64_t terms;
+
+  int64_t pieces() const { return static_cast<int64_t>(tensors.size()) / terms; }
+  bool has_scales(int64_t segments) const { return terms > 0 && pieces() == 2 * segments; }
+  const Tensor* term(int64_t k) const { return tensors.data() + k * pieces(); }
+
+  // Whether a segment is int8 in any term.
+  bool any_int8(int64_t segments, int64_t segment) const {
+    for (int64_t k = 0; has_scales(segments) && k < terms; ++k) {
+      if (is_int8(term(k)[segment])) return true;
+    }
+    return false;
+  }
+};
+
+// The table of the tensors whose memory decides the order of each segment's elements: the parameters, or the targets. A
+// segment with an int8 direction is row-major, as its blocks are.
+inline SegmentTable segment_table(const Tensors& tensors, const Directions& directions) {
   STD_TORCH_CHECK(!tensors.empty(), "crl_kernels: expected at least one tensor");
   std::vector<int64_t> lengths;
   std::vector<MemoryOrder> orders;
@@ -87,10 +109,15 @@ inline SegmentTable segment_table(const Tensors& tensors) {
     if (tensors[i].is_contiguous()) continue;
     const MemoryOrder own = memory_order_of(tensors[i]);
     if (!is_dense(own, lengths.back())) continue;
+    if (directions.any_int8(static_cast<int64_t>(tensors.size()), static_cast<int64_t>(i))) continue;
     orders.resize(tensors.size());
     orders[i] = own;
   }
   return SegmentTable(lengths, std::move(orders));
+}
+inline SegmentTable segment_table(const Tensors& tensors) {
+  const Tensors none;
+  return segment_table(tensors, {none, 0});
 }
 
 // Whether a tensor has its elements in this order (null: row-major), one after the other.
@@ -119,10 +146,13 @@ inline Tensor copy_in_order(const Tensor& tensor, const MemoryOrder* order) {
 inline bool is_row(const Tensor& tensor) { return tensor.dim() == 2 && tensor.size(0) == 1; }
 
 // Tensors to read along a table: one for each segment, or a single flat one, (P,) in row-major order, or a row, (1, P).
-// A tensor whose elements are not in its segment's order is copied; the copies live as long as this object.
+// A tensor whose elements are not in its segment's order is copied; the copies live as long as this object. `scales`,
+// one tensor for each segment, are those of the tensors that are int8, and empty beside others; without them none is
+// int8.
 class Operand {
  public:
-  Operand(const SegmentTable& table, const Tensor* first, int64_t count, const Tensor& same_device_as)
+  Operand(const SegmentTable& table, const Tensor* first, int64_t count, const Tensor& same_device_as,
+          const Tensor* scales = nullptr)
       : view_(is_cut(table, first, count) ? table.segments() : count) {
     const bool flat = count == 1 && first[0].numel() == table.numel();
     STD_TORCH_CHECK(flat || count == table.segments(), "crl_kernels: expected one flat tensor or ", table.segments(),
@@ -137,6 +167,7 @@ class Operand {
       if (is_cut(table, first, count)) {
         cut(table, tensor);
       } else {
+        if (scales != nullptr) add_scales(table, i, tensor, scales[i], device);
         add(table, i, tensor, flat && is_row(tensor) ? nullptr : table.order(i));
       }
     }
@@ -146,6 +177,9 @@ class Operand {
 
   Pointer at(int64_t segment, int64_t index) const { return view_.at(segment, index); }
   const FlatView& view() const { return view_; }
+
+  // One entry for each segment; none if no tensor is int8.
+  const std::vector<Scales>& scales() const { return scales_; }
 
   struct Copy {
     int64_t index;  // of the tensor in the list
@@ -162,7 +196,27 @@ class Operand {
   void add(const SegmentTable& table, int64_t segment, const Tensor& tensor, const MemoryOrder* order) {
     const bool in_place = is_in_order(tensor, order);
     if (!in_place) copies_.push_back({segment, copy_in_order(tensor, order)});
-    view_.add({(in_place ? tensor : copies_.back().tensor).data_ptr(), dtype_of(tensor)}, table.begin(segment));
+    const DType dtype = !scales_.empty() && is_int8(tensor) ? DType::kInt8 : dtype_of(tensor);
+    view_.add({(in_place ? tensor : copies_.back().tensor).data_ptr(), dtype}, table.begin(segment));
+  }
+
+  void add_scales(const SegmentTable& table, int64_t segment, const Tensor& tensor, const Tensor& scales,
+                  DeviceCode device) {
+    const int64_t numel = tensor.numel(), count = scales.numel();
+    const bool int8 = is_int8(tensor);
+    STD_TORCH_CHECK(dtype_code_of(scales) == aoti_torch_dtype_float32() && device_code_of(scales) == device,
+                    "crl_kernels: scales of directions are float32 tensors on the device of the parameters");
+    STD_TORCH_CHECK(int8 && numel > 0 ? count > 0 && numel % count == 0 : count == 0, "crl_kernels: direction tensor ",
+                    segment, " of a term has ", numel, " elements and ", count,
+                    " scales; expected a number of scales that divides int8 elements, and none beside others");
+    STD_TORCH_CHECK(!int8 || table.order(segment) == nullptr,
+                    "crl_kernels: int8 directions beside parameters that are not read in row-major order");
+    if (!int8) return;
+    scales_.resize(table.segments());
+    if (numel == 0) return;
+    Tensor in_order = torch::stable::contiguous(scales);
+    scales_[segment] = {static_cast<const float*>(in_order.data_ptr()), numel / count};
+    if (!scales.is_contiguous()) contiguous_scales_.push_back(in_order);
   }
 
   void cut(const SegmentTable& table, const Tensor& flat) {
@@ -175,6 +229,8 @@ class Operand {
   }
 
   std::vector<Copy> copies_;
+  std::vector<Tensor> contiguous_scales_;
+  std::vector<Scales> scales_;
   FlatView view_;
 };
 
@@ -210,17 +266,21 @@ class Target {
   Operand operand_;
 };
 
-// K directions along a table, stored as K flat tensors or term by term as K lists of one tensor per segment.
-inline std::vector<Operand> directions_of(const SegmentTable& table, const Tensors& directions, int64_t num_terms,
+// K directions along a table that was made with them.
+inline std::vector<Operand> directions_of(const SegmentTable& table, const Tensors& tensors, int64_t num_terms,
                                           const Tensor& same_device_as) {
-  const int64_t count = static_cast<int64_t>(directions.size());
+  const int64_t count = static_cast<int64_t>(tensors.size());
   STD_TORCH_CHECK(num_terms > 0 && count % num_terms == 0, "crl_kernels: ", count, " direction tensors for ", num_terms,
                   " terms");
-  const int64_t pieces = count / num_terms;
+  const Directions directions{tensors, num_terms};
+  const bool has_scales = directions.has_scales(table.segments());
+  const int64_t pieces = has_scales ? table.segments() : directions.pieces();
   std::vector<Operand> result;
   result.reserve(num_terms);
-  for (int64_t k = 0; k < num_terms; ++k)
-    result.emplace_back(table, directions.data() + k * pieces, pieces, same_device_as);
+  for (int64_t k = 0; k < num_terms; ++k) {
+    const Tensor* term = directions.term(k);
+    result.emplace_back(table, term, pieces, same_device_as, has_scales ? term + pieces : nullptr);
+  }
   return result;
 }
 

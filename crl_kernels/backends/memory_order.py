@@ -3,7 +3,7 @@
 Operators work element by element along a tensor, or sum over it. So a parameter and everything that goes with it
 (gradient, moments, directions) may be read in any order that they share. A tensor is dense if its elements fill one
 stretch of memory, each place once; a dense parameter is read in the order of its memory, any other in row-major order.
-``csrc/operands.h`` has the same rules.
+So is a parameter that has a direction in int8, whose blocks are of that order. ``csrc/operands.h`` has the same rules.
 
 A vector along parameters is one tensor for each of them, or one for all: (P,), each parameter's elements in row-major
 order, or a row, (1, P), in the order of its memory. A row is quick to pass and means something else for parameters in

@@ -9,6 +9,12 @@ convolution's per-sample gradients are computed in ``mean_dtype``.
 ``fisher`` and ``anchor`` hold one such vector each: one flat tensor, or one tensor per parameter. A flat tensor is
 (P,), or a row, (1, P), whose elements are in the order of the parameters' memory (``memory_order.py``).
 
+Directions in int8 (``int8.py``) are lists of 2 K times as many tensors as there are parameters: of each term first
+one tensor for each parameter, then one float32 tensor of scales for each parameter. A tensor of n elements in int8 has
+n / L scales, each of L elements that follow one another in the parameter's row-major order, whatever its memory's. Any
+other tensor of such a list has an empty tensor of scales, (0,), and so has an empty int8 tensor; so terms and
+parameters in int8 stand beside others. Neither a flat tensor nor a row is in int8.
+
 The memory order of a tensor never changes what an operator computes, except for the order in which a sum is taken. A
 kernel copies nothing if the tensors that belong to one parameter have its memory order (``memory_order.py``).
 """
@@ -21,6 +27,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from .int8 import dequantised
 from .memory_order import FlatOrder, is_row
 
 _Result = TypeVar("_Result")
@@ -51,7 +58,10 @@ def _pieces(vector: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
 
 def _terms(directions: Sequence[Tensor], num_terms: int, like: Sequence[Tensor]) -> list[list[Tensor]]:
     size = len(directions) // num_terms
-    return [_pieces(directions[k * size : (k + 1) * size], like) for k in range(num_terms)]
+    terms = [directions[k * size : (k + 1) * size] for k in range(num_terms)]
+    if size == 2 * len(like):
+        terms = [list(map(dequantised, term[: len(like)], term[len(like) :])) for term in terms]
+    return [_pieces(term, like) for term in terms]
 
 
 def low_rank_projections(params: Sequence[Tensor], directions: Sequence[Tensor], num_terms: int) -> Tensor:

@@ -25,8 +25,8 @@ constexpr int64_t kChunk = 4096;  // elements per partial sum: 16 KiB of float32
 constexpr int64_t kLanes = 16;    // on a CPU, flat element j of a chunk is added to lane j % kLanes of its partial sum
 
 // Twice the size of an element in bytes; float16 adds one, to differ from bfloat16. CUDA kernels look a dtype up for
-// every octet, and then need its size at once.
-enum class DType : uint32_t { kFloat64 = 16, kFloat32 = 8, kBFloat16 = 4, kFloat16 = 5 };
+// every octet, and then need its size at once. Only directions are int8, and their elements have Scales.
+enum class DType : uint32_t { kFloat64 = 16, kFloat32 = 8, kBFloat16 = 4, kFloat16 = 5, kInt8 = 2 };
 
 CRL_HOST_DEVICE inline int64_t size_of(DType dtype) { return static_cast<uint32_t>(dtype) / 2; }
 
@@ -34,6 +34,12 @@ CRL_HOST_DEVICE inline int64_t size_of(DType dtype) { return static_cast<uint32_
 struct Pointer {
   void* data;
   DType dtype;
+};
+
+// Of the int8 elements of a segment: element i of it is q[i] * data[i / length], exactly, in float32.
+struct Scales {
+  const float* data = nullptr;
+  int64_t length = 1;
 };
 
 // The order in which the elements of a segment follow one another: that of the memory of a tensor of these sizes and

@@ -28,7 +28,7 @@ AdamWPiece piece_at(const AdamWOperands& operands, int64_t segment, int64_t inde
 Tensor low_rank_adamw_(const Tensors params, const Tensors grads, const Tensors exp_avgs, const Tensors exp_avg_sqs,
                        const Tensor settings, const std::optional<Tensor> found_inf, const Tensors directions,
                        const Tensor coefficients, bool decoupled) {
-  const SegmentTable table = segment_table(params);
+  const SegmentTable table = segment_table(params, {directions, coefficients.numel()});
   const AdamWOperands operands(table, params, grads, exp_avgs, exp_avg_sqs, settings);
   const Tensor c_tensor = coefficients_of(coefficients, params[0]);
   const int64_t num_terms = c_tensor.numel();

@@ -27,6 +27,8 @@ struct Loops {
 
   // In penalty.inc.
 
+  // values[j] = q[j] * the scale of element first + j of the segment
+  void (*dequantise)(const int8_t* q, Scales scales, int64_t first, int64_t n, float* values);
   // lanes[k * kLanes ...] += x * u[k], for each of the terms k
   void (*dot)(Pointer x, const Pointer* u, int64_t terms, int64_t index, int64_t n, double* lanes);
   // target = target + sum_k c[k] u[k], or the sum alone if overwrite; rounded once

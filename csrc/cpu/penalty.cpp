@@ -15,7 +15,7 @@ namespace crl {
 namespace {
 
 Tensor low_rank_projections(const Tensors params, const Tensors directions, int64_t num_terms) {
-  const SegmentTable table = segment_table(params);
+  const SegmentTable table = segment_table(params, {directions, num_terms});
   const Operand theta(table, params, params[0]);
   Tensor result = empty_float64({num_terms});
   project(table, theta, directions_of(table, directions, num_terms, params[0]), result.mutable_data_ptr<double>());
@@ -28,11 +28,11 @@ void combine(const Target& targets, const SegmentTable& table, const std::vector
   const int64_t num_terms = static_cast<int64_t>(u.size());
   const Loops& loops = chosen_loops();
   parallel_over_chunks(table, [&](int64_t first, int64_t last) {
-    std::vector<Pointer> pieces(num_terms);
+    Pieces pieces(table, u, loops);
     for (int64_t chunk = first; chunk < last; ++chunk) {
       table.for_each_piece(chunk, [&](int64_t segment, int64_t begin, int64_t end) {
-        pieces_at(u, segment, begin, pieces.data());
-        loops.combine(targets.at(segment, begin), pieces.data(), c, num_terms, end - begin, overwrite);
+        const Pointer* terms = pieces.at(segment, begin, end);
+        loops.combine(targets.at(segment, begin), terms, c, num_terms, end - begin, overwrite);
       });
     }
   });
@@ -40,7 +40,7 @@ void combine(const Target& targets, const SegmentTable& table, const std::vector
 }
 
 void low_rank_accumulate_(const Tensors targets, const Tensors directions, const Tensor coefficients) {
-  const SegmentTable table = segment_table(targets);
+  const SegmentTable table = segment_table(targets, {directions, coefficients.numel()});
   Target target(table, targets);
   const Tensor c = coefficients_of(coefficients, targets[0]);
   const std::vector<Operand> u = directions_of(table, directions, c.numel(), targets[0]);
@@ -51,10 +51,10 @@ Tensor low_rank_penalty_accumulate_(const Tensors targets, const Tensors params,
                                     const Tensor curvatures, const Tensor anchor_projections,
                                     const Tensor coefficient) {
   check_targets(targets, params);
-  const SegmentTable table = segment_table(params);
+  const int64_t num_terms = curvatures.numel();
+  const SegmentTable table = segment_table(params, {directions, num_terms});
   Target target(table, targets);
   const Operand theta(table, params, params[0]);
-  const int64_t num_terms = curvatures.numel();
   const std::vector<Operand> u = directions_of(table, directions, num_terms, params[0]);
   const Tensor a_tensor = coefficients_of(curvatures, params[0]);
   const Tensor b_tensor = coefficients_of(anchor_projections, params[0]);
@@ -79,7 +79,7 @@ Tensor low_rank_penalty_accumulate_(const Tensors targets, const Tensors params,
 
 Tensors low_rank_combine(const Tensors directions, const Tensor coefficients, const Tensors like) {
   const Tensors result = empty_like_all(like);
-  const SegmentTable table = segment_table(result);
+  const SegmentTable table = segment_table(result, {directions, coefficients.numel()});
   Target target(table, result);
   const Tensor c = coefficients_of(coefficients, like[0]);
   const std::vector<Operand> u = directions_of(table, directions, c.numel(), like[0]);

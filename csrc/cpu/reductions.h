@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <memory>
 #include <vector>
 
 #include <torch/csrc/stable/ops.h>
@@ -28,9 +29,37 @@ inline Tensor empty_float64(const std::vector<int64_t>& shape) {
 // The sum of the lanes of one chunk.
 inline double lane_sum(const double* lanes) { return ordered_sum(lanes, kLanes); }
 
-inline void pieces_at(const std::vector<Operand>& u, int64_t segment, int64_t index, Pointer* pieces) {
-  for (const Operand& term : u) *pieces++ = term.at(segment, index);
-}
+// The terms' elements of one piece of a chunk after the other, as the loops read them: int8 elements are converted to
+// float32 first. Each thread has its own.
+class Pieces {
+ public:
+  Pieces(const SegmentTable& table, const std::vector<Operand>& u, const Loops& loops)
+      : table_(table), u_(u), loops_(loops), pointers_(u.size()) {
+    for (const Operand& term : u) has_int8_ = has_int8_ || !term.scales().empty();
+    if (has_int8_) values_.reset(new float[u.size() * kChunk]);
+  }
+
+  const Pointer* at(int64_t segment, int64_t begin, int64_t end) {
+    for (size_t k = 0; k < u_.size(); ++k) {
+      Pointer& piece = pointers_[k];
+      piece = u_[k].at(segment, begin);
+      if (piece.dtype != DType::kInt8) continue;
+      float* values = values_.get() + k * kChunk;
+      loops_.dequantise(static_cast<const int8_t*>(piece.data), u_[k].scales()[segment], begin - table_.begin(segment),
+                        end - begin, values);
+      piece = {values, DType::kFloat32};
+    }
+    return pointers_.data();
+  }
+
+ private:
+  const SegmentTable& table_;
+  const std::vector<Operand>& u_;
+  const Loops& loops_;
+  std::vector<Pointer> pointers_;
+  bool has_int8_ = false;
+  std::unique_ptr<float[]> values_;  // kChunk for each term
+};
 
 // projections[k] = the sum of everything that calls of piece(segment, begin, n, pieces, lanes) add to the lanes of term
 // k. `pieces` are the terms' elements from `begin` on.
@@ -40,12 +69,11 @@ void project_pieces(const SegmentTable& table, const std::vector<Operand>& u, do
   std::vector<double> partial(table.chunks() * num_terms);  // (chunk, term)
   parallel_over_chunks(table, [&](int64_t first, int64_t last) {
     std::vector<double> lanes(num_terms * kLanes);
-    std::vector<Pointer> pieces(num_terms);
+    Pieces pieces(table, u, chosen_loops());
     for (int64_t chunk = first; chunk < last; ++chunk) {
       std::fill(lanes.begin(), lanes.end(), 0.0);
       table.for_each_piece(chunk, [&](int64_t segment, int64_t begin, int64_t end) {
-        pieces_at(u, segment, begin, pieces.data());
-        piece(segment, begin, end - begin, pieces.data(), lanes.data());
+        piece(segment, begin, end - begin, pieces.at(segment, begin, end), lanes.data());
       });
       for (int64_t k = 0; k < num_terms; ++k) partial[chunk * num_terms + k] = lane_sum(lanes.data() + k * kLanes);
     }

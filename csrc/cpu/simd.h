@@ -157,6 +157,9 @@ inline Singles load_singles(const BFloat16* source) {
   return (Singles)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_bits<__m256i>(source)), 16);
 }
 inline Singles load_singles(const Half* source) { return (Singles)_mm512_cvtph_ps(load_bits<__m256i>(source)); }
+inline Singles load_singles(const int8_t* source) {
+  return (Singles)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_bits<__m128i>(source)));
+}
 inline Floats low(Singles value) { return (Floats)_mm512_castps512_ps256((__m512)value); }
 inline Floats high(Singles value) { return (Floats)_mm512_extractf32x8_ps((__m512)value, 1); }
 inline Singles joined(Floats low, Floats high) {
@@ -170,6 +173,10 @@ inline Singles load_singles(const BFloat16* source) {
   return (Singles)_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_bits<__m128i>(source)), 16);
 }
 inline Singles load_singles(const Half* source) { return (Singles)_mm256_cvtph_ps(load_bits<__m128i>(source)); }
+inline Singles load_singles(const int8_t* source) {
+  const __m128i eight = in_low_half(load_bits<int64_t>(source));
+  return (Singles)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight));
+}
 inline Floats low(Singles value) { return (Floats)_mm256_castps256_ps128((__m256)value); }
 inline Floats high(Singles value) { return (Floats)_mm256_extractf128_ps((__m256)value, 1); }
 inline Singles joined(Floats low, Floats high) { return (Singles)_mm256_set_m128((__m128)high, (__m128)low); }
@@ -187,6 +194,18 @@ inline Singles load_singles(const BFloat16* source) {
 inline Singles load_singles(const Half* source) {
   return joined(from_half(load_bits<UShorts>(source)), from_half(load_bits<UShorts>(source + kWidth)));
 }
+#if defined(__SSE2__)
+inline Singles load_singles(const int8_t* source) {
+  const __m128i bytes = _mm_cvtsi32_si128(load_bits<int32_t>(source));
+  const __m128i pairs = _mm_unpacklo_epi8(bytes, bytes), words = _mm_unpacklo_epi16(pairs, pairs);
+  return (Singles)_mm_cvtepi32_ps(_mm_srai_epi32(words, 24));
+}
+#else
+inline Singles load_singles(const int8_t* source) {
+  using Bytes = int8_t __attribute__((vector_size(2 * kWidth)));
+  return __builtin_convertvector(load_bits<Bytes>(source), Singles);
+}
+#endif
 inline Floats low(Singles value) { return load_bits<Floats>(&value); }
 inline Floats high(Singles value) { return load_bits<Floats>(reinterpret_cast<const char*>(&value) + sizeof(Floats)); }
 inline Singles fused_multiply_add(Singles a, Singles b, Singles c) { return a * b + c; }
