@@ -22,7 +22,7 @@ from typing_extensions import Self
 
 from .. import files
 from ..backends.memory_order import FlatOrder
-from ..distributed.shards import gathered, local_part
+from ..distributed.shards import Shards, gathered, local_part
 from ..fisher.forms import DiagonalFisher, LowRankFisher
 from ..fisher.validation import require_numbers, require_tensor
 from ..model.arguments import require_integer, require_switch
@@ -282,12 +282,14 @@ class History(ABC, Generic[_Fisher]):
 
         With sharded parameters, all processes must call it. Tensors are gathered one by one; the first process writes.
         """
-        tensors = {name: gathered(tensor) for name, tensor in self.state_dict().items()}
-        if self._binding.shards.unsharded or torch.distributed.get_rank() == 0:
+        shards = self._binding.shards
+        tensors = shards.gathered_on_first(self.state_dict())
+
+        def write() -> None:
             scalars = {name: tensors.pop(name).item() for name in self._scalar_types}
             files.write(path, type(self).__name__, tensors, self._options() | scalars)
-        if not self._binding.shards.unsharded:
-            torch.distributed.barrier()
+
+        shards.on_first(write)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: nn.Module, *, grown: Iterable[str] = ()) -> Self:
@@ -448,15 +450,21 @@ class History(ABC, Generic[_Fisher]):
         """The constructor's arguments, without the model."""
         return {"include": self._binding.include, "exclude": self._binding.exclude, "decay": self._decay}
 
-    def _bound(self, layout: Layout, flat: Tensor) -> Tensor:
-        """A flat (..., P) tensor of another layout, in this history's order and on its device; this process's part if
-        parameters are sharded."""
-        ordered = self._binding.layout.reorder(flat, layout)
+    def _bound(self, layout: Layout, flat: Tensor, shards: Shards | None = None) -> Tensor:
+        """A flat (P,) or (K, P) tensor of another layout, in this history's order and on its device; this process's part if
+        parameters are sharded. With ``shards``, ``flat`` is this process's part already, in the layout's order."""
         if not self._binding.shards.unsharded:
-            rows = ordered.reshape(-1, self._binding.layout.numel)
-            parts = [self._cut(self._binding.layout.split(row)) for row in rows]
-            ordered = torch.stack(parts).view(*ordered.shape[:-1], sum(self._binding.shards.lengths))
-        elif not self._order.is_row_major:
+            rows = [flat] if flat.dim() == 1 else list(flat)
+            tensors = [list(layout.split(row).values()) if shards is None else shards.join(row) for row in rows]
+            parts = [self._cut(dict(zip(layout.names, row, strict=True))) for row in tensors]
+            return torch.stack(parts).view(*flat.shape[:-1], len(parts[0])).to(self._device)
+        if shards is not None:
+            raise ValueError(
+                "fisher is sharded and the history's parameters are whole; save it with fisher.save(path) in all "
+                "processes, and append load_fisher(path)."
+            )
+        ordered = self._binding.layout.reorder(flat, layout)
+        if not self._order.is_row_major:
             ordered = self._order.flatten(self._binding.layout.split(ordered).values(), ordered.shape[:-1])
         return ordered.to(self._device)
 

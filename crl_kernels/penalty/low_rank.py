@@ -174,7 +174,7 @@ class LowRankHistory(History[LowRankFisher]):
             anchor_projections = anchor_projections - shift
             require_scalars("fisher's anchor_projections - slopes / curvatures", anchor_projections, len(fisher))
         self._set_terms(
-            self._directions + list(self._bound(layout, fisher.directions)),
+            self._directions + list(self._bound(layout, fisher.directions, fisher.shards)),
             torch.cat([self._curvatures * self._decay, fisher.curvatures.to(self._device)]),
             torch.cat([self._anchor_projections, anchor_projections.to(self._device)]),
         )

@@ -405,7 +405,8 @@ def estimates(rank: int, count: int, folder: Path) -> list[str]:
             return ck.estimate_fisher(make(), loss, batches_of(rank), process_group=group, **options)
 
         for estimate, (loss, options) in ESTIMATES.items():
-            fisher = ck.estimate_fisher(model, loss, batches, **options)
+            with ck.whole_parameters(model):
+                fisher = ck.estimate_fisher(model, loss, batches, **options)
             compare(estimate, vars(fisher), vars(fisher_of(loss, **options)))
         with ck.whole_parameters(model), ck.whole_parameters(model):
             fisher = ck.estimate_fisher(model, losses_of, batches)
@@ -425,7 +426,8 @@ def estimates(rank: int, count: int, folder: Path) -> list[str]:
         compare("what must be as it was", everything_of(model), before)
 
         # The history of it, and training.
-        history.append(ck.estimate_fisher(model, losses_of, batches))
+        with ck.whole_parameters(model):
+            history.append(ck.estimate_fisher(model, losses_of, batches))
         unsharded_history = ck.LowRankHistory(alone)
         unsharded_history.append(fisher_of(losses_of))
         with torch.no_grad():
