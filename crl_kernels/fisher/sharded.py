@@ -7,6 +7,7 @@ Square norms and projections are sums over shards, exchanged once for each batch
 """
 
 import io
+import pickle
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -38,6 +39,11 @@ class ShardedLossSource(LossSource):
         processes: Processes,
     ) -> None:
         super().__init__(model, per_sample_loss, binding, mixed_losses=False)
+        if binding.shards.unsharded:
+            raise ValueError(
+                f"include= and exclude= leave only parameters that are whole, such as {binding.layout.names[0]!r}, and "
+                "others of model are sharded; estimate in a block of crl_kernels.whole_parameters(model)."
+            )
         self.sharded, self._processes = sharded, processes
         self._sharing = Processes(model, binding.shards.sharing_group)
 
@@ -116,28 +122,34 @@ class ShardedLossSource(LossSource):
 
 
 def _packed(batch: Any) -> Tensor:
-    """A seed, drawn now, and a batch, as bytes."""
+    """A seed, drawn now, and a batch, as bytes; or the error that says why it cannot be sent."""
     buffer = io.BytesIO()
     try:
         # Reordered, because a slice would be stored with the whole tensor that it is a view of.
         copied = reorder_batch(batch, torch.arange(batch_size(batch)))
         torch.save((int(torch.randint(2**62, ())), copied), buffer)
-    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(
+    except (AttributeError, TypeError, ValueError, RuntimeError, pickle.PicklingError) as reason:
+        error = TypeError(
             f"loader yields a {class_name(batch)} that cannot be sent to the other processes of a sharded model "
-            f"({error}). Give tensors in tuples, lists or dicts, or estimate in a block of "
+            f"({reason}). Give tensors in tuples, lists or dicts, or estimate in a block of "
             "crl_kernels.whole_parameters(model)."
-        ) from error
+        )
+        torch.save(error, buffer := io.BytesIO())
     return torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
 
 
 def _unpacked(data: Tensor, device: torch.device) -> tuple[int, Any]:
+    """Raises the owner's error, in all processes."""
+
     def to_own_device(storage: Any, place: str) -> Any:
         return storage if place == "cpu" else torch.serialization.default_restore_location(storage, str(device))
 
     packed = io.BytesIO(data.cpu().numpy().tobytes())
-    seed_and_batch: tuple[int, Any] = torch.load(packed, map_location=to_own_device, weights_only=False)
-    return seed_and_batch
+    content: Any = torch.load(packed, map_location=to_own_device, weights_only=False)
+    if isinstance(content, TypeError):
+        raise content
+    seed, batch = content
+    return seed, batch
 
 
 class ShardedLowRankEstimator(LowRankEstimator):

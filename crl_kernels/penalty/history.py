@@ -451,8 +451,8 @@ class History(ABC, Generic[_Fisher]):
         return {"include": self._binding.include, "exclude": self._binding.exclude, "decay": self._decay}
 
     def _bound(self, layout: Layout, flat: Tensor, shards: Shards | None = None) -> Tensor:
-        """A flat (P,) or (K, P) tensor of another layout, in this history's order and on its device; this process's part if
-        parameters are sharded. With ``shards``, ``flat`` is this process's part already, in the layout's order."""
+        """A flat (P,) or (K, P) tensor of another layout, in this history's order and on its device; this process's
+        part if parameters are sharded. With ``shards``, ``flat`` is this process's part in the layout's order."""
         if not self._binding.shards.unsharded:
             rows = [flat] if flat.dim() == 1 else list(flat)
             tensors = [list(layout.split(row).values()) if shards is None else shards.join(row) for row in rows]
