@@ -19,21 +19,21 @@ class Processes:
             group = model.process_group
         self._group = group
         self.rank = 0 if group is None else distributed.get_rank(group)
-        self._count = 1 if group is None else distributed.get_world_size(group)
+        self.count = 1 if group is None else distributed.get_world_size(group)
         if self.rank < 0:
             raise ValueError("process_group does not contain this process; call estimate_fisher in its members only.")
 
     def gather(self, value: T) -> list[T]:
         """The values of all processes, in the order of ranks."""
-        if self._count == 1:
+        if self.count == 1:
             return [value]
-        values: list[Any] = [None] * self._count
+        values: list[Any] = [None] * self.count
         distributed.all_gather_object(values, value, self._group)
         return values
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sums over processes, in place."""
-        if self._count > 1:
+        if self.count > 1:
             distributed.all_reduce(tensor, group=self._group)
         return tensor
 

@@ -6,9 +6,10 @@ FSDP and for HSDP, whose other mesh dimension holds copies.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, distributed
 from typing_extensions import TypeIs
 
@@ -55,7 +56,9 @@ class Shards:
             return
         self._like = [_require_like(first, name, parameter) for name, parameter in zip(names, params, strict=True)]
         self._mesh = first.device_mesh
-        self._groups = [self._mesh.get_group(i) for i, sharded in enumerate(sharded_dimensions(first)) if sharded]
+        groups = [(self._mesh.get_group(i), sharded) for i, sharded in enumerate(sharded_dimensions(first))]
+        self._groups = [group for group, sharded in groups if sharded]
+        self._copy_groups = [group for group, sharded in groups if not sharded]
         self.shapes = [part.shape for part in self.local(params)]
         self.lengths = [shape.numel() for shape in self.shapes]
 
@@ -126,22 +129,60 @@ class Shards:
                     "directions, whose blocks are in rows. Use storage_dtype=torch.bfloat16."
                 )
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes; with CPU offload, the parameters are elsewhere."""
+        return torch.device(self._mesh.device_type)
+
+    @property
+    def sharing_group(self) -> Any:
+        """The process group that shares one copy of a model of ``fully_shard``."""
+        (group,) = self._groups
+        return group
+
+    def gathered_on_first(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The full tensors, gathered one by one, on the CPU of the mesh's first process; none in the others."""
+        if self.unsharded:
+            return dict(tensors)
+        full = {}
+        for name, tensor in tensors.items():
+            value = gathered(tensor)
+            if self._is_first():
+                full[name] = value.cpu()
+        return full
+
+    def on_first(self, action: Callable[[], None]) -> None:
+        """Calls ``action`` in the mesh's first process; the others wait for it."""
+        if self.unsharded:
+            action()
+            return
+        if self._is_first():
+            action()
+        self.sum_copies_(self.sum_(torch.zeros(1)))
+
+    def _is_first(self) -> bool:
+        return not any(self._mesh.get_coordinate() or ())
+
     def sum_(self, value: Tensor) -> Tensor:
         """Sums over all shards, in place."""
-        return value if self.unsharded else self._reduce(value, distributed.ReduceOp.SUM)
+        return value if self.unsharded else self._reduce(value, distributed.ReduceOp.SUM, self._groups)
+
+    def sum_copies_(self, value: Tensor) -> Tensor:
+        """Sums over HSDP's copies, in place; each process has the same shard in each copy."""
+        return self._reduce(value, distributed.ReduceOp.SUM, self._copy_groups)
 
     def max_(self, value: Tensor) -> Tensor:
         """The maximum over all shards, in place."""
-        return value if self.unsharded else self._reduce(value, distributed.ReduceOp.MAX)
+        return value if self.unsharded else self._reduce(value, distributed.ReduceOp.MAX, self._groups)
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum over all shards. Its derivative by this process's value is 1: each process has the sum in its loss
         and differentiates it by its own shards."""
         return value if self.unsharded else value + (self.sum_(value.detach().clone()) - value.detach())
 
-    def _reduce(self, value: Tensor, operation: Any) -> Tensor:
+    def _reduce(self, value: Tensor, operation: Any, groups: Sequence[Any]) -> Tensor:
         on_mesh = value.to(self._mesh.device_type)  # with CPU offload, shards are on another device than the mesh
-        for group in self._groups:
+        for group in groups:
             distributed.all_reduce(on_mesh, operation, group)
         return value if on_mesh is value else value.copy_(on_mesh)
 

@@ -1,23 +1,16 @@
 """whole_parameters: a sharded model with full parameters in every process, for per-sample gradients."""
 
-import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from types import MethodType
-from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from typing import Any
 
-from torch import distributed, nn
+from torch import nn
 
-from .shards import gathered, is_sharded, sharded_dimensions
+from .fully_sharded import FSDP, find_fully_sharded, fsdp_modules
+from .shards import gathered
 
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
-
-
-_FSDP = "torch.distributed.fsdp"
 _open: dict[int, Any] = {}  # id of a full parameter in an open block -> its process group
-_groups: "WeakKeyDictionary[DeviceMesh, Any]" = WeakKeyDictionary()
 
 
 @contextmanager
@@ -32,8 +25,8 @@ def whole_parameters(model: nn.Module) -> Generator[Any, None, None]:
     Parameters are gathered on the mesh's device. In the block, the hooks of ``fully_shard`` around the model's forward
     do not run, so there is no mixed precision and no move of inputs to the device either. After the block the model is
     sharded as before; changes and gradients of the full parameters are lost. Blocks may be nested, and an unsharded
-    model is not changed. ``estimate_fisher`` and ``diagnose`` enter the block themselves. A forward that calls
-    ``unshard()`` is not supported.
+    model is not changed. ``diagnose`` enters the block itself. ``estimate_fisher`` never does, and is much faster in
+    it. A forward that calls ``unshard()`` is not supported.
 
     Memory: the full parameters, in every process.
 
@@ -44,28 +37,17 @@ def whole_parameters(model: nn.Module) -> Generator[Any, None, None]:
         ValueError: parameters that are sharded by something other than ``fully_shard``, or on several meshes.
         RuntimeError: a forward pass that failed has left parameters unsharded.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; expected a torch.nn.Module.")
-    fsdp = sys.modules.get(_FSDP)
-    wrapped = [module for module in model.modules() if fsdp is not None and isinstance(module, fsdp.FSDPModule)]
-    for module in wrapped:
-        module.reshard()  # a forward without a backward pass leaves the full parameters in place
-    places: list[tuple[nn.Module, str, Any]] = [
-        (module, name, parameter)
-        for module in model.modules()
-        for name, parameter in module._parameters.items()
-        if parameter is not None and is_sharded(parameter)
-    ]
-    if not places:
-        yield _group_of_open_block(model, wrapped)
+    sharded = find_fully_sharded(model)
+    if sharded is None:
+        yield _group_of_open_block(model)
         return
-    group = _group_of(_require_fully_sharded(places, wrapped))
+    group = sharded.group()
     replacements: dict[nn.Parameter, nn.Parameter] = {}  # tied parameters have one entry
     with ExitStack() as stack:
-        for module in wrapped:
+        for module in sharded.modules:
             stack.enter_context(_without_fsdp(module))
         try:
-            for module, name, parameter in places:
+            for module, name, parameter in sharded.places:
                 if parameter not in replacements:
                     value = gathered(parameter.detach())
                     if value.data_ptr() == parameter.to_local().data_ptr():  # one process
@@ -77,56 +59,21 @@ def whole_parameters(model: nn.Module) -> Generator[Any, None, None]:
         finally:
             for replacement in replacements.values():
                 del _open[id(replacement)]
-            for module, name, parameter in places:
+            for module, name, parameter in sharded.places:
                 setattr(module, name, parameter)
 
 
-def _group_of_open_block(model: nn.Module, wrapped: Sequence[nn.Module]) -> Any:
+def _group_of_open_block(model: nn.Module) -> Any:
     """The process group of the open block that the model is in; None if it is in none."""
     for parameter in model.parameters():
         if id(parameter) in _open:
             return _open[id(parameter)]
-    if any(next(module.parameters(), None) is not None for module in wrapped):
+    if any(next(module.parameters(), None) is not None for module in fsdp_modules(model)):
         raise RuntimeError(
             "model was given to fully_shard, and its parameters are whole: a forward pass that failed has left them "
             "so. Run a forward and a backward pass, or call the model's reset_iter_state()."
         )
     return None
-
-
-def _require_fully_sharded(places: Sequence[tuple[nn.Module, str, Any]], wrapped: Sequence[nn.Module]) -> "DeviceMesh":
-    """The mesh of the sharded parameters. Raises ValueError if ``fully_shard`` did not place them all, on one mesh."""
-    from torch.distributed.tensor import Replicate, Shard
-
-    mesh: DeviceMesh = places[0][2].device_mesh
-    fully_sharded = {parameter for module in wrapped for parameter in module.parameters()}
-    for module, name, parameter in places:
-        placements = parameter.placements
-        supported = (
-            all(type(placement) in (Replicate, Shard) for placement in placements)
-            and sum(sharded_dimensions(parameter)) == 1
-        )
-        if parameter not in fully_sharded or not supported:
-            raise ValueError(
-                f"parameter {name!r} of a {type(module).__name__} is placed as {placements}, and not by fully_shard "
-                "alone. Tensor-parallel layers cannot be made whole here: use a whole copy of the model."
-            )
-        if parameter.device_mesh != mesh:
-            raise ValueError(
-                f"parameter {name!r} of a {type(module).__name__} is on {parameter.device_mesh}, and others are on "
-                f"{mesh}. Use a whole copy of the model."
-            )
-    return mesh
-
-
-def _group_of(mesh: "DeviceMesh") -> Any:
-    if mesh.ndim == 1:
-        return mesh.get_group()
-    if mesh.size() == distributed.get_world_size():
-        return distributed.group.WORLD
-    if mesh not in _groups:
-        _groups[mesh] = distributed.new_group(mesh.mesh.flatten().tolist(), use_local_synchronization=True)
-    return _groups[mesh]
 
 
 @contextmanager
@@ -135,7 +82,7 @@ def _without_fsdp(module: nn.Module) -> Generator[None, None, None]:
     registries: list[dict[int, Any]] = [module._forward_pre_hooks, module._forward_hooks]
     orders = [list(registry) for registry in registries]
     removed = [
-        {key: hook for key, hook in registry.items() if (getattr(hook, "__module__", None) or "").startswith(_FSDP)}
+        {key: hook for key, hook in registry.items() if (getattr(hook, "__module__", None) or "").startswith(FSDP)}
         for registry in registries
     ]
     methods = {name: value for name, value in vars(module).items() if _was_registered(value)}
@@ -161,4 +108,4 @@ def _was_registered(method: Any) -> bool:
     if not isinstance(method, MethodType) or not hasattr(method.__func__, "__wrapped__"):
         return False
     module_name: str = getattr(method.__func__, "__globals__", {}).get("__name__", "")
-    return module_name.startswith(_FSDP)
+    return module_name.startswith(FSDP)

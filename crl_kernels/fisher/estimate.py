@@ -12,8 +12,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
+from ..distributed.fully_sharded import FullySharded, find_fully_sharded
 from ..distributed.processes import Processes
 from ..distributed.unsharded import whole_parameters
 from ..model.arguments import require_generator, require_integer, require_switch
@@ -23,6 +24,7 @@ from ..per_sample.loaders import generators_of, halves, limited, with_progress
 from .forms import DiagonalFisher, LowRankFisher
 from .loss_source import LossSource, PerSampleLoss, current_parameters, require_finite_gradients
 from .low_rank import LowRankEstimator
+from .sharded import ShardedLossSource, ShardedLowRankEstimator, estimate_sharded_diagonal
 from .statistics import FisherStatistics, FisherWarning
 from .validation import STORAGE_DTYPES
 
@@ -156,21 +158,33 @@ def estimate_fisher(
             "loader can be read only once, and unbiased=False reads it twice; give a DataLoader or a list."
         )
     require_no_inference_mode("estimate_fisher")
-    with whole_parameters(model) as sharing:
+    sharded = find_fully_sharded(model)
+    if sharded is not None:
+        _require_shardable(
+            sharded, direction or ("mean" if rank == 1 else "top"), unbiased, mixed_losses, process_group
+        )
+    with whole_parameters(model) if sharded is None else sharded.backward_passes() as group:
         binding = Binding(model, include, exclude)
-        processes = Processes(model, sharing if process_group is None else process_group)
+        processes = Processes(model, group if process_group is None else process_group)
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
-        source = LossSource(model, per_sample_loss, binding, mixed_losses)
-        with preserved(model, binding.device), torch.enable_grad():
+        if sharded is None:
+            source, device = LossSource(model, per_sample_loss, binding, mixed_losses), binding.device
+        else:
+            source = ShardedLossSource(model, per_sample_loss, binding, sharded, processes)
+            device = binding.shards.device
+        with preserved(model, device), torch.enable_grad():
             if generator is not None:
                 seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
                 torch.manual_seed(seed + processes.rank)
             if kind == "diagonal":
                 batches = with_progress(limited(loader, max_samples), "diagonal", progress)
+                if isinstance(source, ShardedLossSource):
+                    return estimate_sharded_diagonal(source, batches, processes)
                 return _estimate_diagonal(source, batches, processes)
             direction = direction or ("mean" if rank == 1 else "top")
-            estimator = LowRankEstimator(source, processes, rank, direction, storage_dtype or binding.dtype)
+            estimator_type = LowRankEstimator if sharded is None else ShardedLowRankEstimator
+            estimator = estimator_type(source, processes, rank, direction, storage_dtype or binding.dtype)
             if unbiased:
                 parts = halves(loader, max_samples)
                 estimator.find_directions(with_progress(next(parts), "directions", progress))
@@ -185,6 +199,28 @@ def estimate_fisher(
             fisher = estimator.fisher_from(samples, held_out=unbiased)
     _warn(fisher.statistics, rank, direction)
     return fisher
+
+
+def _require_shardable(
+    sharded: FullySharded, direction: str, unbiased: bool, mixed_losses: bool, process_group: Any
+) -> None:
+    """Raises ValueError for options that need the whole per-sample gradients of a sharded model."""
+    whole = "if a process has memory for the whole model, estimate in a block of crl_kernels.whole_parameters(model)"
+    if direction == "top":
+        raise ValueError(
+            f"direction is 'top', whose directions need whole per-sample gradients, and model is sharded; {whole}, or "
+            "use rank=1 with direction='mean'."
+        )
+    if not unbiased or mixed_losses:
+        option = "unbiased=False" if not unbiased else "mixed_losses=True"
+        raise ValueError(f"{option} needs batches as they are, and a sharded model runs one sample at a time; {whole}.")
+    if process_group is not None:
+        ranks, expected = (set(distributed.get_process_group_ranks(g)) for g in (process_group, sharded.group()))
+        if ranks != expected:
+            raise ValueError(
+                f"process_group has the processes {sorted(ranks)}, and model is sharded over {sorted(expected)}; leave "
+                f"process_group out; or, {whole}."
+            )
 
 
 def _estimate_diagonal(source: LossSource, batches: Iterable[Any], processes: Processes) -> DiagonalFisher:

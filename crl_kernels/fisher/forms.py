@@ -12,13 +12,13 @@ import math
 import os
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import files, operators
 from ..backends.int8 import Int8Vector, stored_values
+from ..distributed.shards import Shards
 from ..model.names import Layout, join_names
 from .statistics import FisherStatistics
 from .validation import STORAGE_DTYPES, as_scalars, require_numbers, require_scalars, require_tensor
@@ -69,7 +69,51 @@ def _state_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors.values()) else torch.float32
 
 
-class LowRankFisher:
+class _Fisher:
+    """What both forms share: vectors over all parameters, flat, of which each process may have its shards alone."""
+
+    layout: Layout
+    statistics: FisherStatistics | None
+    shards: Shards | None = None
+
+    def _named(self, vector: Tensor) -> dict[str, Tensor]:
+        """A (P,) vector by parameter name, as views, sharded as the parameters are."""
+        if self.shards is None:
+            return self.layout.split(vector)
+        return dict(zip(self.layout.names, self.shards.join(vector), strict=True))
+
+    @property
+    def _shapes(self) -> list[torch.Size]:
+        """Of the parameters in this process."""
+        return self.layout.shapes if self.shards is None else self.shards.shapes
+
+    def _gathered(self, vectors: Tensor, *, scales: bool = False) -> dict[str, Tensor]:
+        """(P,) or (K, P) vectors, or the scales of such, by parameter name; of a sharded model full ones, in the mesh's
+        first process alone."""
+        if self.shards is None:
+            return (self.layout.of_scales() if scales else self.layout).split(vectors)
+        if vectors.dim() == 1:
+            return self.shards.gathered_on_first(self._named(vectors))
+        names, shards = self.layout.names, self.shards
+        rows = [
+            shards.gathered_on_first(dict(zip(names, shards.join(row, scales=scales), strict=True))) for row in vectors
+        ]
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def _require_numbers(self, argument: str, vectors: Tensor, *, nonnegative: bool = False) -> None:
+        lengths = self.layout.lengths if self.shards is None else self.shards.lengths
+        parts = vectors.split(lengths, dim=-1)
+        require_numbers(argument, self.layout.names, parts, nonnegative=nonnegative, shards=self.shards)
+
+    def _write(self, path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:
+        facts = {"names": self.layout.names, "statistics": None if self.statistics is None else asdict(self.statistics)}
+        if self.shards is None:
+            files.write(path, type(self).__name__, tensors, facts)
+        else:
+            self.shards.on_first(lambda: files.write(path, type(self).__name__, tensors, facts))
+
+
+class LowRankFisher(_Fisher):
     """F ~ sum_k a_k u_k u_k^T with anchors b_k = u_k . theta*.
 
     Its penalty is (lam / 2) sum_k a_k (u_k . theta - b_k)^2. Curvatures and anchor projections belong to the directions
@@ -128,9 +172,11 @@ class LowRankFisher:
         anchor_projections: Tensor,
         slopes: Tensor | None,
         statistics: FisherStatistics | None,
+        shards: Shards | None = None,
     ) -> "LowRankFisher":
         """From flat (K, P) directions as they are stored."""
         fisher = cls.__new__(cls)
+        fisher.shards = shards
         fisher._set(layout, directions, curvatures, anchor_projections, slopes, statistics)
         return fisher
 
@@ -157,10 +203,10 @@ class LowRankFisher:
     def _require_valid(self) -> None:
         """Raises ValueError if an attribute has values that a Fisher cannot have."""
         if isinstance(self._stored, Tensor):
-            parts = list(self._stored.split(self.layout.lengths, dim=1))
+            self._require_numbers("directions", self._stored)
         else:
-            parts = [127 * scales for scales in self._stored.split(self.layout.shapes)[1]]  # no element is larger
-        require_numbers("directions", self.layout.names, parts)
+            largest = [127 * scales for scales in self._stored.split(self._shapes)[1]]  # no element is larger
+            require_numbers("directions", self.layout.names, largest, shards=self.shards)
         count = len(self)
         require_scalars("curvatures", self.curvatures, count, nonnegative=True)
         require_scalars("anchor_projections", self.anchor_projections, count)
@@ -212,7 +258,7 @@ class LowRankFisher:
     @property
     def directions(self) -> Tensor:
         """The u_k: (K, P), as they are stored; of those in int8 the values, a new float32 tensor."""
-        return self._stored if isinstance(self._stored, Tensor) else self._stored.floats(self.layout.shapes)
+        return self._stored if isinstance(self._stored, Tensor) else self._stored.floats(self._shapes)
 
     def __len__(self) -> int:
         return len(self._stored[0]) if isinstance(self._stored, Int8Vector) else len(self._stored)
@@ -223,24 +269,31 @@ class LowRankFisher:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of state."""
+        """Bytes of state in this process."""
         stored = [self._stored] if isinstance(self._stored, Tensor) else self._stored
         tensors = (*stored, self.curvatures, self.anchor_projections, self.slopes)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
+    def named_directions(self) -> list[dict[str, Tensor]]:
+        """u_k by parameter name, one dict per term: views, which are DTensors if the Fisher is sharded."""
+        return [self._named(u) for u in self.directions]
+
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file; read it with ``load_fisher``."""
+        """Writes a safetensors file; read it with ``load_fisher``.
+
+        All processes of a sharded model call it. Tensors are gathered one by one, and the first process writes.
+        """
         directions, *scales = [self._stored] if isinstance(self._stored, Tensor) else self._stored
-        tensors = {f"directions.{name}": tensor for name, tensor in self.layout.split(directions).items()}
-        if scales:
-            tensors |= {f"scales.{name}": tensor for name, tensor in self.layout.of_scales().split(*scales).items()}
+        tensors = {f"directions.{name}": tensor for name, tensor in self._gathered(directions).items()}
+        for part in scales:
+            tensors |= {f"scales.{name}": tensor for name, tensor in self._gathered(part, scales=True).items()}
         tensors |= {"curvatures": self.curvatures, "anchor_projections": self.anchor_projections}
         if self.slopes is not None:
             tensors["slopes"] = self.slopes
-        files.write(path, "LowRankFisher", tensors, _facts(self.layout, self.statistics))
+        self._write(path, tensors)
 
 
-class DiagonalFisher:
+class DiagonalFisher(_Fisher):
     """F ~ diag(F_jj), F_jj = mean_i g_ij^2, with the anchor theta*.
 
     Its penalty is (lam / 2) sum_j F_jj (theta_j - theta*_j)^2.
@@ -269,29 +322,40 @@ class DiagonalFisher:
         self.statistics = statistics
         self._require_valid()
 
+    @classmethod
+    def _from_shards(
+        cls,
+        layout: Layout,
+        fisher_diagonal: Tensor,
+        anchor: Tensor,
+        statistics: FisherStatistics,
+        shards: Shards,
+    ) -> "DiagonalFisher":
+        """From this process's parts of flat (P,) tensors of one dtype."""
+        fisher = cls.__new__(cls)
+        fisher.layout, fisher.shards, fisher.statistics = layout, shards, statistics
+        fisher.fisher_diagonal, fisher.anchor = fisher_diagonal, anchor
+        fisher._require_valid()
+        return fisher
+
     def _require_valid(self) -> None:
         """Raises ValueError if an attribute has values that a Fisher cannot have."""
-        names, lengths = self.layout.names, self.layout.lengths
-        require_numbers("fisher_diagonal", names, self.fisher_diagonal.split(lengths), nonnegative=True)
-        require_numbers("anchor", names, self.anchor.split(lengths))
+        self._require_numbers("fisher_diagonal", self.fisher_diagonal, nonnegative=True)
+        self._require_numbers("anchor", self.anchor)
 
     def __repr__(self) -> str:
         return f"DiagonalFisher(parameters={self.layout.numel}, {self.fisher_diagonal.dtype})"
 
     @property
     def nbytes(self) -> int:
-        """Bytes of state."""
+        """Bytes of state in this process."""
         return self.fisher_diagonal.nbytes + self.anchor.nbytes
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file; read it with ``load_fisher``."""
-        tensors = {f"fisher_diagonal.{name}": part for name, part in self.layout.split(self.fisher_diagonal).items()}
-        tensors |= {f"anchor.{name}": part for name, part in self.layout.split(self.anchor).items()}
-        files.write(path, "DiagonalFisher", tensors, _facts(self.layout, self.statistics))
-
-
-def _facts(layout: Layout, statistics: FisherStatistics | None) -> dict[str, Any]:
-    return {"names": layout.names, "statistics": None if statistics is None else asdict(statistics)}
+        """Writes a safetensors file; see ``LowRankFisher.save``."""
+        tensors = {f"fisher_diagonal.{name}": part for name, part in self._gathered(self.fisher_diagonal).items()}
+        tensors |= {f"anchor.{name}": part for name, part in self._gathered(self.anchor).items()}
+        self._write(path, tensors)
 
 
 def load_fisher(path: str | os.PathLike[str]) -> LowRankFisher | DiagonalFisher:

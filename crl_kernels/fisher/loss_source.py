@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..distributed.shards import Shards
 from ..model.arguments import shown
 from ..model.binding import Binding
 from ..per_sample.batches import batch_size
@@ -103,8 +104,10 @@ def require_per_sample_loss(argument: str, loss: Any, arguments: str = "model, b
         )
 
 
-def require_finite_gradients(values: Tensor) -> Tensor:
-    if not bool(torch.isfinite(values).all()):
+def require_finite_gradients(values: Tensor, shards: Shards | None = None) -> Tensor:
+    """Returns ``values``. Processes that have shards of them raise together."""
+    not_finite = torch.isfinite(values).all().logical_not().double()
+    if bool(not_finite if shards is None else shards.max_(not_finite)):
         raise ValueError("per_sample_loss has NaN or infinite gradients, and a Fisher of them would mean nothing.")
     return values
 

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,18 +14,19 @@ from ..distributed.processes import Processes
 from ..model.binding import Binding
 from .forms import LowRankFisher
 from .loss_source import LossSource, current_parameters, require_finite_gradients
-from .statistics import FisherWarning, MeanProjections, compute_statistics, curvature_and_error
+from .statistics import FisherStatistics, FisherWarning, MeanProjections, compute_statistics, curvature_and_error
 
 _OVERSAMPLING = 8  # rows of a sketch beyond the rank
 
 
-class _Stratum:
+class Stratum:
     """The gradients of one stratum in the first pass: sums of two parts of them, a sketch, and then the directions."""
 
     def __init__(self, binding: Binding) -> None:
-        self.sums = torch.zeros(2, binding.layout.numel, dtype=torch.float64, device=binding.device)
+        numel = sum(binding.shards.lengths)  # of this process's shards, if the model is sharded
+        self.sums = torch.zeros(2, numel, dtype=torch.float64, device=binding.device)
         self.counts = [0, 0]
-        self.sketch = torch.zeros(0, binding.layout.numel, dtype=binding.dtype, device=binding.device)
+        self.sketch = torch.zeros(0, numel, dtype=binding.dtype, device=binding.device)
         self.directions = self.sketch  # (rank, P), rounded as they are stored, set after the first pass
 
     @property
@@ -49,7 +50,7 @@ class _Stratum:
 
 # A weighted sum of a batch's gradients: its stratum; the part of the samples, or None for a row of the sketch; the
 # weights, (N,).
-_WeightedSum = tuple[_Stratum, int | None, Tensor]
+_WeightedSum = tuple[Stratum, int | None, Tensor]
 
 
 def _top_rows(matrix: Tensor, count: int) -> Tensor:
@@ -88,7 +89,7 @@ class LowRankEstimator:
     ) -> None:
         self._source, self._processes, self._rank, self._dtype = source, processes, rank, storage_dtype
         self._top, self._rows_kept = direction == "top", rank + _OVERSAMPLING
-        self._strata: dict[int, _Stratum] = {}
+        self._strata: dict[int, Stratum] = {}
 
     @property
     def count(self) -> int:
@@ -97,11 +98,21 @@ class LowRankEstimator:
 
     def find_directions(self, batches: Iterable[Any]) -> Tensor:
         """The first pass. Returns the losses, (N,)."""
+        losses = self._sum_batches(batches)
+        self._exchange()
+        for label, stratum in self._strata.items():
+            require_finite_gradients(stratum.sums, self._source.binding.shards)
+            where = f" of stratum {label}" if self._source.stratified else ""
+            stratum.directions = self._directions_of(stratum, where)
+        return losses
+
+    def _sum_batches(self, batches: Iterable[Any]) -> Tensor:
+        """The sums and sketches of all strata. Returns the losses, (N,)."""
         losses_by_batch = []
         for batch in self._source.check_batches(batches):
             losses, plan, sums = self._sum_batch(batch)
             losses_by_batch.append(losses.detach().double())
-            sketch_rows: dict[_Stratum, list[int]] = {}
+            sketch_rows: dict[Stratum, list[int]] = {}
             for i, (stratum, part, _) in enumerate(plan):
                 if part is None:
                     sketch_rows.setdefault(stratum, []).append(i)
@@ -110,11 +121,6 @@ class LowRankEstimator:
             for stratum, rows in sketch_rows.items():
                 stratum.merge(sums[rows], self._rows_kept)
             del losses, sums  # before the next batch allocates its own
-        self._exchange()
-        for label, stratum in self._strata.items():
-            require_finite_gradients(stratum.sums)
-            where = f" of stratum {label}" if self._source.stratified else ""
-            stratum.directions = self._directions_of(stratum, where)
         return torch.cat(losses_by_batch)
 
     def _sum_batch(self, batch: Any) -> tuple[Tensor, list[_WeightedSum], Tensor]:
@@ -139,15 +145,15 @@ class LowRankEstimator:
         plan: list[_WeightedSum] = []
         for label in labels.unique().tolist():
             if label not in self._strata:
-                self._strata[label] = _Stratum(self._source.binding)
+                self._strata[label] = Stratum(self._source.binding)
             stratum = self._strata[label]
             members = (labels == label).nonzero().flatten()
             for part, samples in stratum.parts(members):
-                plan.append((stratum, part, _scatter_weights(samples, torch.ones_like(samples), labels)))
+                plan.append((stratum, part, scatter_weights(samples, torch.ones_like(samples), labels)))
                 stratum.counts[part] += len(samples)
             if gram is not None:
                 for weights in _top_eigenvectors(gram[members][:, members], self._rows_kept):
-                    plan.append((stratum, None, _scatter_weights(members, weights, labels)))
+                    plan.append((stratum, None, scatter_weights(members, weights, labels)))
         return plan
 
     def _exchange(self) -> None:
@@ -158,7 +164,7 @@ class LowRankEstimator:
         sizes = self._processes.gather({label: (s.counts, len(s.sketch)) for label, s in self._strata.items()})
         local, self._strata = self._strata, {}
         for label in sorted({label for process_sizes in sizes for label in process_sizes}):
-            stratum = self._strata[label] = local.get(label) or _Stratum(self._source.binding)
+            stratum = self._strata[label] = local.get(label) or Stratum(self._source.binding)
             if len(sizes) == 1:
                 continue
             self._processes.sum_(stratum.sums)
@@ -170,7 +176,7 @@ class LowRankEstimator:
                     sketch = local_sketch if is_local else local_sketch.new_empty(rows, local_sketch.shape[1])
                     stratum.merge(self._processes.broadcast_(sketch, process), self._rows_kept)
 
-    def _directions_of(self, stratum: _Stratum, where: str) -> Tensor:
+    def _directions_of(self, stratum: Stratum, where: str) -> Tensor:
         """(rank, P): what the storage dtype keeps of them."""
         if self._rank > stratum.count:
             raise ValueError(
@@ -178,7 +184,7 @@ class LowRankEstimator:
                 "more."
             )
         rows = _top_rows(stratum.sketch, self._rank) if self._top else stratum.mean[None]
-        norms = rows.norm(dim=1, keepdim=True)
+        norms = self._norms(rows)[:, None]
         if not bool((norms > 0).all()):
             subject = f"the gradients{where} span fewer than {self._rank} directions and the next"
             subject = subject if self._top else f"the mean gradient{where}"
@@ -186,7 +192,13 @@ class LowRankEstimator:
                 f"{subject} over the first half of the data is zero, so rank {self._rank} has no direction. Use "
                 "kind='diagonal', and check that the loss depends on the parameters."
             )
-        return stored_values(rows / norms, self._source.binding.layout.shapes, self._dtype)
+        return stored_values(rows / norms, self._source.binding.shards.shapes, self._dtype)
+
+    def _norms(self, rows: Tensor) -> Tensor:
+        """(K,): the norms of rows, over all shards."""
+        norms = rows.norm(dim=1)
+        shards = self._source.binding.shards
+        return norms if shards.unsharded else shards.sum_(norms.square()).sqrt()
 
     def project_samples(self, batches: Iterable[Any]) -> tuple[_SampleProjections, Tensor]:
         """The second pass: square norms and projections on directions and means, of the samples of all processes; and
@@ -195,26 +207,21 @@ class LowRankEstimator:
         known_labels = torch.tensor(list(self._strata), device=binding.device)
         strata = list(self._strata.values())
         blocks = [self._projected_rows(stratum) for stratum in strata]
-        direction = binding.layout.split(torch.cat(blocks))
         width, rank = len(blocks[0]), self._rank
         first_count = sum(stratum.counts[0] for stratum in strata)
         shares = [(s.count / self.count, s.counts[0] / max(first_count, 1)) for s in strata]
         weights = torch.tensor(shares, dtype=torch.float64, device=binding.device)
         # With "mean", the projection on the mean is the one on the direction times its norm, up to storage rounding.
-        norms = [1.0 if self._top else float(stratum.mean.norm()) for stratum in strata]
+        norms = [1.0 if self._top else float(self._norms(stratum.mean[None])) for stratum in strata]
         mean_norms = torch.tensor(norms, dtype=torch.float64, device=binding.device)
         table_parts, losses_by_batch = [], []
-        for batch in self._source.check_batches(batches):
-            with self._source.sample_gradients(direction=direction) as sg:
-                losses, labels = self._source.losses(batch)
-                sg.backward(losses)
-            self._source.clear_gradients()
-            projections = sg.projections.double().reshape(len(losses), len(strata), width)
+        for losses, labels, sq_norms, projections in self._project_batches(batches, torch.cat(blocks)):
+            projections = projections.reshape(len(losses), len(strata), width)
             on_means = projections[..., -1 if self._top else 0] * mean_norms
             pairs = torch.stack([on_means, projections[..., rank]], dim=-1)
             # All False for a stratum that the first pass lacked.
             in_stratum = (labels[:, None] == known_labels)[..., None]
-            columns = [torch.stack([labels.double(), require_finite_gradients(sg.sq_norms).double()], dim=1)]
+            columns = [torch.stack([labels.double(), require_finite_gradients(sq_norms)], dim=1)]
             columns += [(values * in_stratum).sum(1) for values in (projections[..., :rank], pairs)]
             columns.append((pairs * weights).sum(1))
             table_parts.append(torch.cat(columns, dim=1).detach())
@@ -229,7 +236,17 @@ class LowRankEstimator:
         samples = _SampleProjections(labels[:, 0].long(), sq_norms[:, 0], projections, on_mean, on_overall_mean)
         return samples, torch.cat(losses_by_batch)
 
-    def _projected_rows(self, stratum: _Stratum) -> Tensor:
+    def _project_batches(self, batches: Iterable[Any], rows: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """For each batch: losses, strata and square norms, (N,), and projections on ``rows``, (N, K); in float64."""
+        direction = self._source.binding.layout.split(rows)
+        for batch in self._source.check_batches(batches):
+            with self._source.sample_gradients(direction=direction) as sg:
+                losses, labels = self._source.losses(batch)
+                sg.backward(losses)
+            self._source.clear_gradients()
+            yield losses, labels, sg.sq_norms.double(), sg.projections.double()
+
+    def _projected_rows(self, stratum: Stratum) -> Tensor:
         """The vectors to project on: the stored directions, the mean of the first part and, for "top", the mean."""
         rows = [stratum.directions, (stratum.sums[0] / max(stratum.counts[0], 1))[None]]
         if self._top:
@@ -286,12 +303,17 @@ class LowRankEstimator:
             curvature_se=_standard_errors(torch.cat(errors), held_out),
             strata=tuple(strata),
         )
+        return self._fisher(torch.cat(directions), torch.cat(curvatures), torch.cat(slopes), statistics)
+
+    def _fisher(
+        self, directions: Tensor, curvatures: Tensor, slopes: Tensor, statistics: FisherStatistics
+    ) -> LowRankFisher:
         binding = self._source.binding
         return LowRankFisher(
-            binding.layout.split(torch.cat(directions)),
-            torch.cat(curvatures),
+            binding.layout.split(directions),
+            curvatures,
             current_parameters(binding),
-            slopes=torch.cat(slopes),
+            slopes=slopes,
             storage_dtype=self._dtype,
             statistics=statistics,
         )
@@ -301,7 +323,7 @@ def _weights(plan: Sequence[_WeightedSum]) -> Tensor:
     return torch.stack([weights for _, _, weights in plan])
 
 
-def _scatter_weights(samples: Tensor, weights: Tensor, like: Tensor) -> Tensor:
+def scatter_weights(samples: Tensor, weights: Tensor, like: Tensor) -> Tensor:
     """(N,) weights in float64: ``weights`` at ``samples``, zero elsewhere."""
     return torch.zeros(like.shape, dtype=torch.float64, device=like.device).index_copy(0, samples, weights.double())
 

@@ -40,6 +40,17 @@ def same_random_numbers(
 
 
 @contextmanager
+def seeded_random_numbers(device: torch.device, seed: int) -> Generator[None, None, None]:
+    """In the block, torch, random and numpy draw the numbers of ``seed``; afterwards they are as before."""
+    with same_random_numbers(device):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        if (numpy := sys.modules.get("numpy")) is not None:
+            numpy.random.seed(seed % 2**32)
+        yield
+
+
+@contextmanager
 def without_gradient_hooks(parameters: Iterable[Tensor]) -> Generator[None, None, None]:
     """Disables hooks of ``register_hook`` and ``register_post_accumulate_grad_hook`` on parameters: they are made for a
     batch's gradient, not for a single sample's; one of the second kind may train the model in the backward pass."""

@@ -110,7 +110,8 @@ class DiagonalHistory(History[DiagonalFisher]):
         return _halves(self._constant_pieces([self._fisher, self._anchor], members, along))
 
     def _add_terms(self, fisher: DiagonalFisher, layout: Layout) -> None:
-        new, anchor = (self._bound(layout, flat).double() for flat in (fisher.fisher_diagonal, fisher.anchor))
+        vectors = (fisher.fisher_diagonal, fisher.anchor)
+        new, anchor = (self._bound(layout, flat, fisher.shards).double() for flat in vectors)
         old, distance = self._decay * self._fisher.double(), anchor - self._anchor.double()
         total = old + new
         share = torch.where(total > 0, new / total, 0.0)

@@ -23,7 +23,7 @@ from typing_extensions import Self
 from .. import files
 from ..backends.int8 import Int8Vector, scales_shape
 from ..backends.memory_order import FlatOrder
-from ..distributed.shards import gathered, local_part
+from ..distributed.shards import Shards, gathered, local_part
 from ..fisher.forms import DiagonalFisher, LowRankFisher
 from ..fisher.validation import require_numbers, require_tensor
 from ..model.arguments import require_integer, require_switch
@@ -284,12 +284,14 @@ class History(ABC, Generic[_Fisher]):
 
         With sharded parameters, all processes must call it. Tensors are gathered one by one; the first process writes.
         """
-        tensors = {name: gathered(tensor) for name, tensor in self.state_dict().items()}
-        if self._binding.shards.unsharded or torch.distributed.get_rank() == 0:
+        shards = self._binding.shards
+        tensors = shards.gathered_on_first(self.state_dict())
+
+        def write() -> None:
             scalars = {name: tensors.pop(name).item() for name in self._scalar_types}
             files.write(path, type(self).__name__, tensors, self._options() | scalars)
-        if not self._binding.shards.unsharded:
-            torch.distributed.barrier()
+
+        shards.on_first(write)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: nn.Module, *, grown: Iterable[str] = ()) -> Self:
@@ -450,28 +452,49 @@ class History(ABC, Generic[_Fisher]):
         """The constructor's arguments, without the model."""
         return {"include": self._binding.include, "exclude": self._binding.exclude, "decay": self._decay}
 
-    def _bound_int8(self, layout: Layout, stored: Int8Vector) -> list[Int8Vector]:
+    def _bound_int8(self, layout: Layout, stored: Int8Vector, shards: Shards | None = None) -> list[Int8Vector]:
         """The K vectors of another layout as ``_bound`` has them, but in row-major order."""
-        self._binding.shards.require_rows(self.names)
-        own = self._binding.layout
-        q = self._row_major(own, layout, stored.q)
-        return list(map(Int8Vector, q, self._row_major(own.of_scales(), layout.of_scales(), stored.scales)))
+        own = self._binding.shards
+        own.require_rows(self.names)
+        if own.unsharded:
+            self._require_whole(shards)
+            layouts = self._binding.layout, self._binding.layout.of_scales()
+            q, scales = (
+                to.reorder(rows, of) for to, of, rows in zip(layouts, (layout, layout.of_scales()), stored, strict=True)
+            )
+            return [Int8Vector(*row).to(self._device) for row in zip(q, scales, strict=True)]
+        parts = (
+            self._cut_rows(layout, stored.q, shards),
+            self._cut_rows(layout.of_scales(), stored.scales, shards, scales=True),
+        )
+        return [Int8Vector(*row).to(self._device) for row in zip(*parts, strict=True)]
 
-    def _row_major(self, own: Layout, layout: Layout, rows: Tensor) -> list[Tensor]:
-        ordered: Iterable[Tensor] = own.reorder(rows, layout)
+    def _cut_rows(
+        self, layout: Layout, rows: Iterable[Tensor], shards: Shards | None, *, scales: bool = False
+    ) -> list[Tensor]:
+        """This process's parts of vectors of another layout. With ``shards`` the vectors are parts already."""
+        parts = []
+        for row in rows:
+            tensors = layout.split(row).values() if shards is None else shards.join(row, scales=scales)
+            parts.append(self._cut(dict(zip(layout.names, tensors, strict=True))))
+        return parts
+
+    def _require_whole(self, shards: Shards | None) -> None:
+        if shards is not None:
+            raise ValueError(
+                "fisher is sharded and the history's parameters are whole; save it with fisher.save(path) in all "
+                "processes, and append load_fisher(path)."
+            )
+
+    def _bound(self, layout: Layout, flat: Tensor, shards: Shards | None = None) -> Tensor:
+        """A flat (P,) or (K, P) tensor of another layout, in this history's order and on its device; this process's
+        part if parameters are sharded. With ``shards``, ``flat`` is this process's part in the layout's order."""
         if not self._binding.shards.unsharded:
-            ordered = [self._cut(own.split(row)) for row in ordered]
-        return [row.to(self._device) for row in ordered]
-
-    def _bound(self, layout: Layout, flat: Tensor) -> Tensor:
-        """A flat (..., P) tensor of another layout, in this history's order and on its device; this process's part if
-        parameters are sharded."""
+            parts = self._cut_rows(layout, [flat] if flat.dim() == 1 else flat, shards)
+            return torch.stack(parts).view(*flat.shape[:-1], len(parts[0])).to(self._device)
+        self._require_whole(shards)
         ordered = self._binding.layout.reorder(flat, layout)
-        if not self._binding.shards.unsharded:
-            rows = ordered.reshape(-1, self._binding.layout.numel)
-            parts = [self._cut(self._binding.layout.split(row)) for row in rows]
-            ordered = torch.stack(parts).view(*ordered.shape[:-1], sum(self._binding.shards.lengths))
-        elif not self._order.is_row_major:
+        if not self._order.is_row_major:
             ordered = self._order.flatten(self._binding.layout.split(ordered).values(), ordered.shape[:-1])
         return ordered.to(self._device)
 

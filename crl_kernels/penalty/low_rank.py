@@ -179,9 +179,11 @@ class LowRankHistory(History[LowRankFisher]):
             shift = fisher.slopes / torch.where(fisher.curvatures == 0, 1.0, fisher.curvatures)
             anchor_projections = anchor_projections - shift
             require_scalars("fisher's anchor_projections - slopes / curvatures", anchor_projections, len(fisher))
-        stored = fisher._stored
+        stored, shards = fisher._stored, fisher.shards
         bound = (
-            self._bound_int8(layout, stored) if isinstance(stored, Int8Vector) else list(self._bound(layout, stored))
+            self._bound_int8(layout, stored, shards)
+            if isinstance(stored, Int8Vector)
+            else list(self._bound(layout, stored, shards))
         )
         self._set_terms(
             [*self._directions, *bound],

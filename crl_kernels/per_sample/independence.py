@@ -62,8 +62,8 @@ def require_independent_losses(
         exchanged, other_state = losses_and_state(other)
         if not torch.equal(state, other_state):
             return
-        changed |= kept & _differ(original, exchanged)
-    if not bool(changed.any()) or bool(_differ(original, losses_and_state(batch)[0]).any()):
+        changed |= kept & differ(original, exchanged)
+    if not bool(changed.any()) or bool(differ(original, losses_and_state(batch)[0]).any()):
         models.add(model)
         return
     raise ValueError(
@@ -86,8 +86,8 @@ def _halves(count: int) -> list[Tensor]:
     return [kept for mask in masks for kept in (mask, ~mask)]
 
 
-def _differ(losses: Tensor, others: Tensor) -> Tensor:
-    """Where finite ``losses`` differ from ``others`` by more than rounding."""
+def differ(losses: Tensor, others: Tensor) -> Tensor:
+    """(N,) booleans: where finite ``losses`` differ from ``others`` by more than rounding."""
     rounding = _ROUNDING.get(losses.dtype, _ROUNDING_16_BIT)
     scale = losses.abs().clamp(min=float(losses.abs().mean()))
     return ~((losses - others).abs() <= rounding * scale) & torch.isfinite(losses)

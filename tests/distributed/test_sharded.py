@@ -1,7 +1,6 @@
 """Histories of sharded models, FSDP2's and HSDP's, and DDP's: the same numbers as in one process, one exchange of K
 numbers a step, state in proportion to the shards; checkpoints from n processes to m. Processes talk through gloo."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,19 +8,24 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import past_tasks
-from helpers.processes import spawn
+from helpers.processes import processes
+from helpers.sharded_models import (
+    Tied,
+    batches_of,
+    everything_of,
+    losses_of,
+    network,
+    sharded,
+    sharded_for_estimates,
+    strata_of,
+    unsharded,
+)
 from torch import Tensor, nn
 
 import crl_kernels as ck
 
 LAM, LR, STEPS = 1.5, 0.05, 20
 KINDS = tuple(past_tasks.HISTORIES)
-
-
-def network() -> nn.Module:
-    """Sizes that neither two nor four processes divide; one bias is smaller than four."""
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 5), nn.GELU(), nn.Linear(5, 3)).double()
 
 
 def history_of(model: nn.Module, kind: str, **options) -> ck.LowRankHistory | ck.DiagonalHistory:
@@ -33,10 +37,6 @@ def loss_of(model: nn.Module, step: int, rank: int, count: int) -> Tensor:
     """This process's share of the step's samples."""
     x = torch.randn(8, 6, generator=torch.Generator().manual_seed(step), dtype=torch.float64)[rank::count]
     return (model(x) - x[:, :3].sin()).square().mean()
-
-
-def unsharded(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def train(model: nn.Module, kind: str, mode: str, rank: int = 0, count: int = 1) -> tuple[list[float], Tensor]:
@@ -67,38 +67,6 @@ def train(model: nn.Module, kind: str, mode: str, rank: int = 0, count: int = 1)
 
 
 MODES = ("loss", "gradient", "attached", "decoupled", "inside", "inside-decoupled")
-
-
-def sharded(count: int, kind: str = "fsdp", model: nn.Module | None = None) -> nn.Module:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
-
-    model = network() if model is None else model
-    if kind == "ddp":
-        return nn.parallel.DistributedDataParallel(model)
-    shape, names = ((2, count // 2), ("replicate", "shard")) if kind == "hsdp" else ((count,), ("shard",))
-    options = {"mesh": init_device_mesh("cpu", shape, mesh_dim_names=names)}
-    if kind == "offload":
-        options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
-    fully_shard(model[0], **options)
-    return fully_shard(model, **options)
-
-
-def in_process(rank: int, count: int, folder: str, name: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=count)
-    try:
-        result = globals()[name](rank, count, Path(folder))
-        (Path(folder) / f"{rank}.json").write_text(json.dumps(result))
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
-
-
-def processes(count: int, body: Callable, folder: Path) -> list:
-    """Runs ``body(rank, count, folder)`` in so many processes; returns what each of them has returned."""
-    folder.mkdir(exist_ok=True)
-    spawn(in_process, count, str(folder), body.__name__, count=count)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(count)]
 
 
 # Numbers
@@ -327,41 +295,8 @@ def test_saved_by_two_loaded_by_four_and_by_one_bit_for_bit(tmp_path):
 # Estimates
 
 
-class Tied(nn.Module):
-    """A tied weight, a frozen one, a hook of its own, and a method besides forward that FSDP is told of."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.middle, self.last = nn.Linear(6, 5), nn.Linear(5, 6), nn.Linear(6, 5)
-        self.last.weight, self.first.bias.requires_grad = self.first.weight, False
-        self.middle.register_forward_hook(lambda module, args, output: output * 2)
-        self.double()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.middle(self.first(x).tanh()))
-
-    def halved(self, x: Tensor) -> Tensor:
-        return self(x) / 2
-
-
-def losses_of(model: nn.Module, x: Tensor) -> Tensor:
-    y = model(x) if not isinstance(model, Tied) else model.halved(x)
-    return (y - x[:, : y.shape[1]].sin()).square().mean(1)
-
-
-def strata_of(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    return losses_of(model, x), (x[:, 0] > 0).long()
-
-
 def at_timestep(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
     return losses_of(model, x) * (1 + t / 1000)
-
-
-def batches_of(rank: int) -> list[Tensor]:
-    """Of one process; the first has one more."""
-    generator = torch.Generator().manual_seed(rank)
-    return [torch.randn(12, 6, generator=generator, dtype=torch.float64) for _ in range(5 if rank else 6)]
 
 
 ESTIMATES = {
@@ -386,34 +321,6 @@ def same_bits(actual: object, expected: object) -> bool:
     return actual == expected
 
 
-def everything_of(model: nn.Module) -> tuple[list, list]:
-    """(objects, bits) that an estimate must leave alone."""
-    objects = [id(p) for p in model.parameters()]
-    for module in model.modules():
-        objects += [module.training, *module._forward_pre_hooks.items(), *module._forward_hooks.items()]
-        objects += [value for value in vars(module).values() if callable(value)]
-    return objects, [unsharded(t.detach()).tolist() for p in model.parameters() for t in (p, p.grad) if t is not None]
-
-
-def sharded_for_estimates(rank: int, count: int, name: str) -> tuple[nn.Module, object]:
-    """A model, and the group of the processes that share it."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-
-    if name == "tied":
-        model = Tied()
-        fully_shard([model.first, model.last])  # which share a parameter
-        fully_shard(model)
-        register_fsdp_forward_method(model, "halved")
-        model.bring = model.unshard  # a method of FSDP's that wraps nothing
-        return model, dist.group.WORLD
-    if name == "part":  # of four processes, two pairs of whole copies
-        mesh = init_device_mesh("cpu", (2, 2, 1), mesh_dim_names=("pair", "replicate", "shard"))
-        pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-        return fully_shard(network(), mesh=mesh["replicate", "shard"]), pairs[rank // 2]
-    return sharded(count, name), dist.group.WORLD
-
-
 def estimates(rank: int, count: int, folder: Path) -> list[str]:
     wrong = []
     for name in ("fsdp", "tied") if count == 2 else ("hsdp", "offload", "part"):
@@ -435,7 +342,8 @@ def estimates(rank: int, count: int, folder: Path) -> list[str]:
             return ck.estimate_fisher(make(), loss, batches_of(rank), process_group=group, **options)
 
         for estimate, (loss, options) in ESTIMATES.items():
-            fisher = ck.estimate_fisher(model, loss, batches, **options)
+            with ck.whole_parameters(model):
+                fisher = ck.estimate_fisher(model, loss, batches, **options)
             compare(estimate, vars(fisher), vars(fisher_of(loss, **options)))
         with ck.whole_parameters(model), ck.whole_parameters(model):
             fisher = ck.estimate_fisher(model, losses_of, batches)
@@ -455,7 +363,8 @@ def estimates(rank: int, count: int, folder: Path) -> list[str]:
         compare("what must be as it was", everything_of(model), before)
 
         # The history of it, and training.
-        history.append(ck.estimate_fisher(model, losses_of, batches))
+        with ck.whole_parameters(model):
+            history.append(ck.estimate_fisher(model, losses_of, batches))
         unsharded_history = ck.LowRankHistory(alone)
         unsharded_history.append(fisher_of(losses_of))
         with torch.no_grad():
