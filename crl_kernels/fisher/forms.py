@@ -83,7 +83,7 @@ class _Fisher:
         return dict(zip(self.layout.names, self.shards.join(vector), strict=True))
 
     @property
-    def _shapes(self) -> list[torch.Size]:
+    def _shapes(self) -> Sequence[torch.Size]:
         """Of the parameters in this process."""
         return self.layout.shapes if self.shards is None else self.shards.shapes
 
