@@ -202,11 +202,14 @@ class LowRankFisher(_Fisher):
 
     def _require_valid(self) -> None:
         """Raises ValueError if an attribute has values that a Fisher cannot have."""
+        names = self.layout.names
         if isinstance(self._stored, Tensor):
             self._require_numbers("directions", self._stored)
         else:
-            largest = [127 * scales for scales in self._stored.split(self._shapes)[1]]  # no element is larger
-            require_numbers("directions", self.layout.names, largest, shards=self.shards)
+            _, scales = self._stored.split(self._shapes)
+            largest = [127 * part for part in scales]  # no element is larger
+            require_numbers("directions", names, largest, shards=self.shards)
+            require_numbers("scales of directions", names, scales, nonnegative=True, shards=self.shards)
         count = len(self)
         require_scalars("curvatures", self.curvatures, count, nonnegative=True)
         require_scalars("anchor_projections", self.anchor_projections, count)
