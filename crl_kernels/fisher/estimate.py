@@ -222,7 +222,7 @@ def _require_shardable(
     if not unbiased or mixed_losses:
         option = "unbiased=False" if not unbiased else "mixed_losses=True"
         raise ValueError(f"{option} needs batches as they are, and a sharded model runs one sample at a time; {whole}.")
-    if process_group is not None:
+    if process_group is not None and distributed.get_rank(process_group) >= 0:  # members alone; Processes says so
         ranks, expected = (set(distributed.get_process_group_ranks(g)) for g in (process_group, sharded.group()))
         if ranks != expected:
             raise ValueError(
