@@ -38,7 +38,7 @@ class Residual(nn.Module):
 
 
 def sharded_model(layers: int, width: int) -> nn.Module:
-    """With the same values in every run, made shard by shard."""
+    """With the same values in every run with as many processes, made shard by shard."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -49,9 +49,10 @@ def sharded_model(layers: int, width: int) -> nn.Module:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     model.to_empty(device="cpu")
-    for i, parameter in enumerate(model.parameters()):
+    generator = torch.Generator().manual_seed(distributed.get_rank())
+    for parameter in model.parameters():
         local = parameter.detach().to_local()  # type: ignore[attr-defined]
-        local.copy_(torch.linspace(-1, 1, local.numel()).add(i).sin().div(width**0.5).view_as(local))
+        local.normal_(std=0.1 / width**0.5, generator=generator)
     return model
 
 

@@ -79,10 +79,16 @@ def estimate_fisher(
     its mode, gradients, buffers, hooks and the global random state are as before, also when the loss raises.
 
     Several processes: if the model is in a DistributedDataParallel (the loss then gets the module inside) or sharded
-    (FSDP2, HSDP), or with ``process_group=``, each process estimates from its own loader. Processes exchange sums and
-    per-sample numbers once after each half, and all return the same Fisher, that of all their samples. During
-    estimation each process has the full parameters of a sharded model, see ``whole_parameters``, and it returns the
-    full Fisher; a history that gets this Fisher keeps the shards of this process.
+    (FSDP2, HSDP), or with ``process_group=``, each process estimates from its own loader, and all return the Fisher of
+    all their samples. Processes exchange sums and per-sample numbers once after each half.
+
+    Sharded models (``fully_shard``) are never gathered: a process has its shards, and what FSDP gathers for a layer.
+    Mean directions, with or without strata, and diagonals can be estimated so. The directions come from ordinary
+    backward passes, each process with its own batches. Then all processes that share one copy of the parameters run the
+    same sample, one sample at a time, with the same random numbers; HSDP's copies run different samples. The Fisher has
+    this process's shards, and a history of the same model appends it without an exchange. In a block of
+    ``whole_parameters`` each process has the full parameters and runs its own samples in batches: every option works,
+    and faster, if there is memory for it.
 
     ``SampleGradients`` measures which sample a row of a layer belongs to, and checks that every parameter's
     per-sample gradients add up to ordinary ones, on the first batch and on every batch with new shapes. This needs
@@ -128,12 +134,14 @@ def estimate_fisher(
 
     Raises:
         TypeError, ValueError: an invalid argument, by name; non-finite gradients; a mean gradient of zero; a loss that
-            mixes samples.
+            mixes samples; of a sharded model, ``direction="top"``, ``unbiased=False`` and ``mixed_losses=True``, and a
+            loss that differs between the processes that run the same sample.
         RuntimeError: in torch.inference_mode().
 
     Memory in addition to the model: 16 bytes per parameter and stratum for sums in float64; two copies of the
     directions; with strata the sums of a batch (4 bytes, 8 for a stratum's first batch); with "top" about six sketches
-    of k + 8 rows; and the memory of ``SampleGradients.weighted_sums``.
+    of k + 8 rows; and the memory of ``SampleGradients.weighted_sums``. Of a sharded model, all this of the process's
+    shards alone, and the gradients of a training step instead of the last.
 
     Source: arXiv 2509.23593; held-out curvatures, strata and standard errors are additions of this library.
     """
@@ -214,7 +222,7 @@ def _require_shardable(
     if not unbiased or mixed_losses:
         option = "unbiased=False" if not unbiased else "mixed_losses=True"
         raise ValueError(f"{option} needs batches as they are, and a sharded model runs one sample at a time; {whole}.")
-    if process_group is not None:
+    if process_group is not None and distributed.get_rank(process_group) >= 0:  # members alone; Processes says so
         ranks, expected = (set(distributed.get_process_group_ranks(g)) for g in (process_group, sharded.group()))
         if ranks != expected:
             raise ValueError(

@@ -134,6 +134,9 @@ class LowRankFisher(_Fisher):
             128 elements, the longest that divides a row of the parameter.
         statistics: the statistics of the estimate; None if the Fisher was not estimated.
 
+    ``estimate_fisher`` of a sharded model gives a Fisher with ``shards``: ``directions`` is then this process's part of
+    (K, P), and ``named_directions`` has DTensors.
+
     Raises:
         TypeError, ValueError: an invalid argument, by name.
     """

@@ -3,7 +3,8 @@
     torchrun --nproc-per-node 2 sharded_loop.py
 
 The history is sharded as the parameters are. The Fisher of a task is estimated by all processes, each on its share of
-the data; while that lasts, each of them has the whole parameters.
+the data; none of them ever has the whole parameters. This takes one pass for each sample of the second half, so
+``max_samples=`` limits it.
 """
 
 import argparse
@@ -58,6 +59,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser()
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--fisher-samples", type=int, default=200, help="of each process")
     parser.add_argument("--lam", type=float, default=30.0)
     parser.add_argument("--out", type=Path, default=Path("runs/sharded_loop"))
     options = parser.parse_args(arguments)
@@ -81,7 +83,7 @@ def main(arguments=None):
                 optimizer.step()
                 optimizer.zero_grad()
 
-        history.append(estimate_fisher(model, per_sample_loss, batches))
+        history.append(estimate_fisher(model, per_sample_loss, batches, max_samples=options.fisher_samples))
         if dist.get_rank() == 0:
             print(f"task {task + 1}: loss {loss.item():.4f}, penalty {optimizer.last_penalty.item():.3g}, {history}")
 

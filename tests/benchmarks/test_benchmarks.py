@@ -278,6 +278,18 @@ def test_int8_writes_a_row_for_each_direction_and_dtype_and_is_within_its_limits
     assert "Every error of int8 is within 1 %" in (tmp_path / "int8.md").read_text()
 
 
+def test_sharded_estimation_writes_a_row_for_each_way(tmp_path):
+    options = ["--processes", "2", "--layers", "3", "--width", "16", "--out", str(tmp_path)]
+    process = command.run("sharded_estimation", options, {})  # whose processes import the command
+    assert process.returncode == 0, process.stderr
+    rows = json.loads((tmp_path / "sharded_estimation.json").read_text())["rows"]
+    assert [(row["processes"], row["way"]) for row in rows] == [(2, "sharded"), (2, "whole")]
+    assert rows[0]["curvature"] == pytest.approx(rows[1]["curvature"], rel=1e-4)
+    assert all(
+        f"| {row['peak_bytes'] / 2**20:.0f} |" in (tmp_path / "sharded_estimation.md").read_text() for row in rows
+    )
+
+
 def test_trainer_cost_writes_the_chosen_methods(run_here, tmp_path):
     only = ["masip", "gd+diagonal", "gd+rank10:gradient"]
     options = ["--fisher-samples", "32", "--model", "mini", "--model-rounds", "1", "--no-peaks"]

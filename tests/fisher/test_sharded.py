@@ -271,7 +271,7 @@ def refusals(rank: int, count: int, folder: Path) -> list[str]:
 
     model, batches = sharded(count), batches_of(rank)
     generator = torch.Generator().manual_seed(rank)
-    one = [dist.new_group([i]) for i in range(count)][rank]
+    alone = [dist.new_group([i]) for i in range(count)][rank]
 
     def estimate(loss: Callable = losses_of, model: nn.Module = model, data: list = batches, **options) -> object:
         return ck.estimate_fisher(model, loss, data, **options)
@@ -280,7 +280,7 @@ def refusals(rank: int, count: int, folder: Path) -> list[str]:
     expect(lambda: estimate(rank=2))
     expect(lambda: estimate(unbiased=False))
     expect(lambda: estimate(mixed_losses=True))
-    expect(lambda: estimate(process_group=one))
+    expect(lambda: estimate(process_group=alone))
     expect(lambda: estimate(lambda model, x: losses_of(model, x + torch.randn(x.shape, generator=generator).double())))
     expect(lambda: estimate(lambda model, x: losses_of(model, x) + losses_of(model, x).mean()))
     expect(lambda: estimate(lambda model, x: losses_of(model, x) * float("nan")))
@@ -315,13 +315,15 @@ def refusals(rank: int, count: int, folder: Path) -> list[str]:
 
 def test_wrong_use_gives_one_clear_error(tmp_path):
     ranks = processes(2, refusals, tmp_path)
+    of_groups = [messages.pop(4) for messages in ranks]
+    for rank, message in enumerate(of_groups):
+        assert message.startswith(f"process_group has the processes [{rank}], and model is sharded over [0, 1]")
     assert ranks[0] == ranks[1]
     messages = iter(ranks[0])
     for _ in range(2):
         assert next(messages).startswith("direction is 'top', whose directions need whole per-sample gradients")
     for option in ("unbiased=False", "mixed_losses=True"):
         assert next(messages).startswith(f"{option} needs batches as they are")
-    assert next(messages).startswith("process_group has the processes")
     assert next(messages).startswith("per_sample_loss differs between processes for the same sample")
     assert next(messages).startswith("per_sample_loss mixes samples")
     for _ in range(2):
