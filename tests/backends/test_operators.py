@@ -24,11 +24,13 @@ from helpers.backends import (
     assert_rounded_once,
     assert_sum_close,
     cpp_loops,
+    direction_form,
     directions_like,
     flat64,
     for_narrower_loops,
     form,
     in_other_orders,
+    int8_directions,
     layout,
     length,
     lists,
@@ -55,7 +57,7 @@ from crl_kernels.operators import definitions
     case=lists,
     num_terms=st.integers(1, 3),
     dtype=st.sampled_from(["float32", "bfloat16", "float64", "float16"]),
-    form=form,
+    form=direction_form,
     seed=st.integers(0, 2**30),
 )
 def test_low_rank_operators(backend, case, num_terms, dtype, form, seed):
@@ -185,7 +187,7 @@ def assert_adamw(state, before, start: Tensor, pull: Tensor, penalty_size: Tenso
     case=adamw_lists,
     num_terms=st.integers(0, 3),
     dtype=st.sampled_from(["float32", "bfloat16", "float64", "float16"]),
-    form=form,
+    form=direction_form,
     decoupled=st.booleans(),
     seed=st.integers(0, 2**30),
 )
@@ -305,6 +307,60 @@ def test_many_terms_of_mixed_dtypes(backend):
             targets = [p.clone() for p in params]
             backend.low_rank_accumulate_(targets, directions, c)
             assert_rounded_once(targets, theta + c @ matrix, theta.abs() + c.abs() @ matrix.abs())
+
+
+@needs_library
+@settings(deadline=None, max_examples=EXAMPLES // 2)
+@given(
+    case=adamw_lists,
+    num_terms=st.sampled_from([1, 2, 3, 11, 23]),
+    beside=st.sampled_from([None, "float32", "bfloat16", "float64", "float16"]),
+    decoupled=st.booleans(),
+    seed=st.integers(0, 2**30),
+)
+def test_int8_directions_do_bitwise_what_their_values_do_in_float32(case, num_terms, beside, decoupled, seed):
+    """Of every operator and in every order of summation. Parameters are row-major, for with int8 they are read so."""
+    ops = torch.ops.crl_kernels
+    (params,) = random_lists([(n, dtype, "offset") for n, dtype, *_ in case], seed)
+    quantised, _ = int8_directions(params, num_terms, None if beside is None else DTYPES[beside], seed)
+    values = values_of(quantised, num_terms, len(params))
+    c = torch.randn(num_terms, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    rows = adamw_settings(len(params), seed)
+
+    def results(directions: list[Tensor]) -> list[Tensor]:
+        targets = [p.clone() for p in params]
+        state = [[p.clone() for p in params] for _ in range(4)]
+        for v in state[3]:
+            v.abs_()
+        numbers = [
+            ops.low_rank_projections(params, directions, num_terms),
+            ops.low_rank_penalty_accumulate_(targets, params, directions, c.abs(), c, c[0]),
+            ops.low_rank_adamw_(*state, rows, None, directions, c, decoupled),
+            ops.low_rank_adamw_(*state, rows, torch.ones(()), directions, c, decoupled),  # which writes nothing
+        ]
+        ops.low_rank_accumulate_(targets, directions, c)
+        return [*numbers, *ops.low_rank_combine(directions, c, params), *targets, *(t for part in state for t in part)]
+
+    expected = results(values)
+    for count in (1, 2):
+        with threads(count):
+            for got, want in zip(results(quantised), expected, strict=True):
+                assert torch.equal(got, want)
+
+
+def values_of(directions: list[Tensor], num_terms: int, count: int) -> list[Tensor]:
+    """int8 elements times their scales, in float32; other tensors as they are."""
+    values = []
+    for k in range(num_terms):
+        pieces = directions[2 * k * count : (2 * k + 1) * count]
+        for q, scale in zip(pieces, directions[(2 * k + 1) * count : (2 * k + 2) * count], strict=True):
+            if q.dtype != torch.int8:
+                values.append(q)
+            elif not q.numel():
+                values.append(q.float())
+            else:
+                values.append((q.reshape(len(scale), -1).float() * scale[:, None]).reshape(q.shape))
+    return values
 
 
 @needs_library
@@ -491,6 +547,17 @@ def test_operators_refuse_arguments_that_would_read_or_write_out_of_bounds():
         lambda: ops.low_rank_projections(params, [torch.ones(3)] * 3, 2),
         lambda: ops.low_rank_projections(params, [torch.ones(3, dtype=torch.int32)], 1),
         lambda: ops.low_rank_accumulate_(params, [torch.ones(3)], torch.ones(1)),
+        lambda: ops.low_rank_projections(params, [torch.ones(3).char()], 1),
+        lambda: ops.low_rank_projections([torch.ones(3).char()], [torch.ones(3)], 1),
+        *(
+            lambda u=u, scales=scales: ops.low_rank_projections(params, [u, scales], 1)
+            for u in (torch.ones(3), torch.ones(3, dtype=torch.int8), torch.ones(3, dtype=torch.uint8))
+            for scales in (torch.ones(2), torch.ones(4), torch.ones(1).double(), torch.ones(3).half(), torch.ones(6))
+        ),
+        lambda: ops.low_rank_projections(params, [torch.ones(3).char(), torch.ones(0)], 1),
+        lambda: ops.low_rank_projections(params, [torch.ones(3), torch.ones(1)], 1),
+        lambda: ops.low_rank_projections(params, [torch.ones(2).char(), torch.ones(2)], 1),
+        lambda: ops.low_rank_projections(params, [torch.ones(0).char(), torch.ones(0)], 1),
         lambda: ops.low_rank_penalty_accumulate_(params, params, [torch.ones(3)], one, torch.ones(2).double(), one),
         lambda: ops.low_rank_penalty_accumulate_([torch.ones(3).half()], params, [torch.ones(3)], one, one, one),
         lambda: ops.diagonal_quadratic(params, [torch.ones(3)], [torch.ones(4)]),

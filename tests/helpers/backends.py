@@ -56,7 +56,9 @@ BACKENDS = [
 
 length = st.sampled_from([0, 1, 2, 15, 16, 17, 63, 64, 65, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 3])
 layout = st.sampled_from(["contiguous", "offset", "strided", "transposed", "channels_last", "expanded"])
-form = st.sampled_from(["flat", "row", "list", "list like the parameters"])  # of a direction, a Fisher or an anchor
+FORMS = ["flat", "row", "list", "list like the parameters"]  # of a direction, a Fisher or an anchor
+form = st.sampled_from(FORMS)
+direction_form = st.sampled_from([*FORMS, "int8", "int8 beside others"])
 lists = st.lists(st.tuples(length, st.sampled_from(sorted(DTYPES)), layout), min_size=1, max_size=6)
 
 
@@ -117,6 +119,8 @@ def directions_like(params: list[Tensor], num_terms: int, dtype: torch.dtype, fo
     matrix = torch.randn(num_terms, sum(p.numel() for p in params), generator=generator).to(dtype)
     if form == "flat":
         return list(matrix), matrix.double()
+    if form.startswith("int8"):
+        return int8_directions(params, num_terms, None if form == "int8" else dtype, seed)
     lengths = [p.numel() for p in params]
     pieces = [piece.reshape(p.shape) for row in matrix for piece, p in zip(row.split(lengths), params, strict=True)]
     if form == "row":
@@ -127,6 +131,33 @@ def directions_like(params: list[Tensor], num_terms: int, dtype: torch.dtype, fo
             torch.empty_like(p, dtype=dtype).copy_(piece) for piece, p in zip(pieces, params * num_terms, strict=True)
         ]
     return pieces, matrix.double()
+
+
+def int8_directions(params: list[Tensor], num_terms: int, other_dtype: torch.dtype | None, seed: int):
+    """The same for directions in int8: blocks of any lengths and, given another dtype, about half of the tensors in it.
+
+    Tensors have the parameters' shapes and orders of memory of their own.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    directions, matrix = [], torch.zeros(num_terms, sum(p.numel() for p in params), dtype=torch.float64)
+    for row in matrix:
+        pieces, scales = [], []
+        for parameter, target in zip(params, row.split([p.numel() for p in params]), strict=True):
+            numel = parameter.numel()
+            if other_dtype is not None and torch.rand((), generator=generator) < 0.5:
+                pieces.append(torch.randn(parameter.shape, generator=generator).to(other_dtype))
+                scales.append(torch.zeros(0))
+                target.copy_(pieces[-1].flatten())
+                continue
+            lengths = [length for length in range(1, 129) if numel and numel % length == 0] or [1]
+            length = lengths[int(torch.randint(len(lengths), (), generator=generator))]
+            q = torch.randint(-127, 128, parameter.shape, generator=generator, dtype=torch.int8)
+            scale = torch.randint(2**15, 2**16, (numel // length,), generator=generator) * 2.0**-22
+            target.copy_((q.reshape(-1, length) * scale[:, None].double()).flatten())
+            pieces.append(q)
+            scales.append(torch.stack([scale, scale], 1)[:, 0] if seed % 3 == 0 else scale)
+        directions += in_other_orders(pieces, seed) + scales
+    return directions, matrix
 
 
 def assert_sum_close(actual: Tensor, expected: Tensor, magnitude: Tensor) -> None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import device
+from helpers.backends import int8_directions
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -73,11 +74,16 @@ def test_transforms_equal_those_of_plain_pytorch(penalty, plain):
         torch.testing.assert_close(transformed(penalty), transformed(plain))
 
 
-@pytest.mark.parametrize("flat", [False, True])
-def test_opcheck(flat):
-    params = [p.requires_grad_() for p in random_list(0)]
-    u, v = DIRECTION, ANCHOR
-    directions = [torch.cat([x.flatten() for x in u]), torch.cat([x.flatten() for x in v])] if flat else [*u, *v]
+@pytest.mark.parametrize("form", ["list", "flat", "int8"])
+def test_opcheck(form):
+    params, flat = [p.requires_grad_() for p in random_list(0)], form == "flat"
+    terms = [DIRECTION, ANCHOR]
+    if flat:
+        directions = [torch.cat([x.flatten() for x in u]) for u in terms]
+    elif form == "list":
+        directions = [x for u in terms for x in u]
+    else:
+        directions, _ = int8_directions(params, len(terms), torch.float32, 1)
     coefficients = torch.tensor([0.3, -2.0], dtype=torch.float64)
     one = torch.tensor(0.3, dtype=torch.float64)
     state = (FISHER, ANCHOR)
