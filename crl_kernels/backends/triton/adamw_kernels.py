@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ..reference import ADAMW_COLUMNS
-from .chunks import kernel, locate, read, write, zeros
+from .chunks import kernel, locate, read, read_direction, write, zeros
 from .float64_arithmetic import (
     added,
     difference,
@@ -112,7 +112,7 @@ def low_rank_adamw_kernel(
     total = zero(BLOCK, PAIRS)
     term = directions
     for k in range(num_terms):
-        u = read(term, directions_stride, place, DIRECTIONS, BLOCK)
+        u = read_direction(begins, term, directions_stride, place, DIRECTIONS, PAIRS, BLOCK)
         total = added(total, scaled(number(tl.load(coefficients + k), PAIRS), u, PAIRS), PAIRS)
         term += pieces
 
@@ -134,7 +134,7 @@ def low_rank_adamw_kernel(
             stepped, m, v = _adamw(row, theta, gradient + pull, m, v)
         if PARAMS == 3:  # computed in float64; the projection is of theta as it is stored
             stored = stepped.to(tl.float32).to(tl.float64)
-            stepped = tl.where((tl.load(parameters + index * parameters_stride) & 3) == 0, stored, stepped)
+            stepped = tl.where((tl.load(parameters + index * parameters_stride) & 7) == 0, stored, stepped)
         stepped = tl.where(skip, theta, stepped)
         result = tl.where(selected, stepped, result)
         if skip == 0:
@@ -144,7 +144,7 @@ def low_rank_adamw_kernel(
         index += 1
 
     for _ in range(num_terms):
-        u = read(directions, directions_stride, place, DIRECTIONS, BLOCK)
+        u = read_direction(begins, directions, directions_stride, place, DIRECTIONS, PAIRS, BLOCK)
         tl.store(partial + chunk, dot(result, u, PAIRS))
         directions += pieces
         partial += chunks

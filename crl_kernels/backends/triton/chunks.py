@@ -8,8 +8,11 @@ run the same binary. Arithmetic is float64, or as good (``float64_arithmetic.py`
 parameters' dtype.
 
 A view of the flat vector is a table of entries, one per segment (stride 1) or a single one (stride 0). An entry is
-4 * origin + code: where flat element 0 would be, were the whole vector laid out like this segment, and the dtype.
+8 * origin + code: where flat element 0 would be, were the whole vector laid out like this segment, and the dtype.
 DTYPES is the set of codes in a view, as bits; with one bit set, the code is known when a kernel is compiled.
+
+Directions of which some are int8 have three entries per segment (stride 3): its own and, of int8 elements, the address
+of the scales and the number of elements of a block, which have one scale.
 """
 
 import inspect
@@ -19,7 +22,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-# Codes of dtypes in Triton's tables: 0 float32, 1 float64, 2 bfloat16, 3 float16.
+# Codes of dtypes in Triton's tables, 3 bits: 0 float32, 1 float64, 2 bfloat16, 3 float16, 4 int8.
 
 # 8 elements of a chunk for each of 256 threads: one 16-byte load of bfloat16, two of float32. Tests change it.
 BLOCK = 2048
@@ -96,26 +99,28 @@ def elements(
 ) -> tl.tensor:
     """Pointers to the BLOCK flat elements from ``start`` on, along one entry or one for each lane.
 
-    From a 16-byte boundary on, and unmasked, they become 16-byte loads and stores. The boundary is declared here,
+    From a 16-byte boundary on (int8: 8), and unmasked, they become 16-byte loads and stores. The boundary is declared here,
     because the compiler forgets one that is declared for a function's result.
     """
     if CODE == 0:
-        origin = (entry >> 2).to(tl.pointer_type(tl.float32))
+        origin = (entry >> 3).to(tl.pointer_type(tl.float32))
     elif CODE == 1:
-        origin = (entry >> 2).to(tl.pointer_type(tl.float64))
+        origin = (entry >> 3).to(tl.pointer_type(tl.float64))
     elif CODE == 2:
-        origin = (entry >> 2).to(tl.pointer_type(tl.bfloat16))
+        origin = (entry >> 3).to(tl.pointer_type(tl.bfloat16))
+    elif CODE == 3:
+        origin = (entry >> 3).to(tl.pointer_type(tl.float16))
     else:
-        origin = (entry >> 2).to(tl.pointer_type(tl.float16))
+        origin = (entry >> 3).to(tl.pointer_type(tl.int8))
     first = origin + start
     if ALIGNED:
-        first = tl.multiple_of(first, 16)
+        first = tl.multiple_of(first, 16 if CODE < 4 else 8)
     return first + tl.arange(0, BLOCK)
 
 
 @triton.jit
 def _is_aligned(entry: tl.tensor) -> tl.tensor:
-    return ((entry >> 2) & 15) == 0  # chunks are multiples of 16 bytes long
+    return ((entry >> 3) & 15) == 0  # chunks are multiples of 16 bytes long
 
 
 @triton.jit
@@ -145,7 +150,7 @@ def read(
             if DTYPES == 1 << CODE:
                 values = tl.load(elements(entry, start, CODE, True, BLOCK))
             elif (DTYPES >> CODE) & 1:  # noqa: SIM102  (known when compiled, and the next when run)
-                if (entry & 3) == CODE:
+                if (entry & 7) == CODE:
                     values = tl.load(elements(entry, start, CODE, True, BLOCK)).to(values.dtype)
     else:
         lane_entry = tl.load(entries + segment * stride)
@@ -153,9 +158,72 @@ def read(
             if DTYPES == 1 << CODE:
                 values = tl.load(elements(lane_entry, start, CODE, False, BLOCK), mask=inside, other=0.0)
             elif (DTYPES >> CODE) & 1:
-                selected = inside & ((lane_entry & 3) == CODE)
+                selected = inside & ((lane_entry & 7) == CODE)
                 loaded = tl.load(elements(lane_entry, start, CODE, False, BLOCK), mask=selected, other=0.0)
                 values = tl.where(selected, loaded.to(values.dtype), values)
+    return values
+
+
+@triton.jit
+def _dequantised(q: tl.tensor, scale: tl.tensor, PAIRS: tl.constexpr) -> tl.tensor:
+    """q * scale, exact: float32 with PAIRS, else float64, which is made without conversions, of which a multiprocessor
+    does few: q + 128 is put into the last mantissa bits of the upper half of 2^20."""
+    if PAIRS:
+        values = q.to(tl.float32) * scale
+    else:
+        high = 0x41300000 + ((q.to(tl.int32) & 255) ^ 128)
+        shifted = (high.to(tl.int64) << 32).to(tl.float64, bitcast=True)
+        wide = scale.to(tl.float64)
+        values = tl.fma(shifted, wide, wide * -1048704.0)  # 2^20 + 128
+        values = tl.where(tl.abs(wide) < float("inf"), values, q.to(tl.float64) * wide)
+    return values
+
+
+@triton.jit
+def read_direction(
+    begins: tl.tensor,
+    entries: tl.tensor,
+    stride: tl.tensor,
+    place: tl.tuple,
+    DTYPES: tl.constexpr,
+    PAIRS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> tl.tensor:
+    """The same for directions, of which some may be int8."""
+    if DTYPES & 16 == 0:
+        values = read(entries, stride, place, DTYPES, BLOCK)
+    else:
+        in_one_segment, first, segment, start, inside = place
+        values = tl.zeros([BLOCK], tl.float32 if PAIRS else tl.float64)
+        piece = entries + first * stride
+        entry, length = tl.load(piece), tl.load(piece + 2)
+        position = start - tl.load(begins + first)  # in the first segment
+        # Whole octets in a block, at 8-byte boundaries, and few enough for a division in 32 bits.
+        octets = in_one_segment & ((entry & 7) == 4) & (((length | position | (entry >> 3)) & 7) == 0)
+        if octets & ((length | position) < 1 << 34):
+            octet = (position >> 3).to(tl.int32) + tl.arange(0, BLOCK // 8)
+            scales = tl.load(piece + 1).to(tl.pointer_type(tl.float32))
+            scale = tl.load(scales + octet // (length >> 3).to(tl.int32))
+            scale = tl.broadcast_to(tl.expand_dims(scale, 1), [BLOCK // 8, 8]).reshape([BLOCK])
+            values = _dequantised(tl.load(elements(entry, start, 4, True, BLOCK)), scale, PAIRS)
+        else:
+            if DTYPES != 16:
+                values = read(entries, stride, place, DTYPES, BLOCK).to(values.dtype)
+            pieces = entries + segment * stride
+            lane_entry = tl.load(pieces)
+            selected = inside & ((lane_entry & 7) == 4)
+            length = tl.load(pieces + 2)
+            # A lane's place in its block, were the chunk's first element at a block's begin, and blocks before that.
+            lane = start + tl.arange(0, BLOCK) - tl.load(begins + segment)
+            before = tl.where(segment == first, position // tl.load(piece + 2), 0)
+            lane -= before * length
+            # Less than BLOCK elements of the next blocks are in the chunk, so that 32 bits are enough to divide.
+            short = tl.minimum(length, BLOCK).to(tl.int32)
+            block = before + tl.where(length < BLOCK, lane.to(tl.int32) // short, (lane >= length).to(tl.int32))
+            scales = tl.load(pieces + 1).to(tl.pointer_type(tl.float32))
+            q = tl.load(elements(lane_entry, start, 4, False, BLOCK), mask=selected, other=0)
+            scale = tl.load(scales + block, mask=selected, other=0.0)
+            values = tl.where(selected, _dequantised(q, scale, PAIRS), values)
     return values
 
 
@@ -185,11 +253,11 @@ def write(
             if DTYPES == 1 << CODE:
                 tl.store(elements(entry, start, CODE, True, BLOCK), _round(values, CODE))
             elif (DTYPES >> CODE) & 1:  # noqa: SIM102  (known when compiled, and the next when run)
-                if (entry & 3) == CODE:
+                if (entry & 7) == CODE:
                     tl.store(elements(entry, start, CODE, True, BLOCK), _round(values, CODE))
     else:
         lane_entry = tl.load(entries + segment * stride)
         for CODE in tl.static_range(4):
             if (DTYPES >> CODE) & 1:
-                selected = inside & ((lane_entry & 3) == CODE)
+                selected = inside & ((lane_entry & 7) == CODE)
                 tl.store(elements(lane_entry, start, CODE, False, BLOCK), _round(values, CODE), mask=selected)
