@@ -20,7 +20,7 @@ from crl_kernels.backends import reference
 TESTS = Path(__file__).parents[1]
 COMPILER = shutil.which("g++")
 LIBRARY = os.environ.get("CRL_TEST_LIBRARY")
-OPERATORS = ("backends/test_operators.py", "backends/test_launches.py")
+OPERATORS = ("backends/test_operators.py", "backends/test_int8_blocks.py", "backends/test_launches.py")
 
 needs_emulation = pytest.mark.skipif(LIBRARY is None, reason="CRL_TEST_LIBRARY is not set: runs within the first test")
 ops = torch.ops.crl_kernels
@@ -208,6 +208,78 @@ def test_sixteen_bytes_at_a_time_where_addresses_allow(device, dtype):
     odd_u = [u[0][:4095], *u[1:]]
     read = device.count(lambda: ops.low_rank_projections(odd, odd_u, 1), *events)
     assert read == (2 * 4088 * dtype.itemsize // 16, 2 * (sum(lengths) - 4096 + 7))
+
+
+@needs_emulation
+def test_int8_eight_bytes_at_a_time_where_blocks_and_addresses_allow(device):
+    """And one scale; anywhere else every element and its scale."""
+    events = ("octets", "elements")
+    lengths, blocks = [4096, 2056, 320, 30], [128, 8, 64, 5]
+    theta, targets = parameters(lengths), parameters(lengths)
+    q = [torch.randint(-127, 128, (n,), dtype=torch.int8) for n in lengths]
+    scales = [torch.rand(n // length) for n, length in zip(lengths, blocks, strict=True)]
+    whole, rest = sum(lengths[:3]) // 8, lengths[3]
+    c = torch.ones((), dtype=torch.float64)
+    u = [*q, *scales]
+    unaligned = 2 * rest - rest % 8  # of float32: the last elements of the last parameter, which end within an octet
+
+    def project(u: list[Tensor]) -> None:
+        ops.low_rank_projections(theta, u, 1)
+
+    in_float32 = device.count(lambda: project([t.float() for t in q]), "elements")[0]  # of theta, and as many of u
+    expected = (whole, whole + 2 * rest + in_float32 // 2)
+    assert device.count(lambda: project(u), *events) == expected
+    assert device.count(lambda: ops.low_rank_accumulate_(targets, u, c), "octets") == (whole,)
+    assert device.count(lambda: ops.low_rank_combine(u, c, theta), "octets") == (whole,)
+    state = [[t.abs() for t in theta] for _ in range(4)]
+    rows = torch.rand(len(theta), 8, dtype=torch.float64)
+    step = device.count(lambda: ops.low_rank_adamw_(*state, rows, None, u + u, c.expand(2), False), "octets")
+    assert step == (4 * whole,)  # a direction is read twice
+
+    shifted = [torch.cat([t[:4], t])[4:] for t in q]  # at addresses that are not divisible by 8
+    assert device.count(lambda: project([*shifted, *scales]), "octets") == (0,)
+    for count, octets in ((1, 2056 // 8), (4096 // 12, 0)):  # blocks of 4,096 and of 12, but for a rest
+        other = [q[0][: 12 * count] if count > 1 else q[0], *q[1:]]
+        first = [theta[0][: len(other[0])], *theta[1:]]
+        pieces = [*other, torch.rand(count), *scales[1:]]
+        read = device.count(lambda first=first, pieces=pieces: ops.low_rank_projections(first, pieces, 1), "octets")
+        assert read == ((4096 + 2056 + 320) // 8 if count == 1 else octets,)
+    three = [q[0][:4091], *q[1:]]  # flat indices do not fit blocks from the second parameter on
+    read = device.count(
+        lambda: ops.low_rank_projections([theta[0][:4091], *theta[1:]], [*three, torch.rand(1), *scales[1:]], 1), "octets"
+    )
+    assert read == (0,)
+
+
+@needs_emulation
+def test_a_table_holds_the_addresses_of_scales(device):
+    theta = parameters([256, 24])
+    q = [torch.randint(-127, 128, (n,), dtype=torch.int8) for n in (256, 24)]
+    scales = [torch.rand(2), torch.rand(3)]
+
+    def project() -> None:
+        values = [a * s.repeat_interleave(len(a) // len(s)) for a, s in zip(q, scales, strict=True)]
+        expected = ops.low_rank_projections(theta, values, 1)
+        assert torch.equal(ops.low_rank_projections(theta, [*q, *scales], 1), expected)
+
+    device.set(stream=4)
+    project()
+    floats = PASS + TABLE  # of the values, which are always elsewhere
+    assert device.launches(project) <= PASS + floats
+    scales[0].mul_(2)  # new values at the same address
+    assert device.launches(project) <= PASS + floats
+    kept = scales[1]
+    scales[1] = torch.rand(3)
+    moved = device.launches(lambda: ops.low_rank_projections(theta, [*q, *scales], 1))
+    assert moved == PASS + TABLE
+    scales[1] = torch.rand(6)  # other blocks
+    assert device.launches(lambda: ops.low_rank_projections(theta, [*q, *scales], 1)) == PASS + TABLE
+    project()
+    scales[1] = kept
+    assert device.launches(lambda: ops.low_rank_projections(theta, [*q, *scales], 1)) == PASS
+    device.set(capturing=1)
+    assert device.launches(lambda: ops.low_rank_projections(theta, [*q, *scales], 1)) == PASS + TABLE
+    project()
 
 
 @needs_emulation

@@ -1,6 +1,8 @@
 """Directions in int8 give, bit for bit, what float32 directions of the same values give: wherever blocks and tensors
 begin and end, on every backend that runs here."""
 
+import itertools
+
 import pytest
 import torch
 from helpers.backends import CHUNK, needs_library, poison
@@ -29,7 +31,8 @@ MIXES = {
     "many dtypes": ["int8", "bfloat16", "int8", "float16", "int8", "float64", "float32"],
     "no int8": ["float32", "bfloat16"],
 }
-SMALL = registry.INTERPRETED  # where a chunk takes a second
+# An interpreted chunk takes a second: the simplest lists and the most mixed.
+CASES = [("int8", False), ("many dtypes", True)] if registry.INTERPRETED else itertools.product(MIXES, (False, True))
 
 
 def scales_of(count: int, generator: torch.Generator) -> Tensor:
@@ -97,22 +100,19 @@ def assert_same_bits(actual: list[Tensor], expected: list[Tensor]) -> None:
         assert torch.equal(a.nan_to_num(1e30).view(torch.uint8), e.nan_to_num(1e30).view(torch.uint8))
 
 
-@pytest.mark.parametrize("mixed", [False, True], ids=["float32", "mixed parameters"])
-@pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
+@pytest.mark.parametrize(("mix", "mixed"), CASES)
 @pytest.mark.parametrize("blocks", BLOCKS.values(), ids=BLOCKS)
 def test_the_same_bits_as_float32(blocks, mix, mixed):
-    if SMALL and (mixed, len(mix)) not in ((False, 1), (True, 7)):
-        pytest.skip("the interpreter runs the simplest and the most mixed lists only")
     generator = torch.Generator().manual_seed(0)
     dtypes = [torch.float32, torch.bfloat16, torch.float64, torch.float16] if mixed else [torch.float32]
     params = [
         torch.randn(n, generator=generator, dtype=torch.float64).to(dtypes[i % len(dtypes)])
         for i, (n, _) in enumerate(blocks)
     ]
-    for num_terms in (2,) if SMALL else (1, 5):
-        directions, plain = terms_of(blocks, num_terms, mix, generator)
+    for num_terms in (2,) if registry.INTERPRETED else (1, 5):
+        directions, plain = terms_of(blocks, num_terms, MIXES[mix], generator)
         expected = results(params, plain, num_terms, mixed)
-        for _ in range(1 if SMALL else 2):  # again: the order of threads is another
+        for _ in range(1 if registry.INTERPRETED else 2):  # again: threads take turns in another order
             assert_same_bits(results(params, directions, num_terms, mixed), expected)
 
 
@@ -136,14 +136,13 @@ def test_the_same_bits_where_terms_have_other_blocks():
     assert_same_bits(results(params, directions, 3, False), results(params, plain, 3, False))
 
 
-@pytest.mark.skipif(SMALL, reason="the interpreter takes minutes for so many terms")
-def test_the_same_bits_for_more_terms_than_a_warp_has_lanes():
+@pytest.mark.parametrize("num_terms", [33] if registry.INTERPRETED else [31, 33, 70])
+def test_the_same_bits_for_more_terms_than_a_warp_has_lanes(num_terms):
     generator = torch.Generator().manual_seed(0)
     blocks = [(128 * 30, 128), (27 * 8, 27), (40, 1)]
     params = [torch.randn(n, generator=generator) for n, _ in blocks]
-    for num_terms in (31, 33, 70):
-        directions, plain = terms_of(blocks, num_terms, MIXES["int8"], generator)
-        assert_same_bits(results(params, directions, num_terms, False), results(params, plain, num_terms, False))
+    directions, plain = terms_of(blocks, num_terms, MIXES["int8"], generator)
+    assert_same_bits(results(params, directions, num_terms, False), results(params, plain, num_terms, False))
 
 
 def test_scales_that_are_not_finite_stay_in_their_blocks():
@@ -154,7 +153,8 @@ def test_scales_that_are_not_finite_stay_in_their_blocks():
         for scales in directions[2:]:
             scales[1] = bad
         plain = [
-            q * s.repeat_interleave(length) for q, s, (_, length) in zip(directions[:2], directions[2:], blocks, strict=True)
+            q * s.repeat_interleave(length)
+            for q, s, (_, length) in zip(directions[:2], directions[2:], blocks, strict=True)
         ]
         like = [torch.empty(n) for n, _ in blocks]
         one = torch.ones(1, dtype=torch.float64)
@@ -175,5 +175,7 @@ def test_a_scalar_and_other_memory_orders():
     directions = [t.view(shapes[i % 8]) if i % 8 < 4 else t for i, t in enumerate(flat)]
     plain = [t.view(shapes[i % 4]) for i, t in enumerate(plain)]
     row_major = [p.contiguous() for p in params]
-    for actual, expected in zip(results(params, directions, 2, False), results(row_major, plain, 2, False), strict=True):
+    for actual, expected in zip(
+        results(params, directions, 2, False), results(row_major, plain, 2, False), strict=True
+    ):
         assert torch.equal(actual, expected)

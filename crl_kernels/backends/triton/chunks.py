@@ -50,11 +50,12 @@ def block(name: str) -> int:
 
 
 def registers(name: str, constants: Mapping[str, int]) -> int:
-    """Registers per thread of a kernel with these constants. A sum into tensors of several dtypes, AdamW in float64
-    and products of pairs need more than usual."""
+    """Registers per thread of a kernel with these constants. Directions or targets of several dtypes, AdamW in
+    float64 and products of pairs need more than usual."""
     if name == "low_rank_adamw_kernel" and constants["PARAMS"] != 1:
         return 255
-    if name == "projections_kernel" and constants["PAIRS"]:
+    beside_int8 = constants.get("DIRECTIONS", 0) > 16
+    if name == "projections_kernel" and (constants["PAIRS"] or beside_int8):
         return 128
     mixed = any(constants[view].bit_count() > 1 for view in ("TARGETS", "DIRECTIONS") if view in constants)
     return 128 if name == "combine_kernel" and mixed else _REGISTERS[name]
@@ -99,8 +100,9 @@ def elements(
 ) -> tl.tensor:
     """Pointers to the BLOCK flat elements from ``start`` on, along one entry or one for each lane.
 
-    From a 16-byte boundary on (int8: 8), and unmasked, they become 16-byte loads and stores. The boundary is declared here,
-    because the compiler forgets one that is declared for a function's result.
+    From a 16-byte boundary on, and unmasked, they become 16-byte loads and stores. From a 4-byte boundary on, int8
+    elements become 4-byte loads; so a thread has the same elements as of float32, and adds them in the same order. The
+    boundary is declared here, because the compiler forgets one that is declared for a function's result.
     """
     if CODE == 0:
         origin = (entry >> 3).to(tl.pointer_type(tl.float32))
@@ -114,7 +116,7 @@ def elements(
         origin = (entry >> 3).to(tl.pointer_type(tl.int8))
     first = origin + start
     if ALIGNED:
-        first = tl.multiple_of(first, 16 if CODE < 4 else 8)
+        first = tl.multiple_of(first, 16 if CODE < 4 else 4)
     return first + tl.arange(0, BLOCK)
 
 
@@ -166,22 +168,30 @@ def read(
 
 @triton.jit
 def _dequantised(q: tl.tensor, scale: tl.tensor, PAIRS: tl.constexpr) -> tl.tensor:
-    """q * scale, exact: float32 with PAIRS, else float64, which is made without conversions, of which a multiprocessor
-    does few: q + 128 is put into the last mantissa bits of the upper half of 2^20."""
+    """q * scale, exact: float32 with PAIRS, else float64, for which nothing is converted, as a multiprocessor converts
+    little: q + 128 becomes the last mantissa bits of the upper half of 2^20."""
     if PAIRS:
         values = q.to(tl.float32) * scale
     else:
-        high = 0x41300000 + ((q.to(tl.int32) & 255) ^ 128)
-        shifted = (high.to(tl.int64) << 32).to(tl.float64, bitcast=True)
-        wide = scale.to(tl.float64)
-        values = tl.fma(shifted, wide, wide * -1048704.0)  # 2^20 + 128
-        values = tl.where(tl.abs(wide) < float("inf"), values, q.to(tl.float64) * wide)
+        high = (q.to(tl.int32) & 255) ^ 0x41300080
+        values = ((high.to(tl.int64) << 32).to(tl.float64, bitcast=True) - 1048704.0) * scale.to(tl.float64)
     return values
+
+
+@triton.jit
+def segment_range(firsts: tl.tensor, place: tl.tuple) -> tl.tuple:
+    """The first and the last segment that a chunk touches."""
+    in_one_segment, first, _, _, _ = place
+    last = first
+    if in_one_segment == 0:
+        last = tl.load(firsts + tl.program_id(0).to(tl.int64) + 1)
+    return first, last
 
 
 @triton.jit
 def read_direction(
     begins: tl.tensor,
+    firsts: tl.tensor,
     entries: tl.tensor,
     stride: tl.tensor,
     place: tl.tuple,
@@ -198,32 +208,35 @@ def read_direction(
         piece = entries + first * stride
         entry, length = tl.load(piece), tl.load(piece + 2)
         position = start - tl.load(begins + first)  # in the first segment
-        # Whole octets in a block, at 8-byte boundaries, and few enough for a division in 32 bits.
-        octets = in_one_segment & ((entry & 7) == 4) & (((length | position | (entry >> 3)) & 7) == 0)
-        if octets & ((length | position) < 1 << 34):
-            octet = (position >> 3).to(tl.int32) + tl.arange(0, BLOCK // 8)
-            scales = tl.load(piece + 1).to(tl.pointer_type(tl.float32))
-            scale = tl.load(scales + octet // (length >> 3).to(tl.int32))
-            scale = tl.broadcast_to(tl.expand_dims(scale, 1), [BLOCK // 8, 8]).reshape([BLOCK])
+        # A block holds whole quartets at 4-byte boundaries, so few that 32 bits are enough to divide.
+        quartets = in_one_segment & ((entry & 7) == 4) & (((length | position | (entry >> 3)) & 3) == 0)
+        if quartets & ((length | position) < 1 << 33):
+            quartet = (position >> 2).to(tl.int32) + tl.arange(0, BLOCK // 4)
+            of_segment = tl.load(piece + 1).to(tl.pointer_type(tl.float32))
+            of_quartet = tl.load(of_segment + quartet // (length >> 2).to(tl.int32))
+            scale = tl.broadcast_to(tl.expand_dims(of_quartet, 1), [BLOCK // 4, 4]).reshape([BLOCK])
             values = _dequantised(tl.load(elements(entry, start, 4, True, BLOCK)), scale, PAIRS)
         else:
             if DTYPES != 16:
                 values = read(entries, stride, place, DTYPES, BLOCK).to(values.dtype)
-            pieces = entries + segment * stride
-            lane_entry = tl.load(pieces)
-            selected = inside & ((lane_entry & 7) == 4)
-            length = tl.load(pieces + 2)
-            # A lane's place in its block, were the chunk's first element at a block's begin, and blocks before that.
-            lane = start + tl.arange(0, BLOCK) - tl.load(begins + segment)
-            before = tl.where(segment == first, position // tl.load(piece + 2), 0)
-            lane -= before * length
-            # Less than BLOCK elements of the next blocks are in the chunk, so that 32 bits are enough to divide.
-            short = tl.minimum(length, BLOCK).to(tl.int32)
-            block = before + tl.where(length < BLOCK, lane.to(tl.int32) // short, (lane >= length).to(tl.int32))
-            scales = tl.load(pieces + 1).to(tl.pointer_type(tl.float32))
-            q = tl.load(elements(lane_entry, start, 4, False, BLOCK), mask=selected, other=0)
-            scale = tl.load(scales + block, mask=selected, other=0.0)
-            values = tl.where(selected, _dequantised(q, scale, PAIRS), values)
+            index, last = segment_range(firsts, place)
+            while index <= last:
+                of_int8 = tl.load(entries + index * stride)
+                if (of_int8 & 7) == 4:
+                    selected = inside & (segment == index)
+                    of_block = tl.load(entries + index * stride + 2)
+                    # The chunk's begin in the segment: in elements, in blocks, and beyond these in elements again, as
+                    # if the block had at most BLOCK elements, so that 32 bits are enough to divide.
+                    behind = start - tl.load(begins + index)
+                    before = tl.maximum(behind, 0) // of_block
+                    short = tl.minimum(of_block, BLOCK).to(tl.int32)
+                    beyond = tl.maximum(behind - before * of_block - of_block, -BLOCK).to(tl.int32) + short
+                    scales = tl.load(entries + index * stride + 1).to(tl.pointer_type(tl.float32)) + before
+                    block = (tl.arange(0, BLOCK) + beyond) // short
+                    of_lanes = tl.load(scales + block, mask=selected, other=0.0)
+                    q = tl.load(elements(of_int8, start, 4, False, BLOCK), mask=selected, other=0)
+                    values += _dequantised(q, of_lanes, PAIRS)
+                index += 1
     return values
 
 

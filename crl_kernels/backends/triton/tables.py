@@ -130,7 +130,9 @@ def write_int8_view(
             f"tensor {segment} of a term has {numels[i]} elements, expected {lengths[segment]}",
         )
         int8 = dtypes[i] == torch.int8
-        check(int8 or dtypes[i] in DTYPES, f"tensor {segment} of a term is {dtypes[i]}, expected int8 or floating point")
+        check(
+            int8 or dtypes[i] in DTYPES, f"tensor {segment} of a term is {dtypes[i]}, expected int8 or floating point"
+        )
         check(dtypes[scales] == torch.float32, f"scales of directions are {dtypes[scales]}, expected float32")
         divides = numels[scales] > 0 and numels[i] % numels[scales] == 0
         check(
