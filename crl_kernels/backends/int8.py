@@ -25,13 +25,6 @@ from torch import Tensor
 LONGEST_BLOCK = 128
 
 
-class Int8Vector(NamedTuple):
-    """A vector along parameters, parameter after parameter, each in row-major order."""
-
-    values: Tensor  # (..., P) int8
-    scales: Tensor  # (..., number of blocks) float32
-
-
 @functools.lru_cache(maxsize=4096)
 def scales_shape(shape: Sequence[int]) -> torch.Size:
     """(rows, blocks of a row) of a parameter of this shape; a scalar is one row."""
@@ -61,3 +54,36 @@ def dequantised(q: Tensor, scales: Tensor) -> Tensor:
     if scales.numel() == 0:
         return q if q.is_floating_point() else q.float()
     return (q.reshape(scales.numel(), -1) * scales.reshape(-1, 1)).reshape(q.shape)
+
+
+class Int8Vector(NamedTuple):
+    """A vector along parameters of P elements in all, parameter after parameter, each in row-major order."""
+
+    q: Tensor  # (..., P) int8
+    scales: Tensor  # (..., number of blocks) float32
+
+    @classmethod
+    def of(cls, flat: Tensor, shapes: Sequence[torch.Size]) -> "Int8Vector":
+        """A (P,) or (K, P) tensor of values, stored along parameters of these shapes."""
+        if flat.dim() == 2:
+            return cls(*map(torch.stack, zip(*(cls.of(row, shapes) for row in flat), strict=True)))
+        parts = flat.split([shape.numel() for shape in shapes])
+        stored = [quantised(part.view(shape)) for part, shape in zip(parts, shapes, strict=True)]
+        return cls(*(torch.cat([part.flatten() for part in column]) for column in zip(*stored, strict=True)))
+
+    def split(self, shapes: Sequence[torch.Size]) -> tuple[list[Tensor], list[Tensor]]:
+        """(q of each parameter, its scales), each (..., number of them)."""
+        q = self.q.split([shape.numel() for shape in shapes], -1)
+        return list(q), list(self.scales.split([scales_shape(shape).numel() for shape in shapes], -1))
+
+    def floats(self, shapes: Sequence[torch.Size]) -> Tensor:
+        """The values: (..., P) float32."""
+        return torch.cat(list(map(dequantised, *self.split(shapes))), -1)
+
+    def to(self, device: torch.device) -> "Int8Vector":
+        return Int8Vector(*(tensor.to(device) for tensor in self))
+
+
+def stored_values(flat: Tensor, shapes: Sequence[torch.Size], dtype: torch.dtype) -> Tensor:
+    """What is left of (..., P) values along parameters of these shapes when they are stored in ``dtype``."""
+    return Int8Vector.of(flat, shapes).floats(shapes) if dtype == torch.int8 else flat.to(dtype)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, distributed
 from typing_extensions import TypeIs
 
+from ..backends.int8 import scales_shape
+
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
@@ -48,13 +50,14 @@ class Shards:
         first = next(filter(is_sharded, params), None)
         self.unsharded = first is None
         if first is None:
-            self.lengths = [parameter.numel() for parameter in params]
+            self.shapes = [parameter.shape for parameter in params]
+            self.lengths = [shape.numel() for shape in self.shapes]
             return
         self._like = [_require_like(first, name, parameter) for name, parameter in zip(names, params, strict=True)]
         self._mesh = first.device_mesh
         self._groups = [self._mesh.get_group(i) for i, sharded in enumerate(sharded_dimensions(first)) if sharded]
-        self._shapes = [part.shape for part in self.local(params)]
-        self.lengths = [shape.numel() for shape in self._shapes]
+        self.shapes = [part.shape for part in self.local(params)]
+        self.lengths = [shape.numel() for shape in self.shapes]
 
     def local(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """This process's parts of parameters; differentiable."""
@@ -99,15 +102,29 @@ class Shards:
             parts.append(tensor.redistribute(self._mesh, placements).to_local())
         return parts
 
-    def join(self, flat: Tensor) -> list[Tensor]:
-        """Tensors like the parameters, sharded as they are: views of a local flat vector."""
+    def join(self, flat: Tensor, *, scales: bool = False) -> list[Tensor]:
+        """Tensors like the parameters, sharded as they are: views of a local flat vector, or of the scales of one."""
         from torch.distributed.tensor import DTensor
 
-        parts = zip(flat.split(self.lengths), self._shapes, self._like, strict=True)
-        return [
-            DTensor.from_local(part.view(local), self._mesh, placements, run_check=False, shape=shape, stride=stride)
-            for part, local, (placements, shape, stride) in parts
-        ]
+        shapes = list(map(scales_shape, self.shapes)) if scales else self.shapes
+        parts = flat.split([shape.numel() for shape in shapes])
+        joined: list[Tensor] = []
+        for part, local, (placements, shape, stride) in zip(parts, shapes, self._like, strict=True):
+            if scales:
+                shape = scales_shape(shape)
+                stride = (shape[1], 1)
+            options = {"run_check": False, "shape": shape, "stride": stride}
+            joined.append(DTensor.from_local(part.view(local), self._mesh, placements, **options))
+        return joined
+
+    def require_rows(self, names: Sequence[str]) -> None:
+        """Raises ValueError unless each process has whole rows of the parameters, as vectors in int8 need them."""
+        for name, (placements, _, _) in zip(names, [] if self.unsharded else self._like, strict=False):
+            if any(getattr(placement, "dim", 0) != 0 for placement in placements):
+                raise ValueError(
+                    f"parameter {name!r} is placed as {placements}, and int8 directions only as shards of dimension 0. "
+                    "Use storage_dtype=torch.bfloat16."
+                )
 
     def sum_(self, value: Tensor) -> Tensor:
         """Sums over all shards, in place."""

@@ -106,8 +106,8 @@ def estimate_fisher(
         max_samples: the largest number of samples to read, in each process.
         generator: seeds the random numbers that the loss draws from the global generators (timesteps, noise),
             differently in each process.
-        storage_dtype: of the directions: torch.float32 (the default), torch.bfloat16, or torch.float64 (the default for
-            float64 models).
+        storage_dtype: of the directions: torch.float32 (the default), torch.bfloat16, torch.float64 (the default for
+            float64 models), or torch.int8; see ``LowRankFisher``.
         include, exclude: patterns that choose parameters, as in ``LowRankHistory``.
         process_group: of torch.distributed; its processes share the work.
         progress: show the number of processed samples on stderr.

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import files, operators
+from ..backends.int8 import Int8Vector, stored_values
 from ..model.names import Layout, join_names
 from .statistics import FisherStatistics
 from .validation import STORAGE_DTYPES, as_scalars, require_numbers, require_scalars, require_tensor
@@ -54,6 +55,12 @@ def _num_terms(directions: Mapping[str, Tensor]) -> int:
     return leading.pop()[0]
 
 
+def _pieces(stored: Int8Vector, layout: Layout) -> list[Tensor]:
+    """As the operators take directions in int8."""
+    terms = (Int8Vector(*term).split(layout.shapes) for term in zip(*stored, strict=True))
+    return [piece for q, scales in terms for piece in (*q, *scales)]
+
+
 def _device_of(tensors: Mapping[str, Tensor]) -> torch.device:
     return next(iter(tensors.values())).device
 
@@ -78,8 +85,9 @@ class LowRankFisher:
         curvatures: (K,), a_k >= 0, in squared gradient units for unit u_k.
         anchor: parameter name -> theta*, the parameters that the task ended with.
         slopes: (K,), s_k = u_k . mu, in gradient units for unit u_k; None if unknown.
-        storage_dtype: of the directions: torch.float32 (the default), torch.bfloat16 or torch.float64 (the default if
-            any direction is float64).
+        storage_dtype: of the directions: torch.float32 (the default), torch.bfloat16, torch.float64 (the default if any
+            direction is float64), or torch.int8: 1 byte for each element, and 4 for the scale of each block of up to
+            128 elements, the longest that divides a row of the parameter.
         statistics: the statistics of the estimate; None if the Fisher was not estimated.
 
     Raises:
@@ -102,23 +110,26 @@ class LowRankFisher:
         if (device := _device_of(anchor)) != _device_of(directions):
             raise ValueError(f"anchor is on {device} and directions on {_device_of(directions)}; expected one device.")
         _require_finite(anchor, "anchor")
-        stored = layout.flatten(directions, [num_terms]).to(storage_dtype or _state_dtype(directions))
+        flat = layout.flatten(directions, [num_terms]).detach()
+        dtype = storage_dtype or _state_dtype(directions)
+        stored: Tensor | Int8Vector = Int8Vector.of(flat, layout.shapes) if dtype == torch.int8 else flat.to(dtype)
+        pieces = list(stored) if isinstance(stored, Tensor) else _pieces(stored, layout)
         projections = operators.constant_projections(
-            [anchor[name].detach() for name in layout.names], list(stored.detach()), len(stored)
+            [anchor[name].detach() for name in layout.names], pieces, num_terms
         )
-        self._set(layout, stored.detach(), curvatures, projections, slopes, statistics)
+        self._set(layout, stored, curvatures, projections, slopes, statistics)
 
     @classmethod
     def _from_stored(
         cls,
         layout: Layout,
-        directions: Tensor,
+        directions: Tensor | Int8Vector,
         curvatures: Tensor,
         anchor_projections: Tensor,
         slopes: Tensor | None,
         statistics: FisherStatistics | None,
     ) -> "LowRankFisher":
-        """From a flat (K, P) tensor of directions in their storage dtype."""
+        """From flat (K, P) directions as they are stored."""
         fisher = cls.__new__(cls)
         fisher._set(layout, directions, curvatures, anchor_projections, slopes, statistics)
         return fisher
@@ -126,26 +137,31 @@ class LowRankFisher:
     def _set(
         self,
         layout: Layout,
-        directions: Tensor,
+        directions: Tensor | Int8Vector,
         curvatures: Tensor,
         anchor_projections: Tensor,
         slopes: Tensor | None,
         statistics: FisherStatistics | None,
     ) -> None:
-        if directions.dtype not in STORAGE_DTYPES:
+        if isinstance(directions, Tensor) and directions.dtype not in STORAGE_DTYPES:
             raise TypeError(f"storage_dtype is {directions.dtype}; expected one of {STORAGE_DTYPES}.")
         self.layout = layout
-        self.directions = directions
-        self.curvatures = as_scalars("curvatures", curvatures, directions.device)
+        self._stored = directions
+        device = directions[0].device
+        self.curvatures = as_scalars("curvatures", curvatures, device)
         self.anchor_projections = anchor_projections
-        self.slopes = None if slopes is None else as_scalars("slopes", slopes, directions.device)
+        self.slopes = None if slopes is None else as_scalars("slopes", slopes, device)
         self.statistics = statistics
         self._require_valid()
 
     def _require_valid(self) -> None:
         """Raises ValueError if an attribute has values that a Fisher cannot have."""
-        require_numbers("directions", self.layout.names, self.directions.split(self.layout.lengths, dim=1))
-        count = len(self.directions)
+        if isinstance(self._stored, Tensor):
+            parts = list(self._stored.split(self.layout.lengths, dim=1))
+        else:
+            parts = [127 * scales for scales in self._stored.split(self.layout.shapes)[1]]  # no element is larger
+        require_numbers("directions", self.layout.names, parts)
+        count = len(self)
         require_scalars("curvatures", self.curvatures, count, nonnegative=True)
         require_scalars("anchor_projections", self.anchor_projections, count)
         if self.slopes is not None:
@@ -186,27 +202,38 @@ class LowRankFisher:
             raise ValueError("mean_gradient is zero everywhere, so it has no direction. Use a diagonal Fisher.")
         norm = scale * (mu / scale).norm()
         dtype = storage_dtype or _state_dtype(mean_gradient)
-        directions = {name: tensor[None] for name, tensor in layout.split((mu / norm).to(dtype)).items()}
+        stored = stored_values(mu / norm, layout.shapes, dtype)
+        directions = {name: tensor[None] for name, tensor in layout.split(stored).items()}
         u = layout.flatten(directions).double()
         slope = mu @ u
         curvature = coefficient * slope.square() / (u @ u).square()
         return cls(directions, curvature.reshape(1), anchor, slopes=slope.reshape(1), storage_dtype=dtype)
 
+    @property
+    def directions(self) -> Tensor:
+        """The u_k: (K, P), as they are stored; of those in int8 the values, a new float32 tensor."""
+        return self._stored if isinstance(self._stored, Tensor) else self._stored.floats(self.layout.shapes)
+
     def __len__(self) -> int:
-        return len(self.directions)
+        return len(self._stored[0]) if isinstance(self._stored, Int8Vector) else len(self._stored)
 
     def __repr__(self) -> str:
-        return f"LowRankFisher(terms={len(self)}, parameters={self.layout.numel}, {self.directions.dtype})"
+        dtype = self._stored.dtype if isinstance(self._stored, Tensor) else torch.int8
+        return f"LowRankFisher(terms={len(self)}, parameters={self.layout.numel}, {dtype})"
 
     @property
     def nbytes(self) -> int:
         """Bytes of state."""
-        scalars = (self.curvatures, self.anchor_projections, self.slopes)
-        return self.directions.nbytes + sum(tensor.nbytes for tensor in scalars if tensor is not None)
+        stored = [self._stored] if isinstance(self._stored, Tensor) else self._stored
+        tensors = (*stored, self.curvatures, self.anchor_projections, self.slopes)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file; read it with ``load_fisher``."""
-        tensors = {f"directions.{name}": tensor for name, tensor in self.layout.split(self.directions).items()}
+        directions, *scales = [self._stored] if isinstance(self._stored, Tensor) else self._stored
+        tensors = {f"directions.{name}": tensor for name, tensor in self.layout.split(directions).items()}
+        if scales:
+            tensors |= {f"scales.{name}": tensor for name, tensor in self.layout.of_scales().split(*scales).items()}
         tensors |= {"curvatures": self.curvatures, "anchor_projections": self.anchor_projections}
         if self.slopes is not None:
             tensors["slopes"] = self.slopes
@@ -292,18 +319,36 @@ def _low_rank_fisher(
     names: Sequence[str], tensors: Mapping[str, Tensor], statistics: FisherStatistics | None
 ) -> LowRankFisher:
     scalars = {"curvatures", "anchor_projections"} | ({"slopes"} & tensors.keys())
-    (directions,) = _by_name(names, tensors, ["directions."], scalars, STORAGE_DTYPES)
+    scales = {key: tensor for key, tensor in tensors.items() if key.startswith("scales.")}
+    others = {key: tensor for key, tensor in tensors.items() if key not in scales}
+    (directions,) = _by_name(names, others, ["directions."], scalars, STORAGE_DTYPES)
     for name in scalars:
         require_tensor(name, tensors[name], torch.float64)
-    layout = _layout_of(directions, "directions", leading=1)
+    num_terms = _num_terms(directions)
+    layout = Layout(names, [directions[name].shape[1:] for name in names])
+    flat = layout.flatten(directions, [num_terms])
+    if flat.dtype != torch.int8 and scales:
+        raise ValueError(f"it has {join_names(sorted(scales))} beside directions that are {flat.dtype}.")
+    stored = Int8Vector(flat, _scales_of(layout, num_terms, scales)) if flat.dtype == torch.int8 else flat
     return LowRankFisher._from_stored(
         layout,
-        layout.flatten(directions, [_num_terms(directions)]),
+        stored,
         tensors["curvatures"],
         tensors["anchor_projections"],
         tensors.get("slopes"),
         statistics,
     )
+
+
+def _scales_of(layout: Layout, num_terms: int, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The flat scales of directions in int8."""
+    (scales,) = _by_name(layout.names, tensors, ["scales."], set(), (torch.float32,))
+    for name, shape in zip(layout.names, layout.of_scales().shapes, strict=True):
+        if scales[name].shape != (num_terms, *shape):
+            raise ValueError(
+                f"scales of {name!r} have shape {tuple(scales[name].shape)}; expected {(num_terms, *shape)}."
+            )
+    return layout.of_scales().flatten(scales, [num_terms])
 
 
 def _diagonal_fisher(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends.int8 import stored_values
 from ..distributed.processes import Processes
 from ..model.binding import Binding
 from .forms import LowRankFisher
@@ -25,7 +26,7 @@ class _Stratum:
         self.sums = torch.zeros(2, binding.layout.numel, dtype=torch.float64, device=binding.device)
         self.counts = [0, 0]
         self.sketch = torch.zeros(0, binding.layout.numel, dtype=binding.dtype, device=binding.device)
-        self.directions = self.sketch  # (rank, P) in the storage dtype, set after the first pass
+        self.directions = self.sketch  # (rank, P), rounded as they are stored, set after the first pass
 
     @property
     def count(self) -> int:
@@ -170,7 +171,7 @@ class LowRankEstimator:
                     stratum.merge(self._processes.broadcast_(sketch, process), self._rows_kept)
 
     def _directions_of(self, stratum: _Stratum, where: str) -> Tensor:
-        """(rank, P), in the storage dtype."""
+        """(rank, P): what the storage dtype keeps of them."""
         if self._rank > stratum.count:
             raise ValueError(
                 f"rank is {self._rank}, but the first half of the data{where} has only {stratum.count} samples; give "
@@ -185,8 +186,7 @@ class LowRankEstimator:
                 f"{subject} over the first half of the data is zero, so rank {self._rank} has no direction. Use "
                 "kind='diagonal', and check that the loss depends on the parameters."
             )
-        directions: Tensor = (rows / norms).to(self._dtype)
-        return directions
+        return stored_values(rows / norms, self._source.binding.layout.shapes, self._dtype)
 
     def project_samples(self, batches: Iterable[Any]) -> tuple[_SampleProjections, Tensor]:
         """The second pass: square norms and projections on directions and means, of the samples of all processes; and

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..distributed.shards import Shards, is_sharded
 from ..model.names import join_names
 
-STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)  # of directions
+STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int8)  # of directions; int8 with scales
 
 
 def require_numbers(

@@ -48,12 +48,15 @@ def load_history(history: LowRankHistory | DiagonalHistory, path: str | os.PathL
             state[name] = torch.empty(entry.size, dtype=entry.properties.dtype, device=history._device)
     for prefix, entries in vectors.items():
         stored = history._binding.rename(Layout(list(entries), [entry.size for entry in entries.values()]))
-        history._binding.layout.require_same_parameters(stored, "the model", origin)
+        scales = prefix.startswith("scales.")
+        own = history._binding.layout.of_scales() if scales else history._binding.layout
+        own.require_same_parameters(stored, "the scales of the model" if scales else "the model", origin)
         dtypes = {entry.properties.dtype for entry in entries.values()}
         if len(dtypes) > 1:
             raise ValueError(f"{prefix.removesuffix('.')} in {origin} is of {len(dtypes)} dtypes; expected one.")
-        numel = sum(history._binding.shards.lengths)
-        blank = history._named(torch.empty(numel, dtype=dtypes.pop(), device=history._device))
+        numel = sum(history._scales_lengths() if scales else history._binding.shards.lengths)
+        flat = torch.empty(numel, dtype=dtypes.pop(), device=history._device)
+        blank = history._named_row_major(flat, scales=True) if scales else history._named(flat)
         state |= {prefix + name: blank[own] for name, own in zip(entries, stored.names, strict=True)}
     try:
         load({key: state}, checkpoint_id=path)

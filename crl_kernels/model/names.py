@@ -7,6 +7,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
+from ..backends.int8 import scales_shape
 from .arguments import shown
 
 # Name of the wrapped child -> classes of wrappers. A wrapper adds that name to the names of all parameters. The name
@@ -87,6 +88,10 @@ class Layout:
         return isinstance(other, Layout) and (self.names, self.shapes) == (other.names, other.shapes)
 
     __hash__ = None  # type: ignore[assignment]
+
+    def of_scales(self) -> "Layout":
+        """The layout of the scales of a vector that is stored in int8."""
+        return Layout(self.names, list(map(scales_shape, self.shapes)))
 
     def split(self, flat: Tensor) -> dict[str, Tensor]:
         """Views of a flat (..., P) tensor by name, each (..., *shape)."""

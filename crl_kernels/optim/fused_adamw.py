@@ -70,11 +70,11 @@ class FusedAdamW(Optimizer):
     mode, finish training with one call of ``history.decoupled_step_``.
 
     Memory traffic, in bytes per float32 parameter and step: 28 for AdamW itself, plus 4 for each low-rank term (2 with
-    bfloat16 directions), or plus 8 for a diagonal history. The projections u_k . theta are carried: the pass that
-    writes theta also sums them, in float64, for the next step. The optimizer computes them from the parameters at the
-    first step, and again after the history or the optimizer's state was loaded, after terms were appended, after
-    parameters were frozen or unfrozen, and after any write from outside that the parameters' version counters show.
-    Writes through ``.data`` do not change the version counters: call ``resync`` after them.
+    bfloat16 directions, about 1 in int8), or plus 8 for a diagonal history. The projections u_k . theta are carried:
+    the pass that writes theta also sums them, in float64, for the next step. The optimizer computes them from the
+    parameters at the first step, and again after the history or the optimizer's state was loaded, after terms were
+    appended, after parameters were frozen or unfrozen, and after any write from outside that the parameters' version
+    counters show. Writes through ``.data`` do not change the version counters: call ``resync`` after them.
 
     Clipping. Gradient clipping comes before the step, so the penalty is not clipped. To clip it too, use ``FusedAdamW``
     without a history and call ``history.add_penalty_grad_(lam)`` before clipping.

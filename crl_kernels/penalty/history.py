@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from typing_extensions import Self
 
 from .. import files
+from ..backends.int8 import Int8Vector, scales_shape
 from ..backends.memory_order import FlatOrder
 from ..distributed.shards import gathered, local_part
 from ..fisher.forms import DiagonalFisher, LowRankFisher
@@ -37,7 +38,7 @@ _NOT_COPIED = {"_parts", "_parameter_run", "_gradient_run", "_attachment"}
 
 
 # A vector's part in a state: "directions.0.net.weight" is of direction 0, "anchor.net.weight" of the anchor.
-_PART = re.compile(r"((?:directions\.\d+|fisher_diagonal|anchor)\.)(.+)", re.DOTALL)
+_PART = re.compile(r"((?:directions\.\d+|scales\.\d+|fisher_diagonal|anchor)\.)(.+)", re.DOTALL)
 
 
 def split_key(key: str) -> tuple[str, str]:
@@ -69,6 +70,7 @@ class History(ABC, Generic[_Fisher]):
     _scalar_keys: ClassVar[tuple[str, ...]]  # keys of a state that do not belong to parameters
     # The keys of single numbers, and their types; a file has them in its metadata.
     _scalar_types: ClassVar[Mapping[str, type[int] | type[float]]]
+    _has_int8 = False  # whether a vector of the state is in int8, which no flat tensor is for operators
 
     def __init__(
         self, model: nn.Module, include: Iterable[str] | None, exclude: Iterable[str] | None, decay: float
@@ -448,6 +450,19 @@ class History(ABC, Generic[_Fisher]):
         """The constructor's arguments, without the model."""
         return {"include": self._binding.include, "exclude": self._binding.exclude, "decay": self._decay}
 
+    def _bound_int8(self, layout: Layout, stored: Int8Vector) -> list[Int8Vector]:
+        """The K vectors of another layout as ``_bound`` has them, but in row-major order."""
+        self._binding.shards.require_rows(self.names)
+        own = self._binding.layout
+        q = self._row_major(own, layout, stored.q)
+        return list(map(Int8Vector, q, self._row_major(own.of_scales(), layout.of_scales(), stored.scales)))
+
+    def _row_major(self, own: Layout, layout: Layout, rows: Tensor) -> list[Tensor]:
+        ordered: Iterable[Tensor] = own.reorder(rows, layout)
+        if not self._binding.shards.unsharded:
+            ordered = [self._cut(own.split(row)) for row in ordered]
+        return [row.to(self._device) for row in ordered]
+
     def _bound(self, layout: Layout, flat: Tensor) -> Tensor:
         """A flat (..., P) tensor of another layout, in this history's order and on its device; this process's part if
         parameters are sharded."""
@@ -468,6 +483,15 @@ class History(ABC, Generic[_Fisher]):
         """A vector of the state as views by parameter name, sharded as the parameters are."""
         parts = self._order.split(flat) if self._binding.shards.unsharded else self._binding.shards.join(flat)
         return dict(zip(self.names, parts, strict=True))
+
+    def _named_row_major(self, flat: Tensor, *, scales: bool = False) -> dict[str, Tensor]:
+        """The same for a vector in row-major order, or for the scales of one."""
+        if not self._binding.shards.unsharded:
+            return dict(zip(self.names, self._binding.shards.join(flat, scales=scales), strict=True))
+        return (self._binding.layout.of_scales() if scales else self._binding.layout).split(flat)
+
+    def _scales_lengths(self) -> list[int]:
+        return [scales_shape(shape).numel() for shape in self._binding.shards.shapes]
 
     def _present_order(self) -> FlatOrder:
         """The order that the parameters have now; parts of sharded parameters are row-major."""
@@ -526,7 +550,11 @@ class History(ABC, Generic[_Fisher]):
         grown: Container[str],
     ) -> Tensor:
         """One flat vector, from its parts by parameter name."""
-        vector_name = f"{prefix.removesuffix('.')} in {origin}"
+        vector_name, shards = f"{prefix.removesuffix('.')} in {origin}", self._binding.shards
+        own, described, lengths = self._binding.layout, "the model", shards.lengths
+        if scales := prefix.startswith("scales."):
+            own, described, lengths = own.of_scales(), "the scales of the model", self._scales_lengths()
+            dtypes = (torch.float32,)
         for name, tensor in named.items():
             require_tensor(f"{prefix}{name} in {origin}", tensor, *dtypes)
         if len(kinds := {f"{tensor.dtype} on {tensor.device}" for tensor in named.values()}) != 1:
@@ -534,30 +562,38 @@ class History(ABC, Generic[_Fisher]):
             raise ValueError(f"{vector_name} is {listed}; expected tensors of one dtype, on one device.")
         stored = self._binding.rename(Layout(list(named), [tensor.shape for tensor in named.values()]))
         parts, like = dict(zip(stored.names, named.values(), strict=True)), next(iter(named.values()))
-        for name, shape in zip(self.names, self._binding.layout.shapes, strict=True):
+        for name, shape in zip(self.names, own.shapes, strict=True):
             if name in grown:
                 known = parts.get(name)
                 new = torch.zeros(shape, dtype=like.dtype, device=like.device) if known is None else known
                 parts[name] = _with_rows(new, shape)
         layout = Layout(list(parts), [tensor.shape for tensor in parts.values()])
-        self._binding.layout.require_same_parameters(
+        own.require_same_parameters(
             layout,
-            "the model",
+            described,
             origin,
             if_missing="If they have joined the model since, name them in grown=. ",
             if_unknown=self._binding.why_unbound(layout.names),
         )
-        if self._binding.shards.unsharded:
-            flat = self._bound(layout, layout.flatten(parts))
-        else:
+        if like.dtype == torch.int8:
+            shards.require_rows(self.names)
+        if not shards.unsharded:
             flat = self._cut(parts).to(self._device)
-        self._require_numbers(vector_name, flat, nonnegative=prefix == "fisher_diagonal.")
+        elif scales or like.dtype == torch.int8:
+            flat = own.reorder(layout.flatten(parts), layout).to(self._device)
+        else:
+            flat = self._bound(layout, layout.flatten(parts))
+        numbers = 127 * flat if scales else flat  # no element in int8 is larger
+        self._require_numbers(vector_name, numbers, lengths, nonnegative=scales or prefix == "fisher_diagonal.")
         return flat
 
-    def _require_numbers(self, vector_name: str, flat: Tensor, *, nonnegative: bool = False) -> None:
+    def _require_numbers(
+        self, vector_name: str, flat: Tensor, lengths: list[int] | None = None, *, nonnegative: bool = False
+    ) -> None:
         """Raises ValueError, by parameter, unless a vector of the state is finite and, if asked for, >= 0."""
         shards = self._binding.shards
-        require_numbers(vector_name, self.names, flat.split(shards.lengths), nonnegative=nonnegative, shards=shards)
+        parts = flat.split(lengths or shards.lengths)
+        require_numbers(vector_name, self.names, parts, nonnegative=nonnegative, shards=shards)
 
     def _bound_params(self) -> list[Tensor]:
         """The bound parameters, after a check that they are still the model's."""
@@ -571,7 +607,7 @@ class History(ABC, Generic[_Fisher]):
 
     def _run_or_list(self, params: list[Tensor]) -> list[Tensor]:
         """[one flat tensor over all parameters] if they lie in one buffer (flatten_parameters), else ``params``."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self._has_int8:
             return params
         run = self._parameter_run.find(params)
         return params if run is None else [run]
@@ -677,30 +713,47 @@ class History(ABC, Generic[_Fisher]):
         rate = self._float64(lr)
         return torch.where(rate == 0, rate, rate * self._float64(lam))
 
-    def _pieces(self, vectors: list[Tensor], members: tuple[int, ...] | None) -> list[Tensor]:
-        """The parts of the state's vectors that belong to the parameters ``members``, vector by vector. None stands for
-        all parameters: the vectors themselves, if they are row-major."""
-        if members is None and self._order.is_row_major:
-            return vectors
+    def _pieces(self, vectors: Sequence[Tensor | Int8Vector], members: tuple[int, ...] | None) -> list[Tensor]:
+        """The parts of the state's vectors that belong to the parameters ``members``, vector by vector, as operators
+        take them. None stands for all parameters: the vectors themselves, if they are row-major and none is in int8."""
+        if members is None and self._are_flat():
+            return cast(list[Tensor], vectors)
         pieces = self._parts.get(members)
         if pieces is None:
-            lengths = self._binding.shards.lengths
-            split = [v.split(lengths) if self._order.is_row_major else self._order.split(v) for v in vectors]
-            pieces = [parts[i] for parts in split for i in (range(len(lengths)) if members is None else members)]
+            pieces = self._split(vectors, range(len(self.names)) if members is None else members)
             if not torch.compiler.is_compiling():
                 self._parts[members] = pieces
         return pieces
 
+    def _are_flat(self) -> bool:
+        """Whether operators take the state's vectors as they are."""
+        return self._order.is_row_major and not self._has_int8
+
+    def _split(self, vectors: Sequence[Tensor | Int8Vector], members: Sequence[int]) -> list[Tensor]:
+        """The parts of vectors, for operators; with tensors of scales, if the state has vectors in int8."""
+        pieces: list[Tensor] = []
+        for vector in vectors:
+            if isinstance(vector, Int8Vector):
+                parts, scales = vector.split(self._binding.shards.shapes)
+            else:
+                lengths = self._binding.shards.lengths
+                parts = list(vector.split(lengths) if self._order.is_row_major else self._order.split(vector))
+                scales = [vector.new_empty(0, dtype=torch.float32)] * len(parts)
+            pieces += [parts[i] for i in members]
+            if self._has_int8:
+                pieces += [scales[i] for i in members]
+        return pieces
+
     def _constant_pieces(
-        self, vectors: list[Tensor], members: tuple[int, ...] | None, along: Sequence[Tensor]
+        self, vectors: Sequence[Tensor | Int8Vector], members: tuple[int, ...] | None, along: Sequence[Tensor]
     ) -> list[Tensor]:
         """The same, for an operator that runs along these tensors and whose result is not differentiated: one tensor a
         vector where their memory is in the order of the state, because each tensor of a list costs time."""
-        if members is not None or self._order.is_row_major or torch.compiler.is_compiling():
+        if members is not None or self._order.is_row_major or self._has_int8 or torch.compiler.is_compiling():
             return self._pieces(vectors, members)
         params = self._binding.params  # their order has been looked at in this call
         all_of_them = len(along) == len(params) and all(map(operator.is_, along, params))
-        return [v[None] for v in vectors] if all_of_them else self._pieces(vectors, members)
+        return [cast(Tensor, v)[None] for v in vectors] if all_of_them else self._pieces(vectors, members)
 
     def _value(self, total: Tensor, lam: float | Tensor) -> Tensor:
         # From a tensor on: older compilers specialise on a float that meets another number first.

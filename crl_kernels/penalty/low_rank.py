@@ -1,13 +1,14 @@
 """LowRankHistory: the low-rank penalty terms of all past tasks."""
 
 import math
-from collections.abc import Callable, Container, Iterable, Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from .. import operators
+from ..backends.int8 import Int8Vector, dequantised
 from ..fisher.forms import LowRankFisher
 from ..fisher.validation import STORAGE_DTYPES, require_scalars
 from ..model.arguments import require_integer, require_switch
@@ -19,8 +20,8 @@ from .strength import ALL, Groups, Rate, check_strength
 class LowRankHistory(History[LowRankFisher]):
     """The low-rank terms of all past tasks: (lam / 2) sum_k a_k (u_k . theta - b_k)^2.
 
-    State: 2 or 4 bytes per parameter and term (the directions' storage dtype), and a few scalars. No copy of old
-    parameters.
+    State: 4, 2 or about 1 bytes per parameter and term (the directions' storage dtype), and a few scalars. No copy of
+    old parameters.
 
     Args:
         model: its parameters that require a gradient now are bound, by identity.
@@ -75,8 +76,13 @@ class LowRankHistory(History[LowRankFisher]):
         return self._anchor_projections
 
     def directions(self) -> list[dict[str, Tensor]]:
-        """u_k by parameter name, one dict per term: views of the state."""
-        return [self._named(u) for u in self._directions]
+        """u_k by parameter name, one dict per term: views of the state; of directions in int8 the values, new float32
+        tensors."""
+        shapes = self._binding.shards.shapes
+        return [
+            self._named_row_major(u.floats(shapes)) if isinstance(u, Int8Vector) else self._named(u)
+            for u in self._directions
+        ]
 
     def penalty(self, lam: float | Tensor) -> Tensor:
         """(lam / 2) sum_k a_k (u_k . theta - b_k)^2; see ``rank1_ewc_penalty``."""
@@ -114,7 +120,7 @@ class LowRankHistory(History[LowRankFisher]):
         """The same as low_rank_penalty_accumulate_, with a sum of projections over processes in between."""
         drift = self._constant_drift(params)
         force = strength * (self._curvatures * drift)
-        operators.low_rank_accumulate_(gradients, self._directions, force)
+        operators.low_rank_accumulate_(gradients, self._pieces(self._directions, None), force)
         return 0.5 * (force * drift).sum()
 
     @torch.no_grad()
@@ -173,8 +179,12 @@ class LowRankHistory(History[LowRankFisher]):
             shift = fisher.slopes / torch.where(fisher.curvatures == 0, 1.0, fisher.curvatures)
             anchor_projections = anchor_projections - shift
             require_scalars("fisher's anchor_projections - slopes / curvatures", anchor_projections, len(fisher))
+        stored = fisher._stored
+        bound = (
+            self._bound_int8(layout, stored) if isinstance(stored, Int8Vector) else list(self._bound(layout, stored))
+        )
         self._set_terms(
-            self._directions + list(self._bound(layout, fisher.directions)),
+            [*self._directions, *bound],
             torch.cat([self._curvatures * self._decay, fisher.curvatures.to(self._device)]),
             torch.cat([self._anchor_projections, anchor_projections.to(self._device)]),
         )
@@ -196,14 +206,35 @@ class LowRankHistory(History[LowRankFisher]):
             self._set_terms([], self._curvatures[:0], self._anchor_projections[:0])
             return
         mixing = (modes[:, kept] / eigenvalues[kept].sqrt()).T.contiguous()
-        directions = [operators.low_rank_combine(self._directions, row, self._directions[:1])[0] for row in mixing]
+        directions = [self._combined(row) for row in mixing]
         # c_i belongs to the stored, rounded v_i, so that the drift of the present parameters does not change.
-        pieces = directions if self._order.is_row_major else [part for u in directions for part in self._order.split(u)]
+        flat = [u for u in directions if isinstance(u, Tensor)]
+        pieces = flat if self._are_flat() else self._split(directions, range(len(self.names)))
         projections = self._constant_projections(params, pieces, len(directions))
         self._set_terms(directions, eigenvalues[kept], projections - mixing @ self._constant_drift(params))
 
-    def _set_terms(self, directions: list[Tensor], curvatures: Tensor, anchor_projections: Tensor) -> None:
-        self._directions = [differentiable_through(u) for u in directions]
+    def _combined(self, coefficients: Tensor) -> Tensor | Int8Vector:
+        """sum_k c_k u_k, stored as the first direction is."""
+        first = self._directions[0]
+        if not self._has_int8:
+            flat = cast(list[Tensor], self._directions)
+            return operators.low_rank_combine(flat, coefficients, flat[:1])[0]
+        if isinstance(first, Int8Vector):
+            shapes = self._binding.shards.shapes
+            like = [torch.empty(shape, device=self._device) for shape in shapes]
+            parts = operators.low_rank_combine(self._pieces(self._directions, None), coefficients, like)
+            return Int8Vector.of(torch.cat([part.flatten() for part in parts]), shapes)
+        like = self._split([first], range(len(self.names)))[: len(self.names)]
+        return self._order.flatten(operators.low_rank_combine(self._pieces(self._directions, None), coefficients, like))
+
+    def _set_terms(
+        self, directions: Sequence[Tensor | Int8Vector], curvatures: Tensor, anchor_projections: Tensor
+    ) -> None:
+        self._directions = [
+            Int8Vector(*map(differentiable_through, u)) if isinstance(u, Int8Vector) else differentiable_through(u)
+            for u in directions
+        ]
+        self._has_int8 = any(isinstance(u, Int8Vector) for u in directions)
         self._curvatures, self._anchor_projections = map(differentiable_through, (curvatures, anchor_projections))
         self._parts = {}
         self._grams: dict[tuple[int, ...] | None, Tensor] = {}
@@ -224,10 +255,12 @@ class LowRankHistory(History[LowRankFisher]):
         """U_g U_g^T over some of the parameters: (K, K) float64, on the CPU."""
         if members not in self._grams:
             pieces, count = self._pieces(self._directions, members), len(self)
-            size = len(pieces) // count
-            rows = [
-                operators.constant_projections(pieces[k * size : (k + 1) * size], pieces, count) for k in range(count)
-            ]
+            size, rows = len(pieces) // count, []
+            for k in range(count):
+                values = pieces[k * size : (k + 1) * size]
+                if self._has_int8:
+                    values = list(map(dequantised, values[: size // 2], values[size // 2 :]))
+                rows.append(operators.constant_projections(values, pieces, count))
             gram = self._binding.shards.sum_(torch.stack(rows)).cpu()
             self._grams[members] = (gram + gram.T) / 2
         return self._grams[members]
@@ -253,16 +286,22 @@ class LowRankHistory(History[LowRankFisher]):
         return self._spectra[groups]
 
     def _state(self) -> dict[str, Tensor]:
-        tensors = {f"directions.{k}.{name}": u for k, term in enumerate(self.directions()) for name, u in term.items()}
+        tensors: dict[str, Tensor] = {}
+        for k, u in enumerate(self._directions):
+            parts = self._named_row_major(u.q) if isinstance(u, Int8Vector) else self._named(u)
+            tensors |= {f"directions.{k}.{name}": part for name, part in parts.items()}
+            if isinstance(u, Int8Vector):
+                scales = self._named_row_major(u.scales, scales=True)
+                tensors |= {f"scales.{k}.{name}": part for name, part in scales.items()}
         return tensors | {"curvatures": self._curvatures, "anchor_projections": self._anchor_projections}
 
     def _set_state(self, state: Mapping[str, Tensor], origin: str, grown: Container[str] = ()) -> None:
         num_tasks, curvatures, anchor_projections = self._scalars_of(state, origin, "curvatures", "anchor_projections")
         count = curvatures.numel()
-        stored = {prefix for prefix, _ in map(split_key, state) if prefix}
-        prefixes = [f"directions.{k}." for k in range(count)] if count == len(stored) else []
+        prefixes = {prefix for prefix, _ in map(split_key, state) if prefix}
+        stored = {prefix for prefix in prefixes if prefix.startswith("directions.")}
         if (
-            stored != set(prefixes)
+            stored != {f"directions.{k}." for k in range(count)}
             or (num_tasks == 0 and count)
             or (num_tasks > 0 and not count and not self._max_terms)
         ):
@@ -270,9 +309,12 @@ class LowRankHistory(History[LowRankFisher]):
                 f"{origin} has {len(stored)} directions and curvatures of shape {tuple(curvatures.shape)} for "
                 f"{int(num_tasks)} tasks; expected as many directions as curvatures, and none only for 0 tasks."
             )
-        directions = self._vectors_of(state, prefixes, STORAGE_DTYPES, origin, grown)
+        known = [f"directions.{k}." for k in range(count)]
+        known += [prefix for prefix in (f"scales.{k}." for k in range(count)) if prefix in prefixes]
+        vectors = dict(zip(known, self._vectors_of(state, known, STORAGE_DTYPES, origin, grown), strict=True))
         require_scalars(f"curvatures in {origin}", curvatures, count, nonnegative=True)
         require_scalars(f"anchor_projections in {origin}", anchor_projections, count)
+        directions = [_paired(k, vectors, origin) for k in range(count)]
         self._set_terms(directions, curvatures.to(self._device), anchor_projections.to(self._device))
         self._num_tasks = int(num_tasks)
 
@@ -280,11 +322,23 @@ class LowRankHistory(History[LowRankFisher]):
         return super()._options() | {"first_order": self._first_order, "max_terms": self._max_terms}
 
     def _map_vectors(self, function: Callable[[Tensor], Tensor]) -> None:
-        self._directions = [function(u) for u in self._directions]
+        self._directions = [u if isinstance(u, Int8Vector) else function(u) for u in self._directions]
         self._parts = {}
 
     def _move_state(self, device: torch.device) -> None:
-        self._map_vectors(lambda u: u.to(device))
+        self._directions = [u.to(device) for u in self._directions]
+        self._parts = {}
         self._curvatures = self._curvatures.to(device)
         self._anchor_projections = self._anchor_projections.to(device)
         self._spectra = {groups: (e.to(device), q.to(device)) for groups, (e, q) in self._spectra.items()}
+
+
+def _paired(k: int, vectors: Mapping[str, Tensor], origin: str) -> Tensor | Int8Vector:
+    """Direction k of a state, with its scales."""
+    u, scales = vectors[f"directions.{k}."], vectors.get(f"scales.{k}.")
+    if (u.dtype == torch.int8) != (scales is not None):
+        raise ValueError(
+            f"directions.{k} in {origin} is {u.dtype} and has {'no ' if scales is None else ''}scales; expected scales "
+            "beside int8, and beside nothing else."
+        )
+    return u if scales is None else Int8Vector(u, scales)

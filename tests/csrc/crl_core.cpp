@@ -104,6 +104,11 @@ void* data_or_null(const std::optional<py::array>& array) { return array ? point
 
 py::dict loops_by_name(const Loops& loops) {
   py::dict dict;
+  dict["dequantise"] = py::cpp_function(
+      [&loops](const py::array& q, const py::array& scales, int64_t length, int64_t first, const py::array& values) {
+        loops.dequantise(static_cast<const int8_t*>(q.data()), {static_cast<const float*>(scales.data()), length},
+                         first, values.size(), static_cast<float*>(pointer(values).data));
+      });
   dict["dot"] = loop(loops.dot);
   dict["combine"] = loop(loops.combine);
   dict["quadratic"] = loop(loops.quadratic);

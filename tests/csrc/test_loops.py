@@ -81,6 +81,21 @@ def lanes_after(core, lanes: np.ndarray, index: int, summands: np.ndarray) -> np
     return lanes + np.bincount(places, summands, minlength=core.LANES)
 
 
+@pytest.mark.parametrize("length", [1, 2, 9, 16, 27, 128])
+def test_dequantise(loops, length):
+    """Of a piece that begins and ends within blocks; q is every int8, and a scale has 16 significant bits."""
+    generator = np.random.default_rng(length)
+    q = generator.permutation(np.arange(max(LENGTHS)) % 256 - 128).astype(np.int8)
+    for n, index, offset, (second, third, _), tail in placements():
+        first = index % (2 * length + 5)
+        scales = generator.integers(2**15, 2**16, -(-(first + n) // length)).astype(np.float32) * np.float32(2.0**-80)
+        values = Slice(np.zeros(n, np.float32), third, tail)
+        elements, blocks = Slice(q[:n], offset).elements, Slice(scales, second).elements
+        loops["dequantise"](elements, blocks, length, first, values.elements)
+        expected = q[:n] * scales.astype(np.float64)[(first + np.arange(n)) // length]
+        assert values.holds(expected.astype(np.float32)), (n, offset)
+
+
 @dtype
 @other_dtype
 def test_dot(core, loops, dtype, other_dtype):

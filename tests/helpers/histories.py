@@ -12,13 +12,12 @@ def small_network(seed: int = 0) -> nn.Module:
     return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4, bias=False), nn.LayerNorm(4)).double()
 
 
-def fisher_of(model: nn.Module, seed: int, terms: int = 1, slopes: Tensor | None = None) -> ck.LowRankFisher:
+def fisher_of(model: nn.Module, seed: int, terms: int = 1, slopes: Tensor | None = None, **options) -> ck.LowRankFisher:
     params = trainable(model)
     rows = [random_like(params, 10 * seed + k) for k in range(terms)]
     directions = {name: torch.stack([row[name] for row in rows]) / 7 for name in rows[0]}
-    return ck.LowRankFisher(
-        directions, torch.arange(1.0, terms + 1) + seed, random_like(params, 900 + seed), slopes=slopes
-    )
+    curvatures, anchor = torch.arange(1.0, terms + 1) + seed, random_like(params, 900 + seed)
+    return ck.LowRankFisher(directions, curvatures, anchor, slopes=slopes, **options)
 
 
 def flatten(tensors) -> Tensor:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 import crl_kernels as ck
 
-HISTORIES = {"low_rank": ck.LowRankHistory, "diagonal": ck.DiagonalHistory}
+# "int8" is low rank with directions in int8.
+HISTORIES = {"low_rank": ck.LowRankHistory, "diagonal": ck.DiagonalHistory, "int8": ck.LowRankHistory}
 KINDS = pytest.mark.parametrize("kind", HISTORIES)
 MODES = pytest.mark.parametrize("decoupled", [False, True], ids=["gradient", "decoupled"])
 
@@ -28,7 +29,9 @@ def random_fisher(
     """A task whose anchor lies away from where the parameters are; ``options`` are those of a low-rank Fisher."""
     generator = torch.Generator().manual_seed(seed) if isinstance(seed, int) else seed
     gradient, anchor = random_like(params, generator), random_like(params, generator)
-    if kind == "low_rank":
+    if kind == "int8":
+        options = {"storage_dtype": torch.int8} | options
+    if kind != "diagonal":
         return ck.LowRankFisher.from_mean_gradient(gradient, 0.02, anchor, **options)
     return ck.DiagonalFisher({n: 0.1 * g**2 for n, g in gradient.items()}, anchor)
 

@@ -90,6 +90,11 @@ def carried_sums(optimizer: ck.FusedAdamW) -> Tensor:
 
 def assert_carries_the_projections(optimizer: ck.FusedAdamW, history: ck.LowRankHistory) -> None:
     """A fresh sum in plain float64."""
-    theta = torch.cat([p.detach().double().flatten() for p in history._binding.params])
-    fresh = torch.stack([u.double() @ theta for u in history._directions])
+    params = dict(zip(history.names, history._binding.params, strict=True))
+    fresh = torch.stack(
+        [
+            sum((u.double() * params[name].detach().double()).sum() for name, u in term.items())
+            for term in history.directions()
+        ]
+    )
     torch.testing.assert_close(carried_sums(optimizer), fresh, rtol=1e-9, atol=0)

@@ -75,8 +75,8 @@ def test_with_a_history_it_is_adamw_and_the_penalty_by_hand(kind, decoupled):
 
 
 @MODES
-@pytest.mark.parametrize("storage_dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_float32_parameters_and_both_ways_to_store_a_direction(storage_dtype, decoupled):
+@pytest.mark.parametrize("storage_dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+def test_float32_parameters_and_all_ways_to_store_a_direction(storage_dtype, decoupled):
     ends = []
     for optimizer_type in BOTH:
         model = Network(torch.float32)

@@ -1,5 +1,7 @@
 """Histories: their formulas, their binding to a model, their files."""
 
+import math
+
 import pytest
 import torch
 from helpers.past_tasks import flat, random_like, trainable
@@ -7,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import crl_kernels as ck
+from crl_kernels.backends.int8 import Int8Vector, scales_shape
 
 
 class Net(nn.Module):
@@ -175,14 +178,14 @@ def test_from_mean_gradient_equals_the_papers_formula_on_a_real_unet():
     assert float((actual - expected).norm() / expected.norm()) <= 1e-6
 
 
-@pytest.mark.parametrize("storage_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("storage_dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_the_penalty_is_that_of_the_stored_direction(storage_dtype):
     """At its own anchor the penalty of a rounded direction is zero, and b belongs to the rounded direction."""
     model = Net()
     params = trainable(model)
     anchor = {name: p.detach().clone() for name, p in params.items()}
     fisher = ck.LowRankFisher.from_mean_gradient(random_like(params, 0), 2.0, anchor, storage_dtype=storage_dtype)
-    assert fisher.directions.dtype == storage_dtype
+    assert fisher.directions.dtype == (torch.float32 if storage_dtype == torch.int8 else storage_dtype)
     history = ck.LowRankHistory(model)
     history.append(fisher)
     assert float(ck.rank1_ewc_penalty(history, lam=1e9)) < 1e-15
@@ -321,14 +324,18 @@ def test_save_and_load_are_bitwise(make, penalty, tmp_path):
 
 def test_fishers_are_saved_and_loaded_bitwise(tmp_path):
     model = Net()
-    for fisher in (low_rank_fisher(model, 1, storage_dtype=torch.bfloat16), diagonal_fisher(model, 1)):
+    low_rank = [low_rank_fisher(model, 1, storage_dtype=dtype) for dtype in (torch.bfloat16, torch.int8)]
+    for fisher in (*low_rank, diagonal_fisher(model, 1)):
         fisher.save(tmp_path / "fisher.safetensors")
         loaded = ck.load_fisher(tmp_path / "fisher.safetensors")
         assert type(loaded) is type(fisher)
         assert loaded.layout == fisher.layout
         for name, value in vars(fisher).items():
-            if isinstance(value, Tensor):
-                assert torch.equal(getattr(loaded, name), value)
+            if isinstance(value, (Tensor, Int8Vector)):
+                tensors = zip(
+                    *([v] if isinstance(v, Tensor) else v for v in (getattr(loaded, name), value)), strict=True
+                )
+                assert all(got.dtype == want.dtype and torch.equal(got, want) for got, want in tensors)
 
 
 def test_a_shared_parameter_is_found_under_any_of_its_names(tmp_path):
@@ -448,6 +455,8 @@ def test_state_bytes():
     scalars = 2 * 8
     assert low_rank_history(model, tasks=2).nbytes == 2 * (4 * numel + scalars)
     assert low_rank_history(model, tasks=2, storage_dtype=torch.bfloat16).nbytes == 2 * (2 * numel + scalars)
+    blocks = sum(math.prod(scales_shape(p.shape)) for p in trainable(model).values())
+    assert low_rank_history(model, tasks=2, storage_dtype=torch.int8).nbytes == 2 * (numel + 4 * blocks + scalars)
     assert diagonal_history(model, tasks=2).nbytes == 8 * numel + 8
 
 

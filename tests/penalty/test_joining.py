@@ -126,7 +126,7 @@ def test_a_fisher_that_was_estimated_on_all_parameters_is_appended(kind):
 
 
 @KINDS
-@pytest.mark.parametrize("storage_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("storage_dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_several_joins_with_decay_and_rows_that_grow_at_once(kind, storage_dtype):
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -147,7 +147,7 @@ def test_several_joins_with_decay_and_rows_that_grow_at_once(kind, storage_dtype
         model.blocks.append(nn.Linear(3, 3))
         history.rebind(model, grown=["embed", f"blocks.{step + 1}"])
     if kind == "low_rank":
-        assert history.directions()[0]["blocks.4.weight"].dtype == storage_dtype
+        assert history.state_dict()["directions.0.blocks.4.weight"].dtype == storage_dtype
     rows = {name: p.shape for name, p in trainable(model).items()}
     for fisher in fishers:  # written out over the rows that each task had
         assert fisher.layout.shapes[0] < rows["embed.weight"]
