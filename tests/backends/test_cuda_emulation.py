@@ -210,76 +210,65 @@ def test_sixteen_bytes_at_a_time_where_addresses_allow(device, dtype):
     assert read == (2 * 4088 * dtype.itemsize // 16, 2 * (sum(lengths) - 4096 + 7))
 
 
+def int8_term(lengths: list[int], blocks: list[int], shift: int = 0) -> list[Tensor]:
+    """At addresses that are ``shift`` more than a multiple of 16."""
+    q = [torch.randint(-127, 128, (shift + n,), dtype=torch.int8)[shift:] for n in lengths]
+    return [*q, *(torch.rand(n // length) for n, length in zip(lengths, blocks, strict=True))]
+
+
 @needs_emulation
 def test_int8_eight_bytes_at_a_time_where_blocks_and_addresses_allow(device):
-    """And one scale; anywhere else every element and its scale."""
+    """And one scale; elsewhere each element and its scale."""
     events = ("octets", "elements")
-    lengths, blocks = [4096, 2056, 320, 30], [128, 8, 64, 5]
-    theta, targets = parameters(lengths), parameters(lengths)
-    q = [torch.randint(-127, 128, (n,), dtype=torch.int8) for n in lengths]
-    scales = [torch.rand(n // length) for n, length in zip(lengths, blocks, strict=True)]
-    whole, rest = sum(lengths[:3]) // 8, lengths[3]
+    lengths, blocks = [4096, 2056, 320, 32], [128, 8, 64, 4]
+    theta, targets, u = parameters(lengths), parameters(lengths), int8_term(lengths, blocks)
+    whole, rest = sum(lengths[:3]) // 8, 2 * lengths[3]
     c = torch.ones((), dtype=torch.float64)
-    u = [*q, *scales]
-    unaligned = 2 * rest - rest % 8  # of float32: the last elements of the last parameter, which end within an octet
-
-    def project(u: list[Tensor]) -> None:
-        ops.low_rank_projections(theta, u, 1)
-
-    in_float32 = device.count(lambda: project([t.float() for t in q]), "elements")[0]  # of theta, and as many of u
-    expected = (whole, whole + 2 * rest + in_float32 // 2)
-    assert device.count(lambda: project(u), *events) == expected
-    assert device.count(lambda: ops.low_rank_accumulate_(targets, u, c), "octets") == (whole,)
-    assert device.count(lambda: ops.low_rank_combine(u, c, theta), "octets") == (whole,)
+    expected = (whole, whole + rest)
+    assert device.count(lambda: ops.low_rank_projections(theta, u, 1), *events) == expected
+    assert device.count(lambda: ops.low_rank_accumulate_(targets, u, c), *events) == expected
+    assert device.count(lambda: ops.low_rank_combine(u, c, theta), *events) == expected
     state = [[t.abs() for t in theta] for _ in range(4)]
     rows = torch.rand(len(theta), 8, dtype=torch.float64)
-    step = device.count(lambda: ops.low_rank_adamw_(*state, rows, None, u + u, c.expand(2), False), "octets")
-    assert step == (4 * whole,)  # a direction is read twice
+    four = tuple(4 * count for count in expected)  # two terms, twice
+    assert device.count(lambda: ops.low_rank_adamw_(*state, rows, None, u + u, c.expand(2), False), *events) == four
 
-    shifted = [torch.cat([t[:4], t])[4:] for t in q]  # at addresses that are not divisible by 8
-    assert device.count(lambda: project([*shifted, *scales]), "octets") == (0,)
-    for count, octets in ((1, 2056 // 8), (4096 // 12, 0)):  # blocks of 4,096 and of 12, but for a rest
-        other = [q[0][: 12 * count] if count > 1 else q[0], *q[1:]]
-        first = [theta[0][: len(other[0])], *theta[1:]]
-        pieces = [*other, torch.rand(count), *scales[1:]]
-        read = device.count(lambda first=first, pieces=pieces: ops.low_rank_projections(first, pieces, 1), "octets")
-        assert read == ((4096 + 2056 + 320) // 8 if count == 1 else octets,)
-    three = [q[0][:4091], *q[1:]]  # flat indices do not fit blocks from the second parameter on
-    read = device.count(
-        lambda: ops.low_rank_projections([theta[0][:4091], *theta[1:]], [*three, torch.rand(1), *scales[1:]], 1), "octets"
-    )
-    assert read == (0,)
+    def octets(lengths: list[int], blocks: list[int], shift: int = 0) -> int:
+        theta, u = parameters(lengths), int8_term(lengths, blocks, shift)
+        return device.count(lambda: ops.low_rank_projections(theta, u, 1), "octets")[0]
+
+    assert octets([4096, 64], [4096, 8]) == 520
+    assert octets([4096, 64], [4096, 8], shift=8) == 520
+    assert octets([4096, 64], [4096, 8], shift=4) == 0
+    assert octets([4092, 64], [12, 8]) == 0  # the second begins within an octet
+    assert octets([4091, 5, 64], [1, 5, 8]) == 8
 
 
 @needs_emulation
 def test_a_table_holds_the_addresses_of_scales(device):
     theta = parameters([256, 24])
     q = [torch.randint(-127, 128, (n,), dtype=torch.int8) for n in (256, 24)]
-    scales = [torch.rand(2), torch.rand(3)]
+    scales = [torch.tensor([0.5, 3.0]), torch.tensor([1.0, 2.0, 7.0])]
 
     def project() -> None:
         values = [a * s.repeat_interleave(len(a) // len(s)) for a, s in zip(q, scales, strict=True)]
-        expected = ops.low_rank_projections(theta, values, 1)
-        assert torch.equal(ops.low_rank_projections(theta, [*q, *scales], 1), expected)
+        expected = sum(t.double() @ u.double() for t, u in zip(theta, values, strict=True))
+        torch.testing.assert_close(ops.low_rank_projections(theta, [*q, *scales], 1)[0], expected, rtol=1e-13, atol=0)
 
     device.set(stream=4)
-    project()
-    floats = PASS + TABLE  # of the values, which are always elsewhere
-    assert device.launches(project) <= PASS + floats
+    assert device.launches(project) == PASS + TABLE
     scales[0].mul_(2)  # new values at the same address
-    assert device.launches(project) <= PASS + floats
+    assert device.launches(project) == PASS
     kept = scales[1]
-    scales[1] = torch.rand(3)
-    moved = device.launches(lambda: ops.low_rank_projections(theta, [*q, *scales], 1))
-    assert moved == PASS + TABLE
-    scales[1] = torch.rand(6)  # other blocks
-    assert device.launches(lambda: ops.low_rank_projections(theta, [*q, *scales], 1)) == PASS + TABLE
-    project()
+    scales[1] = kept * 3
+    assert device.launches(project) == PASS + TABLE
+    whole = scales[1]
+    scales[1] = whole[:1]  # another block at the same address
+    assert device.launches(project) == PASS + TABLE
     scales[1] = kept
-    assert device.launches(lambda: ops.low_rank_projections(theta, [*q, *scales], 1)) == PASS
+    assert device.launches(project) == PASS
     device.set(capturing=1)
-    assert device.launches(lambda: ops.low_rank_projections(theta, [*q, *scales], 1)) == PASS + TABLE
-    project()
+    assert device.launches(project) == PASS + TABLE
 
 
 @needs_emulation

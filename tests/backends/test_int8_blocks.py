@@ -32,7 +32,7 @@ MIXES = {
     "no int8": ["float32", "bfloat16"],
 }
 # An interpreted chunk takes a second: the simplest lists and the most mixed.
-CASES = [("int8", False), ("many dtypes", True)] if registry.INTERPRETED else itertools.product(MIXES, (False, True))
+CASES = [("int8", False), ("many dtypes", True)] if registry.INTERPRETED else [*itertools.product(MIXES, (False, True))]
 
 
 def scales_of(count: int, generator: torch.Generator) -> Tensor:
