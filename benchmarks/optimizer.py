@@ -24,6 +24,7 @@ from torch import nn
 
 import crl_kernels as ck
 from crl_kernels.backends import registry
+from crl_kernels.backends.int8 import LONGEST_BLOCK, quantised, scales_shape
 
 from .common import allocator, command
 from .common.measure import clock, commit, interleaved, percentiles, require_memory
@@ -34,10 +35,11 @@ from .penalty.contenders import CONTENDERS
 ADAMW, LOOP = "AdamW(fused=True)", "AdamW(fused=True) + diagonal, Python loop"
 READ = "AdamW(fused=True), then one vector read"
 ADAMW_BYTES = 28  # theta, m and v are read and written, the gradient is read
+INT8_BYTES = 1 + 4 / LONGEST_BLOCK  # of an element, with its share of a scale
 LAM = 1.0
 KERNEL = (64, 3, 3)  # of the convolutions that --channels-last measures
 TARGETS = {"one term": 1.20, "Python loop": 4.0}
-BYTES = 474  # per parameter, all rows together
+BYTES = 514  # per parameter, all rows together
 
 
 class Model(nn.Module):
@@ -57,13 +59,22 @@ class Model(nn.Module):
 
 
 def low_rank_history(model: nn.Module, terms: int, dtype: torch.dtype) -> ck.LowRankHistory:
-    """Directions like noise, set from a state: appending tasks would take three times as much memory."""
+    """Directions like noise, set from a state: appending tasks would take three times as much memory. For int8,
+    parameters become matrices first, with rows of one block: in a vector every element would be a block."""
+    for parameter in model.parameters() if dtype == torch.int8 else ():
+        blocks = scales_shape((1, parameter.numel()))[1]
+        gradient, parameter.grad = parameter.grad, None
+        parameter.data = parameter.data.view(blocks, -1)
+        parameter.grad = None if gradient is None else gradient.view(blocks, -1)
     history = ck.LowRankHistory(model)
     state = {"curvatures": torch.ones(terms).double(), "anchor_projections": torch.zeros(terms).double()}
     for k in range(terms):
         for name, parameter in model.named_parameters():
-            direction = parameter.detach().flatten().roll(k).view(parameter.shape)
-            state[f"directions.{k}.{name}"] = direction.div(1000).to(dtype)
+            direction = parameter.detach().flatten().roll(k).view(parameter.shape) / 1000
+            if dtype == torch.int8:
+                state[f"directions.{k}.{name}"], state[f"scales.{k}.{name}"] = quantised(direction)
+            else:
+                state[f"directions.{k}.{name}"] = direction.to(dtype)
     history.load_state_dict(state | {"num_tasks": torch.tensor(terms)})
     return history
 
@@ -81,6 +92,7 @@ def diagonal_history(model: nn.Module) -> ck.DiagonalHistory:
 HISTORIES = (
     ("one term, fp32", 4, 20, lambda model: low_rank_history(model, 1, torch.float32)),
     ("one term, bf16", 2, 16, lambda model: low_rank_history(model, 1, torch.bfloat16)),
+    ("one term, int8", INT8_BYTES, 12 + 2 * INT8_BYTES, lambda model: low_rank_history(model, 1, torch.int8)),
     ("3 terms, fp32", 12, 36, lambda model: low_rank_history(model, 3, torch.float32)),
     ("10 terms, fp32", 40, 92, lambda model: low_rank_history(model, 10, torch.float32)),
     ("diagonal", 8, 20, diagonal_history),

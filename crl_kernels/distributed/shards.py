@@ -122,8 +122,8 @@ class Shards:
         for name, (placements, _, _) in zip(names, [] if self.unsharded else self._like, strict=False):
             if any(getattr(placement, "dim", 0) != 0 for placement in placements):
                 raise ValueError(
-                    f"parameter {name!r} is placed as {placements}, and int8 directions only as shards of dimension 0. "
-                    "Use storage_dtype=torch.bfloat16."
+                    f"parameter {name!r} is placed as {placements}; expected shards of dimension 0 beside int8 "
+                    "directions, whose blocks are in rows. Use storage_dtype=torch.bfloat16."
                 )
 
     def sum_(self, value: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ def unsharded(tensor: Tensor) -> Tensor:
 def train(model: nn.Module, kind: str, mode: str, rank: int = 0, count: int = 1) -> tuple[list[float], Tensor]:
     """(values of the penalty, parameters at the end) of 20 steps."""
     history = history_of(model, kind)
-    penalty = ck.rank1_ewc_penalty if kind == "low_rank" else ck.diagonal_ewc_penalty
+    penalty = ck.diagonal_ewc_penalty if kind == "diagonal" else ck.rank1_ewc_penalty
     if mode.startswith("inside"):
         optimizer = ck.FusedAdamW(
             model.parameters(), lr=LR, history=history, lam=LAM, decoupled=mode == "inside-decoupled"
@@ -202,6 +202,35 @@ def test_options_of_a_history_mean_the_same(tmp_path):
     assert stiffness == pytest.approx(history.stiffness(LAM, LR), rel=1e-9)
 
 
+def by_columns(rank: int, count: int, folder: Path) -> list[int]:
+    """A weight whose columns are in different processes."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    model, mesh = nn.Linear(6, 5, bias=False), init_device_mesh("cpu", (count,))
+    model.weight = nn.Parameter(distribute_tensor(model.weight.detach(), mesh, [Shard(1)]))
+    params = {"weight": torch.ones(5, 6)}
+    history = ck.LowRankHistory(model)
+    history.append(past_tasks.random_fisher(params, "low_rank", 0))
+    state = ck.LowRankHistory(whole := nn.Linear(6, 5, bias=False))
+    state.append(past_tasks.random_fisher(dict(whole.named_parameters()), "int8", 0))
+    refused = []
+    for call in (
+        lambda: history.append(past_tasks.random_fisher(params, "int8", 0)),
+        lambda: history.load_state_dict(state.state_dict()),
+    ):
+        with pytest.raises(
+            ValueError, match=r"'weight' is placed as .*beside int8 directions.* Use storage_dtype=torch.bfloat16"
+        ):
+            call()
+        refused.append(len(history))
+    return refused
+
+
+def test_int8_directions_of_parameters_that_are_sharded_by_columns_are_refused(tmp_path):
+    assert processes(2, by_columns, tmp_path) == [[1, 1]] * 2
+
+
 def suggestions(rank: int, count: int, folder: Path) -> dict:
     """Asked for by the first process alone: nothing may be exchanged."""
     histories = {kind: history_of(sharded(count), kind) for kind in KINDS}
@@ -237,7 +266,8 @@ def test_a_process_may_have_nothing_of_what_is_bound(tmp_path):
         value = float(history.add_penalty_grad_(LAM))
         history.decoupled_step_(LAM, LR)
         ck.FusedAdamW(model.parameters(), lr=LR, history=history, lam=LAM).step()
-        assert ranks[3][kind][3] == history.nbytes - 2 * 3 * 8  # scalars alone
+        vectors = 2 * 3 * (1 + 4 if kind == "int8" else 8)
+        assert ranks[3][kind][3] == history.nbytes - vectors  # scalars alone
         for rank in ranks:
             assert rank[kind][0] == pytest.approx(value, rel=1e-9)
             assert rank[kind][1] == pytest.approx(model[2].bias.tolist(), rel=1e-9)

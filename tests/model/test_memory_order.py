@@ -110,7 +110,7 @@ def test_compiled_gradients(kind):
 @pytest.mark.parametrize("first", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_a_history_follows_its_model(kind, decoupled, first, tmp_path):
     """Whichever order it was bound in. Saved files and states by name do not depend on the order."""
-    model, options = network(), {"max_terms": 2} if kind == "low_rank" else {}
+    model, options = network(), {} if kind == "diagonal" else {"max_terms": 2}
     to_row_major(model)
     model.to(memory_format=first)
     history = history_of(model, kind, **options)

@@ -129,17 +129,19 @@ class Histories(nn.Module):
         self.net = nn.Sequential(nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 2))
         named = dict(self.net.named_parameters())
         self.low_rank, self.diagonal = ck.LowRankHistory(self.net), ck.DiagonalHistory(self.net)
+        self.int8 = ck.LowRankHistory(self.net)
         for _ in range(2):
             anchor = {name: torch.randn_like(p) for name, p in named.items()}
             gradient = {name: torch.randn_like(p) for name, p in named.items()}
             self.low_rank.append(ck.LowRankFisher.from_mean_gradient(gradient, 2.0, anchor))
+            self.int8.append(ck.LowRankFisher.from_mean_gradient(gradient, 2.0, anchor, storage_dtype=torch.int8))
             self.diagonal.append(ck.DiagonalFisher({n: g**2 for n, g in gradient.items()}, anchor))
 
 
-@pytest.mark.parametrize("kind", ["low_rank", "diagonal"])
+@pytest.mark.parametrize("kind", ["low_rank", "diagonal", "int8"])
 def test_compile_fullgraph_equals_eager(kind):
     model = Histories()
-    penalty = ck.rank1_ewc_penalty if kind == "low_rank" else ck.diagonal_ewc_penalty
+    penalty = ck.diagonal_ewc_penalty if kind == "diagonal" else ck.rank1_ewc_penalty
     history = getattr(model, kind)
     x = torch.randn(6, 4)
 
@@ -178,7 +180,7 @@ def test_compile_with_inductor():
     torch.testing.assert_close(tuple(p.grad for p in model.net.parameters()), eager)
 
 
-@pytest.mark.parametrize("kind", ["low_rank", "diagonal"])
+@pytest.mark.parametrize("kind", ["low_rank", "diagonal", "int8"])
 def test_gradient_of_autograd_equals_add_penalty_grad(kind):
     model = Histories().double()
     history = getattr(model, kind)
@@ -208,7 +210,8 @@ def test_in_place_operators_bump_versions():
 
 
 KINDS = pytest.mark.parametrize(
-    ("kind", "penalty"), [("low_rank", ck.rank1_ewc_penalty), ("diagonal", ck.diagonal_ewc_penalty)]
+    ("kind", "penalty"),
+    [("low_rank", ck.rank1_ewc_penalty), ("int8", ck.rank1_ewc_penalty), ("diagonal", ck.diagonal_ewc_penalty)],
 )
 
 
@@ -280,7 +283,7 @@ def test_lam_changes_without_recompilation(kind, penalty, backend):
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 1 + recompilations
 
 
-@pytest.mark.parametrize("kind", ["low_rank", "diagonal"])
+@pytest.mark.parametrize("kind", ["low_rank", "diagonal", "int8"])
 @pytest.mark.parametrize("entry", ["add_penalty_grad_", "decoupled_step_"])
 def test_steps_change_lam_and_rate_without_recompilation(kind, entry):
     """Floats: one more graph at the first change."""

@@ -21,6 +21,7 @@ from helpers.penalized_adamw import (
     train,
 )
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import crl_kernels as ck
 
@@ -86,6 +87,38 @@ def test_float32_parameters_and_all_ways_to_store_a_direction(storage_dtype, dec
         ends.append(train(model, optimizer, range(200)))
     assert relative_distance(ends[1], ends[0]) <= 1e-5
     assert_carries_the_projections(optimizer, history)
+
+
+def bytes_of_a_step(optimizer: ck.FusedAdamW) -> dict[str, int]:
+    """Of the operator's lists of tensors, by their kind."""
+    moved: dict[str, int] = {}
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            if operator is torch.ops.crl_kernels.low_rank_adamw_.default:
+                params, grads, m, v, _, _, directions, *_ = args
+                sizes = [sum(tensor.nbytes for tensor in tensors) for tensors in (params, grads, m, v, directions)]
+                moved["AdamW"], moved["penalty"] = 2 * (sizes[0] + sizes[2] + sizes[3]) + sizes[1], sizes[4]
+            return operator(*args, **(kwargs or {}))
+
+    with Counting():
+        optimizer.step()
+    return moved
+
+
+@pytest.mark.parametrize(
+    ("storage_dtype", "expected"), [(torch.float32, 4.0), (torch.bfloat16, 2.0), (torch.int8, 1 + 4 / 128)], ids=str
+)
+@pytest.mark.parametrize("terms", [1, 3])
+def test_bytes_that_a_step_reads_and_writes(storage_dtype, expected, terms):
+    """28 of AdamW for each float32 parameter; of each term its storage, with a scale for each 128 elements in int8."""
+    model = nn.Linear(256, 8, bias=False)
+    history = ck.LowRankHistory(model)
+    for seed in range(terms):
+        history.append(fisher_of(model, history.names, seed, "1", storage_dtype))
+    optimizer = ck.FusedAdamW(model.parameters(), history=history, lam=LAM)
+    model.weight.grad = torch.ones_like(model.weight)
+    assert bytes_of_a_step(optimizer) == {"AdamW": 28 * 2048, "penalty": terms * expected * 2048}
 
 
 @pytest.mark.parametrize("kind", ["3", "diagonal"])

@@ -132,9 +132,9 @@ def test_a_history_copied_with_its_model_stays_with_the_copy(copier, kind):
 
 def fisher_like(history, kind: str):
     parts = {name: torch.ones(shape) for name, shape in zip(history.names, history._binding.layout.shapes, strict=True)}
-    if kind == "low_rank":
-        return ck.LowRankFisher.from_mean_gradient(parts, 1.0, parts)
-    return ck.DiagonalFisher(parts, parts)
+    if kind == "diagonal":
+        return ck.DiagonalFisher(parts, parts)
+    return ck.LowRankFisher.from_mean_gradient(parts, 1.0, parts, storage_dtype=torch.int8 if kind == "int8" else None)
 
 
 @pytest.mark.filterwarnings("ignore:the penalty is stiff:UserWarning")
