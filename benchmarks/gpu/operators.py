@@ -1,5 +1,6 @@
 """The operators in races, and on more than 2^31 elements."""
 
+import math
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from . import needs
 
 
 def races(device: str, small: bool) -> dict[str, Any]:
-    """Bitwise equality: from run to run, flat against list, and with two streams at once."""
+    """Bitwise equality: from run to run, flat against list, int8 against float32, and with two streams at once."""
     from ..common.problem import Problem
 
     problem = Problem(100_000 if small else 25_000_000, 100, device)
@@ -22,6 +23,16 @@ def races(device: str, small: bool) -> dict[str, Any]:
         for theta in (params, [flat]):
             if not torch.equal(ops.low_rank_projections(theta, u, 2), first):
                 raise AssertionError("projections differ from run to run, or between a list and a flat tensor")
+    # Blocks of whole octets, or, after an odd length, that end within octets.
+    for lengths in ([p.numel() for p in params], [127, *(p.numel() for p in params[1:])]):
+        theta = [p.flatten()[:n] for p, n in zip(params, lengths, strict=True)]
+        q = [torch.randint(-127, 128, (n,), dtype=torch.int8, device=device) for n in lengths]
+        scales = [torch.full((math.gcd(n, 1000),), 2.0**-9, device=device) for n in lengths]
+        values = [piece * 2.0**-9 for piece in q]
+        plain = ops.low_rank_projections(theta, values, 1)
+        for _ in range(repeats):
+            if not torch.equal(ops.low_rank_projections(theta, [*q, *scales], 1), plain):
+                raise AssertionError("projections of int8 directions differ from run to run, or from those of float32")
     results = []
     for stream in streams:
         stream.wait_stream(torch.cuda.current_stream())

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 Times = dict[str, float]
 SMALL = 20_000  # parameters of a dry run
 YARDSTICK = "copy"
+MANY_ELEMENTS = 3e8  # so that only rows of one task fit
 
 
 @functools.cache
@@ -88,10 +89,43 @@ def _penalty_rows(
 
     contenders = CONTENDERS | OPERATORS
     chosen = {name: row for name, row in contenders.items() if name in YARDSTICKS or wanted(name, row)}
-    calls, reasons = prepare(chosen, Problem(numel, tensors, device))
+    problem = Problem(numel, tensors, device)
+    calls, reasons = prepare(chosen, problem)
+    bytes_ = {name: chosen[name].bytes * numel for name in calls}
+    for name, (call, bytes_per_element) in _int8_calls(problem, 1 if numel >= MANY_ELEMENTS else 10).items():
+        calls[name], bytes_[name] = call, round(bytes_per_element * numel)
     rows = {name: timed(call, device, rounds) for name, call in calls.items()}
-    bytes_ = {name: chosen[name].bytes * numel for name in rows}
     return with_traffic(rows, bytes_) | {name: {"skipped": reason} for name, reason in reasons.items()}
+
+
+def _int8_calls(problem: Any, most_terms: int) -> dict[str, tuple[Callable[[], object], float]]:
+    """Operators with directions in int8, each parameter one row, and the bytes that they move for each element."""
+    from crl_kernels.backends.int8 import quantised
+
+    ops, params, grads = torch.ops.crl_kernels, [p.detach() for p in problem.params], problem.grads
+    lengths = [p.numel() for p in params]
+    calls: dict[str, tuple[Callable[[], object], float]] = {}
+    for terms in (1, 10):
+        if terms > most_terms:
+            break
+        u: list[Tensor] = []
+        for task in problem.first_tasks(terms):
+            pieces = [quantised(piece[None]) for piece in task.direction.split(lengths)]
+            u += [q.view_as(p) for (q, _), p in zip(pieces, params, strict=True)] + [scales for _, scales in pieces]
+        c = torch.full((terms,), 1e-6, dtype=torch.float64, device=params[0].device)
+        label = ", int8" if terms == 1 else f", int8, {terms} terms"
+        of_terms = sum(tensor.numel() * tensor.itemsize for tensor in u) / sum(lengths)
+        partial = functools.partial
+        calls |= {
+            f"low_rank_projections{label}": (partial(ops.low_rank_projections, params, u, terms), 4 + of_terms),
+            f"low_rank_accumulate_{label}": (partial(ops.low_rank_accumulate_, grads, u, c), 8 + of_terms),
+            f"low_rank_combine{label}": (partial(ops.low_rank_combine, u, c, params), 4 + of_terms),
+            f"low_rank_penalty_accumulate_{label}": (
+                partial(ops.low_rank_penalty_accumulate_, grads, params, u, c, c, c[0]),
+                12 + 2 * of_terms,
+            ),
+        }
+    return calls
 
 
 def roofline(device: str, small: bool) -> dict[str, Any]:
@@ -102,7 +136,7 @@ def roofline(device: str, small: bool) -> dict[str, Any]:
         f"{numel}/{tensors}": _penalty_rows(
             numel, tensors, device, 3 if small else 15,
             lambda name, row, numel=numel: not any(word in name for word in left_out)
-            and (numel < 3e8 or row.tasks == 1) and not (small and "Avalanche" in name),
+            and (numel < MANY_ELEMENTS or row.tasks == 1) and not (small and "Avalanche" in name),
         )
         for numel, tensors in ([(SMALL, 10)] if small else sizes)
     }  # fmt: skip

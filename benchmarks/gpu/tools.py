@@ -17,26 +17,34 @@ METRICS = ("gpu__time_duration.sum", "dram__bytes.sum", "dram__throughput.avg.pc
 
 def every_operator(device: str, small: bool) -> dict[str, Any]:
     """Calls each operator once, with one launch and with three, on lists that begin and end anywhere."""
-    ops, lengths = torch.ops.crl_kernels, [1, 15, 2049, 0, 4097]
+    ops = torch.ops.crl_kernels
 
-    def tensors(dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-        return [torch.rand(n + 1, device=device).to(dtype)[1:] for n in lengths]
+    def tensors(lengths: list[int], dtype: torch.dtype = torch.float32, shift: int = 1) -> list[torch.Tensor]:
+        return [(8 * torch.rand(n + shift, device=device)).to(dtype)[shift:] for n in lengths]
 
-    for terms in (1, 3, 600):  # more terms than one launch takes
-        params, u = tensors(torch.bfloat16), list(torch.randn(terms, sum(lengths), device=device))
-        c = torch.rand(terms, dtype=torch.float64, device=device)
+    def low_rank(lengths: list[int], u: list[torch.Tensor], terms: int) -> None:
+        params, c = tensors(lengths, torch.bfloat16), torch.rand(terms, dtype=torch.float64, device=device)
         ops.low_rank_projections(params, u, terms)
         ops.low_rank_combine(u, c, params)
-        ops.low_rank_accumulate_(tensors(), u, c)
-        ops.low_rank_penalty_accumulate_(tensors(torch.bfloat16), params, u, c, c, c[0])
+        ops.low_rank_accumulate_(tensors(lengths), u, c)
+        ops.low_rank_penalty_accumulate_(tensors(lengths, torch.bfloat16), params, u, c, c, c[0])
         rows = torch.rand(len(lengths), 8, dtype=torch.float64, device=device)
-        ops.low_rank_adamw_(tensors(), tensors(), tensors(), tensors(), rows, None, u, c, False)
-        s, m = tensors(), tensors()
+        ops.low_rank_adamw_(*(tensors(lengths) for _ in range(4)), rows, None, u, c, False)
+
+    # int8 in blocks of whole octets, and in blocks and tensors that begin anywhere.
+    for blocks, shift in (({4096: 128, 64: 8}, 0), ({2050: 5, 15: 3, 4097: 17, 1: 1}, 1)):
+        scales = [torch.rand(n // length, device=device) for n, length in blocks.items()]
+        low_rank([*blocks], 5 * (tensors([*blocks], torch.int8, shift) + scales), 5)
+    lengths = [1, 15, 2049, 0, 4097]
+    for terms in (1, 3, 600):  # more terms than one launch takes
+        low_rank(lengths, list(torch.randn(terms, sum(lengths), device=device)), terms)
+        c, rows = (torch.rand(*shape, dtype=torch.float64, device=device) for shape in ((1,), (len(lengths), 8)))
+        params, s, m = tensors(lengths, torch.bfloat16), tensors(lengths), tensors(lengths)
         ops.diagonal_quadratic(params, s, m)
         ops.diagonal_gradient(params, s, m, c[0])
-        ops.diagonal_accumulate_(tensors(torch.bfloat16), params, s, m, c[0])
+        ops.diagonal_accumulate_(tensors(lengths, torch.bfloat16), params, s, m, c[0])
         ops.diagonal_shrink_(params, s, m, c[0])
-        ops.diagonal_adamw_(tensors(), tensors(), tensors(), tensors(), rows, None, s, m, False)
+        ops.diagonal_adamw_(*(tensors(lengths) for _ in range(4)), rows, None, s, m, False)
     grads = torch.rand(33, 2051, device=device)
     ops.sample_gradient_stats(grads, None, True)
     ops.sample_gram(grads)

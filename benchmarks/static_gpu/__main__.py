@@ -41,7 +41,7 @@ class Kernel(NamedTuple):
     read: int
     written: int
     label: str
-    template: str = ""  # in the mangled name
+    template: str = ""  # in the mangled name, but for how it reads its terms
     fixed: str = ""  # the kernel of fixed_terms.cu, where it has terms
     readings: int = 1  # of each term's octet; a second one finds it in L1 or L2
 
@@ -63,7 +63,9 @@ class Terms(NamedTuple):
     bytes: int  # of an element
 
 
-TERMS = (Terms(1, 4), Terms(10, 2))
+TERMS = (Terms(1, 4), Terms(10, 2), Terms(1, 1), Terms(10, 1))
+VIEW, INT8_VIEW = "NS_4ViewE", "NS_8Int8ViewE"  # in mangled names
+INT8_TERMS_AT_ONCE = 4  # that a thread requests before it waits: Terms<Widest, Int8View> in csrc/cuda/directions.cuh
 MANY = 30  # terms, in fixed_terms.cu, for which the compiler keeps its loop over terms
 
 
@@ -92,10 +94,21 @@ def way(
     if terms is None:
         loop = first_loop(named(shipped, kernel.name, kernel.template))
         return Way(count_of(loop, units), loop.requested * UNIT)
-    loop = first_loop(named(fixed, kernel.fixed, "ILi1E"))
+    if terms.bytes == 1:
+
+        def of(number: int) -> Count:
+            return count_of(first_loop(named(fixed, kernel.fixed, f"ILi{number}E{INT8_VIEW}")), units)
+
+        count = of(1)
+        if terms.number > 1:
+            per_term = of(4).plus(of(2), -1)
+            count = of(4).plus(per_term, (terms.number - 4) / 2)
+        octets = min(terms.number, INT8_TERMS_AT_ONCE)
+        return Way(count, kernel.read * stream * UNIT + octets * OCTET)
+    loop = first_loop(named(fixed, kernel.fixed, f"ILi1E{VIEW}"))
     count = count_of(loop, units + kernel.readings * stream)
     if terms.number > 1:
-        loop = first_loop(named(fixed, kernel.fixed, f"ILi{MANY}E"))
+        loop = first_loop(named(fixed, kernel.fixed, f"ILi{MANY}E{VIEW}"))
         count = count.plus(count_of_term(loop, stream), terms.number - 1)
     if terms.bytes == 2:
         count = count.plus(NARROWER, terms.number * kernel.readings)
@@ -105,7 +118,9 @@ def way(
 
 def row(kernel: Kernel, shipped: list[Function], fixed: list[Function], architecture: str, terms: Terms | None) -> Any:
     count, requested = way(kernel, shipped, fixed, ARCHITECTURES[architecture], terms)
-    function = named(shipped, kernel.name, kernel.template)
+    view = "" if terms is None else INT8_VIEW if terms.bytes == 1 else VIEW
+    end = "E" if "L" in kernel.template and view else ""  # of a template argument that is a value
+    function = named(shipped, kernel.name, kernel.template + end + view)
     blocks = prediction.blocks_at_once(function, ARCHITECTURES[architecture])
     of_terms = terms.number * terms.bytes if terms else 0
     bytes_moved = OCTET * ((kernel.read + kernel.written) * 4 + of_terms)

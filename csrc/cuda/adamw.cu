@@ -24,7 +24,7 @@ AdamWViews add(Call& call, const AdamWOperands& operands, const float* found_inf
 Tensor low_rank_adamw_(const Tensors params, const Tensors grads, const Tensors exp_avgs, const Tensors exp_avg_sqs,
                        const Tensor settings, const std::optional<Tensor> found_inf, const Tensors directions,
                        const Tensor coefficients, bool decoupled) {
-  const SegmentTable table = segment_table(params);
+  const SegmentTable table = segment_table(params, {directions, coefficients.numel()});
   const AdamWOperands operands(table, params, grads, exp_avgs, exp_avg_sqs, settings);
   const Tensor c = coefficients_of(coefficients, params[0]);
   const int num_terms = checked_terms(c.numel());
@@ -32,13 +32,18 @@ Tensor low_rank_adamw_(const Tensors params, const Tensors grads, const Tensors 
   if (num_terms) u = directions_of(table, directions, num_terms, params[0]);
   Call call(table, params[0]);
   const AdamWViews views = add(call, operands, flag_of(found_inf, params[0]));
-  const View u_view = num_terms ? call.add(u) : View{};
-  const auto grid = decoupled ? call.grid(low_rank_adamw_kernel<float, true>, low_rank_adamw_kernel<double, true>)
-                              : call.grid(low_rank_adamw_kernel<float, false>, low_rank_adamw_kernel<double, false>);
-  Tensor partial = call.partial_sums(grid, num_terms);
-  call.launch(grid, views, u_view, num_terms, c.const_data_ptr<double>(), partial.mutable_data_ptr<double>());
+  Tensor projections = call.with_directions(u, [&](auto u_view) {
+    using TermView = decltype(u_view);
+    const auto grid = decoupled ? call.grid(low_rank_adamw_kernel<float, true, TermView>,
+                                            low_rank_adamw_kernel<double, true, TermView>)
+                                : call.grid(low_rank_adamw_kernel<float, false, TermView>,
+                                            low_rank_adamw_kernel<double, false, TermView>);
+    Tensor partial = call.partial_sums(grid, num_terms);
+    call.launch(grid, views, u_view, num_terms, c.const_data_ptr<double>(), partial.mutable_data_ptr<double>());
+    return num_terms ? call.finish(grid, partial, num_terms, {num_terms}) : call.float64({0});
+  });
   operands.write_back();
-  return num_terms ? call.finish(grid, partial, num_terms, {num_terms}) : call.float64({0});
+  return projections;
 }
 
 Tensor diagonal_adamw_(const Tensors params, const Tensors grads, const Tensors exp_avgs, const Tensors exp_avg_sqs,

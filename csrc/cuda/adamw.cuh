@@ -79,8 +79,8 @@ struct AdamWOctets {
 // partial[k * gridDim.x + block] = u_k . theta after it. A direction's second reading finds the tile in L1 or L2.
 //
 // As in project(), the lanes of a warp keep the sums of 32 terms; more terms read theta again.
-template <class Widest, bool kDecoupled>
-__device__ void low_rank_adamw(const DeviceTable& table, const AdamWViews& operands, const View& directions,
+template <class Widest, bool kDecoupled, class TermView>
+__device__ void low_rank_adamw(const DeviceTable& table, const AdamWViews& operands, const TermView& directions,
                                int num_terms, const double* coefficients, double* partial) {
   const int terms = num_terms < kWarp ? num_terms : kWarp;
   const bool skip = operands.skips();
@@ -90,7 +90,8 @@ __device__ void low_rank_adamw(const DeviceTable& table, const AdamWViews& opera
     const Place place = table.place(tile);
     AdamWOctets<Widest> octets(table, operands, place);
     Number<Widest> pull[kOctet] = {};
-    add_terms(table, directions, place, num_terms, factors, pull);
+    const Terms<Widest, TermView> u(table, directions, place);
+    add_terms(u, num_terms, factors, pull);
     octets.convert_all();
     if (!skip) {
       octets.step(table, operands, place, [&](int j, Number<Widest> share, Widest& start, Widest& gradient) {
@@ -99,18 +100,19 @@ __device__ void low_rank_adamw(const DeviceTable& table, const AdamWViews& opera
     }
 #pragma unroll 2  // TermSums adds two terms at a time
     for (int k = 0; k < terms; ++k) {
-      Octet<Widest> u = read<Widest, Caching::kKeep>(table, directions, place, k);
-      convert(u);
-      sums.add(dot(octets.theta, u), k, terms);
+      auto octet = u.load(k);
+      const double product =
+          u.use(octet, k, [&](const auto& elements) { return dot<Widest>(octets.theta, elements); });
+      sums.add(product, k, terms);
     }
   }
   sums.write(0, terms, partial);
   project<Widest>(table, operands.theta, directions, num_terms, partial, kWarp);
 }
 
-template <class Widest, bool kDecoupled>
+template <class Widest, bool kDecoupled, class TermView>
 __global__ void __launch_bounds__(kThreads, resident<Widest>(2))
-    low_rank_adamw_kernel(DeviceTable table, AdamWViews operands, View directions, int num_terms,
+    low_rank_adamw_kernel(DeviceTable table, AdamWViews operands, TermView directions, int num_terms,
                           const double* coefficients, double* partial) {
   low_rank_adamw<Widest, kDecoupled>(table, operands, directions, num_terms, coefficients, partial);
 }

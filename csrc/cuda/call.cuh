@@ -19,11 +19,16 @@ class Call {
 
   template <class Operands>
   View add(const Operands& operands) {
-    if constexpr (std::is_same_v<Operands, std::vector<Operand>>) {
-      return packed_.add(operands);
-    } else {
-      return packed_.add(operands.view());
+    return packed_.add(operands.view());
+  }
+
+  // Calls pass(view) with the view of directions, whose type chooses between kernels.
+  template <class Pass>
+  auto with_directions(const std::vector<Operand>& terms, const Pass& pass) {
+    for (const Operand& term : terms) {
+      if (!term.scales().empty()) return pass(packed_.add_int8(terms));
     }
+    return pass(terms.empty() ? View{} : packed_.add(terms));
   }
 
   const Launcher& launcher() const { return launcher_; }

@@ -26,6 +26,14 @@ struct View {
   int per_segment;
 };
 
+// Directions of which some pieces, of one term and segment, are int8. A piece has three entries: its own and, if it is
+// int8, the address of its scales and the elements of a block, which have one scale. An entry for each segment, at
+// `octets`, is the octets of a block, where those are a whole number and begin where blocks do; elsewhere 0.
+struct Int8View {
+  View pieces;
+  int octets;
+};
+
 // An entry has an origin in its lower bits and a dtype in the upper ones. The origin is where flat element 0 would be,
 // were the whole vector laid out like the entry's tensor. Addresses have at most 57 bits.
 constexpr int kOriginBits = 59;

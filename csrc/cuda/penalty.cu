@@ -12,15 +12,18 @@ namespace crl {
 namespace {
 
 Tensor low_rank_projections(const Tensors params, const Tensors directions, int64_t num_terms) {
-  const SegmentTable table = segment_table(params);
+  const SegmentTable table = segment_table(params, {directions, num_terms});
   const Operand theta(table, params, params[0]);
   const std::vector<Operand> u = directions_of(table, directions, num_terms, params[0]);
   Call call(table, params[0]);
-  const View theta_view = call.add(theta), u_view = call.add(u);
-  const auto grid = call.grid(projections_kernel<float>, projections_kernel<double>);
-  Tensor partial = call.partial_sums(grid, num_terms);
-  call.launch(grid, theta_view, u_view, checked_terms(num_terms), partial.mutable_data_ptr<double>());
-  return call.finish(grid, partial, checked_terms(num_terms), {num_terms});
+  const View theta_view = call.add(theta);
+  return call.with_directions(u, [&](auto u_view) {
+    using TermView = decltype(u_view);
+    const auto grid = call.grid(projections_kernel<float, TermView>, projections_kernel<double, TermView>);
+    Tensor partial = call.partial_sums(grid, num_terms);
+    call.launch(grid, theta_view, u_view, checked_terms(num_terms), partial.mutable_data_ptr<double>());
+    return call.finish(grid, partial, checked_terms(num_terms), {num_terms});
+  });
 }
 
 template <bool kOverwrite>
@@ -29,21 +32,25 @@ void combine_into(Target& target, const SegmentTable& table, const Tensors& dire
   const std::vector<Operand> u = directions_of(table, directions, coefficients.numel(), same_device_as);
   const Tensor c = coefficients_of(coefficients, same_device_as);
   Call call(table, same_device_as);
-  const View target_view = call.add(target), u_view = call.add(u);
-  const auto grid = call.grid(combine_kernel<float, kOverwrite>, combine_kernel<double, kOverwrite>);
-  call.launch(grid, target_view, u_view, checked_terms(c.numel()), c.const_data_ptr<double>());
+  const View target_view = call.add(target);
+  call.with_directions(u, [&](auto u_view) {
+    using TermView = decltype(u_view);
+    const auto grid =
+        call.grid(combine_kernel<float, kOverwrite, TermView>, combine_kernel<double, kOverwrite, TermView>);
+    call.launch(grid, target_view, u_view, checked_terms(c.numel()), c.const_data_ptr<double>());
+  });
   target.write_back();
 }
 
 void low_rank_accumulate_(const Tensors targets, const Tensors directions, const Tensor coefficients) {
-  const SegmentTable table = segment_table(targets);
+  const SegmentTable table = segment_table(targets, {directions, coefficients.numel()});
   Target target(table, targets);
   combine_into<false>(target, table, directions, coefficients, targets[0]);
 }
 
 Tensors low_rank_combine(const Tensors directions, const Tensor coefficients, const Tensors like) {
   const Tensors result = empty_like_all(like);
-  const SegmentTable table = segment_table(result);
+  const SegmentTable table = segment_table(result, {directions, coefficients.numel()});
   Target target(table, result);
   combine_into<true>(target, table, directions, coefficients, like[0]);
   return result;
@@ -53,7 +60,9 @@ int64_t bytes_of(const SegmentTable& table, const std::vector<Operand>& terms) {
   int64_t bytes = 0;
   for (const Operand& term : terms) {
     for (int64_t i = 0; i < table.segments(); ++i) {
-      bytes += (table.end(i) - table.begin(i)) * size_of(term.at(i, table.begin(i)).dtype);
+      const int64_t numel = table.end(i) - table.begin(i);
+      bytes += numel * size_of(term.at(i, table.begin(i)).dtype);
+      if (!term.scales().empty()) bytes += numel / term.scales()[i].length * static_cast<int64_t>(sizeof(float));
     }
   }
   return bytes;
@@ -63,7 +72,7 @@ Tensor low_rank_penalty_accumulate_(const Tensors targets, const Tensors params,
                                     const Tensor curvatures, const Tensor anchor_projections,
                                     const Tensor coefficient) {
   check_targets(targets, params);
-  const SegmentTable table = segment_table(params);
+  const SegmentTable table = segment_table(params, {directions, curvatures.numel()});
   Target target(table, targets);
   const Operand theta(table, params, params[0]);
   const std::vector<Operand> u = directions_of(table, directions, curvatures.numel(), params[0]);
@@ -74,29 +83,31 @@ Tensor low_rank_penalty_accumulate_(const Tensors targets, const Tensors params,
                            c.const_data_ptr<double>()};
 
   Call call(table, params[0]);
-  const View target_view = call.add(target), theta_view = call.add(theta), u_view = call.add(u);
+  const View target_view = call.add(target), theta_view = call.add(theta);
   Tensor value = call.float64({});
-  // One launch, with a barrier instead of two more launches, where the directions stay in L2 for their second reading.
-  // Otherwise three launches, so that none is limited by the registers and the grid of another.
-  bool done = false;
-  if (call.launcher().attribute(cudaDevAttrCooperativeLaunch) && penalty.num_terms <= kSharedTerms &&
-      bytes_of(table, u) <= call.launcher().attribute(cudaDevAttrL2CacheSize)) {
-    const auto grid = call.grid(penalty_kernel<float>, penalty_kernel<double>);
-    Tensor partial = call.partial_sums(grid, penalty.num_terms);
-    done = call.launch_cooperative(grid, target_view, theta_view, u_view, penalty, partial.mutable_data_ptr<double>(),
-                                   value.mutable_data_ptr<double>());
-  }
-  if (!done) {
-    const auto projecting = call.grid(projections_kernel<float>, projections_kernel<double>);
-    const auto combining = call.grid(combine_kernel<float, false>, combine_kernel<double, false>);
+  call.with_directions(u, [&](auto u_view) {
+    using TermView = decltype(u_view);
+    // One launch, with a barrier instead of two more launches, where the directions stay in L2 for their second
+    // reading. Otherwise three launches, so that none is limited by the registers and the grid of another.
+    if (call.launcher().attribute(cudaDevAttrCooperativeLaunch) && penalty.num_terms <= kSharedTerms &&
+        bytes_of(table, u) <= call.launcher().attribute(cudaDevAttrL2CacheSize)) {
+      const auto grid = call.grid(penalty_kernel<float, TermView>, penalty_kernel<double, TermView>);
+      Tensor partial = call.partial_sums(grid, penalty.num_terms);
+      if (call.launch_cooperative(grid, target_view, theta_view, u_view, penalty, partial.mutable_data_ptr<double>(),
+                                  value.mutable_data_ptr<double>())) {
+        return;
+      }
+    }
+    const auto projecting = call.grid(projections_kernel<float, TermView>, projections_kernel<double, TermView>);
+    const auto combining = call.grid(combine_kernel<float, false, TermView>, combine_kernel<double, false, TermView>);
     Tensor partial = call.partial_sums(projecting, penalty.num_terms);
-    Tensor coefficients = call.float64({penalty.num_terms});
+    Tensor forces = call.float64({penalty.num_terms});
     call.launch(projecting, theta_view, u_view, penalty.num_terms, partial.mutable_data_ptr<double>());
     call.launcher().launch(1, kThreads, forces_kernel, penalty, partial.const_data_ptr<double>(),
-                           static_cast<int64_t>(projecting.blocks), coefficients.mutable_data_ptr<double>(),
+                           static_cast<int64_t>(projecting.blocks), forces.mutable_data_ptr<double>(),
                            value.mutable_data_ptr<double>());
-    call.launch(combining, target_view, u_view, penalty.num_terms, coefficients.const_data_ptr<double>());
-  }
+    call.launch(combining, target_view, u_view, penalty.num_terms, forces.const_data_ptr<double>());
+  });
   target.write_back();
   return value;
 }

@@ -3,6 +3,8 @@
 
 #include <cooperative_groups.h>
 
+#include <type_traits>
+
 #include "core/penalty_math.h"
 #include "cuda/octets.cuh"
 #include "cuda/reductions.cuh"
@@ -13,8 +15,8 @@ namespace {
 // targets (+)= sum_k coefficients[k] u_k, rounded once.
 //
 // From the last tile to the first: after project(), L2 holds the last tiles of the directions.
-template <class Widest, bool kOverwrite>
-__device__ void combine(const DeviceTable& table, const View& targets, const View& directions, int num_terms,
+template <class Widest, bool kOverwrite, class TermView>
+__device__ void combine(const DeviceTable& table, const View& targets, const TermView& directions, int num_terms,
                         const Coefficients<Widest>& coefficients) {
   const int64_t rounds = (table.tiles() - 1 - blockIdx.x) / gridDim.x;  // the grid has no more blocks than tiles
   for (int64_t tile = blockIdx.x + rounds * gridDim.x; tile >= 0; tile -= gridDim.x) {
@@ -22,7 +24,7 @@ __device__ void combine(const DeviceTable& table, const View& targets, const Vie
     Octet<Widest> target;
     if (!kOverwrite) target = read<Widest>(table, targets, place);
     Number<Widest> sums[kOctet] = {};
-    add_terms(table, directions, place, num_terms, coefficients, sums);
+    add_terms(Terms<Widest, TermView>(table, directions, place), num_terms, coefficients, sums);
     if (!kOverwrite) convert(target);
 #pragma unroll
     for (int j = 0; j < kOctet; ++j) target.set(j, rounded(kOverwrite ? sums[j] : plus(sums[j], target[j])));
@@ -52,15 +54,15 @@ __device__ double forces(const Penalty& penalty, const double* partial, int64_t 
   return block_sum(value);  // and its barrier publishes the coefficients to the block
 }
 
-template <class Widest>
+template <class Widest, class TermView>
 __global__ void __launch_bounds__(kThreads, resident<Widest>(3))
-    projections_kernel(DeviceTable table, View theta, View directions, int num_terms, double* partial) {
+    projections_kernel(DeviceTable table, View theta, TermView directions, int num_terms, double* partial) {
   project<Widest>(table, theta, directions, num_terms, partial);
 }
 
-template <class Widest, bool kOverwrite>
+template <class Widest, bool kOverwrite, class TermView>
 __global__ void __launch_bounds__(kThreads, resident<Widest>(3))
-    combine_kernel(DeviceTable table, View targets, View directions, int num_terms, const double* coefficients) {
+    combine_kernel(DeviceTable table, View targets, TermView directions, int num_terms, const double* coefficients) {
   combine<Widest, kOverwrite>(table, targets, directions, num_terms, Coefficients<Widest>(coefficients, num_terms));
 }
 
@@ -74,9 +76,9 @@ __global__ void __launch_bounds__(kThreads)
 // The same three in one launch for at most kSharedTerms terms, whose blocks are all resident and wait for one another
 // in between. A block takes the same tiles both times, backwards the second time, so the tiles of the directions that
 // it read last are still in L2.
-template <class Widest>
-__global__ void __launch_bounds__(kThreads, resident<Widest>(3))
-    penalty_kernel(DeviceTable table, View targets, View theta, View directions, Penalty penalty, double* partial,
+template <class Widest, class TermView>
+__global__ void __launch_bounds__(kThreads, resident<Widest>(std::is_same_v<TermView, View> ? 3 : 2))
+    penalty_kernel(DeviceTable table, View targets, View theta, TermView directions, Penalty penalty, double* partial,
                    double* value) {
   __shared__ double coefficients[kSharedTerms];
   project<Widest>(table, theta, directions, penalty.num_terms, partial);

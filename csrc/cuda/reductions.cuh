@@ -10,13 +10,12 @@
 // any: 24 to 96 KiB. Figures on paper: not run on a GPU.
 #pragma once
 
-#include "cuda/octets.cuh"
+#include "cuda/directions.cuh"
 
 namespace crl {
 namespace {
 
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kTermsAtOnce = 2;  // octets of directions that a thread loads before it waits
 
 // The blocks that a multiprocessor holds at least: as many as registers allow without spilling. Lists with float64,
 // which are for tests and small models, set no minimum.
@@ -63,8 +62,8 @@ __device__ double total_of(const double* partial, int64_t count) {
 }
 
 // x . u over an octet.
-template <class Elements, class Widest>
-__device__ double dot(const Elements& x, const Octet<Widest>& u) {
+template <class Widest, class Elements, class Direction>
+__device__ double dot(const Elements& x, const Direction& u) {
   if constexpr (kPairs<Widest>) {
     DoubleFloat sum = {};
     float largest = 0.0f;
@@ -150,8 +149,8 @@ struct TermSums {
 // partial[k * gridDim.x + block] = u_k . theta over the block's tiles, from the first to the last, for k >= begin.
 //
 // More than 32 terms read theta again for each 32: at most 1/32 more than the directions themselves in float32.
-template <class Widest>
-__device__ void project(const DeviceTable& table, const View& theta, const View& directions, int num_terms,
+template <class Widest, class TermView>
+__device__ void project(const DeviceTable& table, const View& theta, const TermView& directions, int num_terms,
                         double* partial, int begin = 0) {
   for (int first = begin; first < num_terms; first += kWarp) {
     const int terms = num_terms - first < kWarp ? num_terms - first : kWarp;
@@ -159,12 +158,13 @@ __device__ void project(const DeviceTable& table, const View& theta, const View&
     for (int64_t tile = blockIdx.x; tile < table.tiles(); tile += gridDim.x) {
       const Place place = table.place(tile);
       Octet<Widest> x = read<Widest>(table, theta, place);
+      const Terms<Widest, TermView> u(table, directions, place);
       Factor<Widest> values[kOctet];
-      for (int k = 0; k < terms; k += kTermsAtOnce) {
-        Octet<Widest> u[kTermsAtOnce];
+      for (int k = 0; k < terms; k += u.kAtOnce) {
+        typename Terms<Widest, TermView>::Loaded octets[u.kAtOnce];
 #pragma unroll
-        for (int i = 0; i < kTermsAtOnce; ++i) {
-          if (k + i < terms) u[i] = read<Widest, Caching::kKeep>(table, directions, place, first + k + i);
+        for (int i = 0; i < u.kAtOnce; ++i) {
+          if (k + i < terms) octets[i] = u.load(first + k + i);
         }
         if (k == 0) {
           convert(x);
@@ -172,10 +172,11 @@ __device__ void project(const DeviceTable& table, const View& theta, const View&
           for (int j = 0; j < kOctet; ++j) values[j] = x[j];
         }
 #pragma unroll
-        for (int i = 0; i < kTermsAtOnce; ++i) {
+        for (int i = 0; i < u.kAtOnce; ++i) {
           if (k + i < terms) {
-            convert(u[i]);
-            sums.add(dot(values, u[i]), k + i, terms);
+            const double product =
+                u.use(octets[i], first + k + i, [&](const auto& elements) { return dot<Widest>(values, elements); });
+            sums.add(product, k + i, terms);
           }
         }
       }
@@ -219,22 +220,23 @@ class Coefficients {
 };
 
 // sums[j] += sum_k coefficients[k] u_k, over an octet.
-template <class Widest>
-__device__ void add_terms(const DeviceTable& table, const View& directions, const Place& place, int num_terms,
-                          const Coefficients<Widest>& coefficients, Number<Widest> (&sums)[kOctet]) {
-  for (int k = 0; k < num_terms; k += kTermsAtOnce) {
-    Octet<Widest> u[kTermsAtOnce];
+template <class Widest, class TermView>
+__device__ void add_terms(const Terms<Widest, TermView>& u, int num_terms, const Coefficients<Widest>& coefficients,
+                          Number<Widest> (&sums)[kOctet]) {
+  for (int k = 0; k < num_terms; k += u.kAtOnce) {
+    typename Terms<Widest, TermView>::Loaded octets[u.kAtOnce];
 #pragma unroll
-    for (int i = 0; i < kTermsAtOnce; ++i) {
-      if (k + i < num_terms) u[i] = read<Widest, Caching::kKeep>(table, directions, place, k + i);
+    for (int i = 0; i < u.kAtOnce; ++i) {
+      if (k + i < num_terms) octets[i] = u.load(k + i);
     }
 #pragma unroll
-    for (int i = 0; i < kTermsAtOnce; ++i) {
+    for (int i = 0; i < u.kAtOnce; ++i) {
       if (k + i < num_terms) {
         const Number<Widest> c = coefficients[k + i];
-        convert(u[i]);
+        u.use(octets[i], k + i, [&](const auto& elements) {
 #pragma unroll
-        for (int j = 0; j < kOctet; ++j) sums[j] = multiply_add(c, u[i][j], sums[j]);
+          for (int j = 0; j < kOctet; ++j) sums[j] = multiply_add(c, elements[j], sums[j]);
+        });
       }
     }
   }

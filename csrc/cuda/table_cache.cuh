@@ -36,6 +36,31 @@ class PackedTable {
     return result;
   }
 
+  // The same for terms of which some are int8.
+  Int8View add_int8(const std::vector<Operand>& terms) {
+    const int segments = static_cast<int>(table_.segments());
+    Int8View result = {{static_cast<int>(entries_.size()), 3 * segments, 3}, 0};
+    std::vector<int64_t> lengths(segments);  // of blocks; -1 where two terms differ
+    for (const Operand& term : terms) {
+      for (int i = 0; i < segments; ++i) {
+        const FlatView::Entry& entry = term.view().entries()[i];
+        const Scales scales = term.scales().empty() ? Scales{} : term.scales()[i];
+        const auto address = static_cast<int64_t>(reinterpret_cast<uintptr_t>(scales.data));
+        entries_.insert(entries_.end(), {entry_of(entry.origin, entry.dtype), address, scales.length});
+        wide_ |= entry.dtype == DType::kFloat64;
+        if (scales.data == nullptr) continue;
+        lengths[i] = lengths[i] == 0 || lengths[i] == scales.length ? scales.length : -1;
+      }
+    }
+    result.octets = static_cast<int>(entries_.size());
+    for (int i = 0; i < segments; ++i) {
+      const bool whole = lengths[i] % kOctet == 0 && table_.begin(i) % kOctet == 0;
+      const bool few = (table_.end(i) - table_.begin(i)) / kOctet <= UINT32_MAX;  // a kernel divides in 32 bits
+      entries_.push_back(whole && few ? lengths[i] / kOctet : 0);
+    }
+    return result;
+  }
+
   const SegmentTable& segments() const { return table_; }
   bool wide() const { return wide_; }  // some tensor is float64
 

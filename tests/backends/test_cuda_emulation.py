@@ -20,7 +20,7 @@ from crl_kernels.backends import reference
 TESTS = Path(__file__).parents[1]
 COMPILER = shutil.which("g++")
 LIBRARY = os.environ.get("CRL_TEST_LIBRARY")
-OPERATORS = ("backends/test_operators.py", "backends/test_launches.py")
+OPERATORS = ("backends/test_operators.py", "backends/test_int8_blocks.py", "backends/test_launches.py")
 
 needs_emulation = pytest.mark.skipif(LIBRARY is None, reason="CRL_TEST_LIBRARY is not set: runs within the first test")
 ops = torch.ops.crl_kernels
@@ -208,6 +208,67 @@ def test_sixteen_bytes_at_a_time_where_addresses_allow(device, dtype):
     odd_u = [u[0][:4095], *u[1:]]
     read = device.count(lambda: ops.low_rank_projections(odd, odd_u, 1), *events)
     assert read == (2 * 4088 * dtype.itemsize // 16, 2 * (sum(lengths) - 4096 + 7))
+
+
+def int8_term(lengths: list[int], blocks: list[int], shift: int = 0) -> list[Tensor]:
+    """At addresses that are ``shift`` more than a multiple of 16."""
+    q = [torch.randint(-127, 128, (shift + n,), dtype=torch.int8)[shift:] for n in lengths]
+    return [*q, *(torch.rand(n // length) for n, length in zip(lengths, blocks, strict=True))]
+
+
+@needs_emulation
+def test_int8_eight_bytes_at_a_time_where_blocks_and_addresses_allow(device):
+    """And one scale; elsewhere each element and its scale."""
+    events = ("octets", "elements")
+    lengths, blocks = [4096, 2056, 320, 32], [128, 8, 64, 4]
+    theta, targets, u = parameters(lengths), parameters(lengths), int8_term(lengths, blocks)
+    whole, rest = sum(lengths[:3]) // 8, 2 * lengths[3]
+    c = torch.ones((), dtype=torch.float64)
+    expected = (whole, whole + rest)
+    assert device.count(lambda: ops.low_rank_projections(theta, u, 1), *events) == expected
+    assert device.count(lambda: ops.low_rank_accumulate_(targets, u, c), *events) == expected
+    assert device.count(lambda: ops.low_rank_combine(u, c, theta), *events) == expected
+    state = [[t.abs() for t in theta] for _ in range(4)]
+    rows = torch.rand(len(theta), 8, dtype=torch.float64)
+    four = tuple(4 * count for count in expected)  # two terms, twice
+    assert device.count(lambda: ops.low_rank_adamw_(*state, rows, None, u + u, c.expand(2), False), *events) == four
+
+    def octets(lengths: list[int], blocks: list[int], shift: int = 0) -> int:
+        theta, u = parameters(lengths), int8_term(lengths, blocks, shift)
+        return device.count(lambda: ops.low_rank_projections(theta, u, 1), "octets")[0]
+
+    assert octets([4096, 64], [4096, 8]) == 520
+    assert octets([4096, 64], [4096, 8], shift=8) == 520
+    assert octets([4096, 64], [4096, 8], shift=4) == 0
+    assert octets([4092, 64], [12, 8]) == 0  # the second begins within an octet
+    assert octets([4091, 5, 64], [1, 5, 8]) == 8
+
+
+@needs_emulation
+def test_a_table_holds_the_addresses_of_scales(device):
+    theta = parameters([256, 24])
+    q = [torch.randint(-127, 128, (n,), dtype=torch.int8) for n in (256, 24)]
+    scales = [torch.tensor([0.5, 3.0]), torch.tensor([1.0, 2.0, 7.0])]
+
+    def project() -> None:
+        values = [a * s.repeat_interleave(len(a) // len(s)) for a, s in zip(q, scales, strict=True)]
+        expected = sum(t.double() @ u.double() for t, u in zip(theta, values, strict=True))
+        torch.testing.assert_close(ops.low_rank_projections(theta, [*q, *scales], 1)[0], expected, rtol=1e-13, atol=0)
+
+    device.set(stream=4)
+    assert device.launches(project) == PASS + TABLE
+    scales[0].mul_(2)  # new values at the same address
+    assert device.launches(project) == PASS
+    kept = scales[1]
+    scales[1] = kept * 3
+    assert device.launches(project) == PASS + TABLE
+    whole = scales[1]
+    scales[1] = whole[:1]  # another block at the same address
+    assert device.launches(project) == PASS + TABLE
+    scales[1] = kept
+    assert device.launches(project) == PASS
+    device.set(capturing=1)
+    assert device.launches(project) == PASS + TABLE
 
 
 @needs_emulation

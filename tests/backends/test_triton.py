@@ -19,6 +19,7 @@ TESTS = Path(__file__).parents[1]
 TESTED = (
     "backends/test_triton.py",
     "backends/test_operators.py",
+    "backends/test_int8_blocks.py",
     "operators/test_derivatives.py",
     "backends/test_sample_matrix.py",
     "backends/test_weight_gradients.py",
@@ -57,7 +58,7 @@ if registry.INTERPRETED:
 @pytest.mark.skipif(registry.INTERPRETED, reason="this is the run that the test below starts")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.parametrize(
-    ("slow_float64", "names"), [("0", TESTED), ("1", TESTED[:2])], ids=["fast-float64", "slow-float64"]
+    ("slow_float64", "names"), [("0", TESTED), ("1", TESTED[:3])], ids=["fast-float64", "slow-float64"]
 )
 def test_operators_and_derivatives(slow_float64, names):
     """These files without the tests that are slow here; the bitwise test of lists is below, on less data.

@@ -37,6 +37,7 @@ FACTORIES = (
 # Tests of the device that --device names; all others are of a CPU.
 ON_DEVICE = (
     *("operators/", "penalty/", "optim/", "per_sample/", "fisher/", "backends/test_operators.py"),
+    "backends/test_int8_blocks.py",
     *("backends/test_launches.py", "backends/test_sample_matrix.py", "backends/test_weight_gradients.py"),
 )
 

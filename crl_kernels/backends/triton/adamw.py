@@ -52,10 +52,10 @@ class _AdamWOperands:
 @on_device_of_first
 @takes(AdamWState)
 def low_rank_adamw_(state: AdamWState, directions: Sequence[Tensor], coefficients: Tensor, decoupled: bool) -> Tensor:
-    flat = Flat(state.params, block("low_rank_adamw_kernel"))
     num_terms = coefficients.numel()
+    flat = Flat(state.params, block("low_rank_adamw_kernel"), directions, num_terms)
     operands = _AdamWOperands(flat, state)
-    u = flat.view(directions, num_terms) if num_terms else operands.theta
+    u = flat.directions() if num_terms else operands.theta
     partial = flat.empty_float64(num_terms, flat.chunks)
     flat.run(
         adamw_kernels.low_rank_adamw_kernel,

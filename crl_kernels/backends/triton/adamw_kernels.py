@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ..reference import ADAMW_COLUMNS
-from .chunks import kernel, locate, read, write, zeros
+from .chunks import kernel, locate, read, read_direction, segment_range, write, zeros
 from .float64_arithmetic import (
     added,
     difference,
@@ -32,16 +32,6 @@ ROOT_SCALE = tl.constexpr(ADAMW_COLUMNS.root_scale)
 EPS = tl.constexpr(ADAMW_COLUMNS.eps)
 SHARE = tl.constexpr(ADAMW_COLUMNS.share)
 COLUMNS = tl.constexpr(len(ADAMW_COLUMNS))
-
-
-@triton.jit
-def _segment_range(firsts: tl.tensor, place: tl.tuple) -> tl.tuple:
-    """The first and the last segment that a chunk touches."""
-    in_one_segment, first, _, _, _ = place
-    last = first
-    if in_one_segment == 0:
-        last = tl.load(firsts + tl.program_id(0).to(tl.int64) + 1)
-    return first, last
 
 
 @triton.jit
@@ -112,12 +102,12 @@ def low_rank_adamw_kernel(
     total = zero(BLOCK, PAIRS)
     term = directions
     for k in range(num_terms):
-        u = read(term, directions_stride, place, DIRECTIONS, BLOCK)
+        u = read_direction(begins, firsts, term, directions_stride, place, DIRECTIONS, PAIRS, BLOCK)
         total = added(total, scaled(number(tl.load(coefficients + k), PAIRS), u, PAIRS), PAIRS)
         term += pieces
 
     result = zeros(PARAMS, BLOCK)
-    index, last = _segment_range(firsts, place)
+    index, last = segment_range(firsts, place)
     while index <= last:
         part, selected = _restrict(place, index)
         theta = read(parameters, parameters_stride, part, PARAMS, BLOCK)
@@ -134,7 +124,7 @@ def low_rank_adamw_kernel(
             stepped, m, v = _adamw(row, theta, gradient + pull, m, v)
         if PARAMS == 3:  # computed in float64; the projection is of theta as it is stored
             stored = stepped.to(tl.float32).to(tl.float64)
-            stepped = tl.where((tl.load(parameters + index * parameters_stride) & 3) == 0, stored, stepped)
+            stepped = tl.where((tl.load(parameters + index * parameters_stride) & 7) == 0, stored, stepped)
         stepped = tl.where(skip, theta, stepped)
         result = tl.where(selected, stepped, result)
         if skip == 0:
@@ -144,7 +134,7 @@ def low_rank_adamw_kernel(
         index += 1
 
     for _ in range(num_terms):
-        u = read(directions, directions_stride, place, DIRECTIONS, BLOCK)
+        u = read_direction(begins, firsts, directions, directions_stride, place, DIRECTIONS, PAIRS, BLOCK)
         tl.store(partial + chunk, dot(result, u, PAIRS))
         directions += pieces
         partial += chunks
@@ -183,7 +173,7 @@ def diagonal_adamw_kernel(
     skip = tl.load(found_inf) > 0
     # Of all lanes, for the sum of squares.
     all_s, distances = zeros(STATE, BLOCK), zero(BLOCK, PAIRS)
-    index, last = _segment_range(firsts, place)
+    index, last = segment_range(firsts, place)
     while index <= last:
         part, selected = _restrict(place, index)
         theta = read(parameters, parameters_stride, part, PARAMS, BLOCK)

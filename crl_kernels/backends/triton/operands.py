@@ -28,9 +28,12 @@ def on_device_of_first(operator: Callable[..., _Result]) -> Callable[..., _Resul
 
 
 class Flat:
-    """A list of tensors as one flat vector, and the tables with which kernels run along it."""
+    """A list of tensors as one flat vector, and the tables with which kernels run along it. A tensor that has an int8
+    direction is read in row-major order."""
 
-    def __init__(self, like: Sequence[Tensor], block: int | None = None) -> None:
+    def __init__(
+        self, like: Sequence[Tensor], block: int | None = None, directions: Sequence[Tensor] = (), num_terms: int = 0
+    ) -> None:
         check(len(like) > 0, "expected at least one tensor")
         self._like = like
         self._block = block or chunks.BLOCK
@@ -40,7 +43,13 @@ class Flat:
         self._place = tables.Place.of(like[0])
         segments = tables.write_segments if self._place.capturing else tables.cached_segments
         self._begins, self._firsts = segments(self.lengths, self._block, self._place)
-        self._row_major = all(tensor.is_contiguous() for tensor in like)
+        self._directions, self._num_terms = directions, num_terms
+        self._has_scales = num_terms > 0 and len(directions) == 2 * num_terms * len(like)
+        self._int8 = set[int]()
+        if self._has_scales:
+            period = 2 * len(like)
+            self._int8 = {i % period for i, tensor in enumerate(directions) if tensor.dtype == torch.int8}
+        self._row_major = all(tensor.is_contiguous() or i in self._int8 for i, tensor in enumerate(like))
         self._copies: list[Sequence[Tensor]] = []
 
     def in_order(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -53,7 +62,10 @@ class Flat:
             tensors = [part for tensor in tensors for part in tensor.reshape(-1).split(self.lengths)]
         numels = [tensor.numel() for tensor in tensors]
         check(numels == list(self.lengths) * (len(tensors) // segments), f"expected {segments} tensors of these sizes")
-        return [in_order_of(tensor, self._like[i % segments]) for i, tensor in enumerate(tensors)]
+        return [
+            tensor.contiguous() if i % segments in self._int8 else in_order_of(tensor, self._like[i % segments])
+            for i, tensor in enumerate(tensors)
+        ]
 
     def view(self, tensors: Sequence[Tensor], num_terms: int = 1) -> View:
         """Tensors to read: for each term one flat tensor or row, or one tensor for each segment. Those that are in
@@ -61,9 +73,27 @@ class Flat:
         if not self._row_major or not all(tensor.is_contiguous() for tensor in tensors):
             tensors = self.in_order(tensors)
             self._copies.append(tensors)
+        return self._written(tensors, num_terms, tables.write_view if self._place.capturing else tables.cached_view)
+
+    def directions(self) -> View:
+        """Those that this list was made with."""
+        if not self._has_scales:
+            return self.view(self._directions, self._num_terms)
+        tensors, count = self._directions, len(self.lengths)
+        if not self._row_major or not all(tensor.is_contiguous() for tensor in tensors):
+            halves = [tensors[i : i + count] for i in range(0, len(tensors), count)]
+            tensors = [
+                tensor
+                for i, half in enumerate(halves)
+                for tensor in (self.in_order(half) if i % 2 == 0 else [scales.contiguous() for scales in half])
+            ]
+            self._copies.append(tensors)
+        write = tables.write_int8_view if self._place.capturing else tables.cached_int8_view
+        return self._written(tensors, self._num_terms, write)
+
+    def _written(self, tensors: Sequence[Tensor], num_terms: int, write: Callable[..., View]) -> View:
         check(all(tensor.get_device() == self._index for tensor in tensors), "tensors are on different devices")
-        view = tables.write_view if self._place.capturing else tables.cached_view
-        return view(
+        return write(
             self.lengths,
             num_terms,
             self.lengths if tensors is self._like else tuple([tensor.numel() for tensor in tensors]),

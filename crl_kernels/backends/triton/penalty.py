@@ -43,26 +43,27 @@ def _combine(flat: Flat, targets: View, u: View, coefficients: Tensor, overwrite
 
 @on_device_of_first
 def low_rank_projections(params: Sequence[Tensor], directions: Sequence[Tensor], num_terms: int) -> Tensor:
-    flat = Flat(params)
-    partial = _partial_projections(flat, params, flat.view(directions, num_terms), num_terms)
+    flat = Flat(params, None, directions, num_terms)
+    partial = _partial_projections(flat, params, flat.directions(), num_terms)
     return finish(partial, flat.empty_float64(num_terms))
 
 
 @on_device_of_first
 def low_rank_combine(directions: Sequence[Tensor], coefficients: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     result = [torch.empty_like(tensor) for tensor in like]
-    flat = Flat(result)
     num_terms = coefficients.numel()
-    u = flat.view(directions, num_terms)
-    _combine(flat, flat.view(result), u, flat.numbers(coefficients, num_terms), overwrite=True)
+    flat = Flat(result, None, directions, num_terms)
+    target = Target(flat, result)
+    _combine(flat, target.view, flat.directions(), flat.numbers(coefficients, num_terms), overwrite=True)
+    target.write_back()
     return result
 
 
 @on_device_of_first
 def low_rank_accumulate_(targets: Sequence[Tensor], directions: Sequence[Tensor], coefficients: Tensor) -> None:
-    flat = Flat(targets)
     num_terms = coefficients.numel()
-    u, c = flat.view(directions, num_terms), flat.numbers(coefficients, num_terms)
+    flat = Flat(targets, None, directions, num_terms)
+    u, c = flat.directions(), flat.numbers(coefficients, num_terms)
     target = Target(flat, targets)
     _combine(flat, target.view, u, c, overwrite=False)
     target.write_back()
@@ -79,9 +80,9 @@ def low_rank_penalty_accumulate_(
 ) -> Tensor:
     """Two passes, because the force of each term needs the drift over all chunks."""
     check_targets(targets, params)
-    flat = Flat(params)
     num_terms = curvatures.numel()
-    u = flat.view(directions, num_terms)
+    flat = Flat(params, None, directions, num_terms)
+    u = flat.directions()
     a, b, c = (
         flat.numbers(curvatures, num_terms),
         flat.numbers(anchor_projections, num_terms),

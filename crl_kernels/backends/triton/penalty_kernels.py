@@ -2,7 +2,7 @@
 
 import triton.language as tl
 
-from .chunks import kernel, locate, read, write
+from .chunks import kernel, locate, read, read_direction, write
 from .float64_arithmetic import (
     added,
     added_to,
@@ -44,7 +44,7 @@ def projections_kernel(
     place = locate(begins, firsts, numel, chunk, BLOCK)
     theta = read(parameters, parameters_stride, place, PARAMS, BLOCK)
     for _ in range(num_terms):
-        u = read(directions, directions_stride, place, DIRECTIONS, BLOCK)
+        u = read_direction(begins, firsts, directions, directions_stride, place, DIRECTIONS, PAIRS, BLOCK)
         tl.store(partial + chunk, dot(theta, u, PAIRS))
         directions += pieces
         partial += chunks
@@ -72,7 +72,7 @@ def combine_kernel(
     place = locate(begins, firsts, numel, tl.program_id(0).to(tl.int64), BLOCK)
     total = zero(BLOCK, PAIRS)
     for k in range(num_terms):
-        u = read(directions, directions_stride, place, DIRECTIONS, BLOCK)
+        u = read_direction(begins, firsts, directions, directions_stride, place, DIRECTIONS, PAIRS, BLOCK)
         total = added(total, scaled(number(tl.load(coefficients + k), PAIRS), u, PAIRS), PAIRS)
         directions += pieces
     if OVERWRITE:

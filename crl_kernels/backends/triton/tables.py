@@ -22,6 +22,7 @@ TABLES = 128  # of entries, and as many of segments; a training step needs one f
 
 # Codes and sizes.
 DTYPES = {torch.float32: (0, 4), torch.float64: (1, 8), torch.bfloat16: (2, 2), torch.float16: (3, 2)}
+INT8 = 4  # its code
 
 
 def check(condition: bool, message: str) -> None:
@@ -60,7 +61,7 @@ class View(NamedTuple):
     """One or more flat vectors (terms) along the same segments, as kernels see them."""
 
     entries: Tensor
-    stride: int  # 1: one entry for each segment; 0: one for all
+    stride: int  # entries of a segment: 1, 3 of directions of which some are int8, or 0 for one of all segments
     pieces: int  # entries of one term
     dtypes: int  # those that occur, as bits of their codes
 
@@ -105,10 +106,47 @@ def write_view(
         length = expected[i % pieces]
         check(numel == length, f"tensor {i} of a list has {numel} elements, expected {length}")
         code, size = DTYPES[dtype]
-        entries.append(4 * (address - size * begins[i % pieces]) + code)
+        entries.append(8 * (address - size * begins[i % pieces]) + code)
         present |= 1 << code
     return View(place.upload(entries), 0 if flat else 1, pieces, present)
 
 
+def write_int8_view(
+    lengths: tuple[int, ...],
+    num_terms: int,
+    numels: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...],
+    addresses: tuple[int, ...],
+    place: Place,
+) -> View:
+    """The same for directions of which some are int8: term by term one tensor for each segment, then its scales."""
+    count = len(lengths)
+    begins = (0, *accumulate(lengths))
+    words, present = [], 0
+    for i in (2 * count * k + segment for k in range(num_terms) for segment in range(count)):
+        segment, scales = i % (2 * count), i + count
+        check(
+            numels[i] == lengths[segment],
+            f"tensor {segment} of a term has {numels[i]} elements, expected {lengths[segment]}",
+        )
+        int8 = dtypes[i] == torch.int8
+        check(
+            int8 or dtypes[i] in DTYPES, f"tensor {segment} of a term is {dtypes[i]}, expected int8 or floating point"
+        )
+        check(dtypes[scales] == torch.float32, f"scales of directions are {dtypes[scales]}, expected float32")
+        divides = numels[scales] > 0 and numels[i] % numels[scales] == 0
+        check(
+            divides if int8 and numels[i] > 0 else numels[scales] == 0,
+            f"tensor {segment} of a term has {numels[i]} elements and {numels[scales]} scales; expected a number of "
+            "scales that divides int8 elements, and none beside others",
+        )
+        code, size = (INT8, 1) if int8 else DTYPES[dtypes[i]]
+        length = numels[i] // numels[scales] if numels[scales] > 0 else 1
+        words += [8 * (addresses[i] - size * begins[segment]) + code, addresses[scales], length]
+        present |= 1 << code
+    return View(place.upload(words), 3, 3 * count, present)
+
+
 cached_segments = functools.lru_cache(maxsize=TABLES)(write_segments)
 cached_view = functools.lru_cache(maxsize=TABLES)(write_view)
+cached_int8_view = functools.lru_cache(maxsize=TABLES)(write_int8_view)

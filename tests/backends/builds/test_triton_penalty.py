@@ -18,9 +18,9 @@ from triton.compiler import ASTSource
 
 from crl_kernels.backends.triton import adamw_kernels, chunks, penalty_kernels, reductions
 
-F32, F64, BF16, F16 = 1, 2, 4, 8  # bits of DTYPES
+F32, F64, BF16, F16, INT8 = 1, 2, 4, 8, 16  # bits of DTYPES
 KERNELS = vars(penalty_kernels) | vars(adamw_kernels) | vars(reductions)
-BYTES = {F32: 4, F64: 8, BF16: 2, F16: 2}
+BYTES = {F32: 4, F64: 8, BF16: 2, F16: 2}  # of elements that are read 16 bytes at a time
 
 # Views that a kernel reads, and those that it writes too: constants that hold their dtypes.
 READS = {
@@ -73,14 +73,20 @@ def adamw(values: int, gradients: int, directions: int, state: int):
 
 USUAL = [*low_rank(F32, F32), *low_rank(F32, BF16), *low_rank(BF16, BF16), *diagonal(F32, F32), *diagonal(BF16, F32)]
 USUAL += [*adamw(F32, F32, F32, F32), *adamw(F32, BF16, BF16, F32)]
+QUANTISED = [*low_rank(F32, INT8), *low_rank(BF16, INT8)]
+QUANTISED += [case for gradients in (F32, BF16) for case in adamw(F32, gradients, INT8, F32) if "DIRECTIONS" in case[1]]
+USUAL += QUANTISED
 ALL = F32 | F64 | BF16 | F16
-MIXED = [*low_rank(F32 | BF16, BF16), *low_rank(F16, F64), *diagonal(F32 | BF16 | F64, F64)]
+MIXED = [*low_rank(F32, F32 | INT8), *low_rank(F32 | BF16, BF16), *low_rank(F16, F64), *diagonal(F32 | BF16 | F64, F64)]
 MIXED += [*adamw(F32 | F64, F32 | BF16 | F64, F64, F64)]
 WIDEST = [
     *adamw(F64, F64, F64, F64),
     *adamw(F32 | F64, ALL, ALL, F64),
     *low_rank(F64, F64),
     *low_rank(ALL, ALL),
+    *low_rank(ALL, ALL | INT8),
+    *low_rank(F64, INT8),
+    *adamw(F32 | F64, ALL, ALL | INT8, F64),
     *diagonal(F64, F64),
     *diagonal(ALL, F64),
 ]
@@ -128,6 +134,34 @@ def test_sm_90_reads_and_writes_16_bytes_at_a_time(case):
     for access, views in (("ld", reads), ("st", writes)):
         wide = re.findall(rf"\b{access}\.global\S*\.v(?:4\.[bfu]32|2\.[bfu]64)\b", ptx)
         assert len(wide) == wide_accesses(chunks.block(kernel), constants, views, threads)
+
+
+@pytest.mark.parametrize("case", QUANTISED, ids=name_of)
+def test_int8_elements_are_read_four_at_a_time_where_blocks_allow(case):
+    """And one at a time on the other way, at blocks and tensors that begin anywhere."""
+    kernel, constants = case
+    ptx = compiled(kernel, constants, "sm_90").asm["ptx"]
+    elements = chunks.block(kernel) // (32 * chunks.NUM_WARPS) * READS[kernel].count("DIRECTIONS")
+    assert len(re.findall(r"\bld\.global\S*\.[bsu]8\b", ptx)) == elements
+
+
+def layout_of_sum(case, target: str) -> str:
+    """Which elements a thread adds before threads add theirs."""
+    ir = compiled(*case, target).asm["ttgir"]
+    (name,) = set(re.findall(r"\(tensor<\d+xf\d\d, (#\w+)>(?:, tensor<\d+xf32, #\w+>)?\) -> ", ir))
+    return re.search(rf"^{name} = (.*)$", ir, re.MULTILINE)[1]
+
+
+@pytest.mark.parametrize("target", ["sm_90", "sm_86"])
+@pytest.mark.parametrize("values", [F32, BF16, F16, F64, ALL])
+def test_sums_of_int8_directions_are_in_the_order_of_float32(values, target):
+    for kernel in ("projections_kernel", "low_rank_adamw_kernel"):
+        constants = {"PARAMS": values}
+        if kernel == "low_rank_adamw_kernel":
+            constants = {"PARAMS": values & (F32 | F64), "GRADIENTS": values, "DECOUPLED": False}
+        if constants["PARAMS"]:
+            int8, float32 = ((kernel, constants | {"DIRECTIONS": bit}) for bit in (INT8, F32))
+            assert layout_of_sum(int8, target) == layout_of_sum(float32, target)
 
 
 def assert_does_not_spill(case, target, tmp_path):

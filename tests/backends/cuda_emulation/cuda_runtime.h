@@ -12,11 +12,15 @@ inline int64_t emulated_l2_bytes = 1 << 16;
 inline int64_t emulated_launches = 0;
 inline int64_t emulated_cooperative_launches = 0;
 inline int64_t emulated_units = 0;     // accesses of 16 bytes
-inline int64_t emulated_elements = 0;  // accesses of one element
+inline int64_t emulated_octets = 0;    // accesses of eight bytes, int8 elements
+inline int64_t emulated_elements = 0;  // accesses of one element or scale
 }
 
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
 };
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
@@ -25,7 +29,8 @@ template <class T>
 void count(const T* address) {
   if (reinterpret_cast<uintptr_t>(address) % alignof(T) != 0) fail("a misaligned access");
   if (sizeof(T) == 16) ++emulated_units;
-  if (std::is_floating_point_v<T> || sizeof(T) == 2) ++emulated_elements;
+  if (std::is_same_v<T, uint2>) ++emulated_octets;
+  if (std::is_floating_point_v<T> || sizeof(T) <= 2) ++emulated_elements;
 }
 }  // namespace emulation
 
@@ -58,6 +63,15 @@ inline int __double2loint(double value) { return static_cast<int>(bits_as<uint64
 inline int __double2hiint(double value) { return static_cast<int>(bits_as<uint64_t>(value) >> 32); }
 inline double __hiloint2double(int high, int low) {
   return bits_as<double>(static_cast<uint64_t>(static_cast<unsigned>(high)) << 32 | static_cast<unsigned>(low));
+}
+
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  const uint64_t bytes = static_cast<uint64_t>(y) << 32 | x;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) {
+    result |= static_cast<unsigned>(bytes >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+  }
+  return result;
 }
 
 inline float __fmul_rn(float a, float b) { return a * b; }
