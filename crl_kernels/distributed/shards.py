@@ -83,8 +83,6 @@ class Shards:
         Raises:
             ValueError: a tensor that is sharded over other processes than the parameters.
         """
-        from torch.distributed.tensor import distribute_tensor
-
         for tensor in tensors:
             if is_sharded(tensor) and tensor.device_mesh != self._mesh:
                 raise ValueError(
@@ -94,10 +92,21 @@ class Shards:
                 )
         parts = []
         for tensor, (placements, _, _) in zip(tensors, self._like, strict=True):
-            if not is_sharded(tensor):  # sharded locally, without an exchange
-                tensor = distribute_tensor(tensor, self._mesh, placements, src_data_rank=None)
-            parts.append(tensor.redistribute(self._mesh, placements).to_local())
+            if is_sharded(tensor):
+                parts.append(tensor.redistribute(self._mesh, placements).to_local())
+            else:
+                parts.append(self._own_chunk(tensor, placements))
         return parts
+
+    def _own_chunk(self, tensor: Tensor, placements: Sequence[Any]) -> Tensor:
+        """This process's part of a full tensor, as a view. distribute_tensor would make the views of all processes."""
+        for i, placement in enumerate(placements):
+            if placement.is_shard():
+                size = tensor.shape[placement.dim]
+                length = -(-size // self._mesh.size(i))  # as torch.chunk cuts
+                start = min(self._mesh.get_local_rank(i) * length, size)
+                tensor = tensor.narrow(placement.dim, start, min(length, size - start))
+        return tensor
 
     def join(self, flat: Tensor) -> list[Tensor]:
         """Tensors like the parameters, sharded as they are: views of a local flat vector."""

@@ -1,0 +1,65 @@
+"""The costs of one rank of many that do not exist, and of all ranks of a few that do."""
+
+import json
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from .decoder import Shape, mesh_of
+from .ledger import fake_tensors
+from .measure import costs
+
+
+def predicted(shape: Shape, replicas: int, shards: int, rank: int = 0) -> dict[str, Any]:
+    """The costs of ``rank``, on fake tensors in a fake process group. Rank 0 has the largest shards."""
+    distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=replicas * shards)
+    try:
+        mesh = mesh_of(replicas, shards)
+        with fake_tensors():
+            return costs(shape, mesh)
+    finally:
+        distributed.destroy_process_group()
+
+
+def real(shape: Shape, replicas: int, shards: int) -> list[dict[str, Any]]:
+    """The costs of every rank, in real processes that talk through gloo."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_in_process, (shape, replicas, shards, folder), nprocs=replicas * shards)
+        return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(replicas * shards)]
+
+
+def _in_process(rank: int, shape: Shape, replicas: int, shards: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=replicas * shards)
+    Path(folder, f"{rank}.json").write_text(json.dumps(costs(shape, mesh_of(replicas, shards))))
+    distributed.barrier()
+    distributed.destroy_process_group()
+    os._exit(0)  # threads of gloo that outlive their group may abort the interpreter's own end
+
+
+# Sizes of allocations depend on what else is freed when, and torch's own operators are composed otherwise on fakes.
+_NOT_COMPARED = re.compile(r"/(peak|left)$|^forward and backward/moved$|/save/moved$")
+
+
+def entries(costs: Any, place: str = "") -> dict[str, Any]:
+    """What a prediction and a measurement must agree in: the entries of a record by their place in it."""
+    if isinstance(costs, dict):
+        return {k: v for key, value in costs.items() for k, v in entries(value, f"{place}/{key}".strip("/")).items()}
+    return {} if _NOT_COMPARED.search(place) else {place: costs}
+
+
+def compare(shape: Shape, replicas: int, shards: int) -> dict[str, Any]:
+    """Every rank of so many real processes, compared with its prediction."""
+    ranks = []
+    for rank, measured in enumerate(real(shape, replicas, shards)):
+        expected, found = entries(predicted(shape, replicas, shards, rank)), entries(measured)
+        names = expected.keys() | found.keys()
+        differences = [name for name in sorted(names) if expected.get(name) != found.get(name)]
+        ranks.append({"entries": len(names), "differences": differences, "state": measured["state"]})
+    return {"replicas": replicas, "shards": shards, "ranks": ranks}
