@@ -12,7 +12,7 @@ on real and on fake tensors alike.
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, distributed
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -43,13 +42,9 @@ class Ledger(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.collectives: Counter[tuple[str, int, int]] = Counter()  # (name, processes, bytes) -> calls
-        self.moved = self.peak = self.allocated = 0
-        self._host = _HostReads()
+        self.moved = self.peak = self.allocated = self.host_reads = 0
+        self._reads = _counted_reads(self)
         self._live: set[int] = set()
-
-    @property
-    def host_reads(self) -> int:
-        return self._host.count
 
     def record(self) -> dict[str, Any]:
         """The entries, for JSON."""
@@ -62,13 +57,13 @@ class Ledger(TorchDispatchMode):
         }
 
     def __enter__(self) -> "Ledger":
-        self._host.__enter__()
+        self._reads.__enter__()
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        self._host.__exit__(*error)
+        self._reads.__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
@@ -102,45 +97,52 @@ class Ledger(TorchDispatchMode):
         self.allocated -= size
 
 
-class _HostReads(TorchFunctionMode):
-    """Counts what the host reads."""
+@contextmanager
+def _counted_reads(ledger: Ledger) -> Iterator[None]:
+    """In the block, methods by which the host reads numbers count their calls."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
+    def counting(method: Any) -> Any:
+        def call(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            ledger.host_reads += 1
+            return method(tensor, *args, **kwargs)
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += getattr(func, "__name__", "") in _HOST_READS
-        return func(*args, **(kwargs or {}))
+        return call
 
-
-class _Zeros(TorchFunctionMode):
-    """Answers what the host reads from fake tensors, which have no values."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        if args and isinstance(args[0], FakeTensor):
-            if name == "data_ptr":  # asked for to see what lies in one buffer; fake tensors do not
-                return id(args[0])
-            if name in _HOST_READS and name != "cpu":
-                return _zeros(args[0].shape, {"__bool__": False, "__int__": 0}.get(name, 0.0))
-        return func(*args, **(kwargs or {}))
-
-
-def _zeros(shape: torch.Size, zero: Any) -> Any:
-    return [_zeros(shape[1:], zero) for _ in range(shape[0])] if shape else zero
+    with ExitStack() as stack:
+        for name in _HOST_READS:
+            stack.enter_context(mock.patch.object(Tensor, name, counting(getattr(Tensor, name))))
+        yield
 
 
 @contextmanager
 def fake_tensors() -> Iterator[None]:
     """In the block, tensors have shapes and dtypes and no values: the host reads zeros."""
-    # FakeTensor's own tolist would read element by element.
-    with (
-        mock.patch.object(FakeTensor, "tolist", Tensor.tolist),
-        FakeTensorMode(allow_non_fake_inputs=True),
-        _Zeros(),
-    ):
+
+    def answering(method: Any, zero: Any) -> Any:
+        def call(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return zero(tensor) if isinstance(tensor, FakeTensor) else method(tensor, *args, **kwargs)
+
+        return call
+
+    answers = {
+        "tolist": lambda tensor: _zeros(tensor.shape),
+        "item": lambda tensor: 0.0,
+        "__float__": lambda tensor: 0.0,
+        "__int__": lambda tensor: 0,
+        "__bool__": lambda tensor: False,
+        "data_ptr": id,  # asked for to see which tensors lie in one buffer; fake tensors do not
+    }
+    with ExitStack() as stack:
+        for name, zero in answers.items():
+            stack.enter_context(mock.patch.object(Tensor, name, answering(getattr(Tensor, name), zero)))
+        # FakeTensor's own tolist would read element by element.
+        stack.enter_context(mock.patch.object(FakeTensor, "tolist", lambda tensor: Tensor.tolist(tensor)))
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         yield
+
+
+def _zeros(shape: torch.Size) -> Any:
+    return [_zeros(shape[1:]) for _ in range(shape[0])] if shape else 0.0
 
 
 def _tensors(tree: Any) -> list[Tensor]:

@@ -4,7 +4,7 @@ The same functions run on fake tensors in a fake process group of any size, and 
 """
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -44,10 +44,6 @@ KINDS = [
 ]
 
 
-def _fused_adamw(model: Decoder) -> Callable[[], Any]:
-    return ck.FusedAdamW(model.parameters()).step
-
-
 # Where the penalty goes in a step, and the update without it, which is subtracted: the difference is the penalty's.
 PLACEMENTS: dict[str, tuple[Callable[..., Callable[[], Any]], str]] = {
     "in the loss": (in_the_loss, "AdamW"),
@@ -60,38 +56,42 @@ PLACEMENTS: dict[str, tuple[Callable[..., Callable[[], Any]], str]] = {
 }
 UPDATES: dict[str, Callable[[Decoder], Callable[[], Any]]] = {
     "AdamW": lambda model: adamw(model).step,
-    "FusedAdamW": _fused_adamw,
+    "FusedAdamW": lambda model: ck.FusedAdamW(model.parameters()).step,
 }
 
 
-def costs(shape: Shape, mesh: DeviceMesh) -> dict[str, Any]:
+def costs(shape: Shape, mesh: DeviceMesh, kinds: Sequence[Kind] = KINDS) -> dict[str, Any]:
     """What this rank keeps and does: bytes of state, and the records of a training step and of all that is done with
     each history."""
-    gc.freeze()  # so that collections look at what is made here, and are quick
-    decoder = sharded_decoder(shape, mesh)
-    loss_of(decoder).backward()  # creates the gradients
+    gc.freeze()  # so that a collection looks at what is made here alone, and is quick
+    try:
+        decoder = sharded_decoder(shape, mesh)
+        loss_of(decoder).backward()  # creates the gradients
+        return {
+            "shape": asdict(shape),
+            "processes": list(mesh.shape),
+            "parameters": sum(parameter.numel() for parameter in decoder.parameters()),
+            "state": _state(decoder),
+            "forward and backward": _recorded(lambda: loss_of(decoder).backward()),
+            "updates": {name: _second(make(decoder)) for name, make in UPDATES.items()},
+            "whole_parameters": _recorded(lambda: _enter_whole_parameters(decoder)),
+            "histories": {kind.name: _costs_of(decoder, kind) for kind in kinds},
+        }
+    finally:
+        gc.unfreeze()
+
+
+def _state(decoder: Decoder) -> dict[str, int]:
+    """Bytes in this rank."""
     params = list(decoder.parameters())
-    found: dict[str, Any] = {
-        "shape": asdict(shape),
-        "processes": list(mesh.shape),
-        "parameters": sum(parameter.numel() for parameter in params),
-        "state": {
-            "parameters": sum(local_part(parameter).nbytes for parameter in params),
-            "gradients": sum(local_part(parameter.grad).nbytes for parameter in params),
-        },
-        "forward and backward": _recorded(lambda: loss_of(decoder).backward()),
-        "updates": {name: _second(make(decoder)) for name, make in UPDATES.items()},
-        "histories": {},
-        "whole_parameters": _recorded(lambda: _enter_whole_parameters(decoder)),
-    }
     optimizer = ck.FusedAdamW(params)
     optimizer.step()
-    moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
-    found["state"]["AdamW"] = sum(local_part(moment).nbytes for moment in moments)
-    del optimizer, moments
-    for kind in KINDS:
-        found["histories"][kind.name] = _costs_of(decoder, kind)
-    return found
+    tensors = {
+        "parameters": params,
+        "gradients": [parameter.grad for parameter in params],
+        "AdamW": [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")],
+    }
+    return {name: sum(local_part(tensor).nbytes for tensor in part) for name, part in tensors.items()}
 
 
 def _costs_of(decoder: Decoder, kind: Kind) -> dict[str, Any]:

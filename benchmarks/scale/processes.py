@@ -4,6 +4,7 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +14,31 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from .decoder import Shape, mesh_of
 from .ledger import fake_tensors
-from .measure import costs
+from .measure import KINDS, Kind, costs
 
 
-def predicted(shape: Shape, replicas: int, shards: int, rank: int = 0) -> dict[str, Any]:
+def predicted(shape: Shape, replicas: int, shards: int, rank: int = 0, kinds: Sequence[Kind] = KINDS) -> dict[str, Any]:
     """The costs of ``rank``, on fake tensors in a fake process group. Rank 0 has the largest shards."""
     distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=replicas * shards)
     try:
         mesh = mesh_of(replicas, shards)
         with fake_tensors():
-            return costs(shape, mesh)
+            return costs(shape, mesh, kinds)
     finally:
         distributed.destroy_process_group()
 
 
-def real(shape: Shape, replicas: int, shards: int) -> list[dict[str, Any]]:
+def real(shape: Shape, replicas: int, shards: int, kinds: Sequence[Kind] = KINDS) -> list[dict[str, Any]]:
     """The costs of every rank, in real processes that talk through gloo."""
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_in_process, (shape, replicas, shards, folder), nprocs=replicas * shards)
+        torch.multiprocessing.spawn(_in_process, (shape, replicas, shards, kinds, folder), nprocs=replicas * shards)
         return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(replicas * shards)]
 
 
-def _in_process(rank: int, shape: Shape, replicas: int, shards: int, folder: str) -> None:
+def _in_process(rank: int, shape: Shape, replicas: int, shards: int, kinds: Sequence[Kind], folder: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=replicas * shards)
-    Path(folder, f"{rank}.json").write_text(json.dumps(costs(shape, mesh_of(replicas, shards))))
+    Path(folder, f"{rank}.json").write_text(json.dumps(costs(shape, mesh_of(replicas, shards), kinds)))
     distributed.barrier()
     distributed.destroy_process_group()
     os._exit(0)  # threads of gloo that outlive their group may abort the interpreter's own end
@@ -54,12 +55,12 @@ def entries(costs: Any, place: str = "") -> dict[str, Any]:
     return {} if _NOT_COMPARED.search(place) else {place: costs}
 
 
-def compare(shape: Shape, replicas: int, shards: int) -> dict[str, Any]:
-    """Every rank of so many real processes, compared with its prediction."""
-    ranks = []
-    for rank, measured in enumerate(real(shape, replicas, shards)):
-        expected, found = entries(predicted(shape, replicas, shards, rank)), entries(measured)
+def compare(shape: Shape, replicas: int, shards: int, kinds: Sequence[Kind] = KINDS) -> dict[str, Any]:
+    """Real processes, compared with predictions: the first, with the largest shards, and the last."""
+    measured, compared = real(shape, replicas, shards, kinds), []
+    for rank in (0, len(measured) - 1):
+        expected, found = entries(predicted(shape, replicas, shards, rank, kinds)), entries(measured[rank])
         names = expected.keys() | found.keys()
         differences = [name for name in sorted(names) if expected.get(name) != found.get(name)]
-        ranks.append({"entries": len(names), "differences": differences, "state": measured["state"]})
-    return {"replicas": replicas, "shards": shards, "ranks": ranks}
+        compared.append({"rank": rank, "entries": len(names), "differences": differences})
+    return {"replicas": replicas, "shards": shards, "compared": compared}

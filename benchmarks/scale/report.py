@@ -62,90 +62,125 @@ def markdown(record: dict[str, Any]) -> str:
     predicted, speeds = record["predicted"], Speeds(**record["speeds"])
     first = predicted[0]
     kinds = list(first["histories"])
-    return (
-        "\n\n".join(
+    parts = [
+        "# What the library costs in a large decoder",
+        f"`{record['command']}`, {record['date']}, {record['machine']}, torch {record['torch']}. "
+        f"{first['parameters']:,} parameters, in float32, with forward and backward in bfloat16. Counts are those of "
+        "rank 0, which has the largest shards. Nothing was timed.",
+        "## State, GiB per rank",
+        _table(
+            ["", "parameters", "gradients", "AdamW", *kinds],
             [
-                "# What the library costs in a large decoder",
-                f"`{record['command']}`, {record['date']}, {record['machine']}, torch {record['torch']}. "
-                f"{first['parameters']:,} parameters, float32 with forward and backward in bfloat16. Counts of rank 0, "
-                "which has the largest shards. Nothing was timed.",
-                "## State, GiB per rank",
-                _table(
-                    ["", "parameters", "gradients", "AdamW", *kinds],
-                    [
-                        [mesh_name(costs), *map(_gib, costs["state"].values())]
-                        + [_gib(costs["histories"][kind]["state"]) for kind in kinds]
-                        for costs in predicted
-                    ],
-                ),
-                f"## Collective calls, {mesh_name(first)}",
-                "Forward and backward without a history, all of it FSDP's: "
-                f"{_calls(first['forward and backward']['collectives'])}. The history adds, in a step:",
-                _table(
-                    ["", *kinds],
-                    [[name, *(_calls(added(first, kind, name)[1]) for kind in kinds)] for name in PLACEMENTS]
-                    + [["append", *(_calls(first["histories"][kind]["append"]["collectives"]) for kind in kinds)]],
-                ),
-                "Processes and bytes on the other meshes, of `FusedAdamW` with the first history: "
-                + "; ".join(
-                    f"{mesh_name(costs)}: {_calls(added(costs, kinds[0], STEP[0])[1])}" for costs in predicted[1:]
-                )
-                + ". `save` gathers the parameters' tensors one by one, "
-                + f"{_calls_in_short(first['histories'][kinds[0]]['save']['collectives'])} for each vector.",
-                "## Memory traffic that the penalty adds to a step, bytes per parameter of the rank's shard",
-                _table(
-                    ["", *kinds],
-                    [
-                        [name, *(_per_parameter(first, added(first, kind, name)[0]) for kind in kinds)]
-                        for name in PLACEMENTS
-                    ],
-                ),
-                f"AdamW itself moves {_per_parameter(first, first['updates']['FusedAdamW']['moved'])}. Numbers that the "
-                f"host reads from tensors in a step: {_host_reads(predicted, PLACEMENTS)}; in `append`: "
-                f"{_host_reads(predicted, ['append'])}.",
-                "## Predicted time that the penalty adds to a step, ms",
-                f"Bytes / {speeds.hbm / 1e12:g} TB/s + all_reduces x {speeds.latency * 1e6:g} to "
-                f"{speeds.slow_latency * 1e6:g} us. The last column is a step of {speeds.tokens:,.0f} tokens per rank "
-                f"at {speeds.flops / 1e12:g} TFLOP/s with AdamW, without a penalty.",
-                _table(
-                    ["", *(f"{kind}, {name}" for name in STEP for kind in kinds), "AdamW", "step"],
-                    [
-                        [mesh_name(costs)]
-                        + [_milliseconds(costs, kind, name, speeds) for name in STEP for kind in kinds]
-                        + [f"{1e3 * adamw_seconds(costs, speeds):.2f}", f"{1e3 * step_seconds(costs, speeds):.0f}"]
-                        for costs in predicted
-                    ],
-                ),
-                "## Estimating a Fisher",
-                *_estimation(predicted),
-                "## The same code in real processes",
-                _table(
-                    ["processes", "entries that must agree, in each rank", "different", "state of rank 0, bytes"],
-                    [
-                        [
-                            f"{run['replicas'] * run['shards']}, "
-                            + ("FSDP2" if run["replicas"] == 1 else f"HSDP {run['replicas']} x {run['shards']}"),
-                            str(run["ranks"][0]["entries"]),
-                            str(sum(len(rank["differences"]) for rank in run["ranks"])),
-                            f"{sum(run['ranks'][0]['state'].values()):,}",
-                        ]
-                        for run in record["compared"]
-                    ],
-                ),
-                "A small decoder of the same form, through gloo. Entries: every table above but the times.",
-            ]
-        )
-        + "\n"
+                [mesh_name(costs), *map(_gib, costs["state"].values())]
+                + [_gib(costs["histories"][kind]["state"]) for kind in kinds]
+                for costs in predicted
+            ],
+        ),
+        "## Collective calls of a step",
+        f"What a history adds, in bytes, over the {first['processes'][-1]} processes that share one copy of the "
+        f"parameters ({mesh_name(first)}):",
+        _collectives(first),
+        _other_meshes(predicted),
+        f"Forward and backward, which are FSDP's own: {_calls(first['forward and backward']['collectives'])}.",
+        "## Memory traffic that the penalty adds to a step, bytes per parameter of the rank's shard",
+        _table(
+            ["", *kinds],
+            [[name, *(_per_parameter(first, added(first, kind, name)[0]) for kind in kinds)] for name in PLACEMENTS],
+        ),
+        f"AdamW itself: {_per_parameter(first, first['updates']['FusedAdamW']['moved'])}. Numbers that the host reads "
+        f"from tensors in a step: {_host_reads(predicted, PLACEMENTS)}; in `append`: "
+        f"{_host_reads(predicted, ['append'])}.",
+        "## Predicted time that the penalty adds to a step, ms",
+        f"Bytes / ({speeds.hbm / 1e12:g} TB/s) + all_reduces x {speeds.latency * 1e6:g} to "
+        f"{speeds.slow_latency * 1e6:g} us. For comparison AdamW itself, by its bytes, and a step without a penalty: "
+        f"{speeds.tokens:,.0f} tokens per rank at {speeds.flops / 1e12:g} TFLOP/s, and AdamW.",
+    ]
+    for name in STEP:
+        parts += [f"### {name}", _times(predicted, name, speeds)]
+    parts += ["## Estimating a Fisher, GiB per rank", *_estimation(predicted)]
+    parts += ["## The same code in real processes", *_agreement(record["compared"])]
+    return "\n\n".join(parts) + "\n"
+
+
+def _collectives(costs: dict[str, Any]) -> str:
+    """Rows: where the penalty goes, and ``append``. Histories with equal columns share one."""
+    histories = costs["histories"]
+    columns: dict[tuple[str, ...], list[str]] = {}
+    for kind in histories:
+        calls = [added(costs, kind, name)[1] for name in PLACEMENTS] + [histories[kind]["append"]["collectives"]]
+        columns.setdefault(tuple(_calls(part) for part in calls), []).append(kind)
+    rows = zip([*PLACEMENTS, "append"], *columns, strict=True)
+    return _table(["", *("; ".join(names) for names in columns.values())], rows)
+
+
+def _other_meshes(predicted: Sequence[dict[str, Any]]) -> str:
+    """Whether the other meshes make the same calls, over how many processes; and what ``save`` does."""
+
+    def sizes_of(costs: dict[str, Any]) -> Any:
+        """Calls of steps and of append: name, bytes, number."""
+        return [
+            [(name, size, number) for name, _, size, number in history[place]["collectives"]]
+            for history in costs["histories"].values()
+            for place in (*PLACEMENTS, "append")
+        ]
+
+    first = predicted[0]
+    assert all(sizes_of(costs) == sizes_of(first) for costs in predicted)
+    over = {
+        mesh_name(costs): {
+            call[1]
+            for history in costs["histories"].values()
+            for place in (*PLACEMENTS, "append")
+            for call in history[place]["collectives"]
+        }
+        for costs in predicted
+    }
+    listed = ", ".join(f"{name}: {' or '.join(map(str, sorted(counts)))}" for name, counts in over.items())
+    saved = next(iter(first["histories"].values()))["save"]["collectives"]
+    return (
+        f"The other meshes make the same calls with the same bytes. The number of processes in them: {listed}. `save` "
+        f"gathers each vector, parameter by parameter: {_gathers(saved)}."
+    )
+
+
+def _times(predicted: Sequence[dict[str, Any]], placement: str, speeds: Speeds) -> str:
+    kinds = list(predicted[0]["histories"])
+    return _table(
+        ["", *kinds, "AdamW itself", "a step"],
+        [
+            [mesh_name(costs)]
+            + [_milliseconds(costs, kind, placement, speeds) for kind in kinds]
+            + [f"{1e3 * adamw_seconds(costs, speeds):.2f}", f"{1e3 * step_seconds(costs, speeds):.0f}"]
+            for costs in predicted
+        ],
     )
 
 
 def _estimation(predicted: Sequence[dict[str, Any]]) -> list[str]:
-    whole = predicted[0]["whole_parameters"]
-    total = predicted[0]["parameters"]
+    whole, total = predicted[0]["whole_parameters"], predicted[0]["parameters"]
     return [
-        f"With whole parameters: entering `whole_parameters` allocates {_gib(whole['peak'])} GiB in every rank, on "
-        f'every mesh ({_calls_in_short(whole["collectives"])}). `estimate_fisher` (rank 1, direction="mean") then needs '
-        f"{WHOLE_ESTIMATE} bytes per parameter, {_gib(WHOLE_ESTIMATE * total)} GiB in every rank, and the activations.",
+        f"In a block of `whole_parameters`, on every mesh: {_gib(whole['peak'])} for the parameters, counted "
+        f"({_gathers(whole['collectives'])}), and {_gib(WHOLE_ESTIMATE * total)} with what `estimate_fisher` (rank 1, "
+        f'direction="mean") keeps beside them, by its formula of {WHOLE_ESTIMATE} bytes per parameter; and activations.'
+    ]
+
+
+def _agreement(runs: Sequence[dict[str, Any]]) -> list[str]:
+    return [
+        "A small decoder of the same form, through gloo, and its predictions on fake tensors: bytes of state, "
+        "collective calls, memory traffic and host reads of everything above, in the first rank and in the last.",
+        _table(
+            ["processes", "entries of a rank", "entries that differ"],
+            [
+                [
+                    f"{run['replicas'] * run['shards']}, "
+                    + ("FSDP2" if run["replicas"] == 1 else f"HSDP {run['replicas']} x {run['shards']}"),
+                    str(run["compared"][0]["entries"]),
+                    str(sum(len(rank["differences"]) for rank in run["compared"])),
+                ]
+                for run in runs
+            ],
+        ),
     ]
 
 
@@ -164,19 +199,14 @@ def _bytes(size: int) -> str:
 
 def _calls(collectives: Sequence[Sequence[Any]]) -> str:
     """Collective calls in words."""
-    words = [
-        f"{f'{number} x ' if number > 1 else ''}{name} of {_bytes(size)} over {processes}"
-        for name, processes, size, number in collectives
-    ]
+    words = [f"{f'{number} x ' if number > 1 else ''}{name} of {_bytes(size)}" for name, _, size, number in collectives]
     return ", ".join(words) or "none"
 
 
-def _calls_in_short(collectives: Sequence[Sequence[Any]]) -> str:
+def _gathers(collectives: Sequence[Sequence[Any]]) -> str:
     gathers = [(size, number) for name, _, size, number in collectives if name == "all_gather"]
-    return (
-        f"{sum(number for _, number in gathers)} all_gathers of together "
-        f"{_bytes(sum(size * number for size, number in gathers))}"
-    )
+    total = sum(size * number for size, number in gathers)
+    return f"{sum(number for _, number in gathers)} all_gathers of {_bytes(total)} together"
 
 
 def _per_parameter(costs: dict[str, Any], moved: int) -> str:
