@@ -13,6 +13,7 @@ from torch import Tensor, distributed
 from typing_extensions import TypeIs
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
 
@@ -95,18 +96,8 @@ class Shards:
             if is_sharded(tensor):
                 parts.append(tensor.redistribute(self._mesh, placements).to_local())
             else:
-                parts.append(self._own_chunk(tensor, placements))
+                parts.append(_own_chunk(tensor, self._mesh, placements))
         return parts
-
-    def _own_chunk(self, tensor: Tensor, placements: Sequence[Any]) -> Tensor:
-        """This process's part of a full tensor, as a view. distribute_tensor would make the views of all processes."""
-        for i, placement in enumerate(placements):
-            if placement.is_shard():
-                size = tensor.shape[placement.dim]
-                length = -(-size // self._mesh.size(i))  # as torch.chunk cuts
-                start = min(self._mesh.get_local_rank(i) * length, size)
-                tensor = tensor.narrow(placement.dim, start, min(length, size - start))
-        return tensor
 
     def join(self, flat: Tensor) -> list[Tensor]:
         """Tensors like the parameters, sharded as they are: views of a local flat vector."""
@@ -163,3 +154,14 @@ def _require_like(first: "DTensor", name: str, parameter: Tensor) -> tuple[Any, 
             f"{first.placements} on {first.device_mesh}. {advice}"
         )
     return parameter.placements, parameter.shape, parameter.stride()
+
+
+def _own_chunk(tensor: Tensor, mesh: "DeviceMesh", placements: Sequence[Any]) -> Tensor:
+    """This process's part of a full tensor, as a view; distribute_tensor would make the views of all processes."""
+    for i, placement in enumerate(placements):
+        if placement.is_shard():
+            size = tensor.shape[placement.dim]
+            length = -(-size // mesh.size(i))  # as torch.chunk cuts
+            start = min(mesh.get_local_rank(i) * length, size)
+            tensor = tensor.narrow(placement.dim, start, min(length, size - start))
+    return tensor
