@@ -9,9 +9,7 @@ nothing is timed.
 """
 
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -19,7 +17,7 @@ import torch
 from ..common import command
 from .decoder import LLAMA_8B, SMALL
 from .measure import KINDS
-from .processes import compare, predicted
+from .processes import compare, in_fresh_processes
 from .report import Speeds, markdown, picture
 
 
@@ -49,17 +47,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parsed = options.parse_args(arguments)
     speeds = Speeds(**{name: getattr(parsed, name) for name in Speeds.__dataclass_fields__})
     shape, meshes, real = (SMALL, MESHES[:2], REAL[:1]) if parsed.small else (LLAMA_8B, MESHES, REAL)
-    # Processes of their own, because each has one process group; two, because each needs one core.
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        predictions = [pool.submit(predicted, shape, mesh.replicas, mesh.shards) for mesh in meshes]
-        comparisons = [compare(SMALL, mesh.replicas, mesh.shards, COMPARED) for mesh in real]
-        record: dict[str, Any] = {
-            **command.record_head("scale"),
-            "torch": torch.__version__,
-            "speeds": asdict(speeds),
-            "predicted": [prediction.result() for prediction in predictions],
-            "compared": comparisons,
-        }
+    comparisons = [compare(SMALL, mesh.replicas, mesh.shards, COMPARED) for mesh in real]
+    record: dict[str, Any] = {
+        **command.record_head("scale"),
+        "torch": torch.__version__,
+        "speeds": asdict(speeds),
+        "predicted": in_fresh_processes([(shape, mesh.replicas, mesh.shards) for mesh in meshes]),
+        "compared": comparisons,
+    }
     text = markdown(record)
     print(text)
     command.write(parsed.out, "scale", record, text)
