@@ -16,6 +16,7 @@ from typing_extensions import TypeIs
 from ..backends.int8 import scales_shape
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
 
@@ -89,8 +90,6 @@ class Shards:
         Raises:
             ValueError: a tensor that is sharded over other processes than the parameters.
         """
-        from torch.distributed.tensor import distribute_tensor
-
         for tensor in tensors:
             if is_sharded(tensor) and tensor.device_mesh != self._mesh:
                 raise ValueError(
@@ -100,9 +99,10 @@ class Shards:
                 )
         parts = []
         for tensor, (placements, _, _) in zip(tensors, self._like, strict=True):
-            if not is_sharded(tensor):  # sharded locally, without an exchange
-                tensor = distribute_tensor(tensor, self._mesh, placements, src_data_rank=None)
-            parts.append(tensor.redistribute(self._mesh, placements).to_local())
+            if is_sharded(tensor):
+                parts.append(tensor.redistribute(self._mesh, placements).to_local())
+            else:
+                parts.append(_own_chunk(tensor, self._mesh, placements))
         return parts
 
     def join(self, flat: Tensor, *, scales: bool = False) -> list[Tensor]:
@@ -212,3 +212,14 @@ def _require_like(first: "DTensor", name: str, parameter: Tensor) -> tuple[Any, 
             f"{first.placements} on {first.device_mesh}. {advice}"
         )
     return parameter.placements, parameter.shape, parameter.stride()
+
+
+def _own_chunk(tensor: Tensor, mesh: "DeviceMesh", placements: Sequence[Any]) -> Tensor:
+    """This process's part of a full tensor, as a view; distribute_tensor would make the views of all processes."""
+    for i, placement in enumerate(placements):
+        if placement.is_shard():
+            size = tensor.shape[placement.dim]
+            length = -(-size // mesh.size(i))  # as torch.chunk cuts
+            start = min(mesh.get_local_rank(i) * length, size)
+            tensor = tensor.narrow(placement.dim, start, min(length, size - start))
+    return tensor
