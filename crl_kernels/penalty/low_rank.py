@@ -1,8 +1,9 @@
 """LowRankHistory: the low-rank penalty terms of all past tasks."""
 
+import copy
 import math
 from collections.abc import Callable, Container, Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,14 @@ from ..fisher.forms import LowRankFisher
 from ..fisher.validation import STORAGE_DTYPES, require_scalars
 from ..model.arguments import require_integer, require_switch
 from ..model.names import Layout
+from .diagonal import DiagonalHistory
 from .history import History, differentiable_through, split_key
 from .strength import ALL, Groups, Rate, check_strength
+
+
+def _is_of_tail(key: str) -> bool:
+    """Whether a key of a state is of the diagonal of ``tail="diagonal"``."""
+    return key == "residual" or split_key(key)[0] in ("fisher_diagonal.", "anchor.")
 
 
 class LowRankHistory(History[LowRankFisher]):
@@ -51,12 +58,21 @@ class LowRankHistory(History[LowRankFisher]):
         first_order: bool = False,
         decay: float = 1.0,
         max_terms: int | None = None,
+        tail: Literal["drop", "diagonal"] = "drop",
     ) -> None:
         super().__init__(model, include, exclude, decay)
         if max_terms is not None:
             require_integer("max_terms", max_terms, 1, ", or None for no limit")
         require_switch("first_order", first_order)
+        if tail not in ("drop", "diagonal"):
+            raise ValueError(f"tail is {tail!r}; expected 'drop' or 'diagonal'.")
+        if tail == "diagonal" and max_terms is None:
+            raise ValueError("tail is 'diagonal' and max_terms None, so nothing is ever left out; give max_terms=.")
         self._first_order, self._max_terms = first_order, max_terms
+        self._tail: DiagonalHistory | None = None
+        if tail == "diagonal":
+            self._tail = DiagonalHistory(model, include, exclude)
+            self._tail._binding = self._binding
         empty = torch.zeros(0, dtype=torch.float64, device=self._device)
         self._set_terms([], empty, empty)
 
@@ -81,12 +97,19 @@ class LowRankHistory(History[LowRankFisher]):
     def penalty(self, lam: float | Tensor) -> Tensor:
         """(lam / 2) sum_k a_k (u_k . theta - b_k)^2; see ``rank1_ewc_penalty``."""
         check_strength("lam", lam)
-        if not self._directions:
-            return self._zero()
-        params = self._params()
-        local = operators.low_rank_projections(params, self._pieces(self._directions, None), len(self))
-        projections = self._binding.shards.sum(local)
-        return self._value((self._curvatures * (projections - self._anchor_projections).square()).sum(), lam)
+        totals = []
+        if self._directions:
+            params = self._params()
+            local = operators.low_rank_projections(params, self._pieces(self._directions, None), len(self))
+            projections = self._binding.shards.sum(local)
+            totals.append((self._curvatures * (projections - self._anchor_projections).square()).sum())
+        if (tail := self._used_tail()) is not None:
+            totals.append(tail._total())
+        return self._value(sum(totals[1:], totals[0]), lam) if totals else self._zero()
+
+    def _used_tail(self) -> DiagonalHistory | None:
+        """The diagonal of what merging has left out; None where there is none yet."""
+        return None if self._tail is None or not len(self._tail) else self._tail
 
     @torch.no_grad()
     def add_penalty_grad_(self, lam: float | Tensor) -> Tensor:
@@ -98,13 +121,15 @@ class LowRankHistory(History[LowRankFisher]):
             The penalty's value, a 0-dim float64 tensor.
         """
         check_strength("lam", lam)
+        tail = self._used_tail()
+        value = self._float64(0.0) if tail is None else tail.add_penalty_grad_(lam)
         if not self._directions:
-            return self._float64(0.0)
+            return value
         strength = self._float64(lam)
         if not self._binding.shards.unsharded:
-            return self._accumulate(lambda grads, params: self._accumulate_shards(grads, params, strength))
+            return value + self._accumulate(lambda grads, params: self._accumulate_shards(grads, params, strength))
         scalars = self._curvatures, self._anchor_projections, strength
-        return self._accumulate(
+        return value + self._accumulate(
             lambda grads, params: operators.low_rank_penalty_accumulate_(
                 grads, params, self._constant_pieces(self._directions, None, params), *scalars
             )
@@ -130,9 +155,16 @@ class LowRankHistory(History[LowRankFisher]):
         ``lam`` may be infinite; the result is then the minimum-norm weighted least-squares point. Eigenvectors of
         A A^T with eigenvalues below 1e-12 of the largest are not moved along. Gradient clipping and the optimizer's
         scaling do not affect the penalty here.
+
+        With ``tail="diagonal"`` the step is that of the diagonal, theta <- theta - w (theta - m) with w = lr lam S /
+        (1 + lr lam S), and then the one above. Each is the minimum for its part of the penalty, so at every ``lam`` the
+        two never push points apart; the exact step for the sum differs from them in second order of lr lam, and would
+        take K^2 passes over the parameters.
         """
         groups, rate = self._groups(lr)
         strength = self._proximal_strength(lam, rate)
+        if (tail := self._used_tail()) is not None:
+            tail.decoupled_step_(lam, lr)
         if not self._directions or not groups:
             return
         params = self._trainable_params()
@@ -173,6 +205,11 @@ class LowRankHistory(History[LowRankFisher]):
             shift = fisher.slopes / torch.where(fisher.curvatures == 0, 1.0, fisher.curvatures)
             anchor_projections = anchor_projections - shift
             require_scalars("fisher's anchor_projections - slopes / curvatures", anchor_projections, len(fisher))
+        if self._tail is not None:
+            self._tail = copy.copy(self._tail)  # if anything fails below, the old one is as it was
+            if self._decay < 1:
+                old = self._tail
+                old._set_vectors(self._decay * old._fisher, old._anchor, self._decay * old._residual)
         self._set_terms(
             self._directions + list(self._bound(layout, fisher.directions)),
             torch.cat([self._curvatures * self._decay, fisher.curvatures.to(self._device)]),
@@ -191,16 +228,34 @@ class LowRankHistory(History[LowRankFisher]):
         params = self._params()
         eigenvalues, modes = self._spectrum(ALL)
         finite = eigenvalues.isfinite().nonzero()[:, 0]
-        kept = finite[eigenvalues[finite].argsort(descending=True)[:count]]
+        ranked = finite[eigenvalues[finite].argsort(descending=True)]
+        kept = ranked[:count]
         if not len(kept):  # all curvatures are 0
             self._set_terms([], self._curvatures[:0], self._anchor_projections[:0])
             return
-        mixing = (modes[:, kept] / eigenvalues[kept].sqrt()).T.contiguous()
+        mixing = (modes[:, ranked] / eigenvalues[ranked].sqrt()).T.contiguous()
+        if self._tail is not None and len(ranked) > count:
+            self._fold(self._tail, eigenvalues[ranked[count:]], mixing[count:], params)
+        mixing = mixing[:count]
         directions = [operators.low_rank_combine(self._directions, row, self._directions[:1])[0] for row in mixing]
         # c_i belongs to the stored, rounded v_i, so that the drift of the present parameters does not change.
         pieces = directions if self._order.is_row_major else [part for u in directions for part in self._order.split(u)]
         projections = self._constant_projections(params, pieces, len(directions))
         self._set_terms(directions, eigenvalues[kept], projections - mixing @ self._constant_drift(params))
+
+    def _fold(self, tail: DiagonalHistory, eigenvalues: Tensor, mixing: Tensor, params: list[Tensor]) -> None:
+        """Adds the diagonals of terms E_i (v_i . theta - c_i)^2, with unit vectors v = mixing U, to ``tail``.
+
+        Curvatures are the diagonal of the term's matrix, E_i v_ij^2, whose sum is its trace E_i. The anchor is the
+        point nearest to the present parameters at which the term is zero, theta - v_i (v_i . theta - c_i).
+        """
+        tail._follow_memory_order()
+        theta = self._order.flatten(params).double()
+        drifts = mixing @ self._constant_drift(params)
+        for eigenvalue, row, drift in zip(eigenvalues, mixing, drifts, strict=True):
+            v = operators.low_rank_combine(self._directions, row, [tail._fisher])[0].double()
+            tail._add(eigenvalue * v.square(), theta - drift * v, decay=1.0)
+        tail._num_tasks += 1
 
     def _set_terms(self, directions: list[Tensor], curvatures: Tensor, anchor_projections: Tensor) -> None:
         self._directions = [differentiable_through(u) for u in directions]
@@ -208,17 +263,33 @@ class LowRankHistory(History[LowRankFisher]):
         self._parts = {}
         self._grams: dict[tuple[int, ...] | None, Tensor] = {}
         self._spectra: dict[Groups, tuple[Tensor, Tensor]] = {}
-        self._curvature = float(self._gram(None).diagonal() @ curvatures.cpu()) if directions else 0.0
+        self._curvature = self._trace()
+        if self._tail is not None:
+            self._curvature += self._tail._curvature
+            self._overlap = self._overlap_with(self._tail)
         if not math.isfinite(self._curvature):
             raise ValueError(
                 f"the penalty's curvature, sum_k a_k |u_k|^2, is {self._curvature}; expected a finite value. Use "
                 "directions of about unit length."
             )
 
+    def _trace(self) -> float:
+        return float(self._gram(None).diagonal() @ self._curvatures.cpu()) if self._directions else 0.0
+
+    def _overlap_with(self, tail: DiagonalHistory) -> float:
+        """The trace of the product of both parts' matrices, sum_k a_k sum_j S_j u_kj^2."""
+        total, one = torch.zeros((), dtype=torch.float64, device=self._device), self._float64(1.0)[None]
+        for u, curvature in zip(self._directions if len(tail) else [], self._curvatures, strict=False):
+            values = operators.low_rank_combine([u], one, [tail._fisher])[0].double()
+            total += curvature * (tail._fisher * values.square()).sum()
+        return float(self._binding.shards.sum_(total))
+
     def _mean_curvature(self) -> float:
-        curvatures = self._curvatures.cpu()
-        squares = curvatures @ self._gram(None).square() @ curvatures if self._directions else 0.0
-        return float(squares) / self._curvature if self._curvature else 0.0
+        curvatures, trace = self._curvatures.cpu(), self._trace()
+        squares = float(curvatures @ self._gram(None).square() @ curvatures) if self._directions else 0.0
+        if self._tail is not None:
+            squares, trace = squares + 2 * self._overlap + self._tail._sums[0], trace + self._tail._sums[1]
+        return squares / trace if trace else 0.0
 
     def _gram(self, members: tuple[int, ...] | None) -> Tensor:
         """U_g U_g^T over some of the parameters: (K, K) float64, on the CPU."""
@@ -254,10 +325,13 @@ class LowRankHistory(History[LowRankFisher]):
 
     def _state(self) -> dict[str, Tensor]:
         tensors = {f"directions.{k}.{name}": u for k, term in enumerate(self.directions()) for name, u in term.items()}
-        return tensors | {"curvatures": self._curvatures, "anchor_projections": self._anchor_projections}
+        tensors |= {"curvatures": self._curvatures, "anchor_projections": self._anchor_projections}
+        return tensors if self._tail is None else tensors | self._tail._state()
 
     def _set_state(self, state: Mapping[str, Tensor], origin: str, grown: Container[str] = ()) -> None:
         num_tasks, curvatures, anchor_projections = self._scalars_of(state, origin, "curvatures", "anchor_projections")
+        self._set_tail(state, origin, grown)
+        state = {key: tensor for key, tensor in state.items() if not _is_of_tail(key)}
         count = curvatures.numel()
         stored = {prefix for prefix, _ in map(split_key, state) if prefix}
         prefixes = [f"directions.{k}." for k in range(count)] if count == len(stored) else []
@@ -276,8 +350,22 @@ class LowRankHistory(History[LowRankFisher]):
         self._set_terms(directions, curvatures.to(self._device), anchor_projections.to(self._device))
         self._num_tasks = int(num_tasks)
 
+    def _set_tail(self, state: Mapping[str, Tensor], origin: str, grown: Container[str]) -> None:
+        part = {key: tensor for key, tensor in state.items() if _is_of_tail(key)}
+        if bool(part) != (self._tail is not None):
+            kinds = ("tail='diagonal'", "tail='drop'")
+            saved, own = kinds if part else reversed(kinds)
+            raise ValueError(f"{origin} is of a history with {saved}, and this one has {own}; expected the same tail.")
+        if self._tail is not None:
+            tail = copy.copy(self._tail)
+            tail._set_state(part | {"num_tasks": state["num_tasks"]}, origin, grown)
+            if not tail._curvature and not tail._residual:  # nothing has been left out yet
+                tail._num_tasks = 0
+            self._tail = tail
+
     def _options(self) -> dict[str, Any]:
-        return super()._options() | {"first_order": self._first_order, "max_terms": self._max_terms}
+        options = super()._options() | {"first_order": self._first_order, "max_terms": self._max_terms}
+        return options if self._tail is None else options | {"tail": "diagonal"}  # older versions read the others
 
     def _map_vectors(self, function: Callable[[Tensor], Tensor]) -> None:
         self._directions = [function(u) for u in self._directions]
@@ -287,4 +375,6 @@ class LowRankHistory(History[LowRankFisher]):
         self._map_vectors(lambda u: u.to(device))
         self._curvatures = self._curvatures.to(device)
         self._anchor_projections = self._anchor_projections.to(device)
+        if self._tail is not None:
+            self._tail.to(device)
         self._spectra = {groups: (e.to(device), q.to(device)) for groups, (e, q) in self._spectra.items()}
