@@ -40,6 +40,12 @@ class LowRankHistory(History[LowRankFisher]):
         max_terms: the largest number of terms. When there are more, they are merged into the best approximation of
             sum_k a_k u_k u_k^T by ``max_terms`` orthogonal directions, each of which keeps its exact penalty. A term
             then no longer belongs to one task.
+        tail: what becomes of the directions v that merging leaves out. ``"drop"``: nothing. ``"diagonal"``: their
+            diagonals are added to one term (1 / 2) sum_j S_j (theta_j - m_j)^2, which takes 8 more bytes per parameter.
+            A direction with curvature E adds E v_j^2 to S_j, so the penalty's second derivative keeps its diagonal and
+            its trace, whatever was left out. Its anchor is the point nearest to the parameters in ``append`` at which
+            it is zero; m is the S-weighted mean of the anchors. Then ``len``, ``directions`` and ``drift`` tell of the
+            other terms only.
 
     Raises:
         TypeError, ValueError: no such parameter, or parameters that cannot be bound, by name; options out of range.
@@ -214,6 +220,7 @@ class LowRankHistory(History[LowRankFisher]):
             self._directions + list(self._bound(layout, fisher.directions)),
             torch.cat([self._curvatures * self._decay, fisher.curvatures.to(self._device)]),
             torch.cat([self._anchor_projections, anchor_projections.to(self._device)]),
+            self._grams.get(None),
         )
         if self._max_terms is not None and len(self) > self._max_terms:
             self._merge(self._max_terms)
@@ -257,12 +264,17 @@ class LowRankHistory(History[LowRankFisher]):
             tail._add(eigenvalue * v.square(), theta - drift * v, decay=1.0)
         tail._num_tasks += 1
 
-    def _set_terms(self, directions: list[Tensor], curvatures: Tensor, anchor_projections: Tensor) -> None:
+    def _set_terms(
+        self, directions: list[Tensor], curvatures: Tensor, anchor_projections: Tensor, known: Tensor | None = None
+    ) -> None:
+        """Replaces the terms; ``known`` is the Gram matrix of the first directions, which are as they were."""
         self._directions = [differentiable_through(u) for u in directions]
         self._curvatures, self._anchor_projections = map(differentiable_through, (curvatures, anchor_projections))
         self._parts = {}
         self._grams: dict[tuple[int, ...] | None, Tensor] = {}
         self._spectra: dict[Groups, tuple[Tensor, Tensor]] = {}
+        if directions:
+            self._gram(None, known)
         self._curvature = self._trace()
         if self._tail is not None:
             self._curvature += self._tail._curvature
@@ -291,15 +303,22 @@ class LowRankHistory(History[LowRankFisher]):
             squares, trace = squares + 2 * self._overlap + self._tail._sums[0], trace + self._tail._sums[1]
         return squares / trace if trace else 0.0
 
-    def _gram(self, members: tuple[int, ...] | None) -> Tensor:
-        """U_g U_g^T over some of the parameters: (K, K) float64, on the CPU."""
+    def _gram(self, members: tuple[int, ...] | None, known: Tensor | None = None) -> Tensor:
+        """U_g U_g^T over some of the parameters: (K, K) float64, on the CPU. ``known`` is that of the first terms."""
         if members not in self._grams:
-            pieces, count = self._pieces(self._directions, members), len(self)
+            pieces, count, first = (
+                self._pieces(self._directions, members),
+                len(self),
+                0 if known is None else len(known),
+            )
             size = len(pieces) // count
             rows = [
-                operators.constant_projections(pieces[k * size : (k + 1) * size], pieces, count) for k in range(count)
+                operators.constant_projections(pieces[k * size : (k + 1) * size], pieces, count)
+                for k in range(first, count)
             ]
             gram = self._binding.shards.sum_(torch.stack(rows)).cpu()
+            if known is not None:
+                gram = torch.cat([torch.cat([known, gram[:, :first].T], dim=1), gram])
             self._grams[members] = (gram + gram.T) / 2
         return self._grams[members]
 
