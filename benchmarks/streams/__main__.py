@@ -2,7 +2,7 @@
 
 First what each form of a history costs after K tasks: bytes, one call that gives the penalty's value and gradient, one
 step of FusedAdamW with the penalty, one append. Then how far each form is from the exact penalty after K tasks of real
-streams, trained here. The files are written after each part, so a run that ends early has the parts before.
+streams, trained here. The files are written after each stream, so a run that ends early has those before.
 """
 
 from pathlib import Path

@@ -85,7 +85,8 @@ def markdown(record: dict[str, Any]) -> str:
         "## Cost\n",
         f"{record['parameters']:,} float32 parameters in {record['tensors']} tensors. Times are divided by that of a "
         f"step of torch's {cost.ADAMW} in the same round: median [20th, 80th percentile] of {record['rounds']} rounds, "
-        f"and one round for append. The step of `{forms.with_tail(cost.LIMIT)}` has its penalty attached, the others inside. "
+        f"and one round for append. The step of `{forms.with_tail(cost.LIMIT)}` has its penalty attached, the others "
+        "inside. "
         "What fits the processor's caches is quicker than its share of the bytes.\n",
         *cost_rows(record),
         "\n## Error\n",
