@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 import crl_kernels as ck
 
-KINDS = ("low-rank Fisher", "diagonal Fisher", "low-rank history", "diagonal history")
+KINDS = (
+    "low-rank Fisher", "diagonal Fisher", "low-rank history", "low-rank and diagonal history", "diagonal history"
+)  # fmt: skip
 
 
 def network() -> nn.Module:
@@ -60,6 +62,11 @@ def saved_object(kind: str):
     if kind == "low-rank history":
         history = ck.LowRankHistory(model, include=["0", "2.weight"], first_order=True, decay=0.75, max_terms=8)
         for seed in (1, 2):
+            history.append(low_rank_fisher(model, seed))
+        return history, model
+    if kind == "low-rank and diagonal history":
+        history = ck.LowRankHistory(model, max_terms=1, tail="diagonal")
+        for seed in (1, 2, 3):
             history.append(low_rank_fisher(model, seed))
         return history, model
     history = ck.DiagonalHistory(model, decay=0.75)
