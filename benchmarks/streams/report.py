@@ -127,7 +127,7 @@ def picture(record: dict[str, Any], folder: Path | None) -> None:
             xlabel="tasks K",
             ylabel="relative gradient error",
             title=stream,
-            ylim=(0.01, 20),
+            ylim=(0.01, 3),
         )
     for axis, (what, label) in zip(
         panels[-2:],

@@ -66,7 +66,7 @@ def saved_object(kind: str):
         return history, model
     if kind == "low-rank and diagonal history":
         history = ck.LowRankHistory(model, max_terms=1, tail="diagonal")
-        for seed in (1, 2, 3):
+        for seed in (1, 2, 3, 4):
             history.append(low_rank_fisher(model, seed))
         return history, model
     history = ck.DiagonalHistory(model, decay=0.75)
