@@ -56,12 +56,14 @@ class DiagonalHistory(History[DiagonalFisher]):
     def penalty(self, lam: float | Tensor) -> Tensor:
         """(lam / 2) (sum_j S_j (theta_j - m_j)^2 + R); see ``diagonal_ewc_penalty``."""
         check_strength("lam", lam)
-        if not self._num_tasks:
-            return self._zero()
+        return self._value(self._total(), lam) if self._num_tasks else self._zero()
+
+    def _total(self) -> Tensor:
+        """sum_j S_j (theta_j - m_j)^2 + R, 0-dim float64; differentiable by the parameters."""
         params = self._params()
         pieces = self._pieces([self._fisher, self._anchor], None)
         local = operators.diagonal_quadratic(params, *_halves(pieces))
-        return self._value(self._binding.shards.sum(local) + self._residual, lam)
+        return self._binding.shards.sum(local) + self._residual
 
     @torch.no_grad()
     def add_penalty_grad_(self, lam: float | Tensor) -> Tensor:
@@ -112,7 +114,11 @@ class DiagonalHistory(History[DiagonalFisher]):
     def _add_terms(self, fisher: DiagonalFisher, layout: Layout) -> None:
         vectors = (fisher.fisher_diagonal, fisher.anchor)
         new, anchor = (self._bound(layout, flat, fisher.shards).double() for flat in vectors)
-        old, distance = self._decay * self._fisher.double(), anchor - self._anchor.double()
+        self._add(new, anchor, self._decay)
+
+    def _add(self, new: Tensor, anchor: Tensor, decay: float) -> None:
+        """Multiplies the present curvatures by ``decay`` and adds sum_j new_j (theta_j - anchor_j)^2; float64, flat."""
+        old, distance = decay * self._fisher.double(), anchor - self._anchor.double()
         total = old + new
         share = torch.where(total > 0, new / total, 0.0)
         added_residual = self._binding.shards.sum_((old * share * distance.square()).sum())
@@ -120,7 +126,7 @@ class DiagonalHistory(History[DiagonalFisher]):
         self._set_vectors(
             total.to(dtype),
             (self._anchor + share * distance).to(dtype),
-            self._decay * self._residual + added_residual,
+            decay * self._residual + added_residual,
         )
         self._require_numbers(f"the sum of curvatures in {dtype}", self._fisher)
         self._require_numbers(f"the mean anchor in {dtype}", self._anchor)

@@ -220,6 +220,11 @@ def check_history(history: object, lam: float | Tensor, decoupled: bool) -> None
     assert isinstance(history, LowRankHistory | DiagonalHistory)
     if history._attachment is not None:
         raise ValueError("history is attached to an optimizer, and its penalty would count twice; call detach() first.")
+    if isinstance(history, LowRankHistory) and history._tail is not None:
+        raise ValueError(
+            "history has tail='diagonal', and the step has room for directions or a diagonal, not for both; create the "
+            "optimizer without history= and call history.attach(optimizer, lam)."
+        )
 
 
 def fold_history(history: LowRankHistory | DiagonalHistory | None, decoupled: bool) -> FoldedPenalty[Any] | None:

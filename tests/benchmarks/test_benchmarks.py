@@ -201,6 +201,29 @@ def test_trainers_writes_a_row_for_each_placement_and_history(tmp_path):
     assert all(f"\n| {row['way']} | {row['past_tasks']} | {row['extra_ms']:.2f} |" in text for row in rows)
 
 
+def test_streams_writes_costs_and_errors_of_every_form(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra bench)")
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed (extra trainer)")
+    record = run("streams", tmp_path, "--quick")
+    size = {(row["tasks"], row["form"]): row["bytes_per_parameter"] for row in record["costs"]}
+    assert [size[tasks, "exact"] // 4 for tasks in (1, 2, 5, 10)] == [1, 2, 5, 10]
+    assert {size[tasks, "diagonal"] // 8 for tasks in (1, 2, 5, 10)} == {1}
+    assert size[10, "10 + diagonal"] == pytest.approx(size[10, "merge to 10"] + 8, abs=0.1)
+    for row in record["costs"]:
+        for what in ("gradient", "step"):
+            assert row[what]["ratio_p20"] <= row[what]["ratio"] <= row[what]["ratio_p80"]
+    assert len(record["streams"]) == 4
+    for part in record["streams"]:
+        assert [row["tasks"] for row in part["rows"]] == list(range(1, 12))
+        for row in part["rows"]:
+            for form in ("merge to 4", "4 + diagonal"):  # all tasks are there, as they are
+                assert (row["forms"][form]["gradient"] < 1e-5) == (row["tasks"] <= 4)
+            assert all(-1.001 <= error["cosine"] <= 1.001 for error in row["forms"].values())
+    text = (tmp_path / "streams.md").read_text()
+    assert text.count("\n| merge to 4 |") == 4
+    assert (tmp_path / "streams.png").stat().st_size > 0
+
+
 def test_summary_consists_of_rows_of_the_table():
     assert set(SUMMARY) <= set(CONTENDERS)
     assert parse_size("0.6M/100") == (600_000, 100)

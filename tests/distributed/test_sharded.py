@@ -199,6 +199,55 @@ def test_int8_directions_of_parameters_that_are_sharded_by_columns_are_refused(t
     assert processes(2, by_columns, tmp_path) == [[1, 1]] * 2
 
 
+def history_with_tail(model: nn.Module) -> ck.LowRankHistory:
+    """Two directions, and the diagonal of what two more tasks leave out."""
+    return history_of(model, "low_rank", tasks=4, max_terms=2, tail="diagonal", decay=0.5)
+
+
+def applied(model: nn.Module, rank: int = 0, count: int = 1) -> dict:
+    """What a history with a diagonal tail does, attached, in the loss and by hand, and its diagonal at the end."""
+    history, results = history_with_tail(model), {}
+    for decoupled in (False, True):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
+        history.attach(optimizer, LAM, decoupled=decoupled)
+        for step in range(3):
+            optimizer.zero_grad()
+            (loss_of(model, step, rank, count) + history.penalty(LAM)).backward()
+            optimizer.step()
+        history.detach()
+        parameters = [unsharded(p.detach()).flatten() for p in model.parameters()]
+        results[f"parameters, {decoupled}"] = torch.cat(parameters).tolist()
+    history.append(past_tasks.random_fisher(past_tasks.trainable(network()), "low_rank", 9))
+    results["values"] = [float(history.add_penalty_grad_(LAM)), float(history.penalty(LAM).detach())]
+    results["stiffness"] = history.stiffness(LAM, LR)
+    return results | {"diagonal": torch.cat([unsharded(t).flatten() for t in diagonal_state(history)]).tolist()}
+
+
+def diagonal_state(history: ck.LowRankHistory) -> list[Tensor]:
+    return [t for name, t in history.state_dict().items() if name.startswith(("fisher_diagonal.", "anchor.", "resid"))]
+
+
+def applied_by_shards(rank: int, count: int, folder: Path) -> dict:
+    results = applied(sharded(count), rank, count)
+    history = history_with_tail(sharded(count))
+    history.save(folder / "tail.safetensors")
+    loaded = ck.LowRankHistory.load(folder / "tail.safetensors", sharded(count))
+    assert bits(loaded) == bits(history)
+    return results | {"suggested": history.suggest_lam(LR, 10) if rank == 0 else 0.0, "saved": bits(history)}
+
+
+def test_a_diagonal_tail_means_the_same(tmp_path):
+    ranks = processes(2, applied_by_shards, tmp_path)
+    for name, expected in applied(network()).items():
+        for rank in ranks:
+            assert rank[name] == pytest.approx(expected, rel=1e-6), name
+    history = history_with_tail(network())
+    assert ranks[0]["suggested"] == pytest.approx(history.suggest_lam(LR, 10), rel=1e-9)
+    alone = ck.LowRankHistory.load(tmp_path / "tail.safetensors", network())
+    assert bits(alone) == ranks[0]["saved"]
+    assert sum(float(t.sum()) for t in diagonal_state(alone)) != 0
+
+
 def suggestions(rank: int, count: int, folder: Path) -> dict:
     """Asked for by the first process alone: nothing may be exchanged."""
     histories = {kind: history_of(sharded(count), kind) for kind in KINDS}

@@ -18,6 +18,7 @@ KINDS = (
     "diagonal Fisher",
     "low-rank history",
     "low-rank int8 history",
+    "low-rank and diagonal history",
     "diagonal history",
 )
 
@@ -69,6 +70,11 @@ def saved_object(kind: str):
         history = ck.LowRankHistory(model, include=["0", "2.weight"], first_order=True, decay=0.75, max_terms=8)
         for seed in (1, 2):
             history.append(low_rank_fisher(model, seed, storage_dtype))
+        return history, model
+    if kind == "low-rank and diagonal history":
+        history = ck.LowRankHistory(model, max_terms=1, tail="diagonal")
+        for seed in (1, 2, 3, 4):
+            history.append(low_rank_fisher(model, seed))
         return history, model
     history = ck.DiagonalHistory(model, decay=0.75)
     for seed in (1, 2):
