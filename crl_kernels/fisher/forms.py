@@ -156,11 +156,13 @@ class LowRankFisher:
 
     def _require_valid(self) -> None:
         """Raises ValueError if an attribute has values that a Fisher cannot have."""
+        names = self.layout.names
         if isinstance(self._stored, Tensor):
-            parts = list(self._stored.split(self.layout.lengths, dim=1))
+            require_numbers("directions", names, self._stored.split(self.layout.lengths, dim=1))
         else:
-            parts = [127 * scales for scales in self._stored.split(self.layout.shapes)[1]]  # no element is larger
-        require_numbers("directions", self.layout.names, parts)
+            _, scales = self._stored.split(self.layout.shapes)
+            require_numbers("directions", names, [127 * part for part in scales])  # no element is larger
+            require_numbers("scales of directions", names, scales, nonnegative=True)
         count = len(self)
         require_scalars("curvatures", self.curvatures, count, nonnegative=True)
         require_scalars("anchor_projections", self.anchor_projections, count)

@@ -266,6 +266,18 @@ def test_estimation_writes_a_row_for_each_estimate(run_here, tmp_path):
     assert all(f"\n| {row['name']} |" in text for row in rows)
 
 
+def test_int8_writes_a_row_for_each_direction_and_dtype_and_is_within_its_limits(run_here, tmp_path):
+    options = ["--models", "UNet mini, digits", "transformer, digits", "--steps", "5", "--samples", "64"]
+    record = run_here("int8", *options)
+    for model in record["models"]:
+        assert [row["dtype"] for row in model["rows"]] == ["float32", "bfloat16", "int8"] * 2
+        for row in model["rows"]:
+            exact = row["dtype"] == "float32"
+            assert (row["curvature"] == 0) == (row["penalty"] == 0) == exact
+            assert row["bytes"] == pytest.approx({"float32": 4, "bfloat16": 2, "int8": 1.11}[row["dtype"]], rel=2e-2)
+    assert "Every error of int8 is within 1 %" in (tmp_path / "int8.md").read_text()
+
+
 def test_trainer_cost_writes_the_chosen_methods(run_here, tmp_path):
     only = ["masip", "gd+diagonal", "gd+rank10:gradient"]
     options = ["--fisher-samples", "32", "--model", "mini", "--model-rounds", "1", "--no-peaks"]

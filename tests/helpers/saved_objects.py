@@ -12,7 +12,14 @@ from torch import Tensor, nn
 
 import crl_kernels as ck
 
-KINDS = ("low-rank Fisher", "diagonal Fisher", "low-rank history", "diagonal history")
+KINDS = (
+    "low-rank Fisher",
+    "low-rank int8 Fisher",
+    "diagonal Fisher",
+    "low-rank history",
+    "low-rank int8 history",
+    "diagonal history",
+)
 
 
 def network() -> nn.Module:
@@ -34,13 +41,13 @@ def statistics() -> ck.FisherStatistics:
     return ck.FisherStatistics(16, 6.0, rho=0.9, curvature_se=(0.1, math.nan), strata=tuple(parts))
 
 
-def low_rank_fisher(model: nn.Module, seed: int = 1) -> ck.LowRankFisher:
+def low_rank_fisher(model: nn.Module, seed: int = 1, storage_dtype: torch.dtype = torch.bfloat16) -> ck.LowRankFisher:
     return ck.LowRankFisher(
         named(model, seed, 2),
         torch.tensor([0.5, 0.0]),
         named(model, seed + 100),
         slopes=torch.tensor([-0.25, 0.0]),
-        storage_dtype=torch.bfloat16,
+        storage_dtype=storage_dtype,
         statistics=statistics(),
     )
 
@@ -53,14 +60,15 @@ def diagonal_fisher(model: nn.Module, seed: int = 1) -> ck.DiagonalFisher:
 def saved_object(kind: str):
     """A Fisher or a history, and the model that it belongs to."""
     model = network()
-    if kind == "low-rank Fisher":
-        return low_rank_fisher(model), model
+    storage_dtype = torch.int8 if "int8" in kind else torch.bfloat16
+    if kind in ("low-rank Fisher", "low-rank int8 Fisher"):
+        return low_rank_fisher(model, storage_dtype=storage_dtype), model
     if kind == "diagonal Fisher":
         return diagonal_fisher(model), model
-    if kind == "low-rank history":
+    if kind in ("low-rank history", "low-rank int8 history"):
         history = ck.LowRankHistory(model, include=["0", "2.weight"], first_order=True, decay=0.75, max_terms=8)
         for seed in (1, 2):
-            history.append(low_rank_fisher(model, seed))
+            history.append(low_rank_fisher(model, seed, storage_dtype))
         return history, model
     history = ck.DiagonalHistory(model, decay=0.75)
     for seed in (1, 2):
@@ -78,6 +86,8 @@ def numbers(saved) -> list:
     """All that a Fisher or history holds, comparable."""
     if isinstance(saved, (ck.LowRankFisher, ck.DiagonalFisher)):
         tensors = {name: value for name, value in vars(saved).items() if isinstance(value, Tensor)}
+        if isinstance(stored := getattr(saved, "_stored", None), tuple):
+            tensors |= {"q": stored[0], "scales": stored[1]}
         facts = [saved.layout.names, saved.layout.shapes, str(saved.statistics), getattr(saved, "slopes", 0) is None]
     else:
         tensors, facts = saved.state_dict(), sorted(saved._options().items())
