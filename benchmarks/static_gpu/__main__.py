@@ -63,7 +63,7 @@ class Terms(NamedTuple):
     bytes: int  # of an element
 
 
-TERMS = (Terms(1, 4), Terms(10, 2), Terms(1, 1), Terms(10, 1))
+TERMS = (Terms(1, 4), Terms(10, 2), Terms(1, 1), Terms(10, 1))  # of 1 byte: int8, in blocks of whole octets
 VIEW, INT8_VIEW = "NS_4ViewE", "NS_8Int8ViewE"  # in mangled names
 INT8_TERMS_AT_ONCE = 4  # that a thread requests before it waits: Terms<Widest, Int8View> in csrc/cuda/directions.cuh
 MANY = 30  # terms, in fixed_terms.cu, for which the compiler keeps its loop over terms
@@ -76,7 +76,8 @@ def named(functions: list[Function], name: str, template: str) -> Function:
 
 
 class Way(NamedTuple):
-    """What a thread executes for an octet, and the bytes that it requests before it waits for any."""
+    """What a thread executes for an octet, and the bytes that it requests before it waits for any: of terms in int8, as
+    many as the source says."""
 
     executed: Count
     bytes_requested: float
@@ -114,6 +115,13 @@ def way(
         count = count.plus(NARROWER, terms.number * kernel.readings)
     streams = kernel.read * stream
     return Way(count, (streams + (loop.requested - streams) * terms.bytes / 4) * UNIT)
+
+
+def terms_of(kernel: Kernel) -> tuple[Terms | None, ...]:
+    """What is counted of a kernel. The second reading of many terms in int8 is in a loop that moves no whole unit."""
+    if not kernel.fixed:
+        return (None,)
+    return tuple(t for t in TERMS if kernel.readings == 1 or t.number == 1 or t.bytes > 1)
 
 
 def row(kernel: Kernel, shipped: list[Function], fixed: list[Function], architecture: str, terms: Terms | None) -> Any:
@@ -155,11 +163,7 @@ def compile_for(architecture: str, folder: Path) -> tuple[list[Function], list[F
 
 def table(architecture: str, shipped: list[Function], fixed: list[Function]) -> list[Any]:
     """Every kernel's row for an architecture."""
-    return [
-        row(kernel, shipped, fixed, architecture, terms)
-        for kernel in KERNELS
-        for terms in (TERMS if kernel.fixed else (None,))
-    ]
+    return [row(kernel, shipped, fixed, architecture, terms) for kernel in KERNELS for terms in terms_of(kernel)]
 
 
 def markdown(record: dict[str, Any]) -> str:
