@@ -98,16 +98,16 @@ class LowRankEstimator:
 
     def find_directions(self, batches: Iterable[Any]) -> Tensor:
         """The first pass. Returns the losses, (N,)."""
-        losses = self._sum_batches(batches)
+        losses_by_batch = self._sum_batches(batches)
         self._exchange()
         for label, stratum in self._strata.items():
             require_finite_gradients(stratum.sums, self._source.binding.shards)
             where = f" of stratum {label}" if self._source.stratified else ""
             stratum.directions = self._directions_of(stratum, where)
-        return losses
+        return torch.cat(losses_by_batch)
 
-    def _sum_batches(self, batches: Iterable[Any]) -> Tensor:
-        """The sums and sketches of all strata. Returns the losses, (N,)."""
+    def _sum_batches(self, batches: Iterable[Any]) -> list[Tensor]:
+        """The sums and sketches of all strata. Returns the losses of each batch."""
         losses_by_batch = []
         for batch in self._source.check_batches(batches):
             losses, plan, sums = self._sum_batch(batch)
@@ -121,7 +121,7 @@ class LowRankEstimator:
             for stratum, rows in sketch_rows.items():
                 stratum.merge(sums[rows], self._rows_kept)
             del losses, sums  # before the next batch allocates its own
-        return torch.cat(losses_by_batch)
+        return losses_by_batch
 
     def _sum_batch(self, batch: Any) -> tuple[Tensor, list[_WeightedSum], Tensor]:
         """A batch's losses, (N,), the plan of its gradients' weighted sums, and these sums, (len(plan), P)."""

@@ -158,7 +158,7 @@ class ShardedLowRankEstimator(LowRankEstimator):
 
     _source: ShardedLossSource
 
-    def _sum_batches(self, batches: Iterable[Any]) -> Tensor:
+    def _sum_batches(self, batches: Iterable[Any]) -> list[Tensor]:
         source, losses_by_batch = self._source, []
         for batch, is_own in source.batches_in_step(batches):
             losses, labels = source.losses(batch)
@@ -169,7 +169,7 @@ class ShardedLowRankEstimator(LowRankEstimator):
                 for total, gradient in zip(totals, source.take_gradient(), strict=True):
                     total.add_(gradient.reshape(-1), alpha=source.sharded.mesh.size())
             losses_by_batch.append(losses.detach().double()[: len(losses) * is_own])
-        return torch.cat(losses_by_batch)
+        return losses_by_batch
 
     def _plan_shared_sums(self, labels: Tensor, is_own: bool) -> list[tuple[Stratum, int, Tensor]]:
         """(stratum, part, weights of this process's losses): the same strata and parts in all processes. A stratum's
