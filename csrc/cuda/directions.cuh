@@ -129,7 +129,10 @@ class Terms<Widest, Int8View> {
         }
         if (element.dtype == DType::kInt8) {
           value = crl::load<Caching::kKeep, signed char>(element.data) * crl::load<Caching::kKeep, float>(scale);
-          if (--left == 0) ++scale, left = length;
+          if (--left == 0) {
+            ++scale;
+            left = length;
+          }
         } else {
           value = load_element<Widest, Caching::kKeep>(element);
         }
