@@ -34,10 +34,10 @@ Tensor low_rank_adamw_(const Tensors params, const Tensors grads, const Tensors 
   const AdamWViews views = add(call, operands, flag_of(found_inf, params[0]));
   Tensor projections = call.with_directions(u, [&](auto u_view) {
     using TermView = decltype(u_view);
-    const auto grid = decoupled ? call.grid(low_rank_adamw_kernel<float, true, TermView>,
-                                            low_rank_adamw_kernel<double, true, TermView>)
-                                : call.grid(low_rank_adamw_kernel<float, false, TermView>,
-                                            low_rank_adamw_kernel<double, false, TermView>);
+    const auto grid =
+        decoupled
+            ? call.grid(low_rank_adamw_kernel<float, true, TermView>, low_rank_adamw_kernel<double, true, TermView>)
+            : call.grid(low_rank_adamw_kernel<float, false, TermView>, low_rank_adamw_kernel<double, false, TermView>);
     Tensor partial = call.partial_sums(grid, num_terms);
     call.launch(grid, views, u_view, num_terms, c.const_data_ptr<double>(), partial.mutable_data_ptr<double>());
     return num_terms ? call.finish(grid, partial, num_terms, {num_terms}) : call.float64({0});

@@ -101,8 +101,7 @@ __device__ void low_rank_adamw(const DeviceTable& table, const AdamWViews& opera
 #pragma unroll 2  // TermSums adds two terms at a time
     for (int k = 0; k < terms; ++k) {
       auto octet = u.load(k);
-      const double product =
-          u.use(octet, k, [&](const auto& elements) { return dot<Widest>(octets.theta, elements); });
+      const double product = u.use(octet, k, [&](const auto& elements) { return dot<Widest>(octets.theta, elements); });
       sums.add(product, k, terms);
     }
   }

@@ -1,4 +1,5 @@
-// Octets of directions: a pass requests several terms' before it waits for the first, and then uses one after the other.
+// Octets of directions: a pass requests several terms' before it waits for the first, and then uses one after the
+// other.
 #pragma once
 
 #include "cuda/octets.cuh"
@@ -6,8 +7,8 @@
 namespace crl {
 namespace {
 
-// The terms' octets at a place, for either kind of view. load(k) requests term k's; use(octet, k, f) returns f(elements),
-// where elements[i] are Factor<Widest>.
+// The terms' octets at a place, for either kind of view. load(k) requests term k's; use(octet, k, f) returns
+// f(elements), where elements[i] are Factor<Widest>.
 template <class Widest, class Directions>
 class Terms;
 
@@ -80,7 +81,8 @@ class Terms<Widest, Int8View> {
     const int64_t* piece = piece_of(k, place_.segment);
     const Pointer first = pointer_of(__ldg(piece), place_.index);
     Loaded octet = {{}, __uint_as_float(0x7fffffff)};
-    if (block_ != kNone && first.dtype == DType::kInt8 && reinterpret_cast<uintptr_t>(first.data) % sizeof(uint2) == 0) {
+    if (block_ != kNone && first.dtype == DType::kInt8 &&
+        reinterpret_cast<uintptr_t>(first.data) % sizeof(uint2) == 0) {
       octet.q = crl::load<Caching::kKeep, uint2>(first.data);
       octet.scale = crl::load<Caching::kKeep, float>(scales_of(piece) + block_);
     }
@@ -127,7 +129,10 @@ class Terms<Widest, Int8View> {
         }
         if (element.dtype == DType::kInt8) {
           value = crl::load<Caching::kKeep, signed char>(element.data) * crl::load<Caching::kKeep, float>(scale);
-          if (--left == 0) ++scale, left = length;
+          if (--left == 0) {
+            ++scale;
+            left = length;
+          }
         } else {
           value = load_element<Widest, Caching::kKeep>(element);
         }

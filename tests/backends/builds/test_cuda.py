@@ -73,7 +73,7 @@ def limit_of(kernel: str, terms: str, card: str) -> float:
     if terms.startswith("10 of 16 bits"):
         return 1.15 if card == "B200" else 0.85
     if terms.startswith("10 of 8 bits"):  # half of the bytes, and about as many instructions
-        return {"B200": 1.8, "H200": 1.2}.get(card, 1.0)
+        return 1.8 if card == "B200" else 1.25
     if terms.startswith("1 of 8 bits") and card == "B200":
         return 1.05
     return 0.8
