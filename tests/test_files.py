@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.saved_objects import (
+    HISTORIES,
     KINDS,
     entry_of,
     joined,
@@ -80,7 +81,7 @@ def test_impossible_tensors_are_refused_by_name(kind, damage, tmp_path):
 
 
 @pytest.mark.parametrize("count", [0, -5, 2.5, math.nan, [1], True])
-@pytest.mark.parametrize("kind", KINDS[2:])
+@pytest.mark.parametrize("kind", HISTORIES)
 def test_impossible_numbers_of_tasks_are_refused(kind, count, tmp_path):
     saved, model = saved_object(kind)
     before = numbers(saved)
@@ -94,7 +95,7 @@ def test_impossible_numbers_of_tasks_are_refused(kind, count, tmp_path):
         load(kind, path, model)
 
 
-@pytest.mark.parametrize("kind", KINDS[2:])
+@pytest.mark.parametrize("kind", HISTORIES)
 def test_malformed_states_are_refused(kind):
     saved, _ = saved_object(kind)
     before, state = numbers(saved), saved.state_dict()
@@ -114,7 +115,7 @@ def test_malformed_states_are_refused(kind):
         assert numbers(saved) == before
 
 
-@pytest.mark.parametrize("kind", KINDS[2:])
+@pytest.mark.parametrize("kind", HISTORIES)
 def test_empty_histories_come_back(kind, tmp_path):
     full, model = saved_object(kind)
     empty = type(full)(model, **full._options())
@@ -358,7 +359,7 @@ def test_fishers_that_were_changed_are_refused_by_a_history(attribute):
 # Distributed checkpoints
 
 
-@pytest.mark.parametrize("kind", KINDS[2:])
+@pytest.mark.parametrize("kind", HISTORIES)
 def test_distributed_checkpoints_are_checked(kind, tmp_path):
     dcp = pytest.importorskip("torch.distributed.checkpoint", reason="torch.distributed is missing")
     from crl_kernels.integrations.distributed_checkpoint import load_history

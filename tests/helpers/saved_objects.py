@@ -21,6 +21,7 @@ KINDS = (
     "low-rank and diagonal history",
     "diagonal history",
 )
+HISTORIES = tuple(kind for kind in KINDS if kind.endswith("history"))
 
 
 def network() -> nn.Module:
