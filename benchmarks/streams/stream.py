@@ -28,6 +28,7 @@ from . import forms
 
 WIDTH, BATCH, LR = 64, 64, 2e-3
 FISHER_SAMPLES = 512
+EVERY = 20
 
 Task = tuple[Tensor, Tensor]
 
@@ -117,7 +118,7 @@ def errors(histories: dict[str, forms.History], model: nn.Module, limits: Sequen
 
 
 def follow(stream: Stream, seed: int, count: int, steps: int, limits: Sequence[int]) -> dict[str, Any]:
-    """One row for each K of 1 ... count - 1."""
+    """One row for each K of 1 ... count - 1 up to EVERY, and for every fifth after it, with six digits."""
     generator = torch.Generator().manual_seed(seed)
     model = network(seed)
     histories = forms.make(model, limits)
@@ -125,8 +126,10 @@ def follow(stream: Stream, seed: int, count: int, steps: int, limits: Sequence[i
     rows = []
     for number, task in enumerate(tasks(stream.kind, count, generator)):
         learn(model, task, steps, exact if number and stream.penalized else None, generator)
-        if number:
-            rows.append({"tasks": number, "forms": errors(histories, model, limits)})
+        if number and (number <= EVERY or number % 5 == 4):
+            found = errors(histories, model, limits)
+            short = {form: {key: float(f"{x:.6g}") for key, x in row.items()} for form, row in found.items()}
+            rows.append({"tasks": number, "forms": short})
         chosen = torch.randperm(len(task[1]), generator=generator)[:FISHER_SAMPLES].split(BATCH)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ck.FisherWarning)  # one direction has little of a classifier's trace
