@@ -72,7 +72,8 @@ RANDOM, SLOPES, PRECONDITIONED = (3.0, 10.0, 30.0, 100.0), (3.0, 10.0, 30.0, 100
 RANK1 = Arm("constant", "gd+rank1:gradient", IN_GRADIENT)
 
 # One arm for each system of `crl_diffusion.config.systems`, by name. Penalties are in the gradient, as in the papers.
-L2, DIAGONAL_WITH_REPLAY = (0.001, 0.01, 0.1, 1.0), (0.1, 1.0, 10.0, 100.0)
+L2, L2_WITH_REPLAY = (0.001, 0.01, 0.1, 1.0), (1e-6, 1e-5, 1e-4, 0.001)
+DIAGONAL_WITH_REPLAY = (0.1, 1.0, 10.0, 100.0)
 ALONE, RANK1_ALONE = (30.0, 300.0, 3000.0, 30000.0), (10.0, 100.0, 1000.0, 10000.0)
 GUIDANCE, RANKS, SHARES = (0.3, 1.0, 3.0, 10.0), (1, 4, 16, 64), (0.1, 0.25, 0.5, 0.75)
 TRUST_REGION = "fisher-10000"
@@ -101,13 +102,13 @@ SYSTEM_ARMS: dict[str, Arm] = {
     "ewc": Arm("constant", "diagonal:gradient", ALONE),
     "rank1-ewc": Arm("constant", "rank1:gradient", RANK1_ALONE),
     "ewc-guided-replay": Arm("constant", "replay+diagonal:gradient", DIAGONAL_WITH_REPLAY),
-    "ewc-distillation": Arm("constant", "gd+diagonal:gradient", DIAGONAL_WITH_REPLAY),
+    "ewc-distillation": Arm("constant", "gd+diagonal:gradient", DIAGONAL),
     "rank1-ewc-distillation": RANK1,
-    "trust-region": Arm(TRUST_REGION, "gd+rank1:gradient", IN_GRADIENT),
+    "trust-region": Arm(TRUST_REGION, "gd+rank1:gradient", borrowed="same lam", model=RANK1.label),
     "l2-anchor": Arm("constant", "l2:gradient", L2),
     "l2-average-anchor": Arm("constant", "l2-average:gradient", L2),
-    "l2-distillation": Arm("constant", "gd+l2:gradient", L2),
-    "l2-average-distillation": Arm("constant", "gd+l2-average:gradient", L2),
+    "l2-distillation": Arm("constant", "gd+l2:gradient", L2_WITH_REPLAY),
+    "l2-average-distillation": Arm("constant", "gd+l2-average:gradient", L2_WITH_REPLAY),
     "weight-interpolation": interpolated(""),
     "interpolated-replay": interpolated("replay+"),
     "interpolated-distillation": interpolated("gd+"),
