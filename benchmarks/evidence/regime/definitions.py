@@ -119,7 +119,7 @@ REGIMES = {
     SYSTEMS_REGIME: Regime(
         common={**COMMON, "data": "digits", "model": "mlp", "steps": 2000},
         settings=SYSTEM_SETTINGS,
-        seeds=tuple(range(6)),
+        seeds=tuple(range(4)),
         arms=tuple(SYSTEM_ARMS.values()),
     ),
     "regime-mlp": Regime(
