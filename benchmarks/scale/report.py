@@ -17,6 +17,8 @@ STEP = ("FusedAdamW", "add_penalty_grad_")  # the placements that the table of t
 # Bytes per parameter that estimate_fisher needs with whole parameters (rank 1, direction="mean", float32): the
 # parameters, two sums in float64, two copies of the directions. help(estimate_fisher) has the formula.
 WHOLE_ESTIMATE = 4 + 16 + 2 * 4
+# The same for each parameter of a process's shards, beside the shards themselves.
+SHARDED_ESTIMATE = 16 + 2 * 4
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,13 @@ def _estimation(predicted: Sequence[dict[str, Any]]) -> list[str]:
     return [
         f"In a block of `whole_parameters`, on every mesh: {_gib(whole['peak'])} for the parameters, counted "
         f"({_gathers(whole['collectives'])}), and {_gib(WHOLE_ESTIMATE * total)} with what `estimate_fisher` (rank 1, "
-        f'direction="mean") keeps beside them, by its formula of {WHOLE_ESTIMATE} bytes per parameter; and activations.'
+        f'direction="mean") keeps beside them, by its formula of {WHOLE_ESTIMATE} bytes per parameter; and activations.',
+        "On the shards, as it estimates without such a block, by the same formula of "
+        f"{SHARDED_ESTIMATE} bytes for each parameter of the shards; and what FSDP gathers for one layer:",
+        _table(
+            ["mesh", "sharded estimate"],
+            [[mesh_name(costs), _gib(SHARDED_ESTIMATE * total // costs["processes"][-1])] for costs in predicted],
+        ),
     ]
 
 

@@ -69,6 +69,8 @@ def test_every_mesh_exchanges_k_numbers_and_the_host_reads_nothing_in_a_step():
 def test_memory_of_an_estimate_on_the_page_is_that_of_its_formula():
     expected = report.WHOLE_ESTIMATE * COSTS[64,]["parameters"] / report.GIB
     assert quoted(r"it takes (\d+) GiB in every rank") == (f"{expected:.3g}",)
+    sharded = report.SHARDED_ESTIMATE * COSTS[64,]["parameters"] / 64 / report.GIB
+    assert quoted(r"makes by itself, takes ([\d.]+) GiB on 64 ranks") == (f"{sharded:.2g}",)
 
 
 def test_real_processes_counted_what_was_predicted():
