@@ -591,3 +591,19 @@ def test_the_curve_is_that_of_the_runs():
     curve = [folder for folder in fids if folder.startswith("steps-8000-constant/")]
     assert len(curve) == 3  # "on the three seeds of the curve"
     assert "on the three seeds of the curve" in PROSE
+
+
+def test_systems_are_what_their_experiment_wrote():
+    head, _, *quoted = table_after(EVIDENCE, "### Every system in one table")
+    _, _, *written = table_after(evidence("systems"), "## Result")
+    shown = [[row[0], row[1], *means(row[4:7]), row[7], *row[8:]] for row in written]
+    assert quoted == shown
+    assert len(head) == len(quoted[0])
+    below = {name for name, *_, difference, _, _, _ in quoted if re.match(r"−.*, −", difference)}
+    assert below == {
+        "joint-training", "generative-distillation", "rank1-ewc-distillation", "trust-region", "adapters"
+    }  # fmt: skip
+
+
+def means(cells: list[str]) -> list[str]:
+    return [cell.partition(" ± ")[0] for cell in cells]
