@@ -163,7 +163,7 @@ def _estimation(predicted: Sequence[dict[str, Any]]) -> list[str]:
     return [
         f"In a block of `whole_parameters`, on every mesh: {_gib(whole['peak'])} for the parameters, counted "
         f"({_gathers(whole['collectives'])}), and {_gib(WHOLE_ESTIMATE * total)} with what `estimate_fisher` (rank 1, "
-        f'direction="mean") keeps beside them, by its formula of {WHOLE_ESTIMATE} bytes per parameter; and activations.',
+        f'direction="mean") keeps beside them, by its formula of {WHOLE_ESTIMATE} bytes a parameter; and activations.',
         "On the shards, as it estimates without such a block, by the same formula of "
         f"{SHARDED_ESTIMATE} bytes for each parameter of the shards; and what FSDP gathers for one layer:",
         _table(
@@ -176,7 +176,8 @@ def _estimation(predicted: Sequence[dict[str, Any]]) -> list[str]:
 def _agreement(runs: Sequence[dict[str, Any]]) -> list[str]:
     return [
         "A small decoder of the same form, through gloo, and its predictions on fake tensors: bytes of state, "
-        "collective calls, memory traffic and host reads of everything above, in the first rank and in the last.",
+        "collective calls, memory traffic and host reads of everything above, in the first rank and in the last. Not "
+        "compared: peaks, and the traffic of torch's own operators in the layers and in gathers of whole tensors.",
         _table(
             ["processes", "entries of a rank", "entries that differ"],
             [
