@@ -52,8 +52,8 @@ def _in_process(rank: int, shape: Shape, replicas: int, shards: int, kinds: Sequ
     os._exit(0)  # threads of gloo that outlive their group may abort the interpreter's own end
 
 
-# Allocations depend on what is freed when, and torch composes its own operators (layers, gathers of whole tensors) otherwise
-# on fakes. No file is written.
+# Allocations depend on what is freed when, and torch composes its own operators (layers, gathers of whole tensors)
+# otherwise on fakes. No file is written.
 _NOT_COMPARED = re.compile(r"/(peak|left)$|^(forward and backward|whole_parameters)/moved$|/save/(moved|host_reads)$")
 
 
