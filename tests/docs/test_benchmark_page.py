@@ -179,3 +179,13 @@ def test_ratios_of_channels_last_are_what_the_benchmark_wrote():
     assert (number, number_of_many) == (few[0], many[0])
     assert (float(low), float(high)) == (min(few[1]), max(few[1]))
     assert (float(low_of_many), float(high_of_many)) == (min(many[1]), max(many[1]))
+
+
+def test_errors_of_int8_are_what_the_benchmark_wrote():
+    page_of_int8 = prose(page("docs/how-to/mixed-precision.md"))
+    quoted = re.search(r"curvature by (\S+) % at most and the penalty .*? by (\S+) % at most", page_of_int8).groups()
+    rows = [
+        row for model in json.loads(result("int8.json"))["models"] for row in model["rows"] if row["dtype"] == "int8"
+    ]
+    for written, key in zip(quoted, ("curvature", "penalty"), strict=True):
+        assert 0.9 * float(written) < 100 * max(row[key] for row in rows) <= float(written)
