@@ -189,3 +189,12 @@ def test_errors_of_int8_are_what_the_benchmark_wrote():
     ]
     for written, key in zip(quoted, ("curvature", "penalty"), strict=True):
         assert 0.9 * float(written) < 100 * max(row[key] for row in rows) <= float(written)
+
+
+def test_memory_of_a_sharded_estimate_is_what_the_benchmark_wrote():
+    quoted = re.search(
+        r"takes (\S+) bytes per parameter .*? and (\S+) in such a block; on 2, (\S+) and (\S+) \(",
+        prose(page("docs/how-to/fsdp2.md")),
+    ).groups()
+    rows = {(row[0], "whole" in row[1]): row[3] for row in tables(result("sharded_estimation.md"))[0][2:]}
+    assert quoted == (rows["4", False], rows["4", True], rows["2", False], rows["2", True])
