@@ -107,7 +107,7 @@ def estimates(rank: int, count: int, folder: Path) -> list[str]:
     return wrong
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_it_is_the_whole_models_fisher(tmp_path, count):
     """From loaders of unequal lengths, with FSDP, HSDP, tied parameters and CPU offload."""
     assert processes(count, estimates, tmp_path) == [[]] * count
