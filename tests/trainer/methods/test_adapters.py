@@ -262,7 +262,7 @@ def test_a_name_has_the_rank(short: Short) -> None:
     [
         *((name, "use adapters4") for name in ("gd+adapters4", "adapters4+rank1", "replay+gd+adapters4+diagonal")),
         ("adapters4:lam=3", "adapters4 has no penalty"),
-        *((f"adapters{rank}", "adapters<r>, replay, gd") for rank in ("", "0", "04", "1001", "-1", "4x")),
+        *((f"adapters{rank}", "adapters<r>, replay, gd") for rank in ("0", "04", "1001", "-1", "4x")),
     ],
 )
 def test_another_name_is_refused_in_one_line(
