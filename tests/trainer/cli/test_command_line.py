@@ -109,7 +109,10 @@ def test_no_word_at_all_prints_the_help_on_stderr(capsys: pytest.CaptureFixture[
         (["train", "--out", "x", "--method", "gd@ema=x"], ["method 'gd@ema=x'", "must be a number"]),
         (["report", "nowhere"], ["'nowhere' is not a folder"]),
         (["report"], ["no folder"]),
-        (["train", "--method", "GD", "--out", "x"], ["method 'GD' is not known; choose fine-tune, joint, adapters<r>, replay, gd"]),
+        (
+            ["train", "--method", "GD", "--out", "x"],
+            ["method 'GD' is not known; choose fine-tune, joint, adapters<r>, replay, gd"],
+        ),
         (["train", "--method", "gd+rank1:", "--out", "x"], ["'' is not an option of its penalty; choose among"]),
         (["train", "--method", "gd", "--out", ""], ["--out is ''; give a value", "a variable of the shell"]),
         (["train", "--method", "gd", "--out="], ["--out is ''; give a value"]),
