@@ -527,6 +527,31 @@ def test_tails_that_mean_nothing_are_refused(options, message):
 # Appending without a limit
 
 
+def test_directions_in_int8_leave_out_what_float32_ones_of_the_same_values_do(tmp_path):
+    """One merge: after it, what was kept is rounded to int8 again."""
+    model = small_network().float()
+    histories = {dtype: ck.LowRankHistory(model, max_terms=1, tail="diagonal") for dtype in (torch.int8, torch.float32)}
+    for seed in range(2):
+        drawn, anchor = fisher_of(model, seed), trainable(model)
+        directions = drawn.layout.split(drawn.directions)
+        for dtype, history in histories.items():
+            fisher = ck.LowRankFisher(directions, drawn.curvatures, anchor, storage_dtype=dtype)
+            history.append(fisher)
+            directions = fisher.layout.split(fisher.directions)  # the values in int8, for float32
+        move(model, seed)
+    parts = [tail(history) for history in histories.values()]
+    assert all(map(torch.equal, *parts))
+    assert bool((parts[0][0] > 0).any())
+
+    history = histories[torch.int8]
+    history.save(tmp_path / "history.safetensors")
+    loaded = ck.LowRankHistory.load(tmp_path / "history.safetensors", model)
+    assert all(map(torch.equal, loaded.state_dict().values(), history.state_dict().values()))
+    value, gradient = value_and_gradient(history, model, LAM)
+    assert float(history.add_penalty_grad_(LAM)) == pytest.approx(float(value), rel=1e-5)
+    torch.testing.assert_close(gradients_of(model), gradient)
+
+
 def test_the_gram_matrix_of_appended_terms_is_that_of_all():
     """An append computes only the new terms' products."""
     model = small_network()
