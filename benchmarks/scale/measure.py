@@ -16,7 +16,6 @@ from torch.distributed.device_mesh import DeviceMesh
 import crl_kernels as ck
 from crl_kernels import files
 from crl_kernels.distributed.shards import local_part
-from crl_kernels.fisher.validation import STORAGE_DTYPES
 
 from ..trainers import History, adamw, after_the_step, attached, in_the_gradient, in_the_loss, inside
 from .decoder import Decoder, Shape, loss_of, sharded_decoder
@@ -39,7 +38,7 @@ class Kind:
 
 
 KINDS = [
-    *(Kind(terms, name) for terms in (1, 10) for name, dtype in DTYPES.items() if dtype in STORAGE_DTYPES),
+    *(Kind(terms, dtype) for terms in (1, 10) for dtype in DTYPES),
     Kind(1, "fp32", diagonal=True),
 ]
 
@@ -112,7 +111,7 @@ def _costs_of(decoder: Decoder, kind: Kind) -> dict[str, Any]:
 
 
 def _fisher(decoder: Decoder, kind: Kind, terms: int) -> ck.LowRankFisher | ck.DiagonalFisher:
-    """A Fisher as estimate_fisher returns it, of whole vectors; their values do not matter."""
+    """A whole Fisher, as from a file or a block of whole_parameters; its values do not matter."""
     shapes = {name: parameter.shape for name, parameter in decoder.named_parameters()}
     anchor = {name: torch.zeros(shape) for name, shape in shapes.items()}
     if kind.diagonal:

@@ -10,15 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .decoder import TOKENS
 from .measure import PLACEMENTS
 
 GIB = 2**30
 STEP = ("FusedAdamW", "add_penalty_grad_")  # the placements that the table of times shows
-# Bytes per parameter that estimate_fisher needs with whole parameters (rank 1, direction="mean", float32): the
-# parameters, two sums in float64, two copies of the directions. help(estimate_fisher) has the formula.
-WHOLE_ESTIMATE = 4 + 16 + 2 * 4
-# The same for each parameter of a process's shards, beside the shards themselves.
-SHARDED_ESTIMATE = 16 + 2 * 4
+# Bytes that estimate_fisher(rank=1) has at its peak for each float32 parameter in a process, beside the model: two sums
+# and a mean in float64, the mean in float32, the direction. help(estimate_fisher) has the formula.
+ESTIMATE = 2 * 8 + 8 + 4 + 4
 
 
 @dataclass(frozen=True)
@@ -160,17 +159,24 @@ def _times(predicted: Sequence[dict[str, Any]], placement: str, speeds: Speeds) 
 
 def _estimation(predicted: Sequence[dict[str, Any]]) -> list[str]:
     whole, total = predicted[0]["whole_parameters"], predicted[0]["parameters"]
+    rows = []
+    for costs in predicted:
+        shards, own = costs["state"]["parameters"], costs["forward and backward"]["peak"]
+        estimate = ESTIMATE * shards // 4
+        rows.append([mesh_name(costs), *map(_gib, (shards, estimate, own, shards + estimate + own))])
     return [
+        f"What `estimate_fisher` (rank 1) keeps is derived: {ESTIMATE} bytes for each parameter that a process holds. "
         f"In a block of `whole_parameters`, on every mesh: {_gib(whole['peak'])} for the parameters, counted "
-        f"({_gathers(whole['collectives'])}), and {_gib(WHOLE_ESTIMATE * total)} with what `estimate_fisher` (rank 1, "
-        f'direction="mean") keeps beside them, by its formula of {WHOLE_ESTIMATE} bytes a parameter; and activations.',
-        "On the shards, as it estimates without such a block, by the same formula of "
-        f"{SHARDED_ESTIMATE} bytes for each parameter of the shards; and what FSDP gathers for one layer:",
-        _table(
-            ["mesh", "sharded estimate"],
-            [[mesh_name(costs), _gib(SHARDED_ESTIMATE * total // costs["processes"][-1])] for costs in predicted],
-        ),
+        f"({_gathers(whole['collectives'])}), and {_gib(whole_estimate(total))} with the estimate; and activations.",
+        "On the shards, as it estimates without such a block, with the counted peak of forward and backward of "
+        f"{TOKENS} tokens, in which FSDP gathers and reduces layer by layer:",
+        _table(["mesh", "shards", "estimate", "forward and backward", "together"], rows),
     ]
+
+
+def whole_estimate(parameters: int) -> int:
+    """Bytes in every process of a block of whole_parameters: float32 parameters, and what an estimate keeps."""
+    return (4 + ESTIMATE) * parameters
 
 
 def _agreement(runs: Sequence[dict[str, Any]]) -> list[str]:

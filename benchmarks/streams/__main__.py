@@ -13,7 +13,8 @@ import crl_kernels
 from crl_kernels.backends import registry
 
 from ..common import allocator, command
-from ..common.measure import commit
+from ..common.measure import commit, require_memory
+from ..common.problem import Unavailable
 from . import cost, report, stream
 
 FULL = {"tasks": 200, "seeds": 3, "steps": 20, "parameters": 1_000_000, "tensors": 20, "rounds": 9}
@@ -45,6 +46,12 @@ def main() -> None:
         "streams": [],
     }
     counts = [count for count in COUNTS if count <= sizes["tasks"]]
+    try:
+        require_memory(sizes["parameters"] * (2 * 4 * max(counts) + 400), torch.device("cpu"))
+    except Unavailable as reason:
+        parser.error(
+            f"--parameters {sizes['parameters']:,} with --tasks {sizes['tasks']:,} {reason}; give smaller ones."
+        )
     for tasks in counts:
         record["costs"] += cost.after(tasks, sizes["parameters"], sizes["tensors"], sizes["rounds"])
         print(f"cost after {tasks} tasks", flush=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 
 import crl_kernels as ck
 
-from ..common.measure import clock, interleaved, percentiles, require_memory
+from ..common.measure import clock, interleaved, percentiles
 from . import forms
 
 LAM, LR = 1e-3, 1e-3
@@ -111,8 +111,3 @@ def after(tasks: int, numel: int, tensors: int, rounds: int) -> list[dict[str, A
         }
         for name in names
     ]
-
-
-def measure(counts: Sequence[int], numel: int, tensors: int, rounds: int) -> list[dict[str, Any]]:
-    require_memory(numel * (2 * 4 * max(counts) + 400), torch.device("cpu"))
-    return [row for tasks in counts for row in after(tasks, numel, tensors, rounds)]

@@ -86,7 +86,7 @@ def estimate_fisher(
     Mean directions, with or without strata, and diagonals can be estimated so. The directions come from ordinary
     backward passes, each process with its own batches. Then all processes that share one copy of the parameters run the
     same sample, one sample at a time, with the same random numbers; HSDP's copies run different samples. The Fisher has
-    this process's shards, and a history of the same model appends it without an exchange. In a block of
+    this process's shards, and a history of the same model appends it without gathering. In a block of
     ``whole_parameters`` each process has the full parameters and runs its own samples in batches: every option works,
     and faster, if there is memory for it.
 
@@ -138,10 +138,11 @@ def estimate_fisher(
             loss that differs between the processes that run the same sample.
         RuntimeError: in torch.inference_mode().
 
-    Memory in addition to the model: 16 bytes per parameter and stratum for sums in float64; two copies of the
-    directions; with strata the sums of a batch (4 bytes, 8 for a stratum's first batch); with "top" about six sketches
-    of k + 8 rows; and the memory of ``SampleGradients.weighted_sums``. Of a sharded model, all this of the process's
-    shards alone, and the gradients of a training step instead of the last.
+    Memory in addition to the model: per parameter and stratum 16 bytes for sums in float64, which the second pass does
+    without, and 8 for the direction and a mean; for one stratum at a time 8 more. So a rank-1 estimate without strata
+    takes 32 bytes per parameter. In the first pass there are the sums of a batch besides (4 bytes per stratum, 8 in its
+    first batch), with "top" about six sketches of k + 8 rows, and the memory of ``SampleGradients.weighted_sums``. Of a
+    sharded model, all this of the process's shards alone, and the gradients of a training step instead of the last.
 
     Source: arXiv 2509.23593; held-out curvatures, strata and standard errors are additions of this library.
     """
@@ -173,6 +174,8 @@ def estimate_fisher(
         )
     with whole_parameters(model) if sharded is None else sharded.backward_passes() as group:
         binding = Binding(model, include, exclude)
+        if storage_dtype == torch.int8:
+            binding.shards.require_rows(binding.layout.names)
         processes = Processes(model, group if process_group is None else process_group)
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
@@ -245,7 +248,7 @@ def _estimate_diagonal(source: LossSource, batches: Iterable[Any], processes: Pr
     count = sum(processes.gather(count))
     if not count:
         raise ValueError("loader yields no samples.")
-    diagonal = processes.sum_(sum_squares) / count
+    diagonal = processes.sum_(sum_squares).div_(count)
     if not bool(diagonal.any()):
         raise ValueError("every per-sample gradient is zero; check that the loss depends on the parameters.")
     return DiagonalFisher(

@@ -281,7 +281,7 @@ class LowRankFisher(_Fisher):
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def named_directions(self) -> list[dict[str, Tensor]]:
-        """u_k by parameter name, one dict per term: views, which are DTensors if the Fisher is sharded."""
+        """u_k by parameter name, one dict per term: views, or new tensors for int8; sharded as the Fisher is."""
         return [self._named(u) for u in self.directions]
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -106,7 +106,8 @@ def require_per_sample_loss(argument: str, loss: Any, arguments: str = "model, b
 
 def require_finite_gradients(values: Tensor, shards: Shards | None = None) -> Tensor:
     """Returns ``values``. Processes that have shards of them raise together."""
-    not_finite = torch.isfinite(values).all().logical_not().double()
+    extremes = torch.stack(values.aminmax()) if values.numel() else values  # without temporaries, unlike isfinite
+    not_finite = extremes.isfinite().all().logical_not().double()
     if bool(not_finite if shards is None else shards.max_(not_finite)):
         raise ValueError("per_sample_loss has NaN or infinite gradients, and a Fisher of them would mean nothing.")
     return values

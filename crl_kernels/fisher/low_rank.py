@@ -35,8 +35,11 @@ class Stratum:
 
     @property
     def mean(self) -> Tensor:
-        mean: Tensor = self.sums.sum(0) / self.count
-        return mean
+        return self.sums.sum(0).div_(self.count)
+
+    def forget_sums(self) -> None:
+        """After the first pass: frees 16 bytes per parameter."""
+        self.sums = self.sums.new_zeros(2, 0)
 
     def parts(self, members: Tensor) -> list[tuple[int, Tensor]]:
         """(part, its samples of a batch). Only the stratum's first batch is split; others go to the smaller part."""
@@ -192,7 +195,7 @@ class LowRankEstimator:
                 f"{subject} over the first half of the data is zero, so rank {self._rank} has no direction. Use "
                 "kind='diagonal', and check that the loss depends on the parameters."
             )
-        return stored_values(rows / norms, self._source.binding.shards.shapes, self._dtype)
+        return stored_values(rows.div_(norms), self._source.binding.shards.shapes, self._dtype)
 
     def _norms(self, rows: Tensor) -> Tensor:
         """(K,): the norms of rows, over all shards."""
@@ -206,16 +209,18 @@ class LowRankEstimator:
         binding = self._source.binding
         known_labels = torch.tensor(list(self._strata), device=binding.device)
         strata = list(self._strata.values())
-        blocks = [self._projected_rows(stratum) for stratum in strata]
-        width, rank = len(blocks[0]), self._rank
+        vectors = [vector for stratum in strata for vector in self._projected_vectors(stratum)]
+        width, rank = len(vectors) // len(strata), self._rank
         first_count = sum(stratum.counts[0] for stratum in strata)
         shares = [(s.count / self.count, s.counts[0] / max(first_count, 1)) for s in strata]
         weights = torch.tensor(shares, dtype=torch.float64, device=binding.device)
         # With "mean", the projection on the mean is the one on the direction times its norm, up to storage rounding.
         norms = [1.0 if self._top else float(self._norms(stratum.mean[None])) for stratum in strata]
         mean_norms = torch.tensor(norms, dtype=torch.float64, device=binding.device)
+        for stratum in strata:
+            stratum.forget_sums()
         table_parts, losses_by_batch = [], []
-        for losses, labels, sq_norms, projections in self._project_batches(batches, torch.cat(blocks)):
+        for losses, labels, sq_norms, projections in self._project_batches(batches, vectors):
             projections = projections.reshape(len(losses), len(strata), width)
             on_means = projections[..., -1 if self._top else 0] * mean_norms
             pairs = torch.stack([on_means, projections[..., rank]], dim=-1)
@@ -236,9 +241,12 @@ class LowRankEstimator:
         samples = _SampleProjections(labels[:, 0].long(), sq_norms[:, 0], projections, on_mean, on_overall_mean)
         return samples, torch.cat(losses_by_batch)
 
-    def _project_batches(self, batches: Iterable[Any], rows: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """For each batch: losses, strata and square norms, (N,), and projections on ``rows``, (N, K); in float64."""
-        direction = self._source.binding.layout.split(rows)
+    def _project_batches(
+        self, batches: Iterable[Any], vectors: Sequence[Tensor]
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """For each batch: losses, strata and square norms, (N,), and projections on K vectors, (N, K); in float64."""
+        by_name = [self._source.binding.layout.split(vector) for vector in vectors]
+        direction = {name: torch.stack([parts[name] for parts in by_name]) for name in by_name[0]}
         for batch in self._source.check_batches(batches):
             with self._source.sample_gradients(direction=direction) as sg:
                 losses, labels = self._source.losses(batch)
@@ -246,12 +254,12 @@ class LowRankEstimator:
             self._source.clear_gradients()
             yield losses, labels, sg.sq_norms.double(), sg.projections.double()
 
-    def _projected_rows(self, stratum: Stratum) -> Tensor:
+    def _projected_vectors(self, stratum: Stratum) -> list[Tensor]:
         """The vectors to project on: the stored directions, the mean of the first part and, for "top", the mean."""
-        rows = [stratum.directions, (stratum.sums[0] / max(stratum.counts[0], 1))[None]]
+        vectors = [*stratum.directions, stratum.sums[0] / max(stratum.counts[0], 1)]
         if self._top:
-            rows.append(stratum.mean[None])
-        return torch.cat([row.to(self._source.binding.dtype) for row in rows])
+            vectors.append(stratum.mean)
+        return [vector.to(self._source.binding.dtype) for vector in vectors]
 
     def fisher_from(self, samples: _SampleProjections, *, held_out: bool) -> LowRankFisher:
         """The Fisher, with statistics; ``held_out`` if other samples gave the directions."""

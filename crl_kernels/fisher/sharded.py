@@ -8,7 +8,7 @@ Square norms and projections are sums over shards, exchanged once for each batch
 
 import io
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -54,8 +54,6 @@ class ShardedLossSource(LossSource):
         iterator, last = iter(batches), None
         while any(self._processes.gather((batch := next(iterator, None)) is not None)):
             is_own, last = batch is not None, last if batch is None else batch
-            if last is None:
-                raise ValueError("loader yields no samples.")
             if not self._independence_settled:
                 sizes = self._sharing.gather(batch_size(last))
                 owner = sizes.index(max(sizes))
@@ -168,7 +166,7 @@ class ShardedLowRankEstimator(LowRankEstimator):
                 totals = stratum.sums[part].split(source.binding.shards.lengths)
                 for total, gradient in zip(totals, source.take_gradient(), strict=True):
                     total.add_(gradient.reshape(-1), alpha=source.sharded.mesh.size())
-            losses_by_batch.append(losses.detach().double()[: len(losses) * is_own])
+            losses_by_batch.append(losses.detach().double())
         return losses_by_batch
 
     def _plan_shared_sums(self, labels: Tensor, is_own: bool) -> list[tuple[Stratum, int, Tensor]]:
@@ -194,20 +192,20 @@ class ShardedLowRankEstimator(LowRankEstimator):
         return plan
 
     def _exchange(self) -> None:
-        if not self._strata:
-            raise ValueError("loader yields no samples.")
         self._strata = dict(sorted(self._strata.items()))
 
-    def _project_batches(self, batches: Iterable[Any], rows: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        source, vectors = self._source, list(rows)
+    def _project_batches(
+        self, batches: Iterable[Any], vectors: Sequence[Tensor]
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        source = self._source
         for is_own, samples in source.samples(batches):
             losses, labels, sums = [], [], []
             for loss, label, gradient in samples:
                 norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in gradient]
-                projections = operators.constant_projections(gradient, vectors, len(vectors))
+                projections = operators.constant_projections(gradient, list(vectors), len(vectors))
                 sums.append(torch.cat([torch.stack(norms).square().sum()[None], projections]))
                 losses.append(loss)
-                labels.append(label.to(rows.device))
+                labels.append(label.to(vectors[0].device))
             source.require_same_losses(torch.cat(losses))
             table = require_finite_gradients(source.binding.shards.sum_(torch.stack(sums)))
             if is_own:
@@ -244,7 +242,7 @@ def estimate_sharded_diagonal(
     count = sum(processes.gather(count))
     if not count:
         raise ValueError("loader yields no samples.")
-    diagonal = require_finite_gradients(shards.sum_copies_(sum_squares), shards) / count
+    diagonal = require_finite_gradients(shards.sum_copies_(sum_squares), shards).div_(count)
     trace = float(shards.sum_(diagonal.sum()))
     if trace == 0:
         raise ValueError("every per-sample gradient is zero; check that the loss depends on the parameters.")

@@ -39,10 +39,11 @@ class LowRankHistory(History[LowRankFisher]):
             becomes b_k - s_k / a_k, at no cost; the value does not contain the constant.
         decay: see ``append``.
         max_terms: the largest number of terms. When there are more, they are merged into the best approximation of
-            sum_k a_k u_k u_k^T by ``max_terms`` orthogonal directions, each of which keeps its exact penalty. A term
-            then no longer belongs to one task. The gradient's error grows with the number of tasks over ``max_terms``:
-            on real streams up to a quarter with 30 terms for 50 tasks, and half with 30 for 200. So keep all terms, or
-            as many as memory and time allow.
+            sum_k a_k u_k u_k^T by ``max_terms`` orthogonal directions, each of which keeps its exact penalty up to the
+            rounding of its storage. A term then no longer belongs to one task. Each merge rounds all directions again,
+            to the first one's dtype, which adds up in 16 bits and int8: use float32 directions. The gradient's error
+            grows with the number of tasks over ``max_terms``: on real streams up to a quarter with 30 terms for 50
+            tasks, and half with 30 for 200. So keep all terms, or as many as memory and time allow.
         tail: what becomes of the directions v that merging leaves out. ``"drop"``: nothing. ``"diagonal"``: their
             diagonals are added to one term (lam / 2) sum_j S_j (theta_j - m_j)^2, which takes 8 more bytes per
             parameter (16 in float64). A direction with curvature E adds E v_j^2 to S_j, so the penalty's second
@@ -342,6 +343,8 @@ class LowRankHistory(History[LowRankFisher]):
         total, one = torch.zeros((), dtype=torch.float64, device=self._device), self._float64(1.0)[None]
         for u, curvature in zip(self._directions if len(tail) else [], self._curvatures, strict=False):
             values = self._sum_of([u], one, tail._fisher).double()
+            if not tail._order.same_as(self._order):  # each follows the parameters when it next meets them
+                values = tail._order.flatten(self._order.split(values))
             total += curvature * (tail._fisher * values.square()).sum()
         return float(self._binding.shards.sum_(total))
 

@@ -75,7 +75,11 @@ def results(params: list[Tensor], directions: list[Tensor], num_terms: int, mixe
     """What every low-rank operator returns and writes."""
     generator = torch.Generator().manual_seed(1)
     c, b = torch.randn(2, num_terms, generator=generator, dtype=torch.float64)
-    targets = [[torch.randn(p.shape, generator=generator).to(p.dtype) for p in params] for _ in range(2)]
+
+    def like(values: Tensor, p: Tensor) -> Tensor:  # in the parameter's memory order
+        return torch.empty_like(p, dtype=values.dtype).copy_(values)
+
+    targets = [[like(torch.randn(p.shape, generator=generator).to(p.dtype), p) for p in params] for _ in range(2)]
     poison()
     parts = [ops.low_rank_projections(params, directions, num_terms)]
     parts += ops.low_rank_combine(directions, c, params)
@@ -84,10 +88,10 @@ def results(params: list[Tensor], directions: list[Tensor], num_terms: int, mixe
     for decoupled in (False, True):
         wide = [torch.float64 if mixed and i % 3 == 2 else torch.float32 for i in range(len(params))]
         theta, m, v = (
-            [torch.rand(p.shape, generator=generator, dtype=d) for p, d in zip(params, wide, strict=True)]
+            [like(torch.rand(p.shape, generator=generator, dtype=d), p) for p, d in zip(params, wide, strict=True)]
             for _ in range(3)
         )
-        grads = [torch.randn(p.shape, generator=generator, dtype=d) for p, d in zip(params, wide, strict=True)]
+        grads = [like(torch.randn(p.shape, generator=generator, dtype=d), p) for p, d in zip(params, wide, strict=True)]
         rows = torch.rand(len(params), 8, generator=generator, dtype=torch.float64)
         parts += [ops.low_rank_adamw_(theta, grads, m, v, rows, None, directions, c, decoupled), *theta, *m, *v]
     return [*parts, *targets[0], *targets[1]]

@@ -10,6 +10,7 @@ from benchmarks.scale import measure, processes, report
 from benchmarks.scale.decoder import SMALL
 from benchmarks.scale.ledger import Ledger, fake_tensors
 from benchmarks.scale.measure import Kind
+from crl_kernels import estimate_fisher
 
 pytestmark = pytest.mark.cpu("fake tensors and gloo's processes are on the CPU")
 
@@ -81,6 +82,15 @@ def test_state_is_in_proportion_to_the_shards(predicted):
         assert costs["histories"]["diagonal"]["state"] == 2 * state["parameters"] + 8
         assert costs["histories"]["K = 1, fp32"]["state"] == state["parameters"] + 16
         assert costs["histories"]["K = 3, bf16"]["state"] == 3 * state["parameters"] // 2 + 48
+
+
+def test_an_estimate_keeps_what_its_formula_says():
+    model = torch.nn.Sequential(*(torch.nn.Linear(100, 100) for _ in range(20)))
+    params = sum(parameter.numel() for parameter in model.parameters())
+    with Ledger() as ledger:
+        fisher = estimate_fisher(model, lambda model, x: model(x).square().mean(1), torch.randn(4, 2, 100).unbind())
+    assert 0 <= ledger.peak - report.ESTIMATE * params < 5000
+    del fisher
 
 
 def test_traffic_is_that_of_the_formulas(predicted):

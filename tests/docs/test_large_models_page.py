@@ -67,10 +67,15 @@ def test_every_mesh_exchanges_k_numbers_and_the_host_reads_nothing_in_a_step():
 
 
 def test_memory_of_an_estimate_on_the_page_is_that_of_its_formula():
-    expected = report.WHOLE_ESTIMATE * COSTS[64,]["parameters"] / report.GIB
-    assert quoted(r"it takes (\d+) GiB in every rank") == (f"{expected:.3g}",)
-    sharded = report.SHARDED_ESTIMATE * COSTS[64,]["parameters"] / 64 / report.GIB
-    assert quoted(r"makes by itself, takes ([\d.]+) GiB on 64 ranks") == (f"{sharded:.2g}",)
+    whole = report.whole_estimate(COSTS[64,]["parameters"]) / report.GIB
+    assert quoted(r"it takes (\d+) GiB in every rank") == (f"{whole:.3g}",)
+    own = {ranks: COSTS[ranks,]["forward and backward"]["peak"] / report.GIB for ranks in (64, 1024)}
+    together = [
+        f"{(report.ESTIMATE / 4 + 1) * COSTS[ranks,]['state']['parameters'] / report.GIB + own[ranks]:.3g}"
+        for ranks in own
+    ]
+    pattern = r"makes by itself, takes (\S+) GiB on 64 ranks and (\S+) on 1,024, of which (\S+) are FSDP's own"
+    assert quoted(pattern) == (*together, f"{own[64]:.1f}") == (*together, f"{own[1024]:.1f}")
 
 
 def test_real_processes_counted_what_was_predicted():

@@ -33,6 +33,7 @@ LAM = 1.5
 ESTIMATES = {
     "mean": (losses_of, {}),
     "float32 directions": (losses_of, {"storage_dtype": torch.float32}),
+    "int8 directions": (losses_of, {"storage_dtype": torch.int8}),
     "strata": (strata_of, {}),
     "a part": (losses_of, {"include": ["*.weight"]}),
     "some samples": (losses_of, {"max_samples": 21}),
@@ -59,6 +60,8 @@ def far_apart(actual: object, expected: object, skipped: set[str]) -> bool:
 
 def numbers_of(fisher: ck.LowRankFisher | ck.DiagonalFisher) -> dict:
     facts = {name: value for name, value in vars(fisher).items() if isinstance(value, Tensor)}
+    if isinstance(fisher, ck.LowRankFisher):
+        facts["directions"] = fisher.directions
     return facts | {"names": fisher.layout.names, "statistics": asdict(fisher.statistics)}
 
 
@@ -208,6 +211,7 @@ def circumstances(rank: int, count: int, folder: Path) -> dict:
 
     curvature(model, recording, max_samples=6)
     results["samples"] = [values for values in seen if len(values) == 12]
+    assert results["samples"]
 
     model.set_requires_gradient_sync(False)
     model[0].set_gradient_divide_factor(5.0)
@@ -262,6 +266,10 @@ def test_copies_run_samples_of_their_own(tmp_path):
 
 
 def refusals(rank: int, count: int, folder: Path) -> list[str]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard
+
     messages = []
 
     def expect(call: Callable[[], object], error: type[Exception] = ValueError) -> None:
@@ -289,6 +297,10 @@ def refusals(rank: int, count: int, folder: Path) -> list[str]:
     expect(lambda: estimate(lambda model, x: losses_of(model, x) * 0, kind="diagonal"))
     unsendable = [{"x": batch, "weight": lambda: 1} for batch in batches]
     expect(lambda: estimate(lambda model, batch: losses_of(model, batch["x"]), data=unsendable), TypeError)
+
+    mesh = init_device_mesh("cpu", (count,))
+    columns = fully_shard(nn.Linear(6, 4), mesh=mesh, shard_placement_fn=lambda parameter: Shard(parameter.dim() - 1))
+    expect(lambda: estimate(model=columns, storage_dtype=torch.int8))
 
     fisher = estimate(process_group=dist.group.WORLD)
     expect(lambda: ck.LowRankHistory(network()).append(fisher))
@@ -331,5 +343,6 @@ def test_wrong_use_gives_one_clear_error(tmp_path):
     assert next(messages).startswith("the mean gradient over the first half of the data is zero")
     assert next(messages).startswith("every per-sample gradient is zero")
     assert "cannot be sent to the other processes of a sharded model" in next(messages)
+    assert next(messages).startswith("parameter 'weight' is placed as (Shard(dim=1),); expected shards of dimension 0")
     assert next(messages).startswith("fisher is sharded and the history's parameters are whole")
     assert not any("\n" in message for message in ranks[0])

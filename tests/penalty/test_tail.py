@@ -335,12 +335,35 @@ def test_it_follows_a_model_that_changes_its_memory_order():
     torch.testing.assert_close(history.penalty(LAM).detach(), expected, rtol=1e-12, atol=0)
     for each, of in ((model, history), twin):
         of.append(fisher_of(each, 9))
+    assert history.suggest_lam(0.1, 10) == pytest.approx(twin[1].suggest_lam(0.1, 10), rel=1e-12)
+    for of in (history, twin[1]):
         of.add_penalty_grad_(LAM)
         of.decoupled_step_(LAM, 0.1)
     for p, q in zip(model.parameters(), twin[0].parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-11)
     assert {k: t.shape for k, t in state.items()} == {k: t.shape for k, t in history.state_dict().items()}
+
+
+def test_suggest_lam_does_not_depend_on_the_memory_order():
+    """Also when one of both parts has followed the model and the other has not yet."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3, bias=False)).double()
+    history = history_with_tail(model)
+    state, expected = history.state_dict(), history.suggest_lam(0.1, 10)
+    model.to(memory_format=torch.channels_last)
+    history.drift()
+    assert history.suggest_lam(0.1, 10) == expected
+    history.load_state_dict(state)
+    assert history.suggest_lam(0.1, 10) == pytest.approx(expected, rel=1e-12)
+    first = {name: u[None] for name, u in history.directions()[0].items()}
+    again = ck.LowRankFisher(first, history.curvatures[:1], trainable(model))
+    history.drift()
+    history.append(again)  # merged without a rest, so nothing is folded into the tail
+    model.to(memory_format=torch.contiguous_format)
+    twin = history_with_tail(model, tasks=0)
+    twin.load_state_dict(history.state_dict())
+    assert history.suggest_lam(0.1, 10) == pytest.approx(twin.suggest_lam(0.1, 10), rel=1e-12)
 
 
 def test_rows_that_join_are_free_and_later_tasks_have_them():

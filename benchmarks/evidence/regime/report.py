@@ -130,10 +130,11 @@ def tuning_part(runs: Runs) -> Sheet:
             continue
         setting = runs.setting(arm.setting)
         fids = dict(zip(arm.lams, runs.fids(runs.tried(arm).values()), strict=False))
-        base = runs.fids([runs.tuning_run(setting, BASELINE)])[0] if setting else float("nan")
+        beside = arm.method.startswith(f"{BASELINE}+")  # else it is the penalty of another method
+        base = number(runs.fids([runs.tuning_run(setting, BASELINE)])[0], 2) if setting and beside else NONE
         values = ", ".join(f"{lam:g}: {number(fid, 2)}" for lam, fid in fids.items())
         lam = runs.lam(arm)
-        body.append([arm.label, number(base, 2), values or "not run", NONE if lam is None else f"{lam:g}"])
+        body.append([arm.label, base, values or "not run", NONE if lam is None else f"{lam:g}"])
     for arm in runs.regime.arms:
         if arm.candidates:
             fids = dict(zip(map(candidate, arm.candidates), runs.fids(runs.tried_candidates(arm)), strict=True))

@@ -210,7 +210,7 @@ def read_direction(
         position = start - tl.load(begins + first)  # in the first segment
         # A block holds whole quartets at 4-byte boundaries, so few that 32 bits are enough to divide.
         quartets = in_one_segment & ((entry & 7) == 4) & (((length | position | (entry >> 3)) & 3) == 0)
-        if quartets & ((length | position) < 1 << 33):
+        if quartets & ((length | position) < 1 << 32):
             quartet = (position >> 2).to(tl.int32) + tl.arange(0, BLOCK // 4)
             of_segment = tl.load(piece + 1).to(tl.pointer_type(tl.float32))
             of_quartet = tl.load(of_segment + quartet // (length >> 2).to(tl.int32))

@@ -17,6 +17,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, get_args
 
+import numpy as np
+
 from crl_diffusion.config.method import (
     ADAPTERS,
     FAMILIES,
@@ -69,33 +71,35 @@ def _of_system(text: str) -> str:
     return f"{method}{',' if ':' in method else ':'}{options}" if colon else method
 
 
-def _named(name: str) -> Method:
+def _named(name: str, asked: str = "") -> Method:
     """The method of a name without options: one of METHODS, adapters and a rank, or REPLAY+FAMILY and a number; all but
-    adapters by themselves or before interpolate<w>."""
+    adapters by themselves or before interpolate<w>. `asked`: what errors call unknown, if the name is a part of it.
+    """
+    asked = asked or name
     if name in METHODS:
         return METHODS[name]
     if adapters := ADAPTERS.fullmatch(name):
         return Method(adapter_rank=int(adapters[1]))
     if part := next((part for part in name.split("+") if ADAPTERS.fullmatch(part)), None):
         raise OptionError(
-            f"method {name!r}: adapters keep old tasks as they were, without replay, penalty or interpolation; use "
+            f"method {asked!r}: adapters keep old tasks as they were, without replay, penalty or interpolation; use "
             f"{part}"
         )
     rest, plus, last = name.rpartition("+")
     weight = INTERPOLATION.fullmatch(last)
     if weight is not None and bool(rest) == bool(plus) and rest not in ("fine-tune", "joint"):
-        method = _named(rest) if rest else Method()
+        method = _named(rest, asked) if rest else Method()
         if not method.interpolation:
             return replace(method, interpolation=float(weight[1]))
     replayed, penalty = rest, last
     family = NUMBERED.fullmatch(penalty)
     if family is None or replayed not in REPLAYS or (plus and not replayed):
         raise OptionError(
-            f"method {name!r} is not known; choose {', '.join(names_without_penalty())}, a system of `crl-diffusion "
-            f"list`, or a penalty ({', '.join(penalty_names())}; n from 2 to 1000, r from 1), by itself or after one "
-            f"of {', '.join(f'{replay}+' for replay in REPLAYS if replay)}; interpolate<w>, w above 0 and below 1, "
-            "such as interpolate0.5, stands by itself or, with a +, after any of them but fine-tune, joint and "
-            "adapters<r>"
+            f"method {asked!r} is not known; choose {', '.join(names_without_penalty())}, or a penalty "
+            f"({', '.join(penalty_names())}; n from 2 to 1000, r from 1), by itself or after one of "
+            f"{', '.join(f'{replay}+' for replay in REPLAYS if replay)}; interpolate<w>, w above 0 and below 1, such "
+            "as interpolate0.5, stands by itself or, with a +, after any of them but fine-tune, joint and "
+            "adapters<r>. Or choose a system of `crl-diffusion list`, whose name has no part before or after it"
         )
     return replace(REPLAYS[replayed], penalty=FAMILIES[family[1]](int(family[2])))
 
@@ -105,7 +109,8 @@ def with_penalty(text: str, penalty: str) -> str:
     old = parse_method(text)
     without = replace(old, penalty=None, interpolation=0.0)
     replayed = next((name for name, method in REPLAYS.items() if method == without), "")
-    interpolated = f"interpolate{_shortest(old.interpolation)}" if old.interpolation else ""
+    weight = np.format_float_positional(old.interpolation, trim="-")
+    interpolated = f"interpolate{weight}" if old.interpolation else ""
     name, colon, options = penalty.partition(":")
     return spell("+".join(part for part in (replayed, name, interpolated) if part) + colon + options)
 

@@ -33,13 +33,15 @@ def _typical(average: Callable[[list[float]], Any], rows: Sequence[Row], key: st
 
 
 def summarise(run: Path) -> Row:
-    """A run's headline numbers, from its config.json, metrics.jsonl and timings.jsonl."""
+    """A run's headline numbers, from its config.json, metrics.jsonl and timings.jsonl.
+
+    `step_ms` is the median of all tasks; `step_cpu_ms` that of later tasks, with replays and penalty.
+    """
     config, rows, timings = read_config(run)["run"], read_metrics(run), read_timings(run)
     r, accuracy, kl = fid_matrix(rows), fid_matrix(rows, "accuracy"), fid_matrix(rows, "class_kl")
     measured = [row for row in rows if row["kind"] == "evaluation"]
     last, tasks = measured[-1], {row["task"]: row for row in measured}
     state = [row["state_bytes"] for row in rows if "state_bytes" in row]
-    # The first task has no replays and no penalty.
     later = [row for row in timings if row.get("stage", 0) > 1]
     return {
         "method": config["method"],
