@@ -28,7 +28,7 @@ compare: install
 	$(RUN)/crl-diffusion compare --out runs/compare --methods fine-tune joint rank1 gd gd+diagonal gd+rank1
 
 test: install
-	$(RUN)/pytest -n 2
+	$(RUN)/pytest -n 2 --dist worksteal
 	@echo "csrc/core and the CPU loops under AddressSanitizer and UBSan: make test-all"
 
 test-all: test

@@ -127,7 +127,6 @@ def _enter_whole_parameters(decoder: Decoder) -> None:
 
 
 def _recorded(call: Callable[[], Any]) -> dict[str, Any]:
-    gc.collect()
     with Ledger() as ledger:
         call()
     return ledger.record()
