@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from ..model.names import Layout
 from ..penalty.diagonal import DiagonalHistory
-from ..penalty.history import split_key
+from ..penalty.vectors import split_key
 from ..penalty.low_rank import LowRankHistory
 
 

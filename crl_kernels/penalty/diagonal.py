@@ -10,8 +10,9 @@ from .. import operators
 from ..fisher.forms import DiagonalFisher
 from ..fisher.validation import require_scalars
 from ..model.names import Layout
-from .history import History, differentiable_through
+from .history import History
 from .strength import Rate, check_strength
+from .vectors import differentiable_through
 
 
 def _halves(pieces: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

@@ -15,8 +15,9 @@ from ..fisher.validation import STORAGE_DTYPES, require_scalars
 from ..model.arguments import require_integer, require_switch
 from ..model.names import Layout
 from .diagonal import DiagonalHistory
-from .history import History, differentiable_through, split_key
+from .history import History
 from .strength import ALL, Groups, Rate, check_strength
+from .vectors import differentiable_through, split_key
 
 
 def _is_of_tail(key: str) -> bool:
