@@ -16,8 +16,8 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from ..model.names import Layout
 from ..penalty.diagonal import DiagonalHistory
-from ..penalty.vectors import split_key
 from ..penalty.low_rank import LowRankHistory
+from ..penalty.vectors import split_key
 
 
 def load_history(history: LowRankHistory | DiagonalHistory, path: str | os.PathLike[str], key: str = "history") -> None:
