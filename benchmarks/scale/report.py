@@ -281,7 +281,8 @@ def picture(record: dict[str, Any], path: Path) -> None:
         panel.set_xticks(ranks, [f"{count:,}" for count in ranks])
         panel.set_xlabel("ranks, FSDP2")
         panel.grid(color="0.92")
-        panel.legend(fontsize=7)
+        panel.set_ylim(panel.get_ylim()[0] / 12)  # room for the legend below the lines
+        panel.legend(fontsize=7, loc="lower left", ncols=2)
     figure.suptitle(f"{record['predicted'][0]['parameters'] / 1e9:.1f} B parameters", fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
