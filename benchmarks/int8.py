@@ -83,9 +83,14 @@ def images_of(name: str, root: Path) -> list[tuple[Tensor, Tensor]]:
     from crl_diffusion.config.settings import RunConfig
     from crl_diffusion.data.images import to_float
     from crl_diffusion.data.tasks import load
+    from crl_diffusion.errors import OptionError
     from crl_diffusion.training.plan import resolve
 
-    data = load(resolve(RunConfig(method="fine-tune", data=name, tasks=2, classes_per_task=5, device="cpu")), root)
+    config = resolve(RunConfig(method="fine-tune", data=name, tasks=2, classes_per_task=5, device="cpu"))
+    try:
+        data = load(config, root)
+    except OptionError as error:
+        raise SystemExit(f"python -m benchmarks.int8: {error}") from None
     return [(to_float(task.train.pixels), task.train.labels) for task in data.tasks]
 
 
