@@ -177,6 +177,36 @@ def test_terms_that_span_less_than_the_limit_merge_without_loss():
     torch.testing.assert_close(constants[0], constants[2])
 
 
+def test_every_merge_rounds_directions_again():
+    """The stream has 4 directions, so merging to 6 terms loses nothing but by rounding."""
+    torch.manual_seed(0)
+    model = nn.Linear(64, 32)
+    spanning = torch.randn(4, 32, 64)
+    exact = ck.LowRankHistory(model)
+    histories = {
+        (dtype, limit): ck.LowRankHistory(model, max_terms=limit)
+        for dtype in (torch.float32, torch.bfloat16, torch.int8)
+        for limit in (None, 6)
+    }
+    for _ in range(40):
+        u = {"weight": (torch.randn(4, 1, 1) * spanning).sum(0)[None] / 64, "bias": torch.zeros(1, 32)}
+        anchor = random_like(trainable(model), 1)
+        exact.append(ck.LowRankFisher(u, torch.ones(1), anchor, storage_dtype=torch.float64))
+        for (dtype, _), history in histories.items():
+            history.append(ck.LowRankFisher(u, torch.ones(1), anchor, storage_dtype=dtype))
+        with torch.no_grad():
+            model.weight.add_(torch.randn(32, 64) / 50)
+    _, expected = value_and_gradient(exact, model, 1.0)
+    errors = {
+        key: float((value_and_gradient(history, model, 1.0)[1] - expected).norm() / expected.norm())
+        for key, history in histories.items()
+    }
+    assert errors[torch.float32, 6] < 1e-6
+    for dtype in (torch.bfloat16, torch.int8):
+        assert errors[dtype, 6] > 2 * errors[dtype, None] > 100 * errors[torch.float32, 6], errors
+    assert errors[torch.int8, 6] < 0.1
+
+
 @pytest.mark.parametrize("max_terms", [0, -1, 1.5, "2"])
 def test_max_terms_out_of_range_is_refused(max_terms):
     with pytest.raises(ValueError, match=r"max_terms is .*; expected an integer >= 1, or None"):
