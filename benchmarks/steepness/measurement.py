@@ -26,7 +26,6 @@ from crl_diffusion.run_folder import checkpoint
 from crl_diffusion.run_folder.layout import digest_of_saved, require_measured
 from crl_diffusion.run_folder.readers import read_run_config
 from crl_diffusion.training.fisher_batches import fisher_batches, per_sample_loss
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .displacement import STEP, Batch, curvature, draw, first_and_second_order, loss
@@ -86,7 +85,7 @@ def state_after(run: Finished, stage: Stage) -> dict[str, Tensor]:
         raise RecordError(path, "is missing", remedy)
     try:
         saved = checkpoint.load(path)
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+    except (ValueError, KeyError) as error:
         raise RecordError(path, f"is damaged ({error})", remedy) from error
     if saved.run != digest_of_saved(run.config):
         raise RecordError(path, "belongs to a run of another configuration", remedy)

@@ -18,6 +18,14 @@ class TrainingError(RuntimeError):
     """Training cannot continue. The message names the step and the likely cause."""
 
 
+class UnreadableError(Exception):
+    """A file is there and cannot be read, which says nothing about its contents: nothing may replace it."""
+
+    def __init__(self, path: Path, error: OSError) -> None:
+        reason = error.strerror or str(error)
+        super().__init__(f"{str(path)!r} cannot be read ({reason}); make it readable, and give the same command again")
+
+
 PUT_BACK = "put it back from a copy"
 
 

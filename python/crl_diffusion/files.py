@@ -13,14 +13,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from crl_diffusion.errors import PUT_BACK, OptionError, RecordError, WriteError
+from crl_diffusion.errors import PUT_BACK, OptionError, RecordError, UnreadableError, WriteError
 
 Row = dict[str, Any]
 
@@ -39,14 +39,32 @@ def require_folder(path: Path) -> None:
 
 
 def read_file(path: Path, remedy: str = PUT_BACK) -> bytes:
-    """The content of a file; RecordError if it is missing or cannot be read."""
+    """The content of a file; RecordError if it is missing, UnreadableError if it cannot be read."""
+    if (content := read_if_there(path)) is None:
+        raise RecordError(path, "is missing", remedy)
+    return content
+
+
+def read_if_there(path: Path) -> bytes | None:
+    """The content of a file; None if there is none, UnreadableError if it cannot be read."""
     require_file(path)
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        raise RecordError(path, "is missing", remedy) from None
+        return None
     except OSError as error:
-        raise RecordError(path, f"cannot be read ({error.strerror})", remedy) from None
+        raise UnreadableError(path, error) from error
+
+
+def tensor_files(folder: Path) -> list[Path]:
+    """The safetensors files in a folder, which may be missing; UnreadableError if it cannot be listed, where
+    `Path.glob` would find none."""
+    try:
+        return sorted(folder / name for name in os.listdir(folder) if name.endswith(".safetensors"))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UnreadableError(folder, error) from error
 
 
 @contextmanager
@@ -117,62 +135,83 @@ def _parse(content: bytes) -> Any:
 
 def _complete_lines(path: Path) -> list[bytes]:
     """The complete lines without their newlines. Text after the last newline was cut off by a crash."""
-    return read_file(path).split(b"\n")[:-1] if path.exists() else []
+    return (read_if_there(path) or b"").split(b"\n")[:-1]
 
 
-def _sha256(lines: Sequence[bytes]) -> Any:
-    digest = hashlib.sha256()
-    for line in lines:
-        digest.update(line + b"\n")
-    return digest
+def _joined(lines: Sequence[bytes]) -> bytes:
+    return b"".join(line + b"\n" for line in lines)
 
 
 class Log:
-    """A growing file of JSON lines with `count` rows. `keep` removes the rows that a checkpoint does not count."""
+    """A growing file of JSON lines with `count` rows. `keep` removes the rows that a checkpoint does not count.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        lines = _complete_lines(path)
-        self.count, self._digest = len(lines), _sha256(lines)
+    The rows are also kept in memory. A file that something else has deleted or emptied since is written again, and
+    `say` is told; one that it has changed in another way is a RecordError.
+    """
+
+    def __init__(self, path: Path, say: Callable[[str], None] = lambda line: None) -> None:
+        self.path, self.say = path, say
+        self._lines = _complete_lines(path)
+
+    @property
+    def count(self) -> int:
+        return len(self._lines)
 
     @property
     def digest(self) -> str:
         """sha256 of all rows with their newlines."""
-        return str(self._digest.hexdigest())
+        return self._digest(self.count)
+
+    def _digest(self, count: int) -> str:
+        return hashlib.sha256(_joined(self._lines[:count])).hexdigest()
 
     def begins_with(self, count: int, digest: str) -> bool:
-        """Whether the file has at least `count` rows and the first `count` have this digest; "" accepts any digest."""
-        lines = _complete_lines(self.path)[:count]
-        return len(lines) == count and digest in ("", _sha256(lines).hexdigest())
+        """Whether there are at least `count` rows and the first `count` have this digest; "" accepts any digest."""
+        return self.count >= count and digest in ("", self._digest(count))
 
     def keep(self, count: int) -> None:
         """Keep only the first `count` rows. The rows after the checkpoint will be written again."""
-        if not self.path.exists():
-            return
-        lines = _complete_lines(self.path)
-        if len(lines) < count:
+        if self.count < count:
             raise RecordError(
                 self.path,
-                f"has {len(lines)} rows, but its checkpoint was taken after {count}",
+                f"has {self.count} rows, but its checkpoint was taken after {count}",
                 "put the missing rows back, or begin again in a new folder",
             )
-        with open(self.path, "r+b") as file:
-            file.truncate(sum(len(line) + 1 for line in lines[:count]))
-            os.fsync(file.fileno())
-        self.count, self._digest = count, _sha256(lines[:count])
+        self._lines = self._lines[:count]
+        if self.path.exists():
+            with open(self.path, "r+b") as file:
+                file.truncate(len(_joined(self._lines)))
+                os.fsync(file.fileno())
 
     def append(self, row: Row) -> None:
-        line = json.dumps(row).encode() + b"\n"
-        with open(self.path, "ab") as file:
-            file.write(line)
-        self.count += 1
-        self._digest.update(line)
+        line = json.dumps(row).encode()
+        with self._opened() as file:
+            file.write(line + b"\n")
+        self._lines.append(line)
 
     def sync(self) -> None:
-        """Write the rows to the disk before a checkpoint counts them."""
-        if self.path.exists():
-            with open(self.path, "rb") as file:
-                os.fsync(file.fileno())
+        """Write the rows to the disk, before a checkpoint counts them or a summary is made from them."""
+        if not self._lines:
+            return
+        with self._opened() as file:
+            file.seek(0)
+            if file.read() != _joined(self._lines):
+                raise RecordError(
+                    self.path,
+                    "was changed by something else than the run that writes it",
+                    "give the same command again: the run goes back to a checkpoint from before the change",
+                )
+            os.fsync(file.fileno())
+
+    @contextmanager
+    def _opened(self) -> Iterator[BinaryIO]:
+        """The file, to append to; with all rows if it has none any more."""
+        with open(self.path, "a+b") as file:
+            if self._lines and not file.tell():
+                self.say(f"{str(self.path)!r} was deleted or emptied, and is written again")
+                file.write(_joined(self._lines))
+                file.flush()
+            yield file
 
 
 class TensorBoard:
@@ -246,7 +285,7 @@ def holder(path: Path) -> str:
     try:
         found = read_json(_holder_record(path))
         return f"process {int(found['process'])} on {found['host']!s:.80} since {found['since']!s:.40}"
-    except (RecordError, KeyError, TypeError, ValueError):  # just taken, or of an earlier version
+    except (RecordError, UnreadableError, KeyError, TypeError, ValueError):  # just taken, or of an earlier version
         return "another process"
 
 
@@ -254,7 +293,7 @@ def _stale(path: Path) -> str:
     """What to do about the lock of a machine that died, which some network file systems never release."""
     try:
         host = str(read_json(_holder_record(path))["host"])
-    except (RecordError, KeyError, TypeError):
+    except (RecordError, UnreadableError, KeyError, TypeError):
         return ""
     return "" if host == socket.gethostname() else f". If that process has ended, delete {str(path)!r}"
 
@@ -269,6 +308,21 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         sync_folder(path.parent)
     except (OSError, SafetensorError) as error:
         raise WriteError(f"{str(path)!r} cannot be written ({error})") from error
+
+
+def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a safetensors file. UnreadableError if it cannot be read, ValueError if it is damaged."""
+    try:
+        with open(path, "rb") as file:
+            while file.read(2**24):  # safetensors maps the file: a part that the disk cannot read would end the process
+                pass
+        with safe_open(path, framework="pt", device="cpu") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118, it is not a mapping
+            return dict(opened.metadata() or {}), tensors
+    except OSError as error:
+        raise UnreadableError(path, error) from error
+    except (SafetensorError, RuntimeError, TypeError) as error:
+        raise ValueError(" ".join(str(error).split())) from error
 
 
 def remove_unfinished(folder: Path) -> None:

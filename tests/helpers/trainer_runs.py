@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from crl_diffusion.config.settings import RunConfig
+from crl_diffusion.evaluation.summaries import TIMES
 from crl_diffusion.run_folder import checkpoint
 from crl_diffusion.training import loop
 from crl_diffusion.training.run import Run
@@ -96,6 +99,37 @@ def same_end(a: Path, b: Path, message: str = "") -> None:
             assert torch.equal(tensor, second.tensors[name]), f"{name}\n{message}"
     samples = f"samples/after-task-{SHORT['tasks']}.safetensors"
     assert (a / samples).read_bytes() == (b / samples).read_bytes(), message
+
+
+def same_folder(a: Path, b: Path, drawn: Sequence[str] = ()) -> None:
+    """Equal records, checkpoints of ends of stages, kept images and pictures; times may differ."""
+    same_end(a, b)
+    for name in ("config.json", "samples/after-task-1.safetensors", *drawn):
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+    first, second = (json.loads((run / "summary.json").read_text()) for run in (a, b))
+    assert first.keys() == second.keys()
+    assert all(first[key] == second[key] for key in first if key not in TIMES)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files of a folder, by their paths in it."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+NEWEST = "checkpoints/01-00000004.safetensors"  # of an `unfinished_copy`
+
+
+def unfinished_copy(finished: Path, out: Path) -> Path:
+    """A copy of a finished short run as it was after four steps of its second task; returns its folder."""
+    shutil.copytree(finished, out)
+    for name in ("summary.json", "samples/after-task-2.safetensors", "samples.png", "curves.png"):
+        (out / name).unlink()
+    for name in ("01-00000006", "02-00000000"):
+        (out / "checkpoints" / f"{name}.safetensors").unlink()
+    for name, count in checkpoint.load(out / NEWEST).rows.items():
+        lines = (out / f"{name}.jsonl").read_bytes().splitlines(keepends=True)
+        (out / f"{name}.jsonl").write_bytes(b"".join(lines[:count]))
+    return out
 
 
 def child_environment() -> dict[str, str]:

@@ -16,7 +16,7 @@ from contextlib import redirect_stdout, suppress
 
 from crl_diffusion import signals
 from crl_diffusion.cli.messages import complain, is_first
-from crl_diffusion.errors import OptionError
+from crl_diffusion.errors import OptionError, UnreadableError
 
 CLOSED_PIPE = 128 + 13  # as a shell reports a process that SIGPIPE has ended
 
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         what = f"the Python package {missing!r} is missing" if missing else str(error)
         complain(f'error: {what}; type: pip install "crl-kernels[trainer]"')
         return 2
-    except OptionError as error:
+    except (OptionError, UnreadableError) as error:
         complain(f"error: {error}")
         return 2
     except BrokenPipeError:  # the reader, such as `head`, has read enough

@@ -16,7 +16,7 @@ from typing import Protocol
 from crl_diffusion.config.method import Method
 from crl_diffusion.config.settings import RunConfig, Settings
 from crl_diffusion.config.spelling import VARIED, add_lam, label, parse_method, parse_variant, spell
-from crl_diffusion.errors import OptionError, RecordError
+from crl_diffusion.errors import OptionError, RecordError, UnreadableError
 from crl_diffusion.reporting.runs import read_finished
 from crl_diffusion.run_folder.layout import differences
 from crl_diffusion.run_folder.readers import read_config, read_metrics
@@ -49,12 +49,12 @@ class Cell:
 
     @property
     def steps_done(self) -> int:
-        """Read from the log of the run, which is another process; 0 if the log is damaged (the run reports it)."""
+        """Read from the log of the run, which is another process; 0 if it cannot be read (the run reports it)."""
         if self.finished:
             return self.steps
         try:
             rows = [row for row in read_metrics(self.folder) if row["kind"] == "step"]
-        except RecordError:
+        except (RecordError, UnreadableError):
             return 0
         if not rows:
             return 0

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -15,7 +14,7 @@ from crl_diffusion.data.tasks import Data
 from crl_diffusion.diffusion.noising import stream
 from crl_diffusion.errors import OptionError
 from crl_diffusion.evaluation.features import PART, Extractor, digest, one_line
-from crl_diffusion.files import write_tensors
+from crl_diffusion.files import read_tensors, write_tensors
 
 CLASSIFIER_STEPS, CLASSIFIER_BATCH, CLASSIFIER_LR = 400, 64, 3e-3  # the number of steps is a minimum
 TOTAL_VARIANCE = 100.0
@@ -138,12 +137,11 @@ def classifier(data: Data, folder: Path, chosen: str = "cnn") -> Classifier:
 
 def _read(model: Classifier, path: Path, subject: dict[str, str]) -> None:
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-            model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    except (SafetensorError, RuntimeError, OSError) as error:
+        metadata, tensors = read_tensors(path)
+        model.load_state_dict(tensors)
+    except (ValueError, RuntimeError) as error:
         raise OptionError(
-            f"the extractor {str(path)!r} cannot be read ({one_line(error)}); delete it, and it is made anew"
+            f"the extractor {str(path)!r} is damaged ({one_line(error)}); delete it, and it is made anew"
         ) from None
     differ = [key for key, value in subject.items() if metadata.get(key) != value]
     if differ:

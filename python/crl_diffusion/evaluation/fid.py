@@ -13,12 +13,12 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from crl_diffusion.data.images import to_float
+from crl_diffusion.errors import UnreadableError
 from crl_diffusion.evaluation.features import Extractor, digest
-from crl_diffusion.files import write_tensors
+from crl_diffusion.files import read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from torchmetrics.image.fid import FrechetInceptionDistance
@@ -67,10 +67,9 @@ def kept_statistics(extractor: Extractor, pixels: Tensor, folder: Path, subject:
 
 def _read(path: Path, subject: dict[str, str]) -> Statistics | None:
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-            statistics = Statistics(*(file.get_tensor(name) for name in Statistics._fields))
-    except (SafetensorError, OSError):
+        metadata, tensors = read_tensors(path)
+        statistics = Statistics(**tensors)
+    except (UnreadableError, ValueError, TypeError):  # they are computed again
         return None
     return statistics if metadata == {**subject, "digest": digest(*statistics)} else None
 

@@ -23,7 +23,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from crl_diffusion.errors import WriteError
-from crl_diffusion.files import remove_unfinished, require_file, require_folder, write_tensors
+from crl_diffusion.files import (
+    read_tensors,
+    remove_unfinished,
+    require_file,
+    require_folder,
+    tensor_files,
+    write_tensors,
+)
 
 KEPT_WITHIN_A_STAGE = 2
 MEMORY = "memory/"  # prefix of tensors that do not change within a stage
@@ -84,7 +91,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
         if checkpoint.config:
             metadata["config"] = checkpoint.config
         kept = checkpoint.tensors
-        if stage and step:
+        if stage and step and _path(folder, stage, 0).exists():  # else the file stores all
             kept = {name: value for name, value in kept.items() if not name.startswith(MEMORY)}
             metadata["start"] = _metadata(_path(folder, stage, 0))["digest"]
         tensors = {name: value.detach().cpu().contiguous().clone() for name, value in kept.items()}
@@ -97,36 +104,39 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
 
 
 def latest(folder: Path, check: Check = lambda checkpoint: None) -> tuple[Checkpoint | None, list[str]]:
-    """The newest good checkpoint that passes `check`, and one line for each newer one that is not good. RecordError if
-    the folder is a file, or one of its files a folder."""
+    """The newest good checkpoint that passes `check`, and one line for each newer one that is not good; None, and a
+    line for each, if none is. RecordError if the folder is a file, or one of its files a folder. UnreadableError if one
+    of them cannot be read: it may be good."""
     require_folder(folder)
     complaints: list[str] = []
-    for path in sorted(folder.glob("*.safetensors"), key=_moment, reverse=True):
+    for path in sorted(tensor_files(folder), key=_moment, reverse=True):
         require_file(path)
         try:
             loaded = load(path)
             check(loaded)
-            return loaded, complaints
+            return loaded, [f"{complaint}; going back to the one before it" for complaint in complaints]
         except StaleRecords as error:
-            complaints.append(f"{error}, which checkpoint {path.name} was taken after; going back to the one before it")
-        except (SafetensorError, OSError, ValueError, KeyError) as error:
+            complaints.append(f"{error}, which checkpoint {path.name} was taken after")
+        except (ValueError, KeyError) as error:
             damage = f"no {error}" if isinstance(error, KeyError) else error
-            complaints.append(f"checkpoint {path.name} is damaged ({damage}); going back to the one before it")
+            complaints.append(f"checkpoint {path.name} is damaged ({damage})")
     return None, complaints
 
 
 def load(path: Path) -> Checkpoint:
-    """Read one checkpoint, with what the file of its stage's start holds for it; ValueError if its contents are not
-    those that were written, or not under this name."""
+    """Read one checkpoint, with what the file of its stage's start holds for it; ValueError or KeyError if its contents
+    are not those that were written, or not under this name, UnreadableError if they cannot be read."""
     metadata, tensors = _read(path)
     stage, step = int(metadata["stage"]), int(metadata["step"])
     if path.name != _path(path.parent, stage, step).name:
         raise ValueError(f"it was taken after {stage} stages and {step} steps, which is not what its name says")
     if "start" in metadata:
         start = _path(path.parent, stage, 0)
+        if not start.exists():
+            raise ValueError(f"it needs {start.name}, which is missing")
         try:
             start_metadata, start_tensors = _read(start)
-        except (SafetensorError, OSError, ValueError) as error:
+        except ValueError as error:
             raise ValueError(f"it needs {start.name}, which is damaged: {error}") from None
         if start_metadata["digest"] != metadata["start"]:
             raise ValueError(f"it was taken after another {start.name}")
@@ -136,8 +146,8 @@ def load(path: Path) -> Checkpoint:
 
 def newest_header(folder: Path) -> Checkpoint | None:
     """The newest checkpoint without its tensors; None if it cannot be read."""
-    for path in sorted(folder.glob("*.safetensors"), key=_moment, reverse=True)[:1]:
-        with suppress(SafetensorError, OSError, ValueError, KeyError):
+    with suppress(SafetensorError, OSError, ValueError, KeyError):
+        for path in sorted(tensor_files(folder), key=_moment)[-1:]:
             return _checkpoint(_metadata(path), {})
     return None
 
@@ -174,9 +184,7 @@ def _metadata(path: Path) -> dict[str, str]:
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    with safe_open(path, framework="pt", device="cpu") as file:
-        metadata = dict(file.metadata() or {})
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is not a mapping
+    metadata, tensors = read_tensors(path)
     if metadata.get("digest") not in _digests(tensors, metadata):
         raise ValueError("its contents do not match its digest")
     return metadata, tensors
@@ -184,7 +192,7 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 def _prune(folder: Path, newest: Path) -> None:
     # Files of later moments are those that were passed over: they are overwritten when the run gets there.
-    within = [p for p in folder.glob("*.safetensors") if _moment(p)[1] > 0 and _moment(p) <= _moment(newest)]
+    within = [p for p in tensor_files(folder) if _moment(p)[1] > 0 and _moment(p) <= _moment(newest)]
     for path in sorted(within, key=_moment)[:-KEPT_WITHIN_A_STAGE]:
         path.unlink()
     remove_unfinished(folder)

@@ -19,7 +19,7 @@ from safetensors.numpy import load
 
 from crl_diffusion.config.settings import ADDED, RunConfig, Settings, check
 from crl_diffusion.errors import PUT_BACK, OptionError, RecordError
-from crl_diffusion.files import Row, read_file, read_json, read_rows
+from crl_diffusion.files import Row, read_if_there, read_json, read_rows
 
 AGAIN = "give the run's `train` command again"
 CONFIG_REMEDY = f"{PUT_BACK}, or delete it and {AGAIN}: it is restored from a checkpoint or, without one, written anew"
@@ -283,9 +283,9 @@ def samples_path(run: Path, after_task: int) -> Path:
 def read_samples(run: Path, after_task: int) -> tuple[np.ndarray, np.ndarray] | None:
     """uint8 pixels (N, C, S, S) and labels (N,) that an evaluation has stored; None if there are none."""
     path = samples_path(run, after_task)
-    if not path.exists():
+    content = read_if_there(path)
+    if content is None:
         return None
-    content = read_file(path, SAMPLES_REMEDY)
     try:
         tensors = load(content)
     except (SafetensorError, ValueError, KeyError) as error:  # KeyError: a dtype that NumPy does not have
@@ -308,4 +308,5 @@ def read_samples(run: Path, after_task: int) -> tuple[np.ndarray, np.ndarray] | 
 
 def sha256_of(path: Path) -> str:
     """sha256 of a file's content; "" if there is no such file."""
-    return hashlib.sha256(read_file(path)).hexdigest() if path.exists() else ""
+    content = read_if_there(path)
+    return "" if content is None else hashlib.sha256(content).hexdigest()

@@ -233,6 +233,9 @@ def finish(run: Run) -> Row:
     if processes.is_first():
         from crl_diffusion.reporting import run_pictures  # matplotlib: not before it is needed
 
+        for log in run.logs.values():
+            log.sync()
+        restore_config(run.out, run.say)
         run_pictures.of_run(run.out)
         summary = summaries.summarise(run.out)
         write_json(run.out / "summary.json", summary)

@@ -22,7 +22,7 @@ from crl_diffusion.diffusion.precision import Precision
 from crl_diffusion.errors import TrainingError
 from crl_diffusion.evaluation import evaluate
 from crl_diffusion.evaluation.evaluate import Instruments
-from crl_diffusion.files import Log, Row
+from crl_diffusion.files import Log, Row, read_if_there
 from crl_diffusion.methods import adapters, regression, replay
 from crl_diffusion.methods.adapters import AdaptedNetwork
 from crl_diffusion.methods.optimizers import new_optimizer
@@ -58,7 +58,9 @@ class Run:
         self.stage, self.step = 0, 0
         self.losses: list[Tensor] = []  # results of `take_step` since the last row of losses
         names = ("metrics", "timings") if processes.is_first() else ()
-        self.logs = {name: Log(out / f"{name}.jsonl") for name in names}
+        self.logs = {name: Log(out / f"{name}.jsonl", say) for name in names}
+        config_json = (read_if_there(out / "config.json") or b"") if processes.is_first() else b""
+        self.config_text = config_json.decode()  # for the checkpoints
         self.samples: dict[str, str] = {}  # digests of the stored images of evaluations, by file
 
     def new_model(self, tasks: int = 1) -> nn.Module:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from contextlib import suppress
+from collections.abc import Sequence
 from functools import partial
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from crl_diffusion import processes
@@ -63,9 +62,7 @@ def save(run: Run) -> None:
         tensors.update({f"{MEMORY}{name}": value for name, value in memory.items()})
     rows = {name: log.count for name, log in run.logs.items()}
     digests = {log.path.name: log.digest for log in run.logs.values()} | run.samples
-    config = run.out / "config.json"
-    text = config.read_text(encoding="utf-8") if config.exists() else ""
-    saved = Checkpoint(run.stage, run.step, rows, tensors, digest_of(run.config), digests, text)
+    saved = Checkpoint(run.stage, run.step, rows, tensors, digest_of(run.config), digests, run.config_text)
     checkpoint.save(run.out / "checkpoints", saved)
 
 
@@ -89,11 +86,12 @@ def resume(run: Run) -> None:
     saved: Checkpoint | None = None
     if processes.is_first():
         saved, complaints = checkpoint.latest(run.out / "checkpoints", partial(require_fits_and_rows, run))
+        require_records(run, saved, complaints)
         for line in complaints:
             run.say(line)
-        require_records(run, saved)
         for name, log in run.logs.items():
-            log.keep(saved.rows[name] if saved is not None else 0)
+            rows = saved.rows[name] if saved is not None else 0
+            log.keep(min(rows, log.count) if name == "timings" else rows)  # without times, if their file is missing
     saved = processes.from_first(saved)
     if saved is not None:
         restore(run, saved)
@@ -101,8 +99,10 @@ def resume(run: Run) -> None:
         mend_samples(run, saved)
 
 
-def require_records(run: Run, saved: Checkpoint | None) -> None:
-    """RecordError if records are lost that only a repetition of the whole run can replace. Changes nothing."""
+def require_records(run: Run, saved: Checkpoint | None, complaints: Sequence[str]) -> None:
+    """RecordError if records are lost that only a repetition of the whole run can replace. Changes nothing.
+
+    `complaints`: a line for each checkpoint that is not good."""
     folder, metrics, timings = (run.out / name for name in ("checkpoints", "metrics.jsonl", "timings.jsonl"))
     if saved is None:
         if checkpoint.latest(folder, partial(require_fits, run))[0] is not None:
@@ -110,6 +110,12 @@ def require_records(run: Run, saved: Checkpoint | None) -> None:
                 metrics,
                 "is missing, or does not begin with the rows of any checkpoint",
                 f"put it back from a copy, or delete {str(folder)!r}, and the run is repeated from its start",
+            )
+        if complaints:
+            raise RecordError(
+                folder,
+                f"holds no good checkpoint: {'; '.join(complaints)}",
+                "put one back from a copy, or delete this folder, and the run is repeated from its start",
             )
         if (run.out / "summary.json").exists():
             raise RecordError(
@@ -168,11 +174,15 @@ def draw_again(run: Run, stage: Stage, wanted: str) -> bool:
     the digest `wanted` or, if that is "", whether its numbers are those in metrics.jsonl."""
     weights: dict[str, Tensor] = {}
     if processes.is_first():
-        with suppress(SafetensorError, OSError, ValueError, KeyError):
-            end = checkpoint.load(checkpoint.end_of_stage(run.out / "checkpoints", stage.number))
-            require_fits(run, end)
-            # The teacher was copied before the penalty's own steps (mode once), the model after them.
-            weights = end.part(f"{MEMORY}teacher") or end.part("model")
+        end_of_stage = checkpoint.end_of_stage(run.out / "checkpoints", stage.number)
+        try:
+            if end_of_stage.exists():
+                end = checkpoint.load(end_of_stage)
+                require_fits(run, end)
+                # The teacher was copied before the penalty's own steps (mode once), the model after them.
+                weights = end.part(f"{MEMORY}teacher") or end.part("model")
+        except (ValueError, KeyError):  # damaged
+            pass
     weights = processes.from_first(weights)
     if not weights:
         return False

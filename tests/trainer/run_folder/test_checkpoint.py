@@ -61,6 +61,13 @@ def test_the_memory_of_a_stage_is_written_once_and_read_with_each_of_its_checkpo
         checkpoint.load(later)
 
 
+def test_the_memory_is_written_again_if_the_file_of_the_stages_start_was_deleted(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, _make(1, 0)).unlink()
+    loaded, expected = checkpoint.load(checkpoint.save(tmp_path, _make(1, 30))), _make(1, 30)
+    assert loaded.tensors.keys() == expected.tensors.keys()
+    assert all(torch.equal(x, loaded.tensors[name]) for name, x in expected.tensors.items())
+
+
 def test_a_file_under_another_name_is_refused(tmp_path: Path) -> None:
     path = checkpoint.save(tmp_path, _make(0, 100))
     path.rename(tmp_path / "04-00000000.safetensors")

@@ -7,23 +7,24 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 from crl_diffusion import cli
-from crl_diffusion.evaluation.summaries import TIMES
 from crl_diffusion.run_folder import checkpoint
 from helpers.trainer_runs import (
+    NEWEST,
     SHORT,
     TrainCommand,
+    contents,
     crl_diffusion,
     few_samples,
     options,
     require_one_line,
-    same_end,
+    same_folder,
     train_words,
 )
 from safetensors import safe_open
@@ -157,7 +158,6 @@ class Case(NamedTuple):
 
 
 FINISHED, BOTH = ("finished",), ("unfinished", "finished")
-NEWEST = "checkpoints/01-00000004.safetensors"  # of the unfinished run
 FIRST_ROWS = "is missing, or does not begin with the rows of any checkpoint; put it back"
 FOLDER = "is a folder, expected a file; move it away"
 CASES: dict[str, Case] = {
@@ -247,40 +247,6 @@ CASES: dict[str, Case] = {
 }
 
 
-@pytest.fixture
-def copy_of(finished: Path, tmp_path: Path) -> Callable[[str], Path]:
-    """A copy of the finished run, or of it as it was after four steps of its second task."""
-
-    def copied(state: str) -> Path:
-        out = tmp_path / "run"
-        shutil.copytree(finished, out)
-        if state == "unfinished":
-            for name in ("summary.json", "samples/after-task-2.safetensors", "samples.png", "curves.png"):
-                (out / name).unlink()
-            for name in ("01-00000006", "02-00000000"):
-                (out / "checkpoints" / f"{name}.safetensors").unlink()
-            saved = checkpoint.load(out / NEWEST)
-            for name in ("metrics", "timings"):
-                rows(lambda lines, n=saved.rows[name]: lines[:n])(out / f"{name}.jsonl")  # type: ignore[misc]
-        return out
-
-    return copied
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def same_folder(a: Path, b: Path, drawn: Sequence[str] = ()) -> None:
-    """Equal records, checkpoints of ends of stages, kept images and pictures; times may differ."""
-    same_end(a, b)
-    for name in ("config.json", "samples/after-task-1.safetensors", *drawn):
-        assert (a / name).read_bytes() == (b / name).read_bytes(), name
-    first, second = (json.loads((run / "summary.json").read_text()) for run in (a, b))
-    assert first.keys() == second.keys()
-    assert all(first[key] == second[key] for key in first if key not in TIMES)
-
-
 def test_there_are_thirty_kinds_of_damage_or_more() -> None:
     assert len(CASES) >= 30
 
@@ -300,7 +266,7 @@ def test_a_damaged_run_ends_with_the_same_bits_or_one_line(
     case = CASES[name]
     out = copy_of(state)
     case.damage(out / case.file)
-    before = files(out)
+    before = contents(out)
     code = train_command()
     output = capsys.readouterr()
     if case.says is None:
@@ -311,7 +277,7 @@ def test_a_damaged_run_ends_with_the_same_bits_or_one_line(
     else:
         assert code == 2
         require_one_line(output.err, str(out / case.file), case.says)
-        assert {key: x for key, x in files(out).items() if key != ".lock"} == {
+        assert {key: x for key, x in contents(out).items() if key != ".lock"} == {
             key: x for key, x in before.items() if key != ".lock"
         }
 

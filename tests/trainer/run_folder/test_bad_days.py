@@ -1,0 +1,154 @@
+"""Files that cannot be read, all checkpoints damaged, files that disappear while a run writes them: no work is lost."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from crl_diffusion import files
+from crl_diffusion.training import run as training_run
+from helpers.permissions import permissions_hold
+from helpers.trainer_runs import (
+    NEWEST,
+    TrainCommand,
+    at_call,
+    contents,
+    few_samples,
+    require_one_line,
+    same_folder,
+)
+
+pytestmark = [few_samples, pytest.mark.usefixtures("no_pictures")]
+START = "checkpoints/01-00000000.safetensors"  # which the newest checkpoint needs
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "state"),
+    [
+        *((name, 0, "unfinished") for name in (NEWEST, START, "metrics.jsonl", "timings.jsonl", "config.json")),
+        ("checkpoints", 0o300, "unfinished"),  # may be entered and written to, and not listed
+        ("samples/after-task-1.safetensors", 0, "unfinished"),
+        *((name, 0, "finished") for name in ("summary.json", "metrics.jsonl", "samples/after-task-2.safetensors")),
+    ],
+)
+def test_what_cannot_be_read_is_one_line_and_nothing_is_written(
+    name: str,
+    mode: int,
+    state: str,
+    finished: Path,
+    train_command: TrainCommand,
+    copy_of: Callable[[str], Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = copy_of(state)
+    before, allowed = contents(out), (out / name).stat().st_mode
+    (out / name).chmod(mode)
+    with permissions_hold():
+        code = train_command()
+    (out / name).chmod(allowed)
+    assert code == 2
+    require_one_line(capsys.readouterr().err, str(out / name), "cannot be read (Permission denied); make it readable")
+    assert contents(out) == {**before, ".lock": b""}
+    assert train_command() == 0
+    same_folder(finished, out)
+
+
+def test_a_disk_that_cannot_read_a_checkpoint_for_a_moment_loses_nothing(
+    finished: Path,
+    train_command: TrainCommand,
+    copy_of: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = copy_of("unfinished")
+    before = contents(out)
+
+    def failing(path: Any, *arguments: Any) -> Any:
+        if Path(path) == out / NEWEST:
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return open(path, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "open", failing, raising=False)
+        assert train_command() == 2
+    require_one_line(capsys.readouterr().err, str(out / NEWEST), "cannot be read (Input/output error)")
+    assert contents(out) == {**before, ".lock": b""}
+    assert train_command() == 0
+    same_folder(finished, out)
+
+
+def test_a_run_without_a_good_checkpoint_is_not_repeated_without_consent(
+    finished: Path,
+    train_command: TrainCommand,
+    copy_of: Callable[[str], Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = copy_of("unfinished")
+    for path in (out / "checkpoints").iterdir():
+        path.write_bytes(path.read_bytes()[:-1])
+    before = contents(out)
+    assert train_command() == 2
+    require_one_line(capsys.readouterr().err, "holds no good checkpoint", path.name, "or delete this folder")
+    assert contents(out) == {**before, ".lock": b""}
+    shutil.rmtree(out / "checkpoints")
+    assert train_command() == 0
+    same_folder(finished, out)
+
+
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [
+        *(("metrics.jsonl", step) for step in (11, 12)),  # before the last checkpoint within the task, and after it
+        *((name, 11) for name in ("timings.jsonl", "config.json", START, NEWEST, "samples/after-task-1.safetensors")),
+    ],
+)
+def test_a_file_that_is_deleted_while_the_run_goes_on_is_no_loss(
+    name: str,
+    step: int,
+    finished: Path,
+    train_command: TrainCommand,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        at_call(patch, training_run, "training_step", step, (out / name).unlink)
+        assert train_command() == 0
+    output = capsys.readouterr()
+    assert output.err == ""
+    if name.endswith(".jsonl"):
+        assert f"{str(out / name)!r} was deleted or emptied, and is written again" in output.out
+    if name == START:
+        assert not (out / START).exists()
+        shutil.copy(finished / START, out / START)
+    assert train_command() == 0
+    same_folder(finished, out)
+
+
+def test_records_that_are_changed_while_the_run_goes_on_stop_it(
+    finished: Path,
+    train_command: TrainCommand,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "run"
+    lost: list[bytes] = []
+
+    def lose_rows() -> None:
+        lines = (out / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+        lost.extend(lines[3:])
+        (out / "metrics.jsonl").write_bytes(b"".join(lines[:3]))
+
+    with monkeypatch.context() as patch:
+        at_call(patch, training_run, "training_step", 11, lose_rows)
+        assert train_command() == 2
+    require_one_line(capsys.readouterr().err, str(out / "metrics.jsonl"), "was changed by something else", "goes back")
+    assert lost
+    assert train_command() == 0
+    same_folder(finished, out)
