@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +25,17 @@ class UnreadableError(Exception):
     def __init__(self, path: Path, error: OSError) -> None:
         reason = error.strerror or str(error)
         super().__init__(f"{str(path)!r} cannot be read ({reason}); make it readable, and give the same command again")
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """How an allocation failed, of Python, of torch on the CPU or a device, or of the system; None for other errors."""
+    text = " ".join(str(error).split())
+    known = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc", "alloc_failed")
+    says_so = isinstance(error, (RuntimeError, OSError)) and any(words in text.lower() for words in known)
+    if not (says_so or isinstance(error, MemoryError)):
+        return None
+    asked = re.search(r"allocate ([\d.,]+ ?\w+)", text)
+    return f"out of memory, asked for {asked[1]} more" if asked else "out of memory"
 
 
 PUT_BACK = "put it back from a copy"

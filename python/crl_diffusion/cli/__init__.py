@@ -1,8 +1,8 @@
 """The command line: `crl-diffusion train | compare | report | diagnose | sample | export | list`.
 
 Exit code 2, with a message on stderr: an option that cannot be used, a record that cannot be read, a folder that cannot
-be written, a package that is missing. Exit code 1: training cannot continue. After SIGINT, SIGTERM or SIGHUP: 128 plus
-the signal's number.
+be written, a package that is missing. Exit code 1: training cannot continue, or memory has run out. After SIGINT,
+SIGTERM or SIGHUP: 128 plus the signal's number.
 """
 
 from __future__ import annotations
@@ -16,18 +16,25 @@ from contextlib import redirect_stdout, suppress
 
 from crl_diffusion import signals
 from crl_diffusion.cli.messages import complain, is_first
-from crl_diffusion.errors import OptionError, UnreadableError
+from crl_diffusion.errors import OptionError, UnreadableError, out_of_memory
 
+LOWER = {  # where memory runs out outside of training
+    "train": "lower --per-class or --image-size",
+    "compare": "lower --jobs, --per-class or --eval-samples",
+    "diagnose": "lower --samples",
+    "sample": "lower --count",
+}
 CLOSED_PIPE = 128 + 13  # as a shell reports a process that SIGPIPE has ended
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
     encode_what_can_be()
+    words = sys.argv[1:] if argv is None else argv
     try:
         with signals.handled():
             try:
-                return run(sys.argv[1:] if argv is None else argv)
+                return run(words)
             finally:
                 sys.stdout.flush()
     except ModuleNotFoundError as error:
@@ -43,7 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more
         return CLOSED_PIPE
-    except OSError as error:
+    except (MemoryError, RuntimeError, OSError) as error:
+        if problem := out_of_memory(error):
+            complain(f"error: {problem}; {LOWER.get(words[0] if words else '', 'free some memory')}")
+            return 1
+        if not isinstance(error, OSError):
+            raise
         complain(f"error: {error}; check that the path exists, can be read and written, and has free space")
         return 2
     except signals.Stopped as stop:

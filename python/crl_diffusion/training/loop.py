@@ -143,7 +143,8 @@ def run_stage(run: Run, stage: Stage, board: TensorBoard, advance: Advance) -> N
     run.model.train()
     clock = StepClock(run, stage)
     before, since = run.step, clocks()
-    with signals.deferred():
+    smaller_batch = f"lower --batch ({config.batch}) or --replay-batch ({config.replay_batch})"
+    with signals.deferred(), trouble.memory_for(f"in the steps of stage {stage.number + 1}", smaller_batch):
         while run.step < steps:
             run.losses.append(run.take_step(images, stage))
             clock.tick()
@@ -170,9 +171,13 @@ def run_stage(run: Run, stage: Stage, board: TensorBoard, advance: Advance) -> N
     run.model.eval()
     run.adopt_average()
     run.interpolate()
-    records = [*stage_records.movement(run, stage), *stage_records.held_out_losses(run, stage)]
-    trouble.require_finite_records(run, stage, records)
-    for row in run.evaluate(stage):
+    with trouble.memory_for(
+        f"in the evaluation of stage {stage.number + 1}", f"lower --eval-samples ({config.eval_samples})"
+    ):
+        records = [*stage_records.movement(run, stage), *stage_records.held_out_losses(run, stage)]
+        trouble.require_finite_records(run, stage, records)
+        rows = run.evaluate(stage)
+    for row in rows:
         run.log(row)
         board.scalars(row["after_task"], {f"fid/task {row['task']}": row["fid"]})
         run.say(
@@ -200,7 +205,9 @@ def elapsed(since: tuple[float, float]) -> tuple[float, float]:
 def remember(run: Run, stage: Stage) -> None:
     """Keep what later stages need of this one, and log the time that it has taken."""
     since = clocks()
-    run.remember(stage)
+    lower = f"lower --fisher-samples ({run.config.fisher_samples}) or --pool ({run.config.pool}), or take a lower rank"
+    with trouble.memory_for(f"at the end of stage {stage.number + 1}, for the Fisher matrix and the pool", lower):
+        run.remember(stage)
     if run.device.type == "cuda":
         torch.cuda.synchronize(run.device)
     seconds, cpu = elapsed(since)

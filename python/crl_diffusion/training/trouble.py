@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from crl_diffusion.config.curriculum import Stage
 from crl_diffusion.config.method import OF_ADAM
-from crl_diffusion.errors import TrainingError
+from crl_diffusion.errors import TrainingError, out_of_memory
 from crl_diffusion.files import Row
 from crl_diffusion.training.run import Run
 
 SMALLEST_SCALE = 2.0**-10  # below it the gradient scaler has halved 26 times: fp16 cannot represent this network
+
+
+@contextmanager
+def memory_for(moment: str, remedy: str) -> Iterator[None]:
+    """TrainingError if memory runs out within the block. `remedy`: the options to lower."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        if (problem := out_of_memory(error)) is None:
+            raise
+        raise TrainingError(f"{problem}, {moment}; {remedy}, in a new folder") from error
 
 
 def require_finite(run: Run, stage: Stage, table: Tensor) -> None:

@@ -9,14 +9,27 @@ from typing import Any
 
 import pytest
 import torch
-from crl_diffusion import files
-from crl_diffusion.errors import OptionError, TrainingError
+from crl_diffusion import cli, files
+from crl_diffusion.errors import OptionError, TrainingError, out_of_memory
+from crl_diffusion.evaluation import evaluate
 from crl_diffusion.files import Log
+from crl_diffusion.methods import penalties
 from crl_diffusion.run_folder import checkpoint
 from crl_diffusion.run_folder.readers import read_metrics
+from crl_diffusion.trained_model import drawing
+from crl_diffusion.training import run as training_run
 from crl_diffusion.training import trouble
 from crl_diffusion.training.plan import require_fisher_images
-from helpers.trainer_runs import MakeRun, Short, TrainCommand, at_call, few_samples, same_end, train
+from helpers.trainer_runs import (
+    MakeRun,
+    Short,
+    TrainCommand,
+    at_call,
+    few_samples,
+    require_one_line,
+    same_end,
+    train,
+)
 
 
 def test_the_number_that_is_not_finite_is_named_with_its_likely_cause(short: Short, make_run: MakeRun) -> None:
@@ -70,6 +83,56 @@ def test_a_fisher_matrix_that_cannot_be_estimated_is_an_error(short: Short, make
     run = make_run(short("bands1000", fisher_samples=4))
     with pytest.raises(TrainingError, match=r"no Fisher matrix of task 1 .*no stratum has samples in both halves"):
         run.remember(run.stages[0])
+
+
+@few_samples
+@pytest.mark.parametrize(
+    ("owner", "name", "says"),
+    [
+        (training_run, "training_step", "in the steps of stage 1; lower --batch (8) or --replay-batch (4), in a new"),
+        (evaluate, "evaluate", "in the evaluation of stage 1; lower --eval-samples (4), in a new folder"),
+        (penalties, "estimate_fisher", "for the Fisher matrix and the pool; lower --fisher-samples (8) or --pool (3)"),
+    ],
+)
+def test_out_of_memory_is_one_line_that_names_what_to_lower(
+    owner: Any,
+    name: str,
+    says: str,
+    train_command: TrainCommand,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    at_call(monkeypatch, owner, name, 1, lambda: torch.empty(2**50, dtype=torch.uint8))
+    assert train_command() == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"crl-diffusion: out of memory, asked for {2**50} bytes more, ")
+    assert says in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (MemoryError(), "out of memory"),
+        (MemoryError("Unable to allocate 7.45 GiB for an array"), "out of memory, asked for 7.45 GiB more"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0"), "asked for 2.00 GiB more"),
+        (OSError(12, "Cannot allocate memory"), "out of memory"),
+        (RuntimeError("std::bad_alloc"), "out of memory"),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None),
+        (ValueError("out of memory"), None),
+    ],
+)
+def test_errors_that_mean_out_of_memory(error: Exception, says: str | None) -> None:
+    problem = out_of_memory(error)
+    assert problem is None if says is None else problem is not None and problem.endswith(says)
+
+
+def test_out_of_memory_outside_of_training_is_one_line(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    at_call(monkeypatch, drawing, "write_images", 1, lambda: torch.empty(2**50, dtype=torch.uint8))
+    assert cli.main(["sample", str(finished), "--out", str(tmp_path / "out")]) == 1
+    require_one_line(capsys.readouterr().err, f"out of memory, asked for {2**50} bytes more; lower --count")
 
 
 @few_samples
