@@ -66,7 +66,7 @@ def train(command: Train) -> int:
             return 1
     if not first:
         return 0
-    fid, forgetting, accuracy = (summary[name] for name in ("average_fid", "forgetting", "accuracy"))
+    fid, forgetting, accuracy = (summary.get(name) for name in ("average_fid", "forgetting", "accuracy"))
     say(
         f"average FID {fid:.1f}, forgetting {'-' if forgetting is None else f'{forgetting:.1f}'}, "
         f"conditional accuracy {'-' if accuracy is None else f'{accuracy:.3f}'}"
@@ -136,7 +136,7 @@ def _compare(
     from crl_diffusion.comparison import cells, runner, slurm
     from crl_diffusion.evaluation import evaluate
     from crl_diffusion.reporting import report, runs
-    from crl_diffusion.run_folder.layout import check_folder, require_measured
+    from crl_diffusion.run_folder.layout import check_folder, require_measured, runs_in
     from crl_diffusion.training import forecast, loop
     from crl_diffusion.training.plan import resolve_device
 
@@ -165,8 +165,8 @@ def _compare(
     else:
         launcher = runner.Pool(jobs, train_command)
     if not all(cell.finished for cell in work):
-        for path in sorted(command.out.glob("*/config.json")):
-            require_measured(path.parent, {"data_name": images.name, **tools.names()})
+        for folder_of_run in runs_in(command.out):
+            require_measured(folder_of_run, {"data_name": images.name, **tools.names()})
         if command.launcher == "local":
             pass_seconds = forecast.seconds_per_pass(work[0].config, images.shape, images.classes)
             console.print(runner.estimate(work, jobs, pass_seconds), highlight=False)

@@ -18,7 +18,7 @@ from crl_diffusion.config.settings import RunConfig, Settings
 from crl_diffusion.config.spelling import VARIED, add_lam, label, parse_method, parse_variant, spell
 from crl_diffusion.errors import OptionError, RecordError, UnreadableError
 from crl_diffusion.reporting.runs import read_finished
-from crl_diffusion.run_folder.layout import differences
+from crl_diffusion.run_folder.layout import differences, runs_in
 from crl_diffusion.run_folder.readers import read_config, read_metrics
 
 
@@ -107,19 +107,18 @@ def check_others(work: Sequence[Cell], out: Path) -> None:
     runs in a folder of another name. RecordError if the records of another finished run, which the report would
     include, are damaged."""
     folders = {cell.name: cell.folder for cell in work}
-    for path in sorted(out.glob("*/summary.json")):
-        if path.parent not in [cell.folder for cell in work]:
-            read_finished(path.parent)
-    for path in sorted(out.glob("*/config.json")):
-        if changes := differences(work[0].config, path.parent, ignored=("method", "recipe", "seed", *VARIED)):
+    for folder in runs_in(out):
+        if folder not in folders.values() and (folder / "summary.json").exists():
+            read_finished(folder)
+        if changes := differences(work[0].config, folder, ignored=("method", "recipe", "seed", *VARIED)):
             raise OptionError(
-                f"--out {str(out)!r} holds runs with other settings: {path.parent.name} ({changes}); use another folder"
+                f"--out {str(out)!r} holds runs with other settings: {folder.name} ({changes}); use another folder"
             )
-        run = read_config(path.parent)["run"]
+        run = read_config(folder)["run"]
         name = f"{label(run['method'], run)}, seed {run['seed']}"
-        if folders.get(name, path.parent) != path.parent:
+        if folders.get(name, folder) != folder:
             raise OptionError(
-                f"--out {str(out)!r} holds {name} in {path.parent.name}; rename this folder to {folders[name].name}, "
+                f"--out {str(out)!r} holds {name} in {folder.name}; rename this folder to {folders[name].name}, "
                 "or use another --out"
             )
 

@@ -15,7 +15,7 @@ from crl_diffusion.evaluation import metrics
 from crl_diffusion.evaluation.summaries import TIMES, summarise
 from crl_diffusion.files import Row, read_file
 from crl_diffusion.run_folder import checkpoint
-from crl_diffusion.run_folder.layout import digest_of_saved
+from crl_diffusion.run_folder.layout import digest_of_saved, is_run, runs_in
 from crl_diffusion.run_folder.readers import (
     CONFIG_REMEDY,
     METRICS_REMEDY,
@@ -31,7 +31,6 @@ from crl_diffusion.run_folder.readers import (
 FREE_OPTIONS = {"method", "recipe", "seed", "device", "log_every", "checkpoint_every"}
 # The recipe and the options of its Fisher matrix: methods may differ in them, runs of one method may not.
 METHOD_OPTIONS = {"recipe", "fisher_samples", "fisher_estimate", "fisher_images"}
-RUN_RECORDS = ("config.json", "summary.json", "metrics.jsonl")  # a folder with one of them is a run folder
 MEASURED_WITH = ("extractor", "classifier", "samples_per_task", "sampler", "held_out_images")
 
 
@@ -132,8 +131,7 @@ def find(folders: Iterable[Path]) -> tuple[list[Finished], list[Path]]:
     for folder in folders:
         if not folder.is_dir():
             raise OptionError(f"{str(folder)!r} is not a folder; give one that `train` or `compare` has written")
-        records = [path for name in RUN_RECORDS for path in (folder / name, *folder.glob(f"*/{name}")) if path.exists()]
-        for run in sorted({path.parent for path in records}):
+        for run in [folder, *runs_in(folder)] if is_run(folder) else runs_in(folder):
             record = read_config(run)
             if (run / "summary.json").exists():
                 summary = read_finished(run)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Collection, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from crl_diffusion.config.settings import ADDED, RunConfig
-from crl_diffusion.errors import OptionError, RecordError
-from crl_diffusion.files import is_locked, locked, require_file, require_folder, write_json, write_text
+from crl_diffusion.errors import OptionError, RecordError, UnreadableError
+from crl_diffusion.files import is_locked, locked, read_json, require_file, require_folder, write_json, write_text
 from crl_diffusion.run_folder import checkpoint, origin
 from crl_diffusion.run_folder.readers import read_config
 
@@ -88,8 +88,18 @@ def require_place(option: str, out: Path) -> None:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a run has begun in this folder. Other software has a config.json, too."""
-    return (folder / "config.json").exists() and (folder / "metrics.jsonl").exists()
+    """Whether a folder holds a run, or what is left of one. Other software has some of its files, too."""
+    with suppress(RecordError, UnreadableError):
+        record = read_json(folder / "config.json")
+        if isinstance(record, dict) and isinstance(record.get("run"), dict):
+            return True
+    has_records = any((folder / name).exists() for name in ("metrics.jsonl", "summary.json"))
+    return has_records and any((folder / name).is_dir() for name in ("checkpoints", "samples"))
+
+
+def runs_in(folder: Path) -> list[Path]:
+    """The folders in this one that hold runs, in the order of their names."""
+    return sorted(path for path in folder.iterdir() if path.is_dir() and is_run(path)) if folder.is_dir() else []
 
 
 def require_no_run(out: Path, folder: Path) -> None:
@@ -103,9 +113,7 @@ def require_layout(out: Path) -> None:
     has a folder in place of a file or the reverse."""
     require_place("--out", out)
     require_no_run(out, out.absolute().parent)
-    if not is_run(out) and (
-        inside := sorted(path.parent for path in out.glob("*/metrics.jsonl") if is_run(path.parent))
-    ):
+    if not is_run(out) and (inside := runs_in(out)):
         raise OptionError(
             f"--out is {str(out)!r}, which holds other runs, such as {inside[0].name}; give a folder of the run's own, "
             f"such as {str(out / 'another')!r}"

@@ -6,6 +6,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,15 @@ def environment() -> dict[str, Any]:
             versions[package] = "not installed"
     versions["threads"] = torch.get_num_threads()
     return versions
+
+
+def differences(saved: Mapping[str, Any]) -> str:
+    """What differs between the environment in which a run began and this one, with both values; "" if nothing does.
+    The kernel, which is part of the platform, and names that only one of them has do not count."""
+    here = {name: value for name, value in environment().items() if name != "platform"}
+    return ", ".join(
+        f"{name} {saved[name]} then, {here[name]} now" for name in here if saved.get(name, here[name]) != here[name]
+    )
 
 
 def command_line() -> str:

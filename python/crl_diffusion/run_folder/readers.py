@@ -214,7 +214,7 @@ def read_run_config(run: Path) -> RunConfig:
         )
         raise RecordError(path, wrong, "use the version that began the run")
     for name, hint in hints.items():
-        if name not in saved:
+        if saved.get(name) is None:
             wrong = f"is damaged, or of another version of this package (its run has no {name})"
             raise RecordError(path, wrong, CONFIG_REMEDY)
         if get_origin(hint) is Literal and saved[name] not in get_args(hint):

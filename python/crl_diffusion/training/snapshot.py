@@ -15,12 +15,13 @@ from crl_diffusion.diffusion.network import frozen_copy
 from crl_diffusion.errors import RecordError, TrainingError
 from crl_diffusion.files import read_file
 from crl_diffusion.methods import optimizers
-from crl_diffusion.run_folder import checkpoint
+from crl_diffusion.run_folder import checkpoint, origin
 from crl_diffusion.run_folder.checkpoint import MEMORY, Checkpoint, StaleRecords, require_like
 from crl_diffusion.run_folder.layout import digest_of
 from crl_diffusion.run_folder.readers import (
     CONFIG_REMEDY,
     TIMINGS_REMEDY,
+    read_config,
     read_metrics,
     read_samples,
     read_timings,
@@ -96,6 +97,9 @@ def resume(run: Run) -> None:
     if saved is not None:
         restore(run, saved)
         run.say(f"resuming after {run.stage} finished stage(s) and {run.step} steps of the next")
+        environment = read_config(run.out).get("environment") if processes.is_first() else None
+        if changes := origin.differences(environment or {}):
+            run.say(f"the run began in another environment ({changes}): the last bits of its numbers may differ")
         mend_samples(run, saved)
 
 

@@ -9,11 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from crl_diffusion import files
+import torch
+from crl_diffusion import cli, files
+from crl_diffusion.comparison import cells
+from crl_diffusion.config.settings import Settings
 from crl_diffusion.training import run as training_run
+from crl_diffusion.training.plan import resolve
 from helpers.permissions import permissions_hold
 from helpers.trainer_runs import (
     NEWEST,
+    SHORT,
     TrainCommand,
     at_call,
     contents,
@@ -79,6 +84,28 @@ def test_a_disk_that_cannot_read_a_checkpoint_for_a_moment_loses_nothing(
     assert contents(out) == {**before, ".lock": b""}
     assert train_command() == 0
     same_folder(finished, out)
+
+
+def test_another_number_of_threads_is_said(
+    train_command: TrainCommand, copy_of: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy_of("unfinished")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        assert train_command() == 0
+    finally:
+        torch.set_num_threads(threads)
+    said = f"the run began in another environment (threads {threads} then, {threads + 1} now): the last bits of its"
+    assert said in capsys.readouterr().out
+
+
+def test_the_same_environment_is_not_remarked_on(
+    train_command: TrainCommand, copy_of: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy_of("unfinished")
+    assert train_command() == 0
+    assert "another environment" not in capsys.readouterr().out
 
 
 def test_a_run_without_a_good_checkpoint_is_not_repeated_without_consent(
@@ -152,3 +179,44 @@ def test_records_that_are_changed_while_the_run_goes_on_stop_it(
     assert lost
     assert train_command() == 0
     same_folder(finished, out)
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        {"config.json": b'{"architectures": ["UNet"]}'},
+        {"config.json": b"[1, 2]", "metrics.jsonl": b'{"loss": 1}\n'},
+        {"config.json": b"\xff\0"},
+        {"summary.json": b""},
+        {"metrics.jsonl": b"no JSON"},
+        {"config.json/file": b"a folder of this name"},
+    ],
+    ids=str,
+)
+def test_folders_of_other_software_are_passed_over(
+    foreign: dict[str, bytes], finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "comparison"
+    shutil.copytree(finished, out / "gd+rank1-seed0")
+    for name, content in foreign.items():
+        (out / "other" / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / "other" / name).write_bytes(content)
+    work = cells.cells(Settings(**SHORT), ["gd"], [0], out)
+    for cell in work:
+        cell.config = resolve(cell.config)
+    cells.check_others(work, out)
+    assert cli.main(["report", str(out), "--out", str(tmp_path / "report")]) == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("left", [["metrics.jsonl", "checkpoints"], ["summary.json", "samples"]])
+def test_what_is_left_of_a_run_is_not_passed_over(
+    left: list[str], finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "comparison"
+    shutil.copytree(finished, out / "gd+rank1-seed0")
+    for path in (out / "gd+rank1-seed0").iterdir():
+        if path.name not in left:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert cli.main(["report", str(out), "--out", str(tmp_path / "report")]) == 2
+    require_one_line(capsys.readouterr().err, str(out / "gd+rank1-seed0" / "config.json"), "is missing; put it back")

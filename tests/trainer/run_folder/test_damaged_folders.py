@@ -410,6 +410,7 @@ def test_diagnose_names_the_damaged_file_and_what_to_do(
         ("steps", "six", "its steps is 'six', expected an integer"),
         ("clip", -1.0, "--clip is -1.0"),
         ("tasks", None, "its run has no tasks"),
+        ("steps", "null", "its run has no steps"),
         ("steps", 7, "has no good checkpoint"),
     ],
 )
@@ -418,7 +419,7 @@ def test_diagnose_refuses_a_configuration_that_is_not_the_checkpoints(
 ) -> None:
     out = copy_of("finished")
     record = json.loads((out / "config.json").read_text())
-    record["run"][key] = value
+    record["run"][key] = None if value == "null" else value
     if value is None:
         del record["run"][key]
     (out / "config.json").write_text(json.dumps(record))
