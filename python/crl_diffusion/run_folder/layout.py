@@ -155,7 +155,8 @@ def make_writable(out: Path) -> None:
     """Create the folder if needed. OptionError if it cannot be written to."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / ".lock").touch()
+        with open(out / ".lock", "a"):
+            pass
     except OSError as error:
         raise OptionError(
             f"--out {str(out)!r} cannot be written to ({error.strerror}); make it writable, or give another folder"

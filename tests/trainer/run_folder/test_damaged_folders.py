@@ -527,19 +527,6 @@ def test_samples_that_no_checkpoint_can_draw_again_are_reported(
     assert cli.main(["report", str(out), "--out", str(out.parent / "report")]) == 0
 
 
-def test_a_folder_that_cannot_be_written_to_is_an_error(
-    train_command: TrainCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def read_only(*_: object, **__: object) -> None:
-        raise OSError(30, "Read-only file system")
-
-    monkeypatch.setattr(Path, "touch", read_only)
-    assert train_command() == 2
-    require_one_line(
-        capsys.readouterr().err, str(tmp_path / "run"), "Read-only file system", "make it writable, or give another"
-    )
-
-
 @pytest.mark.parametrize("name", ["train", "compare", "report", "diagnose"])
 @pytest.mark.parametrize("inside", [False, True])
 def test_a_place_that_is_no_folder_is_an_error(
