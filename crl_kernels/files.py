@@ -89,8 +89,9 @@ def read(path: str | os.PathLike[str]) -> tuple[str, dict[str, Tensor], dict[str
         raise IsADirectoryError(f"path {os.fspath(path)!r} is a folder; expected a file.")
     if not Path(path).is_file():
         raise FileNotFoundError(f"path {os.fspath(path)!r} is not a file.")
-    with open(path, "rb"):  # raises PermissionError, for which safetensors has its own errors
-        pass
+    with open(path, "rb") as file:  # safetensors says of a file without permission that it is missing, and maps it: a
+        while file.read(2**24):  # part that the disk cannot read would end the process
+            pass
     try:
         with safe_open(path, framework="pt") as file:
             entry = (file.metadata() or {}).get(_ENTRY)
