@@ -14,10 +14,13 @@ from torch import Tensor, distributed
 from typing_extensions import TypeIs
 
 from ..backends.int8 import scales_shape
+from .agreement import Agreement, agreement_on
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
+
+_TOGETHER = "All processes make the same calls."
 
 
 def is_sharded(tensor: Tensor) -> "TypeIs[DTensor]":
@@ -51,6 +54,7 @@ class Shards:
     def __init__(self, names: Sequence[str], params: Sequence[Tensor]) -> None:
         first = next(filter(is_sharded, params), None)
         self.unsharded = first is None
+        self.agreement = Agreement()  # of the mesh's processes
         if first is None:
             self.shapes = [parameter.shape for parameter in params]
             self.lengths = [shape.numel() for shape in self.shapes]
@@ -60,6 +64,7 @@ class Shards:
         groups = [(self._mesh.get_group(i), sharded) for i, sharded in enumerate(sharded_dimensions(first))]
         self._groups = [group for group, sharded in groups if sharded]
         self._copy_groups = [group for group, sharded in groups if not sharded]
+        self.agreement = agreement_on(self._mesh)
         self.shapes = [part.shape for part in self.local(params)]
         self.lengths = [shape.numel() for shape in self.shapes]
 
@@ -151,14 +156,17 @@ class Shards:
                 full[name] = value.cpu()
         return full
 
+    def require_all(self, call: str) -> None:
+        """Returns once all processes of the mesh have made this call, which gathers what they have. Raises RuntimeError
+        if one has not."""
+        with self.agreement.on(call, _TOGETHER):
+            pass
+
     def on_first(self, action: Callable[[], None]) -> None:
-        """Calls ``action`` in the mesh's first process; the others wait for it."""
-        if self.unsharded:
-            action()
-            return
-        if self._is_first():
-            action()
-        self.sum_copies_(self.sum_(torch.zeros(1)))
+        """Calls ``action`` in the mesh's first process; the others wait for it, and raise RuntimeError if it raises."""
+        with self.agreement.on("save", _TOGETHER):
+            if self.unsharded or self._is_first():
+                action()
 
     def _is_first(self) -> bool:
         return not any(self._mesh.get_coordinate() or ())

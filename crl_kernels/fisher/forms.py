@@ -10,6 +10,7 @@ Source: rank-1 form and coefficient c*: arXiv 2509.23593; diagonal form: Kirkpat
 
 import math
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from .. import files, operators
 from ..backends.int8 import Int8Vector, stored_values
+from ..distributed.agreement import digest
 from ..distributed.shards import Shards
 from ..model.names import Layout, join_names
 from .statistics import FisherStatistics
@@ -69,7 +71,7 @@ def _state_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors.values()) else torch.float32
 
 
-class _Fisher:
+class _Fisher(ABC):
     """What both forms share: vectors over all parameters, flat, of which each process may have its shards alone."""
 
     layout: Layout
@@ -105,12 +107,28 @@ class _Fisher:
         parts = vectors.split(lengths, dim=-1)
         require_numbers(argument, self.layout.names, parts, nonnegative=nonnegative, shards=self.shards)
 
-    def _write(self, path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:
+    @abstractmethod
+    def _vectors(self) -> dict[str, Tensor]:
+        """The vectors by the names that they have in a file, ``_gathered``."""
+
+    def _scalars(self) -> dict[str, Tensor]:
+        """The tensors of a file that belong to no parameter."""
+        return {}
+
+    def _write(self, path: str | os.PathLike[str]) -> None:
+        if self.shards is not None:
+            self.shards.require_all("save")
+        tensors = self._vectors() | self._scalars()
         facts = {"names": self.layout.names, "statistics": None if self.statistics is None else asdict(self.statistics)}
         if self.shards is None:
             files.write(path, type(self).__name__, tensors, facts)
         else:
             self.shards.on_first(lambda: files.write(path, type(self).__name__, tensors, facts))
+
+    def _described(self) -> str:
+        """What it is, and a digest of its numbers; of a sharded one, of those that every process has."""
+        tensors = self._scalars() if self.shards is not None else self._vectors() | self._scalars()
+        return f"{self!r} with the digest {digest(tensors)}"
 
 
 class LowRankFisher(_Fisher):
@@ -289,14 +307,18 @@ class LowRankFisher(_Fisher):
 
         All processes of a sharded model call it. Tensors are gathered one by one, and the first process writes.
         """
+        self._write(path)
+
+    def _vectors(self) -> dict[str, Tensor]:
         directions, *scales = [self._stored] if isinstance(self._stored, Tensor) else self._stored
         tensors = {f"directions.{name}": tensor for name, tensor in self._gathered(directions).items()}
         for part in scales:
             tensors |= {f"scales.{name}": tensor for name, tensor in self._gathered(part, scales=True).items()}
-        tensors |= {"curvatures": self.curvatures, "anchor_projections": self.anchor_projections}
-        if self.slopes is not None:
-            tensors["slopes"] = self.slopes
-        self._write(path, tensors)
+        return tensors
+
+    def _scalars(self) -> dict[str, Tensor]:
+        tensors = {"curvatures": self.curvatures, "anchor_projections": self.anchor_projections}
+        return tensors if self.slopes is None else tensors | {"slopes": self.slopes}
 
 
 class DiagonalFisher(_Fisher):
@@ -359,9 +381,11 @@ class DiagonalFisher(_Fisher):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file; see ``LowRankFisher.save``."""
+        self._write(path)
+
+    def _vectors(self) -> dict[str, Tensor]:
         tensors = {f"fisher_diagonal.{name}": part for name, part in self._gathered(self.fisher_diagonal).items()}
-        tensors |= {f"anchor.{name}": part for name, part in self._gathered(self.anchor).items()}
-        self._write(path, tensors)
+        return tensors | {f"anchor.{name}": part for name, part in self._gathered(self.anchor).items()}
 
 
 def load_fisher(path: str | os.PathLike[str]) -> LowRankFisher | DiagonalFisher:

@@ -32,6 +32,19 @@ def load_history(history: LowRankHistory | DiagonalHistory, path: str | os.PathL
             that a history cannot have. ``history`` has not changed then.
     """
     origin = f"the checkpoint {os.fspath(path)!r}"
+    with history._binding.agreement.on("load_history", "Load one checkpoint in all of them."):
+        state = _blank_state(history, path, key, origin)
+    try:
+        load({key: state}, checkpoint_id=path)
+    except CheckpointException as error:
+        raise ValueError(f"{origin} is damaged, or parts of it are missing: {error}") from error
+    history._take("load_history", state, origin)
+
+
+def _blank_state(
+    history: LowRankHistory | DiagonalHistory, path: str | os.PathLike[str], key: str, origin: str
+) -> dict[str, torch.Tensor]:
+    """Tensors that the saved state is read into, as the model is sharded."""
     metadata = FileSystemReader(path).read_metadata().state_dict_metadata
     saved = {name.removeprefix(f"{key}."): entry for name, entry in metadata.items() if name.startswith(f"{key}.")}
     if not saved:
@@ -58,9 +71,4 @@ def load_history(history: LowRankHistory | DiagonalHistory, path: str | os.PathL
         flat = torch.empty(numel, dtype=dtypes.pop(), device=history._device)
         blank = history._named_row_major(flat, scales=True) if scales else history._named(flat)
         state |= {prefix + name: blank[own] for name, own in zip(entries, stored.names, strict=True)}
-    try:
-        load({key: state}, checkpoint_id=path)
-    except CheckpointException as error:
-        raise ValueError(f"{origin} is damaged, or parts of it are missing: {error}") from error
-    with history._unchanged_by_errors():
-        history._set_state(state, origin)
+    return state

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.reference import mean_dtype
-from ..distributed.shards import Shards
+from ..distributed.agreement import Agreement, agreement_in, agreement_on
+from ..distributed.shards import Shards, is_sharded
 from .names import (
     Layout,
     ParameterNames,
@@ -75,6 +76,7 @@ class Binding:
         self.params = params
         self._shapes = list(self.layout.shapes)
         self.shards = Shards(self.layout.names, self.params)
+        self.agreement = _replicas(model, self.params) if self.shards.unsharded else self.shards.agreement
         self._widest = next((p for p in self.params if p.dtype == torch.float64), self.params[0])
         self._model: nn.Module | None = model  # None: a copy that has not yet searched for its model
         self._find_places(model)
@@ -126,6 +128,7 @@ class Binding:
         self._copied_model: Callable[[], nn.Module | None] = (lambda: None) if model is None else weakref.ref(model)
         placeholders = [torch.empty(shape, device="meta") for shape in self.layout.shapes]
         self.shards = Shards(self.layout.names, placeholders)
+        self.agreement = Agreement()
 
     def require_model(self) -> None:
         """Binds a copy, at its first use, to the model that was copied together with it.
@@ -329,6 +332,24 @@ class Binding:
                 rate = float(lr)
             rates.setdefault(rate, []).extend(members)
         return {rate: sorted(members) for rate, members in rates.items()}
+
+
+def agreement_about(model: nn.Module) -> Agreement:
+    """Of the processes that share ``model``, if they share all of its sharded parameters."""
+    params = list(model.parameters()) if isinstance(model, nn.Module) else []
+    meshes = {parameter.device_mesh for parameter in params if is_sharded(parameter)}
+    if len(meshes) == 1:
+        return agreement_on(meshes.pop())
+    return Agreement() if meshes or not params else _replicas(model, params)
+
+
+def _replicas(model: nn.Module, params: Sequence[Tensor]) -> Agreement:
+    """The processes that have copies of these parameters, where a DistributedDataParallel in ``model`` says so."""
+    bound = set(map(id, params))
+    for module in model.modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel) and bound & set(map(id, module.parameters())):
+            return agreement_in(module.process_group)
+    return Agreement()
 
 
 def _named_parameters(model: nn.Module, spellings: ParameterNames) -> Iterator[tuple[str, nn.Parameter]]:

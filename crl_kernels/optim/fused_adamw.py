@@ -303,6 +303,8 @@ class FusedAdamW(Optimizer):
         if self._capturing:
             lam = None if penalty is None else self.lam
             check_capture(self.param_groups, lam, self._decoupled, self._verify_every)
+        if penalty is not None:
+            penalty.agree_on_strength(self.lam)
         bound = penalty.bound_params() if penalty is not None else []
         roles = self._find_roles(bound)
         check_gradients(roles.params, roles.untrainable)

@@ -31,6 +31,7 @@ class _AttachedHistory(Protocol):
     _attachment: "Attachment | None"
     _binding: Binding
 
+    def _agree_on_strength(self, lam: float | Tensor, how: str) -> None: ...
     def stiffness(self, lam: float | Tensor, lr: float | Tensor) -> float | Tensor: ...
     def add_penalty_grad_(self, lam: float | Tensor) -> Tensor: ...
     def decoupled_step_(self, lam: float | Tensor, lr: Sequence[Mapping[str, Any]]) -> None: ...
@@ -130,6 +131,7 @@ class Attachment:
         if not self._checked and not torch.compiler.is_compiling():
             history._binding.members(optimizer.param_groups)  # another library may have exchanged them since attach
             self._checked = True
+        history._agree_on_strength(self._lam, "a gradient")  # of the user, without a GradScaler's scale
         self._warn_if_stiff(history, optimizer)
         if callable(closure := kwargs.get("closure")):
             return args, kwargs | {"closure": _with_penalty(closure, history, self._lam)}
@@ -143,6 +145,7 @@ class Attachment:
         """Takes the proximal step, unless the optimizer skipped its own."""
         if self._history is None or _is_nested(optimizer):
             return
+        self._history._agree_on_strength(self._lam, "a decoupled step")
         found_inf = getattr(optimizer, "found_inf", None)
         lam = self._lam
         if found_inf is not None:

@@ -47,8 +47,9 @@ class DiagonalHistory(History[DiagonalFisher]):
     ) -> None:
         super().__init__(model, include, exclude, decay)
         numel = sum(self._binding.shards.lengths)
-        fisher = torch.zeros(numel, dtype=self._binding.dtype, device=self._device)
-        self._set_vectors(fisher, torch.zeros_like(fisher), fisher.new_zeros((), dtype=torch.float64))
+        self._fisher = torch.zeros(numel, dtype=self._binding.dtype, device=self._device)
+        self._anchor, self._residual = torch.zeros_like(self._fisher), self._float64(0.0)
+        self._sums = [0.0, 0.0]  # see _set_vectors
 
     def __len__(self) -> int:
         """The number of tasks."""
@@ -57,7 +58,8 @@ class DiagonalHistory(History[DiagonalFisher]):
     def penalty(self, lam: float | Tensor) -> Tensor:
         """(lam / 2) (sum_j S_j (theta_j - m_j)^2 + R); see ``diagonal_ewc_penalty``."""
         check_strength("lam", lam)
-        return self._value(self._total(), lam) if self._num_tasks else self._zero()
+        value = self._value(self._total(), lam) if self._num_tasks else self._zero()
+        return self._agree_in_backward(value, lam)
 
     def _total(self) -> Tensor:
         """sum_j S_j (theta_j - m_j)^2 + R, 0-dim float64; differentiable by the parameters."""
@@ -76,6 +78,7 @@ class DiagonalHistory(History[DiagonalFisher]):
             The penalty's value, a 0-dim float64 tensor.
         """
         check_strength("lam", lam)
+        self._agree_on_strength(lam, "a gradient")
         if not self._num_tasks:
             return self._float64(0.0)
         strength = self._float64(lam)
@@ -97,6 +100,7 @@ class DiagonalHistory(History[DiagonalFisher]):
         """
         groups, rate = self._groups(lr)
         strength = self._proximal_strength(lam, rate)
+        self._agree_on_strength(lam, "a decoupled step")
         if not self._num_tasks:
             return
         params = self._trainable_params()

@@ -54,6 +54,10 @@ class FoldedPenalty(ABC, Generic[_History]):
         """The history's parameters, in its order. Raises ValueError if one was replaced, resized or moved."""
         return self.history._bound_params()
 
+    def agree_on_strength(self, lam: float | Tensor) -> None:
+        """Raises RuntimeError if a process that shares the model has another ``lam``; asks them once after a change."""
+        self.history._agree_on_strength(lam, "a decoupled step" if self._decoupled else "a gradient")
+
     def require_members(self, param_groups: Sequence[Mapping[str, Any]]) -> None:
         """Raises ValueError for a bound parameter that is in no group."""
         self.history._binding.members(param_groups)

@@ -19,15 +19,22 @@ from torch.optim import Optimizer
 from typing_extensions import Self
 
 from .. import files
-from ..distributed.shards import local_part
+from ..distributed.agreement import digest
+from ..distributed.shards import is_sharded, local_part
 from ..fisher.forms import DiagonalFisher, LowRankFisher
 from ..fisher.validation import require_tensor
 from ..model.arguments import require_integer, require_switch
-from ..model.binding import Binding
+from ..model.binding import Binding, agreement_about
 from ..model.names import Layout, as_patterns, join_names, matching
 from .attachment import Attachment, find_stepped, is_wrapper
 from .strength import ALL, Groups, Rate, check_strength
 from .vectors import CACHES, StateVectors
+
+_ONE_FISHER = (
+    "Append one Fisher in all of them: estimate it together, or save it in one process and load_fisher the file in all."
+)
+_ONE_STATE = "Load one state into equal histories in all of them."
+_ONE_STRENGTH = "Apply one penalty with one lam in all of them."
 
 _Fisher = TypeVar("_Fisher", LowRankFisher, DiagonalFisher)
 
@@ -49,6 +56,7 @@ class History(StateVectors, Generic[_Fisher]):
         self._num_tasks = 0
         self._curvature = 0.0  # see stiffness
         self._attachment: Attachment | None = None
+        self._is_new = False  # changed since the processes that share the model have last agreed on lam
 
     def __getstate__(self) -> dict[str, Any]:
         """The state of copies and pickles, without caches and without the attachment, which comes with a copy of the
@@ -58,6 +66,7 @@ class History(StateVectors, Generic[_Fisher]):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.__dict__.setdefault("_attachment", None)  # the copied attachment may have set it already
+        self.__dict__.setdefault("_is_new", False)  # in pickles of earlier versions
         self._clear_caches()
 
     def append(self, fisher: _Fisher) -> None:
@@ -66,11 +75,29 @@ class History(StateVectors, Generic[_Fisher]):
         With ``decay`` = g < 1 the curvatures of earlier tasks are first multiplied by g (online EWC), so a task has the
         weight g^n after n more tasks.
 
+        Several processes: those that share the model, because it is sharded or the history was made of it in its
+        DistributedDataParallel, all append the same Fisher to the same history. They compare both before anything
+        changes, and lam at the next step.
+
         Raises:
             TypeError: a Fisher of the other kind.
             ValueError: parameters that are missing, unknown or of another shape, by name; values that a Fisher cannot
                 have, or that overflow.
+            RuntimeError: another process appends another Fisher, has another history, or does not call; see above.
         """
+        agreement = self._binding.agreement
+        with agreement.on("append", _ONE_FISHER) as facts:
+            layout = self._layout_of(fisher)
+            if agreement.several:
+                facts |= {"history": self._described(), "Fisher": fisher._described()}
+        fisher._require_valid()
+        with self._unchanged_by_errors():
+            self._add_terms(fisher, layout)
+            self._num_tasks += 1
+            self._is_new = agreement.several
+
+    def _layout_of(self, fisher: _Fisher) -> Layout:
+        """The Fisher's layout with this model's names. Raises TypeError or ValueError if it does not fit."""
         if not isinstance(fisher, self._fisher_type):
             raise TypeError(
                 f"fisher is a {type(fisher).__name__}; {type(self).__name__} takes a {self._fisher_type.__name__}."
@@ -83,10 +110,45 @@ class History(StateVectors, Generic[_Fisher]):
             if_unknown=self._binding.why_unbound(layout.names)
             + "If they have joined the model since the history was bound, call history.rebind(model, grown=[...]). ",
         )
-        fisher._require_valid()
+        return layout
+
+    def _described(self) -> str:
+        """What all processes that share the model have alike."""
+        first, options = self.names[0], {name: value for name, value in self._options().items() if value is not None}
+        return (
+            f"{type(self).__name__}({self._num_tasks} tasks, {len(self)} terms, {len(self.names)} parameters from "
+            f"{first!r}, {options})"
+        )
+
+    def _take(self, call: str, state: Mapping[str, Tensor], origin: str, grown: Container[str] = ()) -> None:
+        """Sets the state, which all processes that share the model have alike, or changes nothing."""
+        agreement = self._binding.agreement
+        with agreement.on(call, _ONE_STATE) as facts:
+            if agreement.several:
+                (count,) = self._scalars_of(state, origin)
+                whole = {name: t for name, t in state.items() if isinstance(t, Tensor) and not is_sharded(t)}
+                facts["history"] = self._described()
+                facts["state"] = f"{int(count)} tasks in {len(state)} tensors with the digest {digest(whole)}"
         with self._unchanged_by_errors():
-            self._add_terms(fisher, layout)
-            self._num_tasks += 1
+            self._set_state(state, origin, grown)
+            self._is_new = agreement.several
+
+    def _agree_on_strength(self, lam: float | Tensor, how: str) -> None:
+        """At the first penalty after a change of the state: all processes that share the model apply it with the same
+        ``lam``. Raises RuntimeError otherwise. Later penalties exchange nothing."""
+        if torch.compiler.is_compiling() or not self._is_new:
+            return
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            return
+        with self._binding.agreement.on("the first penalty after append or load", _ONE_STRENGTH) as facts:
+            facts |= {"history": self._described(), "penalty": how, "lam": f"{float(lam):.9g}"}
+        self._is_new = False
+
+    def _agree_in_backward(self, value: Tensor, lam: float | Tensor) -> Tensor:
+        """The same for a penalty in the loss, in its backward pass; a value that is only looked at needs no others."""
+        if not torch.compiler.is_compiling() and self._is_new and value.requires_grad:
+            value.register_hook(lambda _: self._agree_on_strength(lam, "in the loss"))
+        return value
 
     @contextmanager
     def _unchanged_by_errors(self) -> Generator[None, None, None]:
@@ -242,6 +304,7 @@ class History(StateVectors, Generic[_Fisher]):
         With sharded parameters, all processes must call it. Tensors are gathered one by one; the first process writes.
         """
         shards = self._binding.shards
+        shards.require_all("save")
         tensors = shards.gathered_on_first(self.state_dict())
 
         def write() -> None:
@@ -266,17 +329,18 @@ class History(StateVectors, Generic[_Fisher]):
             ValueError: not a safetensors file; a file that is damaged, was changed after it was saved, or belongs to
                 another kind of history or another model. The message names the file and the mismatch.
         """
-        kind, tensors, facts = files.read(path)
-        if kind != cls.__name__:
-            raise ValueError(f"path {os.fspath(path)!r} holds a {kind}; expected a {cls.__name__}.")
-        origin, patterns = files.described(path), as_patterns("grown", grown) or ()
-        options, scalars = cls._split_facts(facts, origin)
-        try:
-            history = cls._bound_to(model, options, patterns)
-            names = history._binding.named_by("grown", patterns)
-        except ValueError as error:
-            raise ValueError(f"{origin} does not fit: {error}") from error
-        history._set_state(tensors | scalars, origin, names)
+        with agreement_about(model).told_errors("load"):
+            kind, tensors, facts = files.read(path)
+            if kind != cls.__name__:
+                raise ValueError(f"path {os.fspath(path)!r} holds a {kind}; expected a {cls.__name__}.")
+            origin, patterns = files.described(path), as_patterns("grown", grown) or ()
+            options, scalars = cls._split_facts(facts, origin)
+            try:
+                history = cls._bound_to(model, options, patterns)
+                names = history._binding.named_by("grown", patterns)
+            except ValueError as error:
+                raise ValueError(f"{origin} does not fit: {error}") from error
+        history._take("load", tensors | scalars, origin, names)
         return history
 
     def rebind(self, model: nn.Module, *, grown: Iterable[str] = ()) -> None:
@@ -303,9 +367,11 @@ class History(StateVectors, Generic[_Fisher]):
         """
         if self._attachment is not None:
             raise RuntimeError("this history is attached to an optimizer; call detach() first.")
-        patterns = as_patterns("grown", grown) or ()
-        rebound = self._bound_to(model, self._options(), patterns)
-        rebound._set_state(self.state_dict(), "the history", rebound._binding.named_by("grown", patterns))
+        with agreement_about(model).told_errors("rebind"):
+            patterns = as_patterns("grown", grown) or ()
+            rebound = self._bound_to(model, self._options(), patterns)
+            names = rebound._binding.named_by("grown", patterns)
+        rebound._take("rebind", self.state_dict(), "the history", names)
         self.__dict__ = rebound.__dict__
 
     @classmethod
@@ -360,9 +426,9 @@ class History(StateVectors, Generic[_Fisher]):
             ValueError: parameters that are missing, unknown or of another shape, by name; tensors of another dtype;
                 numbers that are not finite or, of curvatures, below zero.
         """
-        names = self._binding.named_by("grown", as_patterns("grown", grown) or ())
-        with self._unchanged_by_errors():
-            self._set_state(state, "the state", names)
+        with self._binding.agreement.told_errors("load_state_dict"):
+            names = self._binding.named_by("grown", as_patterns("grown", grown) or ())
+        self._take("load_state_dict", state, "the state", names)
 
     @property
     def nbytes(self) -> int:

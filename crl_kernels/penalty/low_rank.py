@@ -124,7 +124,8 @@ class LowRankHistory(History[LowRankFisher]):
             totals.append((self._curvatures * (projections - self._anchor_projections).square()).sum())
         if (tail := self._used_tail()) is not None:
             totals.append(tail._total())
-        return self._value(sum(totals[1:], totals[0]), lam) if totals else self._zero()
+        value = self._value(sum(totals[1:], totals[0]), lam) if totals else self._zero()
+        return self._agree_in_backward(value, lam)
 
     def _used_tail(self) -> DiagonalHistory | None:
         """The diagonal of what merging has left out; None where there is none yet."""
@@ -140,6 +141,7 @@ class LowRankHistory(History[LowRankFisher]):
             The penalty's value, a 0-dim float64 tensor.
         """
         check_strength("lam", lam)
+        self._agree_on_strength(lam, "a gradient")
         tail = self._used_tail()
         value = self._float64(0.0) if tail is None else tail.add_penalty_grad_(lam)
         if not self._directions:
@@ -182,6 +184,7 @@ class LowRankHistory(History[LowRankFisher]):
         """
         groups, rate = self._groups(lr)
         strength = self._proximal_strength(lam, rate)
+        self._agree_on_strength(lam, "a decoupled step")
         if (tail := self._used_tail()) is not None:
             tail.decoupled_step_(lam, lr)
         if not self._directions or not groups:
@@ -341,8 +344,10 @@ class LowRankHistory(History[LowRankFisher]):
 
     def _overlap_with(self, tail: DiagonalHistory) -> float:
         """The trace of the product of both parts' matrices, sum_k a_k sum_j S_j u_kj^2."""
+        if not self._directions or not len(tail):
+            return 0.0
         total, one = torch.zeros((), dtype=torch.float64, device=self._device), self._float64(1.0)[None]
-        for u, curvature in zip(self._directions if len(tail) else [], self._curvatures, strict=False):
+        for u, curvature in zip(self._directions, self._curvatures, strict=True):
             values = self._sum_of([u], one, tail._fisher).double()
             if not tail._order.same_as(self._order):  # each follows the parameters when it next meets them
                 values = tail._order.flatten(self._order.split(values))

@@ -1,0 +1,147 @@
+"""The processes that share one model agree on what they do to its history, before any of them does it.
+
+They compare through the key-value store of torch.distributed. A collective call that one process does not make pairs
+with the next call that it makes, and numbers are wrong. A key that one process does not set is missing, and an error
+once the timeout of ``init_process_group`` is over.
+"""
+
+import hashlib
+import json
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, distributed
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+_CHUNK = 2**20
+
+
+class Agreement:
+    """The processes with these ranks of the world share one model; without any, this process has its own."""
+
+    def __init__(self, ranks: Sequence[int] = ()) -> None:
+        self._ranks = list(ranks)
+        self.several = len(self._ranks) > 1
+        self._prefix = f"crl_kernels/{hashlib.sha256(repr(self._ranks).encode()).hexdigest()[:16]}"
+
+    @contextmanager
+    def on(self, call: str, advice: str) -> Generator[dict[str, str], None, None]:
+        """The block describes what this process is about to do, in the dict that it is given. After the block, all
+        processes have described the same.
+
+        Raises:
+            RuntimeError: in all processes, if they have described different things, if the block of another one has
+                raised, or if another one has not come within the timeout. What is wrong, in which ranks, and
+                ``advice``.
+        """
+        facts: dict[str, str] = {}
+        if not self.several:
+            yield facts
+            return
+        store, own, first = _store(), distributed.get_rank(), self._ranks[0]
+        number = store.add(f"{self._prefix}/{own}", 1)  # of this call, in all processes
+        place = f"{self._prefix}/{number}"
+        try:
+            yield facts
+        except Exception as error:
+            failure = f"{call} has failed in rank {own}, and nothing has changed in the others: {error}"
+            store.set(f"{place}/{own}", json.dumps({"failure": failure}))
+            if own == first:
+                store.set(f"{place}/verdict", json.dumps(failure))
+            raise
+        store.set(f"{place}/{own}", json.dumps({"call": call} | facts))
+        try:
+            if own == first:
+                keys = [f"{place}/{rank}" for rank in self._ranks]
+                store.wait(keys)
+                verdict = _verdict(dict(zip(self._ranks, map(json.loads, map(store.get, keys)), strict=True)), advice)
+                store.set(f"{place}/verdict", json.dumps(verdict))
+            else:
+                store.wait([f"{place}/verdict"])
+                verdict = json.loads(store.get(f"{place}/verdict"))
+        except RuntimeError as error:
+            absent = [rank for rank in self._ranks if not store.check([f"{place}/{rank}"])]
+            store.delete_key(f"{place}/{own}")
+            store.add(f"{self._prefix}/{own}", -1)
+            raise RuntimeError(
+                f"{call}: rank {own} has waited {store.timeout} (the timeout of init_process_group) for "
+                f"{_in_ranks(absent or [first])}, and nothing has changed. The processes {self._ranks} share the "
+                "model, and all of them make this call together."
+            ) from error
+        if number > 1:  # everyone has read those of the last call
+            store.delete_key(f"{self._prefix}/{number - 1}/{own}")
+            if own == first:
+                store.delete_key(f"{self._prefix}/{number - 1}/verdict")
+        if verdict is not None:
+            raise RuntimeError(verdict)
+
+    @contextmanager
+    def told_errors(self, call: str) -> Generator[None, None, None]:
+        """An error in the block is raised as it is, and in the others by the next ``on``, which is of the same call."""
+        try:
+            yield
+        except Exception:
+            with self.on(call, ""):
+                raise
+
+
+def agreement_in(group: Any) -> Agreement:
+    """Of the processes of a group."""
+    return Agreement(distributed.get_process_group_ranks(group) if _has_store(group) else ())
+
+
+def agreement_on(mesh: "DeviceMesh") -> Agreement:
+    """Of the processes of a mesh."""
+    return Agreement(mesh.mesh.flatten().tolist() if _has_store(mesh.get_group(0)) else ())
+
+
+def _has_store(group: Any) -> bool:
+    """The other processes of torch's fake group do not exist, and MPI has no key-value store."""
+    return distributed.get_backend(group) not in ("fake", "mpi")
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """8 digits of the names, shapes and bits of tensors, on any device and in any memory order."""
+    lines = [f"{name} {t.dtype} {tuple(t.shape)} {_checksum(t)}" for name, t in sorted(tensors.items())]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:8]
+
+
+def _checksum(tensor: Tensor) -> int:
+    """sum_i (2 i + 1) x_i modulo 2^64, of the elements' bits as integers x_i: exact in any order of summation."""
+    bits = tensor.detach().contiguous().view(-1).view(_INTEGERS[tensor.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for i, chunk in enumerate(bits.split(_CHUNK)):
+        factors = 2 * torch.arange(i * _CHUNK, i * _CHUNK + len(chunk), device=bits.device) + 1
+        total += (chunk * factors).sum()
+    return int(total)
+
+
+def _store() -> Any:
+    return distributed.distributed_c10d._get_default_store()
+
+
+def _verdict(described: Mapping[int, Mapping[str, str]], advice: str) -> str | None:
+    """What is wrong with the descriptions of these ranks; None if they are the same."""
+    for facts in described.values():
+        if "failure" in facts:
+            return facts["failure"]
+    for name in next(iter(described.values())):
+        ranks: dict[str | None, list[int]] = {}
+        for rank, facts in described.items():
+            ranks.setdefault(facts.get(name), []).append(rank)
+        if len(ranks) > 1:
+            listed = ", and ".join(f"{value} in {_in_ranks(where)}" for value, where in ranks.items())
+            return (
+                f"the processes that share the model differ in the {name}: {listed}. Nothing has changed in any of "
+                f"them. {advice}"
+            )
+    return None
+
+
+def _in_ranks(ranks: Sequence[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"

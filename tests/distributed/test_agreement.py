@@ -1,0 +1,183 @@
+"""Processes that share a model have one history: another one, another lam or a missing call is an error in all of them,
+and nothing has changed. Two gloo processes; a model of each kind goes through all cases."""
+
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import past_tasks
+from helpers.processes import processes
+from helpers.sharded_models import network, sharded, unsharded
+from torch import nn
+
+import crl_kernels as ck
+
+LAM, LR = 1.5, 0.05
+
+
+def fisher(kind: str, seed: int) -> ck.LowRankFisher | ck.DiagonalFisher:
+    return past_tasks.random_fisher(past_tasks.trainable(network()), kind, seed)
+
+
+def error_of(call: Callable[[], object]) -> str | None:
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def bits(history) -> dict[str, list]:
+    return {name: unsharded(tensor).tolist() for name, tensor in history.state_dict().items()}
+
+
+def wait_at_most(seconds: float) -> None:
+    dist.distributed_c10d._get_default_store().set_timeout(timedelta(seconds=seconds))
+
+
+class Cases:
+    """Errors by case, of calls that leave the history as it was."""
+
+    def __init__(self) -> None:
+        self.errors: dict[str, str | None] = {}
+        self.changed: list[str] = []
+
+    def refused(self, case: str, history, call: Callable[[], object]) -> None:
+        before = bits(history)
+        self.errors[case] = error_of(call)
+        if bits(history) != before:
+            self.changed.append(case)
+
+
+def cases(rank: int, count: int, folder: Path) -> dict:
+    results = {}
+    for wrapped in ("fsdp", "ddp"):
+        for kind in ("low_rank", "diagonal"):
+            results[f"{wrapped} {kind}"] = _cases(rank, folder / f"{wrapped} {kind}", sharded(count, wrapped), kind)
+    return results
+
+
+def _cases(rank: int, folder: Path, model: nn.Module, kind: str) -> dict:
+    folder.mkdir(exist_ok=True)
+    both = Cases()
+    if rank == 0:  # a history that one process alone makes exchanges nothing
+        past_tasks.HISTORIES[kind](model)
+    history = past_tasks.HISTORIES[kind](model)
+    wait_at_most(60)
+    both.refused("another Fisher", history, lambda: history.append(fisher(kind, rank)))
+    other_kind = "low_rank" if kind == "diagonal" else "diagonal"
+    both.refused("a wrong Fisher", history, lambda: history.append(fisher(kind if rank else other_kind, 0)))
+    history.append(fisher(kind, 0))
+
+    # A process that does not call.
+    wait_at_most(1)
+    before = bits(history)
+    missing = error_of(lambda: history.append(fisher(kind, 1))) if rank == 0 else None
+    wait_at_most(60)
+    dist.barrier()
+    if bits(history) != before:
+        both.changed.append("a missing call")
+    both.errors["a missing call"] = missing
+    if rank == 0:  # other calls in other processes
+        both.refused("another call", history, lambda: history.append(fisher(kind, 1)))
+    else:
+        both.refused("another call", history, lambda: history.load_state_dict(history.state_dict()))
+    history.append(fisher(kind, 1))
+
+    # Files and states.
+    shared, absent, own = (folder / f"{name}.safetensors" for name in ("shared", "absent", rank))
+    if rank == 0 or is_sharded(model):
+        history.save(shared)
+    dist.barrier()
+    alone = past_tasks.history_of(network(), kind)
+    alone.append(fisher(kind, 7 + rank))
+    alone.save(own)
+    both.refused("another file", history, lambda: type(history).load(own, model))
+    both.refused("no file", history, lambda: type(history).load(shared if rank else absent, model))
+    both.refused("another state", history, lambda: history.load_state_dict(alone.state_dict()))
+    loaded = type(history).load(shared, model)
+    assert bits(loaded) == bits(history)
+
+    # lam, at the first step of each way to apply it.
+    ways = {
+        "gradient": lambda lam: loaded.add_penalty_grad_(lam),
+        "decoupled": lambda lam: loaded.decoupled_step_(lam, LR),
+        "loss": lambda lam: loaded.penalty(lam).backward(),
+        "inside": lambda lam: ck.FusedAdamW(model.parameters(), lr=LR, history=loaded, lam=lam).step(),
+        "attached": lambda lam: attached_step(model, loaded, lam),
+    }
+    theta = parameters_of(model)
+    for way, apply in ways.items():
+        both.refused(f"lam, {way}", loaded, lambda apply=apply: apply(LAM + rank))
+        if parameters_of(model) != theta:
+            both.changed.append(f"lam, {way}: parameters")
+    both.refused("another way", loaded, lambda: ways["decoupled" if rank else "gradient"](LAM))
+    if rank == 0 and not is_sharded(model):
+        loaded.penalty(LAM)  # a value that is only looked at needs no others
+    model.zero_grad()
+    value = loaded.penalty(LAM)
+    value.backward()
+    sums = [float(unsharded(p.grad).square().sum()) for p in model.parameters()]
+    ways["gradient"](LAM * (1 + rank))  # agreed already: a schedule may change it, and nothing is exchanged for it
+    return {"errors": both.errors, "changed": both.changed, "value": float(value.detach()), "gradient": sum(sums)}
+
+
+def attached_step(model: nn.Module, history, lam: float) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    history.attach(optimizer, lam)
+    try:
+        optimizer.step()
+    finally:
+        history.detach()
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return not isinstance(model, nn.parallel.DistributedDataParallel)
+
+
+def parameters_of(model: nn.Module) -> list:
+    return [unsharded(parameter.detach()).tolist() for parameter in model.parameters()]
+
+
+WAYS = ("gradient", "decoupled", "loss", "inside", "attached")
+
+
+def test_processes_that_differ_are_named_in_all_of_them_and_nothing_changes(tmp_path):
+    ranks = processes(2, cases, tmp_path)
+    for name, mine in ranks[0].items():
+        kind = name.split()[1]
+        errors, others = mine["errors"], ranks[1][name]["errors"]
+        assert mine["changed"] == ranks[1][name]["changed"] == [], name
+        for case in ("another Fisher", "another call", "another file", "another state", "another way"):
+            assert errors[case] == others[case] is not None, (name, case)
+            assert errors[case].startswith("RuntimeError: the processes that share the model differ in the"), case
+            assert "in rank 0, and" in errors[case]
+            assert "in rank 1. Nothing has changed in any of them." in errors[case]
+        assert "the call: append in rank 0, and load_state_dict in rank 1" in errors["another call"]
+        assert "the Fisher: " in errors["another Fisher"]
+        assert "Append one Fisher in all of them" in errors["another Fisher"]
+        assert "the penalty: a gradient in rank 0, and a decoupled step in rank 1" in errors["another way"]
+        for way in WAYS:
+            assert errors[f"lam, {way}"] == others[f"lam, {way}"]
+            assert "the lam: 1.5 in rank 0, and 2.5 in rank 1" in errors[f"lam, {way}"]
+        assert errors["a wrong Fisher"].startswith("TypeError: fisher is a ")
+        assert others["a wrong Fisher"].startswith("RuntimeError: append has failed in rank 0, and nothing has changed")
+        assert errors["no file"].startswith("FileNotFoundError: ")
+        assert others["no file"].startswith("RuntimeError: load has failed in rank 0")
+        assert (
+            "append: rank 0 has waited 0:00:01 (the timeout of init_process_group) for rank 1"
+            in errors["a missing call"]
+        )
+
+        model = network()
+        history = past_tasks.HISTORIES[kind](model)
+        for seed in range(2):
+            history.append(fisher(kind, seed))
+        (value := history.penalty(LAM)).backward()
+        expected = sum(float(p.grad.square().sum()) for p in model.parameters())
+        for rank in ranks:
+            assert rank[name]["value"] == pytest.approx(float(value.detach()), rel=1e-9)
+            assert rank[name]["gradient"] == pytest.approx(expected, rel=1e-9)
