@@ -126,6 +126,7 @@ class History(StateVectors, Generic[_Fisher]):
         with agreement.on(call, _ONE_STATE) as facts:
             if agreement.several:
                 (count,) = self._scalars_of(state, origin)
+                self._require_shapes(state, origin, grown)
                 whole = {name: t for name, t in state.items() if isinstance(t, Tensor) and not is_sharded(t)}
                 facts["history"] = self._described()
                 facts["state"] = f"{int(count)} tasks in {len(state)} tensors with the digest {digest(whole)}"

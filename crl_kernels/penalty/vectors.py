@@ -163,6 +163,18 @@ class StateVectors(ABC):
 
     # From a saved state
 
+    def _require_shapes(self, state: Mapping[str, Tensor], origin: str, grown: Container[str]) -> None:
+        """Raises ValueError for a part of a vector that has another shape than the model's, such as one process's part
+        of a sharded one."""
+        own = self._binding.layout
+        shapes = [dict(zip(layout.names, layout.shapes, strict=True)) for layout in (own, own.of_scales())]
+        for key, tensor in state.items():
+            prefix, name = split_key(key)
+            shape = shapes[prefix.startswith("scales.")].get(name)
+            if prefix and shape is not None and name not in grown and isinstance(tensor, Tensor):
+                saved = Layout([name], [tensor.shape])
+                Layout([name], [shape]).require_same_parameters(saved, "the model", origin)
+
     def _vectors_of(
         self,
         state: Mapping[str, Tensor],
