@@ -8,7 +8,7 @@ here ask torch.distributed for the state of the group. Functions that exchange d
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed, nn
 
-from crl_diffusion.errors import OptionError
+from crl_diffusion.errors import OptionError, in_words
 
 T = TypeVar("T")
 
@@ -117,6 +117,26 @@ def everyone(value: T) -> list[T]:
     values: list[Any] = [None] * count()
     distributed.all_gather_object(values, value)
     return values
+
+
+def require_same(facts: Mapping[str, Any]) -> None:
+    """OptionError in all processes, which have left the group then, unless they were started with the same `facts`: each
+    fact that differs, both values, and the processes that have another one than the first."""
+    all_facts = everyone(dict(facts))
+    differences = []
+    for name, expected in all_facts[0].items():
+        others: dict[Any, list[str]] = {}
+        for number, theirs in enumerate(all_facts):
+            if name in theirs and theirs[name] != expected:
+                others.setdefault(theirs[name], []).append(str(number))
+        for value, numbers in others.items():
+            differences.append(f"{name} is {expected} in process 0 and {value} in {in_words(numbers)}")
+    if differences:
+        distributed.destroy_process_group()
+        raise OptionError(
+            f"torchrun has started processes that differ: {'; '.join(differences)}; give all of them the same command, "
+            "data and environment"
+        )
 
 
 def from_first(value: T) -> T:

@@ -20,10 +20,11 @@ from torch import Tensor
 from crl_diffusion import errors, processes, signals
 from crl_diffusion.config.curriculum import Stage
 from crl_diffusion.config.settings import ExtractorName, RunConfig
-from crl_diffusion.data.tasks import load
+from crl_diffusion.data.tasks import Data, load
 from crl_diffusion.errors import OptionError, RecordError, TrainingError
 from crl_diffusion.evaluation import evaluate, extractors, summaries
 from crl_diffusion.evaluation.extractors import Custom
+from crl_diffusion.evaluation.features import PART, digest
 from crl_diffusion.files import Row, TensorBoard, write_json
 from crl_diffusion.reporting import runs
 from crl_diffusion.run_folder import origin
@@ -61,6 +62,8 @@ def train(
     if not first:
         say = _nothing
     if (summary := finished(config, out, features, say)) is not None:
+        with processes.together(torch.device(config.device)):
+            processes.require_same({"the run": "finished"})
         say(f"{out} is finished already")
         return summary
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -74,6 +77,8 @@ def train(
     # Several processes must stop together: they agree on the step after which they do.
     several = processes.launched() > 1
     with signals.deferred() if several else nullcontext(), processes.together(torch.device(config.device)):
+        if several:
+            processes.require_same(start_of(config, out, data, features))
         if first:
             make_writable(out)
         try:
@@ -118,6 +123,21 @@ def finished(
     check_folder(config, out)
     evaluate.check_finished(features, out)
     return summary
+
+
+def start_of(config: RunConfig, out: Path, data: Data, features: ExtractorName | Custom) -> dict[str, str]:
+    """What all processes of a run are started with, by option, and what decides their bits."""
+    options = {f"--{name.replace('_', '-')}": str(value) for name, value in vars(config).items()}
+    images = (part for images in (data.train, data.test) for part in images.batches(PART))
+    return {
+        "the run": "unfinished",
+        **options,
+        "--out": str(out),
+        "--extractor": features if isinstance(features, str) else features.name,
+        "the digest of the images": digest(*(tensor for part in images for tensor in (part.pixels, part.labels)))[:8],
+        "torch": torch.__version__,
+        "the number of threads": str(torch.get_num_threads()),
+    }
 
 
 def _nothing(line: str) -> None:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import socket
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from crl_diffusion import cli
+from crl_diffusion import cli, processes
+from crl_diffusion.errors import OptionError
 from crl_diffusion.files import read_rows
 from crl_diffusion.run_folder import checkpoint
-from helpers.trainer_runs import SHORT, options, python
+from helpers.image_folders import write_photos
+from helpers.trainer_runs import SHORT, child_environment, options, python, require_one_line
 
 # Odd numbers: shares are not equal, nor are the halves of the Fisher's samples.
 SETTINGS: dict[str, Any] = {**SHORT, "precision": "fp64", "batch": 9, "replay_batch": 5, "fisher_samples": 35}
@@ -75,3 +81,63 @@ def test_more_processes_than_images_are_refused(
     assert cli.main(["compare", "--out", str(tmp_path / "comparison")]) == 2
     assert "run it without torchrun" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch.distributed is missing")
+def test_processes_that_were_started_differently_are_named_in_one_line_and_write_nothing(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_photos(tmp_path / name, {"cat": 12, "dog": 12})
+    changed = tmp_path / "b" / "dog" / "3.png"
+    shutil.copy(tmp_path / "b" / "dog" / "4.png", changed)
+    common = ["train", *options({**SHORT, "data": "folder"}), "--out", str(tmp_path / "run")]
+    words = (
+        ["--method", "gd", "--data-root", str(tmp_path / "a")],
+        ["--method", "gd+rank1", "--data-root", str(tmp_path / "b"), "--lr", "0.01", "--extractor", "lenet"],
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+    for rank, own in enumerate(words):
+        env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        env |= {**os.environ, **child_environment()} | {name: str(value) for name, value in env.items()}
+        command = [sys.executable, "-m", "crl_diffusion", *common, *own]
+        started.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
+    for process in started:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 2, errors
+        lines = [line for line in errors.splitlines() if line.startswith("crl-diffusion: ")]
+        require_one_line(
+            f"{lines[0]}\n",
+            "torchrun has started processes that differ: ",
+            "--method is gd in process 0 and gd+rank1 in 1; ",
+            "--lr is 0.002 in process 0 and 0.01 in 1; ",
+            "--extractor is cnn in process 0 and lenet in 1; ",
+            "the digest of the images is ",
+            "give all of them the same command",
+        )
+        assert "--seed" not in lines[0]
+        assert len(lines) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_each_difference_is_named_with_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[bool] = []
+    monkeypatch.setattr(processes.distributed, "destroy_process_group", lambda: left.append(True))
+    facts = {"the run": "unfinished", "--lr": "0.1", "--seed": "0"}
+
+    def require_same(*others: dict[str, str]) -> None:
+        monkeypatch.setattr(processes, "everyone", lambda mine: [mine, *others])
+        processes.require_same(facts)
+
+    require_same(facts, facts)
+    assert not left
+    for others, words in (
+        ([facts, facts | {"--seed": "1"}], "--seed is 0 in process 0 and 1 in 2;"),
+        ([facts | {"--lr": "0.2"}, facts | {"--lr": "0.2"}], "--lr is 0.1 in process 0 and 0.2 in 1 and 2;"),
+        ([{"the run": "finished"}, facts], "differ: the run is unfinished in process 0 and finished in 1; give"),
+    ):
+        left.clear()
+        with pytest.raises(OptionError, match=words):
+            require_same(*others)
+        assert left == [True]
