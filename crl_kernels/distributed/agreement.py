@@ -26,8 +26,12 @@ class Agreement:
 
     def __init__(self, ranks: Sequence[int] = ()) -> None:
         self._ranks = list(ranks)
-        self.several = len(self._ranks) > 1
         self._prefix = f"crl_kernels/{hashlib.sha256(repr(self._ranks).encode()).hexdigest()[:16]}"
+
+    @property
+    def several(self) -> bool:
+        """Whether there are others, as long as there are process groups."""
+        return len(self._ranks) > 1 and distributed.is_initialized()
 
     @contextmanager
     def on(self, call: str, advice: str) -> Generator[dict[str, str], None, None]:

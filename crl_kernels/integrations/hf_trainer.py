@@ -18,10 +18,11 @@ with the task's gradient, so the two trainings differ as soon as Trainer clips, 
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..distributed.agreement import agreement_in
 from ..penalty.diagonal import DiagonalHistory
 from ..penalty.folded import check_penalty
 from ..penalty.low_rank import LowRankHistory
@@ -61,6 +62,9 @@ class EWCCallback(TrainerCallback):
                 "history has sharded parameters, and EWCCallback saves it from one process only; attach it to the "
                 "optimizer yourself, and save it with history.save or torch.distributed.checkpoint in all processes."
             )
+        if args.world_size > 1 and distributed.is_available() and distributed.is_initialized():
+            everyone = agreement_in(distributed.group.WORLD)
+            self._history._require_same_among(everyone, self._lam, self._decoupled)
         optimizer: Optimizer = kwargs["optimizer"]
         self._history.attach(optimizer, self._lam, decoupled=self._decoupled)
         self._attached = True

@@ -17,6 +17,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from ..model.binding import agreement_about
 from ..penalty.diagonal import DiagonalHistory
 from ..penalty.folded import check_penalty
 from ..penalty.low_rank import LowRankHistory
@@ -55,6 +56,7 @@ class EWCCallback(Callback):
                 f"the module configures {len(trainer.optimizers)} optimizers; expected one. Attach a history to each "
                 "of them yourself, in on_fit_start of the module, with include= for the parameters that it moves."
             )
+        self._history._require_same_among(agreement_about(trainer.model), self._lam, self._decoupled)
         self._history.to(pl_module.device)
         self._history.attach(trainer.optimizers[0], self._lam, decoupled=self._decoupled)
         self._attached = True

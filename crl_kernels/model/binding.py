@@ -334,13 +334,15 @@ class Binding:
         return {rate: sorted(members) for rate, members in rates.items()}
 
 
-def agreement_about(model: nn.Module) -> Agreement:
-    """Of the processes that share ``model``, if they share all of its sharded parameters."""
-    params = list(model.parameters()) if isinstance(model, nn.Module) else []
+def agreement_about(model: object) -> Agreement:
+    """Of the processes that share ``model``, if they share all of its sharded parameters; of none if it is no model."""
+    if not isinstance(model, nn.Module):
+        return Agreement()
+    params = list(model.parameters())
     meshes = {parameter.device_mesh for parameter in params if is_sharded(parameter)}
-    if len(meshes) == 1:
-        return agreement_on(meshes.pop())
-    return Agreement() if meshes or not params else _replicas(model, params)
+    if not meshes:
+        return _replicas(model, params)
+    return agreement_on(meshes.pop()) if len(meshes) == 1 else Agreement()
 
 
 def _replicas(model: nn.Module, params: Sequence[Tensor]) -> Agreement:

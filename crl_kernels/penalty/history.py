@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from typing_extensions import Self
 
 from .. import files
-from ..distributed.agreement import digest
+from ..distributed.agreement import Agreement, digest
 from ..distributed.shards import is_sharded, local_part
 from ..fisher.forms import DiagonalFisher, LowRankFisher
 from ..fisher.validation import require_tensor
@@ -96,6 +96,14 @@ class History(StateVectors, Generic[_Fisher]):
             self._num_tasks += 1
             self._is_new = agreement.several
 
+    def _require_same_among(self, agreement: Agreement, lam: float | Tensor, decoupled: bool) -> None:
+        """Raises RuntimeError unless these processes, for which a trainer has wrapped the model after the history was
+        made of it, have the same history and penalty."""
+        with agreement.on("the beginning of training", f"{_ONE_STATE} {_ONE_STRENGTH}") as facts:
+            if agreement.several:
+                facts |= {"history": self._described(), "state": f"the digest {digest(self.state_dict())}"}
+                facts |= {"penalty": "a decoupled step" if decoupled else "a gradient", "lam": f"{float(lam):.9g}"}
+
     def _layout_of(self, fisher: _Fisher) -> Layout:
         """The Fisher's layout with this model's names. Raises TypeError or ValueError if it does not fit."""
         if not isinstance(fisher, self._fisher_type):
@@ -141,8 +149,12 @@ class History(StateVectors, Generic[_Fisher]):
             return
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             return
+        try:
+            number = float(lam)
+        except RuntimeError:  # batched by vmap: it has no single value
+            return
         with self._binding.agreement.on("the first penalty after append or load", _ONE_STRENGTH) as facts:
-            facts |= {"history": self._described(), "penalty": how, "lam": f"{float(lam):.9g}"}
+            facts |= {"history": self._described(), "penalty": how, "lam": f"{number:.9g}"}
         self._is_new = False
 
     def _agree_in_backward(self, value: Tensor, lam: float | Tensor) -> Tensor:

@@ -120,8 +120,8 @@ def everyone(value: T) -> list[T]:
 
 
 def require_same(facts: Mapping[str, Any]) -> None:
-    """OptionError in all processes, which have left the group then, unless they were started with the same `facts`: each
-    fact that differs, both values, and the processes that have another one than the first."""
+    """OptionError in all processes unless they have the same `facts`: each that differs, both values, and the processes
+    that have another one than the first. They have left the group then."""
     all_facts = everyone(dict(facts))
     differences = []
     for name, expected in all_facts[0].items():

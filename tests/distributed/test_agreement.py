@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from helpers import past_tasks
 from helpers.processes import processes
 from helpers.sharded_models import network, sharded, unsharded
 from torch import nn
 
 import crl_kernels as ck
+from crl_kernels.distributed.agreement import agreement_in
+from crl_kernels.integrations.distributed_checkpoint import load_history
 
 LAM, LR = 1.5, 0.05
 
@@ -57,7 +60,31 @@ def cases(rank: int, count: int, folder: Path) -> dict:
     for wrapped in ("fsdp", "ddp"):
         for kind in ("low_rank", "diagonal"):
             results[f"{wrapped} {kind}"] = _cases(rank, folder / f"{wrapped} {kind}", sharded(count, wrapped), kind)
-    return results
+    return results | {"bare": bare(rank, folder)}
+
+
+def bare(rank: int, folder: Path) -> dict[str, str | None]:
+    """Models that no wrapper says to be shared, as in a sweep: each process does what it likes, until a trainer's
+    callback says that they are."""
+    wait_at_most(0.1)
+    model = network()
+    history = ck.LowRankHistory(model)
+    if rank == 0:
+        history.append(fisher("low_rank", 3))
+    history.append(fisher("low_rank", rank))
+    history.add_penalty_grad_(LAM + rank)
+    history.save(folder / f"bare {rank}.safetensors")
+    loaded = ck.LowRankHistory.load(folder / f"bare {rank}.safetensors", model)
+    ck.FusedAdamW(model.parameters(), history=loaded, lam=LAM * (1 + rank)).step()
+    wait_at_most(60)
+    world, same = agreement_in(dist.group.WORLD), ck.LowRankHistory(network())
+    same.append(fisher("low_rank", 0))
+    same._require_same_among(world, LAM, False)
+    return {
+        "history": error_of(lambda: history._require_same_among(world, LAM, False)),
+        "lam": error_of(lambda: same._require_same_among(world, LAM + rank, False)),
+        "mode": error_of(lambda: same._require_same_among(world, LAM, rank == 0)),
+    }
 
 
 def _cases(rank: int, folder: Path, model: nn.Module, kind: str) -> dict:
@@ -102,6 +129,13 @@ def _cases(rank: int, folder: Path, model: nn.Module, kind: str) -> dict:
     both.refused("another file", history, lambda: type(history).load(own, model))
     both.refused("no file", history, lambda: type(history).load(shared if rank else absent, model))
     both.refused("another state", history, lambda: history.load_state_dict(alone.state_dict()))
+    both.refused("no parameter", history, lambda: history.rebind(model, grown=[] if rank else ["absent"]))
+    if is_sharded(model):
+        dcp.save({"history": history.state_dict()}, checkpoint_id=folder / "checkpoint")
+        place = folder / ("checkpoint" if rank else "absent")
+        both.refused("no checkpoint", history, lambda: load_history(history, place))
+        load_history(history, folder / "checkpoint")
+    history.rebind(model)
     loaded = type(history).load(shared, model)
     assert bits(loaded) == bits(history)
 
@@ -146,11 +180,17 @@ def parameters_of(model: nn.Module) -> list:
     return [unsharded(parameter.detach()).tolist() for parameter in model.parameters()]
 
 
+FAILING = {"no file": "load", "no parameter": "rebind", "no checkpoint": "load_history"}
 WAYS = ("gradient", "decoupled", "loss", "inside", "attached")
 
 
 def test_processes_that_differ_are_named_in_all_of_them_and_nothing_changes(tmp_path):
     ranks = processes(2, cases, tmp_path)
+    alone = [rank.pop("bare") for rank in ranks]
+    assert alone[0] == alone[1]
+    assert "differ in the history: LowRankHistory(2 tasks, 2 terms, " in alone[0]["history"]
+    assert "differ in the lam: 1.5 in rank 0, and 2.5 in rank 1" in alone[0]["lam"]
+    assert "differ in the penalty: a decoupled step in rank 0, and a gradient in rank 1" in alone[0]["mode"]
     for name, mine in ranks[0].items():
         kind = name.split()[1]
         errors, others = mine["errors"], ranks[1][name]["errors"]
@@ -169,8 +209,11 @@ def test_processes_that_differ_are_named_in_all_of_them_and_nothing_changes(tmp_
             assert "the lam: 1.5 in rank 0, and 2.5 in rank 1" in errors[f"lam, {way}"]
         assert errors["a wrong Fisher"].startswith("TypeError: fisher is a ")
         assert others["a wrong Fisher"].startswith("RuntimeError: append has failed in rank 0, and nothing has changed")
-        assert errors["no file"].startswith("FileNotFoundError: ")
-        assert others["no file"].startswith("RuntimeError: load has failed in rank 0")
+        for case, call in FAILING.items():
+            if case in errors:
+                assert errors[case].startswith("ValueError: " if case == "no parameter" else "FileNotFoundError: ")
+                assert others[case].startswith(f"RuntimeError: {call} has failed in rank 0, and nothing has changed in")
+        assert ("no checkpoint" in errors) == name.startswith("fsdp")
         if "a lone call" in errors:
             call = "save" if name == "fsdp diagonal" else "append"
             assert errors["a lone call"].startswith(

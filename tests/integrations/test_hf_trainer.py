@@ -1,19 +1,23 @@
 """Hugging Face's Trainer on a small causal language model: the same training as a plain loop, and resumed as ever."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.past_tasks import flat, penalized_step
+from helpers.past_tasks import flat, history_of, penalized_step
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 import crl_kernels as ck
+from crl_kernels.distributed.agreement import Agreement
 
 pytestmark = pytest.mark.filterwarnings("ignore:only .* of the trace of the Fisher:UserWarning")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra integrations)")
 
+from crl_kernels.integrations import hf_trainer  # noqa: E402 - it imports transformers
 from crl_kernels.integrations.hf_trainer import HISTORY_FILE, EWCCallback  # noqa: E402 - it imports transformers
 
 LAM, STEPS, BATCH, CLIP = 30.0, 30, 4, 0.1
@@ -217,3 +221,25 @@ def test_sharded_histories_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(history._binding.shards, "unsharded", False)
     with pytest.raises(ValueError, match=r"sharded parameters.*history\.save or torch\.distributed\.checkpoint"):
         trainer_of(model, tmp_path, EWCCallback(history, LAM)).train()
+
+
+def test_several_processes_compare_their_histories_when_training_begins(monkeypatch):
+    class Others(Agreement):
+        several, facts = True, {}
+
+        @contextmanager
+        def on(self, call: str, advice: str) -> Iterator[dict[str, str]]:
+            yield self.facts
+            raise RuntimeError(call)
+
+    model = nn.Linear(2, 1)
+    history = history_of(model, "low_rank", tasks=1)
+    callback = EWCCallback(history, LAM)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monkeypatch.setattr(hf_trainer, "agreement_in", lambda group: Others())
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    with pytest.raises(RuntimeError, match="the beginning of training"):
+        callback.on_train_begin(SimpleNamespace(world_size=2), None, None, optimizer=optimizer)
+    assert Others.facts.keys() == {"history", "state", "penalty", "lam"}
+    assert Others.facts["lam"] == str(int(LAM))
+    callback.on_train_begin(SimpleNamespace(world_size=1), None, None, optimizer=optimizer)

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import crl_kernels as ck
+from crl_kernels.distributed.agreement import Agreement
 
 lightning = pytest.importorskip("lightning.pytorch", reason="lightning is not installed (extra integrations)")
 
+from crl_kernels.integrations import lightning as ewc_lightning  # noqa: E402 - it imports lightning
 from crl_kernels.integrations.lightning import EWCCallback  # noqa: E402 - it imports lightning
 
 LAM, BATCH, CLIP, STEPS = 3.0, 4, 0.1, 30
@@ -203,7 +205,8 @@ def test_ddp(tmp_path, monkeypatch):
     for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.setenv(name, os.environ.get(name, ""))  # Lightning sets them, and the test's end takes them back
         monkeypatch.delenv(name)
-    module = Module()
+    module, wrapped = Module(), []
+    monkeypatch.setattr(ewc_lightning, "agreement_about", lambda model: wrapped.append(model) or Agreement())
     callback = EWCCallback(history_of(module, "low_rank"), LAM)
     strategy = lightning.strategies.DDPStrategy(process_group_backend="gloo")
     try:
@@ -213,6 +216,8 @@ def test_ddp(tmp_path, monkeypatch):
     finally:
         torch.distributed.destroy_process_group()
     assert difference(flat(module), plain_loop("low_rank")) < 1e-6
+    # Histories are compared among the processes of this wrapper, which is there when fitting begins.
+    assert [type(model) for model in wrapped] == [nn.parallel.DistributedDataParallel]
 
 
 def test_the_trainer_of_pytorch_lightning_takes_it_too(tmp_path):
