@@ -90,7 +90,7 @@ def markdown(record: dict[str, Any]) -> str:
         ),
         f"AdamW itself: {_per_parameter(first, first['updates']['FusedAdamW']['moved'])}. Numbers that the host reads "
         f"from tensors in a step: {_host_reads(predicted, PLACEMENTS)}; in `append`: "
-        f"{_host_reads(predicted, ['append'])}.",
+        f"{_host_reads(predicted, ['append'])}, without the digest of the Fisher that real processes compare.",
         "## Predicted time that the penalty adds to a step, ms",
         f"Bytes / ({speeds.hbm / 1e12:g} TB/s) + all_reduces x {speeds.latency * 1e6:g} to "
         f"{speeds.slow_latency * 1e6:g} us. For comparison AdamW itself, by its bytes, and a step without a penalty: "

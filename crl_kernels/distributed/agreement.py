@@ -111,18 +111,20 @@ def _has_store(group: Any) -> bool:
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
     """8 digits of the names, shapes and bits of tensors, on any device and in any memory order."""
-    lines = [f"{name} {t.dtype} {tuple(t.shape)} {_checksum(t)}" for name, t in sorted(tensors.items())]
+    lines = [f"{name} {t.dtype} {tuple(t.shape)}" for name, t in sorted(tensors.items())]
+    if checksums := [_checksum(t) for _, t in sorted(tensors.items())]:
+        lines.append(str(torch.stack([checksum.to(checksums[0].device) for checksum in checksums]).tolist()))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:8]
 
 
-def _checksum(tensor: Tensor) -> int:
+def _checksum(tensor: Tensor) -> Tensor:
     """sum_i (2 i + 1) x_i modulo 2^64, of the elements' bits as integers x_i: exact in any order of summation."""
     bits = tensor.detach().contiguous().view(-1).view(_INTEGERS[tensor.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
     for i, chunk in enumerate(bits.split(_CHUNK)):
         factors = 2 * torch.arange(i * _CHUNK, i * _CHUNK + len(chunk), device=bits.device) + 1
         total += (chunk * factors).sum()
-    return int(total)
+    return total
 
 
 def _store() -> Any:
