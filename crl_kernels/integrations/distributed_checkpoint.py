@@ -30,6 +30,7 @@ def load_history(history: LowRankHistory | DiagonalHistory, path: str | os.PathL
         FileNotFoundError: no checkpoint.
         ValueError: nothing under that key; parts that cannot be read; the history of another model, by name; values
             that a history cannot have. ``history`` has not changed then.
+        RuntimeError: another process that shares the model loads something else, or does not call.
     """
     origin = f"the checkpoint {os.fspath(path)!r}"
     with history._binding.agreement.on("load_history", "Load one checkpoint in all of them."):

@@ -44,6 +44,7 @@ class EWCCallback(TrainerCallback):
     Raises:
         TypeError, ValueError: an argument of another kind; when training begins: the errors of ``attach``, and a
             history of sharded parameters.
+        RuntimeError: when training begins in several processes: they have different histories, or another ``lam``.
     """
 
     def __init__(

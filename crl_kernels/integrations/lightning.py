@@ -36,6 +36,7 @@ class EWCCallback(Callback):
     Raises:
         TypeError, ValueError: an argument of another kind; when fitting begins: the errors of ``attach``, several
             optimizers, a history of sharded parameters.
+        RuntimeError: when fitting begins in several processes: they have different histories, or another ``lam``.
     """
 
     def __init__(

@@ -102,8 +102,8 @@ class FusedAdamW(Optimizer):
     frozen.
 
     A GradScaler's scale and skipped steps are applied on the device, as by torch's ``fused=True``. A step does not wait
-    for the device, except for ``verify_every`` and, in decoupled mode, for learning rates that differ between groups
-    and are tensors on the device.
+    for the device, except for ``verify_every``, in the first step after a change of a history that processes share (see
+    its ``append``) and, in decoupled mode, for learning rates that differ between groups and are tensors on the device.
 
     The penalty moves a bound parameter that has no gradient; any other parameter without a gradient stays, as in torch.
     A frozen bound parameter, one that no longer requires a gradient, stays too, and its part of the penalty still
@@ -136,7 +136,7 @@ class FusedAdamW(Optimizer):
             history.
         RuntimeError: in a step, before anything is written: a gradient that is sparse or belongs to a parameter of
             another dtype, a capture whose replays would differ from eager steps, a history that was copied without its
-            model.
+            model, another ``lam`` in a process that shares the model.
     """
 
     _step_supports_amp_scaling = True

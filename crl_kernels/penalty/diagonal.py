@@ -72,7 +72,8 @@ class DiagonalHistory(History[DiagonalFisher]):
     def add_penalty_grad_(self, lam: float | Tensor) -> Tensor:
         """Adds the penalty's gradient, lam S (theta - m), to ``.grad``, in one pass; call it after backward.
 
-        Creates missing gradients, as autograd does. Never waits for the device.
+        Creates missing gradients, as autograd does. Never waits for the device, but to compare ``lam`` with the other
+        processes that share the model, once after a change; see ``append``.
 
         Returns:
             The penalty's value, a 0-dim float64 tensor.

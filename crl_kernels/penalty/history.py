@@ -75,15 +75,16 @@ class History(StateVectors, Generic[_Fisher]):
         With ``decay`` = g < 1 the curvatures of earlier tasks are first multiplied by g (online EWC), so a task has the
         weight g^n after n more tasks.
 
-        Several processes: those that share the model, because it is sharded or the history was made of it in its
-        DistributedDataParallel, all append the same Fisher to the same history. They compare both before anything
-        changes, and lam at the next step.
+        Several processes: those that share the model, because it is sharded or the history was made of its
+        DistributedDataParallel, all append the same Fisher to equal histories. They compare both before anything
+        changes, and ``lam`` at the next step. A history of a model without its wrapper compares nothing.
 
         Raises:
             TypeError: a Fisher of the other kind.
             ValueError: parameters that are missing, unknown or of another shape, by name; values that a Fisher cannot
                 have, or that overflow.
-            RuntimeError: another process appends another Fisher, has another history, or does not call; see above.
+            RuntimeError: another process that shares the model differs, has failed, or has not called within the
+                timeout of init_process_group; in all of them, and nothing has changed.
         """
         agreement = self._binding.agreement
         with agreement.on("append", _ONE_FISHER) as facts:
@@ -204,7 +205,8 @@ class History(StateVectors, Generic[_Fisher]):
             TypeError, ValueError: not an optimizer; one that maximizes, lacks bound parameters, calls no hooks or has
                 this history's penalty in its step; an invalid ``lam``; in decoupled mode, a group without a learning
                 rate.
-            RuntimeError: the history is already attached.
+            RuntimeError: the history is already attached; in the first step after ``append`` or a load, another process
+                that shares the model has another lam.
 
         Warns:
             UserWarning: once, if the penalty is too stiff for gradient mode; see ``stiffness``.
@@ -341,6 +343,7 @@ class History(StateVectors, Generic[_Fisher]):
             OSError: a file that cannot be opened: FileNotFoundError, IsADirectoryError, PermissionError.
             ValueError: not a safetensors file; a file that is damaged, was changed after it was saved, or belongs to
                 another kind of history or another model. The message names the file and the mismatch.
+            RuntimeError: another process that shares the model loads something else; see ``append``.
         """
         with agreement_about(model).told_errors("load"):
             kind, tensors, facts = files.read(path)
@@ -375,7 +378,8 @@ class History(StateVectors, Generic[_Fisher]):
             grown: patterns, as those of ``include``.
 
         Raises:
-            RuntimeError: the history is attached to an optimizer.
+            RuntimeError: the history is attached to an optimizer; another process that shares the model differs, see
+                ``append``.
             ValueError: parameters that are missing, unknown or of another shape, by name. Nothing has changed then.
         """
         if self._attachment is not None:
@@ -438,6 +442,7 @@ class History(StateVectors, Generic[_Fisher]):
             TypeError: not a mapping to tensors.
             ValueError: parameters that are missing, unknown or of another shape, by name; tensors of another dtype;
                 numbers that are not finite or, of curvatures, below zero.
+            RuntimeError: another process that shares the model loads something else; see ``append``.
         """
         with self._binding.agreement.told_errors("load_state_dict"):
             names = self._binding.named_by("grown", as_patterns("grown", grown) or ())

@@ -135,7 +135,8 @@ class LowRankHistory(History[LowRankFisher]):
     def add_penalty_grad_(self, lam: float | Tensor) -> Tensor:
         """Adds the penalty's gradient, lam sum_k a_k (u_k . theta - b_k) u_k, to ``.grad``; call it after backward.
 
-        Creates missing gradients, as autograd does. Never waits for the device.
+        Creates missing gradients, as autograd does. Never waits for the device, but to compare ``lam`` with the other
+        processes that share the model, once after a change; see ``append``.
 
         Returns:
             The penalty's value, a 0-dim float64 tensor.

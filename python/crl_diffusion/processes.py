@@ -1,8 +1,9 @@
 """The processes that share one run: `torchrun --nproc-per-node N -m crl_diffusion train ...`. One process without it.
 
 All processes hold the same model and draw the same global batches from the same named streams. Each computes its share,
-and sums are exchanged. So the results of a run do not depend on the number of processes, up to rounding. The functions
-here ask torch.distributed for the state of the group. Functions that exchange data must be called by all processes.
+and sums are exchanged. So the results of a run do not depend on the number of processes, up to rounding. Processes that
+were started with other options, data or another torch end with an error before anything is written. The functions here
+ask torch.distributed for the state of the group. Functions that exchange data must be called by all processes.
 """
 
 from __future__ import annotations
