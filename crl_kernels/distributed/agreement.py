@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -110,9 +110,12 @@ def _has_store(group: Any) -> bool:
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """8 digits of the names, shapes and bits of tensors, on any device and in any memory order."""
-    lines = [f"{name} {t.dtype} {tuple(t.shape)}" for name, t in sorted(tensors.items())]
-    if checksums := [_checksum(t) for _, t in sorted(tensors.items())]:
+    """8 digits of the names, shapes and bits of tensors, on any device and in any memory order; of those that are no
+    plain dense tensors, such as DTensors, without the bits."""
+    known = sorted((name, t) for name, t in tensors.items() if isinstance(t, Tensor))
+    lines = [f"{name} {t.dtype} {tuple(t.shape)}" for name, t in known]
+    dense = [t for _, t in known if type(t) in (Tensor, nn.Parameter) and t.layout == torch.strided and not t.is_meta]
+    if checksums := list(map(_checksum, dense)):
         lines.append(str(torch.stack([checksum.to(checksums[0].device) for checksum in checksums]).tolist()))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:8]
 

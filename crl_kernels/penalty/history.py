@@ -20,7 +20,7 @@ from typing_extensions import Self
 
 from .. import files
 from ..distributed.agreement import Agreement, digest
-from ..distributed.shards import is_sharded, local_part
+from ..distributed.shards import local_part
 from ..fisher.forms import DiagonalFisher, LowRankFisher
 from ..fisher.validation import require_tensor
 from ..model.arguments import require_integer, require_switch
@@ -136,9 +136,8 @@ class History(StateVectors, Generic[_Fisher]):
             if agreement.several:
                 (count,) = self._scalars_of(state, origin)
                 self._require_shapes(state, origin, grown)
-                whole = {name: t for name, t in state.items() if isinstance(t, Tensor) and not is_sharded(t)}
                 facts["history"] = self._described()
-                facts["state"] = f"{int(count)} tasks in {len(state)} tensors with the digest {digest(whole)}"
+                facts["state"] = f"{int(count)} tasks in {len(state)} tensors with the digest {digest(state)}"
         with self._unchanged_by_errors():
             self._set_state(state, origin, grown)
             self._is_new = agreement.several
@@ -151,7 +150,7 @@ class History(StateVectors, Generic[_Fisher]):
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             return
         try:
-            number = float(lam)
+            number = float(lam.detach() if isinstance(lam, Tensor) else lam)
         except RuntimeError:  # batched by vmap: it has no single value
             return
         with self._binding.agreement.on("the first penalty after append or load", _ONE_STRENGTH) as facts:

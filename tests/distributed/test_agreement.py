@@ -15,7 +15,8 @@ from helpers.sharded_models import network, sharded, unsharded
 from torch import nn
 
 import crl_kernels as ck
-from crl_kernels.distributed.agreement import agreement_in
+from crl_kernels.distributed import agreement
+from crl_kernels.distributed.agreement import agreement_in, digest
 from crl_kernels.integrations.distributed_checkpoint import load_history
 
 LAM, LR = 1.5, 0.05
@@ -135,6 +136,7 @@ def _cases(rank: int, folder: Path, model: nn.Module, kind: str) -> dict:
         place = folder / ("checkpoint" if rank else "absent")
         both.refused("no checkpoint", history, lambda: load_history(history, place))
         load_history(history, folder / "checkpoint")
+        both.refused("no folder", history, lambda: history.save(absent / "history.safetensors"))
     history.rebind(model)
     loaded = type(history).load(shared, model)
     assert bits(loaded) == bits(history)
@@ -180,7 +182,36 @@ def parameters_of(model: nn.Module) -> list:
     return [unsharded(parameter.detach()).tolist() for parameter in model.parameters()]
 
 
-FAILING = {"no file": "load", "no parameter": "rebind", "no checkpoint": "load_history"}
+FAILING = {"no file": "load", "no parameter": "rebind", "no checkpoint": "load_history", "no folder": "save"}
+
+
+def test_a_digest_is_of_names_shapes_and_bits(monkeypatch):
+    x = torch.randn(3, 4, 5, 5)
+    swapped, nearly = x.clone(), x.clone()
+    swapped.view(-1)[[0, 1]] = x.view(-1)[[1, 0]]
+    nearly.view(torch.int32).view(-1)[-1] += 1
+    of = {"x": x, "int8": torch.arange(7, dtype=torch.int8), "number": torch.tensor(2), "none": torch.empty(0)}
+    expected = digest(of)
+    for other in (swapped, nearly, x.double(), x.view(12, 25), -x):
+        assert digest(of | {"x": other}) != expected
+    assert digest({"y": x}) != digest({"x": x})
+    monkeypatch.setattr(agreement, "_CHUNK", 7)
+    same = of | {"x": nn.Parameter(x.to(memory_format=torch.channels_last))}
+    assert digest(dict(reversed(same.items()))) == expected
+    assert digest({"meta": x.to("meta"), "sparse": torch.eye(2).to_sparse(), "text": "no tensor"})  # refused later
+
+
+def test_a_penalty_under_vmap_is_compared_by_nobody():
+    history = past_tasks.history_of(network(), "low_rank")
+    history._is_new = True
+    lams = torch.ones(3, dtype=torch.float64)
+    slopes = torch.func.vmap(torch.func.grad(history.penalty))(lams)
+    assert torch.equal(slopes, history.penalty(1.0).detach().expand(3))
+    assert history._is_new
+    history.penalty(1.0).backward()
+    assert not history._is_new
+
+
 WAYS = ("gradient", "decoupled", "loss", "inside", "attached")
 
 
@@ -213,7 +244,7 @@ def test_processes_that_differ_are_named_in_all_of_them_and_nothing_changes(tmp_
             if case in errors:
                 assert errors[case].startswith("ValueError: " if case == "no parameter" else "FileNotFoundError: ")
                 assert others[case].startswith(f"RuntimeError: {call} has failed in rank 0, and nothing has changed in")
-        assert ("no checkpoint" in errors) == name.startswith("fsdp")
+        assert ("no checkpoint" in errors) == ("no folder" in errors) == name.startswith("fsdp")
         if "a lone call" in errors:
             call = "save" if name == "fsdp diagonal" else "append"
             assert errors["a lone call"].startswith(
