@@ -98,11 +98,13 @@ class Attachment:
         self._history: _AttachedHistory | None = history
         self._lam = lam
         self._checked = self._warned = False
-        self._handle: RemovableHandle | None = (
+        self._handles: list[RemovableHandle] = [
             optimizer.register_step_post_hook(self._after_step)
             if decoupled
             else optimizer.register_step_pre_hook(self._before_step)
-        )
+        ]
+        if decoupled and history._binding.agreement.several:  # they agree before the optimizer moves anything
+            self._handles.append(optimizer.register_step_pre_hook(self._agree))
         # Set on the instance, where copy and pickle find it, because the class belongs to torch or to another library.
         optimizer.__getstate__ = partial(_state_with_attachments, optimizer)  # type: ignore[method-assign]
 
@@ -111,14 +113,14 @@ class Attachment:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._handle = None  # the copied optimizer's state contains its hooks
+        self._handles = []  # the copied optimizer's state contains its hooks
         if self._history is not None:
             self._history._attachment = self
 
     def remove(self) -> None:
         self._history = None  # disables copies of the hook, too
-        if self._handle is not None:
-            self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -141,11 +143,14 @@ class Attachment:
         history.add_penalty_grad_(self._lam if scale is None else scale.double() * self._lam)
         return None
 
+    def _agree(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._history is not None:
+            self._history._agree_on_strength(self._lam, "a decoupled step")
+
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Takes the proximal step, unless the optimizer skipped its own."""
         if self._history is None or _is_nested(optimizer):
             return
-        self._history._agree_on_strength(self._lam, "a decoupled step")
         found_inf = getattr(optimizer, "found_inf", None)
         lam = self._lam
         if found_inf is not None:

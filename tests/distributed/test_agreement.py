@@ -147,7 +147,8 @@ def _cases(rank: int, folder: Path, model: nn.Module, kind: str) -> dict:
         "decoupled": lambda lam: loaded.decoupled_step_(lam, LR),
         "loss": lambda lam: loaded.penalty(lam).backward(),
         "inside": lambda lam: ck.FusedAdamW(model.parameters(), lr=LR, history=loaded, lam=lam).step(),
-        "attached": lambda lam: attached_step(model, loaded, lam),
+        "attached": lambda lam: attached_step(model, loaded, lam, False),
+        "attached, decoupled": lambda lam: attached_step(model, loaded, lam, True),
     }
     theta = parameters_of(model)
     for way, apply in ways.items():
@@ -165,9 +166,11 @@ def _cases(rank: int, folder: Path, model: nn.Module, kind: str) -> dict:
     return {"errors": both.errors, "changed": both.changed, "value": float(value.detach()), "gradient": sum(sums)}
 
 
-def attached_step(model: nn.Module, history, lam: float) -> None:
+def attached_step(model: nn.Module, history, lam: float, decoupled: bool) -> None:
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-    history.attach(optimizer, lam)
+    history.attach(optimizer, lam, decoupled=decoupled)
     try:
         optimizer.step()
     finally:
@@ -212,7 +215,7 @@ def test_a_penalty_under_vmap_is_compared_by_nobody():
     assert not history._is_new
 
 
-WAYS = ("gradient", "decoupled", "loss", "inside", "attached")
+WAYS = ("gradient", "decoupled", "loss", "inside", "attached", "attached, decoupled")
 
 
 def test_processes_that_differ_are_named_in_all_of_them_and_nothing_changes(tmp_path):
