@@ -1,13 +1,16 @@
-"""What FusedAdamW refuses: options of parameter groups, and gradients."""
+"""What FusedAdamW refuses: options of parameter groups, parameters and gradients."""
 
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..penalty.strength import check_strength
-from .state import TRAINABLE_DTYPES
+from .state import HALF_DTYPES, TRAINABLE_DTYPES
+
+_dtype, _shape = attrgetter("dtype"), attrgetter("shape")
 
 
 def check_group(group: Mapping[str, Any], penalized: bool) -> None:
@@ -84,24 +87,71 @@ def on_device(value: float | Tensor) -> bool:
     return isinstance(value, Tensor) and value.device.type != "cpu"
 
 
-def check_gradients(params: Sequence[Tensor], untrainable: Sequence[Tensor]) -> None:
-    """Raises RuntimeError for a gradient that is not dense, and for one of a parameter that no step can move."""
-    for parameter in untrainable:
-        if parameter.grad is not None:
+def kinds_of(tensors: Sequence[Tensor]) -> list[list[Any]]:
+    """Dtypes, devices and shapes."""
+    return [list(map(_dtype, tensors)), list(map(Tensor.get_device, tensors)), list(map(_shape, tensors))]
+
+
+def check_shapes(params: Sequence[Tensor], states: Mapping[Tensor, Mapping[str, Any]]) -> None:
+    """Raises RuntimeError for a parameter that has another shape than its state."""
+    for i, parameter in enumerate(params):
+        state = states.get(parameter)
+        if state and state["exp_avg"].shape != parameter.shape:
+            raise RuntimeError(
+                f"parameter {i} has shape {tuple(parameter.shape)} and its state {tuple(state['exp_avg'].shape)}; a "
+                "parameter may change its dtype or device between steps, but not its shape. Create a new optimizer."
+            )
+
+
+def check_gradients(
+    params: Sequence[Tensor], kinds: Sequence[Sequence[Any]], bound: Sequence[Tensor], unmovable: Sequence[Tensor]
+) -> None:
+    """Raises RuntimeError for a gradient that no step can take, and for a parameter that is to move and cannot.
+
+    Args:
+        kinds: begins with ``kinds_of(params)``.
+        bound: those that a penalty moves even without a gradient.
+        unmovable: those among params that are of other dtypes than a step moves, or expanded.
+    """
+    for parameter in unmovable:
+        if parameter.dtype in TRAINABLE_DTYPES:
+            if parameter.grad is not None or (parameter.requires_grad and any(parameter is other for other in bound)):
+                raise RuntimeError(
+                    f"a parameter of shape {tuple(parameter.shape)} was expanded, so its elements share memory and "
+                    "cannot move apart. Give it memory of its own: parameter.data = parameter.data.clone()."
+                )
+        elif parameter.grad is not None:
             raise RuntimeError(
                 f"a parameter of shape {tuple(parameter.shape)} is {parameter.dtype} and has a gradient; expected a "
                 "real floating-point dtype of 16, 32 or 64 bits. Leave it to another optimizer."
             )
-    gradients = [parameter.grad for parameter in params]
-    if {gradient.layout for gradient in gradients if gradient is not None} <= {torch.strided}:
+    gradients = [parameter if (gradient := parameter.grad) is None else gradient for parameter in params]
+    if {gradient.layout for gradient in gradients} <= {torch.strided} and kinds_of(gradients) == kinds[:3]:
         return
     for i, (parameter, gradient) in enumerate(zip(params, gradients, strict=True)):
-        if gradient is not None and gradient.layout != torch.strided:
+        name = f"the gradient of parameter {i}, of shape {tuple(parameter.shape)},"
+        if gradient.layout != torch.strided:
             raise RuntimeError(
-                f"the gradient of parameter {i}, of shape {tuple(parameter.shape)}, is {gradient.layout}; FusedAdamW "
-                "takes dense ones. Make its layer's gradient dense (nn.Embedding(sparse=False)), or leave it to "
-                "another optimizer."
+                f"{name} is {gradient.layout}; FusedAdamW takes dense ones. Make its layer's gradient dense "
+                "(nn.Embedding(sparse=False)), or leave it to another optimizer."
             )
+        again = "Compute it again: zero_grad(), then backward()."
+        if gradient.shape != parameter.shape:
+            raise RuntimeError(f"{name} has shape {tuple(gradient.shape)}; expected the parameter's. {again}")
+        if gradient.device != parameter.device:
+            raise RuntimeError(
+                f"{name} is on {gradient.device}; expected {parameter.device}, as its parameter. {again}"
+            )
+        expected = _gradient_dtypes(parameter.dtype)
+        if gradient is not parameter and gradient.dtype not in expected:
+            raise RuntimeError(
+                f"{name} is {gradient.dtype}; the parameter is {parameter.dtype}, so expected "
+                f"{' or '.join(map(str, expected))}. {again}"
+            )
+
+
+def _gradient_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    return (torch.float64,) if dtype == torch.float64 else (torch.float32, *HALF_DTYPES)
 
 
 def _as_scalar(argument: str, value: Any) -> Any:

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import chain
-from operator import attrgetter, is_
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -27,11 +27,11 @@ from .checks import (
     check_group,
     check_hyperparameters,
     check_options,
+    check_shapes,
+    kinds_of,
     on_device,
 )
 from .state import HALF_DTYPES, TRAINABLE_DTYPES, convert_state, new_state, read_states
-
-_dtype = attrgetter("dtype")
 
 
 class _Roles(NamedTuple):
@@ -42,8 +42,8 @@ class _Roles(NamedTuple):
     bound: list[Tensor]  # the history's
     unbound: list[Tensor]
     halves: list[Tensor]  # float16 and bfloat16
-    untrainable: list[Tensor]  # of dtypes that no step can move
-    kinds: list[Any]  # dtypes, devices, and whether they are row-major
+    unmovable: list[Tensor]  # of dtypes that no step can move, or with elements that share memory
+    kinds: list[list[Any]]  # dtypes, devices, shapes and strides
     group_of: dict[Tensor, int]
 
     @staticmethod
@@ -51,10 +51,10 @@ class _Roles(NamedTuple):
         penalized = set(bound)
         unbound = [parameter for parameter in params if parameter not in penalized]
         halves = [parameter for parameter in params if parameter.dtype in HALF_DTYPES]
-        untrainable = [parameter for parameter in params if parameter.dtype not in TRAINABLE_DTYPES]
+        unmovable = [p for p in params if p.dtype not in TRAINABLE_DTYPES or _is_expanded(p)]
         groups = chain.from_iterable([number] * size for number, size in enumerate(group_sizes))
         group_of = dict(zip(params, groups, strict=True))
-        return _Roles(params, group_sizes, bound, unbound, halves, untrainable, _kinds(params), group_of)
+        return _Roles(params, group_sizes, bound, unbound, halves, unmovable, _kinds(params), group_of)
 
 
 class FusedAdamW(Optimizer):
@@ -292,7 +292,8 @@ class FusedAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with torch.no_grad():
+        # What the step keeps must not be inference tensors, which later steps could not change.
+        with torch.inference_mode(False), torch.no_grad():
             self._untraced_step()
         return loss
 
@@ -307,7 +308,9 @@ class FusedAdamW(Optimizer):
             penalty.agree_on_strength(self.lam)
         bound = penalty.bound_params() if penalty is not None else []
         roles = self._find_roles(bound)
-        check_gradients(roles.params, roles.untrainable)
+        if roles is not self._roles:
+            check_shapes(roles.params, self.state)
+        check_gradients(roles.params, roles.kinds, bound, roles.unmovable)
         if roles is not self._roles:
             self._roles, self._versions = roles, None
             for parameter in roles.params:
@@ -318,10 +321,9 @@ class FusedAdamW(Optimizer):
             self._versions = None
         if self._versions is None:
             self._require_eager("parameters, their state or the history have changed since the last step")
+        self._adopt_writes(roles.halves)
         if penalty is not None:
-            self._update_carried(penalty, bound, roles.halves)
-        elif self._versions is None:
-            self._adopt_writes(roles.halves)
+            self._update_carried(penalty, bound)
 
         moved = [parameter for parameter in bound if parameter.requires_grad]
         if penalty is not None:
@@ -364,7 +366,7 @@ class FusedAdamW(Optimizer):
         """This process's parts of parameters, gradients or moments."""
         return list(map(local_part, tensors)) if self._sharded else tensors
 
-    def _update_carried(self, penalty: FoldedPenalty[Any], bound: list[Tensor], halves: list[Tensor]) -> None:
+    def _update_carried(self, penalty: FoldedPenalty[Any], bound: list[Tensor]) -> None:
         """Makes sure that the penalty's carried sums belong to the present parameters."""
         moving = tuple(i for i, parameter in enumerate(bound) if parameter.requires_grad)
         fits = self._versions is not None and penalty.is_current(moving)
@@ -373,7 +375,6 @@ class FusedAdamW(Optimizer):
         due = self._verify_every and self._steps_taken % self._verify_every == 0
         if fits and not due:
             return
-        self._adopt_writes(halves)
         params = self._local([self.state.get(parameter, {}).get("master", parameter) for parameter in bound])
         if not fits:
             penalty.require_members(self.param_groups)  # the history may have been rebound
@@ -482,8 +483,12 @@ _COPIED_ATTRIBUTES = ("lam", "_decoupled", "_verify_every", "_history", "_steps_
 _IDLE = AdamWSettings(factor=1.0, beta1=0.0, beta2=0.0, decay=1.0, step_size=0.0, root_scale=1.0, eps=1.0, share=1.0)
 
 
-def _kinds(params: list[Tensor]) -> list[Any]:
-    return [*map(_dtype, params), *map(Tensor.get_device, params), *map(Tensor.is_contiguous, params)]
+def _kinds(params: list[Tensor]) -> list[list[Any]]:
+    return [*kinds_of(params), list(map(Tensor.stride, params))]
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
 
 
 def _row(group: Mapping[str, Any]) -> AdamWSettings:

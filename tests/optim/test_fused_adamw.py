@@ -1,6 +1,7 @@
 """FusedAdamW's step against torch's AdamW with the penalty added by history calls."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from helpers.penalized_adamw import (
     train,
 )
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import crl_kernels as ck
@@ -467,3 +469,137 @@ def test_a_step_that_is_refused_writes_nothing(kind):
     model.second.weight = parameter
     optimizer.step()
     assert not torch.equal(flat(model), before)
+
+
+def data(change: Callable[[Tensor], Tensor]) -> Callable[[nn.Module], None]:
+    def write(model: nn.Module) -> None:
+        model.weight.data = change(model.weight.data)
+
+    return write
+
+
+def gradient(change: Callable[[Tensor], Tensor]) -> Callable[[nn.Module], None]:
+    def write(model: nn.Module) -> None:
+        model.weight.grad.data = change(model.weight.grad.data)
+
+    return write
+
+
+# (dtype, change): what the step says, of a model whose gradients are left over from before the change.
+CHANGED = {
+    "wider parameter": (torch.float32, data(Tensor.double), "is torch.float32; the parameter is torch.float64, so"),
+    "narrower parameter": (torch.float64, data(Tensor.bfloat16), "is torch.float64; the parameter is torch.bfloat16"),
+    "wider gradient": (torch.float32, gradient(Tensor.double), "expected torch.float32 or torch.float16 or"),
+    "wider gradient, 16 bits": (torch.float16, gradient(Tensor.double), "is torch.float64; the parameter is"),
+    "narrower gradient": (torch.float64, gradient(Tensor.float), "expected torch.float64. Compute it again: zero_grad"),
+    "integers": (torch.float32, gradient(Tensor.long), "is torch.int64"),
+    "complex": (torch.bfloat16, gradient(lambda x: x.to(torch.complex64)), "is torch.complex64"),
+    "smaller": (torch.float32, data(lambda x: x[:2]), r"parameter 0 has shape \(2, 4\) and its state \(3, 4\); .* not"),
+    "larger": (torch.bfloat16, data(lambda x: x.repeat(2, 1)), r"parameter 0 has shape \(6, 4\) and its state"),
+    "transposed": (torch.float32, data(lambda x: x.t()), r"parameter 0 has shape \(4, 3\) and its state"),
+    "transposed copy": (torch.float16, data(lambda x: x.t().clone()), r"parameter 0 has shape \(4, 3\) and its state"),
+    "expanded": (torch.float32, data(lambda x: x[:1].expand(3, 4)), "was expanded, so .*clone"),
+    "expanded, 16 bits": (torch.bfloat16, data(lambda x: x[:, :1].expand(3, 4)), "was expanded, so .*clone"),
+    "gradient of other shape": (
+        torch.float32,
+        gradient(lambda x: x[:2]),
+        r"has shape \(2, 4\); expected the parameter's",
+    ),
+    "gradient transposed": (torch.bfloat16, gradient(lambda x: x.t().clone()), r"has shape \(4, 3\); expected the"),
+}
+
+
+@pytest.mark.parametrize("case", CHANGED)
+def test_a_change_that_no_step_can_take_is_refused_before_anything_is_written(case):
+    dtype, change, message = CHANGED[case]
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).to(dtype)
+    optimizer = ck.FusedAdamW(model.parameters())
+
+    def backward() -> None:
+        model.zero_grad()
+        model(torch.ones(2, 4, dtype=dtype)).square().sum().backward()
+
+    backward()
+    optimizer.step()
+    kept = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
+    weight = model.weight.data
+    change(model)
+    changed = model.weight.detach().clone()
+    with pytest.raises(RuntimeError, match=message):
+        optimizer.step()
+    assert torch.equal(model.weight, changed)
+    model.weight.data = weight
+    now = (model.state_dict(), optimizer.state_dict()["state"])
+    torch.testing.assert_close(now, kept, rtol=0, atol=0)
+    backward()
+    optimizer.step()
+    assert optimizer.state[model.weight]["step"] == 2
+
+
+TAKEN = {
+    "16-bit parameter": (torch.float32, data(Tensor.bfloat16)),
+    "other 16-bit parameter": (torch.float16, data(Tensor.bfloat16)),
+    "32-bit parameter": (torch.bfloat16, data(Tensor.float)),
+    "model.bfloat16()": (torch.float32, nn.Module.bfloat16),
+    "model.half()": (torch.float64, nn.Module.half),
+    "model.double()": (torch.bfloat16, nn.Module.double),
+    "16-bit gradient": (torch.float32, gradient(Tensor.half)),
+    "32-bit gradient": (torch.bfloat16, gradient(Tensor.float)),
+    "expanded gradient": (torch.float32, gradient(lambda x: x[:1, :1].expand(3, 4))),
+    "expanded gradient, 16 bits": (torch.bfloat16, gradient(lambda x: x[:1].expand(3, 4))),
+    "strided gradient": (torch.float64, gradient(lambda x: x.repeat(2, 2)[::2, ::2])),
+    "column-major": (torch.float16, data(lambda x: x.t().clone().t())),
+}
+
+
+@pytest.mark.parametrize("case", TAKEN)
+def test_a_change_that_a_step_can_take_is_taken_with_the_gradients_left_over(case):
+    """As torch's AdamW in float64 takes it, from the present values."""
+    dtype, change = TAKEN[case]
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).to(dtype)
+    optimizer = ck.FusedAdamW(model.parameters())
+    model(torch.ones(2, 4, dtype=dtype)).square().sum().backward()
+    optimizer.step()
+    change(model)
+    state = optimizer.state[model.weight]
+    half = model.weight.dtype in (torch.float16, torch.bfloat16)
+    twin = nn.Parameter(state.get("master" if half else "", model.weight).detach().double())
+    twin.grad = model.weight.grad.double()
+    torchs = torch.optim.AdamW([twin], weight_decay=1e-2)
+    torchs.state[twin] = {
+        "step": state["step"].clone(), "exp_avg": state["exp_avg"].double(), "exp_avg_sq": state["exp_avg_sq"].double(),
+    }  # fmt: skip
+    optimizer.step()
+    torchs.step()
+    state = optimizer.state[model.weight]
+    assert state["step"] == 2
+    bound = 1e-2 if half else 1e-6
+    torch.testing.assert_close(model.weight.double(), twin, rtol=bound, atol=bound)
+    assert relative_distance(state["exp_avg"].double(), torchs.state[twin]["exp_avg"]) <= 1e-2
+
+
+def test_a_gradient_on_another_device_than_its_parameter_is_refused():
+    with FakeTensorMode():  # of devices that this machine may lack
+        elsewhere = torch.zeros(2, device="cuda")
+    parameter = type("Moved", (nn.Parameter,), {"grad": elsewhere})(torch.zeros(2))
+    optimizer = ck.FusedAdamW([parameter])
+    with pytest.raises(RuntimeError, match="is on cuda:0; expected cpu, as its parameter. Compute it again"):
+        optimizer.step()
+    assert not optimizer.state
+
+
+def test_steps_in_inference_mode_and_outside_of_it_continue_each_other():
+    ends = []
+    for modes in ((False, False), (True, False), (False, True)):
+        model = Network(torch.float32)
+        optimizer = ck.FusedAdamW(groups_of(model), history=history_of(model, "3"), lam=LAM)
+        for step, inference in enumerate(modes):
+            optimizer.zero_grad()
+            task_loss(model, step).backward()
+            with torch.inference_mode(inference):
+                optimizer.step()
+        ends.append(flat(model))
+    assert torch.equal(ends[1], ends[0])
+    assert torch.equal(ends[2], ends[0])
