@@ -53,7 +53,7 @@ def set_cuda_home(nvcc):
     """Asks nvcc for its toolkit: torch guesses it from nvcc's path, and is wrong where that is a wrapper script."""
     output = subprocess.run([nvcc, "--dryrun", "-c", "any.cu"], capture_output=True, text=True).stderr
     if top := re.search(r"TOP=(\S+)", output):
-        os.environ.setdefault("CUDA_HOME", str(Path(top[1]).resolve()))
+        os.environ["CUDA_HOME"] = os.environ.get("CUDA_HOME") or str(Path(top[1]).resolve())
 
 
 def nvcc_version(nvcc):
@@ -87,8 +87,8 @@ def cuda_obstacle(choice, nvcc, torch_cuda):
 
 
 def environment(name, choices):
-    """A variable's value, by default the first choice."""
-    value = os.environ.get(name, choices[0])
+    """A variable's value; the first choice if it is unset or empty."""
+    value = os.environ.get(name) or choices[0]
     if value not in choices:
         sys.exit(f"{name}={value!r}: expected {', '.join(choices[:-1])} or {choices[-1]}.")
     return value
@@ -128,7 +128,7 @@ def extensions():
         sys.exit(f"The kernels are compiled against torch, which cannot be imported ({error}). {TORCH_FIRST}")
     if torch.__version__ < "2.10":
         sys.exit(f"This torch is {torch.__version__}; expected 2.10 or later. {TORCH_FIRST}")
-    compiler = shutil.which(os.environ.get("CXX", "g++").split()[0]) or shutil.which("c++")
+    compiler = shutil.which((os.environ.get("CXX") or "g++").split()[0]) or shutil.which("c++")
     missing = None if compiler else "no C++ compiler was found (CXX, g++ or c++)"
     obstacle = f"{missing}." if missing else cuda_obstacle(choice, nvcc, torch.version.cuda)
     if choice == "1" and obstacle:
@@ -154,7 +154,8 @@ def extensions():
     if obstacle:
         log(f"leaving out the CUDA kernels: {obstacle}")
     else:
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures(nvcc_version(nvcc)))
+        listed = os.environ.get("TORCH_CUDA_ARCH_LIST")
+        os.environ["TORCH_CUDA_ARCH_LIST"] = listed or architectures(nvcc_version(nvcc))
         cuda_module = CUDAExtension(
             "crl_kernels._C_cuda",
             sorted(str(path.relative_to(HERE)) for path in (HERE / "csrc/cuda").glob("*.cu")),

@@ -86,7 +86,7 @@ def ncu(device: str, small: bool) -> dict[str, Any]:
 def regime(device: str, small: bool) -> dict[str, Any]:
     """``crl-diffusion compare --preset regime-mnist-gpu``; the folder takes the run up again where time has run out."""
     needs.packages("diffusers", "tyro", "torchmetrics", "torchvision", "sklearn")
-    folder = Path(os.environ.get("CRL_GPU_RESULTS", "runs")) / "regime-mnist-gpu"
+    folder = Path(os.environ.get("CRL_GPU_RESULTS") or "runs") / "regime-mnist-gpu"
     words = ["-m", "crl_diffusion", "compare", "--preset", "regime-mnist-gpu", "--out", str(folder)]
     process = subprocess.run([sys.executable, *words])
     return {"folder": folder.name, "failures": [f"exit status {process.returncode}"] if process.returncode else []}

@@ -118,7 +118,7 @@ def load_libraries(choice: str) -> tuple[Library, Library, Library]:
     return cpu, cuda, triton
 
 
-CHOICE = os.environ.get("CRL_KERNELS_BACKEND", "auto")
+CHOICE = os.environ.get("CRL_KERNELS_BACKEND") or "auto"
 CPU, CUDA, TRITON = load_libraries(CHOICE)
 INTERPRETED = CHOICE == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
 

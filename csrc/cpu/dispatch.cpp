@@ -26,6 +26,7 @@ const Loops& choose() {
   const Choice choices[] = {{&baseline::loops, true}};
 #endif
   const char* requested = std::getenv("CRL_KERNELS_ISA");
+  if (requested != nullptr && *requested == '\0') requested = nullptr;
   for (const Choice& choice : choices) {
     if (requested == nullptr ? choice.runs_here : std::strcmp(requested, choice.loops->name) == 0) {
       STD_TORCH_CHECK(choice.runs_here, "crl_kernels: CRL_KERNELS_ISA=", requested,

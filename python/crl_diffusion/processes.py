@@ -45,12 +45,12 @@ def group() -> Any:
 
 def launched() -> int:
     """Number of processes that torchrun started; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def launched_rank() -> int:
     """The rank of this process among them, also before they have joined."""
-    return int(os.environ.get("RANK", "0"))
+    return int(os.environ.get("RANK") or 0)
 
 
 @contextmanager

@@ -54,6 +54,15 @@ def test_a_backend_that_cannot_run_raises():
         assert library.loaded or f"CRL_KERNELS_BACKEND={name}: {library.reason}" in result.stderr
 
 
+def test_an_empty_variable_is_an_unset_one():
+    code = (
+        "import torch, crl_kernels; from crl_kernels.backends.registry import CHOICE; "
+        "x = [torch.ones(3)]; print(CHOICE, float(torch.ops.crl_kernels.low_rank_projections(x, x, 1)))"
+    )
+    result = run("-c", code, env=environment(CRL_KERNELS_BACKEND="", CRL_KERNELS_ISA=""))
+    assert result.stdout.split() == ["auto", "3.0"], result.stderr
+
+
 def test_the_report_says_what_runs_and_why():
     result = run("-m", "crl_kernels")
     assert result.returncode == 0, result.stderr
@@ -205,7 +214,7 @@ def test_torch_that_a_build_lacks_is_an_error_that_says_what_to_type(tmp_path):
             'Type: pip install "torch>=2.10" "setuptools>=77" ninja && pip install --no-build-isolation .'
             in result.stderr
         )
-    there["env"]["CRL_KERNELS_PURE_PYTHON"] = "1"
+    there["env"] |= {"CRL_KERNELS_PURE_PYTHON": "1", "CRL_KERNELS_CUDA": ""}  # empty is unset
     leftover = tmp_path / "built" / "crl_kernels" / "_C_cuda.abi3.so"
     leftover.parent.mkdir(parents=True)
     leftover.touch()
@@ -321,7 +330,7 @@ def test_the_digest_is_of_names_and_contents(tmp_path):
 def test_cuda_kernels_that_cannot_be_built_are_an_error(tmp_path):
     source = source_copy(tmp_path)
     bare = {k: v for k, v in environment().items() if k not in ("CUDA_HOME", "CUDA_PATH")}
-    bare["PATH"] = path_with(tmp_path / "bin", "sh", "uname", "git", "g++")
+    bare |= {"PATH": path_with(tmp_path / "bin", "sh", "uname", "git", "g++"), "CXX": ""}  # empty is unset
     result = run("setup.py", "--version", cwd=source, env=bare | {"CRL_KERNELS_CUDA": "1"})
     assert result.returncode != 0
     assert "nvcc was not found" in result.stderr

@@ -15,4 +15,4 @@ def complain(line: str) -> None:
 
 def is_first() -> bool:
     """Whether this is the first of torchrun's processes, which prints for all; also before torch is imported."""
-    return os.environ.get("RANK", "0") == "0"
+    return (os.environ.get("RANK") or "0") == "0"

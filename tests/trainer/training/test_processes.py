@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from crl_diffusion import cli, processes
+from crl_diffusion.cli import messages
 from crl_diffusion.errors import OptionError
 from crl_diffusion.files import read_rows
 from crl_diffusion.run_folder import checkpoint
@@ -141,3 +142,9 @@ def test_each_difference_is_named_with_its_processes(monkeypatch: pytest.MonkeyP
         with pytest.raises(OptionError, match=words):
             require_same(*others)
         assert left == [True]
+
+
+def test_empty_variables_of_torchrun_are_unset_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WORLD_SIZE", "RANK"):
+        monkeypatch.setenv(name, "")
+    assert (processes.launched(), processes.launched_rank(), messages.is_first()) == (1, 0, True)
