@@ -325,6 +325,17 @@ inline void check_targets(const Tensors& targets, const Tensors& params) {
                   "crl_kernels: targets are on another device than the parameters");
 }
 
+// A rounding has 16 bits beside float32, or is theta itself.
+inline void check_roundings(const Tensors& roundings, const Tensors& params) {
+  STD_TORCH_CHECK(roundings.size() == params.size(), "crl_kernels: expected one rounding for each parameter");
+  for (size_t i = 0; i < params.size(); ++i) {
+    const DType dtype = dtype_of(params[i]), of_rounding = dtype_of(roundings[i]);
+    const bool is_theta = of_rounding == dtype && roundings[i].data_ptr() == params[i].data_ptr();
+    STD_TORCH_CHECK(is_theta || (dtype == DType::kFloat32 && size_of(of_rounding) == 2),
+                    "crl_kernels: a rounding has 16 bits beside float32, or is the parameter itself");
+  }
+}
+
 inline void check_state_dtypes(const Tensors& fisher, const Tensors& anchor) {
   STD_TORCH_CHECK(fisher.size() == anchor.size(), "crl_kernels: fisher and anchor are lists of different lengths");
   for (size_t i = 0; i < fisher.size(); ++i) {
@@ -334,14 +345,15 @@ inline void check_state_dtypes(const Tensors& fisher, const Tensors& anchor) {
   }
 }
 
-// AdamW's operands along a table: the tensors that it moves, the gradients and the settings.
+// AdamW's operands along a table: the tensors that it moves, their roundings, the gradients and the settings.
 struct AdamWOperands {
   Target theta, m, v;
+  std::optional<Target> rounding;
   Operand gradient;
   Tensor settings;  // (segments, kSettings)
 
   AdamWOperands(const SegmentTable& table, const Tensors& params, const Tensors& grads, const Tensors& exp_avgs,
-                const Tensors& exp_avg_sqs, const Tensor& settings)
+                const Tensors& exp_avg_sqs, const Tensor& settings, const std::optional<Tensors>& roundings)
       : theta(table, params),
         m(table, exp_avgs),
         v(table, exp_avg_sqs),
@@ -349,6 +361,10 @@ struct AdamWOperands {
         settings(coefficients_of(settings, params[0])) {
     check_targets(exp_avgs, params);
     check_targets(exp_avg_sqs, params);
+    if (roundings) {
+      check_roundings(*roundings, params);
+      rounding.emplace(table, *roundings);
+    }
     STD_TORCH_CHECK(grads.size() == params.size(), "crl_kernels: expected one gradient for each parameter");
     for (size_t i = 0; i < params.size(); ++i) {
       const DType dtype = dtype_of(params[i]), gradient_dtype = dtype_of(grads[i]);
@@ -362,6 +378,7 @@ struct AdamWOperands {
   }
 
   void write_back() const {
+    if (rounding) rounding->write_back();  // before theta, which it may have in place of a rounding
     theta.write_back();
     m.write_back();
     v.write_back();

@@ -49,12 +49,12 @@ class Kernel(NamedTuple):
 KERNELS = (
     Kernel("projections_kernel", 1, 0, "projections", "If", "projections_of"),
     Kernel("combine_kernel", 1, 1, "gradient added", "IfLb0", "combine_of"),
-    Kernel("low_rank_adamw_kernel", 4, 3, "AdamW, low rank", "IfLb0", "adamw_of", 2),
+    Kernel("low_rank_adamw_kernel", 4, 3, "AdamW, low rank", "IfLb0ELb0", "adamw_of", 2),
     Kernel("quadratic_kernel", 3, 0, "diagonal, value", "If"),
     Kernel("quadratic_gradient_kernel", 4, 1, "diagonal, value and gradient added", "IfLb0"),
     Kernel("shrink_kernel", 3, 1, "diagonal, decoupled", "If"),
-    Kernel("diagonal_adamw_kernel", 6, 3, "AdamW, diagonal", "IfLb0"),
-    Kernel("diagonal_adamw_kernel", 6, 3, "AdamW, diagonal, decoupled", "IfLb1"),
+    Kernel("diagonal_adamw_kernel", 6, 3, "AdamW, diagonal", "IfLb0ELb0"),
+    Kernel("diagonal_adamw_kernel", 6, 3, "AdamW, diagonal, decoupled", "IfLb1ELb0"),
 )
 
 

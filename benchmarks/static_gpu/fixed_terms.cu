@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kThreads, resident<float>(3))
 template <int kTerms, class TermView>
 __global__ void __launch_bounds__(kThreads, resident<float>(2))
     adamw_of(DeviceTable table, AdamWViews operands, TermView directions, const double* coefficients, double* partial) {
-  low_rank_adamw<float, false>(table, operands, directions, kTerms, coefficients, partial);
+  low_rank_adamw<float, false, false>(table, operands, directions, kTerms, coefficients, partial);
 }
 
 #define FOR_TERMS(terms, TermView)                                                                  \

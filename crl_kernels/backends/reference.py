@@ -170,7 +170,7 @@ ADAMW_COLUMNS = AdamWSettings(*range(8))  # the column of each setting
 
 class AdamWState(NamedTuple):
     """The first arguments of AdamW's operators. ``settings`` has a float64 row of ``AdamWSettings`` for each parameter.
-    Nothing is written where ``found_inf``, one float32, is above 0."""
+    Where ``found_inf``, one float32, is above 0, nothing is written, and results are of theta as it is."""
 
     params: Sequence[Tensor]
     grads: Sequence[Tensor]
@@ -178,6 +178,25 @@ class AdamWState(NamedTuple):
     exp_avg_sqs: Sequence[Tensor]
     settings: Tensor
     found_inf: Tensor | None
+
+
+def _begins(params: Sequence[Tensor], roundings: Sequence[Tensor] | None, found_inf: Tensor | None) -> list[Tensor]:
+    """Where a step begins: theta, or, where its rounding is another number, the rounding."""
+    if roundings is None:
+        return list(params)
+    begins = []
+    for theta, rounding in zip(params, roundings, strict=True):
+        kept = theta.to(rounding.dtype) == rounding
+        kept = kept if found_inf is None else kept | (found_inf > 0)
+        begins.append(torch.where(kept, theta, rounding.to(theta.dtype)))
+    return begins
+
+
+def _round_(params: Sequence[Tensor], roundings: Sequence[Tensor] | None, found_inf: Tensor | None) -> None:
+    """roundings <- params, rounded to their dtypes."""
+    for theta, rounding in zip(params, roundings or params, strict=True):
+        value = theta.to(rounding.dtype)
+        rounding.copy_(value if found_inf is None else torch.where(found_inf > 0, rounding, value))
 
 
 def _adamw_(
@@ -193,7 +212,13 @@ def _adamw_(
 
 
 @takes(AdamWState)
-def low_rank_adamw_(state: AdamWState, directions: Sequence[Tensor], coefficients: Tensor, decoupled: bool) -> Tensor:
+def low_rank_adamw_(
+    state: AdamWState,
+    directions: Sequence[Tensor],
+    coefficients: Tensor,
+    decoupled: bool,
+    roundings: Sequence[Tensor] | None = None,
+) -> Tensor:
     """A step of AdamW, with the pull q = share * sum_k c_k u_k, K >= 0, rounded to theta's dtype:
 
         theta <- theta + q if decoupled         g = factor * grad, + q if not decoupled
@@ -203,38 +228,55 @@ def low_rank_adamw_(state: AdamWState, directions: Sequence[Tensor], coefficient
     in the arithmetic of theta's dtype, float32 or float64, which m and v have too; a gradient has it, or 16 bits
     beside float32.
 
+    ``roundings`` has a tensor for each parameter: one of 16 bits beside a float32 theta, or theta itself. Where it
+    differs from theta, rounded to its dtype, the step begins with its value and not with theta's; the new theta's
+    rounding is written to it.
+
     Returns u_k . theta after the step: (K,) float64.
     """
     params, grads, exp_avgs, exp_avg_sqs, settings, found_inf = state
     num_terms = coefficients.numel()
     terms = zip(*_terms(directions, num_terms, params), strict=True) if num_terms else [()] * len(params)
     rows = [AdamWSettings(*row) for row in settings]
-    for theta, grad, m, v, pieces, row in zip(params, grads, exp_avgs, exp_avg_sqs, terms, rows, strict=True):
+    begins = _begins(params, roundings, found_inf)
+    state_of = zip(params, begins, grads, exp_avgs, exp_avg_sqs, terms, rows, strict=True)
+    for theta, begin, grad, m, v, pieces, row in state_of:
         pull = row.share * sum((c * u for c, u in zip(coefficients, pieces, strict=True)), torch.zeros_like(row.share))
         pull, gradient = pull.to(theta.dtype), row.factor * grad.to(theta.dtype).reshape(theta.shape)
-        start, gradient = (theta + pull, gradient) if decoupled else (theta, gradient + pull)
+        start, gradient = (begin + pull, gradient) if decoupled else (begin, gradient + pull)
         _adamw_((theta, m, v), start, gradient, row, found_inf)
+    _round_(params, roundings, found_inf)
     return low_rank_projections(params, directions, num_terms) if num_terms else torch.empty_like(coefficients)
 
 
 @takes(AdamWState)
-def diagonal_adamw_(state: AdamWState, fisher: Sequence[Tensor], anchor: Sequence[Tensor], decoupled: bool) -> Tensor:
+def diagonal_adamw_(
+    state: AdamWState,
+    fisher: Sequence[Tensor],
+    anchor: Sequence[Tensor],
+    decoupled: bool,
+    roundings: Sequence[Tensor] | None = None,
+) -> Tensor:
     """The same step with a diagonal penalty: q = share * S (theta - anchor) in the gradient; or, decoupled, first the
     move of ``diagonal_shrink_`` with strength = share. Either is taken in float64 and rounded to theta's dtype.
 
     Returns sum S (theta - anchor)^2 before the step, 0-dim float64.
     """
     params, grads, exp_avgs, exp_avg_sqs, settings, found_inf = state
-    value = diagonal_quadratic(params, fisher, anchor)
+    begins = _begins(params, roundings, found_inf)
+    value = diagonal_quadratic(begins, fisher, anchor)
     rows = [AdamWSettings(*row) for row in settings]
     penalty = zip(_pieces(fisher, params), _pieces(anchor, params), rows, strict=True)
-    for theta, grad, m, v, (s, a, row) in zip(params, grads, exp_avgs, exp_avg_sqs, penalty, strict=True):
-        start, gradient = theta, row.factor * grad.to(theta.dtype).reshape(theta.shape)
+    for theta, begin, grad, m, v, (s, a, row) in zip(
+        params, begins, grads, exp_avgs, exp_avg_sqs, penalty, strict=True
+    ):
+        start, gradient = begin, row.factor * grad.to(theta.dtype).reshape(theta.shape)
         if decoupled:
-            start = _shrunk(theta.double(), s, a, row.share).to(theta.dtype)
+            start = _shrunk(begin.double(), s, a, row.share).to(theta.dtype)
         else:
-            gradient = gradient + (row.share * s * (theta.double() - a)).to(theta.dtype)
+            gradient = gradient + (row.share * s * (begin.double() - a)).to(theta.dtype)
         _adamw_((theta, m, v), start, gradient, row, found_inf)
+    _round_(params, roundings, found_inf)
     return value
 
 

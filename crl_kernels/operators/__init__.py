@@ -96,21 +96,34 @@ def diagonal_shrink_(
     torch.autograd.graph.increment_version(params)
 
 
-def _increment_versions(state: AdamWState) -> None:
-    torch.autograd.graph.increment_version([*state.params, *state.exp_avgs, *state.exp_avg_sqs])
-
-
-def low_rank_adamw_(state: AdamWState, directions: Sequence[Tensor], coefficients: Tensor, decoupled: bool) -> Tensor:
+def low_rank_adamw_(
+    state: AdamWState,
+    directions: Sequence[Tensor],
+    coefficients: Tensor,
+    decoupled: bool,
+    roundings: Sequence[Tensor] | None = None,
+) -> Tensor:
     """A step of AdamW with sum_k c_k u_k in the gradient, or, decoupled, added before, under ``torch.no_grad``; returns
-    u_k . theta after it, (K,) float64."""
-    projections: Tensor = ops.low_rank_adamw_(*state, directions, coefficients, decoupled)
-    _increment_versions(state)
+    u_k . theta after it, (K,) float64. ``roundings`` as in ``backends/reference.py``."""
+    projections: Tensor = ops.low_rank_adamw_(*state, directions, coefficients, decoupled, roundings)
+    _increment_versions(state, roundings)
     return projections
 
 
-def diagonal_adamw_(state: AdamWState, fisher: Sequence[Tensor], anchor: Sequence[Tensor], decoupled: bool) -> Tensor:
+def diagonal_adamw_(
+    state: AdamWState,
+    fisher: Sequence[Tensor],
+    anchor: Sequence[Tensor],
+    decoupled: bool,
+    roundings: Sequence[Tensor] | None = None,
+) -> Tensor:
     """A step of AdamW with the diagonal penalty's gradient, or, decoupled, its proximal step before, under
-    ``torch.no_grad``; returns sum S (theta - m)^2 before it, 0-dim float64."""
-    value: Tensor = ops.diagonal_adamw_(*state, fisher, anchor, decoupled)
-    _increment_versions(state)
+    ``torch.no_grad``; returns sum S (theta - m)^2 before it, 0-dim float64. ``roundings`` as above."""
+    value: Tensor = ops.diagonal_adamw_(*state, fisher, anchor, decoupled, roundings)
+    _increment_versions(state, roundings)
     return value
+
+
+def _increment_versions(state: AdamWState, roundings: Sequence[Tensor] | None) -> None:
+    written = [*state.params, *state.exp_avgs, *state.exp_avg_sqs, *(roundings or ())]
+    torch.autograd.graph.increment_version(written)

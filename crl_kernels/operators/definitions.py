@@ -24,9 +24,11 @@ SCHEMAS = (
     " -> Tensor",
     "diagonal_shrink_(Tensor(a!)[] params, Tensor[] fisher, Tensor[] anchor, Tensor strength) -> ()",
     "low_rank_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
-    " Tensor settings, Tensor? found_inf, Tensor[] directions, Tensor coefficients, bool decoupled) -> Tensor",
+    " Tensor settings, Tensor? found_inf, Tensor[] directions, Tensor coefficients, bool decoupled,"
+    " Tensor(d!)[]? roundings=None) -> Tensor",
     "diagonal_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
-    " Tensor settings, Tensor? found_inf, Tensor[] fisher, Tensor[] anchor, bool decoupled) -> Tensor",
+    " Tensor settings, Tensor? found_inf, Tensor[] fisher, Tensor[] anchor, bool decoupled,"
+    " Tensor(d!)[]? roundings=None) -> Tensor",
     "sample_weight_gradients(Tensor input, Tensor grad_output, int[] kernel_size, int[] stride, int[] padding,"
     " int[] dilation, int groups, Tensor? directions, bool gram, bool squares)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -88,7 +90,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "diagonal_gradient": lambda params, fisher, anchor, coefficient: list(map(torch.empty_like, params)),
     "diagonal_accumulate_": lambda targets, params, fisher, anchor, coefficient: _float64(params, ()),
     "diagonal_shrink_": lambda params, fisher, anchor, strength: None,
-    "low_rank_adamw_": lambda params, grads, m, v, settings, found_inf, directions, coefficients, decoupled: _float64(
+    "low_rank_adamw_": lambda params, grads, m, v, settings, found_inf, directions, coefficients, *options: _float64(
         params, (coefficients.numel(),)
     ),
     "diagonal_adamw_": lambda params, *arguments: _float64(params, ()),

@@ -74,16 +74,18 @@ class FusedAdamW(Optimizer):
     the pass that writes theta also sums them, in float64, for the next step. The optimizer computes them from the
     parameters at the first step, and again after the history or the optimizer's state was loaded, after terms were
     appended, after parameters were frozen or unfrozen, and after any write from outside that the parameters' version
-    counters show. Writes through ``.data`` do not change the version counters: call ``resync`` after them.
+    counters show. Writes through ``.data`` do not change the version counters: the next step moves the written weights,
+    but its penalty is of the projections before, unless ``resync`` is called after the write.
 
     Clipping. Gradient clipping comes before the step, so the penalty is not clipped. To clip it too, use ``FusedAdamW``
     without a history and call ``history.add_penalty_grad_(lam)`` before clipping.
 
     16-bit parameters. A float16 or bfloat16 parameter has moments in float32 and a float32 master copy, ``"master"`` in
-    its state. The step moves the master copy and sums the projections of it; the parameter is its rounding. Where a
-    write from outside makes the parameter differ from that rounding, the master copy takes the written value. A model
-    may change its dtype or device between steps (``model.float()``): the next step converts the moments, makes a master
-    copy of a parameter that now has 16 bits, and drops the master copy of a parameter that now has more.
+    its state. The step moves the master copy and sums the projections of it; the parameter is its rounding. Where the
+    parameter is another number than that rounding, by any write from outside, ``.data`` included, the step begins with
+    the written value. A model may change its dtype or device between steps (``model.float()``), but no shape: the next
+    step converts the moments, makes a master copy of a parameter that now has 16 bits, and drops the master copy of a
+    parameter that now has more.
 
     Saved state. ``state_dict`` and ``load_state_dict`` exchange ``step``, ``exp_avg`` and ``exp_avg_sq`` with torch's
     AdamW, in both directions, and parameter groups have the same keys. torch ignores ``"master"`` and keeps moments in
@@ -97,8 +99,8 @@ class FusedAdamW(Optimizer):
 
     CUDA graphs. With ``capturable=True`` a step may be captured, after at least one eager step. Learning rates and,
     with a history, ``lam`` must be 0-dim tensors on the device: replays read them there. Replays carry the projections
-    in the memory that the captured step used. They do not notice writes from outside; an eager step does, and renews
-    the projections in place. Capture again after ``load_state_dict``, and after terms were appended or parameters
+    in the memory that the captured step used. They do not renew them after writes from outside; an eager step does, in
+    place. Capture again after ``load_state_dict``, and after terms were appended or parameters
     frozen.
 
     A GradScaler's scale and skipped steps are applied on the device, as by torch's ``fused=True``. A step does not wait
@@ -134,9 +136,10 @@ class FusedAdamW(Optimizer):
             than float16, bfloat16, float32 or float64, hyperparameters out of range, a history without ``lam`` or the
             reverse, a history with parameters that the optimizer lacks, an attached history, ``maximize`` with a
             history.
-        RuntimeError: in a step, before anything is written: a gradient that is sparse or belongs to a parameter of
-            another dtype, a capture whose replays would differ from eager steps, a history that was copied without its
-            model, another ``lam`` in a process that shares the model.
+        RuntimeError: in a step, before anything is written: a gradient that is sparse, or of another shape, device or
+            dtype than its parameter's (16 and 32 bits go together), a parameter that cannot move or has changed its
+            shape, a capture whose replays would differ from eager steps, a history that was copied without its model,
+            another ``lam`` in a process that shares the model.
     """
 
     _step_supports_amp_scaling = True
@@ -321,12 +324,9 @@ class FusedAdamW(Optimizer):
             self._versions = None
         if self._versions is None:
             self._require_eager("parameters, their state or the history have changed since the last step")
-        self._adopt_writes(roles.halves)
         if penalty is not None:
-            self._update_carried(penalty, bound)
-
-        moved = [parameter for parameter in bound if parameter.requires_grad]
-        if penalty is not None:
+            self._update_carried(penalty, bound, roles.halves)
+            moved = [parameter for parameter in bound if parameter.requires_grad]
             value = penalty.step_(partial(self._operands, moved), self.lam, self.param_groups)
             # Replays of a graph write it where the captured step has written it.
             self.last_penalty = self.last_penalty.copy_(value) if self.param_groups[0]["capturable"] else value
@@ -336,11 +336,8 @@ class FusedAdamW(Optimizer):
                 unpenalized.setdefault(parameter.device, []).append(parameter)
         for device, params in unpenalized.items():
             no_coefficients = torch.zeros(0, dtype=torch.float64, device=device)
-            operators.low_rank_adamw_(self._operands(params, [0.0] * len(params), None), [], no_coefficients, False)
-            moved += params
-        if rounded := [parameter for parameter in moved if parameter.dtype in HALF_DTYPES]:
-            masters = [self.state[parameter]["master"] for parameter in rounded]
-            torch._foreach_copy_(self._local(rounded), self._local(masters))
+            state, roundings = self._operands(params, [0.0] * len(params), None)
+            operators.low_rank_adamw_(state, [], no_coefficients, False, roundings)
         self._versions = self._versions_of(watched)
         self._steps_taken += 1
 
@@ -366,7 +363,7 @@ class FusedAdamW(Optimizer):
         """This process's parts of parameters, gradients or moments."""
         return list(map(local_part, tensors)) if self._sharded else tensors
 
-    def _update_carried(self, penalty: FoldedPenalty[Any], bound: list[Tensor]) -> None:
+    def _update_carried(self, penalty: FoldedPenalty[Any], bound: list[Tensor], halves: list[Tensor]) -> None:
         """Makes sure that the penalty's carried sums belong to the present parameters."""
         moving = tuple(i for i, parameter in enumerate(bound) if parameter.requires_grad)
         fits = self._versions is not None and penalty.is_current(moving)
@@ -375,6 +372,7 @@ class FusedAdamW(Optimizer):
         due = self._verify_every and self._steps_taken % self._verify_every == 0
         if fits and not due:
             return
+        self._adopt_writes(halves)
         params = self._local([self.state.get(parameter, {}).get("master", parameter) for parameter in bound])
         if not fits:
             penalty.require_members(self.param_groups)  # the history may have been rebound
@@ -394,8 +392,11 @@ class FusedAdamW(Optimizer):
                 same = master.to(parameter.dtype) == parameter
                 master.copy_(torch.where(same, master, parameter.float()))
 
-    def _operands(self, params: list[Tensor], ratios: list[float], share: Tensor | None) -> operators.AdamWState:
-        """The operands of one pass over some parameters, each with its ratio of the penalty's share (None: of 1).
+    def _operands(
+        self, params: list[Tensor], ratios: list[float], share: Tensor | None
+    ) -> tuple[operators.AdamWState, list[Tensor] | None]:
+        """The operands of one pass over some parameters, each with its ratio of the penalty's share (None: of 1), and
+        their roundings, if any has 16 bits.
 
         AdamW does not move a parameter without a gradient. In decoupled mode only the penalty moves it: the pass then
         has a learning rate of 0 and works on moments that are thrown away.
@@ -422,7 +423,7 @@ class FusedAdamW(Optimizer):
             increment = (found_inf <= 0).float()
         # Without alpha, or with a number, it takes 4 times as long.
         torch._foreach_add_(step_counts, increment, alpha=1)
-        return operators.AdamWState(
+        state = operators.AdamWState(
             self._local(thetas),
             self._local(grads),
             self._local([state["exp_avg"] for state in states]),
@@ -430,6 +431,8 @@ class FusedAdamW(Optimizer):
             self._settings(rows, ratios, step_counts, share, device),
             found_inf,
         )
+        has_halves = any(theta is not parameter for theta, parameter in zip(thetas, params, strict=True))
+        return state, self._local(params) if has_halves else None
 
     def _settings(
         self, rows: list[int], ratios: list[float], steps: list[Tensor], share: Tensor | None, device: torch.device

@@ -29,9 +29,9 @@ from .strength import Groups, Rate, check_strength
 _SUMMATION_ERROR = 1e-12  # how far two summation orders of u . theta may differ, relative to |u| |theta|
 
 _History = TypeVar("_History", LowRankHistory, DiagonalHistory)
-# Makes the operands of an AdamW pass over the moving parameters. Arguments: each parameter's ratio of the penalty's
-# strength, and that strength as a 0-dim tensor. None means a strength of 1.
-MakeOperands = Callable[[list[float], Tensor | None], operators.AdamWState]
+# Makes the operands of an AdamW pass over the moving parameters, and their roundings. Arguments: each parameter's ratio
+# of the penalty's strength, and that strength as a 0-dim tensor. None means a strength of 1.
+MakeOperands = Callable[[list[float], Tensor | None], tuple[operators.AdamWState, list[Tensor] | None]]
 
 
 class FoldedPenalty(ABC, Generic[_History]):
@@ -158,9 +158,9 @@ class FoldedLowRank(FoldedPenalty[LowRankHistory]):
         else:
             coefficients, ratios = force, [1.0] * len(self._moving)
         if self._moving:
-            state = make_operands(ratios, None)
+            state, roundings = make_operands(ratios, None)
             directions = self._pieces(self._members(self._moving), state.params)
-            projections = operators.low_rank_adamw_(state, directions, coefficients, self._decoupled)
+            projections = operators.low_rank_adamw_(state, directions, coefficients, self._decoupled, roundings)
             self._projections.copy_(self._shards.sum_(projections))
         return 0.5 * (force * drift).sum()
 
@@ -198,9 +198,9 @@ class FoldedDiagonal(FoldedPenalty[DiagonalHistory]):
             strength, ratios = history._float64(lam), [1.0] * len(self._moving)
         total = self._frozen_part + history._residual
         if self._moving:
-            state = make_operands(ratios, strength)
+            state, roundings = make_operands(ratios, strength)
             pieces = history._fisher_and_anchor(self._members(self._moving), state.params)
-            value = operators.diagonal_adamw_(state, *pieces, self._decoupled)
+            value = operators.diagonal_adamw_(state, *pieces, self._decoupled, roundings)
             total = total + self._shards.sum_(value)
         return total * (0.5 * history._float64(lam))
 

@@ -21,15 +21,19 @@ bool is_skipped(const std::optional<Tensor>& found_inf, const Tensor& same_devic
 }
 
 AdamWPiece piece_at(const AdamWOperands& operands, int64_t segment, int64_t index) {
-  return {operands.theta.at(segment, index), operands.gradient.at(segment, index), operands.m.at(segment, index),
-          operands.v.at(segment, index), operands.settings.const_data_ptr<double>() + segment * kSettings};
+  return {operands.theta.at(segment, index),
+          operands.gradient.at(segment, index),
+          operands.m.at(segment, index),
+          operands.v.at(segment, index),
+          operands.rounding ? operands.rounding->at(segment, index) : operands.theta.at(segment, index),
+          operands.settings.const_data_ptr<double>() + segment * kSettings};
 }
 
 Tensor low_rank_adamw_(const Tensors params, const Tensors grads, const Tensors exp_avgs, const Tensors exp_avg_sqs,
                        const Tensor settings, const std::optional<Tensor> found_inf, const Tensors directions,
-                       const Tensor coefficients, bool decoupled) {
+                       const Tensor coefficients, bool decoupled, const std::optional<Tensors> roundings) {
   const SegmentTable table = segment_table(params, {directions, coefficients.numel()});
-  const AdamWOperands operands(table, params, grads, exp_avgs, exp_avg_sqs, settings);
+  const AdamWOperands operands(table, params, grads, exp_avgs, exp_avg_sqs, settings, roundings);
   const Tensor c_tensor = coefficients_of(coefficients, params[0]);
   const int64_t num_terms = c_tensor.numel();
   std::vector<Operand> u;
@@ -54,10 +58,10 @@ Tensor low_rank_adamw_(const Tensors params, const Tensors grads, const Tensors 
 
 Tensor diagonal_adamw_(const Tensors params, const Tensors grads, const Tensors exp_avgs, const Tensors exp_avg_sqs,
                        const Tensor settings, const std::optional<Tensor> found_inf, const Tensors fisher,
-                       const Tensors anchor, bool decoupled) {
+                       const Tensors anchor, bool decoupled, const std::optional<Tensors> roundings) {
   check_state_dtypes(fisher, anchor);
   const SegmentTable table = segment_table(params);
-  const AdamWOperands operands(table, params, grads, exp_avgs, exp_avg_sqs, settings);
+  const AdamWOperands operands(table, params, grads, exp_avgs, exp_avg_sqs, settings, roundings);
   const Operand s(table, fisher, params[0]), m(table, anchor, params[0]);
   if (is_skipped(found_inf, params[0])) return quadratic(table, operands.theta, s, m);
   const Loops& loops = chosen_loops();

@@ -16,9 +16,10 @@
 namespace crl {
 
 // The operands of a step of AdamW: theta, m and v, all float32 or all float64; the gradient, of that dtype, or of 16
-// bits beside float32; a row of settings (see core/adamw_math.h).
+// bits beside float32; the rounding, of 16 bits beside float32, or theta itself; a row of settings (see
+// core/adamw_math.h). Where theta's rounding is another number than is there, the step begins with that number.
 struct AdamWPiece {
-  Pointer theta, gradient, m, v;
+  Pointer theta, gradient, m, v, rounding;
   const double* settings;
 };
 
@@ -43,7 +44,7 @@ struct Loops {
 
   // In adamw.inc.
 
-  // One step.
+  // One step, whose theta is rounded to the rounding.
   void (*adamw)(AdamWPiece piece, int64_t n);
   // The same with q = share sum_k c[k] u[k], added to the gradient, or to theta before the step if decoupled; and
   // lanes[k * kLanes ...] += theta * u[k] after it.

@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
@@ -215,6 +216,23 @@ inline Singles load_singles(const double* source) {
   return joined(narrow(load_bits<Doubles>(source)), narrow(load_bits<Doubles>(source + kWidth)));
 }
 
+// value, rounded to a 16-bit dtype.
+template <class T>
+inline float rounded_to(float value) {
+  return static_cast<float>(T(value));
+}
+template <class T>
+inline Singles rounded_to(Singles value) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    using Words = uint32_t __attribute__((vector_size(8 * kWidth)));
+    const Words bits = (Words)value;
+    const Words nearest_even = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000;
+    return value == value ? (Singles)nearest_even : value;  // a NaN stays one
+  } else {
+    return joined(from_half(to_half(low(value))), from_half(to_half(high(value))));
+  }
+}
+
 template <class Bits>
 inline void store_bits(void* target, Bits bits) {
   std::memcpy(target, &bits, sizeof(bits));
@@ -245,6 +263,14 @@ inline void store(BFloat16* target, Doubles value) { store_bits(target, to_bfloa
 inline void store(Half* target, Doubles value) { store_bits(target, to_half(narrow(value))); }
 
 inline void store(float* target, Singles value) { store_bits(target, value); }
+inline void store(BFloat16* target, Singles value) {
+  store_bits(target, to_bfloat16(low(value)));
+  store_bits(target + kWidth, to_bfloat16(high(value)));
+}
+inline void store(Half* target, Singles value) {
+  store_bits(target, to_half(low(value)));
+  store_bits(target + kWidth, to_half(high(value)));
+}
 
 inline void store(double* target, double value) { *target = value; }
 template <class T>

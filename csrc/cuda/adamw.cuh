@@ -9,9 +9,9 @@
 namespace crl {
 namespace {
 
-// The operands of a step of AdamW. `found_inf` may be null.
+// The operands of a step of AdamW. `found_inf` may be null. `rounding` is of kernels with kRounded.
 struct AdamWViews {
-  View theta, gradient, m, v;
+  View theta, gradient, m, v, rounding;
   const double* settings;
   const float* found_inf;
 
@@ -19,22 +19,43 @@ struct AdamWViews {
 };
 
 // A thread's octets of theta, its gradient and its moments. Arithmetic is float where no tensor of the lists is
-// float64.
-template <class Widest>
+// float64. With kRounded theta has roundings.
+template <class Widest, bool kRounded>
 struct AdamWOctets {
-  Octet<Widest> theta, gradient, m, v;
+  Octet<Widest> theta, gradient, m, v, rounding;
 
   __device__ AdamWOctets(const DeviceTable& table, const AdamWViews& operands, const Place& place)
       : theta(read<Widest>(table, operands.theta, place)),
         gradient(read<Widest>(table, operands.gradient, place)),
         m(read<Widest>(table, operands.m, place)),
-        v(read<Widest>(table, operands.v, place)) {}
+        v(read<Widest>(table, operands.v, place)) {
+    if constexpr (kRounded) rounding = read<Widest>(table, operands.rounding, place);
+  }
 
   __device__ void convert_all() {
     convert(theta);
     convert(gradient);
     convert(m);
     convert(v);
+    if constexpr (kRounded) convert(rounding);
+  }
+
+  // Takes theta from the roundings that are other numbers.
+  __device__ void adopt(const DeviceTable& table, const AdamWViews& operands, const Place& place) {
+    int segment = place.segment;
+    int64_t end = __ldg(table.begins + segment + 1);
+    DType dtype = table.at(operands.rounding, 0, segment, place.index).dtype;
+#pragma unroll
+    for (int j = 0; j < kOctet; ++j) {
+      if (!place.in_one_segment) {
+        const int64_t index = place.index + j;
+        if (index >= table.numel) break;
+        while (index >= end) end = __ldg(table.begins + ++segment + 1);
+        dtype = table.at(operands.rounding, 0, segment, index).dtype;
+      }
+      const Widest value = static_cast<Widest>(theta[j]), written = static_cast<Widest>(rounding[j]);
+      if (rounded_to(dtype, value) != written) theta.set(j, written);
+    }
   }
 
   // Moves all eight; penalize(j, share, start, gradient) adds the penalty to one element's start or gradient.
@@ -72,6 +93,7 @@ struct AdamWOctets {
     write(table, operands.theta, place, theta);
     write(table, operands.m, place, m);
     write(table, operands.v, place, v);
+    if constexpr (kRounded) write(table, operands.rounding, place, theta);
   }
 };
 
@@ -79,7 +101,7 @@ struct AdamWOctets {
 // partial[k * gridDim.x + block] = u_k . theta after it. A direction's second reading finds the tile in L1 or L2.
 //
 // As in project(), the lanes of a warp keep the sums of 32 terms; more terms read theta again.
-template <class Widest, bool kDecoupled, class TermView>
+template <class Widest, bool kDecoupled, bool kRounded, class TermView>
 __device__ void low_rank_adamw(const DeviceTable& table, const AdamWViews& operands, const TermView& directions,
                                int num_terms, const double* coefficients, double* partial) {
   const int terms = num_terms < kWarp ? num_terms : kWarp;
@@ -88,11 +110,14 @@ __device__ void low_rank_adamw(const DeviceTable& table, const AdamWViews& opera
   TermSums sums;
   for (int64_t tile = blockIdx.x; tile < table.tiles(); tile += gridDim.x) {
     const Place place = table.place(tile);
-    AdamWOctets<Widest> octets(table, operands, place);
+    AdamWOctets<Widest, kRounded> octets(table, operands, place);
     Number<Widest> pull[kOctet] = {};
     const Terms<Widest, TermView> u(table, directions, place);
     add_terms(u, num_terms, factors, pull);
     octets.convert_all();
+    if constexpr (kRounded) {
+      if (!skip) octets.adopt(table, operands, place);
+    }
     if (!skip) {
       octets.step(table, operands, place, [&](int j, Number<Widest> share, Widest& start, Widest& gradient) {
         (kDecoupled ? start : gradient) += static_cast<Widest>(rounded(product(pull[j], share)));
@@ -109,26 +134,29 @@ __device__ void low_rank_adamw(const DeviceTable& table, const AdamWViews& opera
   project<Widest>(table, operands.theta, directions, num_terms, partial, kWarp);
 }
 
-template <class Widest, bool kDecoupled, class TermView>
+template <class Widest, bool kDecoupled, bool kRounded, class TermView>
 __global__ void __launch_bounds__(kThreads, resident<Widest>(2))
     low_rank_adamw_kernel(DeviceTable table, AdamWViews operands, TermView directions, int num_terms,
                           const double* coefficients, double* partial) {
-  low_rank_adamw<Widest, kDecoupled>(table, operands, directions, num_terms, coefficients, partial);
+  low_rank_adamw<Widest, kDecoupled, kRounded>(table, operands, directions, num_terms, coefficients, partial);
 }
 
 // The same with share S (theta - m), or the proximal step of that strength, and partial[block] = sum S (theta - m)^2
 // before it.
-template <class Widest, bool kDecoupled>
+template <class Widest, bool kDecoupled, bool kRounded>
 __global__ void __launch_bounds__(kThreads, resident<Widest>(2))
     diagonal_adamw_kernel(DeviceTable table, AdamWViews operands, View fisher_view, View anchor_view, double* partial) {
   const bool skip = operands.skips();
   double sum = 0.0;
   for (int64_t tile = blockIdx.x; tile < table.tiles(); tile += gridDim.x) {
     const Place place = table.place(tile);
-    AdamWOctets<Widest> octets(table, operands, place);
+    AdamWOctets<Widest, kRounded> octets(table, operands, place);
     Octet<Widest> fisher = read<Widest>(table, fisher_view, place);
     Octet<Widest> anchor = read<Widest>(table, anchor_view, place);
     octets.convert_all();
+    if constexpr (kRounded) {
+      if (!skip) octets.adopt(table, operands, place);
+    }
     convert(fisher);
     convert(anchor);
     sum += quadratic(octets.theta, fisher, anchor, [](int, Number<Widest>) {});

@@ -166,6 +166,16 @@ __device__ void convert(Octet<Widest>& octet) {
   }
 }
 
+// value, once an element of a dtype holds it.
+template <class Widest>
+__device__ Widest rounded_to(DType dtype, Widest value) {
+  if (dtype == DType::kFloat64) return value;
+  const float narrow = static_cast<float>(value);
+  if (dtype == DType::kBFloat16) return from_bfloat16(to_bfloat16(narrow));
+  if (dtype == DType::kFloat16) return from_float16(to_float16(narrow));
+  return narrow;
+}
+
 // Rounds values to the dtypes of a view's elements at a place, 16-bit ones through float32, and writes them.
 template <class Widest>
 __device__ void write(const DeviceTable& table, const View& view, const Place& place, const Octet<Widest>& values) {

@@ -256,6 +256,80 @@ def test_diagonal_adamw(backend, case, state_dtype, form, decoupled, infinite, s
     assert_adamw(state, before, start, pull, size, rows)
 
 
+WRITTEN = (1.5, -3e4, 0.0, float("inf"), float("nan"))
+
+
+def roundings_of(params: list[Tensor], seed: int) -> list[Tensor]:
+    """In orders of memory of their own; about a third of the elements are other numbers, and some thetas are NaN, or
+    beyond what their rounding can hold. A parameter may be in the place of its rounding."""
+    generator = torch.Generator().manual_seed(seed)
+    roundings = []
+    for theta in params:
+        dtype = (torch.bfloat16, torch.float16, theta.dtype)[int(torch.randint(3, (), generator=generator))]
+        if theta.dtype == torch.float64 or dtype == theta.dtype:
+            roundings.append(theta)
+            continue
+        for value in (1e-9, 1e30, float("nan")):
+            theta[torch.rand(theta.shape, generator=generator) < 0.05] = value
+        (rounding,) = in_other_orders([theta.to(dtype)], seed + len(roundings))
+        for value in WRITTEN:
+            rounding[torch.rand(theta.shape, generator=generator) < 0.07] = value
+        roundings.append(rounding)
+    return roundings
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(deadline=None, max_examples=EXAMPLES)
+@given(
+    case=adamw_lists,
+    num_terms=st.integers(0, 3),
+    dtype=st.sampled_from(["float32", "bfloat16", "float64", "float16", "diagonal"]),
+    decoupled=st.booleans(),
+    seed=st.integers(0, 2**30),
+)
+def test_a_step_begins_with_what_is_not_thetas_rounding_and_writes_the_rounding(
+    backend, case, num_terms, dtype, decoupled, seed
+):
+    """Bitwise as one of the same tensors that has these numbers in theta."""
+    state, rows = adamw_state(case, seed), adamw_settings(len(case), seed)
+    params, _, *moments = state
+    roundings = roundings_of(params, seed)
+    diagonal = dtype == "diagonal"
+    if diagonal:
+        vectors = [directions_like(params, 1, torch.float32, "list", seed + i)[0] for i in (1, 2)]
+        penalty = ([t.abs() for t in vectors[0]], vectors[1])
+    else:
+        directions, _ = directions_like(params, num_terms, DTYPES[dtype], "list", seed + 1)
+        penalty = (directions, torch.linspace(-1, 1, num_terms, dtype=torch.float64))
+    operator = backend.diagonal_adamw_ if diagonal else backend.low_rank_adamw_
+    written = [*params, *moments[0], *moments[1]]
+
+    def step(start: list[Tensor], *options) -> list[Tensor]:
+        for tensor, value in zip(written, start, strict=True):
+            tensor.copy_(value)
+        poison()
+        result = operator(*state, rows, *options)
+        return [result, *(tensor.clone() for tensor in written)]
+
+    start, values = ([tensor.clone() for tensor in tensors] for tensors in (written, roundings))
+    skip = torch.ones(())
+    expected = step(start, skip, *penalty, decoupled)
+    skipped = step(start, skip, *penalty, decoupled, roundings)
+    torch.testing.assert_close(skipped, expected, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(roundings, values, rtol=0, atol=0, equal_nan=True)
+
+    begins = [
+        torch.where(theta.to(value.dtype) == value, theta, value.to(theta.dtype))
+        for theta, value in zip(start, values, strict=False)
+    ]
+    found_inf = torch.zeros(()) if seed % 2 else None
+    expected = step([*begins, *start[len(begins) :]], found_inf, *penalty, decoupled)
+    actual = step(start, found_inf, *penalty, decoupled, roundings)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+    nearest = [theta.to(rounding.dtype) for theta, rounding in zip(params, roundings, strict=True)]
+    torch.testing.assert_close(roundings, nearest, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_lists_of_many_tiny_and_empty_tensors(backend):
     lists = [
@@ -539,8 +613,8 @@ def test_operators_refuse_arguments_that_would_read_or_write_out_of_bounds():
 
     row = torch.ones(1, 8, dtype=torch.float64)
 
-    def adamw(theta, grads, moments=params, rows=row, found_inf=None, directions=(), c=none):
-        ops.low_rank_adamw_(theta, grads, moments, moments, rows, found_inf, directions, c, False)
+    def adamw(theta, grads, moments=params, rows=row, found_inf=None, directions=(), c=none, roundings=None):
+        ops.low_rank_adamw_(theta, grads, moments, moments, rows, found_inf, directions, c, False, roundings)
 
     for call in (
         lambda: ops.low_rank_projections(params, [torch.ones(2)], 1),
@@ -575,6 +649,11 @@ def test_operators_refuse_arguments_that_would_read_or_write_out_of_bounds():
         lambda: adamw(params, params, found_inf=torch.ones(2)),
         lambda: adamw(params, params, found_inf=one),
         lambda: adamw(params, params, directions=[torch.ones(2)], c=one),
+        lambda: adamw(params, params, roundings=[]),
+        lambda: adamw(params, params, roundings=[torch.ones(2).half()]),
+        lambda: adamw(params, params, roundings=[torch.ones(3)]),
+        lambda: adamw(params, params, roundings=[torch.ones(3).double()]),
+        lambda: adamw(params, params, roundings=[torch.ones(3).short()]),
         lambda: ops.diagonal_adamw_(params, params, params, params, torch.ones(1, 8).double(), None, *half, False),
     ):
         with pytest.raises(RuntimeError, match="crl_kernels: "):

@@ -85,11 +85,11 @@ struct Argument<const Pointer*> {
 
 template <>
 struct Argument<AdamWPiece> {
-  using Python = std::array<py::array, 5>;
+  using Python = std::array<py::array, 6>;
   AdamWPiece value;
   explicit Argument(const Python& arrays)
-      : value{pointer(arrays[0]), pointer(arrays[1]), pointer(arrays[2]), pointer(arrays[3]),
-              Argument<double*>(arrays[4]).value} {}
+      : value{pointer(arrays[0]), pointer(arrays[1]), pointer(arrays[2]), pointer(arrays[3]), pointer(arrays[4]),
+              Argument<double*>(arrays[5]).value} {}
 };
 
 template <class... T>

@@ -16,7 +16,7 @@ from .tables import check
 class _AdamWOperands:
     """The operands of a step of AdamW, as kernels take them."""
 
-    def __init__(self, flat: Flat, state: AdamWState) -> None:
+    def __init__(self, flat: Flat, state: AdamWState, roundings: Sequence[Tensor] | None) -> None:
         params, grads, exp_avgs, exp_avg_sqs, settings, found_inf = state
         check(len(grads) == len(params), "expected one gradient for each parameter")
         for parameter, gradient in zip(params, grads, strict=True):
@@ -24,6 +24,13 @@ class _AdamWOperands:
             check(
                 gradient.dtype == parameter.dtype or (parameter.dtype == torch.float32 and gradient.itemsize == 2),
                 "a gradient has its parameter's dtype, or 16 bits beside float32",
+            )
+        check(roundings is None or len(roundings) == len(params), "expected one rounding for each parameter")
+        for parameter, rounding in zip(params, roundings or params, strict=True):
+            is_theta = rounding.dtype == parameter.dtype and rounding.data_ptr() == parameter.data_ptr()
+            check(
+                is_theta or (parameter.dtype == torch.float32 and rounding.dtype in (torch.bfloat16, torch.float16)),
+                "a rounding has 16 bits beside float32, or is the parameter itself",
             )
         check_targets(exp_avgs, params)
         check_targets(exp_avg_sqs, params)
@@ -33,11 +40,15 @@ class _AdamWOperands:
             found_inf.numel() == 1 and found_inf.dtype == torch.float32 and found_inf.device == params[0].device,
             "found_inf is one float32 on the device of the parameters",
         )
-        self._targets = [Target(flat, tensors) for tensors in (params, exp_avgs, exp_avg_sqs)]
-        theta, m, v = (target.view for target in self._targets)
-        self.grads = flat.view(grads)
-        self.theta = theta
-        views = (theta, self.grads, m, v)
+        lists = (params, exp_avgs, exp_avg_sqs) if roundings is None else (params, exp_avgs, exp_avg_sqs, roundings)
+        self._targets = [Target(flat, tensors) for tensors in lists]
+        self.theta, m, v, *written = (target.view for target in self._targets)
+        views = (self.theta, flat.view(grads), m, v, written[0] if written else self.theta)
+        self.constants = {
+            "PARAMS": self.theta.dtypes,
+            "GRADIENTS": views[1].dtypes,
+            "ROUNDINGS": written[0].dtypes if written else 0,
+        }
         self.arguments = [
             *(part for view in views for part in view.vector),
             flat.numbers(settings, len(ADAMW_COLUMNS) * len(params)),
@@ -45,16 +56,22 @@ class _AdamWOperands:
         ]
 
     def write_back(self) -> None:
-        for target in self._targets:
+        for target in reversed(self._targets):  # a rounding before theta, which may be in its place
             target.write_back()
 
 
 @on_device_of_first
 @takes(AdamWState)
-def low_rank_adamw_(state: AdamWState, directions: Sequence[Tensor], coefficients: Tensor, decoupled: bool) -> Tensor:
+def low_rank_adamw_(
+    state: AdamWState,
+    directions: Sequence[Tensor],
+    coefficients: Tensor,
+    decoupled: bool,
+    roundings: Sequence[Tensor] | None = None,
+) -> Tensor:
     num_terms = coefficients.numel()
     flat = Flat(state.params, block("low_rank_adamw_kernel"), directions, num_terms)
-    operands = _AdamWOperands(flat, state)
+    operands = _AdamWOperands(flat, state, roundings)
     u = flat.directions() if num_terms else operands.theta
     partial = flat.empty_float64(num_terms, flat.chunks)
     flat.run(
@@ -64,8 +81,7 @@ def low_rank_adamw_(state: AdamWState, directions: Sequence[Tensor], coefficient
         num_terms,
         flat.numbers(coefficients, num_terms),
         partial,
-        PARAMS=operands.theta.dtypes,
-        GRADIENTS=operands.grads.dtypes,
+        **operands.constants,
         DIRECTIONS=u.dtypes,
         DECOUPLED=decoupled,
     )
@@ -75,10 +91,16 @@ def low_rank_adamw_(state: AdamWState, directions: Sequence[Tensor], coefficient
 
 @on_device_of_first
 @takes(AdamWState)
-def diagonal_adamw_(state: AdamWState, fisher: Sequence[Tensor], anchor: Sequence[Tensor], decoupled: bool) -> Tensor:
+def diagonal_adamw_(
+    state: AdamWState,
+    fisher: Sequence[Tensor],
+    anchor: Sequence[Tensor],
+    decoupled: bool,
+    roundings: Sequence[Tensor] | None = None,
+) -> Tensor:
     check_state(fisher, anchor)
     flat = Flat(state.params, block("diagonal_adamw_kernel"))
-    operands = _AdamWOperands(flat, state)
+    operands = _AdamWOperands(flat, state, roundings)
     s, m = flat.view(fisher), flat.view(anchor)
     partial = flat.empty_float64(flat.chunks)
     flat.run(
@@ -87,8 +109,7 @@ def diagonal_adamw_(state: AdamWState, fisher: Sequence[Tensor], anchor: Sequenc
         *s.vector,
         *m.vector,
         partial,
-        PARAMS=operands.theta.dtypes,
-        GRADIENTS=operands.grads.dtypes,
+        **operands.constants,
         STATE=s.dtypes,
         DECOUPLED=decoupled,
     )

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ..reference import ADAMW_COLUMNS
-from .chunks import kernel, locate, read, read_direction, segment_range, write, zeros
+from .chunks import kernel, locate, read, read_direction, round_as, segment_range, write, zeros
 from .float64_arithmetic import (
     added,
     difference,
@@ -79,6 +79,8 @@ def low_rank_adamw_kernel(
     exp_avgs_stride: tl.tensor,
     exp_avg_sqs: tl.tensor,
     exp_avg_sqs_stride: tl.tensor,
+    roundings: tl.tensor,
+    roundings_stride: tl.tensor,
     settings: tl.tensor,
     found_inf: tl.tensor,
     directions: tl.tensor,
@@ -89,6 +91,7 @@ def low_rank_adamw_kernel(
     partial: tl.tensor,
     PARAMS: tl.constexpr,
     GRADIENTS: tl.constexpr,
+    ROUNDINGS: tl.constexpr,
     DIRECTIONS: tl.constexpr,
     DECOUPLED: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -112,6 +115,10 @@ def low_rank_adamw_kernel(
         part, selected = _restrict(place, index)
         theta = read(parameters, parameters_stride, part, PARAMS, BLOCK)
         gradient = read(gradients, gradients_stride, part, GRADIENTS, BLOCK).to(theta.dtype)
+        if ROUNDINGS:
+            written = read(roundings, roundings_stride, part, ROUNDINGS, BLOCK).to(theta.dtype)
+            nearest = round_as(theta, roundings, roundings_stride, index, ROUNDINGS)
+            theta = tl.where(skip, theta, tl.where(nearest == written, theta, written))
         m = read(exp_avgs, exp_avgs_stride, part, PARAMS, BLOCK)
         v = read(exp_avg_sqs, exp_avg_sqs_stride, part, PARAMS, BLOCK)
         row = settings + index.to(tl.int64) * COLUMNS
@@ -131,6 +138,8 @@ def low_rank_adamw_kernel(
             write(parameters, parameters_stride, part, stepped, PARAMS, BLOCK)
             write(exp_avgs, exp_avgs_stride, part, m, PARAMS, BLOCK)
             write(exp_avg_sqs, exp_avg_sqs_stride, part, v, PARAMS, BLOCK)
+            if ROUNDINGS:
+                write(roundings, roundings_stride, part, stepped, ROUNDINGS, BLOCK)
         index += 1
 
     for _ in range(num_terms):
@@ -153,6 +162,8 @@ def diagonal_adamw_kernel(
     exp_avgs_stride: tl.tensor,
     exp_avg_sqs: tl.tensor,
     exp_avg_sqs_stride: tl.tensor,
+    roundings: tl.tensor,
+    roundings_stride: tl.tensor,
     settings: tl.tensor,
     found_inf: tl.tensor,
     fisher: tl.tensor,
@@ -162,6 +173,7 @@ def diagonal_adamw_kernel(
     partial: tl.tensor,
     PARAMS: tl.constexpr,
     GRADIENTS: tl.constexpr,
+    ROUNDINGS: tl.constexpr,
     STATE: tl.constexpr,
     DECOUPLED: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -178,6 +190,10 @@ def diagonal_adamw_kernel(
         part, selected = _restrict(place, index)
         theta = read(parameters, parameters_stride, part, PARAMS, BLOCK)
         gradient = read(gradients, gradients_stride, part, GRADIENTS, BLOCK).to(theta.dtype)
+        if ROUNDINGS:
+            written = read(roundings, roundings_stride, part, ROUNDINGS, BLOCK).to(theta.dtype)
+            nearest = round_as(theta, roundings, roundings_stride, index, ROUNDINGS)
+            theta = tl.where(skip, theta, tl.where(nearest == written, theta, written))
         m = read(exp_avgs, exp_avgs_stride, part, PARAMS, BLOCK)
         v = read(exp_avg_sqs, exp_avg_sqs_stride, part, PARAMS, BLOCK)
         s = read(fisher, fisher_stride, part, STATE, BLOCK)
@@ -198,5 +214,7 @@ def diagonal_adamw_kernel(
             write(parameters, parameters_stride, part, stepped, PARAMS, BLOCK)
             write(exp_avgs, exp_avgs_stride, part, m, PARAMS, BLOCK)
             write(exp_avg_sqs, exp_avg_sqs_stride, part, v, PARAMS, BLOCK)
+            if ROUNDINGS:
+                write(roundings, roundings_stride, part, stepped, ROUNDINGS, BLOCK)
         index += 1
     tl.store(partial + chunk, quadratic(all_s, distances, PAIRS))

@@ -29,7 +29,7 @@ BLOCK = 2048
 NUM_WARPS = 8
 
 # The constants of kernels that hold the dtypes of a view.
-VIEWS = ("PARAMS", "TARGETS", "DIRECTIONS", "STATE", "GRADIENTS")
+VIEWS = ("PARAMS", "TARGETS", "DIRECTIONS", "STATE", "GRADIENTS", "ROUNDINGS")
 
 # On NVIDIA, registers per thread: 64 lets four programs run on a multiprocessor at a time, 80 three, 128 two. Without
 # a limit, ptxas aims for more programs and spills.
@@ -252,6 +252,21 @@ def _round(values: tl.tensor, CODE: tl.constexpr) -> tl.tensor:
     else:
         rounded = values.to(tl.float32).to(tl.float16)
     return rounded
+
+
+@triton.jit
+def round_as(
+    values: tl.tensor, entries: tl.tensor, stride: tl.tensor, index: tl.tensor, DTYPES: tl.constexpr
+) -> tl.tensor:
+    """Values as they are once a segment of a view holds them."""
+    result = values
+    code = tl.load(entries + index * stride) & 7
+    for CODE in tl.static_range(4):
+        if DTYPES == 1 << CODE:
+            result = _round(values, CODE).to(values.dtype)
+        elif (DTYPES >> CODE) & 1:
+            result = tl.where(code == CODE, _round(values, CODE).to(values.dtype), result)
+    return result
 
 
 @triton.jit

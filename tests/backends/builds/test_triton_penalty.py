@@ -29,15 +29,15 @@ READS = {
     "quadratic_kernel": ("PARAMS", "STATE", "STATE"),
     "gradient_kernel": ("PARAMS", "PARAMS", "STATE", "STATE"),
     "shrink_kernel": ("PARAMS", "STATE", "STATE"),
-    "low_rank_adamw_kernel": ("PARAMS", "GRADIENTS", "PARAMS", "PARAMS", "DIRECTIONS", "DIRECTIONS"),
-    "diagonal_adamw_kernel": ("PARAMS", "GRADIENTS", "PARAMS", "PARAMS", "STATE", "STATE"),
+    "low_rank_adamw_kernel": ("PARAMS", "GRADIENTS", "PARAMS", "PARAMS", "ROUNDINGS", "DIRECTIONS", "DIRECTIONS"),
+    "diagonal_adamw_kernel": ("PARAMS", "GRADIENTS", "PARAMS", "PARAMS", "ROUNDINGS", "STATE", "STATE"),
 }
 WRITES = {
     "combine_kernel": ("TARGETS",),
     "gradient_kernel": ("PARAMS",),
     "shrink_kernel": ("PARAMS",),
-    "low_rank_adamw_kernel": ("PARAMS",) * 3,
-    "diagonal_adamw_kernel": ("PARAMS",) * 3,
+    "low_rank_adamw_kernel": ("PARAMS",) * 3 + ("ROUNDINGS",),
+    "diagonal_adamw_kernel": ("PARAMS",) * 3 + ("ROUNDINGS",),
 }
 SUMS = [name for name in READS if name not in ("combine_kernel", "shrink_kernel")]
 TYPES = {
@@ -48,7 +48,10 @@ TYPES = {
     "pieces": "i32",
     "found_inf": "*fp32",
 }
-TABLES = ("begins", "parameters", "targets", "directions", "fisher", "anchor", "gradients", "exp_avgs", "exp_avg_sqs")
+TABLES = (
+    *("begins", "parameters", "targets", "directions", "fisher", "anchor"),
+    *("gradients", "exp_avgs", "exp_avg_sqs", "roundings"),
+)
 
 
 def low_rank(values: int, directions: int):
@@ -64,15 +67,15 @@ def diagonal(values: int, state: int):
     yield "shrink_kernel", {"PARAMS": values, "STATE": state}
 
 
-def adamw(values: int, gradients: int, directions: int, state: int):
+def adamw(values: int, gradients: int, directions: int, state: int, roundings: int = 0):
     for decoupled in (False, True):
-        constants = {"PARAMS": values, "GRADIENTS": gradients, "DECOUPLED": decoupled}
+        constants = {"PARAMS": values, "GRADIENTS": gradients, "ROUNDINGS": roundings, "DECOUPLED": decoupled}
         yield "low_rank_adamw_kernel", constants | {"DIRECTIONS": directions}
         yield "diagonal_adamw_kernel", constants | {"STATE": state}
 
 
 USUAL = [*low_rank(F32, F32), *low_rank(F32, BF16), *low_rank(BF16, BF16), *diagonal(F32, F32), *diagonal(BF16, F32)]
-USUAL += [*adamw(F32, F32, F32, F32), *adamw(F32, BF16, BF16, F32)]
+USUAL += [*adamw(F32, F32, F32, F32), *adamw(F32, BF16, BF16, F32), *adamw(F32, BF16, BF16, F32, BF16)]
 QUANTISED = [*low_rank(F32, INT8), *low_rank(BF16, INT8)]
 QUANTISED += [case for gradients in (F32, BF16) for case in adamw(F32, gradients, INT8, F32) if "DIRECTIONS" in case[1]]
 USUAL += QUANTISED
@@ -87,6 +90,7 @@ WIDEST = [
     *low_rank(ALL, ALL | INT8),
     *low_rank(F64, INT8),
     *adamw(F32 | F64, ALL, ALL | INT8, F64),
+    *adamw(F32 | F64, ALL, ALL | INT8, F64, ALL),
     *diagonal(F64, F64),
     *diagonal(ALL, F64),
 ]
@@ -158,7 +162,7 @@ def test_sums_of_int8_directions_are_in_the_order_of_float32(values, target):
     for kernel in ("projections_kernel", "low_rank_adamw_kernel"):
         constants = {"PARAMS": values}
         if kernel == "low_rank_adamw_kernel":
-            constants = {"PARAMS": values & (F32 | F64), "GRADIENTS": values, "DECOUPLED": False}
+            constants = {"PARAMS": values & (F32 | F64), "GRADIENTS": values, "ROUNDINGS": 0, "DECOUPLED": False}
         if constants["PARAMS"]:
             int8, float32 = ((kernel, constants | {"DIRECTIONS": bit}) for bit in (INT8, F32))
             assert layout_of_sum(int8, target) == layout_of_sum(float32, target)
