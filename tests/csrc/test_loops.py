@@ -230,20 +230,43 @@ def test_columns_of_settings(core):
 
 
 adamw_dtypes = pytest.mark.parametrize(
-    ("dtype", "gradient_dtype"),
-    [("float32", "float32"), ("float32", "bfloat16"), ("float32", "float16"), ("float64", "float64")],
+    ("dtype", "gradient_dtype", "rounding_dtype"),
+    [
+        ("float32", "float32", None),
+        ("float32", "bfloat16", "bfloat16"),
+        ("float32", "float16", "float16"),
+        ("float64", "float64", None),
+    ],
 )
 
 
-def adamw_inputs(dtype: str, gradient_dtype: str) -> list[np.ndarray]:
-    """theta, gradient, m and v."""
+def adamw_inputs(dtype: str, gradient_dtype: str, rounding_dtype: str | None) -> list[np.ndarray]:
+    """theta, gradient, m, v and, given its dtype, the rounding, of which every third element is another number. Some of
+    theta are a NaN whose bits, rounded as a number's, would be those of -0, beside a rounding of 0."""
     theta, m, v = (anywhere(dtype, seed, max(LENGTHS)) for seed in (30, 31, 32))
-    return [theta, anywhere(gradient_dtype, 33, max(LENGTHS)), m, np.abs(v)]
+    inputs = [theta, anywhere(gradient_dtype, 33, max(LENGTHS)), m, np.abs(v)]
+    if rounding_dtype is None:
+        return inputs
+    rounding = narrow(theta.astype(np.float64), rounding_dtype)
+    rounding[::3] = anywhere(rounding_dtype, 36, max(LENGTHS))[::3]
+    theta.view(np.uint32)[::33], rounding[::33] = 0x7FFFFFFF, 0
+    return [*inputs, rounding]
+
+
+def begin_of(inputs: list[np.ndarray], rounding_dtype: str | None) -> np.ndarray:
+    """Where a step begins: theta, or its rounding where that is another number than theta's."""
+    theta = inputs[0]
+    if rounding_dtype is None:
+        return theta
+    written = widen(inputs[4])
+    with np.errstate(invalid="ignore"):
+        kept = widen(narrow(theta.astype(np.float64), rounding_dtype)) == written
+    return np.where(kept, theta, written.astype(theta.dtype))
 
 
 def adamw_outputs(inputs: list[np.ndarray], start: np.ndarray, pull: np.ndarray) -> list[np.ndarray]:
     """theta, m and v after a step, one operation after the other in theta's own arithmetic."""
-    theta, gradient, m, v = inputs
+    theta, gradient, m, v, *_ = inputs
     real = theta.dtype.type
     factor, beta1, beta2, decay, step_size, root_scale, eps, _ = SETTINGS.values()
     g = real(factor) * widen(gradient).astype(real) + pull
@@ -258,32 +281,39 @@ def adamw_slices(inputs: list[np.ndarray], n: int, offset: int, tail: int) -> li
 
 
 def piece_of(state: list[Slice]) -> list[np.ndarray]:
-    return [*(part.elements for part in state), Slice(np.array([*SETTINGS.values()]), 0).elements]
+    """Without a rounding theta is in its place."""
+    rounding = [] if len(state) == 5 else [state[0].elements]
+    return [*(part.elements for part in state), *rounding, Slice(np.array([*SETTINGS.values()]), 0).elements]
 
 
-def assert_stepped(state: list[Slice], after: list[np.ndarray], n: int, offset: int) -> None:
-    theta, _, m, v = state
-    for target, expected in zip((theta, m, v), after, strict=True):
-        assert target.holds(expected[:n]), (n, offset)
+def assert_stepped(
+    state: list[Slice], after: list[np.ndarray], rounding_dtype: str | None, n: int, offset: int
+) -> None:
+    theta, _, m, v, *rounding = state
+    expected = [*after, *([narrow(after[0].astype(np.float64), rounding_dtype)] if rounding_dtype else [])]
+    for target, elements in zip((theta, m, v, *rounding), expected, strict=True):
+        assert target.holds(elements[:n]), (n, offset)
 
 
 @adamw_dtypes
-def test_adamw(loops, dtype, gradient_dtype):
-    inputs = adamw_inputs(dtype, gradient_dtype)
-    after = adamw_outputs(inputs, inputs[0], inputs[0] * 0)
+def test_adamw(loops, dtype, gradient_dtype, rounding_dtype):
+    inputs = adamw_inputs(dtype, gradient_dtype, rounding_dtype)
+    begin = begin_of(inputs, rounding_dtype)
+    after = adamw_outputs(inputs, begin, begin * 0)
     for n, _, offset, tail in fewer_placements():
         state = adamw_slices(inputs, n, offset, tail)
         loops["adamw"](piece_of(state), n)
-        assert_stepped(state, after, n, offset)
+        assert_stepped(state, after, rounding_dtype, n, offset)
         assert state[1].holds(inputs[1][:n])
 
 
 @adamw_dtypes
 @pytest.mark.parametrize("decoupled", [False, True])
 @pytest.mark.parametrize("terms", [["float32"], ["bfloat16"], ["float64"], ["float16"], ["float32"] * 3 + ["bfloat16"]])
-def test_low_rank_adamw(core, loops, dtype, gradient_dtype, terms, decoupled):
+def test_low_rank_adamw(core, loops, dtype, gradient_dtype, rounding_dtype, terms, decoupled):
     """The step in theta's arithmetic, and lanes as test_dot has them, of theta as it is written."""
-    inputs, real = adamw_inputs(dtype, gradient_dtype), DTYPES[dtype]
+    inputs, real = adamw_inputs(dtype, gradient_dtype, rounding_dtype), DTYPES[dtype]
+    begin = begin_of(inputs, rounding_dtype)
     u = [anywhere(other_dtype, 40 + k, max(LENGTHS)) for k, other_dtype in enumerate(terms)]
     c = np.linspace(-0.3, 0.4, len(terms))
     if len(terms) == 1:
@@ -293,13 +323,13 @@ def test_low_rank_adamw(core, loops, dtype, gradient_dtype, terms, decoupled):
         loops["combine"](total, u, c, len(terms), total.size, True)
         pull = real(SHARE) * total
     nothing = pull * 0
-    after = adamw_outputs(inputs, inputs[0] + (pull if decoupled else 0), nothing if decoupled else pull)
+    after = adamw_outputs(inputs, begin + (pull if decoupled else 0), nothing if decoupled else pull)
     before = np.arange(len(terms) * core.LANES) / 8
     for n, index, offset, tail in fewer_placements():
         state = adamw_slices(inputs, n, offset, tail)
         directions, lanes = slices(u, n), Slice(before, 0)
         loops["low_rank_adamw"](piece_of(state), directions, c, len(terms), decoupled, index, n, lanes.elements)
-        assert_stepped(state, after, n, offset)
+        assert_stepped(state, after, rounding_dtype, n, offset)
         expected_lanes = before.copy()
         loops["dot"](after[0][:n].copy(), directions, len(terms), index, n, expected_lanes)
         assert lanes.holds(expected_lanes), (n, offset)
@@ -308,23 +338,24 @@ def test_low_rank_adamw(core, loops, dtype, gradient_dtype, terms, decoupled):
 @adamw_dtypes
 @state_dtype
 @pytest.mark.parametrize("decoupled", [False, True])
-def test_diagonal_adamw(core, loops, dtype, gradient_dtype, state_dtype, decoupled):
+def test_diagonal_adamw(core, loops, dtype, gradient_dtype, rounding_dtype, state_dtype, decoupled):
     """The step in theta's arithmetic, the penalty in float64, and lanes as test_quadratic has them."""
-    inputs, real = adamw_inputs(dtype, gradient_dtype), DTYPES[dtype]
+    inputs, real = adamw_inputs(dtype, gradient_dtype, rounding_dtype), DTYPES[dtype]
+    begin = begin_of(inputs, rounding_dtype)
     fisher, anchor = np.abs(anywhere(state_dtype, 34, max(LENGTHS))), anywhere(state_dtype, 35, max(LENGTHS))
-    start, nothing = inputs[0].copy(), inputs[0] * 0
+    start, nothing = begin.copy(), begin * 0
     loops["shrink"](start, fisher, anchor, start.size, SHARE)
-    slope = widen(fisher) * (widen(inputs[0]) - widen(anchor))
+    slope = widen(fisher) * (widen(begin) - widen(anchor))
     pull = (SHARE * slope).astype(real)
-    after = adamw_outputs(inputs, start, nothing) if decoupled else adamw_outputs(inputs, inputs[0], pull)
+    after = adamw_outputs(inputs, start, nothing) if decoupled else adamw_outputs(inputs, begin, pull)
     before = np.arange(core.LANES) / 8
     for n, index, offset, tail in fewer_placements():
         state, diagonal = adamw_slices(inputs, n, offset, tail), slices([fisher, anchor], n)
         lanes = Slice(before, 0)
         loops["diagonal_adamw"](piece_of(state), *diagonal, decoupled, index, n, lanes.elements)
-        assert_stepped(state, after, n, offset)
+        assert_stepped(state, after, rounding_dtype, n, offset)
         expected_lanes = before.copy()
-        loops["quadratic"](inputs[0][:n].copy(), *diagonal, index, n, expected_lanes)
+        loops["quadratic"](begin[:n].copy(), *diagonal, index, n, expected_lanes)
         assert lanes.holds(expected_lanes), (n, offset)
 
 
