@@ -295,12 +295,16 @@ class FusedAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # What the step keeps must not be inference tensors, which later steps could not change.
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.no_grad():
             self._untraced_step()
         return loss
 
     def _step(self) -> None:
+        # In inference mode it would keep inference tensors, which later steps could not change.
+        with torch.inference_mode(False), torch.no_grad():
+            self._take_step()
+
+    def _take_step(self) -> None:
         check_strength("lam", self.lam, finite=not self._decoupled)
         penalty = self._penalty if self._penalty is not None and len(self._penalty.history) else None
         self._capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
@@ -381,7 +385,7 @@ class FusedAdamW(Optimizer):
             warnings.warn(
                 f"parameters were changed without FusedAdamW noticing: {difference}. It continues with the new ones. "
                 "Call resync() after writing to parameters through .data.",
-                stacklevel=6,
+                stacklevel=7,
             )
 
     def _adopt_writes(self, halves: list[Tensor]) -> None:
@@ -431,7 +435,7 @@ class FusedAdamW(Optimizer):
             self._settings(rows, ratios, step_counts, share, device),
             found_inf,
         )
-        has_halves = any(theta is not parameter for theta, parameter in zip(thetas, params, strict=True))
+        has_halves = self._roles.halves and any(parameter.dtype in HALF_DTYPES for parameter in params)
         return state, self._local(params) if has_halves else None
 
     def _settings(

@@ -145,6 +145,32 @@ def test_one_exchange_of_k_numbers_a_step_and_state_in_proportion(tmp_path):
             assert rank[kind][3] <= 2 * (8 * 53 // 2 + padding)
 
 
+def written(rank: int, count: int, folder: Path) -> list[float]:
+    """How far a step is from the values that were written to 16-bit shards before it."""
+    distances = []
+    for whole in (True, False):
+        model = sharded(count, model=network().bfloat16())
+        optimizer = ck.FusedAdamW(model.parameters(), lr=1e-3, history=history_of(model, "low_rank"), lam=LAM)
+        for step in range(2):
+            for parameter in model.parameters():
+                parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+            if step == 0:
+                for parameter in model.parameters():
+                    (parameter if whole else parameter.to_local()).data.add_(1.0)
+                values = [parameter.to_local().clone() for parameter in model.parameters()]
+                optimizer.lam = 0.0
+        for parameter, value in zip(model.parameters(), values, strict=True):
+            distances += (parameter.to_local() - value).abs().flatten().tolist()
+    return [len(distances), max(distances, default=0.0)]
+
+
+def test_a_write_through_data_to_16_bit_shards_is_where_the_next_step_begins(tmp_path):
+    counts, distances = zip(*processes(2, written, tmp_path), strict=True)
+    assert sum(counts) == 2 * 53
+    assert max(distances) < 0.02
+
+
 def offloaded(rank: int, count: int, folder: Path) -> list:
     values, end = train(sharded(count, "offload"), "low_rank", "attached", rank, count)
     return [values, end.tolist()]
