@@ -86,7 +86,7 @@ PENALTIES = [
 @pytest.mark.parametrize("write", WRITES)
 def test_a_write_through_data_is_where_the_next_step_begins(write, kind, decoupled, dtype):
     """As one that the version counters show, except for the step after it, whose penalty may be of the weights before:
-    here it has none. A frozen parameter and one without a gradient take the written values too."""
+    here it has none. A parameter without a gradient takes the written values too."""
     models = [Network(dtype), Network(dtype)]
     optimizers = [optimizer_of(model, kind, decoupled) for model in models]
     for model, optimizer in zip(models, optimizers, strict=True):
@@ -99,7 +99,6 @@ def test_a_write_through_data_is_where_the_next_step_begins(write, kind, decoupl
             with torch.no_grad():
                 for parameter, value in zip(params, values, strict=True):
                     parameter.copy_(value)
-        model.first.bias.requires_grad_(False)
         optimizer.lam = 0.0
         train(model, optimizer, [2])
         written = torch.cat([value.double().flatten() for value in values])
@@ -110,6 +109,24 @@ def test_a_write_through_data_is_where_the_next_step_begins(write, kind, decoupl
         torch.testing.assert_close(carried_sums(optimizers[0]), carried_sums(optimizers[1]), rtol=1e-4, atol=1e-4)
     else:
         assert_same(models[0], optimizers[0], models[1], optimizers[1])
+
+
+@pytest.mark.parametrize(("kind", "decoupled", "dtype"), PENALTIES, ids=str)
+def test_a_write_to_a_frozen_parameter_stays_and_is_where_it_begins_once_it_moves(kind, decoupled, dtype):
+    model = Network(dtype)
+    optimizer = optimizer_of(model, kind, decoupled)
+    train(model, optimizer, [0])
+    weight = model.first.weight.requires_grad_(False)
+    train(model, optimizer, [1])
+    weight.data.mul_(1.5)
+    written = weight.clone()
+    train(model, optimizer, [2, 3])
+    assert torch.equal(weight, written)
+    weight.requires_grad_(True)
+    optimizer.lam = 0.0
+    train(model, optimizer, [4])
+    assert not torch.equal(weight, written)
+    assert (weight - written).abs().max() < 0.02
 
 
 @HALVES

@@ -145,6 +145,22 @@ def test_without_a_history_too(capturing):
         torch.testing.assert_close(flat(models[0]), flat(models[1]), rtol=1e-12, atol=0)
 
 
+def test_a_replay_begins_with_what_was_written_to_16_bit_parameters(capturing):
+    model = Network(torch.bfloat16)
+    lr = torch.tensor(1e-3, dtype=torch.float64)
+    optimizer = ck.FusedAdamW(model.parameters(), lr=lr, capturable=True)
+    for step in range(2):
+        backward(model, step)
+        optimizer.step()
+    backward(model, 2)
+    recording = captured_step(optimizer, capturing)
+    for parameter in model.parameters():
+        parameter.data.mul_(1.5)
+    written = flat(model)
+    recording.replay()
+    assert 0 < (flat(model) - written).abs().max() < 0.02
+
+
 def test_what_a_graph_reads_is_kept(capturing):
     """A schedule of other groups' numbers would push it out of the cache."""
     model = Network()
