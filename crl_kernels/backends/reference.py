@@ -194,7 +194,9 @@ def _begins(params: Sequence[Tensor], roundings: Sequence[Tensor] | None, found_
 
 def _round_(params: Sequence[Tensor], roundings: Sequence[Tensor] | None, found_inf: Tensor | None) -> None:
     """roundings <- params, rounded to their dtypes."""
-    for theta, rounding in zip(params, roundings or params, strict=True):
+    if roundings is None:
+        return
+    for theta, rounding in zip(params, roundings, strict=True):
         value = theta.to(rounding.dtype)
         rounding.copy_(value if found_inf is None else torch.where(found_inf > 0, rounding, value))
 

@@ -279,7 +279,7 @@ def roundings_of(params: list[Tensor], seed: int) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(deadline=None, max_examples=EXAMPLES)
+@settings(deadline=None, max_examples=EXAMPLES // 2)
 @given(
     case=adamw_lists,
     num_terms=st.integers(0, 3),

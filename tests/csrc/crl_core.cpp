@@ -88,8 +88,8 @@ struct Argument<AdamWPiece> {
   using Python = std::array<py::array, 6>;
   AdamWPiece value;
   explicit Argument(const Python& arrays)
-      : value{pointer(arrays[0]), pointer(arrays[1]), pointer(arrays[2]), pointer(arrays[3]), pointer(arrays[4]),
-              Argument<double*>(arrays[5]).value} {}
+      : value{pointer(arrays[0]), pointer(arrays[1]), pointer(arrays[2]),
+              pointer(arrays[3]), pointer(arrays[4]), Argument<double*>(arrays[5]).value} {}
 };
 
 template <class... T>
