@@ -19,29 +19,29 @@ struct AdamWViews {
 };
 
 // A thread's octets of theta, its gradient and its moments. Arithmetic is float where no tensor of the lists is
-// float64. With kRounded theta has roundings.
-template <class Widest, bool kRounded>
+// float64.
+template <class Widest>
 struct AdamWOctets {
-  Octet<Widest> theta, gradient, m, v, rounding;
+  Octet<Widest> theta, gradient, m, v;
 
   __device__ AdamWOctets(const DeviceTable& table, const AdamWViews& operands, const Place& place)
       : theta(read<Widest>(table, operands.theta, place)),
         gradient(read<Widest>(table, operands.gradient, place)),
         m(read<Widest>(table, operands.m, place)),
-        v(read<Widest>(table, operands.v, place)) {
-    if constexpr (kRounded) rounding = read<Widest>(table, operands.rounding, place);
-  }
+        v(read<Widest>(table, operands.v, place)) {}
 
   __device__ void convert_all() {
     convert(theta);
     convert(gradient);
     convert(m);
     convert(v);
-    if constexpr (kRounded) convert(rounding);
   }
 
-  // Takes theta from the roundings that are other numbers.
+  // Takes theta from the roundings that are other numbers. They are read no sooner: that would take registers of the
+  // terms before.
   __device__ void adopt(const DeviceTable& table, const AdamWViews& operands, const Place& place) {
+    Octet<Widest> rounding = read<Widest>(table, operands.rounding, place);
+    convert(rounding);
     int segment = place.segment;
     int64_t end = __ldg(table.begins + segment + 1);
     DType dtype = table.at(operands.rounding, 0, segment, place.index).dtype;
@@ -59,7 +59,7 @@ struct AdamWOctets {
   }
 
   // Moves all eight; penalize(j, share, start, gradient) adds the penalty to one element's start or gradient.
-  template <class Penalize>
+  template <bool kRounded, class Penalize>
   __device__ void step(const DeviceTable& table, const AdamWViews& operands, const Place& place,
                        const Penalize& penalize) {
     int segment = place.segment;
@@ -110,7 +110,7 @@ __device__ void low_rank_adamw(const DeviceTable& table, const AdamWViews& opera
   TermSums sums;
   for (int64_t tile = blockIdx.x; tile < table.tiles(); tile += gridDim.x) {
     const Place place = table.place(tile);
-    AdamWOctets<Widest, kRounded> octets(table, operands, place);
+    AdamWOctets<Widest> octets(table, operands, place);
     Number<Widest> pull[kOctet] = {};
     const Terms<Widest, TermView> u(table, directions, place);
     add_terms(u, num_terms, factors, pull);
@@ -119,9 +119,10 @@ __device__ void low_rank_adamw(const DeviceTable& table, const AdamWViews& opera
       if (!skip) octets.adopt(table, operands, place);
     }
     if (!skip) {
-      octets.step(table, operands, place, [&](int j, Number<Widest> share, Widest& start, Widest& gradient) {
-        (kDecoupled ? start : gradient) += static_cast<Widest>(rounded(product(pull[j], share)));
-      });
+      octets.template step<kRounded>(
+          table, operands, place, [&](int j, Number<Widest> share, Widest& start, Widest& gradient) {
+            (kDecoupled ? start : gradient) += static_cast<Widest>(rounded(product(pull[j], share)));
+          });
     }
 #pragma unroll 2  // TermSums adds two terms at a time
     for (int k = 0; k < terms; ++k) {
@@ -150,7 +151,7 @@ __global__ void __launch_bounds__(kThreads, resident<Widest>(2))
   double sum = 0.0;
   for (int64_t tile = blockIdx.x; tile < table.tiles(); tile += gridDim.x) {
     const Place place = table.place(tile);
-    AdamWOctets<Widest, kRounded> octets(table, operands, place);
+    AdamWOctets<Widest> octets(table, operands, place);
     Octet<Widest> fisher = read<Widest>(table, fisher_view, place);
     Octet<Widest> anchor = read<Widest>(table, anchor_view, place);
     octets.convert_all();
@@ -161,14 +162,15 @@ __global__ void __launch_bounds__(kThreads, resident<Widest>(2))
     convert(anchor);
     sum += quadratic(octets.theta, fisher, anchor, [](int, Number<Widest>) {});
     if (!skip) {
-      octets.step(table, operands, place, [&](int j, Number<Widest> share, Widest& start, Widest& gradient) {
-        if (kDecoupled) {
-          start = static_cast<Widest>(proximal_step(octets.theta[j], fisher[j], anchor[j], share));
-        } else {
-          const Number<Widest> slope = product(difference(octets.theta[j], anchor[j]), fisher[j]);
-          gradient += static_cast<Widest>(rounded(product(slope, share)));
-        }
-      });
+      octets.template step<kRounded>(
+          table, operands, place, [&](int j, Number<Widest> share, Widest& start, Widest& gradient) {
+            if (kDecoupled) {
+              start = static_cast<Widest>(proximal_step(octets.theta[j], fisher[j], anchor[j], share));
+            } else {
+              const Number<Widest> slope = product(difference(octets.theta[j], anchor[j]), fisher[j]);
+              gradient += static_cast<Widest>(rounded(product(slope, share)));
+            }
+          });
     }
   }
   const double total = block_sum(sum);
