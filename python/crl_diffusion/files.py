@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import secrets
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +25,7 @@ from torch import Tensor
 from crl_diffusion.errors import PUT_BACK, OptionError, RecordError, UnreadableError, WriteError
 
 Row = dict[str, Any]
+UNFINISHED = re.compile(r".+\.[0-9a-f]+\.tmp|\.tmp[0-9A-Za-z]{6}")
 
 
 def require_file(path: Path) -> None:
@@ -71,9 +74,9 @@ def tensor_files(folder: Path) -> list[Path]:
 def replacing(path: Path) -> Iterator[Path]:
     """The path of a temporary file next to `path`, to be written within the block. After it, the file is synced and
     renamed: readers see the old file or the new one, whose mode is the umask's. After an error it is deleted."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             mode = os.fstat(file.fileno()).st_mode
         yield temporary
         os.chmod(temporary, mode)  # safetensors puts a file in its place that only its owner can read
@@ -238,13 +241,16 @@ class TensorBoard:
             self.writer.close()
 
 
+PROBED = 0.2  # seconds; `is_locked`, in another process, takes a lock for a moment
+
+
 @contextmanager
 def locked(path: Path, refusal: str | None = None, say: Callable[[str], None] | None = None) -> Iterator[None]:
     """Hold a lock file within the block. While another process holds it, raise an OptionError that begins with
     `refusal` or, without a refusal, wait; `say` is told once who holds it. The system releases the lock when the
     process ends, however it ends, on every machine that sees the same lock: see `holder`."""
     try:
-        lock = FileLock(path).acquire(timeout=0)
+        lock = FileLock(path).acquire(timeout=PROBED)
     except Timeout:
         if refusal:
             raise OptionError(f"{refusal} ({holder(path)}){_stale(path)}") from None
@@ -326,9 +332,10 @@ def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Delete the temporary files of a process that was killed while it wrote them."""
-    for path in folder.glob("*.tmp"):
-        if path.is_file():
+    """Delete the temporary files of `replacing`, and of safetensors within it, that a killed process has left in a
+    folder which no other process writes to."""
+    for path in folder.glob("*.tmp*"):
+        if UNFINISHED.fullmatch(path.name) and path.is_file():
             path.unlink()
 
 

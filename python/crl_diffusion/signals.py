@@ -4,12 +4,15 @@ The first signal raises `Stopped` wherever the program is; every file is written
 `deferred` the signal waits, so that a training loop can finish its step and write a checkpoint. A second signal ends
 the process at once. Terminals and launchers signal a whole group of processes, whose members pass the signal on: a
 signal that comes within a second of the first counts as the same one.
+
+`compare` may be killed by a signal that it cannot handle. So its runs wait for its end, too: see `end_with_compare`.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,11 +20,14 @@ from contextlib import contextmanager
 from types import FrameType
 
 SAME_WITHIN = 1.0  # seconds
+AGAIN_AFTER = 0.01  # seconds
+OF_COMPARE = "CRL_DIFFUSION_OF_COMPARE"  # the variable that marks the processes that `compare` starts
 HANDLED = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
-class Stopped(BaseException):
-    """A signal asked this process to end. Not an Exception, so no handler of errors catches it."""
+class Stopped(KeyboardInterrupt):
+    """A signal asked this process to end. Not an Exception, so no handler of errors catches it; Python itself, when it
+    compiles a module, drops all exceptions but KeyboardInterrupt."""
 
     def __init__(self, signum: int, where: str = "") -> None:
         super().__init__(f"interrupted by {signal.Signals(signum).name}{where}")
@@ -34,6 +40,7 @@ class _State:
     pending = 0  # the signal that waits for the end of a deferred block
     since: float | None = None  # when the first signal came
     depth = 0  # of deferred blocks
+    of_compare = False  # whether `compare` has started this process
 
 
 def pending() -> int:
@@ -51,13 +58,60 @@ def handled() -> Iterator[None]:
     _State.pending, _State.since = 0, None
     before = {number: signal.getsignal(number) for number in HANDLED}
     taken = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+    drop = sys.unraisablehook
+
+    def raise_again(unraisable: sys.UnraisableHookArgs) -> None:
+        """Python drops what is raised in a destructor or a callback: the signal comes again."""
+        if isinstance(unraisable.exc_value, Stopped):
+            _State.since = None
+            threading.Timer(AGAIN_AFTER, os.kill, (os.getpid(), unraisable.exc_value.signum)).start()
+        else:
+            drop(unraisable)
+
+    sys.unraisablehook = raise_again
     try:
         for number in taken:
             signal.signal(number, _receive)
         yield
+    except Exception as error:
+        if (stop := _cause(error)) is not None:
+            raise stop from error
+        raise
     finally:
+        sys.unraisablehook = drop
         for number, handler in taken.items():
             signal.signal(number, handler)
+
+
+def _cause(error: BaseException) -> Stopped | None:
+    """The `Stopped` of which other code has made this error, or during which the error came."""
+    seen: BaseException | None = error
+    while seen is not None and not isinstance(seen, Stopped):
+        seen = seen.__cause__ or seen.__context__
+    return seen
+
+
+def end_with_compare() -> None:
+    """Let this process get SIGTERM when the `compare` that has started it ends, however that ends; nothing if none has.
+    Stdin is then a pipe: `compare` holds its other end and writes nothing, so a read returns when `compare` has ended.
+    """
+    _State.of_compare = os.environ.pop(OF_COMPARE, "") != ""
+    if not _State.of_compare:
+        return
+    pipe = os.dup(0)
+    with open(os.devnull, "rb") as nothing:
+        os.dup2(nothing.fileno(), 0)
+
+    def wait() -> None:
+        os.read(pipe, 1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def of_compare() -> bool:
+    """Whether `compare` has started this process."""
+    return _State.of_compare
 
 
 @contextmanager

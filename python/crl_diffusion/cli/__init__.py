@@ -29,10 +29,11 @@ CLOSED_PIPE = 128 + 13  # as a shell reports a process that SIGPIPE has ended
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
-    encode_what_can_be()
     words = sys.argv[1:] if argv is None else argv
     try:
         with signals.handled():
+            signals.end_with_compare()
+            encode_what_can_be()
             try:
                 return run(words)
             finally:

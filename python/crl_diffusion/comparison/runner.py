@@ -16,7 +16,7 @@ from crl_diffusion.comparison.cells import Cell
 from crl_diffusion.comparison.progress import progress_display
 from crl_diffusion.files import holder
 from crl_diffusion.run_folder.layout import in_use
-from crl_diffusion.signals import Stopped
+from crl_diffusion.signals import OF_COMPARE, Stopped, deferred
 from crl_diffusion.training import forecast
 
 POLL_SECONDS = 0.5
@@ -49,6 +49,7 @@ class Pool:
 
     def __init__(self, slots: int, command: Command) -> None:
         self.slots, self.command = slots, command
+        self.pipe, _ = os.pipe()  # closed when this process ends, however it ends: see `signals.end_with_compare`
 
     def start(self, cells: Sequence[Cell]) -> None:
         for cell in cells:
@@ -57,10 +58,10 @@ class Pool:
                 # One thread for each process: on models this small a second thread costs more than it gains.
                 cell.process = subprocess.Popen(
                     self.command(cell),
-                    stdin=subprocess.DEVNULL,
+                    stdin=self.pipe,
                     stdout=log,
                     stderr=subprocess.STDOUT,
-                    env={**os.environ, **dict.fromkeys(THREADS, "1"), "CI": "true"},
+                    env={**os.environ, **dict.fromkeys(THREADS, "1"), "CI": "true", OF_COMPARE: "1"},
                 )
 
     def stop(self, running: Sequence[Cell], signum: int, say: Callable[[str], None]) -> None:
@@ -68,12 +69,15 @@ class Pool:
         started = [cell.process for cell in running if isinstance(cell.process, subprocess.Popen)]
         for process in started:
             process.send_signal(signum)
+            process.send_signal(signal.SIGCONT)  # one that was stopped would never end
         try:
             for process in started:
                 process.wait()
         except Stopped:
             for process in started:
                 process.kill()
+            for process in started:
+                process.wait()
             raise
 
     def ending(self, cell: Cell) -> str:
@@ -108,8 +112,9 @@ def run(work: Sequence[Cell], launcher: Launcher, console: Console, quiet: bool)
                     if len(running) + len(started) < launcher.slots and ready(cell):
                         started.append(cell)
                 if started:
-                    launcher.start(started)
                     running += started
+                    with deferred():  # no process starts that `stop` does not know
+                        launcher.start(started)
                     waiting = [cell for cell in waiting if cell not in started]
                 time.sleep(POLL_SECONDS)
                 for cell in [*running]:

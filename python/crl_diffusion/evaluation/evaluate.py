@@ -25,7 +25,7 @@ from crl_diffusion.evaluation.extractors import Custom
 from crl_diffusion.evaluation.features import Extractor
 from crl_diffusion.evaluation.fid import Statistics, fid, kept_statistics
 from crl_diffusion.evaluation.metrics import class_kl
-from crl_diffusion.files import Row, remove_unfinished, write_tensors
+from crl_diffusion.files import Row, write_tensors
 from crl_diffusion.run_folder.readers import CONFIG_REMEDY, read_config, samples_path
 
 KEPT_SAMPLES = 12  # images of each class and evaluation that stay in the run folder
@@ -108,7 +108,6 @@ def evaluate(draw: Draw, tools: Instruments | None, data: Data, config: RunConfi
     if kept:
         pixels, labels = torch.cat([part.pixels for part in kept]), torch.cat([part.labels for part in kept])
         write_tensors(samples_path(out, learnt), {"pixels": pixels, "labels": labels})
-        remove_unfinished(out / "samples")
     return rows
 
 

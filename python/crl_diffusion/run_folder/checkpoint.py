@@ -25,7 +25,6 @@ from torch import Tensor
 from crl_diffusion.errors import WriteError
 from crl_diffusion.files import (
     read_tensors,
-    remove_unfinished,
     require_file,
     require_folder,
     tensor_files,
@@ -195,4 +194,3 @@ def _prune(folder: Path, newest: Path) -> None:
     within = [p for p in tensor_files(folder) if _moment(p)[1] > 0 and _moment(p) <= _moment(newest)]
     for path in sorted(within, key=_moment)[:-KEPT_WITHIN_A_STAGE]:
         path.unlink()
-    remove_unfinished(folder)

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Mapping
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from crl_diffusion import signals
 from crl_diffusion.config.settings import ADDED, RunConfig
 from crl_diffusion.errors import OptionError, RecordError, UnreadableError
-from crl_diffusion.files import is_locked, locked, read_json, require_file, require_folder, write_json, write_text
+from crl_diffusion.files import (
+    is_locked,
+    locked,
+    read_json,
+    remove_unfinished,
+    require_file,
+    require_folder,
+    write_json,
+    write_text,
+)
 from crl_diffusion.run_folder import checkpoint, origin
 from crl_diffusion.run_folder.readers import read_config
 
@@ -74,6 +84,7 @@ def differences(config: RunConfig, out: Path, ignored: Collection[str] = ()) -> 
 
 
 FOLDERS = ("checkpoints", "samples", "tensorboard")
+WRITTEN = ("checkpoints", "samples", "real-statistics")  # folders of files that are written under temporary names
 FILES = (
     *(".lock", ".lock.json", "config.json", "metrics.jsonl", "timings.jsonl", "summary.json", "log.txt"),
     *("samples.png", "fid_matrix.png", "curves.png"),
@@ -163,9 +174,19 @@ def make_writable(out: Path) -> None:
         ) from error
 
 
-def writing(out: Path) -> AbstractContextManager[None]:
-    """Lock the folder for writing. OptionError if another process holds the lock."""
-    return locked(out / ".lock", f"--out {str(out)!r} is being written by another process; wait for it, or use another")
+@contextmanager
+def writing(out: Path, say: Callable[[str], None] = print) -> Iterator[None]:
+    """Lock the folder for writing, and delete what a killed process has left unfinished in it. OptionError if another
+    process holds the lock; a run that `compare` has started waits, and `say` is told so."""
+    refusal = f"--out {str(out)!r} is being written by another process; wait for it, or use another"
+    with locked(out / ".lock", None if signals.of_compare() else refusal, say):
+        _remove_unfinished(out)
+        yield
+
+
+def _remove_unfinished(out: Path) -> None:
+    for folder in (out, *(out / name for name in WRITTEN)):
+        remove_unfinished(folder)
 
 
 def in_use(out: Path) -> bool:
@@ -173,7 +194,11 @@ def in_use(out: Path) -> bool:
     return is_locked(out / ".lock")
 
 
-def comparing(out: Path, say: Callable[[str], None]) -> AbstractContextManager[None]:
-    """Lock the folder of a comparison. While another `compare` holds the lock, wait; `say` is told so."""
+@contextmanager
+def comparing(out: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Lock the folder of a comparison, and delete what a killed process has left unfinished in it. While another
+    `compare` holds the lock, wait; `say` is told so."""
     make_writable(out)
-    return locked(out / ".lock", say=say)
+    with locked(out / ".lock", say=say):
+        _remove_unfinished(out)
+        yield

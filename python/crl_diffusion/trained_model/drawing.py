@@ -7,8 +7,6 @@ it: the rounding of the network's arithmetic depends on the size of a batch.
 
 from __future__ import annotations
 
-import io
-import os
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -22,7 +20,7 @@ from torch import Tensor
 from crl_diffusion.data.images import to_pixels
 from crl_diffusion.diffusion import noising, sampling
 from crl_diffusion.errors import OptionError, in_words
-from crl_diffusion.files import Row
+from crl_diffusion.files import Row, replacing
 from crl_diffusion.trained_model.place import claim
 from crl_diffusion.trained_model.weights import TrainedModel
 
@@ -126,9 +124,6 @@ def write_images(
 
 
 def _write_png(path: Path, pixels: np.ndarray) -> None:
-    """An image, uint8 (C, S, S), as a temporary file that is then renamed."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels[0] if len(pixels) == 1 else np.moveaxis(pixels, 0, -1)).save(buffer, "PNG")
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_bytes(buffer.getvalue())
-    os.replace(temporary, path)
+    """An image, uint8 (C, S, S), written completely or not at all."""
+    with replacing(path) as temporary:
+        Image.fromarray(pixels[0] if len(pixels) == 1 else np.moveaxis(pixels, 0, -1)).save(temporary, "PNG")

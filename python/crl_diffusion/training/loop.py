@@ -82,7 +82,7 @@ def train(
         if first:
             make_writable(out)
         try:
-            with writing(out) if first else nullcontext():
+            with writing(out, say) if first else nullcontext():
                 tools = None
                 if first:
                     # The folder must belong to this configuration. Only the first process writes to it.
