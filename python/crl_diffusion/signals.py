@@ -103,6 +103,8 @@ def end_with_compare() -> None:
         os.dup2(nothing.fileno(), 0)
 
     def wait() -> None:
+        if hasattr(signal, "pthread_sigmask"):  # all signals are for the main thread, which they wake
+            signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
         os.read(pipe, 1)
         os.kill(os.getpid(), signal.SIGTERM)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 from crl_diffusion import cli, errors, files, signals
-from crl_diffusion.config.settings import RunConfig
+from crl_diffusion.comparison import cells, runner
+from crl_diffusion.config.settings import RunConfig, Settings
 from crl_diffusion.evaluation import evaluate, summaries
 from crl_diffusion.methods import penalties
 from crl_diffusion.methods.replay import Pool
@@ -33,6 +36,7 @@ from helpers.trainer_runs import (
     same_end,
     train_words,
 )
+from rich.console import Console
 
 pytestmark = [
     few_samples,
@@ -194,6 +198,93 @@ def test_deferred_blocks_may_be_nested_and_pass_errors_on() -> None:
     assert signals._State.depth == 0
 
 
+def test_a_signal_that_python_drops_comes_again() -> None:
+    class Dropping:
+        def __del__(self) -> None:
+            _kill(signal.SIGTERM)()
+
+    def run() -> None:
+        Dropping()
+        time.sleep(10)
+
+    with signals.handled(), pytest.raises(signals.Stopped, match="SIGTERM"):
+        run()
+
+
+def test_a_signal_while_python_compiles_a_module_is_not_lost() -> None:
+    """Where it computes constants, Python looks for signals and drops what their handlers raise."""
+
+    def run() -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+        compile(f"x = [{'3**90 % 7, ' * 50_000}]", "module", "exec")
+
+    before = signal.signal(signal.SIGALRM, signals._receive)
+    try:
+        with signals.handled(), pytest.raises(signals.Stopped, match="SIGALRM"):
+            run()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_an_error_that_other_code_makes_of_a_signal_is_still_the_signal() -> None:
+    def run() -> None:
+        try:
+            _kill(signal.SIGHUP)()
+        finally:
+            raise OSError(5, "the terminal has hung up")
+
+    with pytest.raises(signals.Stopped, match="SIGHUP") as raised, signals.handled():
+        run()
+    assert isinstance(raised.value.__cause__, OSError)
+    with pytest.raises(OSError, match="without a signal"), signals.handled():
+        raise OSError("without a signal")
+
+
+# Imported by Python before the program. The signal comes when a module is about to be imported, or at the very end.
+AT_A_MOMENT = """
+import atexit, os, signal, sys
+moment = os.environ["MOMENT"]
+def kill():
+    os.kill(os.getpid(), int(os.environ["SIGNAL"]))
+class AtImport:
+    def find_spec(self, name, path=None, target=None):
+        if name == moment:
+            kill()
+if moment == "the end":
+    atexit.register(kill)
+    sys.modules["rich"] = None  # so the command ends at once
+else:
+    sys.meta_path.insert(0, AtImport())
+"""
+
+
+@pytest.mark.parametrize("number", signals.HANDLED)
+@pytest.mark.parametrize(
+    ("moment", "handled"),
+    [
+        ("crl_diffusion.cli", False),
+        ("crl_diffusion.cli.commands", True),
+        ("crl_diffusion.config", True),
+        ("the end", False),
+    ],
+)
+def test_a_signal_at_the_start_or_the_end_of_a_command_is_one_line_at_most(
+    moment: str, handled: bool, number: signal.Signals, tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(AT_A_MOMENT)
+    env = {**os.environ, **child_environment(), "MOMENT": moment, "SIGNAL": str(int(number))}
+    env["PYTHONPATH"] = os.pathsep.join([str(tmp_path), env["PYTHONPATH"]])
+    words = [sys.executable, "-m", "crl_diffusion", "list"]
+    done = subprocess.run(words, env=env, capture_output=True, text=True, check=False)
+    line = f"crl-diffusion: interrupted by {number.name}; give the same command again to resume\n"
+    if handled:
+        assert (done.returncode, done.stderr) == (128 + number, line)
+    else:  # the process ends by the signal, which a shell calls 128 + number, too
+        assert done.returncode == -number
+        assert done.stderr.count("\n") == (moment == "the end"), done.stderr
+        assert ("'rich' is missing" in done.stderr) == (moment == "the end")
+
+
 # Two signals, as if they were seconds apart, in a step that takes a minute.
 SECOND = """
 import os, signal, sys, threading, time
@@ -222,6 +313,100 @@ def test_a_second_signal_ends_a_process_at_once(finished: Path, extractor_folder
     assert sorted(path.stem for path in (out / "checkpoints").iterdir())[-1] == "01-00000000"
     assert cli.main(train_words(out, extractor_folder)) == 0
     same_end(finished, out)
+
+
+# A run that `compare` has started, as far as signals go.
+RUN = """
+import time
+from crl_diffusion import signals
+with signals.handled():
+    signals.end_with_compare()
+    print("begun, stdin:", repr(open(0).read()), flush=True)
+    try:
+        time.sleep(100)
+    except signals.Stopped as stop:
+        print(stop, flush=True)
+"""
+
+
+def _pool(slots: int = 1, script: str = RUN) -> runner.Pool:
+    return runner.Pool(slots, lambda cell: [sys.executable, "-c", script])
+
+
+@pytest.fixture
+def cells_of_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[cells.Cell]:
+    monkeypatch.setenv("PYTHONPATH", child_environment()["PYTHONPATH"])
+    monkeypatch.setattr(runner, "POLL_SECONDS", 0.01)
+    return cells.cells(Settings(), ["gd", "rank1"], [0], tmp_path)
+
+
+def _wait_for_text(path: Path, text: str) -> None:
+    end = time.monotonic() + 60
+    while not path.exists() or text not in path.read_text():
+        assert time.monotonic() < end, path.read_text() if path.exists() else f"{path} is missing"
+        time.sleep(0.01)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="os.fork is missing")
+def test_a_run_ends_when_compare_is_killed(cells_of_two: list[cells.Cell]) -> None:
+    log = runner.log_path(cells_of_two[0])
+    compare = os.fork()
+    if compare == 0:
+        _pool().start(cells_of_two[:1])
+        time.sleep(100)
+        os._exit(0)
+    _wait_for_text(log, "begun, stdin: ''\n")  # which is as empty as /dev/null
+    assert "interrupted" not in log.read_text()
+    os.kill(compare, signal.SIGKILL)
+    os.waitpid(compare, 0)
+    _wait_for_text(log, "interrupted by SIGTERM\n")
+
+
+def test_a_process_that_compare_has_not_started_does_not_watch_stdin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(signals.OF_COMPARE, raising=False)
+    before = os.fstat(0)
+    signals.end_with_compare()
+    assert not signals.of_compare()
+    assert os.path.samestat(os.fstat(0), before)
+
+
+def _run_until_signal(work: list[cells.Cell], pool: runner.Pool) -> None:
+    with signals.handled(), pytest.raises(signals.Stopped, match="SIGTERM"):
+        runner.run(work, pool, Console(file=io.StringIO()), quiet=True)
+
+
+def test_a_signal_while_compare_starts_runs_reaches_all_of_them(cells_of_two: list[cells.Cell]) -> None:
+    def command(cell: cells.Cell) -> list[str]:
+        if cell is cells_of_two[1]:
+            _wait_for_text(runner.log_path(cells_of_two[0]), "begun")
+            _kill(signal.SIGTERM)()
+        return [sys.executable, "-c", RUN]
+
+    _run_until_signal(cells_of_two, runner.Pool(2, command))
+    for cell in cells_of_two:
+        assert cell.process is not None
+        assert cell.process.poll() is not None
+
+
+def test_compare_ends_a_run_that_was_stopped(cells_of_two: list[cells.Cell]) -> None:
+    (cell, _) = cells_of_two
+    rescued: list[int] = []
+
+    def stop_both() -> None:
+        _wait_for_text(runner.log_path(cell), "begun")
+        assert isinstance(cell.process, subprocess.Popen)
+        cell.process.send_signal(signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+        if cell.process.returncode is None:
+            rescued.append(cell.process.pid)
+            cell.process.kill()
+
+    thread = threading.Thread(target=stop_both, daemon=True)
+    thread.start()
+    _run_until_signal([cell], _pool())
+    assert rescued == []
+    assert "interrupted by SIGTERM" in runner.log_path(cell).read_text()
 
 
 def _wait_for(path: Path, process: subprocess.Popen[str]) -> None:

@@ -9,11 +9,14 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
+from crl_diffusion import signals
 from crl_diffusion.cli import parser
 from crl_diffusion.comparison import cells, progress, runner
 from crl_diffusion.config.settings import RunConfig, Settings
@@ -21,6 +24,7 @@ from crl_diffusion.errors import OptionError
 from crl_diffusion.files import write_json
 from crl_diffusion.run_folder.layout import comparing, writing
 from crl_diffusion.training.plan import resolve
+from filelock import FileLock
 from helpers.trainer_runs import SHORT, child_environment, options
 from rich.console import Console
 
@@ -214,6 +218,52 @@ def test_a_process_that_finds_its_folder_taken_is_started_again(
     assert runner.run([cell], runner.Pool(1, command), Console(file=output, width=200), quiet=True) == []
     assert cell.finished
     assert "FAILED" not in output.getvalue()
+
+
+def test_a_run_of_compare_waits_for_a_process_that_was_faster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever of the two ends first: it has not failed, and a look at the lock is no failure for anybody."""
+    lines: list[str] = []
+    other = ExitStack()
+
+    def waits(line: str) -> None:
+        lines.append(line)
+        other.close()
+
+    other.enter_context(writing(tmp_path))
+    monkeypatch.setattr(signals._State, "of_compare", True)
+    with writing(tmp_path, waits):
+        assert re.fullmatch(rf"'{tmp_path}' is in use by process {os.getpid()} on .*; waiting for it", lines[0])
+    monkeypatch.setattr(signals._State, "of_compare", False)
+    looks = threading.Event()
+
+    def look() -> None:
+        with FileLock(tmp_path / ".lock"):
+            looks.set()
+            time.sleep(0.01)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    assert looks.wait(10)
+    with writing(tmp_path):
+        pass
+    thread.join()
+
+
+def test_who_may_write_to_a_folder_deletes_what_a_killed_process_has_left(tmp_path: Path) -> None:
+    left = ["config.json.3f2a9c01.tmp", "summary.json.4242.tmp", ".lock.json.00ff00ff.tmp", ".tmpcBB2ki"]
+    left += [f"{folder}/a.safetensors.3f2a9c01.tmp" for folder in ("checkpoints", "samples", "real-statistics")]
+    others = ["notes.tmp", ".tmp-mine", "gd-seed0/config.json.3f2a9c01.tmp"]
+    for number, lock in enumerate((writing, lambda out: comparing(out, print))):
+        out = tmp_path / str(number)
+        for name in (*left, *others):
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            (out / name).touch()
+        with writing(out / "gd-seed0") if number else ExitStack():
+            pass
+        with lock(out):
+            found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+        kept = others[: 3 - number]  # a run may be writing to its own folder
+        assert {name for name in found if ".lock" not in name} == set(kept)
 
 
 def test_the_second_comparison_in_a_folder_waits_for_the_first(tmp_path: Path, extractor_folder: Path) -> None:

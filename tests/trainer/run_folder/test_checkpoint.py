@@ -147,6 +147,20 @@ def test_a_crash_before_the_rename_leaves_the_old_checkpoint(tmp_path: Path, mon
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_processes_with_one_number_write_under_different_names(tmp_path: Path) -> None:
+    """As in two containers that share a folder: neither touches what the other is writing."""
+    path = tmp_path / "a.json"
+    with files.replacing(path) as first:
+        with files.replacing(path) as second:
+            second.write_text("second")
+        first.write_text("first")
+        assert path.read_text() == "second"
+        checkpoint.save(tmp_path, _make(0, 100))
+        assert first.exists()
+    assert path.read_text() == "first"
+    assert not list(tmp_path.glob("*.tmp"))
+
+
 @pytest.mark.parametrize("call", ["replace", "fsync", "save_file"])
 def test_a_full_disk_leaves_the_old_checkpoint_and_no_part_of_the_new(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str

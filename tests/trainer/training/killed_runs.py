@@ -2,7 +2,7 @@
 
     python killed_runs.py SEED KILLS train --out ...
 
-SIGKILL comes just before or just after one call of a traced function: in steps, while tensors are saved, between a
+SIGKILL, SIGTERM, SIGHUP or SIGINT comes just before or just after one call of a traced function: in steps, while tensors are saved, between a
 write and its rename, in evaluations, in the estimation of the Fisher matrix, while pictures and the summary are
 written. First an uninterrupted run, into <out>-uninterrupted, counts these moments. Each kill takes one at random. The
 script prints a line for each kill and ends with the exit code of the last run. Torch is imported once, by a process
@@ -24,7 +24,7 @@ import torch
 import torch._dynamo
 import torch.utils.tensorboard
 import torchmetrics.image.fid  # noqa: F401
-from crl_diffusion import cli, files
+from crl_diffusion import cli, files, signals
 from crl_diffusion.evaluation import evaluate, summaries
 from crl_diffusion.methods import penalties, replay
 from crl_diffusion.methods.guidance import Guide
@@ -58,10 +58,10 @@ TRACED: list[tuple[Any, str]] = [
 
 
 class Moments:
-    """Counts moments, and kills the process at one of them."""
+    """Counts moments, and sends the process a signal at one of them."""
 
-    def __init__(self, last: int | None) -> None:
-        self.count, self.last = 0, last
+    def __init__(self, last: int | None, number: int) -> None:
+        self.count, self.last, self.number = 0, last, number
         for owner, name in TRACED:
             setattr(owner, name, self.around(getattr(owner, name), f"{getattr(owner, '__name__', owner)}.{name}"))
 
@@ -77,15 +77,15 @@ class Moments:
     def pass_by(self, place: str) -> None:
         self.count += 1
         if self.count == self.last:
-            print(f"killed at moment {self.count}, {place}", flush=True)
-            os.kill(os.getpid(), signal.SIGKILL)
+            print(f"killed at moment {self.count}, {place}, by {signal.Signals(self.number).name}", flush=True)
+            os.kill(os.getpid(), self.number)
 
 
-def forked(arguments: list[str], last: int | None, count_file: Path) -> int:
-    """The exit status of a run that is killed at the moment `last`; the number of its moments goes to `count_file`."""
+def forked(arguments: list[str], count_file: Path, last: int | None = None, number: int = 0) -> int:
+    """The exit status of a run that gets a signal at the moment `last`; the number of its moments goes to `count_file`."""
     child = os.fork()
     if child == 0:
-        moments = Moments(last)
+        moments = Moments(last, number)
         code = cli.main(arguments)
         count_file.write_text(str(moments.count))
         sys.stdout.flush()
@@ -98,21 +98,23 @@ def main(seed: int, kills: int, arguments: list[str]) -> int:
     place = arguments.index("--out") + 1
     out = Path(arguments[place])
     count_file = out.with_name(f"{out.name}-moments")
+    for number in signals.HANDLED:  # nohup ignores SIGHUP, and a script's background command SIGINT
+        signal.signal(number, signal.SIG_DFL)
     uninterrupted = [*arguments[:place], f"{out}-uninterrupted", *arguments[place + 1 :]]
-    if code := forked(uninterrupted, None, count_file):
+    if code := forked(uninterrupted, count_file):
         return code
     moments = int(count_file.read_text())
     done = 0
     while done < kills:
-        moment = chosen.randint(1, moments)
-        code = forked(arguments, moment, count_file)
-        if code == -signal.SIGKILL:
+        moment, number = chosen.randint(1, moments), chosen.choice([signal.SIGKILL, *signals.HANDLED])
+        code = forked(arguments, count_file, moment, number)
+        if code == (-number if number == signal.SIGKILL else 128 + number):
             done += 1
         elif code == 0:  # so late a moment that what was left of the run had fewer
             break
         else:
             return code
-    return forked(arguments, None, count_file)
+    return forked(arguments, count_file)
 
 
 if __name__ == "__main__":
