@@ -2,11 +2,11 @@
 
     python killed_runs.py SEED KILLS train --out ...
 
-SIGKILL, SIGTERM, SIGHUP or SIGINT comes just before or just after one call of a traced function: in steps, while tensors are saved, between a
-write and its rename, in evaluations, in the estimation of the Fisher matrix, while pictures and the summary are
-written. First an uninterrupted run, into <out>-uninterrupted, counts these moments. Each kill takes one at random. The
-script prints a line for each kill and ends with the exit code of the last run. Torch is imported once, by a process
-that computes nothing, so its forks are as good as new processes and begin at once.
+SIGKILL, SIGTERM, SIGHUP or SIGINT comes just before or just after one call of a traced function: in steps, while
+tensors are saved, between a write and its rename, in evaluations, in the estimation of the Fisher matrix, while
+pictures and the summary are written. First an uninterrupted run, into <out>-uninterrupted, counts these moments. Each
+kill takes one at random. The script prints a line for each kill and ends with the exit code of the last run. Torch is
+imported once, by a process that computes nothing, so its forks are as good as new processes and begin at once.
 """
 
 import os
@@ -82,7 +82,7 @@ class Moments:
 
 
 def forked(arguments: list[str], count_file: Path, last: int | None = None, number: int = 0) -> int:
-    """The exit status of a run that gets a signal at the moment `last`; the number of its moments goes to `count_file`."""
+    """The exit status of a run that gets a signal at the moment `last`; `count_file` gets the number of its moments."""
     child = os.fork()
     if child == 0:
         moments = Moments(last, number)
