@@ -15,12 +15,13 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 SAME_WITHIN = 1.0  # seconds
 AGAIN_AFTER = 0.01  # seconds
+IMPORT = "<frozen importlib._bootstrap>"  # the file that an import's frames name
 OF_COMPARE = "CRL_DIFFUSION_OF_COMPARE"  # the variable that marks the processes that `compare` starts
 HANDLED = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
@@ -40,6 +41,7 @@ class _State:
     pending = 0  # the signal that waits for the end of a deferred block
     since: float | None = None  # when the first signal came
     depth = 0  # of deferred blocks
+    say: Callable[[Stopped], None] | None = None  # of `handled`
     of_compare = False  # whether `compare` has started this process
 
 
@@ -49,13 +51,17 @@ def pending() -> int:
 
 
 @contextmanager
-def handled() -> Iterator[None]:
+def handled(say: Callable[[Stopped], None] | None = None) -> Iterator[None]:
     """Signals raise `Stopped` within the block. Ignored signals stay ignored (nohup ignores SIGHUP). Outside the main
-    thread nothing changes, because Python handles signals only there."""
+    thread nothing changes, because Python handles signals only there.
+
+    With `say`, a signal during an import ends the process at once, after `say`: C++ code of torch aborts the process
+    where its import is interrupted by an exception, and other code makes another error of it, or drops it.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _State.pending, _State.since = 0, None
+    _State.pending, _State.since, _State.say = 0, None, say
     before = {number: signal.getsignal(number) for number in HANDLED}
     taken = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
     drop = sys.unraisablehook
@@ -79,6 +85,7 @@ def handled() -> Iterator[None]:
         raise
     finally:
         sys.unraisablehook = drop
+        _State.say = None
         for number, handler in taken.items():
             signal.signal(number, handler)
 
@@ -138,5 +145,17 @@ def _receive(number: int, frame: FrameType | None) -> None:
         os.kill(os.getpid(), number)
     elif _State.depth:
         _State.pending = number
+    elif _State.say is not None and _imports(frame):
+        try:
+            _State.say(Stopped(number))
+        finally:
+            os._exit(128 + number)
     else:
         raise Stopped(number)
+
+
+def _imports(frame: FrameType | None) -> bool:
+    """Whether code runs within an import."""
+    while frame is not None and frame.f_code.co_filename != IMPORT:
+        frame = frame.f_back
+    return frame is not None

@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
     words = sys.argv[1:] if argv is None else argv
     try:
-        with signals.handled():
+        with signals.handled(_say_stopped):
             signals.end_with_compare()
             encode_what_can_be()
             try:
@@ -60,9 +60,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         complain(f"error: {error}; check that the path exists, can be read and written, and has free space")
         return 2
     except signals.Stopped as stop:
-        if is_first():
-            complain(f"{stop}; give the same command again to resume")
+        _say_stopped(stop)
         return 128 + stop.signum
+
+
+def _say_stopped(stop: signals.Stopped) -> None:
+    if is_first():
+        complain(f"{stop}; give the same command again to resume")
 
 
 def run(argv: Sequence[str]) -> int:
