@@ -25,7 +25,7 @@ from torch import Tensor
 from crl_diffusion.errors import PUT_BACK, OptionError, RecordError, UnreadableError, WriteError
 
 Row = dict[str, Any]
-UNFINISHED = re.compile(r".+\.[0-9a-f]+\.tmp|\.tmp[0-9A-Za-z]{6}")
+UNFINISHED = re.compile(r".+\.[0-9a-f]{16}\.tmp|\.tmp[0-9A-Za-z]{6}")  # the temporary names of `replacing`, safetensors
 
 
 def require_file(path: Path) -> None:
@@ -74,7 +74,7 @@ def tensor_files(folder: Path) -> list[Path]:
 def replacing(path: Path) -> Iterator[Path]:
     """The path of a temporary file next to `path`, to be written within the block. After it, the file is synced and
     renamed: readers see the old file or the new one, whose mode is the umask's. After an error it is deleted."""
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "xb") as file:
             mode = os.fstat(file.fileno()).st_mode

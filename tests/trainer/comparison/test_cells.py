@@ -250,9 +250,10 @@ def test_a_run_of_compare_waits_for_a_process_that_was_faster(tmp_path: Path, mo
 
 
 def test_who_may_write_to_a_folder_deletes_what_a_killed_process_has_left(tmp_path: Path) -> None:
-    left = ["config.json.3f2a9c01.tmp", "summary.json.4242.tmp", ".lock.json.00ff00ff.tmp", ".tmpcBB2ki"]
-    left += [f"{folder}/a.safetensors.3f2a9c01.tmp" for folder in ("checkpoints", "samples", "real-statistics")]
-    others = ["notes.tmp", ".tmp-mine", "gd-seed0/config.json.3f2a9c01.tmp"]
+    token = "3f2a9c0100ff00ff"
+    left = [f"config.json.{token}.tmp", f".lock.json.{token}.tmp", ".tmpcBB2ki"]
+    left += [f"{folder}/a.safetensors.{token}.tmp" for folder in ("checkpoints", "samples", "real-statistics")]
+    others = ["notes.20261130.tmp", ".tmp-mine", f"gd-seed0/config.json.{token}.tmp"]
     for number, lock in enumerate((writing, lambda out: comparing(out, print))):
         out = tmp_path / str(number)
         for name in (*left, *others):

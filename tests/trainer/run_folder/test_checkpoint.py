@@ -153,6 +153,7 @@ def test_processes_with_one_number_write_under_different_names(tmp_path: Path) -
     with files.replacing(path) as first:
         with files.replacing(path) as second:
             second.write_text("second")
+            assert all(files.UNFINISHED.fullmatch(temporary.name) for temporary in (first, second))
         first.write_text("first")
         assert path.read_text() == "second"
         checkpoint.save(tmp_path, _make(0, 100))

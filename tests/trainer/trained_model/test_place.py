@@ -52,6 +52,6 @@ def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_command_that_was_killed_while_it_wrote_its_record_can_be_repeated(tmp_path: Path) -> None:
-    (tmp_path / "record.json.3f2a9c01.tmp").write_text('{"se')
+    (tmp_path / "record.json.3f2a9c0100ff00ff.tmp").write_text('{"se')
     claim(tmp_path, "record.json", RECORD)
     assert (tmp_path / "record.json").exists()
