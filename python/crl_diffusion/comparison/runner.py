@@ -82,6 +82,8 @@ class Pool:
 
     def ending(self, cell: Cell) -> str:
         code = cell.process.poll() if cell.process is not None else None
+        if code == -signal.SIGKILL:
+            return "(killed by signal 9, as systems do where memory runs out: give fewer --jobs)"
         return f"(killed by signal {-code})" if code is not None and code < 0 else ""
 
 

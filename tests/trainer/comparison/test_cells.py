@@ -53,7 +53,10 @@ def test_other_cells_continue_when_one_is_killed(tmp_path: Path, monkeypatch: py
     assert done == {cell.name for cell in work if cell not in failed}
     assert "rank1, seed 0: FAILED" in output
     assert "rank1, seed 1: finished" in output
-    assert runner.tail(failed[0], pool).splitlines() == ["about to die", "(killed by signal 9)"]
+    assert runner.tail(failed[0], pool).splitlines() == [
+        "about to die",
+        "(killed by signal 9, as systems do where memory runs out: give fewer --jobs)",
+    ]
 
     again = cells.cells(Settings(), ["gd", "rank1"], [0, 1], tmp_path)  # the same command
     for cell in again:  # which reads the records of each: see test_damaged_folders.py
