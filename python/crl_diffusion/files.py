@@ -89,10 +89,19 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
+def file_digest(path: str | Path) -> str:
+    """sha256 of a file's content; OSError if it cannot be read."""
+    sha256 = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            sha256.update(block)
+    return sha256.hexdigest()
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write text in UTF-8, completely or not at all."""
+    """Write text in UTF-8, completely or not at all; a byte of a file's name that is no UTF-8 becomes `\\udc..`."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, value: Any) -> None:

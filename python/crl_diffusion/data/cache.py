@@ -6,6 +6,11 @@ that cannot be written to, in the user's cache folder. It holds, for the parts t
 of the names, sizes and times of modification of all files that it was made from and of how they were read, so a changed
 data set or another reader gets a new copy; old ones may be deleted.
 
+about.json has the SHA-256 digest of each file, taken from what was written. A file of up to `CHECKED` bytes is read and
+checked whenever the copy is opened. A larger one, such as ImageNet's 4 GB of pixels, is checked if it is no longer the
+file that was written, by inode and time of modification: what a disk changes in it by itself is not noticed. Copies of
+earlier versions have no digests and are not checked.
+
 One process at a time writes the folder under another name, syncs it and renames it: a copy under its final name is
 complete. Pixels are mapped into memory, privately: processes share them, only the pages in use are read, and nothing
 can change the file.
@@ -23,16 +28,18 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from crl_diffusion.data.images import Images
 from crl_diffusion.errors import OptionError
-from crl_diffusion.files import locked, sync_folder, write_json
+from crl_diffusion.files import Row, file_digest, locked, sync_folder, write_json
 
 FORMAT = 1  # of the copies; part of the key
 COPIES = ".crl-diffusion"
 PARTS = ("train", "test")
+CHECKED = 2**28  # bytes of a file that is checked at each start, in a quarter of a second
 PROGRESS_EVERY = 30.0  # seconds between two lines about a copy that is being made
 
 Chunks = Iterator[tuple[Tensor, Tensor]]  # pixels, uint8 (n, 3, S, S); labels, int64 (n,)
@@ -41,9 +48,10 @@ Chunks = Iterator[tuple[Tensor, Tensor]]  # pixels, uint8 (n, 3, S, S); labels, 
 class Decoded(NamedTuple):
     """The training and the test part of a data set, mapped, and what its reader has found out while it decoded them."""
 
+    folder: Path  # of the copy
     train: Images
     test: Images
-    findings: dict[str, Any]
+    findings: Any  # as JSON gives them back
 
 
 def digest(root: Path, files: Sequence[str], with_times: bool) -> str:
@@ -76,9 +84,9 @@ def decoded(
     key = hashlib.sha256(os.fsencode(listing)).hexdigest()[:16]
     folder = home(root) / f"{name}-{size}px-{key}"
     made_earlier = root / COPIES / folder.name  # readable, even where nothing can be added
-    if made_earlier.is_dir():
+    if os.path.isdir(made_earlier):
         folder = made_earlier
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         try:
             _make(folder, name, size, decode, findings)
         except OSError as error:
@@ -88,13 +96,21 @@ def decoded(
                 "environment variable XDG_CACHE_HOME, and give the same command again"
             ) from error
     try:
-        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-        train, test = (_mapped(folder / part, about["images"][part], size) for part in PARTS)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        about = _read_about(folder)
+        written = about.get("files", {})
+        train, test = (_mapped(folder / part, about["images"][part], size, written) for part in PARTS)
+    except PermissionError as error:
         raise OptionError(
-            f"the decoded copy {str(folder)!r} is damaged ({error}); delete it, and it is made anew"
+            f"the decoded copy {str(folder)!r} cannot be read ({error.strerror}); make its files readable for all who "
+            "use these data, or delete it, and it is made anew"
         ) from error
-    return Decoded(train, test, about.get("findings", {}))
+    except (OSError, ValueError) as error:
+        raise damaged(folder, error) from error
+    return Decoded(folder, train, test, about.get("findings", {}))
+
+
+def damaged(folder: Path, why: object) -> OptionError:
+    return OptionError(f"the decoded copy {str(folder)!r} is damaged ({why}); delete it, and it is made anew")
 
 
 def home(root: Path) -> Path:
@@ -102,7 +118,13 @@ def home(root: Path) -> Path:
     inside = root / COPIES
     if os.access(inside if inside.is_dir() else root, os.W_OK):
         return inside
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crl-diffusion"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crl-diffusion"
+    except RuntimeError:  # a user without a home folder
+        raise OptionError(
+            f"{str(root)!r} cannot be written to, and there is no home folder for the decoded copy; name a folder in "
+            "the environment variable XDG_CACHE_HOME"
+        ) from None
 
 
 def _make(
@@ -116,45 +138,78 @@ def _make(
         unfinished = folder.with_name(f".{folder.name}.unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
-        counts = {part: _write(unfinished / part, decode(part)) for part in PARTS}
         try:
-            about = {"name": name, "size": size, "images": counts, "findings": findings()}
-        except OptionError:
+            counts, written = {}, {}
+            for part in PARTS:
+                counts[part], of_part = _write(unfinished / part, decode(part))
+                written |= of_part
+            about = {"name": name, "size": size, "images": counts, "findings": findings(), "files": written}
+            write_json(unfinished / "about.json", about)
+        except (OptionError, OSError):
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
-        write_json(unfinished / "about.json", about)
         sync_folder(unfinished)
         os.rename(unfinished, folder)
         sync_folder(folder.parent)
 
 
-def _write(part: Path, chunks: Chunks) -> int:
-    """Append chunks as they come, so that no more than one is in memory. Returns the number of images."""
-    count, reported = 0, time.monotonic()
+def _write(part: Path, chunks: Chunks) -> tuple[int, dict[str, Row]]:
+    """Append chunks as they come, so that no more than one is in memory. Returns the number of images and, by its name,
+    how each file is known again."""
+    count, reported, written = 0, time.monotonic(), {}
     with open(part.with_suffix(".pixels"), "wb") as pixels_file, open(part.with_suffix(".labels"), "wb") as labels_file:
-        for pixels, labels in chunks:
-            pixels_file.write(pixels.contiguous().numpy().data)
-            labels_file.write(labels.contiguous().numpy().data)
-            count += len(labels)
+        files = [(pixels_file, hashlib.sha256()), (labels_file, hashlib.sha256())]
+        for chunk in chunks:
+            for (file, sha256), values in zip(files, chunk, strict=True):
+                content = values.flatten().numpy().data
+                file.write(content)
+                sha256.update(content)
+            count += len(chunk[1])
             if time.monotonic() - reported > PROGRESS_EVERY:
                 print(f"{count:,} {part.name} images decoded", file=sys.stderr, flush=True)
                 reported = time.monotonic()
-        for file in (pixels_file, labels_file):
+        for file, sha256 in files:
             file.flush()
             os.fsync(file.fileno())
-    return count
+            written[Path(file.name).name] = {"sha256": sha256.hexdigest(), **_identity(os.fstat(file.fileno()))}
+    return count, written
 
 
-def _mapped(part: Path, count: int, size: int) -> Images:
-    for suffix, wanted in ((".pixels", count * 3 * size**2), (".labels", count * 8)):
-        file = part.with_suffix(suffix)
-        if file.stat().st_size != wanted:
-            raise ValueError(f"{file.name} has {file.stat().st_size:,} bytes, expected {wanted:,}")
+def _identity(status: os.stat_result) -> Row:
+    """What tells a file from one that was copied, put back or written to."""
+    return {"inode": status.st_ino, "mtime_ns": status.st_mtime_ns}
+
+
+def _read_about(folder: Path) -> Row:
+    """about.json, with a number of images for each part and, but for copies of earlier versions, an entry for each
+    file. ValueError if it is not so."""
+    try:
+        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"about.json: {error}") from None
+    images = about.get("images") if isinstance(about, dict) else None
+    if not isinstance(images, dict) or not all(type(images.get(part)) is int for part in PARTS):
+        raise ValueError("about.json does not say how many images there are")
+    files = about.get("files", {})
+    names = [f"{part}{suffix}" for part in PARTS for suffix in (".pixels", ".labels")] if files != {} else []
+    if not isinstance(files, dict) or not all(isinstance(files.get(name), dict) for name in names):
+        raise ValueError("about.json does not have the digest of each file")
+    return dict(about)
+
+
+def _mapped(part: Path, count: int, size: int, written: dict[str, Row]) -> Images:
+    """ValueError for a file of another length or, if its digest is known and to be checked, with other content."""
+    pixels_file, labels_file = part.with_suffix(".pixels"), part.with_suffix(".labels")
+    for file, wanted in ((pixels_file, count * 3 * size**2), (labels_file, count * 8)):
+        status, entry = file.stat(), written.get(file.name)
+        if status.st_size != wanted:
+            raise ValueError(f"{file.name} has {status.st_size:,} bytes, expected {wanted:,}")
+        if entry is None or (wanted > CHECKED and _identity(status).items() <= entry.items()):
+            continue
+        if file_digest(file) != entry.get("sha256"):
+            raise ValueError(f"{file.name} has other content than was written")
     if not count:  # the system maps no empty file
         return Images(torch.empty(0, 3, size, size, dtype=torch.uint8), torch.empty(0, dtype=torch.int64))
-    # shared=False maps the file privately and read-only on disk: a stray write would not reach it.
-    pixels = torch.from_file(
-        str(part.with_suffix(".pixels")), shared=False, size=count * 3 * size**2, dtype=torch.uint8
-    )
-    labels = torch.from_file(str(part.with_suffix(".labels")), shared=False, size=count, dtype=torch.int64)
-    return Images(pixels.view(count, 3, size, size), labels.clone())
+    # Mode c maps the file privately and read-only on disk: a stray write would not reach it.
+    pixels = np.memmap(pixels_file, np.uint8, "c", shape=(count, 3, size, size))
+    return Images(torch.from_numpy(pixels), torch.from_numpy(np.fromfile(labels_file, np.int64)))

@@ -1,8 +1,9 @@
 """A folder with one folder for each class: which folders are classes, which files are images, and what is neither.
 
 Hidden files and folders, and those that systems put beside photos, are passed over. A class's images may lie in folders
-of any depth. A link to a folder is followed unless it leads to a folder that is listed anyway or that contains the data
-themselves, so no link multiplies images or gives them a second label.
+of any depth. A link to a folder is followed unless it leads to a folder that is listed anyway, that contains the data
+themselves or that belongs to the other part of them, so no link multiplies images, gives them a second label or brings
+held-out images among those to train on.
 """
 
 from __future__ import annotations
@@ -59,9 +60,10 @@ def peek(folder: Path) -> tuple[list[str], bool]:
         return [], False
 
 
-def class_names(folder: Path, option: str) -> dict[str, str]:
-    """The folder of each class, by the name of the class, in the order of the folders' names."""
-    tops, _ = _tops(folder)
+def class_names(folder: Path, option: str, apart: Path | None = None) -> dict[str, str]:
+    """The folder of each class, by the name of the class, in the order of the folders' names. `apart` holds the other
+    part of the data, if there is one."""
+    tops, _ = _tops(folder, apart)
     names: dict[str, str] = {}
     for top in tops:
         name = unicodedata.normalize("NFC", top)
@@ -74,11 +76,11 @@ def class_names(folder: Path, option: str) -> dict[str, str]:
     return names
 
 
-def list_classes(folder: Path, option: str) -> ClassFolders:
+def list_classes(folder: Path, option: str, apart: Path | None = None) -> ClassFolders:
     """All images of a folder that holds one folder for each class. Their order is that of their paths: by folder, and
-    in a folder by name."""
-    names = class_names(folder, option)
-    tops, left_out = _tops(folder)
+    in a folder by name. `apart` holds the other part of the data, if there is one: no link into it is followed."""
+    names = class_names(folder, option, apart)
+    tops, left_out = _tops(folder, apart)
     found = ClassFolders(tuple(names), not_followed=left_out)
     for entry in _entries(str(folder)):
         found.beside += _is_image(entry.name) and not _is_folder(entry)
@@ -94,7 +96,7 @@ def list_classes(folder: Path, option: str) -> ClassFolders:
     while links:
         label, link = links.pop(0)
         identity = _identity(link)
-        if identity in listed or _contains(link, folder):
+        if identity in listed or _leads_back(link, folder, apart):
             found.not_followed += 1
             continue
         by_class[label] += _walk(link, label, found, listed, links)
@@ -136,9 +138,9 @@ def _walk(
         yield folder, files
 
 
-def _tops(folder: Path) -> tuple[list[str], int]:
-    """Names of the folders that are classes, and the number of links that are none since they lead to a class or to a
-    folder that contains the data."""
+def _tops(folder: Path, apart: Path | None) -> tuple[list[str], int]:
+    """Names of the folders that are classes, and the number of links that are none since they lead to a class, to a
+    folder that contains the data or into the other part of them."""
     names, links, listed = [], [], set()
     for name in subfolders(folder):
         path = os.path.join(folder, name)
@@ -150,7 +152,7 @@ def _tops(folder: Path) -> tuple[list[str], int]:
     left_out = 0
     for name in links:
         path = os.path.join(folder, name)
-        if (identity := _identity(path)) in listed or _contains(path, folder):
+        if (identity := _identity(path)) in listed or _leads_back(path, folder, apart):
             left_out += 1
         else:
             names.append(name)
@@ -186,7 +188,11 @@ def _identity(path: str) -> Identity | None:
     return status.st_dev, status.st_ino
 
 
-def _contains(link: str, folder: Path) -> bool:
-    """Whether the folder that a link leads to is `folder` or contains it."""
+def _leads_back(link: str, folder: Path, apart: Path | None) -> bool:
+    """Whether the folder that a link leads to contains `folder`, or contains `apart` or lies in it."""
     target, place = Path(os.path.realpath(link)), Path(os.path.realpath(folder))
+    if apart is not None:
+        other = Path(os.path.realpath(apart))
+        if target == other or target in other.parents or other in target.parents:
+            return True
     return target == place or target in place.parents

@@ -51,8 +51,8 @@ def standard_tree(root: Path, option: str) -> ImageTree:
 
 def count_classes(root: Path) -> int:
     """The number of classes in a folder of images; no image is read."""
-    train, _ = train_and_held_out(root)
-    return len(class_names(train, OPTION))
+    train, held_out = train_and_held_out(root)
+    return len(class_names(train, OPTION, held_out))
 
 
 def train_and_held_out(root: Path) -> tuple[Path, Path | None]:
@@ -65,7 +65,12 @@ def train_and_held_out(root: Path) -> tuple[Path, Path | None]:
     parts = [name for name in folders if name in ("train", "test", "val")]
     with_classes = [name for name in parts if peek(root / name)[0]]
     if "train" in with_classes or folders == parts == sorted({"train", *parts}):
-        held_out = next((name for name in ("test", "val") if name in parts), None)
+        held_out = next((name for name in ("test", "val") if name in parts or (root / name).is_symlink()), None)
+        if held_out not in (None, *parts):
+            raise OptionError(
+                f"{OPTION}: {held_out!r} in {str(root)!r} is a link to nothing or to a file; have it lead to the folder "
+                "of held-out images, or delete it, and some of the others are held out"
+            )
         return root / "train", root / held_out if held_out else None
     if with_classes:
         raise OptionError(
@@ -95,9 +100,14 @@ class ImageTree:
         self.root, self.option, self.skip_unreadable = root, option, skip_unreadable
         self.failed: list[tuple[str, str]] = []  # files that could not be decoded, and why
         self.animated = 0
-        listed = {"train": list_classes(train, option)}
+        if held_out is not None and held_out.samefile(train):
+            raise OptionError(
+                f"{option}: {held_out.name!r} and {train.name!r} in {str(root)!r} are one folder; put images that are "
+                f"not trained on into {held_out.name!r}, or delete it, and some of the others are held out"
+            )
+        listed = {"train": list_classes(train, option, held_out)}
         if held_out is not None:
-            listed["test"] = list_classes(held_out, option)
+            listed["test"] = list_classes(held_out, option, train)
         self.unlisted = [entry for part in listed.values() for entry in part.unreadable]
         self.total = sum(len(part.files) for part in listed.values()) + len(self.unlisted)
         for folder, part in zip((train, held_out), listed.values(), strict=False):
@@ -134,10 +144,7 @@ class ImageTree:
     def read(self, name: str, size: int) -> Dataset:
         way = json.dumps([RULES, self.skip_unreadable and formats()])
         decoded = cache.decoded(name, self.root, self._files(), size, partial(self._decode, size), way, self._findings)
-        self.failed = []
-        if unreadable := decoded.findings["unreadable"]:
-            files = {os.path.relpath(file, self.root): file for file in self._files()}
-            self.failed = [(files[file], reason) for file, reason in unreadable]
+        animated = self._recall(decoded)
         if self.unlisted and not self.skip_unreadable:
             raise self._refusal(self.unlisted)
         if unreadable := self.unlisted + self.failed:
@@ -145,7 +152,7 @@ class ImageTree:
                 f"{len(unreadable):,} of {self.total:,} images cannot be read and are left out: "
                 f"{self._listed(unreadable)}"
             )
-        if animated := decoded.findings["animated"]:
+        if animated:
             self.notes.append(f"images with several frames or pages: {animated:,}; the first one of each is used")
         train, test = decoded.train, decoded.test
         if self.undivided is not None:
@@ -156,6 +163,20 @@ class ImageTree:
                 "class, are held out, chosen by a hash of their names"
             )
         return Dataset(name, len(self.classes), train, test, self.classes, tuple(self.notes))
+
+    def _recall(self, decoded: cache.Decoded) -> int:
+        """Take over which files could not be decoded when the copy was made; returns how many images are animated."""
+        self.failed = []
+        try:
+            unreadable, animated = decoded.findings["unreadable"], int(decoded.findings["animated"])
+            if unreadable:
+                files = {os.path.relpath(file, self.root): file for file in self._files()}
+                self.failed = [(files[file], str(reason)) for file, reason in unreadable]
+        except (KeyError, OverflowError, TypeError, ValueError):
+            raise cache.damaged(decoded.folder, "about.json does not say which images could not be read") from None
+        if [len(self._files(part)) for part in cache.PARTS] != [len(decoded.train), len(decoded.test)]:
+            raise cache.damaged(decoded.folder, "about.json is of other images")
+        return animated
 
     def _split(self) -> tuple[list[Entry], list[Entry], Tensor]:
         """The images of both parts, and which of all readable images the second one has, as a mask."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
-from contextlib import nullcontext
+import os
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,8 +25,8 @@ SUFFIXES = (
 FORMATS = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")  # MPO: a JPEG of some cameras
 ANIMATED = ("AVIF", "GIF", "PNG", "TIFF", "WEBP")
 LARGEST = 2**26  # pixels, 8192 x 8192: 256 MiB, as Pillow keeps them, and three times that with transparency
-LARGE = 2**24  # pixels; of larger images, one is decoded at a time
-_one_large_image = threading.Lock()
+LARGE = 2**24  # pixels; larger images are decoded by one thread, one at a time
+BANDED = 2**20  # pixels of a square; of larger ones, one row of means is computed at a time
 
 
 class Picture(NamedTuple):
@@ -59,12 +59,10 @@ def read_square(file: str, size: int) -> Picture:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with (
-            Image.open(file, formats=formats()) as opened,
-            _one_large_image if opened.width * opened.height > LARGE else nullcontext(),
-        ):
-            _limit(opened, size)
-            return Picture(_square(_on_white(_upright(opened)), size), _is_animated(opened))
+        with Image.open(file, formats=formats()) as opened:
+            if opened.width * opened.height > LARGE:
+                return _thread_of_large_images(os.getpid()).submit(_decode, opened, size).result()
+            return _decode(opened, size)
     except UnidentifiedImageError:
         raise Unreadable(_unidentified(file)) from None
     except Image.DecompressionBombError:
@@ -75,6 +73,17 @@ def read_square(file: str, size: int) -> Picture:
         raise
     except Exception as error:  # a decoder may raise anything on a damaged file
         raise Unreadable(_one_line(error) or type(error).__name__) from error
+
+
+@cache
+def _thread_of_large_images(process: int) -> ThreadPoolExecutor:
+    """One thread: each thread of a process keeps the memory that it has freed, so that others would take as much."""
+    return ThreadPoolExecutor(1)
+
+
+def _decode(image: Image.Image, size: int) -> Picture:
+    _limit(image, size)
+    return Picture(_square(_on_white(_upright(image)), size), _is_animated(image))
 
 
 def _limit(image: Image.Image, size: int) -> None:
@@ -117,7 +126,7 @@ def _on_white(image: Image.Image) -> Image.Image:
     from PIL import Image
 
     if not image.has_transparency_data:
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     image = image if image.mode == "RGBA" else image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
@@ -133,12 +142,12 @@ def _square(image: Image.Image, size: int) -> Tensor:
         part = image.crop((left, top + first, left + side, top + end))
         return torch.from_numpy(np.array(part)).permute(2, 0, 1).unsqueeze(0)
 
-    if (
-        side**2 > LARGE and side >= size
-    ):  # the same means, but one row of them at a time: as floats, an image takes four times its bytes
-        bands = (rows(i * side // size, -(-(i + 1) * side // size)) for i in range(size))
-        means = [functional.interpolate(band.float(), size=(1, size), mode="area") for band in bands]
-        return torch.cat(means, 2).round().byte()
+    if side**2 > BANDED and side >= size:  # as floats, an image takes four times its bytes
+        means = torch.empty(1, 3, size, size)
+        for i in range(size):
+            band = rows(i * side // size, -(-(i + 1) * side // size))
+            means[:, :, i : i + 1] = functional.interpolate(band.float(), size=(1, size), mode="area")
+        return means.round().byte()
     if side < size:
         image = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BICUBIC)
         left, top, side = 0, 0, size

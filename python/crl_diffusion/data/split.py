@@ -14,6 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 from crl_diffusion.errors import OptionError, in_words
+from crl_diffusion.files import file_digest
 
 HELD_OUT = 5  # one image in so many
 LEAST_HELD_OUT = 2  # a covariance needs two images
@@ -68,19 +69,16 @@ def same_images(files: Sequence[str]) -> list[int]:
     return [numbers.setdefault(contents.get(identity, identity), len(numbers)) for identity in identities]
 
 
-def _content(file: str) -> bytes | None:
+def _content(file: str) -> str | None:
     """sha256 of a file's content; None if it cannot be read."""
     try:
-        with open(file, "rb") as opened:
-            digest = hashlib.sha256()
-            while block := opened.read(2**20):
-                digest.update(block)
+        return file_digest(file)
     except OSError:
         return None
-    return digest.digest()
 
 
 def _hash(name: str) -> bytes:
-    """The same on every system, whichever form of Unicode its names have."""
-    composed = unicodedata.normalize("NFC", name.replace(os.sep, "/"))
+    """The same on every system, whichever form of Unicode its names have, and in every locale."""
+    in_utf8 = os.fsencode(name).decode("utf-8", "surrogateescape")
+    composed = unicodedata.normalize("NFC", in_utf8.replace(os.sep, "/"))
     return hashlib.sha256(composed.encode("utf-8", "replace")).digest()
