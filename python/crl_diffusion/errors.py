@@ -56,5 +56,11 @@ def in_words(names: Sequence[str]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
+def visible(text: str) -> str:
+    """Text whose control characters, which could colour or erase what a terminal shows, are spelled as Python does; new
+    lines and tabs stay."""
+    return re.sub("[\0-\x08\x0b-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)
+
+
 def is_or_are(names: Sequence[str]) -> str:
     return "is" if len(names) == 1 else "are"

@@ -29,16 +29,20 @@ UNFINISHED = re.compile(r".+\.[0-9a-f]{16}\.tmp|\.tmp[0-9A-Za-z]{6}")  # the tem
 
 
 def require_file(path: Path) -> None:
-    """RecordError if the path exists and is not a regular file."""
+    """RecordError if the path exists and is not a regular file, or one that may not be read."""
     if path.exists() and not path.is_file():
         kind = "a folder" if path.is_dir() else "no regular file"
         raise RecordError(path, f"is {kind}, expected a file", "move it away, and give the same command again")
+    if path.exists() and not os.access(path, os.R_OK):
+        raise RecordError(path, "may not be read", "make it readable, and give the same command again")
 
 
 def require_folder(path: Path) -> None:
-    """RecordError if the path exists and is not a folder."""
+    """RecordError if the path exists and is not a folder, or one that may not be listed."""
     if path.exists() and not path.is_dir():
         raise RecordError(path, "is a file, expected a folder", "move it away, and give the same command again")
+    if path.exists() and not os.access(path, os.R_OK | os.X_OK):
+        raise RecordError(path, "may not be listed", "make it readable, and give the same command again")
 
 
 def read_file(path: Path, remedy: str = PUT_BACK) -> bytes:

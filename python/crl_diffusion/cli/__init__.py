@@ -1,8 +1,8 @@
 """The command line: `crl-diffusion train | compare | report | diagnose | sample | export | list`.
 
-Exit code 2, with a message on stderr: an option that cannot be used, a record that cannot be read, a folder that cannot
-be written, a package that is missing. Exit code 1: training cannot continue, or memory has run out. After SIGINT,
-SIGTERM or SIGHUP: 128 plus the signal's number.
+Exit code 2, with a message on stderr: an option that cannot be used, a record that cannot be read, a folder or an
+output that cannot be written, a package that is missing. Exit code 1: training cannot continue, or memory has run out.
+After SIGINT, SIGTERM or SIGHUP: 128 plus the signal's number.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with signals.handled(_say_stopped):
             signals.end_with_compare()
+            open_what_is_closed()
             encode_what_can_be()
             try:
                 return run(words)
@@ -103,9 +104,24 @@ def run(argv: Sequence[str]) -> int:
 SPELLED = {"−": "-", "–": "-", "±": "+-", "÷": "/", "×": "x", "↓": "v", "↑": "^", "ρ": "rho", "κ": "kappa", "ⁿ": "^n"}
 
 
+def open_what_is_closed() -> None:
+    """Let standard streams that the caller has closed lead nowhere: the next file that is opened would take their
+    number, and get what is printed."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - open for as long as this process
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+
+
 def encode_what_can_be() -> None:
-    """Let an output that is not in UTF-8 spell other characters in ASCII, or as `?`, instead of ending the command."""
-    if isinstance(sys.stdout, io.TextIOWrapper) and codecs.lookup(sys.stdout.encoding).name != "utf-8":
+    """Let an output spell characters that its encoding lacks in ASCII, or as `?`, instead of ending the command. UTF-8
+    lacks those that Python makes of a file's name in another encoding."""
+    if not isinstance(sys.stdout, io.TextIOWrapper):
+        return
+    if codecs.lookup(sys.stdout.encoding).name != "utf-8" or sys.stdout.errors == "strict":
         codecs.register_error("spelled", _spelled)
         sys.stdout.reconfigure(errors="spelled")
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -15,13 +15,26 @@ from crl_diffusion.cli.messages import complain, is_first
 from crl_diffusion.cli.options import Compare, Diagnose, Export, List, Report, Sample, Train
 from crl_diffusion.config.settings import RunConfig, check
 from crl_diffusion.config.spelling import in_order, label, parse_method, parse_variant
-from crl_diffusion.errors import OptionError, TrainingError, WriteError
+from crl_diffusion.errors import OptionError, TrainingError, WriteError, visible
 
 if TYPE_CHECKING:
     from crl_diffusion.comparison.cells import Cell
     from crl_diffusion.data.tasks import Data
 
 FILE_WIDTH = 150  # columns of a table that goes to a file or a pipe
+
+
+class Output(Console):
+    """Standard output. That it cannot be written to is an error of its own, not one of the files of a run."""
+
+    def print(self, *objects: Any, **how: Any) -> None:
+        try:
+            super().print(*(visible(x) if isinstance(x, str) else x for x in objects), **how)
+        except OSError as error:
+            raise OptionError(
+                f"standard output cannot be written to ({error.strerror or error}); what is in files is kept: send the "
+                "output to another place, and give the same command again"
+            ) from error
 
 
 def quiet_output(console: Console) -> bool:
@@ -39,7 +52,7 @@ def train(command: Train) -> int:
         )
     check(command)
     config = RunConfig(**{field.name: getattr(command, field.name) for field in fields(RunConfig)})
-    console = Console(soft_wrap=True)
+    console = Output(soft_wrap=True)
 
     # torch and diffusers take seconds to import, so the options are checked first.
     from crl_diffusion.training import loop
@@ -122,7 +135,7 @@ def compare(command: Compare) -> int:
     for cell in work:
         require_fisher_images(cell.config, images)
         cell.stage_steps = stage_steps(cell.config, images)
-    console = Console(soft_wrap=True)
+    console = Output(soft_wrap=True)
     for line in about_data(asked, work[0].config, images):
         console.print(line, highlight=False, markup=False)
     with comparing(command.out, complain):
@@ -188,16 +201,18 @@ def _compare(
 
 def report(command: Report) -> int:
     from crl_diffusion.reporting import report, runs
-    from crl_diffusion.run_folder.layout import require_place
+    from crl_diffusion.run_folder.layout import require_writable
 
     if not command.folders:
         raise OptionError("no folder was given; name folders written by `train` or `compare`")
-    console = Console(soft_wrap=True)
+    console = Output(soft_wrap=True)
     finished_runs, unfinished = runs.find(command.folders)
     for run in unfinished:
         console.print(f"{run} is not finished and is left out", highlight=False, markup=False)
+    for folder in runs.unreadable(command.folders):
+        console.print(f"{folder} cannot be read and is left out", highlight=False, markup=False)
     out = command.out or command.folders[0]
-    require_place("--out", out)
+    require_writable("--out", out)
     order, baseline = in_order(run.label for run in finished_runs), label(*parse_variant(command.baseline))
     if order and command.baseline != Report.baseline and runs.label_among(finished_runs, baseline) not in order:
         raise OptionError(
@@ -217,14 +232,14 @@ def diagnose(command: Diagnose) -> int:
             chosen = " ".join(map(str, command.timesteps))
             raise OptionError(f"--timesteps is {chosen!r}; give timesteps from 0 to 999, none twice")
     require_run(command.run)
-    console = Console(soft_wrap=True)
+    console = Output(soft_wrap=True)
 
     from crl_diffusion import diagnosis
     from crl_diffusion.reporting import tables
-    from crl_diffusion.run_folder.layout import require_place
+    from crl_diffusion.run_folder.layout import require_writable
 
     out = command.out or command.run / "diagnosis"
-    require_place("--out", out)
+    require_writable("--out", out)
 
     def say(line: str) -> None:
         console.print(line, highlight=False, markup=False)
@@ -249,6 +264,9 @@ def diagnose(command: Diagnose) -> int:
 
 def require_run(folder: Path) -> None:
     """OptionError unless this is the folder of a run. It names the runs in the folder of a comparison."""
+    from crl_diffusion.run_folder.layout import require_utf8
+
+    require_utf8("the run's folder", folder)
     if (folder / "config.json").exists():
         return
     inside = sorted(path.parent for path in folder.glob("*/config.json"))
@@ -266,7 +284,7 @@ def sample(command: Sample) -> int:
     if command.steps is not None and not 1 <= command.steps <= 1000:
         raise OptionError(f"--steps is {command.steps}; it must be between 1 and 1000")
     require_run(command.run)
-    console = Console(soft_wrap=True)
+    console = Output(soft_wrap=True)
 
     from crl_diffusion.trained_model import drawing, weights
 
@@ -294,7 +312,7 @@ def sample(command: Sample) -> int:
 
 def export(command: Export) -> int:
     require_run(command.run)
-    console = Console(soft_wrap=True)
+    console = Output(soft_wrap=True)
 
     from crl_diffusion.trained_model import export, weights
 
@@ -316,14 +334,14 @@ def list_choices(command: List) -> int:
     if command.markdown:
         print(listing.markdown(tables), end="")
         return 0
-    console = Console()
+    console = Output()
     if not console.is_terminal:
-        console = Console(width=FILE_WIDTH)
+        console = Output(width=FILE_WIDTH)
     for table in tables:
         console.print(listing.rich_table(table))
     return 0
 
 
 def show(console: Console, table: object, paths: Sequence[Path]) -> None:
-    (console if console.is_terminal else Console(width=FILE_WIDTH)).print(table)
+    (console if console.is_terminal else Output(width=FILE_WIDTH)).print(table)
     console.print("\n".join(["Pictures and tables:", *(f"  {path}" for path in paths)]), highlight=False, markup=False)

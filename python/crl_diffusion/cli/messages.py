@@ -6,11 +6,13 @@ import os
 import sys
 from contextlib import suppress
 
+from crl_diffusion.errors import visible
+
 
 def complain(line: str) -> None:
     """Print a line on stderr. A terminal that has hung up is ignored."""
     with suppress(OSError):
-        print(f"crl-diffusion: {line}", file=sys.stderr, flush=True)
+        print(f"crl-diffusion: {visible(line)}", file=sys.stderr, flush=True)
 
 
 def is_first() -> bool:

@@ -25,6 +25,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -134,7 +135,7 @@ def _make(
     with locked(folder.parent / ".lock"):
         if folder.is_dir():  # another process was faster
             return
-        print(f"decoding {name} at {size} pixels, once, into {folder}", file=sys.stderr, flush=True)
+        _say(f"decoding {name} at {size} pixels, once, into {folder}")
         unfinished = folder.with_name(f".{folder.name}.unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
@@ -153,6 +154,11 @@ def _make(
         sync_folder(folder.parent)
 
 
+def _say(line: str) -> None:
+    with suppress(OSError):  # a stderr that takes no more is no failure of the copy
+        print(line, file=sys.stderr, flush=True)
+
+
 def _write(part: Path, chunks: Chunks) -> tuple[int, dict[str, Row]]:
     """Append chunks as they come, so that no more than one is in memory. Returns the number of images and, by its name,
     how each file is known again."""
@@ -166,7 +172,7 @@ def _write(part: Path, chunks: Chunks) -> tuple[int, dict[str, Row]]:
                 sha256.update(content)
             count += len(chunk[1])
             if time.monotonic() - reported > PROGRESS_EVERY:
-                print(f"{count:,} {part.name} images decoded", file=sys.stderr, flush=True)
+                _say(f"{count:,} {part.name} images decoded")
                 reported = time.monotonic()
         for file, sha256 in files:
             file.flush()

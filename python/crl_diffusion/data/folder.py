@@ -68,8 +68,8 @@ def train_and_held_out(root: Path) -> tuple[Path, Path | None]:
         held_out = next((name for name in ("test", "val") if name in parts or (root / name).is_symlink()), None)
         if held_out not in (None, *parts):
             raise OptionError(
-                f"{OPTION}: {held_out!r} in {str(root)!r} is a link to nothing or to a file; have it lead to the folder "
-                "of held-out images, or delete it, and some of the others are held out"
+                f"{OPTION}: {held_out!r} in {str(root)!r} is a link to nothing or to a file; have it lead to the "
+                "folder of held-out images, or delete it, and some of the others are held out"
             )
         return root / "train", root / held_out if held_out else None
     if with_classes:

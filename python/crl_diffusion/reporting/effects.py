@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 
 from crl_diffusion.files import Row
 from crl_diffusion.reporting import seeds
-from crl_diffusion.reporting.canvas import COLOURS, GREY, MARKERS, Drawing, drawing, wrap
+from crl_diffusion.reporting.canvas import COLOURS, GREY, MARKERS, Drawing, drawing, no_mathematics, wrap
 from crl_diffusion.reporting.charts import NAME_WIDTH
 from crl_diffusion.reporting.penalty_tables import LOW_RHO, LOW_SIGNAL, estimates_with, mean_of
 from crl_diffusion.reporting.runs import Finished, Groups
@@ -205,7 +205,8 @@ def across(scores: Mapping[str, Mapping[str, Mapping[int, float]]], data_sets: S
     figure, axis = plt.subplots(figsize=size, layout="constrained")
     step = 0.8 / len(data_sets)
     for k, data in enumerate(data_sets):
-        colour, marker, label = COLOURS[k % len(COLOURS)], MARKERS[k % len(MARKERS)], data
+        colour, marker = COLOURS[k % len(COLOURS)], MARKERS[k % len(MARKERS)]
+        label: str | None = no_mathematics(data)
         for y, by_data in enumerate(scores.values()):
             if data not in by_data:
                 continue

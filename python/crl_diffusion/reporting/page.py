@@ -13,6 +13,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from crl_diffusion.config.settings import DATA_PLANS
+from crl_diffusion.errors import visible
 from crl_diffusion.reporting import charts, effects, findings, penalty_tables, provenance, seeds, tables
 from crl_diffusion.reporting.canvas import Drawing
 from crl_diffusion.reporting.runs import Groups, runs_of
@@ -27,7 +29,12 @@ def render(parts: Mapping[str, Groups], baseline: str) -> tuple[str, list[Drawin
     methods, seed_count = len({run.label for run in runs}), len({run.seed for run in runs})
     seed_words = f"{seed_count} seeds" if seed_count > 1 else f"seed {runs[0].seed} only"
     scores = _scores(parts)
-    data_sets = [_data_set(name, groups, baseline, several) for name, groups in parts.items()]
+    # A name of this version begins names of files; another one may have any characters.
+    files = [f"{name if name in DATA_PLANS else f'data-{i}'}-" * several for i, name in enumerate(parts, start=1)]
+    data_sets = [
+        _data_set(name, groups, baseline, several, file)
+        for (name, groups), file in zip(parts.items(), files, strict=True)
+    ]
     templates = Environment(
         loader=PackageLoader("crl_diffusion.reporting", "."),
         extensions=["jinja2.ext.do"],
@@ -48,7 +55,9 @@ def render(parts: Mapping[str, Groups], baseline: str) -> tuple[str, list[Drawin
         environment=provenance.environment(runs),
         limitations=limitations(parts.values()),
     )
-    return html, [value for values in (scores, *data_sets) for value in values.values() if isinstance(value, Drawing)]
+    return visible(html), [
+        value for values in (scores, *data_sets) for value in values.values() if isinstance(value, Drawing)
+    ]
 
 
 def breakable(name: str) -> Markup:
@@ -77,9 +86,9 @@ def _scores(parts: Mapping[str, Groups]) -> dict[str, Any]:
     return {"drawing": effects.across(scores, data, "across"), "sheet": tables.across_sheet(scores, data)}
 
 
-def _data_set(name: str, groups: Groups, baseline: str, several: bool) -> dict[str, Any]:
-    """The tables, pictures and sentences of one data set, one of several or the only one."""
-    file = f"{name}-" if several else ""
+def _data_set(name: str, groups: Groups, baseline: str, several: bool, file: str) -> dict[str, Any]:
+    """The tables, pictures and sentences of one data set, one of several or the only one. `file`: how the names of its
+    pictures begin."""
     runs = runs_of(groups)
     common_settings, differing_settings = provenance.settings(groups)
     fisher_rows = penalty_tables.fisher_rows(groups)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -141,6 +142,12 @@ def find(folders: Iterable[Path]) -> tuple[list[Finished], list[Path]]:
             else:
                 unfinished.append(run)
     return list(runs.values()), unfinished
+
+
+def unreadable(folders: Iterable[Path]) -> list[Path]:
+    """Folders in these that cannot be looked into: `find` sees no run there."""
+    inside = [path for folder in folders for path in sorted(folder.iterdir()) if path.is_dir()]
+    return [path for path in inside if not os.access(path, os.R_OK | os.X_OK)]
 
 
 # Comparison

@@ -15,6 +15,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from crl_diffusion.errors import visible
 from crl_diffusion.reporting import seeds
 from crl_diffusion.reporting.runs import Finished, Groups, label_among, runs_of
 from crl_diffusion.run_folder.class_names import ClassNames, classes_by_task
@@ -248,7 +249,7 @@ MARKS = str.maketrans({"&": "&amp;", "<": "&lt;", "|": "\\|", "\n": " "})
 
 def plain(text: str) -> str:
     """Text in one line of Markdown, without tags, links or cells of a table in it."""
-    return text.translate(MARKS).replace("](", "]\\(")
+    return visible(text).translate(MARKS).replace("](", "]\\(")
 
 
 def markdown(sheet: Sheet) -> str:
@@ -296,9 +297,9 @@ def for_terminal(parts: Mapping[str, Groups], baseline: str) -> RenderableType:
 
 def rich_table(head: Sequence[str], body: Sequence[Sequence[Any]], text: str) -> Table:
     """Its texts are shown as they are: they may have come from files, and nothing in them is markup."""
-    result = Table(caption=Text(text), caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    result = Table(caption=Text(visible(text)), caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for i, title in enumerate(head):
-        result.add_column(Text(title), justify="left" if i == 0 else "right", overflow="fold")
+        result.add_column(Text(visible(title)), justify="left" if i == 0 else "right", overflow="fold")
     for row in body:
-        result.add_row(*(Text(str(x)) for x in row))
+        result.add_row(*(Text(visible(str(x))) for x in row))
     return result

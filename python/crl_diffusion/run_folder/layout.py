@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -91,11 +92,38 @@ FILES = (
 )
 
 
+def require_utf8(option: str, path: Path) -> None:
+    """OptionError for a path whose bytes are not UTF-8: safetensors and TensorBoard cannot open it."""
+    try:
+        os.fsencode(path).decode("utf-8")
+    except UnicodeError:
+        raise OptionError(
+            f"{option} is {str(path)!r}, whose name is not in UTF-8, which files of tensors need; rename it, or give "
+            "another place"
+        ) from None
+
+
 def require_place(option: str, out: Path) -> None:
-    """OptionError if `out`, or the nearest of its parents that exists, is not a folder."""
-    existing = next(path for path in (out, *out.absolute().parents) if path.exists())
+    """OptionError if `out`, or the nearest of its parents that exists, is not a folder, or has a name not in UTF-8."""
+    require_utf8(option, out)
+    existing = _existing(out)
     if not existing.is_dir():
         raise OptionError(f"{option} is {str(out)!r}, but {str(existing)!r} is not a folder; give another place")
+
+
+def _existing(out: Path) -> Path:
+    return next(path for path in (out, *out.absolute().parents) if path.exists())
+
+
+def require_writable(option: str, out: Path) -> None:
+    """`require_place`, and OptionError unless files can be added to `out`, or it can be created."""
+    require_place(option, out)
+    existing = _existing(out)
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise OptionError(
+            f"{option} is {str(out)!r}, but {str(existing)!r} cannot be written to; make it writable, or give another "
+            "place"
+        )
 
 
 def is_run(folder: Path) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from crl_diffusion.errors import OptionError, RecordError
 from crl_diffusion.files import UNFINISHED, Row, read_json, write_json
-from crl_diffusion.run_folder.layout import require_place
+from crl_diffusion.run_folder.layout import require_writable
 
 
 def claim(out: Path, name: str, record: Row) -> None:
@@ -14,7 +14,7 @@ def claim(out: Path, name: str, record: Row) -> None:
 
     OptionError, and nothing is changed, if the folder holds something else. An interrupted command can be repeated.
     """
-    require_place("--out", out)
+    require_writable("--out", out)
     if out.is_dir() and any(not UNFINISHED.fullmatch(path.name) for path in out.iterdir()):
         try:
             saved = read_json(out / name)
