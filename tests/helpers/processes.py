@@ -3,6 +3,7 @@
 By its name they may find another: avalanche-lib installs a package ``tests``.
 """
 
+import ctypes
 import importlib.util
 import json
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -28,6 +30,31 @@ def processes(count: int, body: Callable[[int, int, Path], Any], folder: Path) -
     arguments = (body.__code__.co_filename, body.__name__, count, str(folder))
     torch.multiprocessing.spawn(_in_group, arguments, nprocs=count)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(count)]
+
+
+def without_privileges(function: Callable[[], str]) -> str:
+    """What `function` returns in a fork of this process to which modes of files apply: root's capabilities, which let it
+    read and write everything, are dropped. Skips the test where that is impossible."""
+    if os.name != "posix" or (os.geteuid() == 0 and sys.platform != "linux"):
+        pytest.skip(f"capset is missing, with which root drops what lets it read everything; this is {sys.platform}")
+    receiver, sender = os.pipe()
+    if (child := os.fork()) == 0:
+        try:
+            if os.geteuid() == 0:
+                version = 0x20080522  # of the structures: _LINUX_CAPABILITY_VERSION_3
+                header, none = (ctypes.c_uint32 * 2)(version, 0), (ctypes.c_uint32 * 6)()
+                assert ctypes.CDLL(None, use_errno=True).capset(header, none) == 0, os.strerror(ctypes.get_errno())
+            said = function()
+        except BaseException as error:
+            said = repr(error)
+        with open(sender, "w", encoding="utf-8", errors="backslashreplace") as writer:
+            writer.write(said)
+        os._exit(0)
+    os.close(sender)
+    with open(receiver, encoding="utf-8") as reader:
+        said = reader.read()
+    os.waitpid(child, 0)
+    return said
 
 
 def _call(rank: int, path: str, name: str, arguments: tuple[Any, ...]) -> None:

@@ -174,7 +174,7 @@ class ImageTree:
                 self.failed = [(files[file], str(reason)) for file, reason in unreadable]
         except (KeyError, OverflowError, TypeError, ValueError):
             raise cache.damaged(decoded.folder, "about.json does not say which images could not be read") from None
-        if [len(self._files(part)) for part in cache.PARTS] != [len(decoded.train), len(decoded.test)]:
+        if self.undivided is not None and len(decoded.train) != len(self._files("train")):
             raise cache.damaged(decoded.folder, "about.json is of other images")
         return animated
 

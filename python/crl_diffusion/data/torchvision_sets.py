@@ -24,7 +24,7 @@ def read_mnist(class_name: str, option: str, class_names: tuple[str, ...] = ()) 
     needed = [f"{part}-{array}-ubyte" for part in ("train", "t10k") for array in ("images-idx3", "labels-idx1")]
 
     def read(root: Path, size: int) -> Dataset:
-        from torchvision import datasets
+        from torchvision.datasets.mnist import read_image_file, read_label_file
 
         folder = root / class_name / "raw"
         missing = [name for name in needed if not (folder / name).is_file()]
@@ -35,19 +35,29 @@ def read_mnist(class_name: str, option: str, class_names: tuple[str, ...] = ()) 
                 f"{class_name}/raw, or download them once with: "
                 f'python -c "from torchvision.datasets import {class_name} as D; D({str(root)!r}, download=True)"'
             )
-        try:
-            kind = getattr(datasets, class_name)
-            parts = [kind(str(root), train=train, download=False) for train in (True, False)]
-            train, test = ((part.data.unsqueeze(1), part.targets.long()) for part in parts)
-            for pixels, labels in (train, test):
-                if len(pixels) != len(labels) or pixels.shape[1:] != (1, 28, 28) or not 0 <= _largest(labels) < 10:
-                    raise ValueError(f"{len(pixels)} images, {len(labels)} labels")
-        except (AssertionError, EOFError, IndexError, OSError, RuntimeError, TypeError, ValueError) as error:
-            raise OptionError(
-                f"--data {option}: the files in {str(folder)!r} are damaged ({error}); delete the folder "
-                f"{str(root / class_name)!r} and download them anew with: "
-                f'python -c "from torchvision.datasets import {class_name} as D; D({str(root)!r}, download=True)"'
-            ) from error
+        download = (
+            f"delete the folder {str(root / class_name)!r} and download them anew with: "
+            f'python -c "from torchvision.datasets import {class_name} as D; D({str(root)!r}, download=True)"'
+        )
+        arrays = []
+        for name in needed:
+            try:
+                arrays.append((read_image_file if "images" in name else read_label_file)(str(folder / name)))
+            except OSError as error:
+                raise OptionError(
+                    f"--data {option}: {str(folder / name)!r} cannot be read ({error.strerror}); make it readable, or "
+                    f"{download}"
+                ) from error
+            except (AssertionError, EOFError, IndexError, RuntimeError, TypeError, ValueError) as error:
+                why = str(error) or "not in the format of its name"
+                raise OptionError(f"--data {option}: {str(folder / name)!r} is damaged ({why}); {download}") from error
+        train, test = ((images.unsqueeze(1), labels.long()) for images, labels in (arrays[:2], arrays[2:]))
+        for pixels, labels in (train, test):
+            if len(pixels) != len(labels) or pixels.shape[1:] != (1, 28, 28) or not 0 <= _largest(labels) < 10:
+                raise OptionError(
+                    f"--data {option}: the files in {str(folder)!r} are damaged ({len(pixels)} images, {len(labels)} "
+                    f"labels); {download}"
+                )
         return in_memory(option, train, test, size)._replace(class_names=class_names)
 
     return read
@@ -83,6 +93,7 @@ def read_cifar10(root: Path, size: int) -> Dataset:
 
 def _cifar10_batches(root: Path, archive: Path) -> list[tuple[Tensor, Tensor]]:
     from torchvision import datasets
+    from torchvision.datasets.utils import check_integrity
 
     kind = datasets.CIFAR10
     needed = [name for name, _ in (*kind.train_list, *kind.test_list)] + [kind.meta["filename"]]
@@ -98,7 +109,11 @@ def _cifar10_batches(root: Path, archive: Path) -> list[tuple[Tensor, Tensor]]:
     try:
         parts = [kind(str(root), train=train, download=False) for train in (True, False)]
     except RuntimeError as error:  # a checksum differs
-        raise OptionError(f"--data cifar10: files in {str(archive)!r} are damaged ({error}); {remedy}") from error
+        sums = [*kind.train_list, *kind.test_list, [kind.meta["filename"], kind.meta["md5"]]]
+        wrong = [name for name, md5 in sums if not check_integrity(str(archive / name), md5)]
+        raise OptionError(
+            f"--data cifar10: {in_words(wrong)} in {str(archive)!r} {is_or_are(wrong)} damaged; {remedy}"
+        ) from error
     return [
         (torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)) for part in parts
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -19,7 +20,8 @@ from crl_diffusion.data import cache, folder, image_files
 from crl_diffusion.diffusion.noising import SCHEDULES
 from crl_diffusion.errors import OptionError
 from crl_diffusion.methods import regression
-from helpers.image_folders import load, write_tree
+from helpers.image_folders import load, write_photos, write_tree
+from helpers.processes import without_privileges
 from PIL import Image
 
 
@@ -72,6 +74,7 @@ def test_a_step_of_a_mapped_set_reads_little_more_than_its_images(tmp_path: Path
     (torch.arange(count) % 2).numpy().tofile(copy / "train.labels")
     about = json.loads((copy / "about.json").read_text())
     about["images"]["train"] = count
+    del about["files"]  # as in a copy of an earlier version
     (copy / "about.json").write_text(json.dumps(about))
 
     def resident() -> int:
@@ -113,7 +116,7 @@ def test_an_interrupted_copy_is_started_again(tmp_path: Path, monkeypatch: pytes
     write_tree(tmp_path, ("a", "b"))
     write = cache._write
 
-    def interrupted(part: Path, chunks: cache.Chunks) -> int:
+    def interrupted(part: Path, chunks: cache.Chunks) -> Any:
         if part.name == "test":
             raise KeyboardInterrupt
         return write(part, chunks)
@@ -231,6 +234,123 @@ def test_a_damaged_copy_is_an_error_that_names_it(damage: str, tmp_path: Path) -
     assert str(copy) in str(caught.value)
     shutil.rmtree(copy)
     assert len(load("folder", tmp_path, tasks=1).train) == 6
+
+
+@pytest.mark.parametrize("file", ["train.pixels", "test.pixels", "train.labels", "test.labels"])
+def test_a_changed_byte_of_a_copy_is_noticed(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tree(tmp_path, ("a", "b"))
+    load("folder", tmp_path, tasks=1, image_size=8)
+    (copy,) = (tmp_path / ".crl-diffusion").glob("folder-*")
+    written = (copy / file).stat()
+
+    def flip(byte: int) -> None:
+        content = bytearray((copy / file).read_bytes())
+        content[byte] ^= 1
+        (copy / file).write_bytes(content)
+
+    flip(-1)
+    with pytest.raises(OptionError, match=rf"is damaged \({file} has other content than was written\); delete it"):
+        load("folder", tmp_path, tasks=1, image_size=8)
+    # A file that is too large to be read at each start is known by its inode and its time of modification.
+    monkeypatch.setattr(cache, "CHECKED", 0)
+    with pytest.raises(OptionError, match="other content"):
+        load("folder", tmp_path, tasks=1, image_size=8)
+    flip(-1)
+    os.utime(copy / file, ns=(written.st_atime_ns, written.st_mtime_ns))
+    read: list[Path] = []
+    monkeypatch.setattr(cache, "file_digest", read.append)
+    load("folder", tmp_path, tasks=1, image_size=8)
+    assert read == []
+
+
+def test_a_copy_of_an_earlier_version_has_no_digests(tmp_path: Path) -> None:
+    write_tree(tmp_path, ("a", "b"))
+    first = load("folder", tmp_path, tasks=1, image_size=8)
+    (about,) = (tmp_path / ".crl-diffusion").glob("folder-*/about.json")
+    value = json.loads(about.read_text())
+    assert sorted(value.pop("files")) == ["test.labels", "test.pixels", "train.labels", "train.pixels"]
+    about.write_text(json.dumps(value))
+    assert torch.equal(load("folder", tmp_path, tasks=1, image_size=8).train.pixels, first.train.pixels)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("[]", "5", "null", '"text"', "[" * 100_000, "{}"),
+        *(f'{{"images": {images}}}' for images in ("null", "[6, 6]", '{"train": 6}', '{"train": "6", "test": 0}')),
+        *(f'{{"images": {{"train": {count}, "test": 0}}}}' for count in ("-6", "6.0", "true", "1e999", "9" * 30)),
+        *(f'{{"images": {{"train": 6, "test": 0}}, "files": {files}}}' for files in ("[]", "5", '{"train.pixels": 1}')),
+        '{"images": {"train": 6, "test": 0}}',
+        *(
+            f'{{"images": {{"train": 6, "test": 0}}, "findings": {findings}}}'
+            for findings in ("[]", '{"unreadable": 5, "animated": 0}', '{"unreadable": [["x", "y"]], "animated": 0}',
+                             '{"unreadable": [["a/0.png", "y"]], "animated": 0}',
+                             '{"unreadable": [], "animated": 1e999}', '{"unreadable": [[[], {}]], "animated": 0}')
+        ),
+    ],
+)  # fmt: skip
+def test_an_about_of_another_shape_is_a_damaged_copy(value: str, tmp_path: Path) -> None:
+    write_photos(tmp_path, {"a": 3, "b": 3})
+    load("folder", tmp_path, tasks=1, image_size=8)
+    (about,) = (tmp_path / ".crl-diffusion").glob("folder-*/about.json")
+    about.write_text(value)
+    with pytest.raises(OptionError, match=r"is damaged \(.*\); delete it, and it is made anew") as caught:
+        load("folder", tmp_path, tasks=1, image_size=8)
+    assert str(about.parent) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("where", ["copy", "file", "all copies"])
+def test_a_copy_that_another_user_may_not_read(where: str, tmp_path: Path) -> None:
+    """One line names the copy; if no copy can be looked at, the user makes one of their own."""
+    root = tmp_path / "root"
+    write_tree(root, ("a", "b"))
+    load("folder", root, tasks=1, image_size=8)
+    (copy,) = (root / ".crl-diffusion").glob("folder-*")
+    {"copy": copy, "file": copy / "train.labels", "all copies": copy.parent}[where].chmod(0)
+
+    def read() -> str:
+        os.environ["XDG_CACHE_HOME"] = str(tmp_path / "cache")
+        try:
+            return str(len(load("folder", root, tasks=1, image_size=8).train))
+        except OptionError as error:
+            return str(error)
+
+    said = without_privileges(read)
+    if where == "all copies":
+        assert said == "6"
+    else:
+        assert said.startswith(f"the decoded copy {str(copy)!r} cannot be read (Permission denied); make its files")
+
+
+def test_any_bytes_may_be_in_the_name_of_the_folder(tmp_path: Path) -> None:
+    root = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9 \xff"))
+    try:
+        root.mkdir()
+    except OSError:
+        pytest.skip("this file system takes names in UTF-8 only")
+    write_tree(root / "photos", ("a", "b"))
+    assert len(load("folder", root / "photos", tasks=1, image_size=8).train) == 6
+
+
+def test_what_cannot_be_written_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Part of a copy would take the room that the next try needs; a stderr that is full is no failure of the copy."""
+    write_tree(tmp_path, ("a", "b"))
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OptionError, match="No space left"):
+        patch.setattr(cache.os, "fsync", full)
+        load("folder", tmp_path, tasks=1, image_size=8)
+    assert not [path for path in (tmp_path / ".crl-diffusion").iterdir() if path.is_dir()]
+
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sys, "stderr", Full())
+    assert len(load("folder", tmp_path, tasks=1, image_size=8).train) == 6
 
 
 def test_no_room_for_a_copy_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

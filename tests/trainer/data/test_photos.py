@@ -6,6 +6,8 @@ import importlib.util
 import json
 import os
 import shutil
+import socket
+import sys
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -16,14 +18,15 @@ import pytest
 import torch
 from crl_diffusion import cli
 from crl_diffusion.config.settings import RunConfig
-from crl_diffusion.data import image_files
+from crl_diffusion.data import folder, image_files
 from crl_diffusion.data.folder import ImageTree, read_folder, train_and_held_out
 from crl_diffusion.data.image_files import Unreadable, read_square
 from crl_diffusion.data.split import split
 from crl_diffusion.errors import OptionError
 from crl_diffusion.training.plan import resolve
 from helpers.image_folders import Traps, folder_with_every_trap, load, noise, write_photos, write_tree
-from helpers.trainer_runs import SHORT, options, require_one_line
+from helpers.processes import without_privileges
+from helpers.trainer_runs import SHORT, options, python, require_one_line
 from PIL import Image, features
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::PIL.Image.DecompressionBombWarning")
@@ -276,6 +279,31 @@ def test_links_to_folders_give_no_image_a_second_time(place: str, tmp_path: Path
         link.unlink()
 
 
+@pytest.mark.parametrize(
+    ("link", "target"), [("train/a/more", "test/b"), ("test/b/more", "train"), ("train/c", "test/a")]
+)
+def test_no_link_brings_images_of_one_part_into_the_other(link: str, target: str, tmp_path: Path) -> None:
+    write_tree(tmp_path, ("a", "b"))
+    before = load("folder", tmp_path, image_size=8)
+    (tmp_path / link).symlink_to(tmp_path / target, target_is_directory=True)
+    data = load("folder", tmp_path, image_size=8)
+    assert data.class_names == ("a", "b")
+    assert torch.equal(data.train.labels, before.train.labels)
+    assert torch.equal(data.test.labels, before.test.labels)
+    assert "that is listed or that holds the data: 1" in "\n".join(data.notes)
+
+
+@pytest.mark.parametrize("target", ["nowhere", "test", "train"])
+def test_a_test_part_that_is_a_link_to_nothing_or_to_train_is_refused(
+    target: str, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    root = tmp_path / "photos"
+    write_tree(root, ("a", "b"))
+    shutil.rmtree(root / "test")
+    (root / "test").symlink_to(target, target_is_directory=True)
+    refused(root, "are one folder" if target == "train" else "'test' in", "some of the others are held out")
+
+
 def test_links_to_other_places_are_followed_once(tmp_path: Path) -> None:
     write_tree(tmp_path / "photos", ("a", "b"))
     write_photos(tmp_path / "elsewhere", {"c": 4, "d": 2})
@@ -316,6 +344,98 @@ def test_folders_and_files_that_may_not_be_read_are_named(
     assert sorted([*data.train.labels.tolist(), *data.test.labels.tolist()]) == [0] * 3 + [1] * 3 + [2] * 3
     forbidden.add(str(root / "b"))
     refused(root, f"the image {str(root / 'b')!r} cannot be read")
+
+
+@pytest.mark.parametrize("path", ["", "a", "a/1.png", "train", "test/b"])
+def test_what_this_user_may_not_read_is_one_line(path: str, tmp_path: Path) -> None:
+    root = tmp_path / "photos"
+    if path in ("train", "test/b"):
+        write_tree(root, ("a", "b"))
+    else:
+        write_photos(root, {"a": 4, "b": 3})
+    (root / path).chmod(0)
+
+    def read() -> str:
+        try:
+            return f"{len(load('folder', root, image_size=8).train)} images"
+        except (OptionError, OSError) as error:  # the command line prints either in one line
+            return str(error)
+
+    said = without_privileges(read)
+    assert "Permission denied" in said
+    assert repr(str(root / path)) in said
+    assert "\n" not in said
+
+
+def test_a_file_that_is_deleted_while_the_folder_is_read_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_photos(tmp_path, {"a": 4, "b": 4})
+    gone, square = tmp_path / "b" / "3.png", read_square
+
+    def deleted(file: str, size: int) -> image_files.Picture:
+        gone.unlink(missing_ok=True)
+        return square(file, size)
+
+    monkeypatch.setattr(folder, "read_square", deleted)
+    data = load("folder", tmp_path, image_size=8, skip_unreadable=True)
+    assert "'b/3.png' (No such file or directory)" in "\n".join(data.notes)
+    monkeypatch.undo()
+    again = load("folder", tmp_path, image_size=8)
+    assert (len(again.train), again.name) == (len(data.train), data.name)
+
+
+def test_pipes_sockets_and_devices_are_no_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opening one would wait for ever."""
+    write_photos(tmp_path, {"a": 3, "b": 3})
+    os.mkfifo(tmp_path / "a" / "pipe.png")
+    (tmp_path / "a" / "linked.png").symlink_to("pipe.png")
+    (tmp_path / "a" / "zero.png").symlink_to("/dev/zero")
+    monkeypatch.chdir(tmp_path / "b")  # a socket's path must be short
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind("socket.png")
+    data = load("folder", tmp_path, image_size=8)
+    assert len(data.train) + len(data.test) == 6
+    assert "files that are no images and are passed over: 4 .png" in data.notes
+
+
+PEAK = """
+import resource, sys
+from concurrent.futures import ThreadPoolExecutor
+from crl_diffusion.data.image_files import read_square
+small, large = sys.argv[1:]
+read_square(small, 8)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+with ThreadPoolExecutor(6) as threads:
+    list(threads.map(lambda _: read_square(large, 8), range(6)))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_several_large_images_take_the_memory_of_one(tmp_path: Path) -> None:
+    """By the system's account, of 6 images of 64 MiB, as Pillow keeps them, read by 6 threads."""
+    if sys.platform != "linux":
+        pytest.skip(f"ru_maxrss is in KiB on Linux; this is {sys.platform}")
+    Image.new("RGB", (8, 8)).save(tmp_path / "small.png")
+    Image.new("L", (4100, 4100)).save(tmp_path / "large.tif")
+    done = python("-c", PEAK, tmp_path / "small.png", tmp_path / "large.tif")
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 5 * 65_000  # KiB: two images, a band of one as floats, and what is not given back
+
+
+def test_no_reader_but_those_of_the_formats_is_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a file is called: Pillow would start Ghostscript for PostScript."""
+    from PIL import EpsImagePlugin
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_: pytest.fail("Ghostscript would start"))
+    image = Image.fromarray(noise(0, 1, 128, 128, 3)[0])
+    for name in ("EPS", "PDF", "ICNS", "ICO", "JPEG2000", "TGA", "PCX", "SGI", "DDS"):
+        try:
+            image.save(tmp_path / f"{name}.png", format=name)
+        except (KeyError, OSError):  # this Pillow was built without a codec
+            continue
+        with pytest.raises(Unreadable, match="no image, or in another format than"):
+            read_square(str(tmp_path / f"{name}.png"), 8)
 
 
 def test_avif_is_read(tmp_path: Path) -> None:
