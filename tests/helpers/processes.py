@@ -32,18 +32,11 @@ def processes(count: int, body: Callable[[int, int, Path], Any], folder: Path) -
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(count)]
 
 
-def without_privileges(function: Callable[[], str]) -> str:
-    """What `function` returns in a fork of this process to which modes of files apply: root's capabilities, which let it
-    read and write everything, are dropped. Skips the test where that is impossible."""
-    if os.name != "posix" or (os.geteuid() == 0 and sys.platform != "linux"):
-        pytest.skip(f"capset is missing, with which root drops what lets it read everything; this is {sys.platform}")
+def forked(function: Callable[[], str]) -> str:
+    """What `function` returns in a fork of this process; an exception as Python writes it."""
     receiver, sender = os.pipe()
     if (child := os.fork()) == 0:
         try:
-            if os.geteuid() == 0:
-                version = 0x20080522  # of the structures: _LINUX_CAPABILITY_VERSION_3
-                header, none = (ctypes.c_uint32 * 2)(version, 0), (ctypes.c_uint32 * 6)()
-                assert ctypes.CDLL(None, use_errno=True).capset(header, none) == 0, os.strerror(ctypes.get_errno())
             said = function()
         except BaseException as error:
             said = repr(error)
@@ -55,6 +48,22 @@ def without_privileges(function: Callable[[], str]) -> str:
         said = reader.read()
     os.waitpid(child, 0)
     return said
+
+
+def without_privileges(function: Callable[[], str]) -> str:
+    """The same in a fork to which modes of files apply: it drops root's capabilities, which let it read and write
+    everything. Skips the test where that is impossible."""
+    if os.name != "posix" or (os.geteuid() == 0 and sys.platform != "linux"):
+        pytest.skip(f"capset is missing, with which root drops what lets it read everything; this is {sys.platform}")
+
+    def drop() -> str:
+        if os.geteuid() == 0:
+            version = 0x20080522  # of the structures: _LINUX_CAPABILITY_VERSION_3
+            header, none = (ctypes.c_uint32 * 2)(version, 0), (ctypes.c_uint32 * 6)()
+            assert ctypes.CDLL(None, use_errno=True).capset(header, none) == 0, os.strerror(ctypes.get_errno())
+        return function()
+
+    return forked(drop)
 
 
 def _call(rank: int, path: str, name: str, arguments: tuple[Any, ...]) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import os
+import shutil
 import stat
 from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 import torch
 from crl_diffusion import cli, files
 from crl_diffusion.reporting.canvas import Drawing
+from helpers.processes import without_privileges
+from helpers.run_folders import fabricate
 from helpers.trainer_runs import few_samples, train_words
 
 
@@ -71,3 +76,54 @@ def test_an_error_within_leaves_the_old_file_and_no_other(tmp_path: Path) -> Non
     with pytest.raises(KeyError):
         write_half()
     assert (list(tmp_path.iterdir()), path.read_text()) == ([path], "old")
+
+
+def command(*words: object) -> str:
+    """The exit code and the one line on stderr of a command to which modes of files apply."""
+
+    def run() -> str:
+        with redirect_stderr(io.StringIO()) as errors, redirect_stdout(io.StringIO()) as output:
+            code = cli.main([str(word) for word in words])
+        return f"{code} {errors.getvalue() or output.getvalue()}"
+
+    return without_privileges(run)
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", ["report", "diagnose", "sample", "export"])
+def test_a_folder_that_may_not_be_written_to_is_one_line(name: str, finished: Path, tmp_path: Path) -> None:
+    run, before = tmp_path / "run", contents(finished)
+    shutil.copytree(finished, run)
+    out = {"report": run, "diagnose": run / "diagnosis"}.get(name, tmp_path / "new")
+    (tmp_path if out.parent == tmp_path and name in ("sample", "export") else run).chmod(0o555)
+    said = command(name, run, *([] if name in ("report", "diagnose") else ["--out", out]))
+    assert said.startswith(f"2 crl-diffusion: error: --out is {str(out)!r}, but "), said
+    assert "cannot be written to; make it writable, or give another place" in said
+    assert said.count("\n") == 1
+    assert contents(run) == {run / path.relative_to(finished): content for path, content in before.items()}
+
+
+@pytest.mark.parametrize("part", ["summary.json", "metrics.jsonl", "checkpoints"])
+def test_a_record_that_may_not_be_read_is_not_called_damaged(part: str, tmp_path: Path, finished: Path) -> None:
+    """What helps is other rights; nothing is to be deleted."""
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / part).chmod(0)
+    if part == "checkpoints":
+        said = command("sample", tmp_path / "run", "--out", tmp_path / "out")
+        assert f"{str(tmp_path / 'run' / part)!r} may not be listed; make it readable" in said
+    else:
+        said = command("report", tmp_path / "run", "--out", tmp_path / "out")
+        assert f"{str(tmp_path / 'run' / part)!r} may not be read; make it readable" in said
+    assert said.startswith("2 crl-diffusion: error: ")
+    assert said.count("\n") == 1
+
+
+def test_a_run_that_may_not_be_looked_into_is_said_to_be_left_out(tmp_path: Path) -> None:
+    for method in ("gd", "joint"):
+        fabricate(tmp_path / "runs" / method, method, 0, tasks=2, classes_per_task=1)
+    (tmp_path / "runs" / "joint").chmod(0)
+    said = command("report", tmp_path / "runs", "--out", tmp_path / "out")
+    assert said.startswith(f"0 {tmp_path / 'runs' / 'joint'} cannot be read and is left out\n")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -12,8 +14,9 @@ from pathlib import Path
 
 import pytest
 from crl_diffusion import cli
-from crl_diffusion.cli import options, parser
+from crl_diffusion.cli import commands, options, parser
 from crl_diffusion.config.method import METHODS
+from crl_diffusion.errors import OptionError
 from helpers.run_folders import fabricate
 from helpers.trainer_runs import crl_diffusion, require_one_line
 
@@ -281,6 +284,66 @@ def test_a_reader_that_has_read_enough_ends_a_command_quietly(arguments: list[st
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode in (1, cli.CLOSED_PIPE)  # 1: rich ends the process itself
+
+
+@pytest.mark.parametrize("closed", [(0, 1, 2), (1,), (2,)])
+def test_a_closed_output_ends_no_command(closed: tuple[int, ...], tmp_path: Path) -> None:
+    """The next file that is opened would take its number, and get what is printed."""
+    words = [sys.executable, "-c", CLOSED, str(tmp_path / "file"), ",".join(map(str, closed))]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "file").read_bytes() == b""
+
+
+CLOSED = """
+import os, sys
+path, closed = sys.argv[1:]
+for descriptor in map(int, closed.split(",")):
+    os.close(descriptor)
+    if descriptor:
+        setattr(sys, ("", "stdout", "stderr")[descriptor], None)  # as Python does when it starts
+from crl_diffusion import cli
+
+def run(words):
+    with open(path, "wb"):
+        os.write(1, b"of a library\\n")
+        os.write(2, b"") if 2 not in map(int, closed.split(",")) else os.write(2, b"of a library")
+        print("line")
+    return 0
+
+cli.run = run
+sys.exit(cli.main([]))
+"""
+
+
+def test_an_output_that_is_full_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OptionError, match=r"^standard output cannot be written to \(No space left on device\)"):
+        commands.Output(file=Full()).print("line")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1", "cp1252"])
+def test_an_output_takes_every_name_of_a_file(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(content, encoding, errors="strict"))
+    cli.encode_what_can_be()
+    print("\udcff 犬 ±", flush=True)
+    assert content.getvalue().decode(encoding) == {"utf-8": "? 犬 ±", "ascii": "? ? +-"}.get(encoding, "? ? ±") + "\n"
+
+
+@pytest.mark.parametrize("command", ["report", "diagnose", "sample", "export"])
+def test_a_folder_whose_name_is_not_in_utf_8_is_one_line(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """safetensors and TensorBoard cannot open files in it."""
+    out = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
+    fabricate(tmp_path / "run", "gd", 0, tasks=2)
+    words = [command, str(tmp_path / "run"), "--out", out] if command == "report" else [command, out, "--out", "x"]
+    assert cli.main(words) == 2
+    require_one_line(capsys.readouterr().err, "is not in UTF-8")
 
 
 def missing_line(name: str) -> str:

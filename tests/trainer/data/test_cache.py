@@ -340,9 +340,10 @@ def test_what_cannot_be_written_is_deleted(tmp_path: Path, monkeypatch: pytest.M
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(OptionError, match="No space left"):
+    with monkeypatch.context() as patch:
         patch.setattr(cache.os, "fsync", full)
-        load("folder", tmp_path, tasks=1, image_size=8)
+        with pytest.raises(OptionError, match="No space left"):
+            load("folder", tmp_path, tasks=1, image_size=8)
     assert not [path for path in (tmp_path / ".crl-diffusion").iterdir() if path.is_dir()]
 
     class Full(io.StringIO):

@@ -21,6 +21,7 @@ from crl_diffusion.errors import OptionError
 from crl_diffusion.files import read_rows
 from crl_diffusion.training import loop
 from helpers.image_folders import load, noise, write_tree
+from helpers.processes import without_privileges
 from PIL import Image
 
 MNISTS = [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST")]
@@ -205,7 +206,16 @@ def test_damaged_mnist_files_are_refused(damage: str, tmp_path: Path) -> None:
         file.write_bytes({"short": content[:-9], "empty": b"", "gzip": gzip.compress(content)}[damage])
     text = refused("mnist", tmp_path)
     assert "damaged" in text
+    assert repr(str(raw if damage == "labels" else file)) in text
     assert "download=True" in text
+
+
+def test_an_mnist_file_that_may_not_be_read_is_not_called_damaged(tmp_path: Path) -> None:
+    write_mnist(tmp_path, "MNIST")
+    file = tmp_path / "MNIST" / "raw" / "t10k-labels-idx1-ubyte"
+    file.chmod(0)
+    text = without_privileges(lambda: refused("mnist", tmp_path))
+    assert text.startswith(f"--data mnist: {str(file)!r} cannot be read (Permission denied); make it readable")
 
 
 def test_a_missing_cifar10_is_an_error_that_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

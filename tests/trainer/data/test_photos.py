@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import resource
 import shutil
 import socket
 import sys
 import unicodedata
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +20,16 @@ import pytest
 import torch
 from crl_diffusion import cli
 from crl_diffusion.config.settings import RunConfig
-from crl_diffusion.data import folder, image_files
+from crl_diffusion.data import folder as folder_reader
+from crl_diffusion.data import image_files
 from crl_diffusion.data.folder import ImageTree, read_folder, train_and_held_out
 from crl_diffusion.data.image_files import Unreadable, read_square
 from crl_diffusion.data.split import split
 from crl_diffusion.errors import OptionError
 from crl_diffusion.training.plan import resolve
 from helpers.image_folders import Traps, folder_with_every_trap, load, noise, write_photos, write_tree
-from helpers.processes import without_privileges
-from helpers.trainer_runs import SHORT, options, python, require_one_line
+from helpers.processes import forked, without_privileges
+from helpers.trainer_runs import SHORT, options, require_one_line
 from PIL import Image, features
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::PIL.Image.DecompressionBombWarning")
@@ -377,7 +380,7 @@ def test_a_file_that_is_deleted_while_the_folder_is_read_is_left_out(
         gone.unlink(missing_ok=True)
         return square(file, size)
 
-    monkeypatch.setattr(folder, "read_square", deleted)
+    monkeypatch.setattr(folder_reader, "read_square", deleted)
     data = load("folder", tmp_path, image_size=8, skip_unreadable=True)
     assert "'b/3.png' (No such file or directory)" in "\n".join(data.notes)
     monkeypatch.undo()
@@ -399,28 +402,19 @@ def test_pipes_sockets_and_devices_are_no_images(tmp_path: Path, monkeypatch: py
     assert "files that are no images and are passed over: 4 .png" in data.notes
 
 
-PEAK = """
-import resource, sys
-from concurrent.futures import ThreadPoolExecutor
-from crl_diffusion.data.image_files import read_square
-small, large = sys.argv[1:]
-read_square(small, 8)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-with ThreadPoolExecutor(6) as threads:
-    list(threads.map(lambda _: read_square(large, 8), range(6)))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-"""
-
-
 def test_several_large_images_take_the_memory_of_one(tmp_path: Path) -> None:
     """By the system's account, of 6 images of 64 MiB, as Pillow keeps them, read by 6 threads."""
     if sys.platform != "linux":
         pytest.skip(f"ru_maxrss is in KiB on Linux; this is {sys.platform}")
-    Image.new("RGB", (8, 8)).save(tmp_path / "small.png")
     Image.new("L", (4100, 4100)).save(tmp_path / "large.tif")
-    done = python("-c", PEAK, tmp_path / "small.png", tmp_path / "large.tif")
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 5 * 65_000  # KiB: two images, a band of one as floats, and what is not given back
+
+    def peak() -> str:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with ThreadPoolExecutor(6) as threads:
+            list(threads.map(lambda _: read_square(str(tmp_path / "large.tif"), 8), range(6)))
+        return str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+
+    assert int(forked(peak)) < 5 * 65_000  # KiB: two images, a band of one as floats, and what is not given back
 
 
 def test_no_reader_but_those_of_the_formats_is_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

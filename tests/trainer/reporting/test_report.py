@@ -614,7 +614,8 @@ def test_nothing_is_claimed_of_the_best_method_without_enough_seeds_or_a_clear_i
         assert "against gd," in findings.found(grouped(unclear), baseline)
 
 
-POISON = "[/red]<b onload=x>|`*](x)"
+POISON = "[/red]<b onload=x>|`*](x)\x1b[31m"
+SHOWN = POISON.replace("\x1b", "\\x1b")  # else it would colour what a terminal shows
 
 
 def poisoned(folder: Path) -> Path:
@@ -634,10 +635,24 @@ def test_markup_in_records_is_shown_as_it_is(tmp_path: Path, capsys: pytest.Capt
     out = tmp_path / "[/bold]"
     assert cli.main(["report", str(poisoned(tmp_path / "runs")), "--out", str(out)]) == 0
     output = capsys.readouterr().out
-    assert POISON in output.replace("\n", "")
+    assert SHOWN in output.replace("\n", "")
     assert str(out / "report.html") in output
-    assert POISON in Page(out / "report.html").text
-    assert "[/red]&lt;b onload=x>\\|`*]\\(x)" in (out / "comparison.md").read_text()
+    assert SHOWN in Page(out / "report.html").text
+    assert "[/red]&lt;b onload=x>\\|`*]\\(x)\\x1b[31m" in (out / "comparison.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["../../$\\frac$", "/nowhere/a\0b"])
+def test_a_data_set_of_another_version_may_have_any_name(name: str, tmp_path: Path) -> None:
+    for method, level in {"fine-tune": 80.0, "joint": 3.0, "gd": 10.0}.items():
+        for part in ("known", "other"):
+            made = fabricate(tmp_path / "runs" / f"{part}-{method}", method, 0, level, tasks=2, classes_per_task=1)
+        record = json.loads((made / "config.json").read_text())
+        record["run"]["data"] = name
+        (made / "config.json").write_text(json.dumps(record))
+    _, files = report.write([tmp_path / "runs"], tmp_path / "reports" / "out", "gd")
+    assert {file.parent for file in files} == {tmp_path / "reports" / "out"}
+    assert {"digits-samples.png", "data-2-samples.png", "across.png"} <= {file.name for file in files}
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "reports", tmp_path / "runs"]
 
 
 @pytest.mark.parametrize("command", ["report", "compare"])
