@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
@@ -29,20 +30,25 @@ UNFINISHED = re.compile(r".+\.[0-9a-f]{16}\.tmp|\.tmp[0-9A-Za-z]{6}")  # the tem
 
 
 def require_file(path: Path) -> None:
-    """RecordError if the path exists and is not a regular file, or one that may not be read."""
+    """RecordError if the path exists and is not a regular file."""
     if path.exists() and not path.is_file():
         kind = "a folder" if path.is_dir() else "no regular file"
         raise RecordError(path, f"is {kind}, expected a file", "move it away, and give the same command again")
-    if path.exists() and not os.access(path, os.R_OK):
-        raise RecordError(path, "may not be read", "make it readable, and give the same command again")
 
 
 def require_folder(path: Path) -> None:
-    """RecordError if the path exists and is not a folder, or one that may not be listed."""
+    """RecordError if the path exists and is not a folder."""
     if path.exists() and not path.is_dir():
         raise RecordError(path, "is a file, expected a folder", "move it away, and give the same command again")
-    if path.exists() and not os.access(path, os.R_OK | os.X_OK):
-        raise RecordError(path, "may not be listed", "make it readable, and give the same command again")
+
+
+def refusal_of(folder: Path) -> OSError | None:
+    """The error with which the system refuses new files in a folder; None if it takes them."""
+    try:
+        with TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return error
 
 
 def read_file(path: Path, remedy: str = PUT_BACK) -> bytes:
@@ -87,7 +93,9 @@ def replacing(path: Path) -> Iterator[Path]:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError):
+            error.filename, error.filename2 = str(path), None  # a full disk names none
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise

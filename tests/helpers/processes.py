@@ -3,7 +3,6 @@
 By its name they may find another: avalanche-lib installs a package ``tests``.
 """
 
-import ctypes
 import importlib.util
 import json
 import os
@@ -13,7 +12,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 
@@ -48,22 +46,6 @@ def forked(function: Callable[[], str]) -> str:
         said = reader.read()
     os.waitpid(child, 0)
     return said
-
-
-def without_privileges(function: Callable[[], str]) -> str:
-    """The same in a fork to which modes of files apply: it drops root's capabilities, which let it read and write
-    everything. Skips the test where that is impossible."""
-    if os.name != "posix" or (os.geteuid() == 0 and sys.platform != "linux"):
-        pytest.skip(f"capset is missing, with which root drops what lets it read everything; this is {sys.platform}")
-
-    def drop() -> str:
-        if os.geteuid() == 0:
-            version = 0x20080522  # of the structures: _LINUX_CAPABILITY_VERSION_3
-            header, none = (ctypes.c_uint32 * 2)(version, 0), (ctypes.c_uint32 * 6)()
-            assert ctypes.CDLL(None, use_errno=True).capset(header, none) == 0, os.strerror(ctypes.get_errno())
-        return function()
-
-    return forked(drop)
 
 
 def _call(rank: int, path: str, name: str, arguments: tuple[Any, ...]) -> None:

@@ -14,9 +14,9 @@ import pytest
 import torch
 from crl_diffusion import cli, files
 from crl_diffusion.reporting.canvas import Drawing
-from helpers.processes import without_privileges
+from helpers.permissions import permissions_hold
 from helpers.run_folders import fabricate
-from helpers.trainer_runs import few_samples, train_words
+from helpers.trainer_runs import contents, few_samples, train_words
 
 
 @pytest.fixture(params=[0o022, 0o027, 0o002], ids=oct)
@@ -80,17 +80,9 @@ def test_an_error_within_leaves_the_old_file_and_no_other(tmp_path: Path) -> Non
 
 def command(*words: object) -> str:
     """The exit code and the one line on stderr of a command to which modes of files apply."""
-
-    def run() -> str:
-        with redirect_stderr(io.StringIO()) as errors, redirect_stdout(io.StringIO()) as output:
-            code = cli.main([str(word) for word in words])
-        return f"{code} {errors.getvalue() or output.getvalue()}"
-
-    return without_privileges(run)
-
-
-def contents(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with permissions_hold(), redirect_stderr(io.StringIO()) as errors, redirect_stdout(io.StringIO()) as output:
+        code = cli.main([str(word) for word in words])
+    return f"{code} {errors.getvalue() or output.getvalue()}"
 
 
 @pytest.mark.parametrize("name", ["report", "diagnose", "sample", "export"])
@@ -101,9 +93,9 @@ def test_a_folder_that_may_not_be_written_to_is_one_line(name: str, finished: Pa
     (tmp_path if out.parent == tmp_path and name in ("sample", "export") else run).chmod(0o555)
     said = command(name, run, *([] if name in ("report", "diagnose") else ["--out", out]))
     assert said.startswith(f"2 crl-diffusion: error: --out is {str(out)!r}, but "), said
-    assert "cannot be written to; make it writable, or give another place" in said
+    assert "cannot be written to (Permission denied); make it writable, or give another place" in said
     assert said.count("\n") == 1
-    assert contents(run) == {run / path.relative_to(finished): content for path, content in before.items()}
+    assert contents(run) == before
 
 
 @pytest.mark.parametrize("part", ["summary.json", "metrics.jsonl", "checkpoints"])
@@ -113,10 +105,10 @@ def test_a_record_that_may_not_be_read_is_not_called_damaged(part: str, tmp_path
     (tmp_path / "run" / part).chmod(0)
     if part == "checkpoints":
         said = command("sample", tmp_path / "run", "--out", tmp_path / "out")
-        assert f"{str(tmp_path / 'run' / part)!r} may not be listed; make it readable" in said
+        assert f"{str(tmp_path / 'run' / part)!r} cannot be read (Permission denied); make it readable" in said
     else:
         said = command("report", tmp_path / "run", "--out", tmp_path / "out")
-        assert f"{str(tmp_path / 'run' / part)!r} may not be read; make it readable" in said
+        assert f"{str(tmp_path / 'run' / part)!r} cannot be read (Permission denied); make it readable" in said
     assert said.startswith("2 crl-diffusion: error: ")
     assert said.count("\n") == 1
 

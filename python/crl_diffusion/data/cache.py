@@ -35,7 +35,7 @@ from torch import Tensor
 
 from crl_diffusion.data.images import Images
 from crl_diffusion.errors import OptionError
-from crl_diffusion.files import Row, file_digest, locked, sync_folder, write_json
+from crl_diffusion.files import Row, file_digest, locked, refusal_of, sync_folder, write_json
 
 FORMAT = 1  # of the copies; part of the key
 COPIES = ".crl-diffusion"
@@ -117,7 +117,7 @@ def damaged(folder: Path, why: object) -> OptionError:
 def home(root: Path) -> Path:
     """The folder of all copies: beside the original files or, if that is read-only, in the user's cache folder."""
     inside = root / COPIES
-    if os.access(inside if inside.is_dir() else root, os.W_OK):
+    if refusal_of(inside if inside.is_dir() else root) is None:
         return inside
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crl-diffusion"

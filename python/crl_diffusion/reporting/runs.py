@@ -146,8 +146,14 @@ def find(folders: Iterable[Path]) -> tuple[list[Finished], list[Path]]:
 
 def unreadable(folders: Iterable[Path]) -> list[Path]:
     """Folders in these that cannot be looked into: `find` sees no run there."""
-    inside = [path for folder in folders for path in sorted(folder.iterdir()) if path.is_dir()]
-    return [path for path in inside if not os.access(path, os.R_OK | os.X_OK)]
+    found = []
+    for path in [path for folder in folders for path in sorted(folder.iterdir()) if path.is_dir()]:
+        try:
+            for inside in os.listdir(path)[:1]:
+                os.lstat(path / inside)
+        except OSError:
+            found.append(path)
+    return found
 
 
 # Comparison

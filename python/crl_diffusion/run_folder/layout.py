@@ -18,6 +18,7 @@ from crl_diffusion.files import (
     is_locked,
     locked,
     read_json,
+    refusal_of,
     remove_unfinished,
     require_file,
     require_folder,
@@ -119,21 +120,23 @@ def require_writable(option: str, out: Path) -> None:
     """`require_place`, and OptionError unless files can be added to `out`, or it can be created."""
     require_place(option, out)
     existing = _existing(out)
-    if not os.access(existing, os.W_OK | os.X_OK):
+    if (error := refusal_of(existing)) is not None:
         raise OptionError(
-            f"{option} is {str(out)!r}, but {str(existing)!r} cannot be written to; make it writable, or give another "
-            "place"
+            f"{option} is {str(out)!r}, but {str(existing)!r} cannot be written to ({error.strerror}); make it "
+            "writable, or give another place"
         )
 
 
 def is_run(folder: Path) -> bool:
     """Whether a folder holds a run, or what is left of one. Other software has some of its files, too."""
-    with suppress(RecordError, UnreadableError):
+    with suppress(RecordError, UnreadableError, OSError):
         record = read_json(folder / "config.json")
         if isinstance(record, dict) and isinstance(record.get("run"), dict):
             return True
-    has_records = any((folder / name).exists() for name in ("metrics.jsonl", "summary.json"))
-    return has_records and any((folder / name).is_dir() for name in ("checkpoints", "samples"))
+    with suppress(OSError):  # a folder that cannot be looked into
+        has_records = any((folder / name).exists() for name in ("metrics.jsonl", "summary.json"))
+        return has_records and any((folder / name).is_dir() for name in ("checkpoints", "samples"))
+    return False
 
 
 def runs_in(folder: Path) -> list[Path]:

@@ -21,7 +21,7 @@ from crl_diffusion.diffusion.noising import SCHEDULES
 from crl_diffusion.errors import OptionError
 from crl_diffusion.methods import regression
 from helpers.image_folders import load, write_photos, write_tree
-from helpers.processes import without_privileges
+from helpers.permissions import permissions_hold
 from PIL import Image
 
 
@@ -301,8 +301,9 @@ def test_an_about_of_another_shape_is_a_damaged_copy(value: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("where", ["copy", "file", "all copies"])
-def test_a_copy_that_another_user_may_not_read(where: str, tmp_path: Path) -> None:
+def test_a_copy_that_another_user_may_not_read(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One line names the copy; if no copy can be looked at, the user makes one of their own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     root = tmp_path / "root"
     write_tree(root, ("a", "b"))
     load("folder", root, tasks=1, image_size=8)
@@ -310,13 +311,13 @@ def test_a_copy_that_another_user_may_not_read(where: str, tmp_path: Path) -> No
     {"copy": copy, "file": copy / "train.labels", "all copies": copy.parent}[where].chmod(0)
 
     def read() -> str:
-        os.environ["XDG_CACHE_HOME"] = str(tmp_path / "cache")
         try:
             return str(len(load("folder", root, tasks=1, image_size=8).train))
         except OptionError as error:
             return str(error)
 
-    said = without_privileges(read)
+    with permissions_hold():
+        said = read()
     if where == "all copies":
         assert said == "6"
     else:

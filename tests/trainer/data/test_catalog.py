@@ -21,7 +21,7 @@ from crl_diffusion.errors import OptionError
 from crl_diffusion.files import read_rows
 from crl_diffusion.training import loop
 from helpers.image_folders import load, noise, write_tree
-from helpers.processes import without_privileges
+from helpers.permissions import permissions_hold
 from PIL import Image
 
 MNISTS = [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST")]
@@ -214,7 +214,8 @@ def test_an_mnist_file_that_may_not_be_read_is_not_called_damaged(tmp_path: Path
     write_mnist(tmp_path, "MNIST")
     file = tmp_path / "MNIST" / "raw" / "t10k-labels-idx1-ubyte"
     file.chmod(0)
-    text = without_privileges(lambda: refused("mnist", tmp_path))
+    with permissions_hold():
+        text = refused("mnist", tmp_path)
     assert text.startswith(f"--data mnist: {str(file)!r} cannot be read (Permission denied); make it readable")
 
 

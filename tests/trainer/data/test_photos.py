@@ -28,7 +28,8 @@ from crl_diffusion.data.split import split
 from crl_diffusion.errors import OptionError
 from crl_diffusion.training.plan import resolve
 from helpers.image_folders import Traps, folder_with_every_trap, load, noise, write_photos, write_tree
-from helpers.processes import forked, without_privileges
+from helpers.permissions import permissions_hold
+from helpers.processes import forked
 from helpers.trainer_runs import SHORT, options, require_one_line
 from PIL import Image, features
 
@@ -364,7 +365,8 @@ def test_what_this_user_may_not_read_is_one_line(path: str, tmp_path: Path) -> N
         except (OptionError, OSError) as error:  # the command line prints either in one line
             return str(error)
 
-    said = without_privileges(read)
+    with permissions_hold():
+        said = read()
     assert "Permission denied" in said
     assert repr(str(root / path)) in said
     assert "\n" not in said
