@@ -163,14 +163,15 @@ def test_copies_of_a_read_only_root_go_to_the_users_cache_folder(
     root = tmp_path / "root"
     write_tree(root, ("a", "b"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    access = os.access
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != root and access(path, mode))
-    load("folder", root, tasks=1)
+    root.chmod(0o555)
+    with permissions_hold():
+        load("folder", root, tasks=1)
     assert not (root / ".crl-diffusion").exists()
     assert len(list((tmp_path / "cache" / "crl-diffusion").glob("folder-*"))) == 1
     (tmp_path / "full").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "full"))
-    with pytest.raises(OptionError, match=r"cannot be written to .*full.* environment variable XDG_CACHE_HOME"):
+    refused = pytest.raises(OptionError, match=r"cannot be written to .*full.* environment variable XDG_CACHE_HOME")
+    with permissions_hold(), refused:
         load("folder", root, tasks=1)
 
 
@@ -182,11 +183,9 @@ def test_a_copy_in_a_read_only_root_is_used(
     first = load("folder", root, tasks=1)
     assert "decoding" in capsys.readouterr().err
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    access = os.access
-    monkeypatch.setattr(
-        os, "access", lambda path, mode: root not in (Path(path), Path(path).parent) and access(path, mode)
-    )
-    assert torch.equal(load("folder", root, tasks=1).train.pixels, first.train.pixels)
+    (root / ".crl-diffusion").chmod(0o555)
+    with permissions_hold():
+        assert torch.equal(load("folder", root, tasks=1).train.pixels, first.train.pixels)
     assert capsys.readouterr().err == ""
     assert not (tmp_path / "cache").exists()
 
