@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,9 +31,9 @@ class UnreadableError(Exception):
 def out_of_memory(error: BaseException) -> str | None:
     """How an allocation failed, of Python, of torch on the CPU or a device, or of the system; None for other errors."""
     text = " ".join(str(error).split())
-    known = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc", "alloc_failed")
-    says_so = isinstance(error, (RuntimeError, OSError)) and any(words in text.lower() for words in known)
-    if not (says_so or isinstance(error, MemoryError)):
+    known = ("out of memory", "can't allocate memory", "bad_alloc", "alloc_failed")
+    says_so = isinstance(error, RuntimeError) and any(words in text.lower() for words in known)
+    if not (says_so or isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)):
         return None
     asked = re.search(r"allocate ([\d.,]+ ?\w+)", text)
     return f"out of memory, asked for {asked[1]} more" if asked else "out of memory"

@@ -1,6 +1,7 @@
 """Files: JSON and tensors that are written completely or not at all, logs of JSON lines, TensorBoard, locks.
 
-A file that cannot be read raises a `RecordError`, which names the file, what is wrong with it and what to do.
+A file with other contents than it should have raises a `RecordError`, and one that cannot be read an `UnreadableError`;
+both name the file, what is wrong with it and what to do.
 """
 
 from __future__ import annotations
@@ -26,20 +27,29 @@ from torch import Tensor
 from crl_diffusion.errors import PUT_BACK, OptionError, RecordError, UnreadableError, WriteError
 
 Row = dict[str, Any]
-UNFINISHED = re.compile(r".+\.[0-9a-f]{16}\.tmp|\.tmp[0-9A-Za-z]{6}")  # the temporary names of `replacing`, safetensors
+# The temporary names of `replacing`, now and in earlier versions, and of safetensors.
+UNFINISHED = re.compile(r".+\.([0-9a-f]{16}|\d+)\.tmp|\.tmp[0-9A-Za-z]{6}")
 
 
 def require_file(path: Path) -> None:
-    """RecordError if the path exists and is not a regular file."""
+    """RecordError if the path exists and is not a regular file, or is a link to nothing."""
+    _require_target(path)
     if path.exists() and not path.is_file():
         kind = "a folder" if path.is_dir() else "no regular file"
         raise RecordError(path, f"is {kind}, expected a file", "move it away, and give the same command again")
 
 
 def require_folder(path: Path) -> None:
-    """RecordError if the path exists and is not a folder."""
+    """RecordError if the path exists and is not a folder, or is a link to nothing."""
+    _require_target(path)
     if path.exists() and not path.is_dir():
         raise RecordError(path, "is a file, expected a folder", "move it away, and give the same command again")
+
+
+def _require_target(path: Path) -> None:
+    if path.is_symlink() and not path.exists():
+        wrong = f"is a link to {os.readlink(path)!r}, which is not there"
+        raise RecordError(path, wrong, "bring it back, or delete the link, and give the same command again")
 
 
 def refusal_of(folder: Path) -> OSError | None:
@@ -81,21 +91,24 @@ def tensor_files(folder: Path) -> list[Path]:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """The path of a temporary file next to `path`, to be written within the block. After it, the file is synced and
-    renamed: readers see the old file or the new one, whose mode is the umask's. After an error it is deleted."""
+def replacing(path: Path, sync: bool = True) -> Iterator[Path]:
+    """The path of a temporary file next to `path`, to be written within the block. After it, the file is synced, unless
+    it can be made again, and renamed: readers see the old file or the new one, whose mode is the umask's. After an
+    error it is deleted."""
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "xb") as file:
             mode = os.fstat(file.fileno()).st_mode
         yield temporary
         os.chmod(temporary, mode)  # safetensors puts a file in its place that only its owner can read
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        if sync:
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
-        if isinstance(error, OSError):
-            error.filename, error.filename2 = str(path), None  # a full disk names none
+        if isinstance(error, OSError) and error.errno is not None:
+            error.filename = str(path)  # a full disk names none
+            del error.filename2
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
@@ -169,8 +182,8 @@ def _joined(lines: Sequence[bytes]) -> bytes:
 class Log:
     """A growing file of JSON lines with `count` rows. `keep` removes the rows that a checkpoint does not count.
 
-    The rows are also kept in memory. A file that something else has deleted or emptied since is written again, and
-    `say` is told; one that it has changed in another way is a RecordError.
+    The rows are also kept in memory: a file that something else has deleted or changed since is written again, and
+    `say` is told.
     """
 
     def __init__(self, path: Path, say: Callable[[str], None] = lambda line: None) -> None:
@@ -218,21 +231,22 @@ class Log:
         if not self._lines:
             return
         with self._opened() as file:
-            file.seek(0)
-            if file.read() != _joined(self._lines):
-                raise RecordError(
-                    self.path,
-                    "was changed by something else than the run that writes it",
-                    "give the same command again: the run goes back to a checkpoint from before the change",
-                )
             os.fsync(file.fileno())
+            file.seek(0)
+            same = file.read() == _joined(self._lines)
+        if not same:
+            changed = self.path.with_name(f"{self.path.name}.changed")
+            os.replace(self.path, changed)
+            with self._opened() as file:
+                os.fsync(file.fileno())
+            self.say(f"what was there is kept in {changed.name!r}")
 
     @contextmanager
     def _opened(self) -> Iterator[BinaryIO]:
         """The file, to append to; with all rows if it has none any more."""
         with open(self.path, "a+b") as file:
             if self._lines and not file.tell():
-                self.say(f"{str(self.path)!r} was deleted or emptied, and is written again")
+                self.say(f"{str(self.path)!r} was deleted or changed by something else, and is written again")
                 file.write(_joined(self._lines))
                 file.flush()
             yield file
@@ -243,7 +257,7 @@ class TensorBoard:
     a folder, nothing is written."""
 
     def __init__(self, folder: Path | None, purge_step: int) -> None:
-        self.writer = None
+        self.folder, self.writer = folder, None
         if folder is not None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -251,6 +265,7 @@ class TensorBoard:
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         if self.writer is not None:
+            self._restore_folder()
             for name, value in values.items():
                 self.writer.add_scalar(name, value, step)
 
@@ -259,7 +274,13 @@ class TensorBoard:
 
     def __exit__(self, *_: object) -> None:
         if self.writer is not None:
+            self._restore_folder()
             self.writer.close()
+
+    def _restore_folder(self) -> None:
+        """The writer's own thread opens its file anew for each write, and fails without the folder."""
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
 
 
 PROBED = 0.2  # seconds; `is_locked`, in another process, takes a lock for a moment

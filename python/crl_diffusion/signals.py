@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 import sys
 import threading
 import time
@@ -102,7 +103,7 @@ def end_with_compare() -> None:
     """Let this process get SIGTERM when the `compare` that has started it ends, however that ends; nothing if none has.
     Stdin is then a pipe: `compare` holds its other end and writes nothing, so a read returns when `compare` has ended.
     """
-    _State.of_compare = os.environ.pop(OF_COMPARE, "") != ""
+    _State.of_compare = os.environ.pop(OF_COMPARE, "") != "" and stat.S_ISFIFO(os.fstat(0).st_mode)
     if not _State.of_compare:
         return
     pipe = os.dup(0)

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from crl_diffusion import cli, files
+from crl_diffusion.errors import RecordError
 from crl_diffusion.reporting.canvas import Drawing
+from crl_diffusion.run_folder.layout import make_writable, require_layout
 from helpers.permissions import permissions_hold
 from helpers.run_folders import fabricate
 from helpers.trainer_runs import contents, few_samples, train_words
@@ -119,3 +121,29 @@ def test_a_run_that_may_not_be_looked_into_is_said_to_be_left_out(tmp_path: Path
     (tmp_path / "runs" / "joint").chmod(0)
     said = command("report", tmp_path / "runs", "--out", tmp_path / "out")
     assert said.startswith(f"0 {tmp_path / 'runs' / 'joint'} cannot be read and is left out\n")
+
+
+def test_an_error_while_a_file_is_written_names_it(tmp_path: Path) -> None:
+    for raised, said in (
+        (OSError(28, "No space left on device"), f"[Errno 28] No space left on device: {str(tmp_path / 'x.png')!r}"),
+        (OSError("cannot write mode F as PNG"), "cannot write mode F as PNG"),
+    ):
+        with pytest.raises(OSError) as caught, files.replacing(tmp_path / "x.png"):  # noqa: PT011 - of any number
+            raise raised
+        assert str(caught.value) == said
+    with pytest.raises(OSError) as caught, files.replacing(tmp_path / "no folder" / "x.png"):  # noqa: PT011
+        pass
+    assert str(caught.value) == f"[Errno 2] No such file or directory: {str(tmp_path / 'no folder' / 'x.png')!r}"
+
+
+def test_a_lock_that_is_a_pipe_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / ".lock")
+    with pytest.raises(RecordError, match=r"\.lock' is no regular file"):
+        make_writable(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "timings.jsonl"])
+def test_a_link_to_nothing_in_a_run_folder_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).symlink_to("elsewhere")
+    with pytest.raises(RecordError, match=rf"{name}' is a link to 'elsewhere', which is not there"):
+        require_layout(tmp_path)

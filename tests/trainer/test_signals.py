@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -367,9 +368,13 @@ def test_a_run_ends_when_compare_is_killed(cells_of_two: list[cells.Cell]) -> No
     _wait_for_text(log, "interrupted by SIGTERM\n")
 
 
-def test_a_process_that_compare_has_not_started_does_not_watch_stdin(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(signals.OF_COMPARE, raising=False)
+@pytest.mark.parametrize("variable", ["", "1"])  # set by hand, where stdin is no pipe
+def test_a_process_that_compare_has_not_started_does_not_watch_stdin(
+    variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(signals.OF_COMPARE, variable)
     before = os.fstat(0)
+    assert not stat.S_ISFIFO(before.st_mode), "pytest has a stdin of its own, which is no pipe"
     signals.end_with_compare()
     assert not signals.of_compare()
     assert os.path.samestat(os.fstat(0), before)

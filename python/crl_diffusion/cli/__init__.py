@@ -32,8 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     try:
         with signals.handled(_say_stopped):
-            signals.end_with_compare()
             open_what_is_closed()
+            signals.end_with_compare()
             encode_what_can_be()
             try:
                 return run(words)

@@ -264,12 +264,12 @@ def diagnose(command: Diagnose) -> int:
 
 def require_run(folder: Path) -> None:
     """OptionError unless this is the folder of a run. It names the runs in the folder of a comparison."""
-    from crl_diffusion.run_folder.layout import require_utf8
+    from crl_diffusion.run_folder.layout import require_utf8, runs_in
 
     require_utf8("the run's folder", folder)
     if (folder / "config.json").exists():
         return
-    inside = sorted(path.parent for path in folder.glob("*/config.json"))
+    inside = runs_in(folder)
     if not inside:
         raise OptionError(f"{str(folder)!r} holds no run; give a folder written by `train`")
     names = ", ".join(path.name for path in inside[:12]) + (f" and {len(inside) - 12} more" if inside[12:] else "")

@@ -8,7 +8,7 @@ data set or another reader gets a new copy; old ones may be deleted.
 
 about.json has the SHA-256 digest of each file, taken from what was written. A file of up to `CHECKED` bytes is read and
 checked whenever the copy is opened. A larger one, such as ImageNet's 4 GB of pixels, is checked if it is no longer the
-file that was written, by inode and time of modification: what a disk changes in it by itself is not noticed. Copies of
+file that was written, by its time of modification: what a disk changes in it by itself is not noticed. Copies of
 earlier versions have no digests and are not checked.
 
 One process at a time writes the folder under another name, syncs it and renames it: a copy under its final name is
@@ -83,10 +83,9 @@ def decoded(
     pixels."""
     listing = f"{FORMAT} {sys.byteorder} {root.resolve()} {digest(root, files, with_times=True)}{way}"
     key = hashlib.sha256(os.fsencode(listing)).hexdigest()[:16]
-    folder = home(root) / f"{name}-{size}px-{key}"
-    made_earlier = root / COPIES / folder.name  # readable, even where nothing can be added
-    if os.path.isdir(made_earlier):
-        folder = made_earlier
+    folder = root / COPIES / f"{name}-{size}px-{key}"
+    if not os.path.isdir(folder):  # where it can be read even if nothing can be added
+        folder = home(root) / folder.name
     if not os.path.isdir(folder):
         try:
             _make(folder, name, size, decode, findings)
@@ -182,8 +181,8 @@ def _write(part: Path, chunks: Chunks) -> tuple[int, dict[str, Row]]:
 
 
 def _identity(status: os.stat_result) -> Row:
-    """What tells a file from one that was copied, put back or written to."""
-    return {"inode": status.st_ino, "mtime_ns": status.st_mtime_ns}
+    """What tells a file from one that was written to since."""
+    return {"mtime_ns": status.st_mtime_ns}
 
 
 def _read_about(folder: Path) -> Row:

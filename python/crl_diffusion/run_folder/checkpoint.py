@@ -79,6 +79,11 @@ def _moment(path: Path) -> tuple[int, int]:
     return (int(stage), int(step)) if stage.isdecimal() and step.isdecimal() else (-1, -1)
 
 
+def is_named_as_one(path: Path) -> bool:
+    """Whether the name of a file is that of a checkpoint."""
+    return _moment(path) >= (0, 0)
+
+
 def save(folder: Path, checkpoint: Checkpoint) -> Path:
     """Write one checkpoint and delete those that are no longer needed. WriteError if that fails, as on a full disk."""
     stage, step = checkpoint.stage, checkpoint.step
@@ -90,9 +95,10 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
         if checkpoint.config:
             metadata["config"] = checkpoint.config
         kept = checkpoint.tensors
-        if stage and step and _path(folder, stage, 0).exists():  # else the file stores all
-            kept = {name: value for name, value in kept.items() if not name.startswith(MEMORY)}
-            metadata["start"] = _metadata(_path(folder, stage, 0))["digest"]
+        if stage and step:
+            with suppress(FileNotFoundError, SafetensorError):  # without a file of the start, this one stores all
+                metadata["start"] = _metadata(_path(folder, stage, 0))["digest"]
+                kept = {name: value for name, value in kept.items() if not name.startswith(MEMORY)}
         tensors = {name: value.detach().cpu().contiguous().clone() for name, value in kept.items()}
         metadata["digest"], _ = _digests(tensors, metadata)
         write_tensors(path, tensors, metadata)

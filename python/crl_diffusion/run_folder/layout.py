@@ -18,15 +18,17 @@ from crl_diffusion.files import (
     is_locked,
     locked,
     read_json,
+    read_rows,
     refusal_of,
     remove_unfinished,
     require_file,
     require_folder,
+    tensor_files,
     write_json,
     write_text,
 )
 from crl_diffusion.run_folder import checkpoint, origin
-from crl_diffusion.run_folder.readers import read_config
+from crl_diffusion.run_folder.readers import METRICS, read_config
 
 
 def digest_of(config: RunConfig) -> str:
@@ -128,14 +130,26 @@ def require_writable(option: str, out: Path) -> None:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder holds a run, or what is left of one. Other software has some of its files, too."""
-    with suppress(RecordError, UnreadableError, OSError):
-        record = read_json(folder / "config.json")
-        if isinstance(record, dict) and isinstance(record.get("run"), dict):
-            return True
-    with suppress(OSError):  # a folder that cannot be looked into
-        has_records = any((folder / name).exists() for name in ("metrics.jsonl", "summary.json"))
-        return has_records and any((folder / name).is_dir() for name in ("checkpoints", "samples"))
+    """Whether a folder holds a run, or what is left of one: a record with contents of its own, or a checkpoint. Other
+    software has files of these names, too."""
+
+    def config() -> bool:
+        return isinstance(read_json(folder / "config.json")["run"], dict)
+
+    def metrics() -> bool:
+        return read_rows(folder / "metrics.jsonl", count=1)[0]["kind"] in METRICS
+
+    def summary() -> bool:
+        return "average_fid" in read_json(folder / "summary.json")
+
+    def checkpoints() -> bool:
+        return any(map(checkpoint.is_named_as_one, tensor_files(folder / "checkpoints")))
+
+    for holds in (config, metrics, summary, checkpoints):
+        # What is missing, damaged, of another shape, or may not be read says nothing.
+        with suppress(RecordError, UnreadableError, OSError, LookupError, TypeError):
+            if holds():
+                return True
     return False
 
 
@@ -195,6 +209,7 @@ def _require_config(saved: checkpoint.Checkpoint) -> None:
 
 def make_writable(out: Path) -> None:
     """Create the folder if needed. OptionError if it cannot be written to."""
+    require_file(out / ".lock")
     try:
         out.mkdir(parents=True, exist_ok=True)
         with open(out / ".lock", "a"):
@@ -227,9 +242,10 @@ def in_use(out: Path) -> bool:
 
 @contextmanager
 def comparing(out: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Lock the folder of a comparison, and delete what a killed process has left unfinished in it. While another
-    `compare` holds the lock, wait; `say` is told so."""
+    """Lock the folder of a comparison. While another `compare` holds the lock, wait; `say` is told so. What a killed
+    process has left unfinished is deleted, but not if jobs that an earlier `compare` has submitted may write there."""
     make_writable(out)
     with locked(out / ".lock", say=say):
-        _remove_unfinished(out)
+        if not (out / "slurm").exists():
+            _remove_unfinished(out)
         yield

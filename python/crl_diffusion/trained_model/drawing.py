@@ -125,5 +125,5 @@ def write_images(
 
 def _write_png(path: Path, pixels: np.ndarray) -> None:
     """An image, uint8 (C, S, S), written completely or not at all."""
-    with replacing(path) as temporary:
+    with replacing(path, sync=False) as temporary:  # images can be drawn again
         Image.fromarray(pixels[0] if len(pixels) == 1 else np.moveaxis(pixels, 0, -1)).save(temporary, "PNG")

@@ -25,7 +25,7 @@ from crl_diffusion.errors import OptionError, RecordError, TrainingError
 from crl_diffusion.evaluation import evaluate, extractors, summaries
 from crl_diffusion.evaluation.extractors import Custom
 from crl_diffusion.evaluation.features import PART, digest
-from crl_diffusion.files import Row, TensorBoard, write_json
+from crl_diffusion.files import Row, TensorBoard, read_if_there, write_json, write_text
 from crl_diffusion.reporting import runs
 from crl_diffusion.run_folder import origin
 from crl_diffusion.run_folder.layout import (
@@ -78,7 +78,7 @@ def train(
     several = processes.launched() > 1
     with signals.deferred() if several else nullcontext(), processes.together(torch.device(config.device)):
         if several:
-            processes.require_same(start_of(config, out, data, features))
+            processes.require_same(start_of(config, data, features))
         if first:
             make_writable(out)
         try:
@@ -125,14 +125,13 @@ def finished(
     return summary
 
 
-def start_of(config: RunConfig, out: Path, data: Data, features: ExtractorName | Custom) -> dict[str, str]:
+def start_of(config: RunConfig, data: Data, features: ExtractorName | Custom) -> dict[str, str]:
     """What all processes of a run are started with, by option, and what decides their bits."""
     options = {f"--{name.replace('_', '-')}": str(value) for name, value in vars(config).items()}
     images = (part for images in (data.train, data.test) for part in images.batches(PART))
     return {
         "the run": "unfinished",
         **options,
-        "--out": str(out),
         "--extractor": features if isinstance(features, str) else features.name,
         "the digest of the images": digest(*(tensor for part in images for tensor in (part.pixels, part.labels)))[:8],
         "torch": torch.__version__,
@@ -262,7 +261,10 @@ def finish(run: Run) -> Row:
 
         for log in run.logs.values():
             log.sync()
-        restore_config(run.out, run.say)
+        config = run.out / "config.json"
+        if read_if_there(config) != run.config_text.encode():
+            run.say(f"{str(config)!r} was deleted or changed by something else, and is written again")
+            write_text(config, run.config_text)
         run_pictures.of_run(run.out)
         summary = summaries.summarise(run.out)
         write_json(run.out / "summary.json", summary)

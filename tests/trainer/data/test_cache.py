@@ -190,6 +190,21 @@ def test_a_copy_in_a_read_only_root_is_used(
     assert not (tmp_path / "cache").exists()
 
 
+def test_a_copy_that_is_there_needs_no_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "root"
+    write_tree(root, ("a", "b"))
+    first = load("folder", root, tasks=1)
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    (root / ".crl-diffusion").chmod(0o555)
+    with permissions_hold():
+        assert torch.equal(load("folder", root, tasks=1).train.pixels, first.train.pixels)
+
+
 def test_other_rules_for_pixels_make_a_new_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tree(tmp_path, ("a", "b"))
     copies = tmp_path / ".crl-diffusion"

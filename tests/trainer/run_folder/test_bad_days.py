@@ -149,7 +149,7 @@ def test_a_file_that_is_deleted_while_the_run_goes_on_is_no_loss(
     output = capsys.readouterr()
     assert output.err == ""
     if name.endswith(".jsonl"):
-        assert f"{str(out / name)!r} was deleted or emptied, and is written again" in output.out
+        assert f"{str(out / name)!r} was deleted or changed by something else, and is written again" in output.out
     if name == START:
         assert not (out / START).exists()
         shutil.copy(finished / START, out / START)
@@ -157,28 +157,47 @@ def test_a_file_that_is_deleted_while_the_run_goes_on_is_no_loss(
     same_folder(finished, out)
 
 
-def test_records_that_are_changed_while_the_run_goes_on_stop_it(
+@pytest.mark.parametrize(
+    ("name", "change", "kept"),
+    [
+        ("metrics.jsonl", lambda content: b"".join(content.splitlines(keepends=True)[:3]), "metrics.jsonl.changed"),
+        ("timings.jsonl", lambda content: content + b"{}\n", "timings.jsonl.changed"),
+        ("config.json", lambda content: content + b"\n", None),
+    ],
+)
+def test_records_that_are_changed_while_the_run_goes_on_are_written_again(
+    name: str,
+    change: Callable[[bytes], bytes],
+    kept: str | None,
     finished: Path,
     train_command: TrainCommand,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    out = tmp_path / "run"
-    lost: list[bytes] = []
+    path = tmp_path / "run" / name
+    changed: list[bytes] = []
 
-    def lose_rows() -> None:
-        lines = (out / "metrics.jsonl").read_bytes().splitlines(keepends=True)
-        lost.extend(lines[3:])
-        (out / "metrics.jsonl").write_bytes(b"".join(lines[:3]))
+    def rewrite() -> None:
+        changed.append(change(path.read_bytes()))
+        path.write_bytes(changed[0])
 
     with monkeypatch.context() as patch:
-        at_call(patch, training_run, "training_step", 11, lose_rows)
-        assert train_command() == 2
-    require_one_line(capsys.readouterr().err, str(out / "metrics.jsonl"), "was changed by something else", "goes back")
-    assert lost
+        at_call(patch, training_run, "training_step", 11, rewrite)
+        assert train_command() == 0
+    assert f"{str(path)!r} was deleted or changed by something else, and is written again" in capsys.readouterr().out
+    if kept is not None:
+        assert (tmp_path / "run" / kept).read_bytes().startswith(changed[0])
     assert train_command() == 0
-    same_folder(finished, out)
+    same_folder(finished, tmp_path / "run")
+
+
+def test_tensorboards_folder_may_be_deleted_while_the_run_goes_on(
+    finished: Path, train_command: TrainCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_call(monkeypatch, training_run, "training_step", 11, lambda: shutil.rmtree(tmp_path / "run" / "tensorboard"))
+    assert train_command() == 0
+    same_folder(finished, tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -189,6 +208,8 @@ def test_records_that_are_changed_while_the_run_goes_on_stop_it(
         {"config.json": b"\xff\0"},
         {"summary.json": b""},
         {"metrics.jsonl": b"no JSON"},
+        {"metrics.jsonl": b'{"loss": 1}\n', "checkpoints/step-1.safetensors": b"", "samples/1.png": b""},
+        {"config.json": b"{}", "summary.json": b'{"loss": 1}', "checkpoints/last.ckpt": b""},
         {"config.json/file": b"a folder of this name"},
     ],
     ids=str,
@@ -209,14 +230,14 @@ def test_folders_of_other_software_are_passed_over(
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("left", [["metrics.jsonl", "checkpoints"], ["summary.json", "samples"]])
+@pytest.mark.parametrize("left", ["metrics.jsonl", "summary.json", "checkpoints"])
 def test_what_is_left_of_a_run_is_not_passed_over(
-    left: list[str], finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    left: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "comparison"
     shutil.copytree(finished, out / "gd+rank1-seed0")
     for path in (out / "gd+rank1-seed0").iterdir():
-        if path.name not in left:
+        if path.name != left:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert cli.main(["report", str(out), "--out", str(tmp_path / "report")]) == 2
     require_one_line(capsys.readouterr().err, str(out / "gd+rank1-seed0" / "config.json"), "is missing; put it back")

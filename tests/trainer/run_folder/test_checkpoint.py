@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -61,8 +62,11 @@ def test_the_memory_of_a_stage_is_written_once_and_read_with_each_of_its_checkpo
         checkpoint.load(later)
 
 
-def test_the_memory_is_written_again_if_the_file_of_the_stages_start_was_deleted(tmp_path: Path) -> None:
-    checkpoint.save(tmp_path, _make(1, 0)).unlink()
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"")], ids=["deleted", "emptied"])
+def test_the_memory_is_written_again_if_the_file_of_the_stages_start_is_lost(
+    damage: Callable[[Path], None], tmp_path: Path
+) -> None:
+    damage(checkpoint.save(tmp_path, _make(1, 0)))
     loaded, expected = checkpoint.load(checkpoint.save(tmp_path, _make(1, 30))), _make(1, 30)
     assert loaded.tensors.keys() == expected.tensors.keys()
     assert all(torch.equal(x, loaded.tensors[name]) for name, x in expected.tensors.items())
