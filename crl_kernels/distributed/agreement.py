@@ -7,6 +7,7 @@ once the timeout of ``init_process_group`` is over.
 
 import hashlib
 import json
+import weakref
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -19,24 +20,32 @@ if TYPE_CHECKING:
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 _CHUNK = 2**20
+_MIX = (-7046029254386353131, -4658895280553007687)  # odd: a product with them modulo 2^64 keeps its factor apart
+_OVER = "over"  # a verdict
 
 
 class Agreement:
-    """The processes with these ranks of the world share one model; without any, this process has its own."""
+    """The processes with these ranks of the present world share one model; without any, this process has its own."""
 
     def __init__(self, ranks: Sequence[int] = ()) -> None:
         self._ranks = list(ranks)
         self._prefix = f"crl_kernels/{hashlib.sha256(repr(self._ranks).encode()).hexdigest()[:16]}"
+        self._world = weakref.ref(distributed.group.WORLD) if self._ranks else None
 
     @property
     def several(self) -> bool:
-        """Whether there are others, as long as there are process groups."""
-        return len(self._ranks) > 1 and distributed.is_initialized()
+        """Whether there are others, as long as the world is the same."""
+        if len(self._ranks) < 2 or self._world is None or not distributed.is_initialized():
+            return False
+        return self._world() is distributed.group.WORLD
 
     @contextmanager
     def on(self, call: str, advice: str) -> Generator[dict[str, str], None, None]:
         """The block describes what this process is about to do, in the dict that it is given. After the block, all
         processes have described the same.
+
+        Calls are numbered, in each process by itself. A call has one verdict, the first that a process writes: that of
+        the lowest rank, or that the call is over, of one that has waited too long.
 
         Raises:
             RuntimeError: in all processes, if they have described different things, if the block of another one has
@@ -48,35 +57,45 @@ class Agreement:
             yield facts
             return
         store, own, first = _store(), distributed.get_rank(), self._ranks[0]
-        number = store.add(f"{self._prefix}/{own}", 1)  # of this call, in all processes
-        place = f"{self._prefix}/{number}"
+
+        def settle(verdict: str | None) -> str | None:
+            """The verdict that was written first."""
+            kept: str | None = json.loads(store.compare_set(f"{place}/verdict", "", json.dumps(verdict)))
+            return kept
+
+        while True:
+            number = store.add(f"{self._prefix}/{own}", 1)
+            place = f"{self._prefix}/{number}"
+            if not (store.check([f"{place}/verdict"]) and json.loads(store.get(f"{place}/verdict")) == _OVER):
+                break
         try:
             yield facts
         except Exception as error:
             failure = f"{call} has failed in rank {own}, and nothing has changed in the others: {error}"
             store.set(f"{place}/{own}", json.dumps({"failure": failure}))
             if own == first:
-                store.set(f"{place}/verdict", json.dumps(failure))
+                settle(failure)
             raise
         store.set(f"{place}/{own}", json.dumps({"call": call} | facts))
+        waited: RuntimeError | None = None
         try:
             if own == first:
                 keys = [f"{place}/{rank}" for rank in self._ranks]
                 store.wait(keys)
-                verdict = _verdict(dict(zip(self._ranks, map(json.loads, map(store.get, keys)), strict=True)), advice)
-                store.set(f"{place}/verdict", json.dumps(verdict))
+                described = dict(zip(self._ranks, map(json.loads, map(store.get, keys)), strict=True))
+                verdict = settle(_verdict(described, advice))
             else:
                 store.wait([f"{place}/verdict"])
                 verdict = json.loads(store.get(f"{place}/verdict"))
         except RuntimeError as error:
+            waited, verdict = error, settle(_OVER)
+        if verdict == _OVER:
             absent = [rank for rank in self._ranks if not store.check([f"{place}/{rank}"])]
-            store.delete_key(f"{place}/{own}")
-            store.add(f"{self._prefix}/{own}", -1)
             raise RuntimeError(
                 f"{call}: rank {own} has waited {store.timeout} (the timeout of init_process_group) for "
-                f"{_in_ranks(absent or [first])}, and nothing has changed. The processes {self._ranks} share the "
-                "model, and all of them make this call together."
-            ) from error
+                f"{_in_ranks(absent) if absent else 'the others'}, and nothing has changed. The processes "
+                f"{self._ranks} share the model, and all of them make this call together."
+            ) from waited
         if number > 1:  # everyone has read those of the last call
             store.delete_key(f"{self._prefix}/{number - 1}/{own}")
             if own == first:
@@ -121,12 +140,16 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _checksum(tensor: Tensor) -> Tensor:
-    """sum_i (2 i + 1) x_i modulo 2^64, of the elements' bits as integers x_i: exact in any order of summation."""
+    """sum_i h((2 i + 1) (x_i + 1)) modulo 2^64, of the elements' bits as integers x_i: the same in any order of
+    summation. h mixes the bits of a product, so that changes which many elements have in common, such as a sign or a
+    factor of 2, do not cancel."""
     bits = tensor.detach().contiguous().view(-1).view(_INTEGERS[tensor.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
     for i, chunk in enumerate(bits.split(_CHUNK)):
         factors = 2 * torch.arange(i * _CHUNK, i * _CHUNK + len(chunk), device=bits.device) + 1
-        total += (chunk * factors).sum()
+        mixed = (chunk.long() + 1) * factors * _MIX[0]
+        mixed = (mixed ^ (mixed >> 32)) * _MIX[1]
+        total += (mixed ^ (mixed >> 29)).sum()
     return total
 
 

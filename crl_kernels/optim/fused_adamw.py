@@ -100,8 +100,7 @@ class FusedAdamW(Optimizer):
     CUDA graphs. With ``capturable=True`` a step may be captured, after at least one eager step. Learning rates and,
     with a history, ``lam`` must be 0-dim tensors on the device: replays read them there. Replays carry the projections
     in the memory that the captured step used. They do not renew them after writes from outside; an eager step does, in
-    place. Capture again after ``load_state_dict``, and after terms were appended or parameters
-    frozen.
+    place. Capture again after ``load_state_dict``, and after terms were appended or parameters frozen.
 
     A GradScaler's scale and skipped steps are applied on the device, as by torch's ``fused=True``. A step does not wait
     for the device, except for ``verify_every``, in the first step after a change of a history that processes share (see
@@ -212,6 +211,7 @@ class FusedAdamW(Optimizer):
         self._penalty = fold_history(self._history, self._decoupled)
         self._versions: list[int] | None = None  # of watched parameters after the last step; None: read them again
         self._roles = _Roles.assign([], [], [])
+        self._group_rows: tuple[AdamWSettings, ...] = ()
         self._uploaded: dict[Any, Tensor] = {}
         self._capturing = False
         if "_replayed" not in self.__dict__:  # what graphs read is never forgotten
@@ -318,6 +318,10 @@ class FusedAdamW(Optimizer):
         if roles is not self._roles:
             check_shapes(roles.params, self.state)
         check_gradients(roles.params, roles.kinds, bound, roles.unmovable)
+        self._group_rows = (
+            *map(_row, self.param_groups),
+            _IDLE,
+        )  # raises for what is no number, before steps are counted
         if roles is not self._roles:
             self._roles, self._versions = roles, None
             for parameter in roles.params:
@@ -443,7 +447,7 @@ class FusedAdamW(Optimizer):
     ) -> Tensor:
         """The pass's settings, (number of parameters, 8) float64: a row of ``AdamWSettings`` for each parameter."""
         column = ADAMW_COLUMNS
-        table = self._upload((*map(_row, self.param_groups), _IDLE), torch.float64, device)
+        table = self._upload(self._group_rows, torch.float64, device)
         rates = [group["lr"] for group in self.param_groups]
         if any(map(on_device, rates)):
             weight_decays = tuple(float(group["weight_decay"]) for group in self.param_groups)

@@ -92,10 +92,10 @@ class History(StateVectors, Generic[_Fisher]):
             if agreement.several:
                 facts |= {"history": self._described(), "Fisher": fisher._described()}
         fisher._require_valid()
+        self._is_new = agreement.several  # also after an error, which the others may not have
         with self._unchanged_by_errors():
             self._add_terms(fisher, layout)
             self._num_tasks += 1
-            self._is_new = agreement.several
 
     def _require_same_among(self, agreement: Agreement, lam: float | Tensor, decoupled: bool) -> None:
         """Raises RuntimeError unless these processes, for which a trainer has wrapped the model after the history was
@@ -129,18 +129,26 @@ class History(StateVectors, Generic[_Fisher]):
             f"{first!r}, {options})"
         )
 
-    def _take(self, call: str, state: Mapping[str, Tensor], origin: str, grown: Container[str] = ()) -> None:
-        """Sets the state, which all processes that share the model have alike, or changes nothing."""
-        agreement = self._binding.agreement
+    def _take(
+        self,
+        call: str,
+        state: Mapping[str, Tensor],
+        origin: str,
+        grown: Container[str] = (),
+        among: Agreement | None = None,
+    ) -> None:
+        """Sets the state, which all processes that share the model have alike, or changes nothing. ``among`` them, if
+        it is several."""
+        agreement = among if among is not None and among.several else self._binding.agreement
         with agreement.on(call, _ONE_STATE) as facts:
             if agreement.several:
                 (count,) = self._scalars_of(state, origin)
                 self._require_shapes(state, origin, grown)
                 facts["history"] = self._described()
                 facts["state"] = f"{int(count)} tasks in {len(state)} tensors with the digest {digest(state)}"
+        self._is_new = agreement.several
         with self._unchanged_by_errors():
             self._set_state(state, origin, grown)
-            self._is_new = agreement.several
 
     def _agree_on_strength(self, lam: float | Tensor, how: str) -> None:
         """At the first penalty after a change of the state: all processes that share the model apply it with the same
@@ -344,7 +352,8 @@ class History(StateVectors, Generic[_Fisher]):
                 another kind of history or another model. The message names the file and the mismatch.
             RuntimeError: another process that shares the model loads something else; see ``append``.
         """
-        with agreement_about(model).told_errors("load"):
+        agreement = agreement_about(model)
+        with agreement.told_errors("load"):
             kind, tensors, facts = files.read(path)
             if kind != cls.__name__:
                 raise ValueError(f"path {os.fspath(path)!r} holds a {kind}; expected a {cls.__name__}.")
@@ -355,7 +364,7 @@ class History(StateVectors, Generic[_Fisher]):
                 names = history._binding.named_by("grown", patterns)
             except ValueError as error:
                 raise ValueError(f"{origin} does not fit: {error}") from error
-        history._take("load", tensors | scalars, origin, names)
+        history._take("load", tensors | scalars, origin, names, agreement)
         return history
 
     def rebind(self, model: nn.Module, *, grown: Iterable[str] = ()) -> None:
@@ -383,11 +392,12 @@ class History(StateVectors, Generic[_Fisher]):
         """
         if self._attachment is not None:
             raise RuntimeError("this history is attached to an optimizer; call detach() first.")
-        with agreement_about(model).told_errors("rebind"):
+        agreement = agreement_about(model)
+        with agreement.told_errors("rebind"):
             patterns = as_patterns("grown", grown) or ()
             rebound = self._bound_to(model, self._options(), patterns)
             names = rebound._binding.named_by("grown", patterns)
-        rebound._take("rebind", self.state_dict(), "the history", names)
+        rebound._take("rebind", self.state_dict(), "the history", names, agreement)
         self.__dict__ = rebound.__dict__
 
     @classmethod

@@ -16,7 +16,7 @@ from torch import nn
 
 import crl_kernels as ck
 from crl_kernels.distributed import agreement
-from crl_kernels.distributed.agreement import agreement_in, digest
+from crl_kernels.distributed.agreement import Agreement, agreement_in, digest
 from crl_kernels.integrations.distributed_checkpoint import load_history
 
 LAM, LR = 1.5, 0.05
@@ -61,7 +61,13 @@ def cases(rank: int, count: int, folder: Path) -> dict:
     for wrapped in ("fsdp", "ddp"):
         for kind in ("low_rank", "diagonal"):
             results[f"{wrapped} {kind}"] = _cases(rank, folder / f"{wrapped} {kind}", sharded(count, wrapped), kind)
-    return results | {"bare": bare(rank, folder)}
+    results["bare"] = bare(rank, folder)
+    model = sharded(count, "ddp")
+    history = ck.LowRankHistory(model)
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    history.append(fisher("low_rank", rank))  # the processes that shared its model are of a world that has ended
+    return results
 
 
 def bare(rank: int, folder: Path) -> dict[str, str | None]:
@@ -85,7 +91,25 @@ def bare(rank: int, folder: Path) -> dict[str, str | None]:
         "history": error_of(lambda: history._require_same_among(world, LAM, False)),
         "lam": error_of(lambda: same._require_same_among(world, LAM + rank, False)),
         "mode": error_of(lambda: same._require_same_among(world, LAM, rank == 0)),
+        "interrupted": interrupted(rank, world),
+        "after it": error_of(lambda: same._require_same_among(world, LAM, False)),
     }
+
+
+def interrupted(rank: int, world: Agreement) -> str | None:
+    """A call that Ctrl-C ends in one process; the other one waits for it in vain."""
+    wait_at_most(0.1)
+    try:
+        with world.on("a call", ""):
+            if rank == 0:
+                raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        error = None
+    except RuntimeError as raised:
+        error = str(raised)
+    dist.barrier()
+    wait_at_most(60)
+    return error
 
 
 def _cases(rank: int, folder: Path, model: nn.Module, kind: str) -> dict:
@@ -198,6 +222,9 @@ def test_a_digest_is_of_names_shapes_and_bits(monkeypatch):
     for other in (swapped, nearly, x.double(), x.view(12, 25), -x):
         assert digest(of | {"x": other}) != expected
     assert digest({"y": x}) != digest({"x": x})
+    for numbers in (torch.rand(64).double(), torch.rand(2048, 1024), torch.rand(2, 2).double()):
+        for other in (2 * numbers, -numbers, numbers.flip(0)):
+            assert digest({"x": other}) != digest({"x": numbers})
     monkeypatch.setattr(agreement, "_CHUNK", 7)
     same = of | {"x": nn.Parameter(x.to(memory_format=torch.channels_last))}
     assert digest(dict(reversed(same.items()))) == expected
@@ -221,7 +248,10 @@ WAYS = ("gradient", "decoupled", "loss", "inside", "attached", "attached, decoup
 def test_processes_that_differ_are_named_in_all_of_them_and_nothing_changes(tmp_path):
     ranks = processes(2, cases, tmp_path)
     alone = [rank.pop("bare") for rank in ranks]
+    assert alone[0].pop("interrupted") is None
+    assert alone[1].pop("interrupted").startswith("a call: rank 1 has waited 0:00:00.100000 (the timeout")
     assert alone[0] == alone[1]
+    assert alone[0]["after it"] is None
     assert "differ in the history: LowRankHistory(2 tasks, 2 terms, " in alone[0]["history"]
     assert "differ in the lam: 1.5 in rank 0, and 2.5 in rank 1" in alone[0]["lam"]
     assert "differ in the penalty: a decoupled step in rank 0, and a gradient in rank 1" in alone[0]["mode"]
