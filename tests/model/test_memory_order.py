@@ -59,7 +59,6 @@ def test_a_training_step_copies_nothing(kind, dtype):
     optimizers = [
         ck.FusedAdamW(model.parameters(), history=history, lam=LAM, decoupled=decoupled) for decoupled in (False, True)
     ]
-    rounded = [tuple(p.shape) for p in model.parameters() if p.numel() > 30] if dtype == torch.bfloat16 else []
     for seed in range(2):
         set_gradients(model, seed)
         for optimizer in optimizers:
@@ -67,7 +66,7 @@ def test_a_training_step_copies_nothing(kind, dtype):
     for optimizer in optimizers:
         optimizer.resync()
         optimizer.step()  # adopts what the other has written
-        assert large_copies(optimizer.step) == rounded  # of the master copies
+        assert large_copies(optimizer.step) == []
     assert large_copies(lambda: history.add_penalty_grad_(LAM)) == []
     assert large_copies(lambda: history.decoupled_step_(LAM, 0.1)) == []
     assert large_copies(lambda: history.penalty(LAM)) == []

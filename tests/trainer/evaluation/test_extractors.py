@@ -74,7 +74,7 @@ def test_an_extractor_of_other_images_or_a_torn_one_is_refused(
     path = tmp_path / _file(extractor_folder).name
     content = _file(extractor_folder).read_bytes()
     path.write_bytes(content[:-100])
-    with pytest.raises(OptionError, match=r"cannot be read .*delete it"):
+    with pytest.raises(OptionError, match=r"is damaged .*delete it"):
         classifiers.classifier(digits, tmp_path)
     path.write_bytes(content)
     with safe_open(path, framework="pt") as file:
