@@ -27,8 +27,7 @@ from torch import Tensor
 from crl_diffusion.errors import PUT_BACK, OptionError, RecordError, UnreadableError, WriteError
 
 Row = dict[str, Any]
-# The temporary names of `replacing`, now and in earlier versions, and of safetensors.
-UNFINISHED = re.compile(r".+\.([0-9a-f]{16}|\d+)\.tmp|\.tmp[0-9A-Za-z]{6}")
+UNFINISHED = re.compile(r".+\.[0-9a-f]{16}\.tmp|\.tmp[0-9A-Za-z]{6}")  # the temporary names of `replacing`, safetensors
 
 
 def require_file(path: Path) -> None:
