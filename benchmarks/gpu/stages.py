@@ -45,7 +45,7 @@ STAGES = {  # what matters most comes first: time may run out
     "operators": of_tests(
         "backends/test_operators.py", "backends/test_int8_blocks.py", "backends/test_launches.py", not_dry=""
     ),
-    "optimizer": of_tests("optim/test_fused_adamw.py", "optim/test_capture.py"),
+    "optimizer": of_tests("optim/test_fused_adamw.py", "optim/test_16_bit_writes.py", "optim/test_capture.py"),
     "sample_operators": of_tests(
         "backends/test_sample_matrix.py", "backends/test_weight_gradients.py", backends=TRITONS_OWN
     ),
