@@ -129,12 +129,12 @@ def _has_store(group: Any) -> bool:
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """8 digits of the names, shapes and bits of tensors, on any device and in any memory order; of those that are no
-    plain dense tensors, such as DTensors, without the bits."""
+    """8 digits of the names, shapes and bits of tensors, on any device and in any memory order; without the bits of
+    those that are no plain dense tensors, such as DTensors, or complex."""
     known = sorted((name, t) for name, t in tensors.items() if isinstance(t, Tensor))
     lines = [f"{name} {t.dtype} {tuple(t.shape)}" for name, t in known]
-    dense = [t for _, t in known if type(t) in (Tensor, nn.Parameter) and t.layout == torch.strided and not t.is_meta]
-    if checksums := list(map(_checksum, dense)):
+    real = [t for _, t in known if type(t) in (Tensor, nn.Parameter) and not (t.is_complex() or t.is_meta)]
+    if checksums := [_checksum(t) for t in real if t.layout == torch.strided]:
         lines.append(str(torch.stack([checksum.to(checksums[0].device) for checksum in checksums]).tolist()))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:8]
 

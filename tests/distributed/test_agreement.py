@@ -228,7 +228,8 @@ def test_a_digest_is_of_names_shapes_and_bits(monkeypatch):
     monkeypatch.setattr(agreement, "_CHUNK", 7)
     same = of | {"x": nn.Parameter(x.to(memory_format=torch.channels_last))}
     assert digest(dict(reversed(same.items()))) == expected
-    assert digest({"meta": x.to("meta"), "sparse": torch.eye(2).to_sparse(), "text": "no tensor"})  # refused later
+    others = {"meta": x.to("meta"), "sparse": torch.eye(2).to_sparse(), "complex": torch.eye(2) * 1j, "text": "none"}
+    assert digest(others | {"complex128": torch.eye(2).cdouble()})  # all are refused later
 
 
 def test_a_penalty_under_vmap_is_compared_by_nobody():
