@@ -318,10 +318,8 @@ class FusedAdamW(Optimizer):
         if roles is not self._roles:
             check_shapes(roles.params, self.state)
         check_gradients(roles.params, roles.kinds, bound, roles.unmovable)
-        self._group_rows = (
-            *map(_row, self.param_groups),
-            _IDLE,
-        )  # raises for what is no number, before steps are counted
+        # Before steps are counted, as it raises for what is no number.
+        self._group_rows = (*map(_row, self.param_groups), _IDLE)
         if roles is not self._roles:
             self._roles, self._versions = roles, None
             for parameter in roles.params:

@@ -265,7 +265,7 @@ def test_a_changed_byte_of_a_copy_is_noticed(file: str, tmp_path: Path, monkeypa
     flip(-1)
     with pytest.raises(OptionError, match=rf"is damaged \({file} has other content than was written\); delete it"):
         load("folder", tmp_path, tasks=1, image_size=8)
-    # A file that is too large to be read at each start is known by its inode and its time of modification.
+    # A file that is too large to be read at each start is known by its time of modification.
     monkeypatch.setattr(cache, "CHECKED", 0)
     with pytest.raises(OptionError, match="other content"):
         load("folder", tmp_path, tasks=1, image_size=8)
